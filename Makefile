@@ -1,0 +1,36 @@
+# `make demo` trains on the bundled digits, `make test` runs the tests; both set themselves up.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test setup style quality clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo     train DeiT-Ti with Spiral RoPE on the bundled digits and evaluate it"
+	@echo "make test     run the tests"
+	@echo "make style    format the code; make quality checks format, lint and types"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@echo "Setting up $(VENV) (a few minutes the first time) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	@$(BIN)/spiralrope pretrain --arch deit-ti --rotate 2 --data digits --out runs/demo
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest
+
+style: $(STAMP)
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+quality: $(STAMP)
+	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,35 @@
+"""Spiral RoPE: rotary position embedding with many directions in the plane.
+
+The names below load what they need when they are first used, so that importing the package
+costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from spiralrope_cli.version import __version__
+
+if TYPE_CHECKING:
+    from spiralrope_cli.core.config.rope import RopeConfig
+    from spiralrope_cli.core.models.build import create_model
+    from spiralrope_cli.core.rope import SpiralRoPE
+
+__all__ = ["RopeConfig", "SpiralRoPE", "__version__", "create_model"]
+
+_HOME_OF = {
+    "RopeConfig": "spiralrope_cli.core.config.rope",
+    "SpiralRoPE": "spiralrope_cli.core.rope",
+    "create_model": "spiralrope_cli.core.models.build",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

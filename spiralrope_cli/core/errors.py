@@ -1,0 +1,46 @@
+"""Errors that a user can mend; everything else is a bug and may show its traceback."""
+
+from __future__ import annotations
+
+
+class SpiralRopeError(Exception):
+    """What went wrong, and in the hint what to do about it.
+
+    The command line prints both without a traceback and leaves with `exit_code`.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __reduce__(self) -> tuple[type[SpiralRopeError], tuple[str, str]]:
+        """Keeps the hint when the error crosses a process border."""
+        return type(self), (self.message, self.hint)
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+
+class ConfigError(SpiralRopeError):
+    """An option or a config value that cannot work."""
+
+    exit_code = 2
+
+
+class DataError(SpiralRopeError):
+    """A data set that is missing, empty or damaged."""
+
+
+class CheckpointError(SpiralRopeError):
+    """A checkpoint or run folder that cannot be read, written or continued."""
+
+
+class TrainingError(SpiralRopeError):
+    """A training run that must not go on."""
+
+
+class LaunchError(SpiralRopeError):
+    """Workers that could not be started, or that died."""

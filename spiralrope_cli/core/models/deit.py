@@ -1,0 +1,154 @@
+"""DeiT-III style vision transformer with Spiral RoPE, under the published parameter names.
+
+Legend: B batch, N = h*w patch tokens, C width, D channels of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from spiralrope_cli.core.config.models import check_divides
+from spiralrope_cli.core.config.rope import RopeConfig
+from spiralrope_cli.core.models.layers import Block, PatchEmbed, RMSNorm
+from spiralrope_cli.core.rope import Grid, SpiralRoPE, as_pair
+
+INIT_STD = 0.02
+LAYER_SCALE_INIT = 1e-4
+
+
+class DeiT(nn.Module):
+    """Vision transformer classifier.
+
+    Args:
+        embed_dim: width C.
+        depth: blocks.
+        num_heads: heads per block; C / num_heads must be a multiple of 4 with RoPE.
+        rope: options of the rotary embedding; `enabled=False` leaves it out.
+        image_size: side or (height, width) in pixels.
+        patch_size: side of a patch in pixels.
+        in_chans: channels of the images.
+        num_classes: outputs; 0 leaves the head out, and `forward` gives the features.
+        pretrain_grid: patch grid that the positions refer to; by default the model's own.
+        drop_path: stochastic depth rate, the same in every block.
+        mlp_ratio: hidden width of the MLP over C.
+
+    Raises:
+        ConfigError: sizes that do not divide, or RoPE options that do not fit the heads.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        *,
+        rope: RopeConfig,
+        image_size: Grid = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        pretrain_grid: Grid | None = None,
+        drop_path: float = 0.0,
+        mlp_ratio: float = 4.0,
+    ) -> None:
+        super().__init__()
+        height, width = as_pair(image_size)
+        check_divides((height, width), patch_size)
+        self.image_size = (height, width)
+        self.grid = (height // patch_size, width // patch_size)
+        self.num_classes = num_classes
+        self.embed_dim = embed_dim
+        self.drop_path = drop_path
+        self.grad_checkpointing = False
+
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1], embed_dim))
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.rope = (
+            SpiralRoPE(embed_dim // num_heads, rope, pretrain_grid or self.grid)
+            if rope.enabled
+            else None
+        )
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, LAYER_SCALE_INIT) for _ in range(depth)
+        )
+        self.norm = RMSNorm(embed_dim)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Published init: truncated normal 0.02 for linears and embeddings, zero biases."""
+        nn.init.trunc_normal_(self.cls_token, std=INIT_STD)
+        nn.init.trunc_normal_(self.pos_embed, std=INIT_STD)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=INIT_STD)
+                nn.init.zeros_(module.bias)
+
+    def draw_keep(self, batch_size: int, generator: torch.Generator) -> Tensor | None:
+        """Which samples take which branch in one step (stochastic depth).
+
+        The random numbers are the argument's, so that they can belong to a step and not to a
+        process.
+
+        Args:
+            batch_size: B, the images of the whole step.
+            generator: a CPU generator.
+
+        Returns:
+            [depth, 2, B] float32 on the CPU, 0 or 1 / (1 - rate); None when the rate is 0.
+        """
+        if not self.drop_path:
+            return None
+        share = 1 - self.drop_path
+        drawn = torch.rand(len(self.blocks), 2, batch_size, generator=generator)
+        return (drawn < share).float() / share
+
+    def forward_features(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """[B, channels, height, width] -> [B, 1 + N, C] after the final norm."""
+        if tuple(images.shape[-2:]) != self.image_size:
+            raise ValueError(f"images are {tuple(images.shape[-2:])}, not {self.image_size}")
+        x = self.patch_embed(images) + self.pos_embed
+        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
+        turns = self.rope.turns(self.grid, 1, x.device) if self.rope is not None else None
+        for number, block in enumerate(self.blocks):
+            of_block = keep[number] if keep is not None else None
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(block, x, turns, of_block, use_reentrant=False)
+            else:
+                x = block(x, turns, of_block)
+        return self.norm(x)
+
+    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Classifies images.
+
+        Args:
+            images: [B, channels, height, width], normalised.
+            keep: [depth, 2, B] from `draw_keep`, or None to take every branch.
+
+        Returns:
+            logits [B, classes].
+        """
+        return self.head(self.forward_features(images, keep)[:, 0])
+
+
+def resize_pos_embed(pos_embed: Tensor, old_grid: Grid, new_grid: Grid) -> Tensor:
+    """Resamples a position embedding to another patch grid, bicubically without antialias.
+
+    Args:
+        pos_embed: [1, h*w, C] for `old_grid`, row-major.
+        old_grid: side or (rows, columns).
+        new_grid: side or (rows, columns).
+
+    Returns:
+        [1, new h * new w, C].
+    """
+    old_grid, new_grid = as_pair(old_grid), as_pair(new_grid)
+    if old_grid == new_grid:
+        return pos_embed
+    grid = pos_embed.unflatten(1, old_grid).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, new_grid, mode="bicubic", align_corners=False)
+    return grid.permute(0, 2, 3, 1).flatten(1, 2)

@@ -1,0 +1,100 @@
+"""Blocks of the DeiT. Legend: B batch, N tokens, C width, H heads, D channels of a head."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spiralrope_cli.core.rope import turn
+
+
+class RMSNorm(nn.Module):
+    """scale * x / (rms(x) + eps), with eps outside the root as the published weights have it."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C], the statistic in float32 or better."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        rms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) * wide.shape[-1] ** -0.5
+        return wide * (rms + self.eps).reciprocal() * self.scale
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention whose queries and keys are turned by the given table."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, turns: Tensor | None) -> Tensor:
+        """[B, N, C] and [N, D/2] complex -> [B, N, C]."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, H, D]
+        qk, v = qkv[:, :, :2], qkv[:, :, 2]
+        if turns is not None:
+            qk = turn(qk, turns[:, None, None])
+        q, k, v = (part.transpose(1, 2) for part in (*qk.unbind(2), v))  # [B, H, N, D]
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, linear."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, C] -> [B, N, C]."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class PatchEmbed(nn.Module):
+    """Image to patch tokens by a strided convolution."""
+
+    def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, channels, h*patch, w*patch] -> [B, h*w, C], row-major."""
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with layer scale and stochastic depth."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, init_scale: float) -> None:
+        super().__init__()
+        self.gamma_1 = nn.Parameter(torch.full((dim,), init_scale))
+        self.gamma_2 = nn.Parameter(torch.full((dim,), init_scale))
+        self.norm1 = RMSNorm(dim)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = RMSNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor, turns: Tensor | None, keep: Tensor | None) -> Tensor:
+        """One block.
+
+        Args:
+            x: [B, N, C].
+            turns: [N, D/2] complex rotation table, None without RoPE.
+            keep: [2, B], 0 where a sample skips the branch, else 1 / (1 - drop path rate).
+
+        Returns:
+            [B, N, C].
+        """
+        gamma_1, gamma_2 = self.gamma_1, self.gamma_2
+        if keep is not None:
+            gamma_1, gamma_2 = (gamma * on[:, None, None] for gamma, on in
+                                zip((gamma_1, gamma_2), keep, strict=True))  # [B, 1, C]
+        x = torch.addcmul(x, self.attn(self.norm1(x), turns), gamma_1)
+        return torch.addcmul(x, self.mlp(self.norm2(x)), gamma_2)

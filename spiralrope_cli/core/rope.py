@@ -1,0 +1,253 @@
+"""Spiral RoPE: groups of channels rotate by a token's position along their own direction.
+
+Legend: B batch, H heads, N tokens, D channels of a head, F = D/4 frequencies per half,
+R = `rotate`, K = 2R directions, (h, w) the grid of patch tokens in row-major order.
+
+The channels of one head, with D = 32 and R = 2 (one letter per chunk of 4 channels; chunk c has
+direction c mod R, so `a` turns with the axes and `b` with the axes turned by 45 degrees):
+
+    channel    0       4       8       12    | 16      20      24      28
+    chunk      a       b       a       b     | a       b       a       b
+    position   along the row formula         | along the column formula
+    frequency  w0 w1   w2 w3   w4 w5   w6 w7 | w0 w1   w2 w3   w4 w5   w6 w7
+
+Source: "Spiral RoPE: Rotate Your Rotary Positional Embeddings in the 2D Plane",
+arXiv 2602.03227.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spiralrope_cli.core.config.rope import MIN_FREQ_IS_SET, RopeConfig
+from spiralrope_cli.core.errors import ConfigError
+
+Grid = int | tuple[int, int]
+
+
+def frequencies(config: RopeConfig, head_dim: int) -> Tensor:
+    """The distinct frequencies, in radians per patch, as published files store them in `freqs`.
+
+    Returns:
+        [D/4] float64, or [D/(4R)] with `same_theta`; highest first for `lang`, lowest first
+        for `pixel`.
+
+    Raises:
+        ConfigError: head_dim does not fit the options.
+    """
+    config.check_head_dim(head_dim)
+    num = head_dim // 4
+    if config.freqs_for == "pixel":
+        return torch.linspace(1.0, config.max_freq / 2, num, dtype=torch.float64) * math.pi
+    highest = config.max_freq_lang
+    if config.rotate == 0:
+        exponent = torch.arange(num, dtype=torch.float64) / num
+        return highest * config.theta**-exponent
+    if config.same_theta:
+        num //= config.rotate
+    lowest = config.min_freq_lang
+    if lowest < MIN_FREQ_IS_SET:
+        lowest = highest / config.theta ** ((num - 1) / num)
+    falling = torch.arange(num - 1, -1, -1, dtype=torch.float64) / max(num - 1, 1)
+    series = lowest * (highest / lowest) ** falling if num > 1 else torch.tensor([highest]).double()
+    num_cut = int(num * config.truncate_percentage)
+    series[num - num_cut :] = 0.0
+    return series
+
+
+def pair_layout(config: RopeConfig, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What each pair of neighbouring channels of a head turns with.
+
+    Returns:
+        frequency [D/2] float64 in radians per patch, direction angle [D/2] float64 in radians,
+        and [D/2] bool, True for the pairs of the first half of the head (row formula).
+    """
+    rotate = max(config.rotate, 1)
+    channel = torch.arange(0, head_dim, 2)
+    in_first_half = channel < head_dim // 2
+    in_half = channel % (head_dim // 2)
+    index = in_half // 2
+    if config.same_theta and config.rotate >= 1 and config.freqs_for == "lang":
+        index = (4 * (in_half // 4 // rotate) + in_half % 4) // 2
+    # A chunk is counted over the whole head: with D/2 no multiple of 4 one straddles the middle.
+    direction = (channel // 4) % rotate
+    angle = direction.double() * (math.pi / 2 / rotate)
+    return frequencies(config, head_dim)[index], angle, in_first_half
+
+
+def projections(grid: tuple[int, int], angle: Tensor) -> tuple[Tensor, Tensor]:
+    """Every token's place along the turned axes, in patches from the grid's centre.
+
+    Args:
+        grid: patches as (rows, columns).
+        angle: [P] float64 direction angles in radians.
+
+    Returns:
+        along the turned column direction and along the turned row direction, [h*w, P] each.
+    """
+    rows, columns = grid
+    y = torch.arange(rows, dtype=torch.float64) - (rows - 1) / 2
+    x = torch.arange(columns, dtype=torch.float64) - (columns - 1) / 2
+    y, x = (axis.reshape(-1, 1) for axis in torch.meshgrid(y, x, indexing="ij"))
+    sin, cos = angle.sin(), angle.cos()
+    return sin * x + cos * y, cos * x - sin * y
+
+
+def angle_table(
+    grid: tuple[int, int],
+    head_dim: int,
+    config: RopeConfig,
+    pretrain_grid: tuple[int, int],
+) -> Tensor:
+    """Angle by which each channel pair of each token is turned.
+
+    Args:
+        grid: patches now, as (rows, columns).
+        head_dim: channels per head, a multiple of 4.
+        config: the options.
+        pretrain_grid: patches that the model was trained at; `interpolate` maps onto them.
+
+    Returns:
+        [h*w, D/2] float64 radians, tokens in row-major order.
+
+    Raises:
+        ConfigError: head_dim does not fit the options, or a grid side is not positive.
+    """
+    if min(*grid, *pretrain_grid) < 1:
+        raise ConfigError(f"a grid of {grid} patches (trained at {pretrain_grid}) has no tokens")
+    frequency, angle, in_first_half = pair_layout(config, head_dim)
+    halves = []
+    for along, side, trained in zip(projections(grid, angle), grid, pretrain_grid, strict=True):
+        reach = (side - 1) / 2
+        if config.projection == "clamped":
+            along = along.clamp(-reach, reach)
+        factor = trained / side if config.scaling == "interpolate" else 1.0
+        halves.append((along + reach) * factor)
+    return torch.where(in_first_half, *halves) * frequency
+
+
+def clamped_share(grid: tuple[int, int], config: RopeConfig, head_dim: int) -> float:
+    """Share of all positions that `projection="clamped"` moves, in [0, 1]."""
+    _, angle, in_first_half = pair_layout(config, head_dim)
+    touched = [
+        along.abs() > (side - 1) / 2 + 1e-9
+        for along, side in zip(projections(grid, angle), grid, strict=True)
+    ]
+    return torch.where(in_first_half, *touched).double().mean().item()
+
+
+class _Turn(torch.autograd.Function):
+    """Complex multiplication in one pass each way; autograd's own would keep x and copy twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, turns: Tensor) -> Tensor:
+        ctx.save_for_backward(turns)
+        return _turned(x, turns)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None]:
+        # A rotation's gradient is the gradient turned back.
+        return _turned(grad[0], ctx.saved_tensors[0].conj()), None
+
+
+def _turned(x: Tensor, turns: Tensor) -> Tensor:
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
+
+
+def turn(x: Tensor, turns: Tensor) -> Tensor:
+    """Turns each channel pair (a, b) by its angle: a' = a cos - b sin, b' = b cos + a sin.
+
+    The product is formed in float32 or better, whatever the dtype of x.
+
+    Args:
+        x: [..., D] floating point.
+        turns: complex64 of unit length, broadcastable to [..., D/2].
+
+    Returns:
+        [..., D] in the dtype of x.
+    """
+    return _Turn.apply(x, turns)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class SpiralRoPE(nn.Module):
+    """Rotary position embedding with many directions, for the q and k of any 2D attention.
+
+    It has no parameters and nothing in its state dict. Tables are made once per grid and
+    device, in float64, and kept as float32.
+
+    Args:
+        head_dim: channels per head, a multiple of 4.
+        config: the options.
+        pretrain_grid: side, or (rows, columns), of the patch grid the model is trained at.
+
+    Raises:
+        ConfigError: head_dim does not fit the options.
+    """
+
+    def __init__(
+        self, head_dim: int, config: RopeConfig | None = None, pretrain_grid: Grid = 14
+    ) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.config = config if config is not None else RopeConfig()
+        self.config.check_head_dim(head_dim)
+        self.pretrain_grid = as_pair(pretrain_grid)
+        self._turns: dict[tuple[tuple[int, int], int, torch.device], Tensor] = {}
+
+    def turns(self, grid: Grid, prefix_tokens: int, device: torch.device) -> Tensor:
+        """[prefix + h*w, D/2] complex64 of unit length; prefix tokens have the identity row."""
+        key = (as_pair(grid), prefix_tokens, device)
+        if key not in self._turns:
+            # A table made in inference mode could never be used in training.
+            with torch.inference_mode(False), torch.device("cpu"):
+                angle = angle_table(key[0], self.head_dim, self.config, self.pretrain_grid)
+                angle = torch.cat((angle.new_zeros(prefix_tokens, angle.shape[1]), angle))
+                unit = torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+                self._turns[key] = unit.to(device)
+        return self._turns[key]
+
+    def tables(self, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of every channel's angle; the two channels of a pair have the same.
+
+        Returns:
+            two float32 tensors [h*w, D] on the CPU.
+        """
+        turns = self.turns(grid, 0, torch.device("cpu"))
+        return turns.real.repeat_interleave(2, 1), turns.imag.repeat_interleave(2, 1)
+
+    def forward(self, x: Tensor, grid: Grid | None = None, prefix_tokens: int = 0) -> Tensor:
+        """Rotates queries or keys.
+
+        Args:
+            x: [B, H, prefix_tokens + h*w, D].
+            grid: side or (rows, columns) of the patch tokens; by default `pretrain_grid`.
+            prefix_tokens: leading tokens, such as a class token, that are left as they are.
+
+        Returns:
+            the same shape and dtype.
+
+        Raises:
+            ConfigError: the token count is not prefix_tokens + h*w, or D differs.
+        """
+        rows, columns = as_pair(grid if grid is not None else self.pretrain_grid)
+        if x.shape[-2] != prefix_tokens + rows * columns or x.shape[-1] != self.head_dim:
+            raise ConfigError(
+                f"{x.shape[-2]} tokens of {x.shape[-1]} channels do not fit a grid of "
+                f"{rows}x{columns} with {prefix_tokens} prefix tokens and {self.head_dim} channels"
+            )
+        return turn(x, self.turns((rows, columns), prefix_tokens, x.device))
+
+    def extra_repr(self) -> str:
+        """What print(model) shows."""
+        return f"head_dim={self.head_dim}, pretrain_grid={self.pretrain_grid}, {self.config}"
+
+
+def as_pair(size: Grid) -> tuple[int, int]:
+    """(rows, columns) of a size that may be given as one side."""
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
