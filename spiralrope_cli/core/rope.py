@@ -155,9 +155,18 @@ class _Turn(torch.autograd.Function):
 
 
 def _turned(x: Tensor, turns: Tensor) -> Tensor:
-    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
+    if x.dtype in (torch.float32, torch.float64):
+        return _as_real(_as_complex(x) * turns)
+    # The widened copy is ours, so the product can take its place.
+    return _as_real(_as_complex(x.float()).mul_(turns)).to(x.dtype)
+
+
+def _as_complex(x: Tensor) -> Tensor:
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+
+
+def _as_real(pairs: Tensor) -> Tensor:
+    return torch.view_as_real(pairs).flatten(-2)
 
 
 def turn(x: Tensor, turns: Tensor) -> Tensor:

@@ -35,11 +35,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, turns: Tensor | None) -> Tensor:
         """[B, N, C] and [N, D/2] complex -> [B, N, C]."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, H, D]
-        qk, v = qkv[:, :, :2], qkv[:, :, 2]
+        # One unbind: its gradient is one stack, where slices would each fill a whole tensor.
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # [B, N, H, D]
         if turns is not None:
-            qk = turn(qk, turns[:, None, None])
-        q, k, v = (part.transpose(1, 2) for part in (*qk.unbind(2), v))  # [B, H, N, D]
+            q, k = turn(q, turns[:, None]), turn(k, turns[:, None])
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # [B, H, N, D]
         out = F.scaled_dot_product_attention(q, k, v)
         return self.proj(out.transpose(1, 2).flatten(2))
 

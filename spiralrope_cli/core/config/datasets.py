@@ -1,0 +1,223 @@
+"""Data sets and what a run on each needs. Standard library only, so that a wrong one shows early.
+
+A data set is a built-in name or a folder with `train/` and `val/`, each with one folder per class.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spiralrope_cli.core.errors import DataError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+VAL_FOLDERS = ("val", "validation", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """One data set as a run sees it before any picture is read.
+
+    Attributes:
+        data: the built-in name, or the folder as it was given.
+        slug: short name for run folders.
+        kind: `memory` for small sets that live in memory as tensors, `folder` for files.
+        default_arch: architecture that fits it, for classifiers.
+        num_classes: classes.
+        num_train: training images.
+        num_val: validation images.
+        defaults: field name -> value, over the recipe of the command.
+    """
+
+    data: str
+    slug: str
+    kind: str
+    default_arch: str
+    num_classes: int
+    num_train: int
+    num_val: int
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+# What the memory sets have in common: grey pictures that augmentation must not mirror or mix
+# as strongly as photographs.
+_SMALL_GREY = {
+    "in_chans": 1,
+    "crop_ratio": 1.0,
+    "geometry": "shift",
+    "auto_augment": "none",
+    "color_jitter": 0.0,
+    "random_erasing": 0.0,
+    "drop_path": 0.0,
+    "weight_decay": 0.05,
+    "lr_rule": "linear",
+    "min_lr": 1e-5,
+}
+
+DIGITS = DataSet(
+    data="digits",
+    slug="digits",
+    kind="memory",
+    default_arch="deit-ti",
+    num_classes=10,
+    num_train=1437,
+    num_val=360,
+    defaults={
+        **_SMALL_GREY,
+        "image_size": (8, 8),
+        "patch_size": 2,
+        "mean": (0.3054,),
+        "std": (0.3760,),
+        "hflip": 0.0,
+        "max_shift": 1.0,
+        "max_rotation": 12.0,
+        "epochs": 80,
+        "warmup_epochs": 8,
+        "batch_size": 64,
+        "micro_batch_size": 64,
+        "lr": 8e-3,
+        "ema_decay": 0.99,
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "smoothing": 0.1,
+        "log_every": 11,
+        "validate_every": 5,
+        "save_every": 10,
+    },
+)
+
+FASHION_MNIST = DataSet(
+    data="fashion-mnist",
+    slug="fashion-mnist",
+    kind="memory",
+    default_arch="deit-ti",
+    num_classes=10,
+    num_train=60000,
+    num_val=10000,
+    defaults={
+        **_SMALL_GREY,
+        "image_size": (28, 28),
+        "patch_size": 4,
+        "mean": (0.2860,),
+        "std": (0.3530,),
+        "hflip": 0.5,
+        "max_shift": 2.0,
+        "max_rotation": 5.0,
+        "epochs": 20,
+        "warmup_epochs": 2,
+        "batch_size": 256,
+        "micro_batch_size": 256,
+        "lr": 2e-3,
+        "ema_decay": 0.999,
+        "mixup": 0.2,
+        "cutmix": 0.0,
+        "smoothing": 0.1,
+        "log_every": 25,
+        "validate_every": 1,
+        "save_every": 1,
+    },
+)
+
+BUILT_IN = {built_in.data: built_in for built_in in (DIGITS, FASHION_MNIST)}
+
+PHOTOGRAPHS: dict[str, Any] = {
+    "image_size": (224, 224),
+    "patch_size": 16,
+    "in_chans": 3,
+    "mean": IMAGENET_MEAN,
+    "std": IMAGENET_STD,
+    "crop_ratio": 0.875,
+}
+
+
+def find_data_set(data: str) -> DataSet:
+    """The data set of that name, or in that folder.
+
+    Raises:
+        DataError: neither; says what was looked for.
+    """
+    if data in BUILT_IN:
+        return BUILT_IN[data]
+    root = Path(data).expanduser()
+    train, val = root / "train", val_folder(root)
+    if not root.is_dir():
+        raise DataError(
+            f"--data {data} is no folder and no built-in name",
+            f"built in: {', '.join(BUILT_IN)}; a folder holds train/ and val/ with one folder "
+            "per class",
+        )
+    if not train.is_dir() or val is None:
+        missing = [
+            name for name, there in (("train/", train.is_dir()), ("val/", val is not None))
+            if not there
+        ]
+        raise DataError(
+            f"{root} has no {' and no '.join(missing)}",
+            "a data folder holds train/ and val/ with one folder per class, as ImageNet has",
+        )
+    classes = class_names(train)
+    if (others := class_names(val)) != classes:
+        odd = sorted(set(classes) ^ set(others))
+        raise DataError(
+            f"{train} and {val} differ in {len(odd)} class folder(s): {', '.join(odd[:5])}",
+            "both need the same class folders",
+        )
+    counts = [len(list_images(folder)) for folder in (train, val)]
+    return DataSet(
+        data=str(root.resolve()),
+        slug=root.resolve().name,
+        kind="folder",
+        default_arch="deit-b",
+        num_classes=len(classes),
+        num_train=counts[0],
+        num_val=counts[1],
+        defaults=PHOTOGRAPHS,
+    )
+
+
+def val_folder(root: Path) -> Path | None:
+    """The validation folder of a data folder, under any of its usual names."""
+    return next((root / name for name in VAL_FOLDERS if (root / name).is_dir()), None)
+
+
+def class_names(folder: Path) -> list[str]:
+    """Class folders in plain sorted order, which gives the class numbers of published weights.
+
+    Raises:
+        DataError: there are none.
+    """
+    names = sorted(
+        entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."
+    )
+    if not names:
+        raise DataError(
+            f"{folder} has no class folders", "it must hold one folder of images per class"
+        )
+    return names
+
+
+def list_images(folder: Path) -> list[tuple[str, int]]:
+    """All images below the class folders, as (path, class number), sorted.
+
+    Raises:
+        DataError: no class folders, or a class without images.
+    """
+    images = []
+    for number, name in enumerate(class_names(folder)):
+        paths = sorted(
+            os.path.join(where, file)
+            for where, _, files in os.walk(folder / name, followlinks=True)
+            for file in files
+            if file.lower().endswith(IMAGE_SUFFIXES) and file[0] != "."
+        )
+        if not paths:
+            raise DataError(
+                f"class folder {folder / name} holds no images",
+                f"known suffixes: {' '.join(IMAGE_SUFFIXES)}",
+            )
+        images += [(path, number) for path in paths]
+    return images

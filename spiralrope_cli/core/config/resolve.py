@@ -1,0 +1,237 @@
+"""From options to a run: recipe, then data set, then config file, then options; the last wins.
+
+Standard library only (and PyYAML, where a file is read).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spiralrope_cli.core.config import recipes
+from spiralrope_cli.core.config.datasets import DataSet, find_data_set
+from spiralrope_cli.core.config.models import deit_size
+from spiralrope_cli.core.config.rope import RopeConfig
+from spiralrope_cli.core.config.runs import ClassifierRun
+from spiralrope_cli.core.errors import ConfigError
+
+DATA_VARIABLE = "SPIRALROPE_DATA"
+RUNS_FOLDER = "runs"
+NOT_FROM_FILE = {"command", "out", "num_train", "num_val", "num_classes", "resume"}
+"""Fields that a config file shows but that a repeated run finds anew."""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A run, and where each of its values came from.
+
+    Attributes:
+        run: complete and checked.
+        sources: field name -> `option`, `config file`, `data set`, `recipe`, `environment`,
+            `default`.
+        warnings: options that cannot act, one line each.
+    """
+
+    run: ClassifierRun
+    sources: dict[str, str]
+    warnings: tuple[str, ...]
+
+
+def resolve_pretrain(options: dict[str, Any], config_file: Path | None = None) -> Resolved:
+    """A pretraining run from what the user gave.
+
+    Args:
+        options: field name -> value, given options alone.
+        config_file: a `config.yaml` of an earlier run.
+
+    Raises:
+        ConfigError: an unknown key, or a value that cannot work.
+        DataError: no such data set.
+    """
+    from_file = read_config(config_file) if config_file else {}
+    from_file = {key: value for key, value in from_file.items() if key not in NOT_FROM_FILE}
+    chosen = [("config file", from_file), ("option", options)]
+
+    data, data_source = _choose("data", chosen, os.environ.get(DATA_VARIABLE), "digits")
+    data_set = find_data_set(data)
+    arch, arch_source = _choose("arch", chosen, None, data_set.default_arch)
+    size = deit_size(arch)
+
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for source, layer in (
+        ("recipe", {**recipes.PRETRAIN, "drop_path": recipes.DROP_PATH[arch]}),
+        ("data set", {**data_set.defaults, "num_classes": data_set.num_classes}),
+        *chosen,
+    ):
+        values.update(layer)
+        sources.update(dict.fromkeys(layer, source))
+    values.update(
+        command="pretrain",
+        arch=arch,
+        data=data_set.data,
+        num_train=data_set.num_train,
+        num_val=data_set.num_val,
+    )
+    sources.update(data=data_source, arch=arch_source)
+    name = values.pop("name", None)
+    sources.pop("name", None)
+
+    rope = RopeConfig(**{k: v for k, v in values.items() if k in _fields_of(RopeConfig)})
+    rope.check_head_dim(size.head_dim)
+    if "out" not in values:
+        values["out"] = str(Path(RUNS_FOLDER) / run_name(values, rope, data_set, name))
+    warnings = [
+        f"--{inert.replace('_', '-')} has no effect: {reason}"
+        for inert, reason in rope.inert_options({k for k, v in sources.items() if v == "option"})
+    ]
+    warnings += inert_augment(values, data_set, sources)
+    return Resolved(build(ClassifierRun, values), sources, tuple(warnings))
+
+
+def inert_augment(
+    values: dict[str, Any], data_set: DataSet, sources: dict[str, str]
+) -> list[str]:
+    """One line for each given augmentation option that the geometry in use never reads."""
+    unread = {"crop": ("max_shift", "max_rotation"), "shift": ("crop_scale",)}
+    if data_set.kind == "folder" and values["geometry"] == "shift":
+        raise ConfigError(
+            "--geometry shift is for the built-in sets", "use --geometry crop for image folders"
+        )
+    if data_set.kind == "memory":
+        for name, off in (("auto_augment", "none"), ("color_jitter", 0)):
+            if values[name] != off:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} {values[name]} works on photographs, "
+                    f"not on the grey pictures of {data_set.data}",
+                    "use --max-shift, --max-rotation, --random-erasing, --mixup or --cutmix",
+                )
+    return [
+        f"--{name.replace('_', '-')} has no effect: --geometry is {values['geometry']}"
+        for name in unread[values["geometry"]]
+        if sources.get(name) == "option"
+    ]
+
+
+def run_name(values: dict[str, Any], rope: RopeConfig, data_set: DataSet, name: str | None) -> str:
+    """Folder name of a run: without a date, so that the same command finds its own."""
+    turned = f"r{rope.rotate}" if rope.enabled else "norope"
+    parts = [values["command"], values["arch"], data_set.slug, turned, *([name] if name else [])]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts))
+
+
+def _choose(
+    key: str, layers: list[tuple[str, dict[str, Any]]], variable: str | None, default: str
+) -> tuple[str, str]:
+    for source, layer in reversed(layers):
+        if layer.get(key) is not None:
+            return layer[key], source
+    if variable:
+        return variable, "environment"
+    return default, "data set" if key == "arch" else "default"
+
+
+def build(kind: type, values: dict[str, Any]) -> Any:
+    """Builds a nested frozen config from flat values by field name."""
+    hints = typing.get_type_hints(kind)
+    arguments: dict[str, Any] = {}
+    for name in _fields_of(kind):
+        if dataclasses.is_dataclass(hints[name]):
+            arguments[name] = build(typing.cast(type, hints[name]), values)
+        elif name in values:
+            arguments[name] = _coerced(name, values[name], hints[name])
+    return kind(**arguments)
+
+
+def _fields_of(kind: type) -> list[str]:
+    return [each.name for each in dataclasses.fields(kind)]
+
+
+def leaf_types(kind: type) -> dict[str, Any]:
+    """Field name -> type of every value below a config."""
+    leaves: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        leaves.update(leaf_types(hint) if dataclasses.is_dataclass(hint) else {name: hint})
+    return leaves
+
+
+def _coerced(name: str, value: Any, hint: Any) -> Any:
+    """The value in its field's type; YAML knows no tuples, and writes 1e-3 as a word."""
+    try:
+        if typing.get_origin(hint) is tuple:
+            inner = typing.get_args(hint)
+            if not isinstance(value, (list, tuple)):
+                raise TypeError
+            if Ellipsis not in inner and len(value) != len(inner):
+                raise ValueError
+            return tuple(_coerced(name, item, inner[0]) for item in value)
+        if hint is float and not isinstance(value, bool):
+            return float(value)
+        if hint is int and float(value) == int(value) and not isinstance(value, bool):
+            return int(value)
+        if isinstance(value, hint):
+            return value
+    except (TypeError, ValueError):
+        pass
+    wanted = getattr(hint, "__name__", str(hint))
+    raise ConfigError(f"{name} is {value!r}; it must be of type {wanted}")
+
+
+def to_nested(run: ClassifierRun) -> dict[str, Any]:
+    """Plain nested dicts and lists, as `config.yaml` holds them."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+    return typing.cast(dict[str, Any], plain(dataclasses.asdict(run)))
+
+
+def flatten(nested: dict[str, Any], kind: type = ClassifierRun) -> dict[str, Any]:
+    """Flat values by field name, strictly: an unknown key suggests the nearest known one.
+
+    Raises:
+        ConfigError: an unknown key.
+    """
+    hints = typing.get_type_hints(kind)
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if key not in hints:
+            known = [*leaf_types(ClassifierRun), *hints]
+            near = difflib.get_close_matches(str(key), known, n=1)
+            raise ConfigError(
+                f"config key {key!r} is not known", f"did you mean {near[0]!r}?" if near else ""
+            )
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                raise ConfigError(f"config key {key!r} must hold a group of values")
+            flat.update(flatten(value, typing.cast(type, hints[key])))
+        else:
+            flat[key] = value
+    return flat
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Flat values of a `config.yaml`.
+
+    Raises:
+        ConfigError: no such file, no YAML, or an unknown key.
+    """
+    import yaml
+
+    try:
+        nested = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} is no YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(nested, dict):
+        raise ConfigError(f"--config {path} holds no config")
+    return flatten(nested)

@@ -1,0 +1,334 @@
+"""What a run is: frozen, checked, and written to `config.yaml`. Standard library only.
+
+Every field name is unique over all groups, and the command line option is that name with dashes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from spiralrope_cli.core.config.models import check_divides, deit_size
+from spiralrope_cli.core.config.rope import RopeConfig
+from spiralrope_cli.core.errors import ConfigError
+
+SCHEDULES = ("cosine", "constant", "published")
+LR_RULES = ("linear", "none")
+PRECISIONS = ("auto", "fp32", "bf16")
+RESUME_MODES = ("auto", "must", "never")
+TRACKERS = ("none", "tensorboard", "wandb")
+GEOMETRIES = ("crop", "shift")
+
+LINEAR_RULE_BATCH = 512
+"""The linear rule multiplies the base learning rate by total batch / this."""
+
+MIX_GROUP = 8
+"""Images that share one mixup or cutmix draw. It is fixed, so that what is mixed with what does
+not depend on how a batch is split over processes and accumulation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The classifier's sizes beyond its architecture; pixels and counts."""
+
+    image_size: tuple[int, int]
+    patch_size: int
+    in_chans: int
+    num_classes: int
+    drop_path: float
+
+    def __post_init__(self) -> None:
+        check_divides(self.image_size, self.patch_size)
+        _in_range("drop_path", self.drop_path, 0, 1)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches as (rows, columns)."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """From a decoded picture to what the network sees, in training and in evaluation.
+
+    Attributes:
+        mean: per channel, of pixels in [0, 1].
+        std: per channel, of pixels in [0, 1].
+        crop_ratio: evaluation resizes the shorter side to image size / crop_ratio.
+        geometry: `crop`, random resized crop, or `shift`, small shifts and rotations.
+        crop_scale: smallest share of the area that `crop` keeps.
+        hflip: probability of mirroring.
+        max_shift: `shift` moves by up to this many pixels.
+        max_rotation: `shift` turns by up to this many degrees.
+        auto_augment: timm's name, such as `3a` or `rand-m9-mstd0.5-inc1`, or `none`.
+        color_jitter: strength, 0 for none.
+        random_erasing: probability.
+        repeated_aug: how often a step's epoch holds each picture; 1 is plain shuffling.
+        mixup: alpha, 0 for none.
+        cutmix: alpha, 0 for none.
+        mixup_switch_prob: probability of cutmix where both are on.
+        smoothing: label smoothing.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_ratio: float
+    geometry: str
+    crop_scale: float
+    hflip: float
+    max_shift: float
+    max_rotation: float
+    auto_augment: str
+    color_jitter: float
+    random_erasing: float
+    repeated_aug: int
+    mixup: float
+    cutmix: float
+    mixup_switch_prob: float
+    smoothing: float
+
+    def __post_init__(self) -> None:
+        _one_of("geometry", self.geometry, GEOMETRIES)
+        for name in ("hflip", "random_erasing", "mixup_switch_prob"):
+            _in_range(name, getattr(self, name), 0, 1, closed=True)
+        for name in ("color_jitter", "mixup", "cutmix", "max_shift", "max_rotation"):
+            _at_least(name, getattr(self, name), 0)
+        _in_range("smoothing", self.smoothing, 0, 1)
+        _at_least("repeated_aug", self.repeated_aug, 1)
+        if not 0 < self.crop_ratio <= 1:
+            raise ConfigError(f"--crop-ratio is {self.crop_ratio}; it must be in (0, 1]")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether labels are mixed."""
+        return self.mixup > 0 or self.cutmix > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimizer, schedule and averages.
+
+    Attributes:
+        epochs: length in passes over the training set.
+        steps: length in optimizer steps in place of epochs, 0 to go by epochs.
+        batch_size: images per optimizer step, over all processes and accumulation.
+        micro_batch_size: images at a time per process, at most.
+        lr: base learning rate.
+        lr_rule: `linear` multiplies lr by batch_size / 512, `none` takes it as it is.
+        min_lr: where the cosine ends.
+        warmup_lr: where the warm-up starts.
+        warmup_epochs: length of the linear warm-up.
+        schedule: `cosine` per step, `constant`, or `published`, per epoch as the old code.
+        betas: of AdamW.
+        weight_decay: on matrices alone.
+        clip_grad: largest gradient norm, 0 for none.
+        ema_decay: of the averaged weights, per optimizer step.
+    """
+
+    epochs: int
+    steps: int
+    batch_size: int
+    micro_batch_size: int
+    lr: float
+    lr_rule: str
+    min_lr: float
+    warmup_lr: float
+    warmup_epochs: int
+    schedule: str
+    betas: tuple[float, float]
+    weight_decay: float
+    clip_grad: float
+    ema_decay: float
+
+    def __post_init__(self) -> None:
+        _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("lr_rule", self.lr_rule, LR_RULES)
+        for name in ("epochs", "batch_size", "micro_batch_size"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("steps", "warmup_epochs", "lr", "min_lr", "weight_decay", "clip_grad"):
+            _at_least(name, getattr(self, name), 0)
+        for beta in self.betas:
+            _in_range("betas", beta, 0, 1)
+        _in_range("ema_decay", self.ema_decay, 0, 1)
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after the rule."""
+        scale = self.batch_size / LINEAR_RULE_BATCH if self.lr_rule == "linear" else 1.0
+        return self.lr * scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When a run reports, validates and saves.
+
+    Attributes:
+        log_every: steps between log points; the only moments that wait for the device.
+        validate_every: epochs between validations.
+        save_every: epochs between checkpoints.
+        keep_last: newest checkpoints that are kept beside the best one.
+        keep_every: steps whose multiples are kept for good, 0 for none.
+    """
+
+    log_every: int
+    validate_every: int
+    save_every: int
+    keep_last: int
+    keep_every: int
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "validate_every", "save_every", "keep_last"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("keep_every", self.keep_every, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineConfig:
+    """Where and how a run is executed. Of these only `precision` changes its numbers.
+
+    Attributes:
+        nproc: worker processes on this machine; 0 takes one per GPU, and one on CPU.
+        nnodes: machines.
+        rdzv_endpoint: host:port where several machines meet.
+        device: `auto`, `cpu`, `cuda` or `mps`.
+        precision: `auto`, `fp32` or `bf16`.
+        compile: through torch.compile.
+        grad_checkpointing: computes activations twice in place of keeping them.
+        workers: loader processes per worker process, for image folders.
+        skip_bad: goes on without images that cannot be decoded, and counts them.
+        resume: `auto`, `must` or `never`.
+        tracker: `none`, `tensorboard` or `wandb`.
+    """
+
+    nproc: int = 0
+    nnodes: int = 1
+    rdzv_endpoint: str = ""
+    device: str = "auto"
+    precision: str = "auto"
+    compile: bool = False
+    grad_checkpointing: bool = False
+    workers: int = 4
+    skip_bad: bool = False
+    resume: str = "auto"
+    tracker: str = "none"
+
+    def __post_init__(self) -> None:
+        _one_of("precision", self.precision, PRECISIONS)
+        _one_of("resume", self.resume, RESUME_MODES)
+        _one_of("tracker", self.tracker, TRACKERS)
+        _one_of("device", self.device, ("auto", "cpu", "cuda", "mps"))
+        _at_least("nproc", self.nproc, 0)
+        _at_least("nnodes", self.nnodes, 1)
+        _at_least("workers", self.workers, 0)
+        if self.nnodes > 1 and not self.rdzv_endpoint:
+            raise ConfigError(
+                f"--nnodes is {self.nnodes} without --rdzv-endpoint",
+                "name the first machine, such as --rdzv-endpoint host:29500",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierRun:
+    """A training run of a classifier, complete.
+
+    Attributes:
+        command: the command that made it.
+        arch: a row of the table of architectures.
+        data: a built-in name or a folder.
+        out: the run folder.
+        seed: of initial weights, data order, augmentation and stochastic depth.
+        num_train: training images, which fixes the steps of an epoch.
+        num_val: validation images.
+    """
+
+    command: str
+    arch: str
+    data: str
+    out: str
+    seed: int
+    num_train: int
+    num_val: int
+    rope: RopeConfig
+    model: ModelConfig
+    augment: AugmentConfig
+    optim: OptimConfig
+    checkpoint: CheckpointConfig
+    machine: MachineConfig = field(default_factory=MachineConfig)
+
+    def __post_init__(self) -> None:
+        self.rope.check_head_dim(deit_size(self.arch).head_dim)
+        _at_least("seed", self.seed, 0)
+        if self.optim.batch_size > self.num_train * self.augment.repeated_aug:
+            raise ConfigError(
+                f"--batch-size {self.optim.batch_size} is more than the {self.num_train} "
+                f"training images of {self.data}",
+                f"use at most {self.num_train}",
+            )
+        if self.optim.schedule != "constant" and self.total_steps <= self.warmup_steps:
+            raise ConfigError(
+                f"--warmup-epochs {self.optim.warmup_epochs} leaves nothing of a run of "
+                f"{self.total_steps} steps ({self.steps_per_epoch} per epoch)",
+                "use fewer warm-up epochs, or a longer run",
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps per epoch; what is left of a shuffled epoch is dropped."""
+        return self.num_train // self.optim.batch_size
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.optim.steps or self.optim.epochs * self.steps_per_epoch
+
+    @property
+    def warmup_steps(self) -> int:
+        """Optimizer steps of the warm-up."""
+        return self.optim.warmup_epochs * self.steps_per_epoch
+
+    def split_batch(self, world_size: int) -> tuple[int, int]:
+        """How a step is shared out.
+
+        Returns:
+            images at a time per process, and how many times before the optimizer steps.
+
+        Raises:
+            ConfigError: the total batch cannot be met exactly; the nearest that can are named.
+        """
+        batch = self.optim.batch_size
+        micro = min(self.optim.micro_batch_size, max(batch // world_size, 1))
+        unit = micro * world_size
+        if batch % unit:
+            near = sorted({max(1, batch // unit) * unit, (batch // unit + 1) * unit})
+            raise ConfigError(
+                f"--batch-size {batch} does not split into {world_size} process(es) x "
+                f"{micro} images",
+                f"the nearest that do: {', '.join(map(str, near))}; or change "
+                "--micro-batch-size or --nproc",
+            )
+        if self.augment.mixes and micro % MIX_GROUP:
+            raise ConfigError(
+                f"{micro} images at a time per process do not hold whole mixing groups of "
+                f"{MIX_GROUP}",
+                f"use a multiple of {MIX_GROUP}, or --mixup 0 --cutmix 0",
+            )
+        return micro, batch // unit
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{_option(name)} is {value}; it must be {' or '.join(allowed)}")
+
+
+def _at_least(name: str, value: float, lowest: float) -> None:
+    if not value >= lowest:
+        raise ConfigError(f"{_option(name)} is {value}; it must be {lowest} or more")
+
+
+def _in_range(name: str, value: float, low: float, high: float, closed: bool = False) -> None:
+    if not (low <= value < high or (closed and value == high)):
+        end = "]" if closed else ")"
+        raise ConfigError(f"{_option(name)} is {value}; it must be in [{low}, {high}{end}")

@@ -1,0 +1,183 @@
+"""Image folders: decoded, cropped and augmented in loader processes, normalised on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from timm.data import create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from spiralrope_cli.core.config.datasets import list_images, val_folder
+from spiralrope_cli.core.config.runs import AugmentConfig
+from spiralrope_cli.core.errors import DataError
+from spiralrope_cli.core.runtime.seeds import seed_everything
+
+Transform = Callable[[Image.Image], np.ndarray]
+MAX_TRIES = 16
+"""Unreadable images in a row before a training sample is given up with `skip_bad`."""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A picture that could not be decoded, carried out of a loader process in one piece."""
+
+    path: str
+    reason: str
+
+    def error(self) -> DataError:
+        """The error that ends a run without --skip-bad."""
+        return DataError(
+            f"image {self.path} cannot be read: {self.reason}",
+            "remove it, or go on without such images by --skip-bad",
+        )
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One collated batch: images [B, 3, h, w] uint8, labels [B] int64, and what failed."""
+
+    images: Tensor
+    labels: Tensor
+    unreadable: tuple[Unreadable, ...]
+
+
+class ImageFiles(Dataset[Any]):
+    """Image files by key: (number, seed parts) in training, (number, None) in evaluation.
+
+    Args:
+        files: (path, class number) of every image.
+        transform: picture to uint8 array [3, h, w].
+        grey: whether the network takes one channel.
+    """
+
+    def __init__(self, files: list[tuple[str, int]], transform: Transform, grey: bool) -> None:
+        # Plain arrays: a list of a million tuples would be copied page by page in each worker.
+        self.paths = np.array([path for path, _ in files], dtype=np.bytes_)
+        self.labels = np.array([label for _, label in files], dtype=np.int64)
+        self.transform = transform
+        self.mode = "L" if grey else "RGB"
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, key: tuple[int, tuple[int, ...] | None]) -> tuple[Any, int, Any]:
+        """(array or None, label, unreadable or None); nothing random but by the seed parts."""
+        number, parts = key
+        path = self.paths[number].decode()
+        try:
+            with Image.open(path) as image:
+                picture = _flattened(image).convert(self.mode)
+        except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+            reason = str(error).replace(path, "").strip(" '") or type(error).__name__
+            return None, int(self.labels[number]), Unreadable(path, reason)
+        except Image.DecompressionBombError:
+            return None, int(self.labels[number]), Unreadable(path, "it is too large")
+        if parts is not None:
+            seed_everything("augment", *parts)
+        array = np.asarray(self.transform(picture))
+        return array, int(self.labels[number]), None
+
+
+def _flattened(image: Image.Image) -> Image.Image:
+    """Transparency over black, as a palette or an alpha channel would otherwise lose it."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    return image
+
+
+class TrainFiles(ImageFiles):
+    """The same, but an unreadable image is replaced by the next readable one, and told."""
+
+    def __getitem__(self, key: tuple[int, tuple[int, ...] | None]) -> tuple[Any, int, Any]:
+        """As `ImageFiles`, with all unreadable images that were passed over."""
+        number, parts = key
+        failed: list[Unreadable] = []
+        for offset in range(MAX_TRIES):
+            array, label, bad = super().__getitem__(((number + offset) % len(self), parts))
+            if bad is None:
+                return array, label, tuple(failed)
+            failed.append(bad)
+        return None, 0, tuple(failed)
+
+
+def collate(items: Sequence[tuple[Any, int, Any]]) -> Loaded:
+    """Stacks what could be read."""
+    good = [(array, label) for array, label, _ in items if array is not None]
+    bad: list[Unreadable] = []
+    for _, _, told in items:
+        bad += [told] if isinstance(told, Unreadable) else (told or ())
+    images = torch.from_numpy(np.stack([a for a, _ in good])) if good else torch.empty(0)
+    labels = torch.tensor([label for _, label in good], dtype=torch.int64)
+    return Loaded(images, labels, tuple(bad))
+
+
+def train_transform(size: tuple[int, int], augment: AugmentConfig) -> Transform:
+    """timm's training transform, up to uint8; it is normalised later, on the device."""
+    return create_transform(  # type: ignore[no-any-return]
+        size,
+        is_training=True,
+        use_prefetcher=True,
+        scale=(augment.crop_scale, 1.0),
+        hflip=augment.hflip,
+        color_jitter=augment.color_jitter or None,
+        auto_augment=None if augment.auto_augment == "none" else augment.auto_augment,
+        interpolation="bicubic",
+        re_prob=0.0,  # random erasing comes after normalisation
+    )
+
+
+def eval_transform(size: tuple[int, int], crop_ratio: float) -> Transform:
+    """timm's evaluation transform: resize to size / crop_ratio, centre crop, uint8."""
+    return create_transform(  # type: ignore[no-any-return]
+        size,
+        is_training=False,
+        use_prefetcher=True,
+        interpolation="bicubic",
+        crop_pct=crop_ratio,
+        crop_mode="center",
+    )
+
+
+def train_files(root: Path, size: tuple[int, int], augment: AugmentConfig, grey: bool) -> TrainFiles:
+    """The training images of a data folder."""
+    return TrainFiles(list_images(root / "train"), train_transform(size, augment), grey)
+
+
+def val_files(root: Path, size: tuple[int, int], crop_ratio: float, grey: bool) -> ImageFiles:
+    """The validation images of a data folder."""
+    folder = val_folder(root)
+    if folder is None:
+        raise DataError(f"{root} has no val/")
+    return ImageFiles(list_images(folder), eval_transform(size, crop_ratio), grey)
+
+
+def load(
+    files: ImageFiles, batches: Iterable[list[tuple[int, Any]]], workers: int, pin_memory: bool
+) -> Iterator[Loaded]:
+    """Batches by lists of keys, read ahead by loader processes."""
+    loader = DataLoader(
+        files,
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_one_thread if workers else None,
+    )
+    return iter(loader)
+
+
+def _one_thread(worker: int) -> None:
+    """Loader processes share the cores; and a Ctrl-C is the trainer's to answer."""
+    import signal
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

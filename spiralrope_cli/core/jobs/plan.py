@@ -1,0 +1,144 @@
+"""What a run is going to do, before it does it."""
+
+from __future__ import annotations
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+from spiralrope_cli.core.config.models import deit_size
+from spiralrope_cli.core.config.resolve import Resolved, flatten, to_nested
+from spiralrope_cli.core.config.runs import LINEAR_RULE_BATCH, ClassifierRun
+from spiralrope_cli.core.models.build import create_model
+from spiralrope_cli.core.rope import clamped_share
+from spiralrope_cli.core.runtime.launch import world_size
+
+CLAMP_HINT_SHARE = 0.15
+SOURCES = ("option", "config file", "environment", "data set", "recipe", "default")
+
+
+def print_plan(resolved: Resolved, first_step: int) -> None:
+    """Prints what was settled on, how it was derived, and where every value came from."""
+    console = Console(stderr=True, highlight=False)
+    table = Table(show_header=False, box=None, padding=(0, 1))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for name, text in plan_lines(resolved.run, first_step):
+        table.add_row(name, text)
+    for source in SOURCES:
+        if values := values_from(resolved, source):
+            table.add_row(f"by {source}", values, style="dim")
+    console.print(table)
+    for warning in [*resolved.warnings, *hints(resolved.run)]:
+        console.print(f"note: {warning}", soft_wrap=True)
+
+
+def plan_lines(run: ClassifierRun, first_step: int) -> list[tuple[str, str]]:
+    """(subject, sentence) for each thing that a run settles."""
+    model, optim, rope = run.model, run.optim, run.rope
+    parameters, flops = model_cost(run)
+    world = world_size(run.machine)
+    micro, accumulation = run.split_batch(world)
+    rule = (
+        f"{optim.lr:g} x {optim.batch_size}/{LINEAR_RULE_BATCH} = {optim.peak_lr:g}"
+        if optim.lr_rule == "linear"
+        else f"{optim.lr:g}, as given"
+    )
+    rows, columns = model.grid
+    lines = [
+        ("run", f"{run.out}" + (f", goes on at step {first_step}" if first_step else "")),
+        (
+            "data",
+            f"{run.data}: {run.num_train} training and {run.num_val} held-out images, "
+            f"{model.num_classes} classes",
+        ),
+        (
+            "model",
+            f"{run.arch}, {model.image_size[0]}x{model.image_size[1]} px, "
+            f"{rows}x{columns} patches of {model.patch_size} px; "
+            f"{parameters / 1e6:.2f} M parameters, {flops / 1e9:.3g} GFLOPs per image",
+        ),
+        ("RoPE", rope_line(run) if rope.enabled else "none: learned absolute positions alone"),
+        (
+            "batch",
+            f"{optim.batch_size} = {world} process(es) x {micro} images x {accumulation} "
+            "accumulation step(s)",
+        ),
+        (
+            "lr",
+            f"{rule}; {optim.schedule}"
+            + (
+                ""
+                if optim.schedule == "constant"
+                else f" to {optim.min_lr:g}, warm-up {optim.warmup_epochs} epochs "
+                f"from {optim.warmup_lr:g}"
+            ),
+        ),
+        (
+            "length",
+            f"{run.total_steps} steps, {run.steps_per_epoch} per epoch: "
+            f"{run.total_steps / run.steps_per_epoch:g} epochs",
+        ),
+    ]
+    return lines
+
+
+def rope_line(run: ClassifierRun) -> str:
+    """Directions and how they are fed."""
+    rope = run.rope
+    between = f"every {180 / rope.num_directions:g} degrees"
+    return (
+        f"rotate {rope.rotate}: K = {rope.num_directions} directions, {between}; "
+        f"{rope.freqs_for}, {rope.projection}, {rope.scaling}"
+    )
+
+
+def model_cost(run: ClassifierRun) -> tuple[int, int]:
+    """Parameters, and floating point operations of one forward pass on one image."""
+    model = run.model
+    with torch.device("meta"):
+        network = create_model(
+            run.arch,
+            rope=run.rope,
+            num_classes=model.num_classes,
+            image_size=model.image_size,
+            patch_size=model.patch_size,
+            in_chans=model.in_chans,
+        )
+        counter = FlopCounterMode(display=False)
+        with counter, torch.no_grad():
+            network(torch.empty(1, model.in_chans, *model.image_size))
+    return sum(p.numel() for p in network.parameters()), counter.get_total_flops()
+
+
+def values_from(resolved: Resolved, source: str) -> str:
+    """All values that came from one place."""
+    values = flatten(to_nested(resolved.run))
+    shown = {"out", "num_train", "num_val", "command"}
+    defaults = values.keys() - resolved.sources.keys() - shown
+    names = (
+        [name for name in values if name in defaults or resolved.sources.get(name) == source]
+        if source == "default"
+        else [name for name in values if resolved.sources.get(name) == source]
+    )
+    return ", ".join(f"{name} {_short(values[name])}" for name in names)
+
+
+def _short(value: object) -> str:
+    if isinstance(value, list):
+        return "x".join(_short(item) for item in value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "''" if value == "" else str(value)
+
+
+def hints(run: ClassifierRun) -> list[str]:
+    """Advice on settings that work but may not be what is wanted."""
+    rope = run.rope
+    if not rope.enabled or rope.rotate <= 1 or rope.projection == "exact":
+        return []
+    share = clamped_share(run.model.grid, rope, deit_size(run.arch).head_dim)
+    if share < CLAMP_HINT_SHARE:
+        return []
+    return [f"the grid's border flattens {share:.0%} of the positions; try --projection exact"]

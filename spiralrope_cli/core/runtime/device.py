@@ -1,0 +1,89 @@
+"""Which device and precision a run uses, and the settings that make it fast there."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+
+import torch
+
+from spiralrope_cli.core.config.runs import MachineConfig
+from spiralrope_cli.core.errors import ConfigError
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
+
+
+def pick_device(machine: MachineConfig) -> torch.device:
+    """The device of this process; GPUs go by the local rank.
+
+    Raises:
+        ConfigError: a device was asked for that this machine lacks.
+    """
+    kind = machine.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError("--device cuda: torch sees no GPU here", "use --device cpu")
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"--nproc asks for more processes than the {torch.cuda.device_count()} GPU(s) here"
+            )
+        return torch.device("cuda", local_rank)
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("--device mps: torch sees no such device here", "use --device cpu")
+    return torch.device(kind)
+
+
+def pick_precision(setting: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype of autocast, and why it was chosen."""
+    if setting == "fp32":
+        return torch.float32, "--precision fp32"
+    if setting == "bf16":
+        return torch.bfloat16, "--precision bf16"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "this GPU computes bf16"
+        return torch.float32, "this GPU has no bf16"
+    if device.type == "cpu":
+        for name, there in (
+            ("AMX", torch.cpu._is_amx_tile_supported),
+            ("AVX512-BF16", torch.cpu._is_avx512_bf16_supported),
+        ):
+            if there():
+                return torch.bfloat16, f"this CPU has {name}"
+        return torch.float32, "this CPU has no bf16 instructions"
+    return torch.float32, f"bf16 is untried on {device.type}"
+
+
+def prepare(device: torch.device) -> None:
+    """Settings of the process, once, before the first tensor."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
+        torch.backends.cudnn.benchmark = True
+    elif device.type == "cpu":
+        keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep the memory that a step frees for the next one.
+
+    By default the activations of every step are handed back to the system and faulted in anew,
+    page by page, which costs a CPU train step several percent.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 25)
+        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+        libc.mallopt(_M_TOP_PAD, 1 << 26)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
+    """Mixed precision for forward passes; nothing at all in float32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)

@@ -1,0 +1,65 @@
+"""The process group: who we are, and sums over all."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+SLOWEST = timedelta(minutes=30)
+"""How long one process may be busy alone, with a checkpoint or the first look at a data set."""
+
+
+def rank() -> int:
+    """Number of this process, 0 without a group."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Processes in the group, 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(device: torch.device) -> None:
+    """Joins the group that the launcher's environment describes; NCCL for GPUs, else gloo."""
+    if world_size() > 1 and not dist.is_initialized():
+        on_gpu = device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", timeout=SLOWEST, device_id=device if on_gpu else None
+        )
+
+
+def stop() -> None:
+    """Leaves the group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Waits for everybody."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def total(value: Tensor) -> Tensor:
+    """Sum over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+def smallest(value: Tensor) -> Tensor:
+    """Minimum over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(value, op=dist.ReduceOp.MIN)
+    return value
+
+
+def largest(value: Tensor) -> Tensor:
+    """Maximum over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value

@@ -1,0 +1,191 @@
+"""Starts the workers of a job, joins a launcher that already did, and turns failures into one error.
+
+At module level this imports the standard library alone, so that usage errors stay fast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from spiralrope_cli.core.config.runs import MachineConfig
+from spiralrope_cli.core.errors import LaunchError, SpiralRopeError
+
+SHUTDOWN_SECONDS = 600
+"""How long workers may take to write a checkpoint after a signal."""
+
+ERROR_FOLDER_VARIABLE = "SPIRALROPE_ERROR_FOLDER"
+
+
+def joined_world_size() -> int | None:
+    """Processes of the launcher that started this one (torchrun, srun), None without one."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+        return int(os.environ["SLURM_NTASKS"])
+    return None
+
+
+def is_first_process() -> bool:
+    """Whether this command speaks for all that a launcher started."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def num_local_workers(machine: MachineConfig) -> int:
+    """`--nproc`, or one per GPU, or one.
+
+    Counting GPUs imports torch, so it is asked only where no number was given.
+    """
+    if machine.nproc:
+        return machine.nproc
+    if machine.device == "cpu":
+        return 1
+    import torch
+
+    return max(torch.cuda.device_count(), 1)
+
+
+def world_size(machine: MachineConfig) -> int:
+    """Processes that will share the work."""
+    return joined_world_size() or num_local_workers(machine) * machine.nnodes
+
+
+def launch(job: str, run: Any) -> None:
+    """Runs a job in as many processes as the run's machine settings say.
+
+    Args:
+        job: `module:function`, called as function(run) in every worker.
+        run: its config, with a `machine`.
+
+    Raises:
+        SpiralRopeError: what a worker raised, once.
+        LaunchError: a worker that died without a word.
+    """
+    machine: MachineConfig = run.machine
+    if joined_world_size() is not None:
+        _adopt_slurm()
+        _function(job)(run)
+        return
+    num_workers = num_local_workers(machine)
+    if num_workers * machine.nnodes == 1:
+        _function(job)(run)
+        return
+    _launch_elastic(job, run, num_workers)
+
+
+def _function(job: str) -> Callable[[Any], None]:
+    module, name = job.split(":")
+    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+
+
+def _adopt_slurm() -> None:
+    """Gives srun's tasks the names that torch.distributed reads."""
+    if "RANK" in os.environ:
+        return
+    env = os.environ
+    env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
+    env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
+    first_node = env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+    env.setdefault("MASTER_ADDR", first_node)
+    job_number = int(env.get("SLURM_JOB_ID", "0"))
+    env.setdefault("MASTER_PORT", str(20000 + job_number % 20000))
+
+
+def _launch_elastic(job: str, run: Any, num_workers: int) -> None:
+    import logging
+
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
+    machine: MachineConfig = run.machine
+    _limit_threads(num_workers)
+    with tempfile.TemporaryDirectory(prefix="spiralrope-") as folder:
+        os.environ[ERROR_FOLDER_VARIABLE] = folder
+        settings = LaunchConfig(
+            min_nodes=machine.nnodes,
+            max_nodes=machine.nnodes,
+            nproc_per_node=num_workers,
+            run_id=Path(run.out).name,
+            rdzv_backend="c10d",
+            rdzv_endpoint=machine.rdzv_endpoint or "localhost:0",
+            max_restarts=0,
+            monitor_interval=0.1,
+            shutdown_timeout=SHUTDOWN_SECONDS,
+        )
+        try:
+            elastic_launch(settings, _work)(job, run)
+        except SignalException as stopped:
+            sys.exit(128 + stopped.sigval)
+        except ChildFailedError as failed:
+            _raise_first(Path(folder), failed)
+
+
+def _limit_threads(num_workers: int) -> None:
+    """Cores are shared out, unless the user set the number; torchrun would give each one thread."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // num_workers)))
+
+
+def _work(job: str, run: Any) -> None:
+    """What a worker process executes; its error is left in a file for the parent."""
+    try:
+        _function(job)(run)
+    except SpiralRopeError as error:
+        _leave_error(error)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:
+        import traceback
+
+        _leave_error(LaunchError(f"worker {os.environ.get('RANK')} failed", traceback.format_exc()))
+        sys.exit(1)
+
+
+def _leave_error(error: SpiralRopeError) -> None:
+    path = Path(os.environ[ERROR_FOLDER_VARIABLE]) / f"{os.environ.get('RANK', '0')}.json"
+    told = {
+        "time": time.time(),
+        "message": error.message,
+        "hint": error.hint,
+        "exit_code": error.exit_code,
+    }
+    with contextlib.suppress(OSError):
+        path.write_text(json.dumps(told))
+
+
+def _raise_first(folder: Path, failed: Any) -> None:
+    """Raises the first worker's error; the others mostly fail because the first did."""
+    told = sorted(
+        (json.loads(path.read_text()) for path in folder.glob("*.json")),
+        key=lambda each: each["time"],
+    )
+    if told:
+        error = SpiralRopeError(told[0]["message"], told[0]["hint"])
+        error.exit_code = told[0]["exit_code"]
+        raise error from None
+    rank, failure = failed.get_first_failure()
+    code = failure.exitcode
+    if code in (130, 143):
+        sys.exit(code)
+    if code < 0:
+        why = signal.Signals(-code).name
+        raise LaunchError(
+            f"worker {rank} was killed by {why}",
+            "often the system ran out of memory: try a smaller --micro-batch-size"
+            if why == "SIGKILL"
+            else "",
+        ) from None
+    raise LaunchError(f"worker {rank} left with exit code {code}") from None

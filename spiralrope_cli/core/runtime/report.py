@@ -1,0 +1,216 @@
+"""What a run tells: a live display on a terminal, lines elsewhere, and `metrics.jsonl`.
+
+Everything here goes to stderr and comes from the first worker alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from spiralrope_cli.core.runtime.tracker import open_tracker
+
+METRICS_FILE = "metrics.jsonl"
+CURVES_FILE = "curves.png"
+FIGURES = (("acc1", 2), ("acc5", 2), ("val_loss", 4))
+UNITS = {"lr": "{:.3g}", "loss": "{:.4f}", "grad_norm": "{:.3f}", "images_per_s": "{:.0f}"}
+LABELS = {"grad_norm": "|grad|", "images_per_s": "images/s"}
+
+
+class Reporter:
+    """Shows and records the progress of a run.
+
+    Args:
+        folder: the run folder.
+        total_steps: of the run.
+        steps_per_epoch: of the run.
+        tracker: `none`, `tensorboard` or `wandb`.
+        config: nested values, for trackers.
+        first: whether this worker speaks; a silent reporter accepts everything.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        total_steps: int,
+        steps_per_epoch: int,
+        tracker: str,
+        config: dict[str, Any],
+        first: bool,
+    ) -> None:
+        self.first = first
+        self.folder = folder
+        self.console = Console(stderr=True, quiet=not first)
+        self._total_steps, self._steps_per_epoch = total_steps, steps_per_epoch
+        self._best = ""
+        self._live: Live | None = None
+        self._track: Callable[[int, dict[str, float]], None] = lambda step, values: None
+        self._close_tracker: Callable[[], None] = lambda: None
+        if first:
+            self._track, self._close_tracker = open_tracker(tracker, folder, config)
+        self._progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(None),
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=self.console,
+            expand=True,
+        )
+        self._task = self._progress.add_task("", total=total_steps, epoch="")
+        self._status = Text()
+
+    def start(self, step: int) -> None:
+        """Opens the display at a step."""
+        self._started = (time.monotonic(), step)
+        if self.first and self.console.is_terminal:
+            self._progress.reset(self._task, completed=step, epoch=self._epoch(step))
+            self._live = Live(
+                Group(self._progress, self._status), console=self.console, refresh_per_second=4
+            )
+            self._live.start()
+
+    def _epoch(self, step: int) -> str:
+        return f"{step / self._steps_per_epoch:.1f}/{self._total_steps / self._steps_per_epoch:g}"
+
+    def moved(self, step: int) -> None:
+        """Advances the bar; costs nothing where there is none."""
+        if self._live:
+            self._progress.update(self._task, completed=step, epoch=self._epoch(step))
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """A log point: loss, lr, grad_norm, images_per_s."""
+        self._record(step, {"epoch": step / self._steps_per_epoch, **values})
+        parts = [
+            f"{LABELS.get(key, key)} {form.format(values[key])}"
+            for key, form in UNITS.items()
+            if key in values
+        ]
+        if self._live:
+            self._status.plain = "  ".join([*parts, self._best])
+            return
+        since, first_step = self._started
+        pace = (time.monotonic() - since) / max(step - first_step, 1)
+        left = timedelta(seconds=round(pace * (self._total_steps - step)))
+        self.say(
+            f"epoch {self._epoch(step)}  step {step}/{self._total_steps}  "
+            f"{'  '.join(parts)}  left {left}"
+        )
+
+    def validated(self, step: int, values: dict[str, float], best_acc1: float) -> None:
+        """A validation of raw and averaged weights."""
+        self._record(step, values)
+        self._best = f"best acc@1 {best_acc1:.2f} %"
+        self.say(
+            f"step {step}  acc@1 {values['acc1']:.2f} %  EMA {values['ema_acc1']:.2f} %  "
+            f"loss {values['val_loss']:.4f}  {self._best}"
+        )
+
+    def say(self, line: str) -> None:
+        """One plain line."""
+        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    def _record(self, step: int, values: dict[str, float]) -> None:
+        if not self.first:
+            return
+        line = {"step": step, **values, "time": round(time.time(), 3)}
+        with (self.folder / METRICS_FILE).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self._track(step, values)
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live:
+            self._live.stop()
+        self._close_tracker()
+
+
+class Clock:
+    """Images per second between log points, without the time that validation and saving take."""
+
+    def __init__(self, batch_size: int, step: int) -> None:
+        self._batch_size = batch_size
+        self._since = (time.perf_counter(), step)
+        self._paused = 0.0
+
+    def rate(self, step: int) -> float:
+        """Images per second since the last call."""
+        now, (then, first) = time.perf_counter(), self._since
+        seconds = now - then - self._paused
+        self._since, self._paused = (now, step), 0.0
+        return self._batch_size * (step - first) / max(seconds, 1e-9)
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leaves out what happens inside."""
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All lines of `metrics.jsonl`; a line that a crash cut off is left out."""
+    path = folder / METRICS_FILE
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
+
+
+def print_results(folder: Path) -> None:
+    """The final figures of a run, on stdout; the last line is for scripts to find."""
+    validations = [line for line in read_metrics(folder) if "acc1" in line]
+    if not validations:
+        return
+    last = validations[-1]
+    best = max(validations, key=lambda line: (line["acc1"], -line["step"]))
+    table = Table(title=str(folder), title_justify="left")
+    for column in ("weights", "step", "acc@1 %", "acc@5 %", "loss", "images"):
+        table.add_column(column, justify="left" if column == "weights" else "right")
+    for name, line, prefix in (
+        ("last, raw", last, ""),
+        ("last, EMA", last, "ema_"),
+        ("best, raw", best, ""),
+        ("best, EMA", best, "ema_"),
+    ):
+        figures = (f"{line[prefix + key]:.{n}f}" for key, n in FIGURES)
+        table.add_row(name, str(line["step"]), *figures, str(line["count"]))
+    console = Console()
+    console.print(table)
+    if (folder / CURVES_FILE).exists():
+        console.print(f"curves: {folder / CURVES_FILE}", soft_wrap=True, highlight=False)
+    console.print(f"held-out acc@1 {last['acc1']:.2f} %", highlight=False)
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Drops what was logged beyond a checkpoint: the resumed run will log it again."""
+    lines = [line for line in read_metrics(folder) if line["step"] <= step]
+    path = folder / METRICS_FILE
+    beside = path.with_suffix(".new")
+    beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    os.replace(beside, path)

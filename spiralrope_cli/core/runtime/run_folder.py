@@ -1,0 +1,99 @@
+"""A run's folder: its config, and whether a command may go on in it.
+
+Standard library and PyYAML only, so that the parent can refuse before any worker starts.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from spiralrope_cli.core.config.resolve import flatten, read_config, to_nested
+from spiralrope_cli.core.config.runs import ClassifierRun
+from spiralrope_cli.core.errors import CheckpointError
+
+CONFIG_FILE = "config.yaml"
+CHECKPOINTS = "checkpoints"
+
+MAY_CHANGE = frozenset(
+    "out nproc nnodes rdzv_endpoint device compile grad_checkpointing workers skip_bad resume "
+    "tracker log_every validate_every save_every keep_last keep_every".split()
+)
+"""Fields that a resumed run may have other values of: they do not change what is computed."""
+
+
+def steps_on_disk(folder: Path) -> list[int]:
+    """Steps of all whole checkpoints, in rising order."""
+    checkpoints = folder / CHECKPOINTS
+    if not checkpoints.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in checkpoints.iterdir() if entry.name.isdigit())
+
+
+def first_step(run: ClassifierRun) -> int:
+    """The step at which the run goes on in its folder, 0 to start.
+
+    Raises:
+        CheckpointError: the folder holds a run with other options, or `--resume` forbids or
+            demands a checkpoint.
+    """
+    folder = Path(run.out)
+    steps = steps_on_disk(folder)
+    if run.machine.resume == "must" and not steps:
+        raise CheckpointError(
+            f"--resume must: {folder / CHECKPOINTS} holds no checkpoint",
+            "use --resume auto to start there",
+        )
+    if not steps:
+        return 0
+    if run.machine.resume == "never":
+        raise CheckpointError(
+            f"--resume never: {folder} already holds checkpoints up to step {steps[-1]}",
+            "choose another --out or --name, or remove that folder",
+        )
+    check_same(run, folder)
+    return steps[-1]
+
+
+def check_same(run: ClassifierRun, folder: Path) -> None:
+    """Refuses to continue a run with options that compute something else.
+
+    Raises:
+        CheckpointError: names the first options that differ, with both values.
+    """
+    before = read_config(folder / CONFIG_FILE)
+    now = flatten(to_nested(run))
+    differing = [
+        f"{_option(name)} was {before.get(name)}, now {value}"
+        for name, value in now.items()
+        if name not in MAY_CHANGE and before.get(name) != value
+    ]
+    if differing:
+        more = f" (and {len(differing) - 3} more)" if len(differing) > 3 else ""
+        raise CheckpointError(
+            f"{folder} holds a run with other options: {'; '.join(differing[:3])}{more}",
+            "repeat those, or give this run another --name or --out",
+        )
+
+
+def _option(name: str) -> str:
+    return "--" + ("rope" if name == "enabled" else name).replace("_", "-")
+
+
+def write_config(run: ClassifierRun) -> None:
+    """Writes everything that is needed to repeat the run, in one piece."""
+    import yaml
+
+    path = Path(run.out) / CONFIG_FILE
+    beside = path.with_suffix(".new")
+    beside.write_text(yaml.safe_dump(to_nested(run), sort_keys=False))
+    os.replace(beside, path)
+
+
+def read_pointer(folder: Path, name: str) -> dict[str, Any]:
+    """Content of `best.json` or `last.json`, empty where there is none yet."""
+    import json
+
+    path = folder / CHECKPOINTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else {}

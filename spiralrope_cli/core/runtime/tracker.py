@@ -1,0 +1,54 @@
+"""Optional loggers beside `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from spiralrope_cli.core.errors import ConfigError
+
+Track = Callable[[int, dict[str, float]], None]
+
+
+def check_tracker(kind: str) -> None:
+    """Refuses a tracker that is not installed.
+
+    Raises:
+        ConfigError: says what to install.
+    """
+    if kind != "none" and importlib.util.find_spec(kind) is None:
+        raise ConfigError(
+            f"--tracker {kind} is not installed", f"pip install 'spiralrope[{kind}]'"
+        )
+
+
+def open_tracker(
+    kind: str, folder: Path, config: dict[str, Any]
+) -> tuple[Track, Callable[[], None]]:
+    """A function that takes (step, values), and one that closes it."""
+    if kind == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(folder / "tensorboard"))
+
+        def write(step: int, values: dict[str, float]) -> None:
+            for key, value in values.items():
+                writer.add_scalar(key, value, step)
+
+        return write, writer.close
+    if kind == "wandb":
+        import wandb
+
+        # The id is the folder's, so that a resumed run goes on where it was.
+        session = wandb.init(
+            project="spiralrope",
+            name=folder.name,
+            id=folder.name,
+            dir=str(folder),
+            config=config,
+            resume="allow",
+        )
+        return lambda step, values: session.log(values, step=step), session.finish
+    return lambda step, values: None, lambda: None

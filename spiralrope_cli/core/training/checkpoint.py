@@ -1,0 +1,163 @@
+"""Checkpoint folders that are whole or absent, whenever the process dies.
+
+    RUN/checkpoints/0000120/model.safetensors   raw weights, config in the metadata
+    RUN/checkpoints/0000120/ema.safetensors     averaged weights, likewise
+    RUN/checkpoints/0000120/trainer.pt          optimizer, step and best figures
+    RUN/checkpoints/best.json, last.json        which step is which
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from spiralrope_cli.core.errors import CheckpointError
+from spiralrope_cli.core.runtime.run_folder import CHECKPOINTS, steps_on_disk
+from spiralrope_cli.core.training.state import TrainState
+
+UNFINISHED = ".unfinished-"
+STEP_DIGITS = 7
+
+
+def step_folder(run_folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run_folder / CHECKPOINTS / f"{step:0{STEP_DIGITS}d}"
+
+
+def save(
+    run_folder: Path, state: TrainState, metadata: dict[str, str], keep_last: int, keep_every: int
+) -> Path:
+    """Writes the checkpoint of the state's step, then prunes older ones.
+
+    Raises:
+        CheckpointError: it could not be written; what lay there before is untouched.
+    """
+    final = step_folder(run_folder, state.step)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(run_folder)
+    if not final.exists():
+        unfinished = final.with_name(UNFINISHED + final.name)
+        try:
+            unfinished.mkdir()
+            _write(unfinished, state, metadata)
+            os.rename(unfinished, final)
+            _flush(final.parent)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise _cannot_write(final, error) from error
+    _point(run_folder / CHECKPOINTS / "last.json", {"step": state.step})
+    if state.best:
+        _point(run_folder / CHECKPOINTS / "best.json", state.best)
+    prune(run_folder, keep_last, keep_every, state.best.get("step"))
+    return final
+
+
+def _write(folder: Path, state: TrainState, metadata: dict[str, str]) -> None:
+    modules: dict[str, nn.Module] = {"model": state.model, "ema": state.ema.module}
+    for kind, module in modules.items():
+        save_model(module, str(folder / f"{kind}.safetensors"), {**metadata, "weights": kind})
+    trainer = {
+        "optimizer": state.optimizer.state_dict(),
+        "step": state.step,
+        "best": state.best,
+    }
+    torch.save(trainer, folder / "trainer.pt")
+    for path in folder.iterdir():
+        _flush(path)
+    _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _point(path: Path, content: dict[str, Any]) -> None:
+    beside = path.with_suffix(".new")
+    beside.write_text(json.dumps(content))
+    _flush(beside)
+    os.replace(beside, path)
+
+
+def _cannot_write(path: Path, error: Exception) -> CheckpointError:
+    free = shutil.disk_usage(path.parent).free
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    if full or free < 2**20:
+        return CheckpointError(
+            f"no space left for checkpoint {path} ({free / 2**20:.0f} MiB free)",
+            "free some, or choose another --out; the same command then resumes",
+        )
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return CheckpointError(f"checkpoint {path} could not be written: {reason}")
+
+
+def remove_unfinished(run_folder: Path) -> None:
+    """Clears what a killed save left behind; only whoever holds the run folder may call it."""
+    for leftover in (run_folder / CHECKPOINTS).glob(UNFINISHED + "*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def prune(run_folder: Path, keep_last: int, keep_every: int, best: int | None) -> None:
+    """Removes all but the newest, the best, and the multiples that are kept for good."""
+    steps = steps_on_disk(run_folder)
+    for step in steps[:-keep_last]:
+        if step != best and not (keep_every and step % keep_every == 0):
+            # Renamed first: a removal that is cut short must not leave half a checkpoint.
+            doomed = step_folder(run_folder, step)
+            hidden = doomed.with_name(UNFINISHED + doomed.name)
+            os.rename(doomed, hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
+
+
+def restore(run_folder: Path, step: int, state: TrainState) -> None:
+    """Puts the checkpoint of a step into the state.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or of another model.
+    """
+    folder = step_folder(run_folder, step)
+    try:
+        load_model(state.model, str(folder / "model.safetensors"))
+        load_model(state.ema.module, str(folder / "ema.safetensors"))
+        trainer = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        state.optimizer.load_state_dict(trainer["optimizer"])
+    except (OSError, RuntimeError, SafetensorError, KeyError, ValueError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"checkpoint {folder} cannot be read: {reason}",
+            "remove that folder to resume from the one before it",
+        ) from error
+    state.step, state.best = trainer["step"], trainer["best"]
+
+
+def needed_bytes(model: nn.Module) -> int:
+    """Size of one checkpoint: raw, averaged and two moments, in float32."""
+    return 4 * sum(4 * parameter.numel() for parameter in model.parameters())
+
+
+def check_space(run_folder: Path, model: nn.Module) -> None:
+    """Refuses a run whose first checkpoint would not fit on the disk.
+
+    Raises:
+        CheckpointError: too little is free.
+    """
+    free, needed = shutil.disk_usage(run_folder).free, needed_bytes(model)
+    if free < needed:
+        raise CheckpointError(
+            f"no space left in {run_folder}: a checkpoint takes {needed / 2**20:.0f} MiB, "
+            f"{free / 2**20:.0f} MiB are free",
+            "free some, or choose another --out",
+        )
+

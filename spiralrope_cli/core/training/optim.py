@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from spiralrope_cli.core.config.runs import OptimConfig
+
+NO_DECAY_NAMES = ("pos_embed", "cls_token")
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Two groups: matrices decay; norms, biases, position and class token do not."""
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        plain = parameter.ndim <= 1 or name.rpartition(".")[2] in NO_DECAY_NAMES
+        (free if plain else decayed).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": free, "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
+    """AdamW, fused where the device has it."""
+    device = next(model.parameters()).device.type
+    return torch.optim.AdamW(
+        parameter_groups(model, optim.weight_decay),
+        lr=optim.peak_lr,
+        betas=optim.betas,
+        fused=device in ("cuda", "cpu", "mps"),
+    )

@@ -1,0 +1,98 @@
+"""One optimizer step, and what is known about the steps since the last log point."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from spiralrope_cli.core.runtime import distributed
+from spiralrope_cli.core.training.state import TrainState
+
+Micro = TypeVar("Micro")
+NEVER = 2**62
+
+
+def train_step(
+    state: TrainState,
+    forward: nn.Module,
+    micro_batches: Sequence[Micro],
+    loss_fn: Callable[[nn.Module, Micro], Tensor],
+    *,
+    clip_grad: float = 0.0,
+    want_grad_norm: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """One optimizer step over this process's share of the batch, then one EMA update.
+
+    Nothing here waits for the device.
+
+    Args:
+        state: model, averaged weights and optimizer; its step is counted up.
+        forward: the model as it is called, wrapped for compilation and several processes.
+        micro_batches: all of the same size.
+        loss_fn: mean loss of one micro batch.
+        clip_grad: largest gradient norm, 0 for none.
+        want_grad_norm: whether the norm is asked for where nothing is clipped.
+
+    Returns:
+        mean loss of this process's share, and the gradient norm or None.
+    """
+    losses = []
+    for number, micro in enumerate(micro_batches, start=1):
+        last = number == len(micro_batches)
+        with _keep_local(forward, until_last=last):
+            loss = loss_fn(forward, micro)
+            (loss / len(micro_batches)).backward()
+        losses.append(loss.detach())
+    grad_norm = None
+    if clip_grad or want_grad_norm:
+        grads = [p.grad for p in state.model.parameters() if p.grad is not None]
+        grad_norm = nn.utils.get_total_norm(grads)
+        if clip_grad:
+            nn.utils.clip_grads_with_norm_(state.model.parameters(), clip_grad, grad_norm)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.ema.update(state.model)
+    state.step += 1
+    return torch.stack(losses).mean(), grad_norm
+
+
+def _keep_local(forward: nn.Module, *, until_last: bool) -> contextlib.AbstractContextManager[None]:
+    """Gradients travel between processes once per step, with the last micro batch."""
+    if isinstance(forward, DistributedDataParallel) and not until_last:
+        return forward.no_sync()
+    return contextlib.nullcontext()
+
+
+class LossMeter:
+    """Mean loss, and the first step whose loss was not finite, both kept on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sum = torch.zeros((), device=device)
+        self._first_bad = torch.full((), NEVER, dtype=torch.int64, device=device)
+        self._num_steps = 0
+
+    def add(self, step: int, loss: Tensor) -> None:
+        """Takes the loss of one step, without waiting for it."""
+        self._sum += loss
+        self._num_steps += 1
+        bad = torch.where(torch.isfinite(loss), NEVER, step)
+        self._first_bad = torch.minimum(self._first_bad, bad)
+
+    def read(self) -> tuple[float, int | None, bool]:
+        """Waits for the device and starts anew.
+
+        Returns:
+            mean loss over steps and processes, the first non-finite step or None, and whether
+            this process saw it.
+        """
+        mean = distributed.total(self._sum / max(self._num_steps, 1)) / distributed.world_size()
+        mine = self._first_bad.clone()
+        first = int(distributed.smallest(self._first_bad).item())
+        self._sum = torch.zeros_like(self._sum)
+        self._num_steps = 0
+        return mean.item(), None if first == NEVER else first, int(mine.item()) == first

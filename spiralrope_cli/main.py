@@ -1,0 +1,63 @@
+"""The command line: registers the commands, and is the one place that turns errors into words."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from spiralrope_cli.commands import pretrain
+from spiralrope_cli.core.errors import SpiralRopeError
+from spiralrope_cli.version import __version__
+
+DEBUG_VARIABLE = "SPIRALROPE_DEBUG"
+
+app = typer.Typer(
+    name="spiralrope",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("pretrain", epilog=pretrain.EXAMPLES)(pretrain.pretrain)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"spiralrope {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def spiralrope(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Vision and diffusion transformers with Spiral RoPE: rotary embedding in many directions.
+
+    Every command works without options on the bundled digits; COMMAND --help shows examples.
+    """
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app()
+    except SpiralRopeError as error:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        typer.echo(f"error: {error.message}", err=True)
+        if error.hint:
+            typer.echo(f"  {error.hint}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
