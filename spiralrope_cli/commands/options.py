@@ -241,9 +241,7 @@ LrRule = Annotated[
         metavar=choice(LR_RULES),
     ),
 ]
-MinLr = Annotated[
-    float | None, option("--min-lr", panel=RECIPE, text="Where the cosine ends.")
-]
+MinLr = Annotated[float | None, option("--min-lr", panel=RECIPE, text="Where the cosine ends.")]
 WarmupEpochs = Annotated[
     int | None, option("--warmup-epochs", panel=RECIPE, text="Length of the linear warm-up.")
 ]
@@ -301,17 +299,13 @@ Resume = Annotated[
 ]
 Config = Annotated[
     Path | None,
-    option(
-        "--config", panel=RUN, text="config.yaml of a run to repeat; options win over it."
-    ),
+    option("--config", panel=RUN, text="config.yaml of a run to repeat; options win over it."),
 ]
 Tracker = Annotated[
     str | None,
     option("--tracker", panel=RUN, text="Log there too.", metavar=choice(TRACKERS)),
 ]
-LogEvery = Annotated[
-    int | None, option("--log-every", panel=RUN, text="Steps between log points.")
-]
+LogEvery = Annotated[int | None, option("--log-every", panel=RUN, text="Steps between log points.")]
 ValidateEvery = Annotated[
     int | None, option("--validate-every", panel=RUN, text="Epochs between validations.")
 ]
@@ -325,9 +319,7 @@ KeepEvery = Annotated[
     int | None,
     option("--keep-every", panel=RUN, text="Steps whose multiples are kept for good; 0: none."),
 ]
-DryRun = Annotated[
-    bool, option("--dry-run", panel=RUN, text="Print the resolved plan and stop.")
-]
+DryRun = Annotated[bool, option("--dry-run", panel=RUN, text="Print the resolved plan and stop.")]
 
 # --- Machine
 Nproc = Annotated[

@@ -127,7 +127,7 @@ def angle_table(
             along = along.clamp(-reach, reach)
         factor = trained / side if config.scaling == "interpolate" else 1.0
         halves.append((along + reach) * factor)
-    return torch.where(in_first_half, *halves) * frequency
+    return torch.where(in_first_half, halves[0], halves[1]) * frequency
 
 
 def clamped_share(grid: tuple[int, int], config: RopeConfig, head_dim: int) -> float:
@@ -137,7 +137,7 @@ def clamped_share(grid: tuple[int, int], config: RopeConfig, head_dim: int) -> f
         along.abs() > (side - 1) / 2 + 1e-9
         for along, side in zip(projections(grid, angle), grid, strict=True)
     ]
-    return torch.where(in_first_half, *touched).double().mean().item()
+    return torch.where(in_first_half, touched[0], touched[1]).double().mean().item()
 
 
 class _Turn(torch.autograd.Function):
@@ -181,7 +181,7 @@ def turn(x: Tensor, turns: Tensor) -> Tensor:
     Returns:
         [..., D] in the dtype of x.
     """
-    return _Turn.apply(x, turns)  # type: ignore[no-any-return,no-untyped-call]
+    return _Turn.apply(x, turns)
 
 
 class SpiralRoPE(nn.Module):

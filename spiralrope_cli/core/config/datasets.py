@@ -152,7 +152,8 @@ def find_data_set(data: str) -> DataSet:
         )
     if not train.is_dir() or val is None:
         missing = [
-            name for name, there in (("train/", train.is_dir()), ("val/", val is not None))
+            name
+            for name, there in (("train/", train.is_dir()), ("val/", val is not None))
             if not there
         ]
         raise DataError(

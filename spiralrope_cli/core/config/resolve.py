@@ -95,9 +95,7 @@ def resolve_pretrain(options: dict[str, Any], config_file: Path | None = None) -
     return Resolved(build(ClassifierRun, values), sources, tuple(warnings))
 
 
-def inert_augment(
-    values: dict[str, Any], data_set: DataSet, sources: dict[str, str]
-) -> list[str]:
+def inert_augment(values: dict[str, Any], data_set: DataSet, sources: dict[str, str]) -> list[str]:
     """One line for each given augmentation option that the geometry in use never reads."""
     unread = {"crop": ("max_shift", "max_rotation"), "shift": ("crop_scale",)}
     if data_set.kind == "folder" and values["geometry"] == "shift":
@@ -157,7 +155,8 @@ def leaf_types(kind: type) -> dict[str, Any]:
     """Field name -> type of every value below a config."""
     leaves: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(kind).items():
-        leaves.update(leaf_types(hint) if dataclasses.is_dataclass(hint) else {name: hint})
+        nested = isinstance(hint, type) and dataclasses.is_dataclass(hint)
+        leaves.update(leaf_types(hint) if nested else {name: hint})
     return leaves
 
 

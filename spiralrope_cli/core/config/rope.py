@@ -54,9 +54,7 @@ class RopeConfig:
             if getattr(self, name) not in allowed:
                 raise _refused(name, getattr(self, name), " or ".join(allowed))
         if self.rotate < 0:
-            raise _refused(
-                "rotate", self.rotate, "0 or more; it is half the number of directions"
-            )
+            raise _refused("rotate", self.rotate, "0 or more; it is half the number of directions")
         if not 0 <= self.truncate_percentage < 1:
             raise _refused("truncate_percentage", self.truncate_percentage, "in [0, 1)")
         if not self.theta > 1:

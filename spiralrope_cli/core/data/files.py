@@ -121,13 +121,13 @@ def collate(items: Sequence[tuple[Any, int, Any]]) -> Loaded:
 
 def train_transform(size: tuple[int, int], augment: AugmentConfig) -> Transform:
     """timm's training transform, up to uint8; it is normalised later, on the device."""
-    return create_transform(  # type: ignore[no-any-return]
+    return create_transform(
         size,
         is_training=True,
         use_prefetcher=True,
         scale=(augment.crop_scale, 1.0),
         hflip=augment.hflip,
-        color_jitter=augment.color_jitter or None,
+        color_jitter=augment.color_jitter,
         auto_augment=None if augment.auto_augment == "none" else augment.auto_augment,
         interpolation="bicubic",
         re_prob=0.0,  # random erasing comes after normalisation
@@ -136,7 +136,7 @@ def train_transform(size: tuple[int, int], augment: AugmentConfig) -> Transform:
 
 def eval_transform(size: tuple[int, int], crop_ratio: float) -> Transform:
     """timm's evaluation transform: resize to size / crop_ratio, centre crop, uint8."""
-    return create_transform(  # type: ignore[no-any-return]
+    return create_transform(
         size,
         is_training=False,
         use_prefetcher=True,
@@ -146,7 +146,9 @@ def eval_transform(size: tuple[int, int], crop_ratio: float) -> Transform:
     )
 
 
-def train_files(root: Path, size: tuple[int, int], augment: AugmentConfig, grey: bool) -> TrainFiles:
+def train_files(
+    root: Path, size: tuple[int, int], augment: AugmentConfig, grey: bool
+) -> TrainFiles:
     """The training images of a data folder."""
     return TrainFiles(list_images(root / "train"), train_transform(size, augment), grey)
 
@@ -165,7 +167,7 @@ def load(
     """Batches by lists of keys, read ahead by loader processes."""
     loader = DataLoader(
         files,
-        batch_sampler=batches,  # type: ignore[arg-type]
+        batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate,
         pin_memory=pin_memory,

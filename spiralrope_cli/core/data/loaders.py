@@ -148,9 +148,7 @@ class ClassifierData:
         images = (images - self._mean) / self._std
         first = step * run.optim.batch_size + part.start
         images = erase(images, run.augment.random_erasing, run.seed, first)
-        images, targets = mix(
-            images, labels, run.augment, run.model.num_classes, run.seed, first
-        )
+        images, targets = mix(images, labels, run.augment, run.model.num_classes, run.seed, first)
         return Batch(images, targets, part, numbers)
 
     def val_batches(self) -> Iterator[tuple[Tensor, Tensor]]:

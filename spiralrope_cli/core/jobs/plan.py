@@ -46,7 +46,7 @@ def plan_lines(run: ClassifierRun, first_step: int) -> list[tuple[str, str]]:
         else f"{optim.lr:g}, as given"
     )
     rows, columns = model.grid
-    lines = [
+    return [
         ("run", f"{run.out}" + (f", goes on at step {first_step}" if first_step else "")),
         (
             "data",
@@ -81,7 +81,6 @@ def plan_lines(run: ClassifierRun, first_step: int) -> list[tuple[str, str]]:
             f"{run.total_steps / run.steps_per_epoch:g} epochs",
         ),
     ]
-    return lines
 
 
 def rope_line(run: ClassifierRun) -> str:

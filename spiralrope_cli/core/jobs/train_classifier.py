@@ -161,18 +161,28 @@ def classifier_loss(
 
 
 def validate(
-    config: ClassifierRun, job: Job, state: TrainState, data: ClassifierData, reporter: report.Reporter
+    config: ClassifierRun,
+    job: Job,
+    state: TrainState,
+    data: ClassifierData,
+    reporter: report.Reporter,
 ) -> None:
     """Measures raw and averaged weights, and remembers the best raw ones."""
     figures = evaluate(
         {"raw": state.model, "ema": state.ema.module},
-        data.val_batches(), job.device, partial(autocast, job.device, job.dtype),
+        data.val_batches(),
+        job.device,
+        partial(autocast, job.device, job.dtype),
     )
     raw, ema = figures["raw"], figures["ema"]
     values = {
         "epoch": state.step / config.steps_per_epoch,
-        "acc1": raw.acc1, "acc5": raw.acc5, "val_loss": raw.loss,
-        "ema_acc1": ema.acc1, "ema_acc5": ema.acc5, "ema_val_loss": ema.loss,
+        "acc1": raw.acc1,
+        "acc5": raw.acc5,
+        "val_loss": raw.loss,
+        "ema_acc1": ema.acc1,
+        "ema_acc5": ema.acc5,
+        "ema_val_loss": ema.loss,
         "count": raw.count,
     }
     if not state.best or raw.acc1 > state.best["acc1"]:
@@ -199,9 +209,7 @@ def save(config: ClassifierRun, job: Job, state: TrainState) -> None:
     distributed.barrier()
 
 
-def read_finite(
-    meter: LossMeter, config: ClassifierRun, job: Job, data: ClassifierData
-) -> float:
+def read_finite(meter: LossMeter, config: ClassifierRun, job: Job, data: ClassifierData) -> float:
     """Mean loss since the last look, or the end of the run where one was not finite."""
     mean, bad_step, mine = meter.read()
     if bad_step is None:

@@ -94,7 +94,9 @@ class Block(nn.Module):
         """
         gamma_1, gamma_2 = self.gamma_1, self.gamma_2
         if keep is not None:
-            gamma_1, gamma_2 = (gamma * on[:, None, None] for gamma, on in
-                                zip((gamma_1, gamma_2), keep, strict=True))  # [B, 1, C]
+            gamma_1, gamma_2 = (
+                gamma * on[:, None, None]
+                for gamma, on in zip((gamma_1, gamma_2), keep, strict=True)
+            )  # [B, 1, C]
         x = torch.addcmul(x, self.attn(self.norm1(x), turns), gamma_1)
         return torch.addcmul(x, self.mlp(self.norm2(x)), gamma_2)

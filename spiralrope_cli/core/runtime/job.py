@@ -101,9 +101,7 @@ def open_job(machine: MachineConfig, folder: Path) -> Iterator[Job]:
         distributed.barrier()
         stop.listen()
         leave.callback(stop.restore)
-        yield Job(
-            distributed.rank(), distributed.world_size(), device, dtype, reason, stop
-        )
+        yield Job(distributed.rank(), distributed.world_size(), device, dtype, reason, stop)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Starts the workers of a job, joins a launcher that already did, and turns failures into one error.
+"""Starts a job's workers or joins a launcher that did, and makes one error of their failures.
 
 At module level this imports the standard library alone, so that usage errors stay fast.
 """
@@ -84,7 +84,7 @@ def launch(job: str, run: Any) -> None:
 
 def _function(job: str) -> Callable[[Any], None]:
     module, name = job.split(":")
-    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+    return getattr(importlib.import_module(module), name)
 
 
 def _adopt_slurm() -> None:
@@ -147,7 +147,7 @@ def _work(job: str, run: Any) -> None:
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException:
+    except Exception:  # noqa: BLE001 - the parent shows the traceback of a bug, once
         import traceback
 
         _leave_error(LaunchError(f"worker {os.environ.get('RANK')} failed", traceback.format_exc()))

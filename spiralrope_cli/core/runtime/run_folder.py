@@ -17,8 +17,11 @@ CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
 
 MAY_CHANGE = frozenset(
-    "out nproc nnodes rdzv_endpoint device compile grad_checkpointing workers skip_bad resume "
-    "tracker log_every validate_every save_every keep_last keep_every".split()
+    (
+        *("out", "resume", "tracker", "skip_bad", "workers"),
+        *("nproc", "nnodes", "rdzv_endpoint", "device", "compile", "grad_checkpointing"),
+        *("log_every", "validate_every", "save_every", "keep_last", "keep_every"),
+    )
 )
 """Fields that a resumed run may have other values of: they do not change what is computed."""
 

@@ -19,9 +19,7 @@ def check_tracker(kind: str) -> None:
         ConfigError: says what to install.
     """
     if kind != "none" and importlib.util.find_spec(kind) is None:
-        raise ConfigError(
-            f"--tracker {kind} is not installed", f"pip install 'spiralrope[{kind}]'"
-        )
+        raise ConfigError(f"--tracker {kind} is not installed", f"pip install 'spiralrope[{kind}]'")
 
 
 def open_tracker(

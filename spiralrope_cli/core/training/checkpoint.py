@@ -1,9 +1,9 @@
 """Checkpoint folders that are whole or absent, whenever the process dies.
 
-    RUN/checkpoints/0000120/model.safetensors   raw weights, config in the metadata
-    RUN/checkpoints/0000120/ema.safetensors     averaged weights, likewise
-    RUN/checkpoints/0000120/trainer.pt          optimizer, step and best figures
-    RUN/checkpoints/best.json, last.json        which step is which
+RUN/checkpoints/0000120/model.safetensors   raw weights, config in the metadata
+RUN/checkpoints/0000120/ema.safetensors     averaged weights, likewise
+RUN/checkpoints/0000120/trainer.pt          optimizer, step and best figures
+RUN/checkpoints/best.json, last.json        which step is which
 """
 
 from __future__ import annotations
@@ -160,4 +160,3 @@ def check_space(run_folder: Path, model: nn.Module) -> None:
             f"{free / 2**20:.0f} MiB are free",
             "free some, or choose another --out",
         )
-
