@@ -110,9 +110,12 @@ def inert_augment(values: dict[str, Any], data_set: DataSet, sources: dict[str, 
                     f"not on the grey pictures of {data_set.data}",
                     "use --max-shift, --max-rotation, --random-erasing, --mixup or --cutmix",
                 )
+    inert = [(name, f"--geometry is {values['geometry']}") for name in unread[values["geometry"]]]
+    if values["auto_augment"] not in ("none", "3a") and values["color_jitter"]:
+        inert.append(("color_jitter", f"timm leaves it out beside {values['auto_augment']}"))
     return [
-        f"--{name.replace('_', '-')} has no effect: --geometry is {values['geometry']}"
-        for name in unread[values["geometry"]]
+        f"--{name.replace('_', '-')} has no effect: {reason}"
+        for name, reason in inert
         if sources.get(name) == "option"
     ]
 

@@ -5,6 +5,7 @@ Every field name is unique over all groups, and the command line option is that 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from spiralrope_cli.core.config.models import check_divides, deit_size
@@ -17,6 +18,7 @@ PRECISIONS = ("auto", "fp32", "bf16")
 RESUME_MODES = ("auto", "must", "never")
 TRACKERS = ("none", "tensorboard", "wandb")
 GEOMETRIES = ("crop", "shift")
+AUTO_AUGMENT_NAMES = r"none|3a|(rand|augmix|original|originalr|v0|v0r)(-.+)?"
 
 LINEAR_RULE_BATCH = 512
 """The linear rule multiplies the base learning rate by total batch / this."""
@@ -94,6 +96,13 @@ class AugmentConfig:
             _at_least(name, getattr(self, name), 0)
         _in_range("smoothing", self.smoothing, 0, 1)
         _at_least("repeated_aug", self.repeated_aug, 1)
+        if not re.fullmatch(AUTO_AUGMENT_NAMES, self.auto_augment):
+            raise ConfigError(
+                f"--auto-augment {self.auto_augment} is no policy of timm",
+                "there are none, 3a, rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, original and v0",
+            )
+        if not 0 < self.crop_scale <= 1:
+            raise ConfigError(f"--crop-scale is {self.crop_scale}; it must be in (0, 1]")
         if not 0 < self.crop_ratio <= 1:
             raise ConfigError(f"--crop-ratio is {self.crop_ratio}; it must be in (0, 1]")
 

@@ -16,12 +16,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from spiralrope_cli.core.config.datasets import list_images, val_folder
 from spiralrope_cli.core.config.runs import AugmentConfig
-from spiralrope_cli.core.errors import DataError
+from spiralrope_cli.core.errors import ConfigError, DataError
 from spiralrope_cli.core.runtime.seeds import seed_everything
 
 Transform = Callable[[Image.Image], np.ndarray]
 MAX_TRIES = 16
 """Unreadable images in a row before a training sample is given up with `skip_bad`."""
+
+GRACE_SECONDS = 60
+"""How long loader processes outlive a SIGTERM: the trainer finishes its step meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -120,22 +123,29 @@ def collate(items: Sequence[tuple[Any, int, Any]]) -> Loaded:
 
 
 def train_transform(size: tuple[int, int], augment: AugmentConfig) -> Transform:
-    """timm's training transform, up to uint8; it is normalised later, on the device."""
-    return create_transform(
-        size,
-        is_training=True,
-        use_prefetcher=True,
-        scale=(augment.crop_scale, 1.0),
-        hflip=augment.hflip,
-        color_jitter=augment.color_jitter,
-        auto_augment=None if augment.auto_augment == "none" else augment.auto_augment,
-        interpolation="bicubic",
-        re_prob=0.0,  # random erasing comes after normalisation
-    )
+    """The training transform of timm transform, up to uint8; it is normalised on the device.
+
+    Raises:
+        ConfigError: timm knows no such augmentation.
+    """
+    try:
+        return create_transform(
+            size,
+            is_training=True,
+            use_prefetcher=True,
+            scale=(augment.crop_scale, 1.0),
+            hflip=augment.hflip,
+            color_jitter=augment.color_jitter or None,  # type: ignore[arg-type]
+            auto_augment=None if augment.auto_augment == "none" else augment.auto_augment,
+            interpolation="bicubic",
+            re_prob=0.0,  # random erasing comes after normalisation
+        )
+    except (AssertionError, ValueError, KeyError, IndexError) as error:
+        raise ConfigError(f"--auto-augment {augment.auto_augment} is no policy of timm") from error
 
 
 def eval_transform(size: tuple[int, int], crop_ratio: float) -> Transform:
-    """timm's evaluation transform: resize to size / crop_ratio, centre crop, uint8."""
+    """The evaluation transform of timm: resize to size / crop_ratio, centre crop, uint8."""
     return create_transform(
         size,
         is_training=False,
@@ -178,8 +188,9 @@ def load(
 
 
 def _one_thread(worker: int) -> None:
-    """Loader processes share the cores; and a Ctrl-C is the trainer's to answer."""
+    """Loader processes share the cores; a signal to the whole group is the trainer's to answer."""
     import signal
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_SECONDS))

@@ -5,7 +5,7 @@ Legend: B images at a time per process, (h, w) pixels, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,7 +82,7 @@ class ClassifierData:
         """Whether the set lives on the device."""
         return self.run.data in BUILT_IN
 
-    def train_steps(self, first_step: int, last_step: int) -> Iterator[list[Batch]]:
+    def train_steps(self, first_step: int, last_step: int) -> Generator[list[Batch], None, None]:
         """This process's micro batches of each step, from `first_step` up to `last_step`."""
         steps = range(first_step, last_step)
         source = self._train_from_memory(steps) if self.in_memory else self._train_from_files(steps)

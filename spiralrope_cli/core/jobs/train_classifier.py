@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections import ChainMap
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -44,9 +46,9 @@ def run(config: ClassifierRun) -> None:
         step = run_folder.first_step(config)
         data = ClassifierData(config, job.device, job.rank, job.world_size)
         state, forward = build(config, job, step)
-        with open_report(config, job, step) as reporter:
+        steps = contextlib.closing(data.train_steps(step, total_steps))
+        with open_report(config, job, step) as reporter, steps as batches:
             meter, clock = LossMeter(job.device), report.Clock(optim.batch_size, step)
-            steps = data.train_steps(step, total_steps)
             while state.step < total_steps:
                 lr = lr_at(state.step, total_steps, config.steps_per_epoch, optim)
                 set_learning_rate(state.optimizer, lr)
@@ -54,7 +56,7 @@ def run(config: ClassifierRun) -> None:
                 loss, grad_norm = train_step(
                     state,
                     forward,
-                    next(steps),
+                    next(batches),
                     partial(classifier_loss, config, job, state),
                     clip_grad=optim.clip_grad,
                     want_grad_norm=log_now,
@@ -76,9 +78,9 @@ def run(config: ClassifierRun) -> None:
                 if stop and state.step < total_steps:
                     reporter.say(f"stopped at step {state.step}; the same command resumes")
                     sys.exit(128 + stop)
+        unreadable = distributed.gathered(data.bad.reasons)
         if job.is_first:
-            for path, reason in data.bad.reasons.items():
-                reporter.say(f"left out: {path}: {reason}")
+            report.say_unreadable(dict(ChainMap(*unreadable)))
             draw_curves([out], out / report.CURVES_FILE)
             report.print_results(out)
 
@@ -140,9 +142,7 @@ def build(config: ClassifierRun, job: Job, step: int) -> tuple[TrainState, nn.Mo
         model.compile()
     if job.world_size == 1:
         return state, model
-    return state, DistributedDataParallel(
-        model, gradient_as_bucket_view=True, broadcast_buffers=False
-    )
+    return state, DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def classifier_loss(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 SLOWEST = timedelta(minutes=30)
 """How long one process may be busy alone, with a checkpoint or the first look at a data set."""
@@ -56,6 +59,15 @@ def smallest(value: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(value, op=dist.ReduceOp.MIN)
     return value
+
+
+def gathered(value: T) -> list[T]:
+    """What every process holds, by rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def largest(value: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ class Reporter:
             self._live.start()
 
     def _epoch(self, step: int) -> str:
-        return f"{step / self._steps_per_epoch:.1f}/{self._total_steps / self._steps_per_epoch:g}"
+        return f"{step / self._steps_per_epoch:.1f}/{self._total_steps / self._steps_per_epoch:.3g}"
 
     def moved(self, step: int) -> None:
         """Advances the bar; costs nothing where there is none."""
@@ -180,6 +180,16 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return lines
+
+
+def say_unreadable(reasons: dict[str, str]) -> None:
+    """How many images were left out, and the first of them."""
+    if not reasons:
+        return
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"{len(reasons)} image(s) could not be read and were left out:", markup=False)
+    for path, reason in sorted(reasons.items())[:10]:
+        console.print(f"  {path}: {reason}", markup=False)
 
 
 def print_results(folder: Path) -> None:

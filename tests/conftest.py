@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+COMMAND = [sys.executable, "-m", "spiralrope_cli"]
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Loopback alone: a test that needs the world must fail here too."""
+    connect = socket.socket.connect
+
+    def guarded(self, address):
+        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "localhost", "::1"):
+            raise OSError(f"a test tried to reach {address}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+    monkeypatch.delenv("SPIRALROPE_DATA", raising=False)
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """An empty working folder, where `runs/` goes."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def spiralrope(runs):
+    """Runs the real command in a process of its own."""
+
+    def call(*words, expect=0, **more):
+        done = subprocess.run(
+            [*COMMAND, *map(str, words)],
+            cwd=runs,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**os.environ, "COLUMNS": "200"},
+            **more,
+        )
+        assert done.returncode == expect, done.stdout + done.stderr
+        return done
+
+    return call
+
+
+@pytest.fixture
+def started(runs):
+    """Starts the real command and leaves it running; it is ended with the test."""
+    children = []
+
+    def call(*words):
+        child = subprocess.Popen(
+            [*COMMAND, *map(str, words)],
+            cwd=runs,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "COLUMNS": "200"},
+            start_new_session=True,
+        )
+        children.append(child)
+        return child
+
+    yield call
+    for child in children:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """16 training and 10 validation pictures of two classes, that noise and brightness tell."""
+    root = tmp_path_factory.mktemp("images")
+    noise = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 5)):
+        for number, name in enumerate(("dark", "light")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = noise.integers(120 * number, 120 + 120 * number, (20, 24, 3))
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
+    return root
+
+
+SMALL_PICTURES = ("--image-size", 16, "--patch-size", 8, "--batch-size", 4, "--warmup-epochs", 0)
+
+
+@pytest.fixture
+def tiny(runs):
+    """Builds small runs on the digits: a few steps, fp32, no warm-up."""
+    from spiralrope_cli.core.config.resolve import resolve_pretrain
+
+    def make(**options):
+        base = {
+            "steps": 4,
+            "batch_size": 32,
+            "micro_batch_size": 16,
+            "warmup_epochs": 0,
+            "precision": "fp32",
+            "log_every": 2,
+            "nproc": 1,
+            "out": str(runs / "run"),
+        }
+        return resolve_pretrain({**base, **options}).run
+
+    return make
+
+
+def replace(run, **groups):
+    """A copy of a run with fields of its groups replaced: replace(run, optim={"lr": 1})."""
+    changed = {
+        name: dataclasses.replace(getattr(run, name), **fields) for name, fields in groups.items()
+    }
+    return dataclasses.replace(run, **changed)
+
+
+def same_tensors(one, other):
+    """Whether two nested structures of tensors and numbers are equal bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_tensors(one[k], other[k]) for k in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(
+            same_tensors(a, b) for a, b in zip(one, other, strict=True)
+        )
+    return one == other
+
+
+def relative_distance(one, other):
+    """L2 distance of two dicts of tensors over the length of the second."""
+    off = sum((one[name] - other[name]).double().square().sum() for name in other) ** 0.5
+    return (off / sum(other[name].double().square().sum() for name in other) ** 0.5).item()
