@@ -10,10 +10,9 @@ import typer
 
 from spiralrope_cli.core.config.rope import FREQS_FOR, PROJECTIONS, SCALINGS
 from spiralrope_cli.core.config.runs import (
-    LR_RULES,
+    DEVICES,
     PRECISIONS,
     RESUME_MODES,
-    SCHEDULES,
     TRACKERS,
 )
 
@@ -34,9 +33,9 @@ def option(*names: str, panel: str, text: str, metavar: str | None = None, **mor
     )
 
 
-def choice(allowed: tuple[str, ...]) -> str:
-    """How an option with a few words shows them."""
-    return "|".join(allowed)
+def choice(text: str, allowed: tuple[str, ...]) -> dict[str, str]:
+    """Text and placeholder of an option that takes one of a few words."""
+    return {"text": f"{text} ({', '.join(allowed)})", "metavar": "WORD"}
 
 
 def parse_size(text: str | tuple[int, int] | None) -> tuple[int, int] | None:
@@ -61,32 +60,15 @@ def given(context: typer.Context) -> dict[str, Any]:
     return options
 
 
-# --- Model
-Arch = Annotated[
-    str | None,
-    option("--arch", panel=MODEL, text="deit-ti, deit-s, deit-b or deit-l.", metavar="NAME"),
-]
-ImageSize = Annotated[
-    str | None,
-    option(
-        "--image-size",
-        panel=MODEL,
-        text="Side, or height x width, in pixels.",
-        metavar="N|HxW",
-        callback=parse_size,
-    ),
-]
-PatchSize = Annotated[
-    int | None, option("--patch-size", panel=MODEL, text="Side of a patch in pixels.")
-]
-DropPath = Annotated[
-    float | None, option("--drop-path", panel=MODEL, text="Stochastic depth rate in [0, 1).")
-]
-
 # --- Spiral RoPE
 Rope = Annotated[
     bool | None,
-    option("--rope/--no-rope", panel=ROPE, text="Rotary embedding, or the baseline without."),
+    option(
+        "--rope/--no-rope",
+        panel=ROPE,
+        metavar=" ",
+        text="Rotary embedding, or the baseline without.",
+    ),
 ]
 Rotate = Annotated[
     int | None,
@@ -105,8 +87,7 @@ FreqsFor = Annotated[
     option(
         "--freqs-for",
         panel=ROPE,
-        text="Geometric or linear series of frequencies.",
-        metavar=choice(FREQS_FOR),
+        **choice("Geometric or linear series of frequencies.", FREQS_FOR),
     ),
 ]
 MaxFreq = Annotated[
@@ -132,6 +113,7 @@ SameTheta = Annotated[
     bool | None,
     option(
         "--same-theta/--no-same-theta",
+        metavar=" ",
         panel=ROPE,
         text="All directions share one short series of frequencies.",
     ),
@@ -141,8 +123,7 @@ Projection = Annotated[
     option(
         "--projection",
         panel=ROPE,
-        text="Positions cut off at the grid's border, or the paper's formula.",
-        metavar=choice(PROJECTIONS),
+        **choice("Positions cut off at the grid's border, or the paper's formula.", PROJECTIONS),
     ),
 ]
 Scaling = Annotated[
@@ -150,121 +131,12 @@ Scaling = Annotated[
     option(
         "--scaling",
         panel=ROPE,
-        text="Positions on grids other than the trained one.",
-        metavar=choice(SCALINGS),
+        **choice("Positions on grids other than the trained one.", SCALINGS),
     ),
-]
-
-# --- Data and augmentation
-Data = Annotated[
-    str | None,
-    option(
-        "--data",
-        panel=DATA,
-        text="digits, fashion-mnist, or a folder with train/ and val/ of class folders. "
-        "Without it: $SPIRALROPE_DATA, else the bundled digits.",
-        metavar="NAME|FOLDER",
-    ),
-]
-CropRatio = Annotated[
-    float | None,
-    option(
-        "--crop-ratio",
-        panel=DATA,
-        text="Validation resizes to image size / this, then crops the centre.",
-    ),
-]
-Geometry = Annotated[
-    str | None,
-    option(
-        "--geometry",
-        panel=DATA,
-        text="Random resized crop, or small shifts and rotations.",
-        metavar="crop|shift",
-    ),
-]
-CropScale = Annotated[
-    float | None,
-    option("--crop-scale", panel=DATA, text="Smallest share of the area that crop keeps."),
-]
-MaxShift = Annotated[
-    float | None, option("--max-shift", panel=DATA, text="Pixels that shift moves by, at most.")
-]
-MaxRotation = Annotated[
-    float | None, option("--max-rotation", panel=DATA, text="Degrees that shift turns by, at most.")
-]
-Hflip = Annotated[float | None, option("--hflip", panel=DATA, text="Probability of mirroring.")]
-AutoAugment = Annotated[
-    str | None,
-    option(
-        "--auto-augment",
-        panel=DATA,
-        text="timm's name: 3a (3-Augment), rand-m9-mstd0.5-inc1 (RandAugment), ...; or none.",
-        metavar="NAME",
-    ),
-]
-ColorJitter = Annotated[
-    float | None, option("--color-jitter", panel=DATA, text="Strength, 0 for none.")
-]
-RandomErasing = Annotated[
-    float | None, option("--random-erasing", panel=DATA, text="Probability, 0 for none.")
-]
-RepeatedAug = Annotated[
-    int | None,
-    option("--repeated-aug", panel=DATA, text="Times each picture stands in a row; 1 is off."),
-]
-Mixup = Annotated[float | None, option("--mixup", panel=DATA, text="Alpha, 0 for none.")]
-Cutmix = Annotated[float | None, option("--cutmix", panel=DATA, text="Alpha, 0 for none.")]
-Smoothing = Annotated[
-    float | None, option("--smoothing", panel=DATA, text="Label smoothing in [0, 1).")
-]
-SkipBad = Annotated[
-    bool | None,
-    option("--skip-bad", panel=DATA, text="Go on without unreadable images, and count them."),
-]
-
-# --- Recipe
-Epochs = Annotated[int | None, option("--epochs", panel=RUN, text="Length in epochs.")]
-Steps = Annotated[
-    int | None,
-    option("--steps", panel=RECIPE, text="Length in optimizer steps, in place of epochs."),
-]
-Lr = Annotated[
-    float | None, option("--lr", panel=RECIPE, text="Base learning rate, before the rule.")
-]
-LrRule = Annotated[
-    str | None,
-    option(
-        "--lr-rule",
-        panel=RECIPE,
-        text="linear: times total batch / 512; none: as given.",
-        metavar=choice(LR_RULES),
-    ),
-]
-MinLr = Annotated[float | None, option("--min-lr", panel=RECIPE, text="Where the cosine ends.")]
-WarmupEpochs = Annotated[
-    int | None, option("--warmup-epochs", panel=RECIPE, text="Length of the linear warm-up.")
-]
-Schedule = Annotated[
-    str | None,
-    option(
-        "--schedule",
-        panel=RECIPE,
-        text="Cosine per step, constant, or the published code's steps per epoch.",
-        metavar=choice(SCHEDULES),
-    ),
-]
-WeightDecay = Annotated[
-    float | None, option("--weight-decay", panel=RECIPE, text="Of AdamW, on matrices alone.")
-]
-ClipGrad = Annotated[
-    float | None, option("--clip-grad", panel=RECIPE, text="Largest gradient norm, 0 for none.")
-]
-EmaDecay = Annotated[
-    float | None, option("--ema-decay", panel=RECIPE, text="Of the averaged weights, per step.")
 ]
 
 # --- Run
+Epochs = Annotated[int | None, option("--epochs", panel=RUN, text="Length in epochs.")]
 Out = Annotated[
     str | None,
     option(
@@ -293,8 +165,10 @@ Resume = Annotated[
     option(
         "--resume",
         panel=RUN,
-        text="Go on from the newest checkpoint: if there is one, only if, or not.",
-        metavar=choice(RESUME_MODES),
+        **choice(
+            "Go on from the newest checkpoint if there is one, insist on it, or never.",
+            RESUME_MODES,
+        ),
     ),
 ]
 Config = Annotated[
@@ -303,7 +177,7 @@ Config = Annotated[
 ]
 Tracker = Annotated[
     str | None,
-    option("--tracker", panel=RUN, text="Log there too.", metavar=choice(TRACKERS)),
+    option("--tracker", panel=RUN, **choice("Log there too.", TRACKERS)),
 ]
 LogEvery = Annotated[int | None, option("--log-every", panel=RUN, text="Steps between log points.")]
 ValidateEvery = Annotated[
@@ -319,7 +193,9 @@ KeepEvery = Annotated[
     int | None,
     option("--keep-every", panel=RUN, text="Steps whose multiples are kept for good; 0: none."),
 ]
-DryRun = Annotated[bool, option("--dry-run", panel=RUN, text="Print the resolved plan and stop.")]
+DryRun = Annotated[
+    bool, option("--dry-run", panel=RUN, metavar=" ", text="Print the resolved plan and stop.")
+]
 
 # --- Machine
 Nproc = Annotated[
@@ -338,24 +214,24 @@ RdzvEndpoint = Annotated[
 ]
 Device = Annotated[
     str | None,
-    option("--device", panel=MACHINE, text="By default the GPU.", metavar="auto|cpu|cuda|mps"),
+    option("--device", panel=MACHINE, **choice("By default the GPU.", DEVICES)),
 ]
 Precision = Annotated[
     str | None,
     option(
         "--precision",
         panel=MACHINE,
-        text="auto: bf16 where the device computes it.",
-        metavar=choice(PRECISIONS),
+        **choice("auto: bf16 where the device computes it.", PRECISIONS),
     ),
 ]
 Compile = Annotated[
-    bool | None, option("--compile/--no-compile", panel=MACHINE, text="Through torch.compile.")
+    bool | None, option("--compile", panel=MACHINE, metavar=" ", text="Through torch.compile.")
 ]
 GradCheckpointing = Annotated[
     bool | None,
     option(
-        "--grad-checkpointing/--no-grad-checkpointing",
+        "--grad-checkpointing",
+        metavar=" ",
         panel=MACHINE,
         text="Less memory: compute activations twice.",
     ),

@@ -5,6 +5,7 @@ from pathlib import Path
 import typer
 
 from spiralrope_cli.commands import options as o
+from spiralrope_cli.commands import recipe_options as r
 from spiralrope_cli.core.config.resolve import resolve_pretrain
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, world_size
 from spiralrope_cli.core.runtime.report import print_results
@@ -14,13 +15,15 @@ from spiralrope_cli.core.runtime.tracker import check_tracker
 EXAMPLES = """
 Examples:
 
-  spiralrope pretrain                                    DeiT-Ti on the bundled digits
+  spiralrope pretrain                                DeiT-Ti on digits
 
-  spiralrope pretrain --arch deit-s --rotate 2           DeiT-S, four directions
+  spiralrope pretrain --arch deit-s --rotate 2       four directions
 
-  spiralrope pretrain --data ~/imagenet --nproc 8        DeiT-B by the published recipe
+  spiralrope pretrain --no-rope --name baseline      no rotary embedding
 
-  spiralrope pretrain --no-rope --name baseline          without rotary embedding
+  spiralrope pretrain --data ~/imagenet --nproc 8    the published recipe
+
+  spiralrope pretrain --dry-run                      what it would do
 
   spiralrope pretrain --config runs/x/config.yaml --seed 1 --name seed1
 """
@@ -28,10 +31,10 @@ Examples:
 
 def pretrain(
     context: typer.Context,
-    arch: o.Arch = None,
-    image_size: o.ImageSize = None,
-    patch_size: o.PatchSize = None,
-    drop_path: o.DropPath = None,
+    arch: r.Arch = None,
+    image_size: r.ImageSize = None,
+    patch_size: r.PatchSize = None,
+    drop_path: r.DropPath = None,
     rope: o.Rope = None,
     rotate: o.Rotate = None,
     theta: o.Theta = None,
@@ -43,30 +46,30 @@ def pretrain(
     same_theta: o.SameTheta = None,
     projection: o.Projection = None,
     scaling: o.Scaling = None,
-    data: o.Data = None,
-    crop_ratio: o.CropRatio = None,
-    geometry: o.Geometry = None,
-    crop_scale: o.CropScale = None,
-    max_shift: o.MaxShift = None,
-    max_rotation: o.MaxRotation = None,
-    hflip: o.Hflip = None,
-    auto_augment: o.AutoAugment = None,
-    color_jitter: o.ColorJitter = None,
-    random_erasing: o.RandomErasing = None,
-    repeated_aug: o.RepeatedAug = None,
-    mixup: o.Mixup = None,
-    cutmix: o.Cutmix = None,
-    smoothing: o.Smoothing = None,
-    skip_bad: o.SkipBad = None,
-    steps: o.Steps = None,
-    lr: o.Lr = None,
-    lr_rule: o.LrRule = None,
-    min_lr: o.MinLr = None,
-    warmup_epochs: o.WarmupEpochs = None,
-    schedule: o.Schedule = None,
-    weight_decay: o.WeightDecay = None,
-    clip_grad: o.ClipGrad = None,
-    ema_decay: o.EmaDecay = None,
+    data: r.Data = None,
+    crop_ratio: r.CropRatio = None,
+    geometry: r.Geometry = None,
+    crop_scale: r.CropScale = None,
+    max_shift: r.MaxShift = None,
+    max_rotation: r.MaxRotation = None,
+    hflip: r.Hflip = None,
+    auto_augment: r.AutoAugment = None,
+    color_jitter: r.ColorJitter = None,
+    random_erasing: r.RandomErasing = None,
+    repeated_aug: r.RepeatedAug = None,
+    mixup: r.Mixup = None,
+    cutmix: r.Cutmix = None,
+    smoothing: r.Smoothing = None,
+    skip_bad: r.SkipBad = None,
+    steps: r.Steps = None,
+    lr: r.Lr = None,
+    lr_rule: r.LrRule = None,
+    min_lr: r.MinLr = None,
+    warmup_epochs: r.WarmupEpochs = None,
+    schedule: r.Schedule = None,
+    weight_decay: r.WeightDecay = None,
+    clip_grad: r.ClipGrad = None,
+    ema_decay: r.EmaDecay = None,
     out: o.Out = None,
     name: o.Name = None,
     seed: o.Seed = None,
@@ -93,8 +96,10 @@ def pretrain(
 ) -> None:
     """Train a DeiT with Spiral RoPE from scratch.
 
-    Without options it trains DeiT-Ti on the bundled digits, in minutes on two CPU cores. Values
-    that are not given come from --config, the data set and the published recipe, in that order.
+    Without options: DeiT-Ti on the bundled digits, in minutes on two CPU cores.
+
+    What is not given comes from --config, the data set and the published recipe.
+
     The same command again goes on where the last one stopped.
     """
     chosen = o.given(context)

@@ -18,7 +18,7 @@ from spiralrope_cli.core.config import recipes
 from spiralrope_cli.core.config.datasets import DataSet, find_data_set
 from spiralrope_cli.core.config.models import deit_size
 from spiralrope_cli.core.config.rope import RopeConfig
-from spiralrope_cli.core.config.runs import ClassifierRun
+from spiralrope_cli.core.config.runs import AugmentConfig, ClassifierRun
 from spiralrope_cli.core.errors import ConfigError
 
 DATA_VARIABLE = "SPIRALROPE_DATA"
@@ -83,7 +83,7 @@ def resolve_pretrain(options: dict[str, Any], config_file: Path | None = None) -
     name = values.pop("name", None)
     sources.pop("name", None)
 
-    rope = RopeConfig(**{k: v for k, v in values.items() if k in _fields_of(RopeConfig)})
+    rope: RopeConfig = build(RopeConfig, values)
     rope.check_head_dim(size.head_dim)
     if "out" not in values:
         values["out"] = str(Path(RUNS_FOLDER) / run_name(values, rope, data_set, name))
@@ -91,28 +91,33 @@ def resolve_pretrain(options: dict[str, Any], config_file: Path | None = None) -
         f"--{inert.replace('_', '-')} has no effect: {reason}"
         for inert, reason in rope.inert_options({k for k, v in sources.items() if v == "option"})
     ]
-    warnings += inert_augment(values, data_set, sources)
-    return Resolved(build(ClassifierRun, values), sources, tuple(warnings))
+    run: ClassifierRun = build(ClassifierRun, values)
+    warnings += inert_augment(run.augment, data_set, sources)
+    return Resolved(run, sources, tuple(warnings))
 
 
-def inert_augment(values: dict[str, Any], data_set: DataSet, sources: dict[str, str]) -> list[str]:
-    """One line for each given augmentation option that the geometry in use never reads."""
+def inert_augment(augment: AugmentConfig, data_set: DataSet, sources: dict[str, str]) -> list[str]:
+    """One line for each given augmentation option that cannot act.
+
+    Raises:
+        ConfigError: an option that the kind of data set cannot have.
+    """
     unread = {"crop": ("max_shift", "max_rotation"), "shift": ("crop_scale",)}
-    if data_set.kind == "folder" and values["geometry"] == "shift":
+    if data_set.kind == "folder" and augment.geometry == "shift":
         raise ConfigError(
             "--geometry shift is for the built-in sets", "use --geometry crop for image folders"
         )
     if data_set.kind == "memory":
         for name, off in (("auto_augment", "none"), ("color_jitter", 0)):
-            if values[name] != off:
+            if (value := getattr(augment, name)) != off:
                 raise ConfigError(
-                    f"--{name.replace('_', '-')} {values[name]} works on photographs, "
+                    f"--{name.replace('_', '-')} {value} works on photographs, "
                     f"not on the grey pictures of {data_set.data}",
                     "use --max-shift, --max-rotation, --random-erasing, --mixup or --cutmix",
                 )
-    inert = [(name, f"--geometry is {values['geometry']}") for name in unread[values["geometry"]]]
-    if values["auto_augment"] not in ("none", "3a") and values["color_jitter"]:
-        inert.append(("color_jitter", f"timm leaves it out beside {values['auto_augment']}"))
+    inert = [(name, f"--geometry is {augment.geometry}") for name in unread[augment.geometry]]
+    if augment.auto_augment not in ("none", "3a") and augment.color_jitter:
+        inert.append(("color_jitter", f"timm leaves it out beside {augment.auto_augment}"))
     return [
         f"--{name.replace('_', '-')} has no effect: {reason}"
         for name, reason in inert

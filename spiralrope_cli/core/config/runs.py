@@ -17,6 +17,7 @@ LR_RULES = ("linear", "none")
 PRECISIONS = ("auto", "fp32", "bf16")
 RESUME_MODES = ("auto", "must", "never")
 TRACKERS = ("none", "tensorboard", "wandb")
+DEVICES = ("auto", "cpu", "cuda", "mps")
 GEOMETRIES = ("crop", "shift")
 AUTO_AUGMENT_NAMES = r"none|3a|(rand|augmix|original|originalr|v0|v0r)(-.+)?"
 
@@ -224,7 +225,7 @@ class MachineConfig:
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("resume", self.resume, RESUME_MODES)
         _one_of("tracker", self.tracker, TRACKERS)
-        _one_of("device", self.device, ("auto", "cpu", "cuda", "mps"))
+        _one_of("device", self.device, DEVICES)
         _at_least("nproc", self.nproc, 0)
         _at_least("nnodes", self.nnodes, 1)
         _at_least("workers", self.workers, 0)

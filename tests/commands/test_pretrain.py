@@ -1,0 +1,359 @@
+"""Words to config: every option arrives, and what cannot work is told in a line or two."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shutil
+import typing
+from dataclasses import is_dataclass
+
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner
+
+from spiralrope_cli import main as cli
+from spiralrope_cli.commands import pretrain as command
+from spiralrope_cli.core.config import datasets, recipes
+from spiralrope_cli.core.config.resolve import leaf_types, resolve_pretrain, to_nested
+from spiralrope_cli.core.config.rope import RopeConfig
+from spiralrope_cli.core.config.runs import ClassifierRun
+from spiralrope_cli.core.errors import ConfigError, DataError, SpiralRopeError
+from spiralrope_cli.core.jobs.plan import hints
+
+# One value per option, other than what digits would have by default.
+VALUES = {
+    "arch": "deit-s",
+    "image_size": "12x8",
+    "patch_size": "4",
+    "drop_path": "0.25",
+    "rotate": "3",
+    "theta": "100",
+    "freqs_for": "pixel",
+    "max_freq": "8",
+    "truncate_percentage": "0.25",
+    "max_freq_lang": "1",
+    "min_freq_lang": "0.5",
+    "projection": "exact",
+    "scaling": "extrapolate",
+    "crop_ratio": "0.9",
+    "geometry": "crop",
+    "crop_scale": "0.5",
+    "max_shift": "2",
+    "max_rotation": "3",
+    "hflip": "0.25",
+    "random_erasing": "0.5",
+    "repeated_aug": "3",
+    "mixup": "0.4",
+    "cutmix": "0.3",
+    "smoothing": "0.2",
+    "steps": "777",
+    "lr": "0.5",
+    "lr_rule": "none",
+    "min_lr": "0.001",
+    "warmup_epochs": "1",
+    "schedule": "published",
+    "weight_decay": "0.7",
+    "clip_grad": "2",
+    "ema_decay": "0.5",
+    "out": "elsewhere",
+    "seed": "9",
+    "batch_size": "64",
+    "micro_batch_size": "16",
+    "epochs": "7",
+    "resume": "never",
+    "log_every": "3",
+    "validate_every": "2",
+    "save_every": "3",
+    "keep_last": "4",
+    "keep_every": "5",
+    "nproc": "2",
+    "device": "cpu",
+    "precision": "bf16",
+    "workers": "1",
+}
+FLAGS = {
+    "skip_bad": ("--skip-bad", True),
+    "compile": ("--compile", True),
+    "grad_checkpointing": ("--grad-checkpointing", True),
+    "enabled": ("--no-rope", False),
+    "same_theta": ("--same-theta", True),
+}
+NOT_ON_DIGITS = {"data", "auto_augment", "color_jitter", "tracker"}
+NOT_FIELDS = {"context", "config", "name", "dry_run"}
+TOGETHER = {"nnodes": ["--nnodes", "2", "--rdzv-endpoint", "host:1"]}
+
+
+@pytest.fixture
+def resolved(runs, monkeypatch):
+    """Runs the command up to the launch, and gives the run that would be launched."""
+    launched = []
+    monkeypatch.setattr(command, "launch", lambda job, run: launched.append(run))
+
+    def call(*words):
+        launched.clear()
+        result = CliRunner().invoke(cli.app, ["pretrain", *map(str, words)])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        return launched[0]
+
+    return call
+
+
+def flat(run):
+    values = {}
+    for key, value in to_nested(run).items():
+        values.update(value if isinstance(value, dict) else {key: value})
+    return values
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_every_option_reaches_the_config(resolved, name):
+    plain = flat(resolved())
+    run = resolved(f"--{name.replace('_', '-')}", VALUES[name])
+    before, after = plain[name], flat(run)[name]
+    assert after != before
+    text = "x".join(map(str, after)) if isinstance(after, list) else str(after)
+    assert text == VALUES[name] or float(text) == float(VALUES[name])
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_every_flag_reaches_the_config(resolved, name):
+    word, value = FLAGS[name]
+    assert flat(resolved())[name] is not value
+    assert flat(resolved(word))[name] is value
+
+
+def test_options_and_fields_have_the_same_names():
+    options = set(inspect.signature(command.pretrain).parameters)
+    fields = set(leaf_types(ClassifierRun))
+    assert {("enabled" if name == "rope" else name) for name in options} - fields <= NOT_FIELDS
+    tested = VALUES.keys() | FLAGS.keys() | NOT_ON_DIGITS | {"nnodes", "rdzv_endpoint"}
+    assert {("enabled" if n == "rope" else n) for n in options} - NOT_FIELDS == tested
+
+
+def test_field_names_are_unique_over_all_groups():
+    groups = [g for g in typing.get_type_hints(ClassifierRun).values() if is_dataclass(g)]
+    names = [name for group in groups for name in leaf_types(group)]
+    assert len(names) == len(set(names)) > 50
+
+
+def test_machines_need_a_meeting_place(resolved):
+    run = resolved(*TOGETHER["nnodes"])
+    assert (run.machine.nnodes, run.machine.rdzv_endpoint) == (2, "host:1")
+    with pytest.raises(ConfigError, match="without --rdzv-endpoint"):
+        resolved("--nnodes", 2)
+
+
+def test_defaults_are_in_one_place(resolved):
+    run = resolved()
+    assert (run.arch, run.data, run.rope) == ("deit-ti", "digits", RopeConfig())
+    assert run.out == "runs/pretrain-deit-ti-digits-r2"
+    assert recipes.PRETRAIN["rotate"] == RopeConfig().rotate
+    assert resolved("--arch", "deit-s").optim == run.optim
+    assert resolved("--no-rope", "--name", "b").out == "runs/pretrain-deit-ti-digits-norope-b"
+
+
+def test_the_published_recipe_on_photographs(runs, image_folder, resolved):
+    run = resolved("--data", image_folder, "--batch-size", 8, "--warmup-epochs", 0)
+    assert run.arch == "deit-b"
+    assert run.model.image_size == (224, 224)
+    assert run.model.drop_path == 0.1
+    assert run.augment.auto_augment == "3a"
+    assert run.augment.color_jitter == 0.3
+    assert (run.augment.mixup, run.augment.cutmix, run.augment.smoothing) == (0.8, 1.0, 0.1)
+    assert run.optim.peak_lr == 2e-4 * 8 / 512
+    assert run.optim.betas == (0.9, 0.95)
+    large = resolved(
+        "--data", image_folder, "--arch", "deit-l", "--batch-size", 8, "--warmup-epochs", 0
+    )
+    assert large.model.drop_path == 0.4
+
+
+def test_the_data_folder_can_come_from_the_environment(monkeypatch, image_folder, resolved):
+    monkeypatch.setenv("SPIRALROPE_DATA", str(image_folder))
+    run = resolved("--batch-size", 8, "--warmup-epochs", 0)
+    assert run.data == str(image_folder)
+    assert resolved("--data", "digits").data == "digits"
+
+
+def test_a_config_file_repeats_a_run_and_options_win(runs, resolved):
+    first = resolved("--rotate", 4, "--lr", 0.5, "--epochs", 7, "--image-size", "12x8")
+    path = runs / "kept.yaml"
+    path.write_text(yaml.safe_dump(to_nested(first)))
+    assert resolved("--config", path) == first
+    other = resolved("--config", path, "--rotate", 1)
+    assert other.rope.rotate == 1
+    assert other.optim == first.optim
+    assert other.out == "runs/pretrain-deit-ti-digits-r1"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("optim: {epochz: 3}", "did you mean 'epochs'"),
+        ("rope: {rotate: two}", "rotate is 'two'; it must be of type int"),
+        ("optim: 3", "must hold a group"),
+        ("- a", "holds no config"),
+        ("a: [", "is no YAML"),
+        ("model: {image_size: [8, 8, 8]}", "image_size is"),
+    ],
+)
+def test_a_config_file_is_read_strictly(runs, resolved, text, told):
+    path = runs / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as refused:
+        resolved("--config", path)
+    assert told in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--arch", "deit-xs"], "did you mean deit-s?"),
+        (["--rotate", "-1"], "--rotate is -1; it must be 0 or more"),
+        (["--truncate-percentage", "1"], "--truncate-percentage is 1.0; it must be in [0, 1)"),
+        (["--theta", "1"], "--theta is 1.0; it must be above 1"),
+        (["--min-freq-lang", "2"], "--min-freq-lang is 2.0"),
+        (["--freqs-for", "words"], "must be lang or pixel"),
+        (["--same-theta", "--rotate", "3"], "--rotate 3 with --same-theta does not fit"),
+        (["--image-size", "9"], "the nearest that is: 8"),
+        (["--batch-size", "50", "--micro-batch-size", "16"], "the nearest that do: 48, 64"),
+        (["--batch-size", "2000"], "more than the 1437 training images"),
+        (["--mixup", "1", "--micro-batch-size", "4"], "whole mixing groups of 8"),
+        (["--drop-path", "1"], "--drop-path is 1.0"),
+        (["--smoothing", "-0.1"], "--smoothing is -0.1"),
+        (["--schedule", "linear"], "must be cosine or constant or published"),
+        (["--epochs", "0"], "--epochs is 0"),
+        (["--warmup-epochs", "400"], "leaves nothing"),
+        (["--precision", "fp16"], "must be auto or fp32 or bf16"),
+        (["--auto-augment", "5a"], "--auto-augment 5a is no policy of timm"),
+        (["--auto-augment", "3a"], "works on photographs"),
+        (["--crop-ratio", "1.5"], "--crop-ratio is 1.5"),
+        (["--tracker", "wandb"], "pip install 'spiralrope[wandb]'"),
+        (["--resume", "perhaps"], "must be auto or must or never"),
+        (["--resume", "must"], "holds no checkpoint"),
+    ],
+)
+def test_what_cannot_work_is_told(resolved, monkeypatch, words, told):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SpiralRopeError) as refused:
+        resolved(*words)
+    assert told in str(refused.value)
+    assert len(str(refused.value).splitlines()) <= 2
+
+
+def test_data_folders_that_cannot_work(tmp_path, image_folder, resolved):
+    def told(folder):
+        with pytest.raises(DataError) as refused:
+            resolved("--data", folder)
+        return str(refused.value)
+
+    assert "is no folder and no built-in name" in told(tmp_path / "nowhere")
+    assert "has no train/ and no val/" in told(tmp_path)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
+    assert "has no class folders" in told(tmp_path)
+    for split in ("train", "val"):
+        (tmp_path / split / "cats").mkdir()
+    assert "cats holds no images" in told(tmp_path)
+    whole = tmp_path / "whole"
+    shutil.copytree(image_folder, whole)
+    shutil.rmtree(whole / "val" / "light")
+    assert "differ in 1 class folder(s): light" in told(whole)
+
+
+def test_an_unreadable_image_is_named_or_skipped_and_counted(tmp_path, image_folder, spiralrope):
+    data = tmp_path / "data"
+    shutil.copytree(image_folder, data)
+    (data / "val" / "light" / "broken.jpg").write_text("no picture")
+    (data / "train" / "dark" / "0.png").write_bytes(b"\x89PNG cut off")
+    words = (
+        *("pretrain", "--arch", "deit-ti", "--data", data, "--image-size", 16, "--patch-size", 8),
+        *("--batch-size", 8, "--warmup-epochs", 0, "--epochs", 1, "--workers", 0, "--mixup", 0),
+    )
+    said = spiralrope(*words, expect=1).stderr
+    assert "0.png cannot be read" in said
+    assert "--skip-bad" in said
+    assert "Traceback" not in said
+    done = spiralrope(*words, "--skip-bad", "--name", "skipping")
+    assert "2 image(s) could not be read and were left out" in done.stderr
+    assert "broken.jpg" in done.stderr
+    assert re.search(r"│\s+10 │", done.stdout), "the broken one of 11 must not be counted"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"freqs_for": "pixel", "theta": 5.0}, "--theta has no effect: --freqs-for is pixel"),
+        ({"max_freq": 5.0}, "--max-freq has no effect: --freqs-for is lang"),
+        ({"rotate": 0, "min_freq_lang": 1.0}, "--min-freq-lang has no effect"),
+        ({"rotate": 0, "truncate_percentage": 0.5}, "--truncate-percentage has no effect"),
+        ({"enabled": False, "rotate": 4}, "--rotate has no effect: RoPE is off"),
+        ({"crop_scale": 0.5}, "--crop-scale has no effect: --geometry is shift"),
+    ],
+)
+def test_options_that_cannot_act_are_a_note(options, told):
+    assert told in "\n".join(resolve_pretrain(options).warnings)
+
+
+def test_elongated_grids_are_told_of_the_exact_projection():
+    long = resolve_pretrain({"image_size": (14, 56)}).run
+    assert "try --projection exact" in hints(long)[0]
+    assert not hints(resolve_pretrain({}).run)
+
+
+def test_notes_and_plan_go_to_stderr_and_the_world_stays_as_it_was(spiralrope, runs):
+    done = spiralrope("pretrain", "--max-freq", 5, "--dry-run")
+    assert "note: --max-freq has no effect" in done.stderr
+    assert done.stdout == ""
+    assert not list(runs.iterdir())
+
+
+def test_the_plan_says_what_was_settled_and_why(spiralrope, runs):
+    plan = spiralrope("pretrain", "--arch", "deit-s", "--nproc", 2, "--dry-run").stderr
+    for part in (
+        "runs/pretrain-deit-s-digits-r2",
+        "1437 training and 360 held-out images, 10 classes",
+        "21.31 M parameters",
+        "GFLOPs per image",
+        "K = 4 directions, every 45 degrees",
+        "2 process(es)",
+        "/512 =",
+        "steps, 44 per epoch",
+        "by option",
+        "by data set",
+        "by recipe",
+    ):
+        assert part in plan
+    assert not (runs / "runs").exists()
+
+
+def test_help_is_grouped_and_shows_examples():
+    said = CliRunner().invoke(cli.app, ["pretrain", "--help"], env={"COLUMNS": "80"}).output
+    for panel in ("Model", "Spiral RoPE", "Data and augmentation", "Recipe", "Run", "Machine"):
+        assert f"─ {panel} ─" in said
+    assert "spiralrope pretrain --arch deit-s --rotate 2" in said
+    assert max(map(len, said.splitlines())) <= 80
+    assert "…" not in said
+
+
+def test_usage_errors_keep_typers_panel_and_code(spiralrope):
+    assert "No such option" in spiralrope("pretrain", "--rotat", 1, expect=2).stderr
+    assert "Invalid value" in spiralrope("pretrain", "--image-size", "big", expect=2).stderr
+    assert "error: --arch x" in spiralrope("pretrain", "--arch", "x", expect=2).stderr
+    assert spiralrope("--version").stdout.startswith("spiralrope 0.")
+
+
+def test_every_data_set_has_a_complete_recipe():
+    for data_set in datasets.BUILT_IN.values():
+        run = resolve_pretrain({"data": data_set.data}).run
+        assert run.model.num_classes == data_set.num_classes
+        assert run.augment.hflip == 0 or data_set.data != "digits", "a mirrored digit is another"
+
+
+def test_commands_are_registered_by_their_names():
+    assert {c.name for c in cli.app.registered_commands} == {"pretrain"}
+    assert isinstance(cli.app, typer.Typer)

@@ -1,0 +1,112 @@
+"""Who may import whom, and what the command line may not load."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "spiralrope_cli"
+ALWAYS = {"errors", "config"}
+# Room -> the rooms it may import. Jobs tell the stories and may enter every room.
+MAY_IMPORT = {
+    "errors": set(),
+    "config": {"errors"},
+    "runtime": ALWAYS,
+    "rope": ALWAYS,
+    "models": ALWAYS | {"rope"},
+    "data": ALWAYS | {"runtime"},
+    "training": ALWAYS | {"runtime"},
+    "metrics": {"runtime", "errors"},
+    "jobs": ALWAYS | {"runtime", "rope", "models", "data", "training", "metrics", "jobs"},
+    "commands": ALWAYS | {"runtime", "commands"},
+}
+LIGHT = {"commands", "config", "errors"}
+LIGHT_FILES = {"launch.py", "report.py", "run_folder.py", "tracker.py"}
+STANDARD_AND = set(sys.stdlib_module_names) | {"typer", "rich", "spiralrope_cli", "conftest"}
+HEAVY = ["torch", "torchvision", "timm", "diffusers", "torch_fidelity", "scipy", "matplotlib"]
+
+
+def room_of(module: str) -> str:
+    parts = module.split(".")
+    return parts[2] if parts[1] == "core" else parts[1]
+
+
+def imports(path: Path, everywhere: bool) -> list[str]:
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if everywhere else tree.body
+    found = []
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found += (
+                [f"{node.module}.{alias.name}" for alias in node.names]
+                if node.module in ("spiralrope_cli.core", "spiralrope_cli.commands")
+                else [node.module]
+            )
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+    return found
+
+
+FILES = [path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE and path.stat().st_size]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_rooms_import_only_what_they_may(path):
+    relative = path.relative_to(PACKAGE)
+    room = relative.parts[1 if relative.parts[0] == "core" else 0].removesuffix(".py")
+    # A command enters its job inside the function body, all else at the top of the file.
+    names = imports(path, everywhere=room != "commands")
+    ours = {room_of(name) for name in names if name.startswith("spiralrope_cli.c")}
+    assert ours - {room} <= MAY_IMPORT[room]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_light_files_load_the_standard_library_alone(path):
+    room = path.relative_to(PACKAGE).parts
+    if not (LIGHT & set(room) or "errors.py" in room or path.name in LIGHT_FILES):
+        return
+    top = {name.split(".")[0] for name in imports(path, everywhere=False)}
+    assert top <= STANDARD_AND
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["pretrain", "--help"], ["pretrain", "--arch", "deit-x"]]
+)
+def test_the_command_line_answers_without_heavy_imports(words, tmp_path):
+    code = (
+        "import sys\nfrom spiralrope_cli.main import main\n"
+        f"sys.argv = ['spiralrope', *{words!r}]\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_no_file_outgrows_a_screenful_of_thought():
+    long = {
+        str(path.relative_to(PACKAGE)): count
+        for path in PACKAGE.rglob("*.py")
+        if (count := len(path.read_text().splitlines())) > 350
+    }
+    assert not long
+
+
+def test_inits_below_the_top_stay_empty():
+    assert not [path for path in PACKAGE.rglob("*/__init__.py") if path.stat().st_size]
+
+
+def test_public_names_are_documented_and_lazy():
+    code = (
+        "import sys, spiralrope_cli as s; assert 'torch' not in sys.modules; "
+        "s.RopeConfig(); assert 'torch' not in sys.modules; "
+        "print(all(getattr(s, name).__doc__ for name in s.__all__))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
