@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 import socket
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -98,9 +96,6 @@ def image_folder(tmp_path_factory):
     return root
 
 
-SMALL_PICTURES = ("--image-size", 16, "--patch-size", 8, "--batch-size", 4, "--warmup-epochs", 0)
-
-
 @pytest.fixture
 def tiny(runs):
     """Builds small runs on the digits: a few steps, fp32, no warm-up."""
@@ -120,30 +115,3 @@ def tiny(runs):
         return resolve_pretrain({**base, **options}).run
 
     return make
-
-
-def replace(run, **groups):
-    """A copy of a run with fields of its groups replaced: replace(run, optim={"lr": 1})."""
-    changed = {
-        name: dataclasses.replace(getattr(run, name), **fields) for name, fields in groups.items()
-    }
-    return dataclasses.replace(run, **changed)
-
-
-def same_tensors(one, other):
-    """Whether two nested structures of tensors and numbers are equal bit for bit."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same_tensors(one[k], other[k]) for k in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(
-            same_tensors(a, b) for a, b in zip(one, other, strict=True)
-        )
-    return one == other
-
-
-def relative_distance(one, other):
-    """L2 distance of two dicts of tensors over the length of the second."""
-    off = sum((one[name] - other[name]).double().square().sum() for name in other) ** 0.5
-    return (off / sum(other[name].double().square().sum() for name in other) ** 0.5).item()

@@ -53,7 +53,11 @@ def frequencies(config: RopeConfig, head_dim: int) -> Tensor:
     if lowest < MIN_FREQ_IS_SET:
         lowest = highest / config.theta ** ((num - 1) / num)
     falling = torch.arange(num - 1, -1, -1, dtype=torch.float64) / max(num - 1, 1)
-    series = lowest * (highest / lowest) ** falling if num > 1 else torch.tensor([highest]).double()
+    series = (
+        lowest * (highest / lowest) ** falling
+        if num > 1
+        else torch.tensor([highest], dtype=torch.float64)
+    )
     num_cut = int(num * config.truncate_percentage)
     series[num - num_cut :] = 0.0
     return series
@@ -158,10 +162,14 @@ def _turned(x: Tensor, turns: Tensor) -> Tensor:
     if x.dtype in (torch.float32, torch.float64):
         return _as_real(_as_complex(x) * turns)
     # The widened copy is ours, so the product can take its place.
-    return _as_real(_as_complex(x.float()).mul_(turns)).to(x.dtype)
+    wide = x.to(torch.float32, memory_format=torch.contiguous_format)
+    return _as_real(_as_complex(wide).mul_(turns)).to(x.dtype)
 
 
 def _as_complex(x: Tensor) -> Tensor:
+    # A pair must lie side by side at an even place to be read as one complex number.
+    if x.stride(-1) != 1 or any(n % 2 for n in (*x.stride()[:-1], x.storage_offset())):
+        x = x.clone(memory_format=torch.contiguous_format)
     return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
 
 

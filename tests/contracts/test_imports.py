@@ -26,7 +26,7 @@ MAY_IMPORT = {
 }
 LIGHT = {"commands", "config", "errors"}
 LIGHT_FILES = {"launch.py", "report.py", "run_folder.py", "tracker.py"}
-STANDARD_AND = set(sys.stdlib_module_names) | {"typer", "rich", "spiralrope_cli", "conftest"}
+STANDARD_AND = set(sys.stdlib_module_names) | {"typer", "rich", "spiralrope_cli"}
 HEAVY = ["torch", "torchvision", "timm", "diffusers", "torch_fidelity", "scipy", "matplotlib"]
 
 

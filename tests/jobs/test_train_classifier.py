@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL_PICTURES, relative_distance, same_tensors
+from comparing import relative_distance, same_tensors
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -29,6 +29,7 @@ EVERYTHING_RANDOM = {
     "log_every": 3,
     "schedule": "cosine",
 }
+SMALL_PICTURES = ("--image-size", 16, "--patch-size", 8, "--batch-size", 4, "--warmup-epochs", 0)
 JOB = "spiralrope_cli.core.jobs.train_classifier:run"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from spiralrope_cli.core.errors import ConfigError
@@ -57,11 +58,11 @@ class RopeConfig:
             raise _refused("rotate", self.rotate, "0 or more; it is half the number of directions")
         if not 0 <= self.truncate_percentage < 1:
             raise _refused("truncate_percentage", self.truncate_percentage, "in [0, 1)")
-        if not self.theta > 1:
+        if not 1 < self.theta < math.inf:
             raise _refused("theta", self.theta, "above 1")
-        if not self.max_freq > 0:
+        if not 0 < self.max_freq < math.inf:
             raise _refused("max_freq", self.max_freq, "above 0")
-        if not self.max_freq_lang > 0:
+        if not 0 < self.max_freq_lang < math.inf:
             raise _refused("max_freq_lang", self.max_freq_lang, "above 0")
         if not 0 <= self.min_freq_lang <= self.max_freq_lang:
             raise _refused(

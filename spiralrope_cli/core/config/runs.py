@@ -267,7 +267,12 @@ class ClassifierRun:
     def __post_init__(self) -> None:
         self.rope.check_head_dim(deit_size(self.arch).head_dim)
         _at_least("seed", self.seed, 0)
-        if self.optim.batch_size > self.num_train * self.augment.repeated_aug:
+        if not len(self.augment.mean) == len(self.augment.std) == self.model.in_chans:
+            raise ConfigError(
+                f"mean {self.augment.mean} and std {self.augment.std} need one value for each of "
+                f"in_chans {self.model.in_chans}"
+            )
+        if self.optim.batch_size > self.num_train:
             raise ConfigError(
                 f"--batch-size {self.optim.batch_size} is more than the {self.num_train} "
                 f"training images of {self.data}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform
+from timm.data.auto_augment import NAME_TO_OP, posterize
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -20,6 +22,7 @@ from spiralrope_cli.core.errors import ConfigError, DataError
 from spiralrope_cli.core.runtime.seeds import seed_everything
 
 Transform = Callable[[Image.Image], np.ndarray]
+POSTERIZE_OPS = ("Posterize", "PosterizeIncreasing", "PosterizeOriginal")
 MAX_TRIES = 16
 """Unreadable images in a row before a training sample is given up with `skip_bad`."""
 
@@ -62,7 +65,7 @@ class ImageFiles(Dataset[Any]):
 
     def __init__(self, files: list[tuple[str, int]], transform: Transform, grey: bool) -> None:
         # Plain arrays: a list of a million tuples would be copied page by page in each worker.
-        self.paths = np.array([path for path, _ in files], dtype=np.bytes_)
+        self.paths = np.array([os.fsencode(path) for path, _ in files])
         self.labels = np.array([label for _, label in files], dtype=np.int64)
         self.transform = transform
         self.mode = "L" if grey else "RGB"
@@ -73,7 +76,7 @@ class ImageFiles(Dataset[Any]):
     def __getitem__(self, key: tuple[int, tuple[int, ...] | None]) -> tuple[Any, int, Any]:
         """(array or None, label, unreadable or None); nothing random but by the seed parts."""
         number, parts = key
-        path = self.paths[number].decode()
+        path = os.fsdecode(self.paths[number])
         try:
             with Image.open(path) as image:
                 picture = _flattened(image).convert(self.mode)
@@ -122,6 +125,14 @@ def collate(items: Sequence[tuple[Any, int, Any]]) -> Loaded:
     return Loaded(images, labels, tuple(bad))
 
 
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """Keeps at least one bit: timm's strongest draws ask for none, which Pillow 13 refuses."""
+    return posterize(image, max(bits, 1))
+
+
+NAME_TO_OP.update(dict.fromkeys(POSTERIZE_OPS, _posterize))
+
+
 def train_transform(size: tuple[int, int], augment: AugmentConfig) -> Transform:
     """The training transform of timm transform, up to uint8; it is normalised on the device.
 
@@ -138,6 +149,7 @@ def train_transform(size: tuple[int, int], augment: AugmentConfig) -> Transform:
             color_jitter=augment.color_jitter or None,  # type: ignore[arg-type]
             auto_augment=None if augment.auto_augment == "none" else augment.auto_augment,
             interpolation="bicubic",
+            mean=augment.mean,  # the colour that rotations fill with
             re_prob=0.0,  # random erasing comes after normalisation
         )
     except (AssertionError, ValueError, KeyError, IndexError) as error:

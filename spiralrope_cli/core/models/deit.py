@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spiralrope_cli.core.config.models import check_divides
 from spiralrope_cli.core.config.rope import RopeConfig
+from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.models.layers import Block, PatchEmbed, RMSNorm
 from spiralrope_cli.core.rope import Grid, SpiralRoPE, as_pair
 
@@ -57,6 +58,8 @@ class DeiT(nn.Module):
         super().__init__()
         height, width = as_pair(image_size)
         check_divides((height, width), patch_size)
+        if embed_dim % num_heads:
+            raise ConfigError(f"a width of {embed_dim} does not split into {num_heads} heads")
         self.image_size = (height, width)
         self.grid = (height // patch_size, width // patch_size)
         self.num_classes = num_classes

@@ -24,7 +24,7 @@ def lr_at(step: int, total_steps: int, steps_per_epoch: int, optim: OptimConfig)
         epoch = max(step // steps_per_epoch - 1, 0)
         if epoch < optim.warmup_epochs:
             return optim.warmup_lr + epoch * (peak - optim.warmup_lr) / optim.warmup_epochs
-        return _cosine(epoch / optim.epochs, peak, optim.min_lr)
+        return _cosine(min(epoch / optim.epochs, 1.0), peak, optim.min_lr)
     if step < warmup:
         return optim.warmup_lr + (peak - optim.warmup_lr) * step / warmup
     return _cosine((step - warmup) / max(total_steps - 1 - warmup, 1), peak, optim.min_lr)

@@ -1,0 +1,82 @@
+"""Times several things in turn, A B C A B C ..., so that a machine that drifts drifts for all."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from spiralrope_cli.core.runtime.device import autocast, keep_freed_memory
+
+CPU = torch.device("cpu")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def interleaved(
+    sides: dict[str, Callable[[], object]], rounds: int, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of every counted call, by name."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(warmup + rounds):
+        for name, call in sides.items():
+            start = time.perf_counter()
+            call()
+            if number >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def ratio(seconds: dict[str, list[float]], ours: str, peer: str) -> float:
+    """Median of the ratios ours / peer, round by round."""
+    return median([a / b for a, b in zip(seconds[ours], seconds[peer], strict=True)])
+
+
+def prepare() -> None:
+    """The settings that every run of ours makes, for all sides alike."""
+    keep_freed_memory()
+    torch.manual_seed(0)
+
+
+def train_step(model: nn.Module, dtype: str, batch: int, size: int = 224) -> Callable[[], None]:
+    """Forward, backward and AdamW on one fixed batch, as a call."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    images, labels = torch.randn(batch, 3, size, size), torch.randint(0, 1000, (batch,))
+
+    def step() -> None:
+        with autocast(CPU, DTYPES[dtype]):
+            logits = model(images)
+        F.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def forward(model: nn.Module, dtype: str, batch: int, size: int = 224) -> Callable[[], None]:
+    """Inference on one fixed batch, as a call."""
+    images = torch.randn(batch, 3, size, size)
+
+    @torch.inference_mode()
+    def call() -> None:
+        model.eval()
+        with autocast(CPU, DTYPES[dtype]):
+            model(images)
+
+    return call
+
+
+def show(title: str, rows: list[tuple[str, str]]) -> None:
+    """A small table on stdout."""
+    print(title)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"  {name:<{width}}  {value}")
