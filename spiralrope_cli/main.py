@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from spiralrope_cli.commands import pretrain
-from spiralrope_cli.core.errors import SpiralRopeError
+from spiralrope_cli.core.errors import DataError, SpiralRopeError
+from spiralrope_cli.core.runtime.launch import is_first_process
 from spiralrope_cli.version import __version__
 
 DEBUG_VARIABLE = "SPIRALROPE_DEBUG"
@@ -50,9 +51,11 @@ def main() -> None:
     except SpiralRopeError as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise
-        typer.echo(f"error: {error.message}", err=True)
-        if error.hint:
-            typer.echo(f"  {error.hint}", err=True)
+        # Under torchrun or srun all processes meet the same error, but for a damaged image.
+        if is_first_process() or isinstance(error, DataError):
+            typer.echo(f"error: {error.message}", err=True)
+            if error.hint:
+                typer.echo(f"  {error.hint}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)

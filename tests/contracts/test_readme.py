@@ -1,0 +1,73 @@
+"""Every command that the documentation shows is understood, and its Python runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from spiralrope_cli import main as cli
+from spiralrope_cli.commands import pretrain
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(language):
+    return [
+        (page.name, block)
+        for page in PAGES
+        for block in re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+    ]
+
+
+COMMANDS = [
+    (page, line)
+    for page, block in blocks("bash")
+    for line in block.splitlines()
+    if line.startswith("spiralrope ")
+]
+
+
+def test_there_are_commands_to_check():
+    assert len(COMMANDS) >= 8
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS)
+def test_a_command_block_runs(page, line, runs, image_folder, monkeypatch):
+    launched = []
+    monkeypatch.setattr(pretrain, "launch", lambda job, run: launched.append(run))
+    words = shlex.split(line, comments=True)[1:]
+    if "~/imagenet" in words:
+        # Any class folder stands in for ImageNet; only its size needs another batch.
+        words[words.index("~/imagenet")] = str(image_folder)
+        words = [word for word in words if word != "2048"]
+        words = [word for word in words if word != "--batch-size"]
+        words += ["--batch-size", "16", "--warmup-epochs", "0", "--mixup", "0", "--cutmix", "0"]
+    result = CliRunner().invoke(cli.app, words)
+    assert result.exit_code == 0, result.output
+    assert bool(launched) != ("--dry-run" in words)
+
+
+@pytest.mark.parametrize(("page", "block"), blocks("python"))
+def test_a_python_block_runs(page, block):
+    exec(compile(block, page, "exec"), {})
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {
+        word for page, block in blocks("bash") for word in re.findall(r"^make (\w+)", block, re.M)
+    }
+    assert named
+    assert named <= targets
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "make test"
+
+
+def test_pictures_are_there():
+    for page in PAGES:
+        for link in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text()):
+            assert (page.parent / link).is_file()
