@@ -17,7 +17,8 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml
 	@echo "Setting up $(VENV) (a few minutes the first time) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check \
+		--config-settings editable_mode=compat --editable '.[dev]'
 	@touch $(STAMP)
 
 demo: $(STAMP)

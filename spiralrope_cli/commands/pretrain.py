@@ -8,7 +8,6 @@ from spiralrope_cli.commands import options as o
 from spiralrope_cli.commands import recipe_options as r
 from spiralrope_cli.core.config.resolve import resolve_pretrain
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, world_size
-from spiralrope_cli.core.runtime.report import print_results
 from spiralrope_cli.core.runtime.run_folder import first_step
 from spiralrope_cli.core.runtime.tracker import check_tracker
 
@@ -112,6 +111,8 @@ def pretrain(
     step = first_step(run)
     if step == run.total_steps and not dry_run:
         typer.echo(f"{run.out} is finished: {step} steps", err=True)
+        from spiralrope_cli.core.runtime.report import print_results
+
         print_results(Path(run.out))
         return
     if is_first_process():

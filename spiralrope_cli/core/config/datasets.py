@@ -75,7 +75,7 @@ DIGITS = DataSet(
         "hflip": 0.0,
         "max_shift": 0.5,
         "max_rotation": 10.0,
-        "epochs": 40,
+        "epochs": 50,
         "warmup_epochs": 3,
         "batch_size": 32,
         "micro_batch_size": 32,
