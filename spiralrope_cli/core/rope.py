@@ -150,12 +150,12 @@ class _Turn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, turns: Tensor) -> Tensor:
         ctx.save_for_backward(turns)
-        return _turned(x, turns)
+        return _turned(x, torch.view_as_complex(turns))
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None]:
         # A rotation's gradient is the gradient turned back.
-        return _turned(grad[0], ctx.saved_tensors[0].conj()), None
+        return _turned(grad[0], torch.view_as_complex(ctx.saved_tensors[0]).conj()), None
 
 
 def _turned(x: Tensor, turns: Tensor) -> Tensor:
@@ -184,12 +184,17 @@ def turn(x: Tensor, turns: Tensor) -> Tensor:
 
     Args:
         x: [..., D] floating point.
-        turns: complex64 of unit length, broadcastable to [..., D/2].
+        turns: float32 cosines and sines, broadcastable to [..., D/2, 2].
 
     Returns:
         [..., D] in the dtype of x.
     """
-    return _Turn.apply(x, turns)
+    if not torch.compiler.is_compiling():
+        return _Turn.apply(x, turns)
+    # The compiler fuses the plain formula, and knows no complex numbers.
+    wide = x if x.dtype == torch.float64 else x.float()
+    (a, b), (cos, sin) = wide.unflatten(-1, (-1, 2)).unbind(-1), turns.unbind(-1)
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x.dtype)
 
 
 class SpiralRoPE(nn.Module):
@@ -218,15 +223,15 @@ class SpiralRoPE(nn.Module):
         self._turns: dict[tuple[tuple[int, int], int, torch.device], Tensor] = {}
 
     def turns(self, grid: Grid, prefix_tokens: int, device: torch.device) -> Tensor:
-        """[prefix + h*w, D/2] complex64 of unit length; prefix tokens have the identity row."""
+        """[prefix + h*w, D/2, 2] float32 cosines and sines; prefix tokens have the identity."""
         key = (as_pair(grid), prefix_tokens, device)
         if key not in self._turns:
             # A table made in inference mode could never be used in training.
             with torch.inference_mode(False), torch.device("cpu"):
                 angle = angle_table(key[0], self.head_dim, self.config, self.pretrain_grid)
                 angle = torch.cat((angle.new_zeros(prefix_tokens, angle.shape[1]), angle))
-                unit = torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
-                self._turns[key] = unit.to(device)
+                both = torch.stack((angle.cos(), angle.sin()), dim=-1)
+                self._turns[key] = both.to(torch.float32).to(device)
         return self._turns[key]
 
     def tables(self, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -236,7 +241,8 @@ class SpiralRoPE(nn.Module):
             two float32 tensors [h*w, D] on the CPU.
         """
         turns = self.turns(grid, 0, torch.device("cpu"))
-        return turns.real.repeat_interleave(2, 1), turns.imag.repeat_interleave(2, 1)
+        cos, sin = turns.repeat_interleave(2, dim=1).unbind(-1)
+        return cos, sin
 
     def forward(self, x: Tensor, grid: Grid | None = None, prefix_tokens: int = 0) -> Tensor:
         """Rotates queries or keys.

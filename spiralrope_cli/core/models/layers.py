@@ -36,7 +36,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, turns: Tensor | None) -> Tensor:
-        """[B, N, C] and [N, D/2] complex -> [B, N, C]."""
+        """[B, N, C] and [N, D/2, 2] cosines and sines -> [B, N, C]."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, H, D]
         on_cpu = qkv.device.type == "cpu"
         if on_cpu and qkv.dtype == torch.bfloat16:
@@ -95,7 +95,7 @@ class Block(nn.Module):
 
         Args:
             x: [B, N, C].
-            turns: [N, D/2] complex rotation table, None without RoPE.
+            turns: [N, D/2, 2] cosines and sines, None without RoPE.
             keep: [2, B], 0 where a sample skips the branch, else 1 / (1 - drop path rate).
 
         Returns:

@@ -6,6 +6,7 @@ At module level this imports the standard library alone, so that usage errors st
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import json
 import os
@@ -13,7 +14,6 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,18 +73,26 @@ def launch(job: str, run: Any) -> None:
     machine: MachineConfig = run.machine
     if joined_world_size() is not None:
         _adopt_slurm()
-        _function(job)(run)
+        _call(job, run)
         return
     num_workers = num_local_workers(machine)
     if num_workers * machine.nnodes == 1:
-        _function(job)(run)
+        _call(job, run)
         return
     _launch_elastic(job, run, num_workers)
 
 
-def _function(job: str) -> Callable[[Any], None]:
+def _call(job: str, run: Any) -> None:
     module, name = job.split(":")
-    return getattr(importlib.import_module(module), name)
+    try:
+        getattr(importlib.import_module(module), name)(run)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise SpiralRopeError(
+            f"no space left on the disk of {error.filename or run.out}",
+            "free some; the same command then resumes",
+        ) from error
 
 
 def _adopt_slurm() -> None:
@@ -141,7 +149,7 @@ def _limit_threads(num_workers: int) -> None:
 def _work(job: str, run: Any) -> None:
     """What a worker process executes; its error is left in a file for the parent."""
     try:
-        _function(job)(run)
+        _call(job, run)
     except SpiralRopeError as error:
         _leave_error(error)
         sys.exit(error.exit_code)

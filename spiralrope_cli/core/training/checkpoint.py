@@ -52,8 +52,9 @@ def save(
             os.rename(unfinished, final)
             _flush(final.parent)
         except (OSError, RuntimeError, SafetensorError) as error:
+            refusal = _cannot_write(final, error)  # looks at the disk while it is still full
             shutil.rmtree(unfinished, ignore_errors=True)
-            raise _cannot_write(final, error) from error
+            raise refusal from error
     _point(run_folder / CHECKPOINTS / "last.json", {"step": state.step})
     if state.best:
         _point(run_folder / CHECKPOINTS / "best.json", state.best)
