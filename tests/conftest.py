@@ -40,14 +40,14 @@ def runs(tmp_path, monkeypatch):
 def spiralrope(runs):
     """Runs the real command in a process of its own."""
 
-    def call(*words, expect=0, **more):
+    def call(*words, expect=0, env=None, **more):
         done = subprocess.run(
             [*COMMAND, *map(str, words)],
             cwd=runs,
             capture_output=True,
             text=True,
             timeout=300,
-            env={**os.environ, "COLUMNS": "200"},
+            env={**os.environ, "COLUMNS": "200", **(env or {})},
             **more,
         )
         assert done.returncode == expect, done.stdout + done.stderr

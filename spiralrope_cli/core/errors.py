@@ -38,6 +38,14 @@ class CheckpointError(SpiralRopeError):
     """A checkpoint or run folder that cannot be read, written or continued."""
 
 
+class FetchError(SpiralRopeError):
+    """Published weights that cannot be had, or that are not what they should be."""
+
+
+class NoRouteError(FetchError):
+    """The server that has them does not answer at all."""
+
+
 class TrainingError(SpiralRopeError):
     """A training run that must not go on."""
 

@@ -9,7 +9,6 @@ import typing
 from dataclasses import is_dataclass
 
 import pytest
-import typer
 import yaml
 from typer.testing import CliRunner
 
@@ -354,6 +353,5 @@ def test_every_data_set_has_a_complete_recipe():
         assert run.augment.hflip == 0 or data_set.data != "digits", "a mirrored digit is another"
 
 
-def test_commands_are_registered_by_their_names():
-    assert {c.name for c in cli.app.registered_commands} == {"pretrain"}
-    assert isinstance(cli.app, typer.Typer)
+def test_the_command_is_registered():
+    assert "pretrain" in {c.name for c in cli.app.registered_commands}

@@ -21,13 +21,17 @@ MAY_IMPORT = {
     "data": ALWAYS | {"runtime"},
     "training": ALWAYS | {"runtime"},
     "metrics": {"runtime", "errors"},
-    "jobs": ALWAYS | {"runtime", "rope", "models", "data", "training", "metrics", "jobs"},
+    "hub": ALWAYS,
+    "jobs": ALWAYS | {"runtime", "rope", "models", "data", "training", "metrics", "hub", "jobs"},
     "commands": ALWAYS | {"runtime", "commands"},
 }
 LIGHT = {"commands", "config", "errors"}
-LIGHT_FILES = {"launch.py", "report.py", "run_folder.py", "tracker.py"}
+LIGHT_FILES = {"catalog.py", "launch.py", "report.py", "run_folder.py", "tracker.py"}
 STANDARD_AND = set(sys.stdlib_module_names) | {"typer", "rich", "spiralrope_cli"}
-HEAVY = ["torch", "torchvision", "timm", "diffusers", "torch_fidelity", "scipy", "matplotlib"]
+HEAVY = [
+    *("torch", "torchvision", "timm", "diffusers", "torch_fidelity", "scipy", "matplotlib"),
+    "huggingface_hub",
+]
 
 
 def room_of(module: str) -> str:
@@ -74,7 +78,14 @@ def test_light_files_load_the_standard_library_alone(path):
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["pretrain", "--help"], ["pretrain", "--arch", "deit-x"]]
+    "words",
+    [
+        ["--help"],
+        ["pretrain", "--help"],
+        ["pretrain", "--arch", "deit-x"],
+        ["fetch", "--help"],
+        ["fetch", "deit-x"],
+    ],
 )
 def test_the_command_line_answers_without_heavy_imports(words, tmp_path):
     code = (

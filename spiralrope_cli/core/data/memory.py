@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spiralrope_cli.core.config.folders import cache_folder
 from spiralrope_cli.core.config.runs import AugmentConfig
 from spiralrope_cli.core.errors import DataError
 from spiralrope_cli.core.runtime.seeds import generator_for
@@ -63,12 +64,6 @@ def load_digits() -> tuple[MemorySplit, MemorySplit]:
         parts = [torch.from_numpy(arrays[name]).long() for name in ("train", "val")]
     train, val = (MemorySplit(images[part], labels[part]) for part in parts)
     return train, val
-
-
-def cache_folder() -> Path:
-    """Where downloads and unpacked data sets are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("SPIRALROPE_CACHE") or Path(base) / "spiralrope")
 
 
 def load_fashion_mnist() -> tuple[MemorySplit, MemorySplit]:

@@ -1,0 +1,67 @@
+"""Published weights: where they are here, how large they are there, and how they come."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spiralrope_cli.core.hub import from_hub, plain
+from spiralrope_cli.core.hub.catalog import Row
+from spiralrope_cli.core.hub.files import place_copy, say
+
+
+def local_files(row: Row, *, revision: str | None = None) -> list[Path]:
+    """The row's files in the cache, in the order of the row; empty unless all are here."""
+    if not row.repo:
+        target = plain.target_of(row)
+        return [target] if target.is_file() else []
+    found = [from_hub.cached(row, file, revision) for file in row.files]
+    return [path for path in found if path] if all(found) else []
+
+
+def local_path(row: Row, *, revision: str | None = None) -> Path | None:
+    """The row in the cache, without asking anyone: its file, or the folder of several files."""
+    files = local_files(row, revision=revision)
+    return _one_path(files) if files else None
+
+
+def remote_size(row: Row, *, revision: str | None = None) -> int:
+    """Bytes that a download would bring, asked from the server.
+
+    Raises:
+        FetchError: the server cannot be reached, or does not have it.
+    """
+    if row.repo:
+        return sum(remote.size for remote in from_hub.look_up(row, revision))
+    return plain.look_up(row).size
+
+
+def fetch(
+    row: Row, *, revision: str | None = None, offline: bool = False, out: Path | None = None
+) -> Path:
+    """Brings a row here, unless it is, and says on stderr what comes and its digest.
+
+    Args:
+        row: of the catalogue.
+        revision: branch, tag or commit on the Hub; by default its main branch.
+        offline: takes what is here, and asks nobody.
+        out: folder for a copy under the files' own names.
+
+    Returns:
+        Its file, or the folder of several files; with `out`, of the copy.
+
+    Raises:
+        FetchError: it cannot be had, or is not what it should be.
+    """
+    if row.repo:
+        files = from_hub.fetch_files(row, revision=revision, offline=offline, out=out)
+    else:
+        if revision:
+            say(f"note: --revision has no effect: {row.name} is not on the Hub")
+        files = [plain.fetch_file(row, offline=offline, out=out)]
+    if out:
+        files = [place_copy(path, out) for path in files]
+    return _one_path(files)
+
+
+def _one_path(files: list[Path]) -> Path:
+    return files[0] if len(files) == 1 else files[0].parent

@@ -1,0 +1,182 @@
+"""Plain downloads against a real server: whole, resumed, checked, or a line that says why not."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import random
+import threading
+
+import pytest
+from hub_server import HubServer
+
+from spiralrope_cli.core.errors import ConfigError, FetchError, NoRouteError
+from spiralrope_cli.core.hub import plain
+from spiralrope_cli.core.hub.catalog import find
+from spiralrope_cli.core.hub.download import fetch, local_path, remote_size
+
+NAME = "VIRTUAL_imagenet512.npz"
+CONTENT = random.Random(0).randbytes(3_000_000)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPIRALROPE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(plain, "RETRY_SECONDS", 0.01)
+    server = HubServer()
+    server.plain[NAME] = CONTENT
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def row(server):
+    """A reference batch, which has no published digest."""
+    return dataclasses.replace(find("imagenet512-ref"), url=f"{server.url}/plain/{NAME}")
+
+
+@pytest.fixture
+def checked(row):
+    return dataclasses.replace(row, sha256=hashlib.sha256(CONTENT).hexdigest()[:8])
+
+
+def parts(tmp_path):
+    return sorted((tmp_path / "cache" / "weights").glob(".*.part"))
+
+
+def test_a_file_comes_whole_and_is_then_here(row, server, capsys):
+    assert local_path(row) is None
+    assert remote_size(row) == len(CONTENT)
+    path = fetch(row)
+    assert path.read_bytes() == CONTENT
+    assert path.name == NAME
+    assert local_path(row) == path
+    assert hashlib.sha256(CONTENT).hexdigest() in capsys.readouterr().err
+    before = len(server.asked)
+    assert fetch(row) == path
+    assert fetch(row, offline=True) == path
+    assert len(server.asked) == before
+
+
+def test_a_broken_connection_goes_on_within_the_call(row, server, tmp_path, capsys):
+    server.cut[NAME] = [len(CONTENT), 1_000_000, 700_000]
+    assert fetch(row).read_bytes() == CONTENT
+    assert [each.range for each in server.bodies()[2:]] == ["bytes=1000000-", "bytes=1700000-"]
+    assert "broken off at 1 MB" in capsys.readouterr().err
+    assert not parts(tmp_path)
+
+
+def test_a_later_call_goes_on_where_the_last_one_ended(row, server, tmp_path):
+    server.cut[NAME] = [len(CONTENT), 2_000_000, *[0] * 6]
+    with pytest.raises(FetchError, match=r"broke off at 2 MB of 3 MB(.|\n)*goes on from there"):
+        fetch(row)
+    assert local_path(row) is None
+    assert parts(tmp_path)[0].stat().st_size == 2_000_000
+    asked = len(server.asked)
+    assert fetch(row).read_bytes() == CONTENT
+    assert [each.range for each in server.asked[asked:]] == ["", "bytes=2000000-"]
+
+
+def test_a_part_of_another_version_is_not_continued(row, server, tmp_path):
+    server.cut[NAME] = [len(CONTENT), 2_000_000, *[0] * 6]
+    with pytest.raises(FetchError):
+        fetch(row)
+    server.plain[NAME] = newer = CONTENT[::-1]
+    assert fetch(row).read_bytes() == newer
+    assert not parts(tmp_path)
+
+
+def test_a_file_that_changes_in_the_middle_never_mixes(row, server, monkeypatch):
+    server.cut[NAME] = [len(CONTENT), 2_000_000]
+    newer = CONTENT[::-1]
+    whole = plain._append
+
+    def changes(*arguments):
+        why = whole(*arguments)
+        server.plain[NAME] = newer
+        return why
+
+    monkeypatch.setattr(plain, "_append", changes)
+    assert fetch(row).read_bytes() == newer
+
+
+def test_a_server_without_ranges_starts_anew(row, server):
+    server.ranges = False
+    server.cut[NAME] = [len(CONTENT), 2_000_000]
+    assert fetch(row).read_bytes() == CONTENT
+
+
+def test_wrong_bytes_never_get_the_name(checked, server, tmp_path):
+    server.wrong.add(NAME)
+    with pytest.raises(FetchError, match="sent wrong bytes: sha256 does not begin with"):
+        fetch(checked)
+    assert local_path(checked) is None
+    assert not parts(tmp_path)
+    server.wrong.clear()
+    path = fetch(checked)
+    assert path.read_bytes() == CONTENT
+    path.write_bytes(CONTENT[:-1] + b"x")
+    assert fetch(checked).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [(401, "asks for a login"), (403, "refuses access"), (404, "no such file"), (500, "500")],
+)
+def test_refusals_are_one_line(row, server, status, told):
+    server.refuse[NAME] = (status, "")
+    with pytest.raises(FetchError, match=told) as refused:
+        fetch(row)
+    assert len(str(refused.value).splitlines()) <= 2
+    assert refused.value.exit_code == 1
+
+
+def test_a_web_page_is_no_file(row, server):
+    server.content_type = "text/html; charset=utf-8"
+    with pytest.raises(FetchError, match="something other than a file"):
+        fetch(row)
+
+
+def test_nobody_answers(row, server):
+    server.close()
+    with pytest.raises(NoRouteError, match=r"no route to http://127(.|\n)*check network"):
+        fetch(row)
+    with pytest.raises(FetchError, match=r"is not here\nfetch it once without --offline"):
+        fetch(row, offline=True)
+
+
+def test_a_mirror_must_be_a_web_address(monkeypatch, server):
+    monkeypatch.setenv("SPIRALROPE_INCEPTION_URL", "ftp://example.org/i.pth")
+    with pytest.raises(ConfigError, match="SPIRALROPE_INCEPTION_URL is ftp"):
+        fetch(find("inception"))
+
+
+def test_too_little_disk_is_told_before_a_byte_comes(row, server, tmp_path):
+    server.announce[NAME] = 10**18
+    with pytest.raises(FetchError, match="free, and 1,000,000 TB are needed"):
+        fetch(row)
+    assert not parts(tmp_path)
+
+
+def test_a_copy_is_whole_and_never_replaces_another_file(row, tmp_path):
+    out = tmp_path / "new" / "folder"
+    assert fetch(row, out=out) == out / NAME
+    assert (out / NAME).read_bytes() == CONTENT
+    assert fetch(row, out=out) == out / NAME
+    (out / NAME).write_text("mine")
+    with pytest.raises(FetchError, match="is another file"):
+        fetch(row, out=out)
+    assert (out / NAME).read_text() == "mine"
+    assert [path.name for path in out.iterdir()] == [NAME]
+
+
+def test_two_at_once_download_once(row, server):
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(fetch(row))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found[0] == found[1]
+    assert found[0].read_bytes() == CONTENT
+    assert len(server.bodies()) == 2, "one question for the size, one download"
