@@ -10,7 +10,7 @@ import typer
 
 from spiralrope_cli.commands import fetch, pretrain
 from spiralrope_cli.core.errors import DataError, SpiralRopeError
-from spiralrope_cli.core.runtime.launch import is_first_process
+from spiralrope_cli.core.runtime.launch import is_first_process, share_the_machine
 from spiralrope_cli.version import __version__
 
 DEBUG_VARIABLE = "SPIRALROPE_DEBUG"
@@ -47,6 +47,7 @@ def spiralrope(
 
 def main() -> None:
     """Entry point of the console script."""
+    share_the_machine()
     try:
         app()
     except SpiralRopeError as error:

@@ -110,10 +110,11 @@ def pretrain(
     run.split_batch(world_size(run.machine))
     step = first_step(run)
     if step == run.total_steps and not dry_run:
-        typer.echo(f"{run.out} is finished: {step} steps", err=True)
-        from spiralrope_cli.core.runtime.report import print_results
+        if is_first_process():
+            from spiralrope_cli.core.runtime.report import print_results
 
-        print_results(Path(run.out))
+            typer.echo(f"{run.out} is finished: {step} steps", err=True)
+            print_results(Path(run.out))
         return
     if is_first_process():
         from spiralrope_cli.core.jobs.plan import print_plan

@@ -292,6 +292,10 @@ def test_an_unreadable_image_is_named_or_skipped_and_counted(tmp_path, image_fol
         ({"rotate": 0, "truncate_percentage": 0.5}, "--truncate-percentage has no effect"),
         ({"enabled": False, "rotate": 4}, "--rotate has no effect: RoPE is off"),
         ({"crop_scale": 0.5}, "--crop-scale has no effect: --geometry is shift"),
+        ({"geometry": "crop", "max_shift": 2.0}, "--max-shift has no effect: --geometry is crop"),
+        ({"steps": 900, "epochs": 9}, "--epochs has no effect: --steps is given"),
+        ({"schedule": "constant", "min_lr": 1.0}, "--min-lr has no effect"),
+        ({"workers": 3}, "--workers has no effect: digits lives in memory"),
     ],
 )
 def test_options_that_cannot_act_are_a_note(options, told):

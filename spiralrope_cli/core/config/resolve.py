@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spiralrope_cli.core.config import recipes
+from spiralrope_cli.core.config import inert, recipes
 from spiralrope_cli.core.config.datasets import DataSet, find_data_set
 from spiralrope_cli.core.config.models import deit_size
 from spiralrope_cli.core.config.rope import RopeConfig
-from spiralrope_cli.core.config.runs import AugmentConfig, ClassifierRun
+from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.errors import ConfigError
 
 DATA_VARIABLE = "SPIRALROPE_DATA"
@@ -87,42 +87,11 @@ def resolve_pretrain(options: dict[str, Any], config_file: Path | None = None) -
     rope.check_head_dim(size.head_dim)
     if "out" not in values:
         values["out"] = str(Path(RUNS_FOLDER) / run_name(values, rope, data_set, name))
-    warnings = [
-        f"--{inert.replace('_', '-')} has no effect: {reason}"
-        for inert, reason in rope.inert_options({k for k, v in sources.items() if v == "option"})
-    ]
     run: ClassifierRun = build(ClassifierRun, values)
-    warnings += inert_augment(run.augment, data_set, sources)
+    inert.check_fits(run.augment, data_set)
+    given = {name for name, source in sources.items() if source == "option"}
+    warnings = inert.notes(run, data_set, given)
     return Resolved(run, sources, tuple(warnings))
-
-
-def inert_augment(augment: AugmentConfig, data_set: DataSet, sources: dict[str, str]) -> list[str]:
-    """One line for each given augmentation option that cannot act.
-
-    Raises:
-        ConfigError: an option that the kind of data set cannot have.
-    """
-    unread = {"crop": ("max_shift", "max_rotation"), "shift": ("crop_scale",)}
-    if data_set.kind == "folder" and augment.geometry == "shift":
-        raise ConfigError(
-            "--geometry shift is for the built-in sets", "use --geometry crop for image folders"
-        )
-    if data_set.kind == "memory":
-        for name, off in (("auto_augment", "none"), ("color_jitter", 0)):
-            if (value := getattr(augment, name)) != off:
-                raise ConfigError(
-                    f"--{name.replace('_', '-')} {value} works on photographs, "
-                    f"not on the grey pictures of {data_set.data}",
-                    "use --max-shift, --max-rotation, --random-erasing, --mixup or --cutmix",
-                )
-    inert = [(name, f"--geometry is {augment.geometry}") for name in unread[augment.geometry]]
-    if augment.auto_augment not in ("none", "3a") and augment.color_jitter:
-        inert.append(("color_jitter", f"timm leaves it out beside {augment.auto_augment}"))
-    return [
-        f"--{name.replace('_', '-')} has no effect: {reason}"
-        for name, reason in inert
-        if sources.get(name) == "option"
-    ]
 
 
 def run_name(values: dict[str, Any], rope: RopeConfig, data_set: DataSet, name: str | None) -> str:

@@ -26,6 +26,15 @@ SHUTDOWN_SECONDS = 600
 ERROR_FOLDER_VARIABLE = "SPIRALROPE_ERROR_FOLDER"
 
 
+def share_the_machine() -> None:
+    """Lets OpenMP's threads sleep where they wait for each other; to be called before torch loads.
+
+    By default they spin. As soon as another process wants a core, each of the thousands of waits
+    of a train step then lasts as long as the system's time slice.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 def joined_world_size() -> int | None:
     """Processes of the launcher that started this one (torchrun, srun), None without one."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
