@@ -78,7 +78,7 @@ class DeiT(nn.Module):
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, LAYER_SCALE_INIT) for _ in range(depth)
         )
-        self.norm = RMSNorm(embed_dim)
+        self.norm: nn.Module = RMSNorm(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self.init_weights()
 
@@ -110,19 +110,28 @@ class DeiT(nn.Module):
         drawn = torch.rand(len(self.blocks), 2, batch_size, generator=generator)
         return (drawn < share).float() / share
 
-    def forward_features(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """[B, channels, height, width] -> [B, 1 + N, C] after the final norm."""
+    def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[B, channels, height, width] -> [B, 1 + N, C] before the first block, and its turns."""
         if tuple(images.shape[-2:]) != self.image_size:
             raise ValueError(f"images are {tuple(images.shape[-2:])}, not {self.image_size}")
         x = self.patch_embed(images) + self.pos_embed
         x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
-        turns = self.rope.turns(self.grid, 1, x.device) if self.rope is not None else None
-        for number, block in enumerate(self.blocks):
-            of_block = keep[number] if keep is not None else None
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, turns, of_block, use_reentrant=False)
-            else:
-                x = block(x, turns, of_block)
+        return x, self.rope.turns(self.grid, 1, x.device) if self.rope is not None else None
+
+    def run_block(
+        self, number: int, x: Tensor, turns: Tensor | None, keep: Tensor | None
+    ) -> Tensor:
+        """[B, 1 + N, C] -> [B, 1 + N, C] through one block; `keep` is that of the whole step."""
+        block, of_block = self.blocks[number], keep[number] if keep is not None else None
+        if self.grad_checkpointing and self.training:
+            return checkpoint(block, x, turns, of_block, use_reentrant=False)
+        return block(x, turns, of_block)
+
+    def forward_features(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """[B, channels, height, width] -> [B, 1 + N, C] after the final norm."""
+        x, turns = self.embed(images)
+        for number in range(len(self.blocks)):
+            x = self.run_block(number, x, turns, keep)
         return self.norm(x)
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:

@@ -20,10 +20,10 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., C] -> [..., C], the statistic in float32 or better."""
+        """[..., C] -> [..., C] in the scale's dtype, the statistic in float32 or better."""
         wide = x if x.dtype == torch.float64 else x.float()
         rms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) * wide.shape[-1] ** -0.5
-        return wide * (rms + self.eps).reciprocal() * self.scale
+        return (wide * (rms + self.eps).reciprocal() * self.scale).to(self.scale.dtype)
 
 
 class Attention(nn.Module):
@@ -50,6 +50,8 @@ class Attention(nn.Module):
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # [B, H, N, D]
         with torch.autocast("cpu", enabled=False) if on_cpu else contextlib.nullcontext():
             out = F.scaled_dot_product_attention(q, k, v)
+        if on_cpu:
+            out = out.to(self.proj.weight.dtype)  # Weights in bf16 take no fp32 without autocast.
         return self.proj(out.transpose(1, 2).flatten(2))
 
 

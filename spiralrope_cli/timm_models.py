@@ -1,0 +1,308 @@
+"""The DeiTs as timm models: importing this module registers them with `timm.create_model`.
+
+    import timm
+    import spiralrope_cli.timm_models
+
+    model = timm.create_model("spiralrope_deit_small_patch16_224", rotate=4, num_classes=10)
+
+Every field of `RopeConfig` is a keyword. Parameter names are those of the published weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from spiralrope_cli.core.config.models import deit_size
+from spiralrope_cli.core.config.rope import RopeConfig
+from spiralrope_cli.core.errors import CheckpointError
+from spiralrope_cli.core.models.deit import INIT_STD, DeiT
+from spiralrope_cli.core.rope import Grid
+
+__all__ = ["SpiralRopeDeiT"]
+
+POOLS = ("token", "avg", "")
+ROPE_OPTIONS = tuple(field.name for field in dataclasses.fields(RopeConfig))
+
+
+class SpiralRopeDeiT(DeiT):
+    """The DeiT with the methods and keywords that timm's scripts and wrappers expect.
+
+    In training mode stochastic depth draws from torch's global generator, as timm's models do,
+    unless `keep` is given. Its rate is the same in every block, as in the published recipe, and
+    does not grow with depth.
+
+    Args:
+        embed_dim: width C.
+        depth: blocks.
+        num_heads: heads per block.
+        img_size: side or (height, width) in pixels.
+        patch_size: side of a patch in pixels.
+        in_chans: channels of the images.
+        num_classes: outputs; 0 leaves the head out.
+        global_pool: `token` takes the class token, `avg` the mean of the patch tokens, "" all.
+        drop_rate: dropout before the head.
+        drop_path_rate: stochastic depth rate.
+        mlp_ratio: hidden width of the MLP over C.
+        pretrain_grid: patch grid that positions refer to; by default the model's own.
+        device: where the parameters are made.
+        dtype: what the parameters are.
+        rope: fields of `RopeConfig`.
+
+    Raises:
+        TypeError: a keyword that is neither named above nor a field of `RopeConfig`.
+        ConfigError: options or sizes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        *,
+        img_size: Grid = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        mlp_ratio: float = 4.0,
+        pretrain_grid: Grid | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **rope: Any,
+    ) -> None:
+        unknown = [name for name in rope if name not in ROPE_OPTIONS]
+        if unknown:
+            raise TypeError(
+                f"{', '.join(unknown)}: no keyword of this model; "
+                f"RoPE options are {', '.join(ROPE_OPTIONS)}"
+            )
+        with torch.device(device) if device is not None else contextlib.nullcontext():
+            super().__init__(
+                embed_dim,
+                depth,
+                num_heads,
+                rope=RopeConfig(**rope),
+                image_size=img_size,
+                patch_size=patch_size,
+                in_chans=in_chans,
+                num_classes=num_classes,
+                pretrain_grid=pretrain_grid,
+                drop_path=drop_path_rate,
+                mlp_ratio=mlp_ratio,
+            )
+        self.to(dtype=dtype)
+        self.in_chans = in_chans
+        self.num_features = self.head_hidden_size = embed_dim
+        self.num_prefix_tokens = 1
+        self.global_pool = _checked_pool(global_pool)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.feature_info = [
+            {"module": f"blocks.{number}", "num_chs": embed_dim, "reduction": patch_size}
+            for number in range(depth)
+        ]
+
+    def forward_features(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """[B, channels, height, width] -> [B, 1 + N, C] after the final norm."""
+        return super().forward_features(images, self._drawn(images) if keep is None else keep)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """[B, 1 + N, C] -> logits [B, classes], or what goes into the head."""
+        if self.global_pool == "token":
+            x = x[:, 0]
+        elif self.global_pool == "avg":
+            x = x[:, self.num_prefix_tokens :].mean(1)
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """[B, channels, height, width] -> logits [B, classes]."""
+        return self.forward_head(self.forward_features(images, keep))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Patch tokens after chosen blocks.
+
+        Args:
+            x: images [B, channels, height, width].
+            indices: the last so many blocks, blocks by number, or by default all.
+            return_prefix_tokens: pairs each with its class token, [B, 1, C].
+            norm: puts them through the final norm.
+            stop_early: leaves out the blocks behind the last chosen one.
+            output_fmt: `NCHW`, [B, C, h, w], or `NLC`, [B, N, C].
+            intermediates_only: leaves out the tokens behind the last block that ran.
+
+        Returns:
+            the tokens after the final norm [B, 1 + N, C], and the list; or the list alone.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt is {output_fmt!r}; it must be NCHW or NLC")
+        chosen, last = feature_take_indices(len(self.blocks), indices)
+        keep = self._drawn(x)
+        x, turns = self.embed(x)
+        taken = []
+        for number in range(last + 1 if stop_early else len(self.blocks)):
+            x = self.run_block(number, x, turns, keep)
+            if number in chosen:
+                taken.append(self.norm(x) if norm else x)
+        prefix = [tokens[:, : self.num_prefix_tokens] for tokens in taken]
+        patches = [tokens[:, self.num_prefix_tokens :] for tokens in taken]
+        if output_fmt == "NCHW":
+            patches = [
+                tokens.unflatten(1, self.grid).permute(0, 3, 1, 2).contiguous()
+                for tokens in patches
+            ]
+        found = list(zip(patches, prefix, strict=True)) if return_prefix_tokens else patches
+        return found if intermediates_only else (self.norm(x), found)
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | list[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Removes what the chosen blocks do not need; gives their numbers, none negative."""
+        chosen, last = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return chosen
+
+    def get_classifier(self) -> nn.Module:
+        """The head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh head, where the old one was; 0 classes leave it out."""
+        if global_pool is not None:
+            self.global_pool = _checked_pool(global_pool)
+        self.num_classes = num_classes
+        self.head = nn.Identity()
+        if num_classes:
+            like = self.cls_token
+            head = nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype)
+            nn.init.trunc_normal_(head.weight, std=INIT_STD)
+            nn.init.zeros_(head.bias)
+            self.head = head
+        self.head.train(self.training)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters without weight decay, besides all that are one-dimensional."""
+        return {"pos_embed", "cls_token"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that tell the layers apart, for a learning rate per layer."""
+        return {
+            "stem": r"^cls_token|^pos_embed|^patch_embed",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether training computes activations twice in place of keeping them."""
+        self.grad_checkpointing = enable
+
+    def _drawn(self, images: Tensor) -> Tensor | None:
+        if not self.training:
+            return None
+        keep = self.draw_keep(len(images), torch.default_generator)
+        like = self.cls_token
+        return keep.to(like.device, like.dtype) if keep is not None else None
+
+
+def _checked_pool(global_pool: str) -> str:
+    if global_pool not in POOLS:
+        raise ValueError(
+            f"global_pool is {global_pool!r}; it must be {', '.join(map(repr, POOLS))}"
+        )
+    return global_pool
+
+
+def _create(name: str, arch: str, pretrained: bool, **given: Any) -> nn.Module:
+    if pretrained:
+        source = resolve_pretrained_cfg(
+            name, given.get("pretrained_cfg"), given.get("pretrained_cfg_overlay")
+        )
+        if not (source.has_weights or source.state_dict):
+            raise CheckpointError(
+                f"timm has no pretrained weights for {name}",
+                "use pretrained=False, and checkpoint_path=FILE for a safetensors file of "
+                "spiralrope's with the RoPE options that it was trained with",
+            )
+    size = deit_size(arch)
+    sizes = {"embed_dim": size.dim, "depth": size.depth, "num_heads": size.heads}
+    out_indices = given.pop("out_indices", 3)
+    return build_model_with_cfg(
+        SpiralRopeDeiT,
+        name,
+        pretrained,
+        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        **{**sizes, **given},
+    )
+
+
+CFG = {
+    "num_classes": 1000,
+    "input_size": (3, 224, 224),
+    # The position embedding holds one grid: timm's scripts then pass on their image size.
+    "fixed_input_size": True,
+    "pool_size": None,
+    # The published protocol has two crops, 0.875 and 1.0; timm keeps one.
+    "crop_pct": 0.875,
+    "interpolation": "bicubic",
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+    "first_conv": "patch_embed.proj",
+    "classifier": "head",
+    "paper_ids": "arXiv:2602.03227",
+}
+default_cfgs = generate_default_cfgs(
+    {f"spiralrope_deit_{size}_patch16_224": CFG for size in ("tiny", "small", "base", "large")}
+)
+
+
+@register_model
+def spiralrope_deit_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DeiT-Ti with Spiral RoPE."""
+    return _create("spiralrope_deit_tiny_patch16_224", "deit-ti", pretrained, **kwargs)
+
+
+@register_model
+def spiralrope_deit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DeiT-S with Spiral RoPE."""
+    return _create("spiralrope_deit_small_patch16_224", "deit-s", pretrained, **kwargs)
+
+
+@register_model
+def spiralrope_deit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DeiT-B with Spiral RoPE."""
+    return _create("spiralrope_deit_base_patch16_224", "deit-b", pretrained, **kwargs)
+
+
+@register_model
+def spiralrope_deit_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DeiT-L with Spiral RoPE."""
+    return _create("spiralrope_deit_large_patch16_224", "deit-l", pretrained, **kwargs)
