@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from spiralrope_cli.core.config.resolve import to_nested
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.data.loaders import Batch, ClassifierData
-from spiralrope_cli.core.errors import TrainingError
+from spiralrope_cli.core.errors import CheckpointError, TrainingError
 from spiralrope_cli.core.jobs.plot import draw_curves
 from spiralrope_cli.core.metrics.accuracy import evaluate
 from spiralrope_cli.core.models.build import create_model
@@ -43,7 +43,7 @@ def run(config: ClassifierRun) -> None:
     """
     out, total_steps, optim = Path(config.out), config.total_steps, config.optim
     with open_job(config.machine, out) as job:
-        step = run_folder.first_step(config)
+        step = agreed_first_step(config)
         data = ClassifierData(config, job.device, job.rank, job.world_size)
         state, forward = build(config, job, step)
         steps = contextlib.closing(data.train_steps(step, total_steps))
@@ -83,6 +83,21 @@ def run(config: ClassifierRun) -> None:
             report.say_unreadable(dict(ChainMap(*unreadable)))
             draw_curves([out], out / report.CURVES_FILE)
             report.print_results(out)
+
+
+def agreed_first_step(config: ClassifierRun) -> int:
+    """The step at which all processes go on.
+
+    Raises:
+        CheckpointError: the machines of the run see different folders.
+    """
+    steps = set(distributed.gathered(run_folder.first_step(config)))
+    if len(steps) > 1:
+        raise CheckpointError(
+            f"the machines see different checkpoints in {config.out}: steps {sorted(steps)}",
+            "--out must be a folder that all of them share",
+        )
+    return steps.pop()
 
 
 def due(step: int, every: int, total_steps: int) -> bool:
