@@ -116,7 +116,12 @@ def test_killed_at_any_moment_nothing_is_lost(on_pictures, started, spiralrope, 
 
 @pytest.mark.parametrize(
     ("number", "code", "nproc"),
-    [(signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 2)],
+    [
+        (signal.SIGTERM, 143, 1),
+        (signal.SIGINT, 130, 1),
+        (signal.SIGTERM, 143, 2),
+        (signal.SIGINT, 130, 2),
+    ],
 )
 def test_a_signal_saves_and_leaves_with_its_code(on_pictures, started, runs, number, code, nproc):
     words = (*on_pictures, "--epochs", 10000, "--nproc", nproc, "--save-every", 5000)
