@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test setup style quality clean
+.PHONY: help demo test setup style quality clean
 .DEFAULT_GOAL := help
 
 help:

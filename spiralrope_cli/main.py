@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from spiralrope_cli.commands import fetch, pretrain
-from spiralrope_cli.core.errors import DataError, SpiralRopeError
+from spiralrope_cli.core.errors import SpiralRopeError, UnreadableImageError
 from spiralrope_cli.core.runtime.launch import is_first_process, share_the_machine
 from spiralrope_cli.version import __version__
 
@@ -39,9 +39,9 @@ def spiralrope(
         typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    """Vision and diffusion transformers with Spiral RoPE: rotary embedding in many directions.
+    """Vision transformers with Spiral RoPE: rotary position embedding in many directions.
 
-    Every command works without options on the bundled digits; COMMAND --help shows examples.
+    COMMAND --help shows its options and examples.
     """
 
 
@@ -54,7 +54,7 @@ def main() -> None:
         if os.environ.get(DEBUG_VARIABLE):
             raise
         # Under torchrun or srun all processes meet the same error, but for a damaged image.
-        if is_first_process() or isinstance(error, DataError):
+        if is_first_process() or isinstance(error, UnreadableImageError):
             typer.echo(f"error: {error.message}", err=True)
             if error.hint:
                 typer.echo(f"  {error.hint}", err=True)

@@ -116,10 +116,6 @@ class SpiralRopeDeiT(DeiT):
             for number in range(depth)
         ]
 
-    def forward_features(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """[B, channels, height, width] -> [B, 1 + N, C] after the final norm."""
-        return super().forward_features(images, self._drawn(images) if keep is None else keep)
-
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """[B, 1 + N, C] -> logits [B, classes], or what goes into the head."""
         if self.global_pool == "token":
@@ -160,7 +156,7 @@ class SpiralRopeDeiT(DeiT):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt is {output_fmt!r}; it must be NCHW or NLC")
         chosen, last = feature_take_indices(len(self.blocks), indices)
-        keep = self._drawn(x)
+        keep = self.drawn(x)
         x, turns = self.embed(x)
         taken = []
         for number in range(last + 1 if stop_early else len(self.blocks)):
@@ -224,13 +220,6 @@ class SpiralRopeDeiT(DeiT):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether training computes activations twice in place of keeping them."""
         self.grad_checkpointing = enable
-
-    def _drawn(self, images: Tensor) -> Tensor | None:
-        if not self.training:
-            return None
-        keep = self.draw_keep(len(images), torch.default_generator)
-        like = self.cls_token
-        return keep.to(like.device, like.dtype) if keep is not None else None
 
 
 def _checked_pool(global_pool: str) -> str:

@@ -177,7 +177,7 @@ Config = Annotated[
 ]
 Tracker = Annotated[
     str | None,
-    option("--tracker", panel=RUN, **choice("Log there too.", TRACKERS)),
+    option("--tracker", panel=RUN, **choice("Log to this one too.", TRACKERS)),
 ]
 LogEvery = Annotated[int | None, option("--log-every", panel=RUN, text="Steps between log points.")]
 ValidateEvery = Annotated[
@@ -214,7 +214,7 @@ RdzvEndpoint = Annotated[
 ]
 Device = Annotated[
     str | None,
-    option("--device", panel=MACHINE, **choice("By default the GPU.", DEVICES)),
+    option("--device", panel=MACHINE, **choice("By default a GPU, else the CPU.", DEVICES)),
 ]
 Precision = Annotated[
     str | None,
@@ -225,7 +225,8 @@ Precision = Annotated[
     ),
 ]
 Compile = Annotated[
-    bool | None, option("--compile", panel=MACHINE, metavar=" ", text="Through torch.compile.")
+    bool | None,
+    option("--compile/--no-compile", panel=MACHINE, metavar=" ", text="Through torch.compile."),
 ]
 GradCheckpointing = Annotated[
     bool | None,

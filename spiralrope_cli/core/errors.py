@@ -34,6 +34,10 @@ class DataError(SpiralRopeError):
     """A data set that is missing, empty or damaged."""
 
 
+class UnreadableImageError(DataError):
+    """One damaged picture, which one process alone may meet."""
+
+
 class CheckpointError(SpiralRopeError):
     """A checkpoint or run folder that cannot be read, written or continued."""
 

@@ -218,6 +218,10 @@ class SpiralRoPE(nn.Module):
         super().__init__()
         self.head_dim = head_dim
         self.config = config if config is not None else RopeConfig()
+        if not self.config.enabled:
+            raise ConfigError(
+                "RopeConfig(enabled=False) leaves nothing to rotate", "leave SpiralRoPE out"
+            )
         self.config.check_head_dim(head_dim)
         self.pretrain_grid = as_pair(pretrain_grid)
         self._turns: dict[tuple[tuple[int, int], int, torch.device], Tensor] = {}

@@ -52,7 +52,7 @@ VALUES = {
     "lr_rule": "none",
     "min_lr": "0.001",
     "warmup_epochs": "1",
-    "schedule": "published",
+    "schedule": "constant",
     "weight_decay": "0.7",
     "clip_grad": "2",
     "ema_decay": "0.5",
@@ -189,6 +189,20 @@ def test_a_config_file_repeats_a_run_and_options_win(runs, resolved):
     assert other.out == "runs/pretrain-deit-ti-digits-r1"
 
 
+def test_epochs_win_over_the_steps_of_a_file(runs, resolved):
+    path = runs / "kept.yaml"
+    path.write_text(yaml.safe_dump(to_nested(resolved("--steps", 4))))
+    assert resolved("--config", path).total_steps == 4
+    run = resolved("--config", path, "--epochs", 7)
+    assert run.total_steps == 7 * run.steps_per_epoch
+
+
+def test_a_short_run_has_a_short_warm_up(resolved):
+    assert resolved("--steps", 10).optim.warmup_epochs == 0
+    assert resolved("--steps", 352).optim.warmup_epochs == 2
+    assert resolved("--steps", 900).optim.warmup_epochs == resolved().optim.warmup_epochs
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
@@ -234,6 +248,9 @@ def test_a_config_file_is_read_strictly(runs, resolved, text, told):
         (["--tracker", "wandb"], "pip install 'spiralrope[wandb]'"),
         (["--resume", "perhaps"], "must be auto or must or never"),
         (["--resume", "must"], "holds no checkpoint"),
+        (["--rdzv-endpoint", "host:abc"], "it must be HOST:PORT"),
+        (["--schedule", "published", "--steps", "500"], "counts epochs, not --steps"),
+        (["--data", "~nosuchuser/x"], "is no folder and no built-in name"),
     ],
 )
 def test_what_cannot_work_is_told(resolved, monkeypatch, words, told):
@@ -290,7 +307,7 @@ def test_an_unreadable_image_is_named_or_skipped_and_counted(tmp_path, image_fol
         ({"max_freq": 5.0}, "--max-freq has no effect: --freqs-for is lang"),
         ({"rotate": 0, "min_freq_lang": 1.0}, "--min-freq-lang has no effect"),
         ({"rotate": 0, "truncate_percentage": 0.5}, "--truncate-percentage has no effect"),
-        ({"enabled": False, "rotate": 4}, "--rotate has no effect: RoPE is off"),
+        ({"enabled": False, "rotate": 4, "seed": 3}, "--rotate has no effect: RoPE is off"),
         ({"crop_scale": 0.5}, "--crop-scale has no effect: --geometry is shift"),
         ({"geometry": "crop", "max_shift": 2.0}, "--max-shift has no effect: --geometry is crop"),
         ({"steps": 900, "epochs": 9}, "--epochs has no effect: --steps is given"),
@@ -299,7 +316,7 @@ def test_an_unreadable_image_is_named_or_skipped_and_counted(tmp_path, image_fol
     ],
 )
 def test_options_that_cannot_act_are_a_note(options, told):
-    assert told in "\n".join(resolve_pretrain(options).warnings)
+    assert [told in warning for warning in resolve_pretrain(options).warnings] == [True]
 
 
 def test_elongated_grids_are_told_of_the_exact_projection():

@@ -142,7 +142,7 @@ def find_data_set(data: str) -> DataSet:
     """
     if data in BUILT_IN:
         return BUILT_IN[data]
-    root = Path(data).expanduser()
+    root = Path(os.path.expanduser(data))
     train, val = root / "train", val_folder(root)
     if not root.is_dir():
         raise DataError(
@@ -191,9 +191,11 @@ def class_names(folder: Path) -> list[str]:
     Raises:
         DataError: there are none.
     """
-    names = sorted(
-        entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."
-    )
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read: {error.strerror}") from error
+    names = sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
     if not names:
         raise DataError(
             f"{folder} has no class folders", "it must hold one folder of images per class"

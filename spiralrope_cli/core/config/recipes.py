@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-# DeiT stage 1 on ImageNet-1K at 224 px, as the published DeiT-B run had it: 300 epochs, 8 GPUs.
-# Verified: nothing here can be re-run on a small machine; the parts are tested one by one.
+# DeiT stage 1 on ImageNet-1K at 224 px, as the published DeiT-B run had it. The run itself was not
+# repeated here: its parts are tested one by one.
 PRETRAIN: dict[str, Any] = {
     "seed": 0,
     "rotate": 2,

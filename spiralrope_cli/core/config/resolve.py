@@ -80,6 +80,7 @@ def resolve_pretrain(options: dict[str, Any], config_file: Path | None = None) -
         num_val=data_set.num_val,
     )
     sources.update(data=data_source, arch=arch_source)
+    fit_length(values, sources, options)
     name = values.pop("name", None)
     sources.pop("name", None)
 
@@ -92,6 +93,16 @@ def resolve_pretrain(options: dict[str, Any], config_file: Path | None = None) -
     given = {name for name, source in sources.items() if source == "option"}
     warnings = inert.notes(run, data_set, given)
     return Resolved(run, sources, tuple(warnings))
+
+
+def fit_length(values: dict[str, Any], sources: dict[str, str], options: dict[str, Any]) -> None:
+    """Lets `--epochs` win over a file's steps, and a short run have a short warm-up."""
+    if "epochs" in options and "steps" not in options:
+        values["steps"], sources["steps"] = 0, "option"
+    if values["steps"] and sources["warmup_epochs"] in ("recipe", "data set"):
+        steps_per_epoch = max(values["num_train"] // max(values["batch_size"], 1), 1)
+        longest = int(values["steps"]) // (4 * steps_per_epoch)
+        values["warmup_epochs"] = min(values["warmup_epochs"], longest)
 
 
 def run_name(values: dict[str, Any], rope: RopeConfig, data_set: DataSet, name: str | None) -> str:

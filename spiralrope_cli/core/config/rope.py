@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from spiralrope_cli.core.errors import ConfigError
 
@@ -117,7 +117,8 @@ class RopeConfig:
             ("projection", one, f"--rotate is {self.rotate}, which never leaves the grid"),
         ]
         if not self.enabled:
-            return [(name, "RoPE is off") for name in sorted(given - {"enabled"})]
+            mine = {field.name for field in fields(self)} - {"enabled"}
+            return [(name, "RoPE is off") for name in sorted(given & mine)]
         return [(name, why) for name, inert, why in reasons if inert and name in given]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from spiralrope_cli.core.config.checks import at_least, in_range, one_of
 from spiralrope_cli.core.config.models import check_divides, deit_size
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.errors import ConfigError
@@ -41,7 +42,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_divides(self.image_size, self.patch_size)
-        _in_range("drop_path", self.drop_path, 0, 1)
+        in_range("drop_path", self.drop_path, 0, 1)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -90,13 +91,13 @@ class AugmentConfig:
     smoothing: float
 
     def __post_init__(self) -> None:
-        _one_of("geometry", self.geometry, GEOMETRIES)
+        one_of("geometry", self.geometry, GEOMETRIES)
         for name in ("hflip", "random_erasing", "mixup_switch_prob"):
-            _in_range(name, getattr(self, name), 0, 1, closed=True)
+            in_range(name, getattr(self, name), 0, 1, closed=True)
         for name in ("color_jitter", "mixup", "cutmix", "max_shift", "max_rotation"):
-            _at_least(name, getattr(self, name), 0)
-        _in_range("smoothing", self.smoothing, 0, 1)
-        _at_least("repeated_aug", self.repeated_aug, 1)
+            at_least(name, getattr(self, name), 0)
+        in_range("smoothing", self.smoothing, 0, 1)
+        at_least("repeated_aug", self.repeated_aug, 1)
         if not re.fullmatch(AUTO_AUGMENT_NAMES, self.auto_augment):
             raise ConfigError(
                 f"--auto-augment {self.auto_augment} is no policy of timm",
@@ -150,15 +151,15 @@ class OptimConfig:
     ema_decay: float
 
     def __post_init__(self) -> None:
-        _one_of("schedule", self.schedule, SCHEDULES)
-        _one_of("lr_rule", self.lr_rule, LR_RULES)
+        one_of("schedule", self.schedule, SCHEDULES)
+        one_of("lr_rule", self.lr_rule, LR_RULES)
         for name in ("epochs", "batch_size", "micro_batch_size"):
-            _at_least(name, getattr(self, name), 1)
+            at_least(name, getattr(self, name), 1)
         for name in ("steps", "warmup_epochs", "lr", "min_lr", "weight_decay", "clip_grad"):
-            _at_least(name, getattr(self, name), 0)
+            at_least(name, getattr(self, name), 0)
         for beta in self.betas:
-            _in_range("betas", beta, 0, 1)
-        _in_range("ema_decay", self.ema_decay, 0, 1)
+            in_range("betas", beta, 0, 1)
+        in_range("ema_decay", self.ema_decay, 0, 1)
 
     @property
     def peak_lr(self) -> float:
@@ -187,8 +188,8 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         for name in ("log_every", "validate_every", "save_every", "keep_last"):
-            _at_least(name, getattr(self, name), 1)
-        _at_least("keep_every", self.keep_every, 0)
+            at_least(name, getattr(self, name), 1)
+        at_least("keep_every", self.keep_every, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +204,7 @@ class MachineConfig:
         precision: `auto`, `fp32` or `bf16`.
         compile: through torch.compile.
         grad_checkpointing: computes activations twice in place of keeping them.
-        workers: loader processes per worker process, for image folders.
+        workers: loader processes per process, for image folders; -1 takes up to 4, by cores.
         skip_bad: goes on without images that cannot be decoded, and counts them.
         resume: `auto`, `must` or `never`.
         tracker: `none`, `tensorboard` or `wandb`.
@@ -216,19 +217,21 @@ class MachineConfig:
     precision: str = "auto"
     compile: bool = False
     grad_checkpointing: bool = False
-    workers: int = 4
+    workers: int = -1
     skip_bad: bool = False
     resume: str = "auto"
     tracker: str = "none"
 
     def __post_init__(self) -> None:
-        _one_of("precision", self.precision, PRECISIONS)
-        _one_of("resume", self.resume, RESUME_MODES)
-        _one_of("tracker", self.tracker, TRACKERS)
-        _one_of("device", self.device, DEVICES)
-        _at_least("nproc", self.nproc, 0)
-        _at_least("nnodes", self.nnodes, 1)
-        _at_least("workers", self.workers, 0)
+        one_of("precision", self.precision, PRECISIONS)
+        one_of("resume", self.resume, RESUME_MODES)
+        one_of("tracker", self.tracker, TRACKERS)
+        one_of("device", self.device, DEVICES)
+        at_least("nproc", self.nproc, 0)
+        at_least("nnodes", self.nnodes, 1)
+        at_least("workers", self.workers, -1)
+        if self.rdzv_endpoint and not re.fullmatch(r".+:\d+", self.rdzv_endpoint):
+            raise ConfigError(f"--rdzv-endpoint is {self.rdzv_endpoint}; it must be HOST:PORT")
         if self.nnodes > 1 and not self.rdzv_endpoint:
             raise ConfigError(
                 f"--nnodes is {self.nnodes} without --rdzv-endpoint",
@@ -266,7 +269,7 @@ class ClassifierRun:
 
     def __post_init__(self) -> None:
         self.rope.check_head_dim(deit_size(self.arch).head_dim)
-        _at_least("seed", self.seed, 0)
+        at_least("seed", self.seed, 0)
         if not len(self.augment.mean) == len(self.augment.std) == self.model.in_chans:
             raise ConfigError(
                 f"mean {self.augment.mean} and std {self.augment.std} need one value for each of "
@@ -278,6 +281,8 @@ class ClassifierRun:
                 f"training images of {self.data}",
                 f"use at most {self.num_train}",
             )
+        if self.optim.schedule == "published" and self.optim.steps:
+            raise ConfigError("--schedule published counts epochs, not --steps", "use --epochs")
         if self.optim.schedule != "constant" and self.total_steps <= self.warmup_steps:
             raise ConfigError(
                 f"--warmup-epochs {self.optim.warmup_epochs} leaves nothing of a run of "
@@ -313,12 +318,13 @@ class ClassifierRun:
         micro = min(self.optim.micro_batch_size, max(batch // world_size, 1))
         unit = micro * world_size
         if batch % unit:
-            near = sorted({max(1, batch // unit) * unit, (batch // unit + 1) * unit})
+            around = {max(1, batch // unit) * unit, (batch // unit + 1) * unit}
+            near = sorted(size for size in around if size <= self.num_train)
             raise ConfigError(
                 f"--batch-size {batch} does not split into {world_size} process(es) x "
                 f"{micro} images",
-                f"the nearest that do: {', '.join(map(str, near))}; or change "
-                "--micro-batch-size or --nproc",
+                (f"the nearest that do: {', '.join(map(str, near))}; or " if near else "")
+                + "change --micro-batch-size or --nproc",
             )
         if self.augment.mixes and micro % MIX_GROUP:
             raise ConfigError(
@@ -327,23 +333,3 @@ class ClassifierRun:
                 f"use a multiple of {MIX_GROUP}, or --mixup 0 --cutmix 0",
             )
         return micro, batch // unit
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{_option(name)} is {value}; it must be {' or '.join(allowed)}")
-
-
-def _at_least(name: str, value: float, lowest: float) -> None:
-    if not value >= lowest:
-        raise ConfigError(f"{_option(name)} is {value}; it must be {lowest} or more")
-
-
-def _in_range(name: str, value: float, low: float, high: float, closed: bool = False) -> None:
-    if not (low <= value < high or (closed and value == high)):
-        end = "]" if closed else ")"
-        raise ConfigError(f"{_option(name)} is {value}; it must be in [{low}, {high}{end}")

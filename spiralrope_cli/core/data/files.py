@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import struct
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import NAME_TO_OP, posterize
 from torch import Tensor
@@ -18,11 +20,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from spiralrope_cli.core.config.datasets import list_images, val_folder
 from spiralrope_cli.core.config.runs import AugmentConfig
-from spiralrope_cli.core.errors import ConfigError, DataError
+from spiralrope_cli.core.errors import ConfigError, DataError, UnreadableImageError
 from spiralrope_cli.core.runtime.seeds import seed_everything
 
 Transform = Callable[[Image.Image], np.ndarray]
 POSTERIZE_OPS = ("Posterize", "PosterizeIncreasing", "PosterizeOriginal")
+BROKEN_IMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error)
 MAX_TRIES = 16
 """Unreadable images in a row before a training sample is given up with `skip_bad`."""
 
@@ -37,9 +40,9 @@ class Unreadable:
     path: str
     reason: str
 
-    def error(self) -> DataError:
+    def error(self) -> UnreadableImageError:
         """The error that ends a run without --skip-bad."""
-        return DataError(
+        return UnreadableImageError(
             f"image {self.path} cannot be read: {self.reason}",
             "remove it, or go on without such images by --skip-bad",
         )
@@ -52,6 +55,10 @@ class Loaded:
     images: Tensor
     labels: Tensor
     unreadable: tuple[Unreadable, ...]
+
+    def pin_memory(self) -> Loaded:
+        """The same in page-locked memory; the loader asks, as it knows no such class."""
+        return Loaded(self.images.pin_memory(), self.labels.pin_memory(), self.unreadable)
 
 
 class ImageFiles(Dataset[Any]):
@@ -80,7 +87,7 @@ class ImageFiles(Dataset[Any]):
         try:
             with Image.open(path) as image:
                 picture = _flattened(image).convert(self.mode)
-        except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+        except BROKEN_IMAGE as error:
             reason = str(error).replace(path, "").strip(" '") or type(error).__name__
             return None, int(self.labels[number]), Unreadable(path, reason)
         except Image.DecompressionBombError:
@@ -134,7 +141,7 @@ NAME_TO_OP.update(dict.fromkeys(POSTERIZE_OPS, _posterize))
 
 
 def train_transform(size: tuple[int, int], augment: AugmentConfig) -> Transform:
-    """The training transform of timm transform, up to uint8; it is normalised on the device.
+    """The training transform of timm, up to uint8; it is normalised on the device.
 
     Raises:
         ConfigError: timm knows no such augmentation.
@@ -187,6 +194,8 @@ def load(
     files: ImageFiles, batches: Iterable[list[tuple[int, Any]]], workers: int, pin_memory: bool
 ) -> Iterator[Loaded]:
     """Batches by lists of keys, read ahead by loader processes."""
+    if workers < 0:
+        workers = min(4, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     loader = DataLoader(
         files,
         batch_sampler=batches,

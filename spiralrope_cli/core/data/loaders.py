@@ -16,8 +16,9 @@ from spiralrope_cli.core.config.datasets import BUILT_IN
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.data import files, memory
 from spiralrope_cli.core.data.mixing import erase, mix
-from spiralrope_cli.core.data.order import epoch_order, own_parts, step_slice
+from spiralrope_cli.core.data.order import apart, epoch_order, own_parts, step_slice
 from spiralrope_cli.core.errors import DataError
+from spiralrope_cli.core.runtime import distributed
 
 EVAL_BATCH = 256
 
@@ -71,7 +72,9 @@ class ClassifierData:
         self._mean = torch.tensor(augment.mean, device=device).view(-1, 1, 1) * 255
         self._std = torch.tensor(augment.std, device=device).view(-1, 1, 1) * 255
         if run.data in BUILT_IN:
-            self._train, self._val = (s.to(device) for s in memory.load_memory_set(run.data))
+            with distributed.first_alone():  # it may have to unpack or download
+                splits = memory.load_memory_set(run.data)
+            self._train, self._val = (split.to(device) for split in splits)
         else:
             root, size, grey = Path(run.data), run.model.image_size, channels == 1
             self._train_files = files.train_files(root, size, augment, grey)
@@ -89,21 +92,21 @@ class ClassifierData:
         for step in steps:
             yield [self._finish(step, *next(source)) for _ in range(self.accumulation)]
 
-    def _places(self, step: int) -> Iterator[tuple[int, slice, slice, Tensor]]:
-        """Per micro batch: epoch, part of the step, part of the epoch, image numbers."""
+    def _places(self, step: int) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
+        """Per micro batch: epoch, part of the step, places in the epoch, image numbers."""
         run = self.run
         epoch, first = step_slice(step, run.steps_per_epoch, run.optim.batch_size)
         order = epoch_order(run.num_train, run.augment.repeated_aug, run.seed, epoch)
+        places = first + apart(run.optim.batch_size, run.augment.repeated_aug)
         for part in own_parts(self.rank, self.accumulation, self.micro):
-            within = slice(first + part.start, first + part.stop)
-            yield epoch, part, within, order[within]
+            yield epoch, part, places[part], order[places[part]]
 
     def _train_from_memory(self, steps: range) -> Iterator[tuple[Tensor, Tensor, slice, Tensor]]:
         run = self.run
         for step in steps:
-            for epoch, part, within, numbers in self._places(step):
-                draws = memory.epoch_draws(run.num_train, run.seed, epoch)[within]
-                chosen = numbers.to(self.device)
+            for epoch, part, places, numbers in self._places(step):
+                draws = memory.epoch_draws(run.num_train, run.seed, epoch)[places]
+                chosen = numbers.to(self.device, non_blocking=True)
                 images = self._train.images[chosen].float()
                 images = memory.warp(images, draws, run.augment, run.model.image_size)
                 yield images, self._train.labels[chosen], part, numbers
@@ -113,11 +116,10 @@ class ClassifierData:
 
         def keys() -> Iterator[list[tuple[int, tuple[int, int, int]]]]:
             for step in steps:
-                for epoch, _, within, numbers in self._places(step):
-                    places = range(within.start, within.stop)
+                for epoch, _, places, numbers in self._places(step):
                     yield [
                         (number, (seed, epoch, place))
-                        for number, place in zip(numbers.tolist(), places, strict=True)
+                        for number, place in zip(numbers.tolist(), places.tolist(), strict=True)
                     ]
 
         machine = self.run.machine

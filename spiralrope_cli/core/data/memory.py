@@ -73,11 +73,11 @@ def load_fashion_mnist() -> tuple[MemorySplit, MemorySplit]:
     root = cache_folder()
     raw = root / "FashionMNIST" / "raw"
     packed = DEBIAN_FASHION_MNIST
-    if not all((raw / name).is_file() for name in RAW_FILES) and packed.is_dir():
-        raw.mkdir(parents=True, exist_ok=True)
-        for name in RAW_FILES:
-            _unpack(packed / f"{name}.gz", raw / name)
     try:
+        if not all((raw / name).is_file() for name in RAW_FILES) and packed.is_dir():
+            raw.mkdir(parents=True, exist_ok=True)
+            for name in RAW_FILES:
+                _unpack(packed / f"{name}.gz", raw / name)
         there = all((raw / name).is_file() for name in RAW_FILES)
         splits = [FashionMNIST(str(root), train, download=not there) for train in (True, False)]
     except (OSError, RuntimeError) as error:
@@ -116,7 +116,7 @@ def warp(images: Tensor, draws: Tensor, augment: AugmentConfig, size: tuple[int,
         [B, channels, *size]; outside the picture lies black, or with `crop` its border.
     """
     height, width = images.shape[-2:]
-    draws = draws.to(images.device)
+    draws = draws.to(images.device, non_blocking=True)
     mirror = 1 - 2 * (draws[:, 0] < augment.hflip).float()
     centred = 2 * draws - 1
     if augment.geometry == "shift":

@@ -41,6 +41,15 @@ def repeated_order(num_images: int, repeats: int, epoch: int) -> Tensor:
     return torch.tensor(list(sampler))
 
 
+def apart(batch_size: int, repeats: int) -> Tensor:
+    """[batch_size] places within a step, so that repeats of a picture are not neighbours.
+
+    Neighbours are mixed with each other, and a picture mixed with itself would be none.
+    """
+    places = torch.arange(batch_size)
+    return torch.cat([places[first::repeats] for first in range(repeats)])
+
+
 def step_slice(step: int, steps_per_epoch: int, batch_size: int) -> tuple[int, int]:
     """Epoch of a step, and the place of its first image in that epoch."""
     epoch, within = divmod(step, steps_per_epoch)

@@ -12,21 +12,27 @@ from spiralrope_cli.core.config.resolve import Resolved, flatten, to_nested
 from spiralrope_cli.core.config.runs import LINEAR_RULE_BATCH, ClassifierRun
 from spiralrope_cli.core.models.build import create_model
 from spiralrope_cli.core.rope import clamped_share
-from spiralrope_cli.core.runtime.launch import world_size
+from spiralrope_cli.core.runtime.launch import joined_world_size, world_size
 
 CLAMP_HINT_SHARE = 0.15
 SOURCES = ("option", "config file", "environment", "data set", "recipe", "default")
 
 
-def print_plan(resolved: Resolved, first_step: int) -> None:
-    """Prints what was settled on, how it was derived, and where every value came from."""
+def print_plan(resolved: Resolved, first_step: int, *, every_value: bool) -> None:
+    """Prints what was settled on, how it was derived, and where the values came from.
+
+    Args:
+        resolved: the run and its sources.
+        first_step: where it goes on, 0 at the start.
+        every_value: also those that are nobody's choice.
+    """
     console = Console(stderr=True, highlight=False)
     table = Table(show_header=False, box=None, padding=(0, 1))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     for name, text in plan_lines(resolved.run, first_step):
         table.add_row(name, text)
-    for source in SOURCES:
+    for source in SOURCES if every_value else SOURCES[:-1]:
         if values := values_from(resolved, source):
             table.add_row(f"by {source}", values, style="dim")
     console.print(table)
@@ -78,7 +84,7 @@ def plan_lines(run: ClassifierRun, first_step: int) -> list[tuple[str, str]]:
         (
             "length",
             f"{run.total_steps} steps, {run.steps_per_epoch} per epoch: "
-            f"{run.total_steps / run.steps_per_epoch:g} epochs",
+            f"{run.total_steps / run.steps_per_epoch:.3g} epochs",
         ),
     ]
 
@@ -121,23 +127,29 @@ def values_from(resolved: Resolved, source: str) -> str:
         if source == "default"
         else [name for name in values if resolved.sources.get(name) == source]
     )
-    return ", ".join(f"{name} {_short(values[name])}" for name in names)
+    return ", ".join(f"{name} {_short(values[name])}" for name in names if values[name] != "")
 
 
 def _short(value: object) -> str:
     if isinstance(value, list):
-        return "x".join(_short(item) for item in value)
+        return ("x" if isinstance(value[0], int) else "/").join(_short(item) for item in value)
     if isinstance(value, float):
         return f"{value:g}"
-    return "''" if value == "" else str(value)
+    return str(value)
 
 
 def hints(run: ClassifierRun) -> list[str]:
     """Advice on settings that work but may not be what is wanted."""
-    rope = run.rope
+    rope, machine = run.rope, run.machine
+    told = []
+    if joined_world_size() is not None and (machine.nproc or machine.nnodes > 1):
+        told.append("--nproc and --nnodes have no effect: another launcher started the processes")
     if not rope.enabled or rope.rotate <= 1 or rope.projection == "exact":
-        return []
+        return told
     share = clamped_share(run.model.grid, rope, deit_size(run.arch).head_dim)
     if share < CLAMP_HINT_SHARE:
-        return []
-    return [f"the grid's border flattens {share:.0%} of the positions; try --projection exact"]
+        return told
+    return [
+        *told,
+        f"the grid's border flattens {share:.0%} of the positions; try --projection exact",
+    ]

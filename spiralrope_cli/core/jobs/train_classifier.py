@@ -47,7 +47,7 @@ def run(config: ClassifierRun) -> None:
         data = ClassifierData(config, job.device, job.rank, job.world_size)
         state, forward = build(config, job, step)
         steps = contextlib.closing(data.train_steps(step, total_steps))
-        with open_report(config, job, step) as reporter, steps as batches:
+        with open_report(config, job, state) as reporter, steps as batches:
             meter, clock = LossMeter(job.device), report.Clock(optim.batch_size, step)
             while state.step < total_steps:
                 lr = lr_at(state.step, total_steps, config.steps_per_epoch, optim)
@@ -65,23 +65,28 @@ def run(config: ClassifierRun) -> None:
                 reporter.moved(state.step)
                 if log_now:
                     values = {"loss": read_finite(meter, config, job, data), "lr": lr}
-                    values["grad_norm"] = grad_norm.item() if grad_norm is not None else 0.0
+                    if grad_norm is not None:
+                        values["grad_norm"] = grad_norm.item()
                     values["images_per_s"] = clock.rate(state.step)
                     reporter.log(state.step, values)
                 stop = job.stop.agreed(job.device, ask_all=log_now)
-                with clock.pause():
-                    if due_epochs(config, state.step, config.checkpoint.validate_every):
-                        validate(config, job, state, data, reporter)
-                    if stop or due_epochs(config, state.step, config.checkpoint.save_every):
+                validate_now = due_epochs(config, state.step, config.checkpoint.validate_every)
+                save_now = stop or due_epochs(config, state.step, config.checkpoint.save_every)
+                if validate_now or save_now:
+                    # Finite before measured, measured before saved: the best must be on disk.
+                    with clock.pause():
                         read_finite(meter, config, job, data)
-                        save(config, job, state)
+                        if validate_now:
+                            validate(config, job, state, data, reporter)
+                        if save_now or state.best.get("step") == state.step:
+                            save(config, job, state)
                 if stop and state.step < total_steps:
                     reporter.say(f"stopped at step {state.step}; the same command resumes")
                     sys.exit(128 + stop)
         unreadable = distributed.gathered(data.bad.reasons)
         if job.is_first:
             report.say_unreadable(dict(ChainMap(*unreadable)))
-            draw_curves([out], out / report.CURVES_FILE)
+            draw_curves([out], out / run_folder.CURVES_FILE)
             report.print_results(out)
 
 
@@ -110,9 +115,9 @@ def due_epochs(config: ClassifierRun, step: int, every: int) -> bool:
     return due(step, every * config.steps_per_epoch, config.total_steps)
 
 
-def open_report(config: ClassifierRun, job: Job, step: int) -> report.Reporter:
-    """Puts the folder in order for a run from `step`, and opens its reporter."""
-    out = Path(config.out)
+def open_report(config: ClassifierRun, job: Job, state: TrainState) -> report.Reporter:
+    """Puts the folder in order for a run from the state's step, and opens its reporter."""
+    out, step = Path(config.out), state.step
     if job.is_first:
         checkpoint.remove_unfinished(out)
         run_folder.write_config(config)
@@ -131,7 +136,7 @@ def open_report(config: ClassifierRun, job: Job, step: int) -> report.Reporter:
         f"{job.device.type}, {str(job.dtype).removeprefix('torch.')} ({job.precision_reason}), "
         f"{job.world_size} process(es) with {torch.get_num_threads()} thread(s) each"
     )
-    reporter.start(step)
+    reporter.start(step, state.best.get("acc1"))
     return reporter
 
 

@@ -127,8 +127,17 @@ class DeiT(nn.Module):
             return checkpoint(block, x, turns, of_block, use_reentrant=False)
         return block(x, turns, of_block)
 
+    def drawn(self, images: Tensor) -> Tensor | None:
+        """A `keep` from torch's global generator, for training loops that hand in none."""
+        if not self.training:
+            return None
+        keep = self.draw_keep(len(images), torch.default_generator)
+        like = self.cls_token
+        return keep.to(like.device, like.dtype) if keep is not None else None
+
     def forward_features(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """[B, channels, height, width] -> [B, 1 + N, C] after the final norm."""
+        keep = self.drawn(images) if keep is None else keep
         x, turns = self.embed(images)
         for number in range(len(self.blocks)):
             x = self.run_block(number, x, turns, keep)
@@ -139,7 +148,7 @@ class DeiT(nn.Module):
 
         Args:
             images: [B, channels, height, width], normalised.
-            keep: [depth, 2, B] from `draw_keep`, or None to take every branch.
+            keep: [depth, 2, B] from `draw_keep`; in training None draws one.
 
         Returns:
             logits [B, classes].

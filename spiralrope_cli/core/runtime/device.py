@@ -11,6 +11,7 @@ import torch
 
 from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
+from spiralrope_cli.core.runtime.launch import joined_world_size
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 
@@ -28,6 +29,8 @@ def pick_device(machine: MachineConfig) -> torch.device:
         if not torch.cuda.is_available():
             raise ConfigError("--device cuda: torch sees no GPU here", "use --device cpu")
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if torch.cuda.device_count() == 1 and joined_world_size() is not None:
+            local_rank = 0  # the scheduler shows each task its own GPU alone
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(
                 f"--nproc asks for more processes than the {torch.cuda.device_count()} GPU(s) here"

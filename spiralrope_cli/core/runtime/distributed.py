@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -45,6 +47,16 @@ def barrier() -> None:
     """Waits for everybody."""
     if dist.is_initialized():
         dist.barrier()
+
+
+@contextlib.contextmanager
+def first_alone() -> Iterator[None]:
+    """Lets the first process do something before all others do the same."""
+    if rank() > 0:
+        barrier()
+    yield
+    if rank() == 0:
+        barrier()
 
 
 def total(value: Tensor) -> Tensor:

@@ -95,13 +95,18 @@ def open_job(machine: MachineConfig, folder: Path) -> Iterator[Job]:
     stop = StopRequest()
     distributed.start(device)
     with contextlib.ExitStack() as leave:
-        leave.callback(distributed.stop)
         if distributed.rank() == 0:
             leave.enter_context(hold_folder(folder))
         distributed.barrier()
         stop.listen()
         leave.callback(stop.restore)
-        yield Job(distributed.rank(), distributed.world_size(), device, dtype, reason, stop)
+        try:
+            yield Job(distributed.rank(), distributed.world_size(), device, dtype, reason, stop)
+        except SystemExit:
+            distributed.stop()  # everybody leaves at the same step
+            raise
+    # Not after an error: the others would fail on the closed connection before it is told.
+    distributed.stop()
 
 
 @contextlib.contextmanager
@@ -120,13 +125,16 @@ def hold_folder(folder: Path) -> Iterator[IO[str]]:
         raise CheckpointError(f"{folder} cannot be written: {error.strerror}") from error
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            # A record lock: loader processes do not inherit it, so it ends with this process.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
             lock.seek(0)
             raise CheckpointError(
                 f"another run is writing to {folder} (process {lock.read().strip() or 'unknown'})",
                 "wait for it, or give this one another --name or --out",
             ) from error
+        except OSError as error:
+            raise CheckpointError(f"{folder} cannot be locked: {error.strerror}") from error
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()

@@ -10,6 +10,7 @@ import errno
 import importlib
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -40,14 +41,15 @@ def joined_world_size() -> int | None:
     """Processes of the launcher that started this one (torchrun, srun), None without one."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
-    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
-        return int(os.environ["SLURM_NTASKS"])
-    return None
+    # srun alone sets the step's number of tasks; a batch script without it has only the job's.
+    num_tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    return num_tasks if num_tasks > 1 and "SLURM_PROCID" in os.environ else None
 
 
 def is_first_process() -> bool:
     """Whether this command speaks for all that a launcher started."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    return rank == "0" or joined_world_size() is None
 
 
 def num_local_workers(machine: MachineConfig) -> int:
@@ -110,10 +112,11 @@ def _adopt_slurm() -> None:
     if "RANK" in os.environ:
         return
     env = os.environ
-    env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
+    env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
     env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
-    first_node = env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
-    env.setdefault("MASTER_ADDR", first_node)
+    # "node[03-07,9],other" begins with node03, where task 0 runs.
+    first = re.match(r"([^,\[]+)(?:\[(\w+))?", env.get("SLURM_STEP_NODELIST", "127.0.0.1"))
+    env.setdefault("MASTER_ADDR", "".join(part or "" for part in first.groups()) if first else "")
     job_number = int(env.get("SLURM_JOB_ID", "0"))
     env.setdefault("MASTER_PORT", str(20000 + job_number % 20000))
 
@@ -123,10 +126,13 @@ def _launch_elastic(job: str, run: Any, num_workers: int) -> None:
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
+    # Each of these loggers has a level of its own, so that of their parent would not do.
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(("torch.distributed.", "torch.multiprocessing")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     machine: MachineConfig = run.machine
     _limit_threads(num_workers)
     with tempfile.TemporaryDirectory(prefix="spiralrope-") as folder:
@@ -146,6 +152,12 @@ def _launch_elastic(job: str, run: Any, num_workers: int) -> None:
             elastic_launch(settings, _work)(job, run)
         except SignalException as stopped:
             sys.exit(128 + stopped.sigval)
+        except RendezvousError as error:
+            place = machine.rdzv_endpoint or "localhost:0"
+            raise LaunchError(
+                f"--rdzv-endpoint {place} cannot be reached: {str(error).splitlines()[0]}",
+                "all machines need the same endpoint, on the first of them, with a free port",
+            ) from error
         except ChildFailedError as failed:
             _raise_first(Path(folder), failed)
 
@@ -179,16 +191,17 @@ def _leave_error(error: SpiralRopeError) -> None:
         "message": error.message,
         "hint": error.hint,
         "exit_code": error.exit_code,
+        "is_bug": isinstance(error, LaunchError),
     }
     with contextlib.suppress(OSError):
         path.write_text(json.dumps(told))
 
 
 def _raise_first(folder: Path, failed: Any) -> None:
-    """Raises the first worker's error; the others mostly fail because the first did."""
+    """Raises the first worker's error, before any bug that it may have caused in the others."""
     told = sorted(
         (json.loads(path.read_text()) for path in folder.glob("*.json")),
-        key=lambda each: each["time"],
+        key=lambda each: (each["is_bug"], each["time"]),
     )
     if told:
         error = SpiralRopeError(told[0]["message"], told[0]["hint"])

@@ -21,10 +21,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from spiralrope_cli.core.runtime.run_folder import CURVES_FILE
 from spiralrope_cli.core.runtime.tracker import open_tracker
 
 METRICS_FILE = "metrics.jsonl"
-CURVES_FILE = "curves.png"
 FIGURES = (("acc1", 2), ("acc5", 2), ("val_loss", 4))
 UNITS = {"lr": "{:.3g}", "loss": "{:.4f}", "grad_norm": "{:.3f}", "images_per_s": "{:.0f}"}
 LABELS = {"grad_norm": "|grad|", "images_per_s": "images/s"}
@@ -56,7 +56,7 @@ class Reporter:
         self.folder = folder
         self.console = Console(stderr=True, quiet=not first)
         self._total_steps, self._steps_per_epoch = total_steps, steps_per_epoch
-        self._best = ""
+        self._best, self._parts = "", list[str]()
         self._live: Live | None = None
         self._track: Callable[[int, dict[str, float]], None] = lambda step, values: None
         self._close_tracker: Callable[[], None] = lambda: None
@@ -75,9 +75,10 @@ class Reporter:
         self._task = self._progress.add_task("", total=total_steps, epoch="")
         self._status = Text()
 
-    def start(self, step: int) -> None:
-        """Opens the display at a step."""
+    def start(self, step: int, best_acc1: float | None) -> None:
+        """Opens the display at a step, with the best accuracy before it."""
         self._started = (time.monotonic(), step)
+        self._show(best_acc1=best_acc1)
         if self.first and self.console.is_terminal:
             self._progress.reset(self._task, completed=step, epoch=self._epoch(step))
             self._live = Live(
@@ -87,6 +88,13 @@ class Reporter:
 
     def _epoch(self, step: int) -> str:
         return f"{step / self._steps_per_epoch:.1f}/{self._total_steps / self._steps_per_epoch:.3g}"
+
+    def _show(self, parts: list[str] | None = None, best_acc1: float | None = None) -> None:
+        if parts is not None:
+            self._parts = parts
+        if best_acc1 is not None:
+            self._best = f"best acc@1 {best_acc1:.2f} %"
+        self._status.plain = "  ".join([*self._parts, self._best])
 
     def moved(self, step: int) -> None:
         """Advances the bar; costs nothing where there is none."""
@@ -102,7 +110,7 @@ class Reporter:
             if key in values
         ]
         if self._live:
-            self._status.plain = "  ".join([*parts, self._best])
+            self._show(parts)
             return
         since, first_step = self._started
         pace = (time.monotonic() - since) / max(step - first_step, 1)
@@ -115,7 +123,7 @@ class Reporter:
     def validated(self, step: int, values: dict[str, float], best_acc1: float) -> None:
         """A validation of raw and averaged weights."""
         self._record(step, values)
-        self._best = f"best acc@1 {best_acc1:.2f} %"
+        self._show(best_acc1=best_acc1)
         self.say(
             f"step {step}  acc@1 {values['acc1']:.2f} %  EMA {values['ema_acc1']:.2f} %  "
             f"loss {values['val_loss']:.4f}  {self._best}"

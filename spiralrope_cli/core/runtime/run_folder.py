@@ -15,10 +15,11 @@ from spiralrope_cli.core.errors import CheckpointError
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
+CURVES_FILE = "curves.png"
 
 MAY_CHANGE = frozenset(
     (
-        *("out", "resume", "tracker", "skip_bad", "workers"),
+        *("out", "resume", "tracker", "skip_bad", "workers", "micro_batch_size"),
         *("nproc", "nnodes", "rdzv_endpoint", "device", "compile", "grad_checkpointing"),
         *("log_every", "validate_every", "save_every", "keep_last", "keep_every"),
     )
@@ -65,6 +66,11 @@ def check_same(run: ClassifierRun, folder: Path) -> None:
     Raises:
         CheckpointError: names the first options that differ, with both values.
     """
+    if not (folder / CONFIG_FILE).is_file():
+        raise CheckpointError(
+            f"{folder} holds checkpoints but no {CONFIG_FILE}",
+            "put it back, or choose another --out or --name",
+        )
     before = read_config(folder / CONFIG_FILE)
     now = flatten(to_nested(run))
     differing = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,14 @@ def open_tracker(
     if kind == "wandb":
         import wandb
 
-        # The id is the folder's, so that a resumed run goes on where it was.
+        # The id lies in the folder, so that a resumed run goes on and a new one does not.
+        kept = folder / "wandb-id"
+        if not kept.exists():
+            kept.write_text(uuid.uuid4().hex)
         session = wandb.init(
             project="spiralrope",
             name=folder.name,
-            id=folder.name,
+            id=kept.read_text(),
             dir=str(folder),
             config=config,
             resume="allow",

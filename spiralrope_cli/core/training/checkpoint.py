@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -134,7 +135,15 @@ def restore(run_folder: Path, step: int, state: TrainState) -> None:
         load_model(state.ema.module, str(folder / "ema.safetensors"))
         trainer = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
         state.optimizer.load_state_dict(trainer["optimizer"])
-    except (OSError, RuntimeError, SafetensorError, KeyError, ValueError, EOFError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+        KeyError,
+        ValueError,
+        EOFError,
+        UnpicklingError,
+    ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"checkpoint {folder} cannot be read: {reason}",

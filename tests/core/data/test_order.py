@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spiralrope_cli.core.data.order import epoch_order, own_parts, repeated_order, step_slice
+from spiralrope_cli.core.data.order import apart, epoch_order, own_parts, repeated_order, step_slice
 
 SAMPLER = json.loads((Path(__file__).parents[2] / "golden" / "manifest.json").read_text())[
     "sampler"
@@ -82,3 +82,11 @@ def test_the_steps_of_an_epoch_tile_it(steps_per_epoch, batch_size):
     starts = [step_slice(step, steps_per_epoch, batch_size) for step in range(2 * steps_per_epoch)]
     expected = [(e, n * batch_size) for e in range(2) for n in range(steps_per_epoch)]
     assert starts == expected
+
+
+@pytest.mark.parametrize(("batch_size", "repeats"), [(32, 3), (64, 3), (48, 2), (16, 1)])
+def test_repeats_of_a_picture_are_no_neighbours(batch_size, repeats):
+    places = apart(batch_size, repeats)
+    assert sorted(places.tolist()) == list(range(batch_size))
+    pictures = places // repeats if repeats > 1 else places
+    assert (pictures[1:] != pictures[:-1]).all()

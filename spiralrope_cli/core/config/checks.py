@@ -1,0 +1,28 @@
+"""Checks of single values, told by the option that sets them. Standard library only."""
+
+from __future__ import annotations
+
+from spiralrope_cli.core.errors import ConfigError
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Refuses a word that is not allowed."""
+    if value not in allowed:
+        raise ConfigError(f"{_option(name)} is {value}; it must be {' or '.join(allowed)}")
+
+
+def at_least(name: str, value: float, lowest: float) -> None:
+    """Refuses a number below the lowest, and none at all."""
+    if not value >= lowest:
+        raise ConfigError(f"{_option(name)} is {value}; it must be {lowest} or more")
+
+
+def in_range(name: str, value: float, low: float, high: float, closed: bool = False) -> None:
+    """Refuses a number outside [low, high), or outside [low, high] if closed."""
+    if not (low <= value < high or (closed and value == high)):
+        end = "]" if closed else ")"
+        raise ConfigError(f"{_option(name)} is {value}; it must be in [{low}, {high}{end}")
