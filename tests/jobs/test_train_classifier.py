@@ -131,7 +131,8 @@ def test_killed_at_any_moment_nothing_is_lost(on_pictures, started, spiralrope, 
     ],
 )
 def test_a_signal_saves_and_leaves_with_its_code(on_pictures, started, runs, number, code, nproc):
-    words = (*on_pictures, "--epochs", 10000, "--nproc", nproc, "--save-every", 5000)
+    words = (*on_pictures, "--epochs", 10000, "--nproc", nproc)
+    words = (*words, "--save-every", 5000, "--validate-every", 5000)
     words = (*words, "--micro-batch-size", 2, "--out", "run")
     child = started(*words)
     wait_for(lambda: len(read_metrics(runs / "run")) > 2, child)
