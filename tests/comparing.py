@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 
 
@@ -22,3 +24,8 @@ def relative_distance(one, other):
     """L2 distance of two dicts of tensors over the length of the second."""
     off = sum((one[name] - other[name]).double().square().sum() for name in other) ** 0.5
     return (off / sum(other[name].double().square().sum() for name in other) ** 0.5).item()
+
+
+def read_pointer(folder, name):
+    """What `best.json` or `last.json` of a run says."""
+    return json.loads((folder / "checkpoints" / f"{name}.json").read_text())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comparing import relative_distance, same_tensors
+from comparing import read_pointer, relative_distance, same_tensors
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -292,8 +292,8 @@ def test_what_a_run_writes_can_be_read_without_pickle(tiny, runs):
         assert '"rotate": 2' in file.metadata()["config"]
         assert file.metadata()["weights"] == "ema"
         assert not [name for name in file.keys() if "freqs" in name]  # noqa: SIM118
-    assert run_folder.read_pointer(folder, "last") == {"step": 45}
-    assert run_folder.read_pointer(folder, "best")["step"] == 45
+    assert read_pointer(folder, "last") == {"step": 45}
+    assert read_pointer(folder, "best")["step"] == 45
     assert set(trainer(folder)) == {"optimizer", "step", "best"}
 
 
@@ -316,7 +316,7 @@ def test_the_best_is_remembered_across_a_resume(tiny, runs, monkeypatch):
         train_classifier.run(run)
     # The best one stays although only the last is to be kept.
     assert run_folder.steps_on_disk(runs / "run") == [44, 88]
-    assert run_folder.read_pointer(runs / "run", "best") == {"step": 44, "acc1": 50.0}
+    assert read_pointer(runs / "run", "best") == {"step": 44, "acc1": 50.0}
 
 
 def test_the_best_is_on_disk_however_seldom_is_saved(tiny, runs):
@@ -332,7 +332,7 @@ def test_the_best_is_on_disk_however_seldom_is_saved(tiny, runs):
         patched.setattr(train_classifier, "validate", validate)
         train_classifier.run(run)
     assert run_folder.steps_on_disk(runs / "run") == [44, 132]
-    assert run_folder.read_pointer(runs / "run", "best")["step"] == 44
+    assert read_pointer(runs / "run", "best")["step"] == 44
 
 
 def test_nothing_waits_for_the_device_between_log_points(tiny, monkeypatch):

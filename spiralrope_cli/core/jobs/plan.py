@@ -127,7 +127,10 @@ def values_from(resolved: Resolved, source: str) -> str:
         if source == "default"
         else [name for name in values if resolved.sources.get(name) == source]
     )
-    return ", ".join(f"{name} {_short(values[name])}" for name in names if values[name] != "")
+    words = {"enabled": "rope"}  # the one field that is not named as its option
+    return ", ".join(
+        f"{words.get(name, name)} {_short(values[name])}" for name in names if values[name] != ""
+    )
 
 
 def _short(value: object) -> str:

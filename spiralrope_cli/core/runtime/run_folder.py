@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 from spiralrope_cli.core.config.resolve import flatten, read_config, to_nested
 from spiralrope_cli.core.config.runs import ClassifierRun
@@ -98,11 +97,3 @@ def write_config(run: ClassifierRun) -> None:
     beside = path.with_suffix(".new")
     beside.write_text(yaml.safe_dump(to_nested(run), sort_keys=False))
     os.replace(beside, path)
-
-
-def read_pointer(folder: Path, name: str) -> dict[str, Any]:
-    """Content of `best.json` or `last.json`, empty where there is none yet."""
-    import json
-
-    path = folder / CHECKPOINTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.is_file() else {}

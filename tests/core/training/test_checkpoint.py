@@ -7,12 +7,12 @@ import os
 
 import pytest
 import torch
-from comparing import same_tensors
+from comparing import read_pointer, same_tensors
 from torch import nn
 
 from spiralrope_cli.core.config.runs import OptimConfig
 from spiralrope_cli.core.errors import CheckpointError
-from spiralrope_cli.core.runtime.run_folder import read_pointer, steps_on_disk
+from spiralrope_cli.core.runtime.run_folder import steps_on_disk
 from spiralrope_cli.core.training import checkpoint
 from spiralrope_cli.core.training.state import TrainState
 
