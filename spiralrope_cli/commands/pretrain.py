@@ -6,7 +6,7 @@ import typer
 
 from spiralrope_cli.commands import options as o
 from spiralrope_cli.commands import recipe_options as r
-from spiralrope_cli.core.config.resolve import resolve_pretrain
+from spiralrope_cli.core.config.resolve import resolve_classifier
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, world_size
 from spiralrope_cli.core.runtime.run_folder import CURVES_FILE, first_step
 from spiralrope_cli.core.runtime.tracker import check_tracker
@@ -104,7 +104,7 @@ def pretrain(
     chosen = o.given(context)
     del chosen["dry_run"]
     chosen.pop("config", None)
-    resolved = resolve_pretrain(chosen, config)
+    resolved = resolve_classifier("pretrain", chosen, config)
     run = resolved.run
     check_tracker(run.machine.tracker)
     step = first_step(run)

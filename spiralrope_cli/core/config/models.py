@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import NamedTuple
 
 from spiralrope_cli.core.errors import ConfigError
@@ -30,11 +31,19 @@ DEIT_SIZES = {
 
 
 def deit_size(arch: str) -> TransformerSize:
-    """Size of a DeiT by name.
+    """Size of a DeiT by name, or by numbers: `deit-256x8x4` is WIDTHxDEPTHxHEADS.
 
     Raises:
         ConfigError: no such architecture; the nearest name is suggested.
     """
+    if numbers := re.fullmatch(r"deit-(\d+)x(\d+)x(\d+)", arch):
+        size = TransformerSize(*map(int, numbers.groups()))
+        if min(size) < 1 or size.dim % size.heads:
+            raise ConfigError(
+                f"--arch {arch}: a width of {size.dim} does not split into {size.heads} heads "
+                f"in {size.depth} blocks"
+            )
+        return size
     if arch not in DEIT_SIZES:
         near = difflib.get_close_matches(arch.lower(), DEIT_SIZES, n=1, cutoff=0.5)
         guess = f"did you mean {near[0]}? " if near else ""
@@ -42,6 +51,12 @@ def deit_size(arch: str) -> TransformerSize:
             f"--arch {arch} is not known", f"{guess}there are {', '.join(DEIT_SIZES)}"
         )
     return DEIT_SIZES[arch]
+
+
+def deit_name(size: TransformerSize) -> str:
+    """The `--arch` of a size, which `deit_size` reads back."""
+    named = {known: name for name, known in DEIT_SIZES.items()}
+    return named.get(size, f"deit-{size.dim}x{size.depth}x{size.heads}")
 
 
 def check_divides(image_size: tuple[int, int], patch_size: int) -> None:

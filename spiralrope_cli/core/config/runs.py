@@ -15,6 +15,7 @@ from spiralrope_cli.core.errors import ConfigError
 
 SCHEDULES = ("cosine", "constant", "published")
 LR_RULES = ("linear", "none")
+FREEZES = ("none", "attn-only", "head-only")
 PRECISIONS = ("auto", "fp32", "bf16")
 RESUME_MODES = ("auto", "must", "never")
 TRACKERS = ("none", "tensorboard", "wandb")
@@ -32,13 +33,24 @@ not depend on how a batch is split over processes and accumulation."""
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The classifier's sizes beyond its architecture; pixels and counts."""
+    """The classifier's sizes beyond its architecture; pixels and counts.
+
+    Attributes:
+        image_size: (height, width).
+        patch_size: side of a patch.
+        in_chans: channels of the images.
+        num_classes: outputs.
+        drop_path: stochastic depth rate, the same in every block.
+        pretrain_grid: patches as (rows, columns) that positions refer to, where it is not the
+            model's own grid.
+    """
 
     image_size: tuple[int, int]
     patch_size: int
     in_chans: int
     num_classes: int
     drop_path: float
+    pretrain_grid: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         check_divides(self.image_size, self.patch_size)
@@ -133,6 +145,8 @@ class OptimConfig:
         weight_decay: on matrices alone.
         clip_grad: largest gradient norm, 0 for none.
         ema_decay: of the averaged weights, per optimizer step.
+        freeze: `none`; `attn-only` trains attention, position embedding and head alone,
+            `head-only` the head.
     """
 
     epochs: int
@@ -149,10 +163,12 @@ class OptimConfig:
     weight_decay: float
     clip_grad: float
     ema_decay: float
+    freeze: str
 
     def __post_init__(self) -> None:
         one_of("schedule", self.schedule, SCHEDULES)
         one_of("lr_rule", self.lr_rule, LR_RULES)
+        one_of("freeze", self.freeze, FREEZES)
         for name in ("epochs", "batch_size", "micro_batch_size"):
             at_least(name, getattr(self, name), 1)
         for name in ("steps", "warmup_epochs", "lr", "min_lr", "weight_decay", "clip_grad"):
@@ -251,6 +267,7 @@ class ClassifierRun:
         seed: of initial weights, data order, augmentation and stochastic depth.
         num_train: training images, which fixes the steps of an epoch.
         num_val: validation images.
+        source: whose weights it starts from, empty for fresh ones.
     """
 
     command: str
@@ -260,6 +277,7 @@ class ClassifierRun:
     seed: int
     num_train: int
     num_val: int
+    source: str = ""
     rope: RopeConfig
     model: ModelConfig
     augment: AugmentConfig

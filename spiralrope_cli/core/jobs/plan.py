@@ -15,7 +15,7 @@ from spiralrope_cli.core.rope import clamped_share
 from spiralrope_cli.core.runtime.launch import joined_world_size, world_size
 
 CLAMP_HINT_SHARE = 0.15
-SOURCES = ("option", "config file", "environment", "data set", "recipe", "default")
+SOURCES = ("option", "config file", "environment", "source", "data set", "recipe", "default")
 
 
 def print_plan(resolved: Resolved, first_step: int, *, every_value: bool) -> None:
@@ -120,7 +120,7 @@ def model_cost(run: ClassifierRun) -> tuple[int, int]:
 def values_from(resolved: Resolved, source: str) -> str:
     """All values that came from one place."""
     values = flatten(to_nested(resolved.run))
-    shown = {"out", "num_train", "num_val", "command"}
+    shown = {"out", "num_train", "num_val", "command", "source"}
     defaults = values.keys() - resolved.sources.keys() - shown
     names = (
         [name for name in values if name in defaults or resolved.sources.get(name) == source]

@@ -236,7 +236,7 @@ def read_finite(meter: LossMeter, config: ClassifierRun, job: Job, data: Classif
         return mean
     kept = Path(config.out) / run_folder.CHECKPOINTS
     kept.mkdir(exist_ok=True)
-    offending = kept / f"nonfinite-step-{bad_step:0{checkpoint.STEP_DIGITS}d}-rank{job.rank}.pt"
+    offending = kept / f"nonfinite-step-{bad_step:0{run_folder.STEP_DIGITS}d}-rank{job.rank}.pt"
     if mine:
         # Data order and augmentation follow from the step, so the batch can be made again.
         batches = next(iter(data.train_steps(bad_step - 1, bad_step)))
