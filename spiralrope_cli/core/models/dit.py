@@ -257,7 +257,7 @@ class DiT(nn.Module):
         """
         half = x[: len(x) // 2]
         out = self(torch.cat((half, half)), t, y)
-        guided = self.in_chans if cfg_channels is None else cfg_channels
+        guided = self.in_chans if cfg_channels is None else min(cfg_channels, self.in_chans)
         labelled, null = out[:, :guided].chunk(2)
         noise = null + cfg_scale * (labelled - null)
         return torch.cat((torch.cat((noise, noise)), out[:, guided:]), dim=1)
