@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,18 +72,43 @@ class Attention(nn.Module):
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
-class Mlp(nn.Module):
-    """Linear, GELU, linear; `approximate` is GELU's: `none` is exact, or `tanh`."""
+class _GeluTanh(torch.autograd.Function):
+    """x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)), which is the tanh form in other words."""
 
-    def __init__(self, dim: int, hidden_dim: int, approximate: str = "none") -> None:
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        slope = 2 * math.sqrt(2 / math.pi)
+        inner = torch.addcmul(wide.new_tensor(slope), wide, wide, value=slope * 0.044715)
+        return inner.mul_(wide).sigmoid_().mul_(wide).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> Tensor:
+        return torch.ops.aten.gelu_backward(grad[0], *ctx.saved_tensors, approximate="tanh")
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU in its tanh approximation. PyTorch's own takes twice as long on a CPU."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _GeluTanh.apply(x)
+    return F.gelu(x, approximate="tanh")
+
+
+class Mlp(nn.Module):
+    """Linear, activation, linear."""
+
+    def __init__(
+        self, dim: int, hidden_dim: int, activation: Callable[[Tensor], Tensor] = F.gelu
+    ) -> None:
         super().__init__()
-        self.approximate = approximate
+        self.activation = activation
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, C] -> [B, N, C]."""
-        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 class PatchEmbed(nn.Module):

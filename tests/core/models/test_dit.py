@@ -305,6 +305,18 @@ def test_half_precision_stays_inside_the_blocks():
     torch.testing.assert_close(out, model(*given), rtol=0, atol=0.1)
 
 
+def test_blocks_that_are_cast_once_give_autocasts_numbers():
+    model = small_dit(qk_norm=True).eval()
+    given = inputs(model)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(*given)
+        model.cast_blocks(torch.bfloat16)
+        assert torch.equal(model(*given), expected)
+    halves = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
+    assert all(".attn." in name or ".mlp." in name for name in halves)
+    assert len(halves) == 2 * 8
+
+
 def test_weights_in_bfloat16_take_any_latents():
     model = small_dit(qk_norm=True).eval()
     expected, given = model(*inputs(model)), inputs(model)
