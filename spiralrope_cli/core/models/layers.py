@@ -78,10 +78,15 @@ class _GeluTanh(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        slope = 2 * math.sqrt(2 / math.pi)
-        inner = torch.addcmul(wide.new_tensor(slope), wide, wide, value=slope * 0.044715)
-        return inner.mul_(wide).sigmoid_().mul_(wide).to(x.dtype)
+        out, slope = torch.empty_like(x), 2 * math.sqrt(2 / math.pi)
+        # In chunks, whose copies stay in the cache.
+        size = torch.get_num_threads() << 18
+        chunks = zip(x.reshape(-1).split(size), out.view(-1).split(size), strict=True)
+        for part, into in chunks:
+            wide = part.to(torch.promote_types(x.dtype, torch.float32))
+            inner = torch.addcmul(wide.new_tensor(slope), wide, wide, value=slope * 0.044715)
+            into.copy_(inner.mul_(wide).sigmoid_().mul_(wide))
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> Tensor:
@@ -91,7 +96,7 @@ class _GeluTanh(torch.autograd.Function):
 def gelu_tanh(x: Tensor) -> Tensor:
     """GELU in its tanh approximation. PyTorch's own takes twice as long on a CPU."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _GeluTanh.apply(x)
+        return _GeluTanh.apply(x.contiguous())
     return F.gelu(x, approximate="tanh")
 
 
