@@ -19,10 +19,12 @@ MAY_IMPORT = {
     "rope": ALWAYS,
     "models": ALWAYS | {"rope"},
     "data": ALWAYS | {"runtime"},
+    "diffusion": ALWAYS,
     "training": ALWAYS | {"runtime"},
     "metrics": {"runtime", "errors"},
     "hub": ALWAYS,
-    "jobs": ALWAYS | {"runtime", "rope", "models", "data", "training", "metrics", "hub", "jobs"},
+    "jobs": ALWAYS
+    | {"runtime", "rope", "models", "data", "diffusion", "training", "metrics", "hub", "jobs"},
     "commands": ALWAYS | {"runtime", "commands"},
 }
 LIGHT = {"commands", "config", "errors"}
