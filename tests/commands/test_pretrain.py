@@ -316,7 +316,9 @@ def test_an_unreadable_image_is_named_or_skipped_and_counted(tmp_path, image_fol
     ],
 )
 def test_options_that_cannot_act_are_a_note(options, told):
-    assert [told in warning for warning in resolve_classifier("pretrain", options).warnings] == [True]
+    assert [told in warning for warning in resolve_classifier("pretrain", options).warnings] == [
+        True
+    ]
 
 
 def test_elongated_grids_are_told_of_the_exact_projection():

@@ -80,8 +80,10 @@ def read_published(path: Path) -> PublishedFile:
 def _first_state(content: dict[str, Any], keys: tuple[str, ...]) -> StateDict | None:
     for key in keys:
         value = content.get(key)
-        if isinstance(value, dict) and value and all(
-            isinstance(item, Tensor) for item in value.values()
+        if (
+            isinstance(value, dict)
+            and value
+            and all(isinstance(item, Tensor) for item in value.values())
         ):
             return value
     return None
