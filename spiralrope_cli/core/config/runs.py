@@ -41,8 +41,7 @@ class ModelConfig:
         in_chans: channels of the images.
         num_classes: outputs.
         drop_path: stochastic depth rate, the same in every block.
-        pretrain_grid: patches as (rows, columns) that positions refer to, where it is not the
-            model's own grid.
+        pretrain_grid: (rows, columns) that positions refer to, where it is not the own grid.
     """
 
     image_size: tuple[int, int]
@@ -122,7 +121,7 @@ class AugmentConfig:
 
     @property
     def mixes(self) -> bool:
-        """Whether labels are mixed."""
+        """Whether labels are."""
         return self.mixup > 0 or self.cutmix > 0
 
 
@@ -145,8 +144,7 @@ class OptimConfig:
         weight_decay: on matrices alone.
         clip_grad: largest gradient norm, 0 for none.
         ema_decay: of the averaged weights, per optimizer step.
-        freeze: `none`; `attn-only` trains attention, position embedding and head alone,
-            `head-only` the head.
+        freeze: what is trained: all, or `attn-only` (with head, position), or `head-only`.
     """
 
     epochs: int
