@@ -1,14 +1,11 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import typer
 
 from spiralrope_cli.commands import dit_options as d
 from spiralrope_cli.commands import options as o
 from spiralrope_cli.commands import recipe_options as r
-from spiralrope_cli.commands.training import start_training
-from spiralrope_cli.core.config.resolve_dit import resolve_dit
+from spiralrope_cli.commands.training import train
 
 EXAMPLES = """
 Examples:
@@ -90,9 +87,10 @@ def dit_train(
 
     The same command again goes on where the last one stopped.
     """
-    chosen = o.given(context)
-    chosen.pop("config", None)
-    chosen.pop("dry_run")
-    start_training(
-        "spiralrope_cli.core.jobs.train_dit:run", resolve_dit(chosen, config), dry_run=dry_run
-    )
+    if init is None:
+        train("dit-train", context)
+        return
+    from spiralrope_cli.core.weights import starting_point
+
+    start, notes = starting_point(init, o.given(context), dit=True)
+    train("dit-train", context, start, notes)

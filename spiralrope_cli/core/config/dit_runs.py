@@ -45,6 +45,11 @@ class DiTModelConfig:
     def __post_init__(self) -> None:
         in_range("label_dropout", self.label_dropout, 0, 1)
 
+    def grid(self, arch: str) -> tuple[int, int]:
+        """Patches as (rows, columns) of an architecture, which knows their side."""
+        patch = dit_size(arch).patch_size
+        return self.input_size[0] // patch, self.input_size[1] // patch
+
 
 @dataclass(frozen=True, kw_only=True)
 class PictureConfig:
@@ -134,8 +139,7 @@ class DiTRun:
     @property
     def grid(self) -> tuple[int, int]:
         """Patches as (rows, columns)."""
-        patch = dit_size(self.arch).patch_size
-        return self.model.input_size[0] // patch, self.model.input_size[1] // patch
+        return self.model.grid(self.arch)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -179,8 +183,7 @@ def input_size(arch: str, image_size: tuple[int, int], vae: str) -> tuple[int, i
         if side < unit or side % unit:
             through = f" through the VAE, which divides by {factor}" if factor > 1 else ""
             raise ConfigError(
-                f"--image-size {side} does not split into the patches "
-                f"of {arch}{through}",
+                f"--image-size {side} does not split into the patches of {arch}{through}",
                 f"the nearest that does: {max(1, round(side / unit)) * unit}",
             )
     return image_size[0] // factor, image_size[1] // factor

@@ -12,7 +12,7 @@ import re
 import types
 import typing
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -39,7 +39,7 @@ RUN_KINDS: dict[str, type[TrainingRun]] = {
     "dit-train": DiTRun,
 }
 
-FIXED_BY_SOURCE = {"arch", "patch_size", "in_chans", "pretrain_grid", "source"}
+FIXED_BY_SOURCE = {"arch", "patch_size", "in_chans", "pretrain_grid", "qk_norm", "source"}
 """Fields that the weights to start from decide, whatever a config file says."""
 
 
@@ -54,6 +54,7 @@ class StartingPoint:
         model: their sizes.
         published: whether they come in the published layout.
         data: the data set of the run that made them, empty where unknown.
+        pictures: image_size and vae of a diffusion transformer, as far as they are known.
     """
 
     source: str
@@ -62,13 +63,21 @@ class StartingPoint:
     model: ModelConfig | DiTModelConfig
     published: bool = False
     data: str = ""
+    pictures: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches as (rows, columns)."""
+        if isinstance(self.model, ModelConfig):
+            return self.model.grid
+        return self.model.grid(self.arch)
 
     def fields(self) -> dict[str, Any]:
         """Field name -> value of what they decide."""
         values = {**dataclasses.asdict(self.rope), **dataclasses.asdict(self.model)}
         for name in ("drop_path", "label_dropout"):  # of training, not of the weights
             values.pop(name, None)
-        values.update(source=self.source, arch=self.arch)
+        values.update(self.pictures, source=self.source, arch=self.arch)
         return {**values, "data": self.data} if self.data else values
 
 
@@ -121,7 +130,7 @@ def resolve_classifier(
     )
     fit_channels(values)
     if start:
-        fit_positions(values, sources, start)
+        fit_positions(values, sources, start, "image_size")
     values.update(command=command, arch=arch, data=data_set.data)
     values.update(num_train=data_set.num_train, num_val=data_set.num_val)
     sources.update(data=data_source, arch=arch_source)
@@ -168,17 +177,25 @@ def fit_channels(values: dict[str, Any]) -> None:
             values[name] = tuple(values[name]) * values["in_chans"]
 
 
-def fit_positions(values: dict[str, Any], sources: dict[str, str], start: StartingPoint) -> None:
+def fit_positions(
+    values: dict[str, Any], sources: dict[str, str], start: StartingPoint, size: str
+) -> None:
     """Lets another image size than the weights' keep their grid for the positions.
 
     Published weights say `extrapolate`, which means nothing at their own size; at another one
     their positions are squeezed into the trained range, unless the user wants it otherwise.
+
+    Args:
+        values: changed in place.
+        sources: changed in place.
+        start: the weights.
+        size: field of the network's size, `image_size` or `input_size`.
     """
-    if tuple(values["image_size"]) == start.model.image_size:
+    if tuple(values[size]) == getattr(start.model, size):
         return
     if start.published and sources["scaling"] == "source":
         values["scaling"], sources["scaling"] = "interpolate", "default"
-    values["pretrain_grid"] = start.model.pretrain_grid or start.model.grid
+    values["pretrain_grid"] = start.model.pretrain_grid or start.grid
 
 
 def fit_length(values: dict[str, Any], sources: dict[str, str], options: dict[str, Any]) -> None:

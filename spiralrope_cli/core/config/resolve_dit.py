@@ -18,6 +18,7 @@ from spiralrope_cli.core.config.resolve import (
     chosen_layers,
     fit_length,
     fit_name,
+    fit_positions,
     merged,
     options_in,
 )
@@ -53,28 +54,46 @@ def resolve_dit(
     )
     values.update(command="dit-train", arch=arch, data=data_set.data, num_train=data_set.num_train)
     sources.update(data=data_source, arch=arch_source)
-    fit_input(values, data_set, start)
+    fit_input(values, data_set)
+    if start:
+        check_start(values, start)
+        fit_positions(values, sources, start, "input_size")
     fit_length(values, sources, options)
     fit_name(values, sources, data_set, dit_size(arch).head_dim)
     run: DiTRun = build(DiTRun, values)
     return Resolved(run, sources, tuple(inert.dit_notes(run, data_set, options_in(sources))))
 
 
-def fit_input(values: dict[str, Any], data_set: DataSet, start: StartingPoint | None) -> None:
+def fit_input(values: dict[str, Any], data_set: DataSet) -> None:
     """What the network is given, by pictures and VAE.
 
     Raises:
-        ConfigError: a size that does not split into patches, or other channels than the weights
-            to start from have.
+        ConfigError: a size that does not split into patches.
     """
     pictures: PictureConfig = build(PictureConfig, values)
     values["input_size"] = input_size(values["arch"], pictures.image_size, pictures.vae)
     of_pictures = 1 if data_set.kind == "memory" else 3
-    in_chans = LATENT_CHANNELS if pictures.in_latents else of_pictures
-    if start and start.model.in_chans != in_chans:
+    values["in_chans"] = LATENT_CHANNELS if pictures.in_latents else of_pictures
+
+
+def check_start(values: dict[str, Any], start: StartingPoint) -> None:
+    """Refuses options that contradict the weights to start from.
+
+    Raises:
+        ConfigError: names both.
+    """
+    if values["arch"] != dit_name(start.arch):
         raise ConfigError(
-            f"{start.source} takes {start.model.in_chans} channels; {data_set.data} with "
-            f"--vae {pictures.vae} has {in_chans}",
+            f"--arch is {values['arch']}, --init {start.source} is {start.arch}",
+            "leave --arch out",
+        )
+    if values["in_chans"] != start.model.in_chans:
+        raise ConfigError(
+            f"--init {start.source} takes {start.model.in_chans} channels; {values['data']} "
+            f"with --vae {values['vae']} has {values['in_chans']}",
             "choose another --vae, or --data of the kind that it was trained on",
         )
-    values["in_chans"] = in_chans
+    if values["qk_norm"] != getattr(start.model, "qk_norm", None):
+        raise ConfigError(
+            f"--qk-norm does not fit --init {start.source}", "leave it out: the weights decide"
+        )

@@ -22,8 +22,7 @@ GEOMETRIES = ("crop", "shift")
 AUTO_AUGMENT_NAMES = r"none|3a|(rand|augmix|original|originalr|v0|v0r)(-.+)?"
 
 MIX_GROUP = 8
-"""Images that share one mixup or cutmix draw. It is fixed, so that what is mixed with what does
-not depend on how a batch is split over processes and accumulation."""
+"""Images that share one mixup or cutmix draw; fixed, so that it is the same for any split."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +115,7 @@ class AugmentConfig:
 
     @property
     def mixes(self) -> bool:
-        """Whether labels are."""
+        """Whether labels are mixed."""
         return self.mixup > 0 or self.cutmix > 0
 
 
@@ -230,6 +229,11 @@ class ClassifierRun:
                 f"in_chans {self.model.in_chans}"
             )
         self.optim.check_length(self.num_train, self.data)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches as (rows, columns)."""
+        return self.model.grid
 
     @property
     def steps_per_epoch(self) -> int:

@@ -74,9 +74,7 @@ class Places(NamedTuple):
     numbers: Tensor
 
 
-def own_places(
-    run: TrainingRun, step: int, repeats: int, parts: list[slice]
-) -> Iterator[Places]:
+def own_places(run: TrainingRun, step: int, repeats: int, parts: list[slice]) -> Iterator[Places]:
     """What stands in the given parts of a step."""
     epoch, first = step_slice(step, run.steps_per_epoch, run.optim.batch_size)
     order = epoch_order(run.num_train, repeats, run.seed, epoch)

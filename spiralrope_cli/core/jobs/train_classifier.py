@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.data.loaders import Batch, ClassifierData
 from spiralrope_cli.core.jobs.plot import draw_curves
+from spiralrope_cli.core.jobs.start import build
 from spiralrope_cli.core.metrics.accuracy import evaluate
-from spiralrope_cli.core.models.build import create_model
 from spiralrope_cli.core.models.deit import DeiT
 from spiralrope_cli.core.runtime import distributed, report, run_folder
 from spiralrope_cli.core.runtime.device import autocast
 from spiralrope_cli.core.runtime.job import Job, open_job
-from spiralrope_cli.core.runtime.seeds import generator_for, seed_everything
+from spiralrope_cli.core.runtime.seeds import generator_for
 from spiralrope_cli.core.training import loop
 from spiralrope_cli.core.training.lr import lr_at, set_learning_rate
 from spiralrope_cli.core.training.state import TrainState
@@ -88,22 +88,6 @@ def run(config: ClassifierRun) -> None:
 def due_epochs(config: ClassifierRun, step: int, every: int) -> bool:
     """The same for every so many epochs."""
     return loop.due(step, every * config.steps_per_epoch, config.total_steps)
-
-
-def build(config: ClassifierRun, job: Job, step: int) -> tuple[TrainState, nn.Module]:
-    """Model, averages and optimizer at a step, and the model as it is called."""
-    seed_everything(config.seed, "init")
-    model = create_model(
-        config.arch,
-        rope=config.rope,
-        num_classes=config.model.num_classes,
-        image_size=config.model.image_size,
-        patch_size=config.model.patch_size,
-        in_chans=config.model.in_chans,
-        drop_path=config.model.drop_path,
-    )
-    model.grad_checkpointing = config.machine.grad_checkpointing
-    return loop.prepare(config, job, model, step)
 
 
 def classifier_loss(

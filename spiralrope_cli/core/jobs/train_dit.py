@@ -17,12 +17,12 @@ from spiralrope_cli.core.data.dit_loader import DiTBatch, DiTData
 from spiralrope_cli.core.diffusion.process import GaussianDiffusion
 from spiralrope_cli.core.jobs.plot import draw_curves
 from spiralrope_cli.core.jobs.sample_grid import draw_grid
-from spiralrope_cli.core.models.build import create_model
+from spiralrope_cli.core.jobs.start import build
 from spiralrope_cli.core.models.dit import DiT
 from spiralrope_cli.core.runtime import distributed, report, run_folder
 from spiralrope_cli.core.runtime.device import autocast
 from spiralrope_cli.core.runtime.job import Job, open_job
-from spiralrope_cli.core.runtime.seeds import NoisePerImage, generator_for, seed_everything
+from spiralrope_cli.core.runtime.seeds import NoisePerImage, generator_for
 from spiralrope_cli.core.training import loop
 from spiralrope_cli.core.training.lr import lr_at, set_learning_rate
 from spiralrope_cli.core.training.state import TrainState
@@ -69,9 +69,7 @@ def run(config: DiTRun) -> None:
                     reporter.log(state.step, values)
                 stop = job.stop.agreed(job.device, ask_all=log_now)
                 sample_now = config.samples_at(state.step)
-                save_now = stop or loop.due(
-                    state.step, config.checkpoint.save_every, total_steps
-                )
+                save_now = stop or loop.due(state.step, config.checkpoint.save_every, total_steps)
                 if sample_now or save_now:
                     with clock.pause():
                         loop.read_finite(meter, config, job, data.remake)
@@ -88,24 +86,6 @@ def run(config: DiTRun) -> None:
             draw_grid(config, job, state)
             draw_curves([out], out / run_folder.CURVES_FILE)
             report.print_results(out)
-
-
-def build(config: DiTRun, job: Job, step: int) -> tuple[TrainState, nn.Module]:
-    """Model, averages and optimizer at a step, and the model as it is called."""
-    seed_everything(config.seed, "init")
-    sizes = config.model
-    model = create_model(
-        config.arch,
-        rope=config.rope,
-        num_classes=sizes.num_classes,
-        input_size=sizes.input_size,
-        in_chans=sizes.in_chans,
-        pretrain_grid=sizes.pretrain_grid,
-        label_dropout=sizes.label_dropout,
-        qk_norm=sizes.qk_norm,
-    )
-    model.grad_checkpointing = config.machine.grad_checkpointing
-    return loop.prepare(config, job, model, step)
 
 
 def diffusion_loss(

@@ -26,7 +26,13 @@ from spiralrope_cli.core.runtime.tracker import open_tracker
 
 METRICS_FILE = "metrics.jsonl"
 FIGURES = (("acc1", 2), ("acc5", 2), ("val_loss", 4))
-UNITS = {"lr": "{:.3g}", "loss": "{:.4f}", "vb": "{:.5f}", "grad_norm": "{:.3f}", "images_per_s": "{:.0f}"}
+UNITS = {
+    "lr": "{:.3g}",
+    "loss": "{:.4f}",
+    "vb": "{:.5f}",
+    "grad_norm": "{:.3f}",
+    "images_per_s": "{:.0f}",
+}
 LABELS = {"grad_norm": "|grad|", "images_per_s": "images/s"}
 
 
