@@ -40,7 +40,7 @@ from spiralrope_cli.core.hub.published import (
     rope_from_args,
     without_freqs,
 )
-from spiralrope_cli.core.hub.source import Source, find_source
+from spiralrope_cli.core.hub.source import Source
 
 MODEL_OPTIONS = {
     False: ("num_classes", "image_size", "patch_size", "in_chans", "pretrain_grid"),
@@ -138,24 +138,24 @@ def starting_point(given: str, options: dict[str, Any]) -> tuple[StartingPoint, 
     """What a finetuning run starts from, for its resolution, and notes for the user.
 
     Args:
-        given: the source as the user named it; published weights are fetched if need be.
+        source: from `find_source`; published weights are fetched if need be.
         options: field name -> value, of which the RoPE options win over the source's.
 
     Raises:
         CheckpointError: no weights there, or not those of a classifier.
-        ConfigError: unknown, or a bare state dict without RoPE options.
+        ConfigError: a bare state dict without RoPE options.
     """
     names = RopeConfig.__dataclass_fields__
     chosen = {name: value for name, value in options.items() if name in names}
-    weights = read_weights(here(find_source(given)), ema=True, rope=chosen)
+    weights = read_weights(here(source), ema=True, rope=chosen)
     if is_dit(weights.arch):
         raise CheckpointError(
-            f"{given} holds {weights.arch}, a diffusion transformer, and no classifier",
+            f"{source.given} holds {weights.arch}, a diffusion transformer, and no classifier",
             "dit-train --init starts from those",
         )
     of_run = str(weights.config.get("data", "")) if weights.source.run else ""
     start = StartingPoint(
-        source=given,
+        source=source.given,
         arch=weights.arch,
         rope=weights.rope,
         model=ModelConfig(drop_path=0.0, **weights.options),
