@@ -99,7 +99,7 @@ def image_folder(tmp_path_factory):
 @pytest.fixture
 def tiny(runs):
     """Builds small runs on the digits: a few steps, fp32, no warm-up."""
-    from spiralrope_cli.core.config.resolve import resolve_pretrain
+    from spiralrope_cli.core.config.resolve import resolve_classifier
 
     def make(**options):
         base = {
@@ -112,6 +112,6 @@ def tiny(runs):
             "nproc": 1,
             "out": str(runs / "run"),
         }
-        return resolve_pretrain({**base, **options}).run
+        return resolve_classifier("pretrain", {**base, **options}).run
 
     return make

@@ -209,7 +209,7 @@ class DiT(nn.Module):
         make cheap stays in the weights' own: embedders, modulation and the final layer.
 
         Args:
-            x: noised latents [B, L, H, W].
+            x: noised latents [B, L, H, W]; with RoPE of any size that patches divide.
             t: [B] original step numbers, 0 to 999.
             y: [B] classes; `num_classes` is the null class.
             drop: [B] bool from `draw_drop`, True where the label becomes null.
@@ -217,8 +217,9 @@ class DiT(nn.Module):
         Returns:
             [B, 2L, H, W]: noise, then the place between the log variances, in [-1, 1] about.
         """
-        if tuple(x.shape[-2:]) != self.input_size:
+        if self.rope is None and tuple(x.shape[-2:]) != self.input_size:
             raise ValueError(f"latents are {tuple(x.shape[-2:])}, not {self.input_size}")
+        grid = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
         if drop is not None:
             y = torch.where(drop, self.num_classes, y)
         dtype = self.x_embedder.proj.weight.dtype
@@ -228,14 +229,14 @@ class DiT(nn.Module):
         if self.rope is None:
             x, turns = x + self.pos_embed, None
         else:
-            turns = self.rope.turns(self.grid, 0, x.device)
+            turns = self.rope.turns(grid, 0, x.device)
         for block in self.blocks:
             if self.grad_checkpointing and self.training:
                 x = checkpoint(block, x, turns, condition, use_reentrant=False)
             else:
                 x = block(x, turns, condition)
         with no_autocast(x.device):
-            return self.unpatchify(self.final_layer(x, condition))
+            return self.unpatchify(self.final_layer(x, condition), grid)
 
     def cast_blocks(self, dtype: torch.dtype) -> None:
         """Casts the blocks' matrices once for inference under autocast.
@@ -246,10 +247,11 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear) and "adaLN" not in name:
                 module.to(dtype)
 
-    def unpatchify(self, x: Tensor) -> Tensor:
+    def unpatchify(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """[B, h*w, p*p*channels] -> [B, channels, H, W]."""
-        x = x.unflatten(2, (self.patch_size, self.patch_size, -1)).unflatten(1, self.grid)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, *self.input_size)
+        patch = self.patch_size
+        x = x.unflatten(2, (patch, patch, -1)).unflatten(1, grid)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, grid[0] * patch, grid[1] * patch)
 
     def forward_with_cfg(
         self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, cfg_channels: int | None = 3
