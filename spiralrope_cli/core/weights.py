@@ -134,7 +134,9 @@ def read_weights(
     return _of_published(source, file, ema, content, rope)
 
 
-def starting_point(given: str, options: dict[str, Any]) -> tuple[StartingPoint, tuple[str, ...]]:
+def starting_point(
+    source: Source, options: dict[str, Any]
+) -> tuple[StartingPoint, tuple[str, ...]]:
     """What a finetuning run starts from, for its resolution, and notes for the user.
 
     Args:
