@@ -219,6 +219,11 @@ class DiT(nn.Module):
         """
         if self.rope is None and tuple(x.shape[-2:]) != self.input_size:
             raise ValueError(f"latents are {tuple(x.shape[-2:])}, not {self.input_size}")
+        if x.shape[-2] % self.patch_size or x.shape[-1] % self.patch_size:
+            raise ValueError(
+                f"latents are {tuple(x.shape[-2:])}, which patches of {self.patch_size} "
+                "do not divide"
+            )
         grid = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
         if drop is not None:
             y = torch.where(drop, self.num_classes, y)
