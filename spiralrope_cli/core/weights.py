@@ -41,7 +41,7 @@ from spiralrope_cli.core.hub.published import (
     rope_from_args,
     without_freqs,
 )
-from spiralrope_cli.core.hub.source import Source
+from spiralrope_cli.core.hub.source import Source, find_source
 
 MODEL_OPTIONS = {
     False: ("num_classes", "image_size", "patch_size", "in_chans", "pretrain_grid"),
