@@ -90,7 +90,11 @@ def dit_train(
     if init is None:
         train("dit-train", context)
         return
+    from spiralrope_cli.core.hub.source import find_source
+
+    found = find_source(init)
+
     from spiralrope_cli.core.weights import starting_point
 
-    start, notes = starting_point(init, o.given(context), dit=True)
+    start, notes = starting_point(found, o.given(context), dit=True)
     train("dit-train", context, start, notes)

@@ -136,25 +136,25 @@ def read_weights(
 
 
 def starting_point(
-    given: str, options: dict[str, Any], *, dit: bool = False
+    source: Source, options: dict[str, Any], *, dit: bool = False
 ) -> tuple[StartingPoint, tuple[str, ...]]:
     """What a run starts from, for its resolution, and notes for the user.
 
     Args:
-        given: the source as the user named it; published weights are fetched if need be.
+        source: from `find_source`; published weights are fetched if need be.
         options: field name -> value, of which the RoPE options win over the source's.
         dit: whether they must be those of a diffusion transformer, or of a classifier.
 
     Raises:
         CheckpointError: no weights there, or those of another kind of network.
-        ConfigError: unknown, or a bare state dict without RoPE options.
+        ConfigError: a bare state dict without RoPE options.
     """
     names = RopeConfig.__dataclass_fields__
     chosen = {name: value for name, value in options.items() if name in names}
-    weights = read_weights(here(find_source(given)), ema=True, rope=chosen)
+    weights = read_weights(here(source), ema=True, rope=chosen)
     if is_dit(weights.arch) != dit:
         raise CheckpointError(
-            f"{given} holds {weights.arch}, "
+            f"{source.given} holds {weights.arch}, "
             + ("a classifier" if dit else "a diffusion transformer, and no classifier"),
             "finetune starts from those" if dit else "dit-train --init starts from those",
         )
@@ -164,7 +164,7 @@ def starting_point(
         height, width = weights.options["input_size"]
         pictures = {"image_size": (VAE_FACTOR * height, VAE_FACTOR * width)}
     start = StartingPoint(
-        source=given,
+        source=source.given,
         arch=weights.arch,
         rope=weights.rope,
         model=DiTModelConfig(label_dropout=0.0, **weights.options)

@@ -90,6 +90,10 @@ def test_light_files_load_the_standard_library_alone(path):
         ["pretrain", "--arch", "deit-x"],
         ["fetch", "--help"],
         ["fetch", "deit-x"],
+        ["finetune", "--help"],
+        ["finetune"],
+        ["finetune", "deit-x"],
+        ["finetune", "gone.pth"],
     ],
 )
 def test_the_command_line_answers_without_heavy_imports(words, tmp_path):
