@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from spiralrope_cli import load_model
 from spiralrope_cli import main as cli
-from spiralrope_cli.commands import classifier
+from spiralrope_cli.commands import training
 from spiralrope_cli.core.config import recipes
 from spiralrope_cli.core.config.resolve import resolve_classifier
 from spiralrope_cli.core.errors import SpiralRopeError
@@ -32,7 +32,7 @@ DEIT = GOLDEN / "deit_tiny_checkpoint.pth"
 def finetune(runs, monkeypatch):
     """The run that `spiralrope finetune ...` would launch, and what was said."""
     launched = []
-    monkeypatch.setattr(classifier, "launch", lambda job, run: launched.append(run))
+    monkeypatch.setattr(training, "launch", lambda job, run: launched.append(run))
 
     def call(*words, expect=0):
         launched.clear()
