@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from spiralrope_cli.commands import dit_encode, fetch, pretrain
+from spiralrope_cli.commands import dit_encode, dit_train, fetch, finetune, pretrain
 from spiralrope_cli.core.errors import SpiralRopeError, UnreadableImageError
 from spiralrope_cli.core.runtime.launch import is_first_process, share_the_machine
 from spiralrope_cli.version import __version__
@@ -23,6 +23,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("pretrain", epilog=pretrain.EXAMPLES)(pretrain.pretrain)
+app.command("finetune", epilog=finetune.EXAMPLES)(finetune.finetune)
+app.command("dit-train", epilog=dit_train.EXAMPLES)(dit_train.dit_train)
 app.command("dit-encode", epilog=dit_encode.EXAMPLES)(dit_encode.dit_encode)
 app.command("fetch", epilog=fetch.EXAMPLES)(fetch.fetch)
 

@@ -126,7 +126,7 @@ def _load(path: Path) -> Any:
         what = "is cut off or damaged" if cut else "is no checkpoint of torch"
         size = path.stat().st_size
         raise CheckpointError(f"{path} {what} ({size} bytes)", "download it again") from error
-    except Exception as error:  # noqa: BLE001 - arbitrary bytes make the unpickler fail anyhow
+    except Exception as error:  # arbitrary bytes make the unpickler fail in any way
         raise CheckpointError(f"{path} is no checkpoint of torch") from error
 
 
@@ -160,7 +160,6 @@ def freqs_note(stored: list[Tensor], rope: RopeConfig, head_dim: int) -> str | N
     if not stored or not rope.enabled:
         return None
     ours = frequencies(rope, head_dim)
-    # The published code cuts off everything where its share rounds to no frequency at all.
     for theirs in {id(value): value for value in stored}.values():
         near = theirs.shape == ours.shape and torch.allclose(
             theirs.double(), ours, rtol=FREQS_TOLERANCE, atol=1e-12

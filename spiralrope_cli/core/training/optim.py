@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from spiralrope_cli.core.config.runs import OptimConfig
+from spiralrope_cli.core.config.optim import OptimConfig
 
 NO_DECAY_NAMES = ("pos_embed", "cls_token")
 
@@ -21,6 +21,21 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
         {"params": decayed, "weight_decay": weight_decay},
         {"params": free, "weight_decay": 0.0},
     ]
+
+
+def freeze_but(model: nn.Module, freeze: str) -> None:
+    """Leaves only some parameters to train.
+
+    Args:
+        model: a DeiT.
+        freeze: `none`, `attn-only` (attention, position embedding and head), or `head-only`.
+    """
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        kept = freeze == "none" or parts[0] == "head"
+        if freeze == "attn-only":
+            kept = kept or "attn" in parts or name == "pos_embed"
+        parameter.requires_grad_(kept)
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
