@@ -34,6 +34,7 @@ from spiralrope_cli.core.hub.published import (
     PublishedFile,
     StateDict,
     freqs_note,
+    progress_in,
     read_published,
     rope_from_args,
     without_freqs,
@@ -81,12 +82,20 @@ class Weights:
     notes: tuple[str, ...]
     progress: str
 
-    def summary(self) -> str:
-        """What was loaded, in a line."""
-        kind = "averaged (EMA)" if self.ema else "raw"
+    @property
+    def kind(self) -> str:
+        """Which of the two sets it is, in words."""
+        return "averaged (EMA)" if self.ema else "raw"
+
+    def what(self, kind: str = "") -> str:
+        """What was loaded, in a line; another kind is named where there is more than one set."""
         rope = f"rotate {self.rope.rotate}" if self.rope.enabled else "no RoPE"
         progress = f", {self.progress}" if self.progress else ""
-        return f"{self.source.given}: {kind} weights of {self.arch}, {rope}{progress}"
+        return f"{kind or self.kind} weights of {self.arch}, {rope}{progress}"
+
+    def summary(self) -> str:
+        """What was loaded and where from, in a line."""
+        return f"{self.source.given}: {self.what()}"
 
 
 def here(source: Source, *, offline: bool = False) -> Source:
@@ -159,11 +168,13 @@ def _of_ours(
         raise CheckpointError(f"{file} does not say which model it holds: {error}") from error
     pairs = {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
     used, notes = _override(trained, rope, source)
-    step = metadata.get("step", "")
+    averaged = metadata.get("weights") == "ema"
+    if ema and not averaged:
+        notes = (*notes, f"{file.name} holds raw weights alone; they are taken, not averaged ones")
     return Weights(
         source=source,
         file=file,
-        ema=metadata.get("weights") == "ema",
+        ema=averaged,
         arch=arch,
         rope=used,
         options={**options, **pairs},
@@ -171,7 +182,7 @@ def _of_ours(
         published=False,
         config=config,
         notes=notes,
-        progress=f"step {step}" if step else "",
+        progress=progress_in(metadata),
     )
 
 
@@ -205,13 +216,14 @@ def _of_published(
         raise CheckpointError(f"{file} is not whole: {error} is missing or misshaped") from error
     if note := freqs_note(freqs, used, head_dim):
         notes = (*notes, f"{file.name}: {note}")
-    if ema and not content.has_both:
+    averaged = content.args.get("weights") == "ema" or (ema and content.has_both)
+    if ema and not averaged:
         notes = (*notes, f"{file.name} holds one set of weights alone; EMA is that one")
     steps = source.row.steps if source.row else None
     return Weights(
         source=source,
         file=file,
-        ema=ema and content.has_both,
+        ema=averaged,
         arch=arch,
         rope=used,
         options=options,

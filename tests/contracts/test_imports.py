@@ -90,6 +90,11 @@ def test_light_files_load_the_standard_library_alone(path):
         ["pretrain", "--arch", "deit-x"],
         ["fetch", "--help"],
         ["fetch", "deit-x"],
+        ["export", "--help"],
+        ["export", "deit-x", "--layout", "published"],
+        ["export", "deit-s", "--layout", "onnx"],
+        ["export", "deit-s", "--layout", "safetensors", "--out", "x.pth"],
+        ["export", "deit-s", "--layout", "safetensors", "--best"],
     ],
 )
 def test_the_command_line_answers_without_heavy_imports(words, tmp_path):

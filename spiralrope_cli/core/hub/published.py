@@ -67,14 +67,24 @@ def read_published(path: Path) -> PublishedFile:
     args = content.get("args")
     if isinstance(args, argparse.Namespace):
         args = vars(args)
-    epoch = content.get("epoch")
     return PublishedFile(
         raw=raw if raw is not None else ema or {},
         ema=ema if ema is not None else raw or {},
-        has_both=raw is not None and ema is not None,
+        has_both=raw is not None and ema is not None and not _are_one(raw, ema),
         args=args if isinstance(args, dict) else {},
-        progress=f"epoch {epoch}" if isinstance(epoch, int) else "",
+        progress=progress_in(content),
     )
+
+
+def progress_in(content: dict[str, Any]) -> str:
+    """How far weights were trained, in words, or nothing: of a file's `step` or `epoch`."""
+    known = [f"{unit} {content[unit]}" for unit in ("step", "epoch") if unit in content]
+    return known[0] if known else ""
+
+
+def _are_one(raw: StateDict, ema: StateDict) -> bool:
+    """Whether two state dicts are the same tensors, which the file then holds once."""
+    return all(name in ema and ema[name].data_ptr() == raw[name].data_ptr() for name in raw)
 
 
 def _first_state(content: dict[str, Any], keys: tuple[str, ...]) -> StateDict | None:
