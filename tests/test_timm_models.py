@@ -268,8 +268,7 @@ def test_a_safetensors_checkpoint_of_the_core_loads(tmp_path, x):
 def exported(folder, rope):
     """A tiny DeiT as `spiralrope export --layout published` writes it, and that DeiT."""
     core = create_model("deit-ti", rope=rope, image_size=32, num_classes=5).eval()
-    options = {"image_size": (32, 32), "patch_size": 16, "num_classes": 5}
-    network = Described("deit-ti", rope, 64, options, (2, 2))
+    network = Described("deit-ti", rope, 3, 64, 5, (32, 32), (2, 2), (2, 2))
     state = core.state_dict()
     torch.save(published_content(network, state, state, progress={}), folder / "checkpoint.pth")
     return core, folder / "checkpoint.pth"

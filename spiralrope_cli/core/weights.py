@@ -281,11 +281,16 @@ def _override(
     return dataclasses.replace(trained, **chosen), tuple(against)
 
 
-def _head_dim(freqs: list[torch.Tensor], rope: RopeConfig) -> int | None:
-    if not freqs:
-        return None
-    shared = rope.same_theta and rope.freqs_for == "lang"
-    return 4 * len(freqs[0]) * (max(rope.rotate, 1) if shared else 1)
+def _head_dim(state: StateDict, freqs: list[torch.Tensor], rope: RopeConfig, args: Any) -> int:
+    """Channels per head: by the frequencies, the file's `num_heads`, or the tables of sizes."""
+    if freqs:
+        shared = rope.same_theta and rope.freqs_for == "lang"
+        return 4 * len(freqs[0]) * (max(rope.rotate, 1) if shared else 1)
+    dim = state["blocks.0.attn.proj.bias"].shape[0]
+    if heads := args.get("num_heads"):
+        return dim // int(heads)
+    sizes: list[TransformerSize | DiTSize] = [*DEIT_SIZES.values(), *DIT_SIZES.values()]
+    return {(size.dim, size.depth): size.head_dim for size in sizes}.get((dim, _depth(state)), 64)
 
 
 def _depth(state: StateDict) -> int:
@@ -306,10 +311,7 @@ def _deit_sizes(
     state: StateDict, freqs: list[torch.Tensor], rope: RopeConfig, content: PublishedFile
 ) -> tuple[dict[str, Any], str, int]:
     dim, depth = state["cls_token"].shape[-1], _depth(state)
-    head_dim = _head_dim(freqs, rope)
-    if head_dim is None:
-        known = {(s.dim, s.depth): s.head_dim for s in DEIT_SIZES.values()}
-        head_dim = known.get((dim, depth), 64)
+    head_dim = _head_dim(state, freqs, rope, content.args)
     arch = deit_name(TransformerSize(dim, depth, dim // head_dim))
     weight = state["patch_embed.proj.weight"]
     patch = weight.shape[-1]
@@ -329,10 +331,7 @@ def _dit_sizes(
 ) -> tuple[dict[str, Any], str, int]:
     weight, table = state["x_embedder.proj.weight"], state["y_embedder.embedding_table.weight"]
     dim, depth, patch = weight.shape[0], _depth(state), weight.shape[-1]
-    head_dim = _head_dim(freqs, rope)
-    if head_dim is None:
-        known = {(s.dim, s.depth): s.head_dim for s in DIT_SIZES.values()}
-        head_dim = known.get((dim, depth), 64)
+    head_dim = _head_dim(state, freqs, rope, content.args)
     arch = dit_name(DiTSize(dim, depth, dim // head_dim, patch))
     # With RoPE nothing in the tensors tells the latent's size, and the network takes any.
     input_size = LATENT_SIZE

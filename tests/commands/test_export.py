@@ -174,7 +174,12 @@ def test_epochs_and_steps_are_told(export, runs):
     ("arch", "rope", "sizes", "note"),
     [
         ("deit-32x2x2", {"projection": "exact"}, {}, "--projection exact"),
-        ("deit-32x2x2", {}, {"pretrain_grid": [2, 2]}, "takes 4x4 for the trained grid, not 2x2"),
+        (
+            "deit-32x2x2",
+            {},
+            {"pretrain_grid": [2, 2]},
+            "takes 4x4 patches for",
+        ),
         ("deit-32x2x2", {}, {"image_size": [8, 16]}, "knows square grids alone, and not 2x4"),
         ("dit-32x2x2-2", {}, {"qk_norm": True}, "no normalised queries"),
         ("deit-32x2x2", {"scaling": "extrapolate"}, {"pretrain_grid": [2, 2]}, ""),

@@ -30,21 +30,24 @@ class Described:
     Attributes:
         arch: `--arch`.
         rope: options of the rotary embedding.
+        num_heads: heads per block.
         head_dim: channels per head.
-        options: further arguments of `create_model`.
+        num_classes: outputs of a DeiT; classes of a DiT, without the null class.
+        size: (height, width) in pixels, or of the latent.
         grid: patches as (rows, columns).
+        pretrain_grid: patches that positions refer to.
+        qk_norm: whether queries and keys are normalised.
     """
 
     arch: str
     rope: RopeConfig
+    num_heads: int
     head_dim: int
-    options: dict[str, Any]
+    num_classes: int
+    size: tuple[int, int]
     grid: tuple[int, int]
-
-    @property
-    def pretrain_grid(self) -> tuple[int, int]:
-        """Patches that positions refer to."""
-        return self.options.get("pretrain_grid") or self.grid
+    pretrain_grid: tuple[int, int]
+    qk_norm: bool = False
 
 
 def published_content(
@@ -95,24 +98,20 @@ def published_args(network: Described) -> dict[str, Any]:
     rope = {
         name: value for name, value in dataclasses.asdict(network.rope).items() if name != "enabled"
     }
+    height, width = network.size
     if is_dit(network.arch):
-        pixels = tuple(VAE_FACTOR * side for side in network.options["input_size"])
-        named = {
-            "model": _published_name(network.arch),
-            "image_size": _side(pixels),
-            "num_classes": network.options["num_classes"],
-        }
+        height, width = VAE_FACTOR * height, VAE_FACTOR * width
         rope = {f"rope_{name}": value for name, value in rope.items()}
+        side, classes = "image_size", "num_classes"
     else:
-        named = {
-            "model": _published_name(network.arch),
-            "input_size": _side(network.options["image_size"]),
-            "nb_classes": network.options["num_classes"],
-        }
+        side, classes = "input_size", "nb_classes"
     return {
-        **named,
+        "model": _published_name(network.arch),
+        side: height if height == width else [height, width],
+        classes: network.num_classes,
         "use_rope": network.rope.enabled,
         **rope,
+        "num_heads": network.num_heads,
         "grid": list(network.grid),
         "pretrain_grid": list(network.pretrain_grid),
     }
@@ -130,7 +129,7 @@ def not_expressed(network: Described) -> tuple[str, ...]:
             f"takes {_by(grid)} patches for the trained grid, not {_by(network.pretrain_grid)}",
         ),
         (rope.enabled and grid[0] != grid[1], f"knows square grids alone, and not {_by(grid)}"),
-        (bool(network.options.get("qk_norm")), "has no normalised queries and keys"),
+        (network.qk_norm, "has no normalised queries and keys"),
     )
     return tuple(f"code for published files {what}: its outputs differ" for no, what in told if no)
 
@@ -138,11 +137,6 @@ def not_expressed(network: Described) -> tuple[str, ...]:
 def _published_name(arch: str) -> str:
     folders = (PurePosixPath(row.file).parent for row in ROWS if row.arch == arch)
     return arch if is_dit(arch) else str(next(folders, arch))
-
-
-def _side(size: Any) -> int | list[int]:
-    rows, columns = size
-    return rows if rows == columns else [rows, columns]
 
 
 def _by(grid: tuple[int, int]) -> str:

@@ -32,6 +32,8 @@ from spiralrope_cli.core.hub.write_published import (
     published_content,
 )
 from spiralrope_cli.core.load import create, fitted
+from spiralrope_cli.core.models.dit import DiT
+from spiralrope_cli.core.rope import as_pair
 from spiralrope_cli.core.runtime.run_folder import CONFIG_FILE, MODEL_FILE
 from spiralrope_cli.core.weights import Weights, here, read_weights
 
@@ -92,7 +94,17 @@ def _whole_state(weights: Weights) -> tuple[Described, StateDict]:
     found = fitted(weights, model)
     state = {name: _apart(found[name]) for name in model.state_dict()}
     size = dit_size(weights.arch) if is_dit(weights.arch) else deit_size(weights.arch)
-    network = Described(weights.arch, weights.rope, size.head_dim, weights.options, model.grid)
+    network = Described(
+        arch=weights.arch,
+        rope=weights.rope,
+        num_heads=size.heads,
+        head_dim=size.head_dim,
+        num_classes=model.num_classes,
+        size=model.input_size if isinstance(model, DiT) else model.image_size,
+        grid=model.grid,
+        pretrain_grid=as_pair(weights.options.get("pretrain_grid") or model.grid),
+        qk_norm=bool(weights.options.get("qk_norm")),
+    )
     return network, state
 
 
