@@ -96,7 +96,11 @@ def finetune(
 
     The same command again goes on where the last one stopped.
     """
+    from spiralrope_cli.core.hub.source import find_source
+
+    found = find_source(source)
+
     from spiralrope_cli.core.weights import starting_point
 
-    start, notes = starting_point(source, o.given(context))
+    start, notes = starting_point(found, o.given(context))
     train("finetune", context, start, notes)

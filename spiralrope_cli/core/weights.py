@@ -41,7 +41,7 @@ from spiralrope_cli.core.hub.published import (
     rope_from_args,
     without_freqs,
 )
-from spiralrope_cli.core.hub.source import Source, find_source
+from spiralrope_cli.core.hub.source import Source
 
 MODEL_OPTIONS = {
     False: ("num_classes", "image_size", "patch_size", "in_chans", "pretrain_grid"),
@@ -84,16 +84,12 @@ class Weights:
     notes: tuple[str, ...]
     progress: str
 
-    @property
-    def kind(self) -> str:
-        """Which of the two sets it is, in words."""
-        return "averaged (EMA)" if self.ema else "raw"
-
     def what(self, kind: str = "") -> str:
-        """What was loaded, in a line; another kind is named where there is more than one set."""
+        """What was loaded, in words; another kind is named where there is more than one set."""
+        kind = kind or ("averaged (EMA)" if self.ema else "raw")
         rope = f"rotate {self.rope.rotate}" if self.rope.enabled else "no RoPE"
         progress = f", {self.progress}" if self.progress else ""
-        return f"{kind or self.kind} weights of {self.arch}, {rope}{progress}"
+        return f"{kind} weights of {self.arch}, {rope}{progress}"
 
     def summary(self) -> str:
         """What was loaded and where from, in a line."""
@@ -143,28 +139,30 @@ def read_weights(
     return _of_published(source, file, ema, content, rope)
 
 
-def starting_point(given: str, options: dict[str, Any]) -> tuple[StartingPoint, tuple[str, ...]]:
+def starting_point(
+    source: Source, options: dict[str, Any]
+) -> tuple[StartingPoint, tuple[str, ...]]:
     """What a finetuning run starts from, for its resolution, and notes for the user.
 
     Args:
-        given: the source as the user named it; published weights are fetched if need be.
+        source: from `find_source`; published weights are fetched if need be.
         options: field name -> value, of which the RoPE options win over the source's.
 
     Raises:
         CheckpointError: no weights there, or not those of a classifier.
-        ConfigError: unknown, or a bare state dict without RoPE options.
+        ConfigError: a bare state dict without RoPE options.
     """
     names = RopeConfig.__dataclass_fields__
     chosen = {name: value for name, value in options.items() if name in names}
-    weights = read_weights(here(find_source(given)), ema=True, rope=chosen)
+    weights = read_weights(here(source), ema=True, rope=chosen)
     if is_dit(weights.arch):
         raise CheckpointError(
-            f"{given} holds {weights.arch}, a diffusion transformer, and no classifier",
+            f"{source.given} holds {weights.arch}, a diffusion transformer, and no classifier",
             "dit-train --init starts from those",
         )
     of_run = str(weights.config.get("data", "")) if weights.source.run else ""
     start = StartingPoint(
-        source=given,
+        source=source.given,
         arch=weights.arch,
         rope=weights.rope,
         model=ModelConfig(drop_path=0.0, **weights.options),

@@ -71,12 +71,12 @@ def export(
             other = read_weights(source, ema=True, rope=rope)
             if other.ema and not weights.ema:
                 averaged, chosen = _whole_state(other)[1], ""
-        sets = "raw and averaged (EMA)" if averaged is not state else weights.kind
+        sets = "raw and averaged (EMA)" if averaged is not state else ""
         notes = (*notes, *not_expressed(network))
         target = out or _default_target(weights, layout, chosen)
         written = _write_published(target, network, weights, state, averaged)
     else:
-        sets = weights.kind
+        sets = ""
         target = out or _default_target(weights, layout, "ema" if weights.ema else "")
         written = _write_safetensors(target, weights, state)
     for note in notes:
