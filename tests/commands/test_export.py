@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hub_server import HubServer
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import save_model
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 from spiralrope_cli import RopeConfig, create_model, load_model, main
 from spiralrope_cli.core.errors import CheckpointError, ConfigError, FetchError
+from spiralrope_cli.core.hub.catalog import WEIGHTS_REPO, find
 from spiralrope_cli.core.hub.published import read_published
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoints"
@@ -315,3 +317,17 @@ def test_too_little_space_is_told_before_anything_is_written(export, runs, monke
 def test_wrong_words_are_usage_errors(export, words, told):
     with pytest.raises(ConfigError, match=told):
         export(*words)
+
+
+def test_published_weights_are_fetched_by_name(spiralrope, runs):
+    server = HubServer()
+    server.repos[WEIGHTS_REPO] = {find("deit-s").file: (GOLDEN / DEIT).read_bytes()}
+    home = {"HF_ENDPOINT": server.url, "HF_HOME": str(runs / "home"), "HF_TOKEN": ""}
+    try:
+        done = spiralrope("export", "deit-s", "--layout", "safetensors", "--ema", env=home)
+    finally:
+        server.close()
+    assert done.stdout == "exports/deit-s-ema\n"
+    card = ModelCard.load(runs / "exports" / "deit-s-ema" / "README.md")
+    assert card.data.datasets == ["imagenet-1k"]
+    assert torch.equal(outputs(runs / "exports" / "deit-s-ema"), outputs(GOLDEN / DEIT, ema=True))
