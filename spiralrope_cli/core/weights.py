@@ -9,16 +9,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from spiralrope_cli.core.config.dit_runs import VAE_FACTOR, DiTModelConfig, TrainingRun
 from spiralrope_cli.core.config.models import (
-    DEIT_SIZES,
-    DIT_SIZES,
     DiTSize,
     TransformerSize,
     deit_name,
@@ -35,13 +34,15 @@ from spiralrope_cli.core.hub.download import fetch, local_path
 from spiralrope_cli.core.hub.published import (
     PublishedFile,
     StateDict,
+    depth_of,
     freqs_note,
+    head_dim_of,
     progress_in,
     read_published,
     rope_from_args,
     without_freqs,
 )
-from spiralrope_cli.core.hub.source import Source
+from spiralrope_cli.core.hub.source import Source, find_source
 
 MODEL_OPTIONS = {
     False: ("num_classes", "image_size", "patch_size", "in_chans", "pretrain_grid"),
@@ -140,36 +141,50 @@ def read_weights(
 
 
 def starting_point(
-    source: Source, options: dict[str, Any]
+    source: Source, options: dict[str, Any], *, dit: bool = False
 ) -> tuple[StartingPoint, tuple[str, ...]]:
-    """What a finetuning run starts from, for its resolution, and notes for the user.
+    """What a run starts from, for its resolution, and notes for the user.
 
     Args:
         source: from `find_source`; published weights are fetched if need be.
         options: field name -> value, of which the RoPE options win over the source's.
+        dit: whether they must be those of a diffusion transformer, or of a classifier.
 
     Raises:
-        CheckpointError: no weights there, or not those of a classifier.
+        CheckpointError: no weights there, or those of another kind of network.
         ConfigError: a bare state dict without RoPE options.
     """
     names = RopeConfig.__dataclass_fields__
     chosen = {name: value for name, value in options.items() if name in names}
     weights = read_weights(here(source), ema=True, rope=chosen)
-    if is_dit(weights.arch):
+    if is_dit(weights.arch) != dit:
         raise CheckpointError(
-            f"{source.given} holds {weights.arch}, a diffusion transformer, and no classifier",
-            "dit-train --init starts from those",
+            f"{source.given} holds {weights.arch}, "
+            + ("a classifier" if dit else "a diffusion transformer, and no classifier"),
+            "finetune starts from those" if dit else "dit-train --init starts from those",
         )
-    of_run = str(weights.config.get("data", "")) if weights.source.run else ""
+    of_run = weights.config if weights.source.run else {}
+    pictures = weights.config.get("pictures", {})
+    if dit and not pictures:
+        height, width = weights.options["input_size"]
+        pictures = {"image_size": (VAE_FACTOR * height, VAE_FACTOR * width)}
     start = StartingPoint(
         source=source.given,
         arch=weights.arch,
         rope=weights.rope,
-        model=ModelConfig(drop_path=0.0, **weights.options),
+        model=DiTModelConfig(label_dropout=0.0, **weights.options)
+        if dit
+        else ModelConfig(drop_path=0.0, **weights.options),
         published=weights.published,
-        data=of_run,
+        data=str(of_run.get("data", "")),
+        pictures={name: pictures[name] for name in ("image_size", "vae") if name in pictures},
     )
     return start, weights.notes
+
+
+def starting_weights(run: TrainingRun) -> Weights:
+    """The averaged weights that a run starts from."""
+    return read_weights(here(find_source(run.source)), ema=True, rope=asdict(run.rope))
 
 
 def _read_safetensors(file: Path) -> tuple[StateDict, dict[str, str]]:
@@ -279,22 +294,6 @@ def _override(
     return dataclasses.replace(trained, **chosen), tuple(against)
 
 
-def _head_dim(state: StateDict, freqs: list[torch.Tensor], rope: RopeConfig, args: Any) -> int:
-    """Channels per head: by the frequencies, the file's `num_heads`, or the tables of sizes."""
-    if freqs:
-        shared = rope.same_theta and rope.freqs_for == "lang"
-        return 4 * len(freqs[0]) * (max(rope.rotate, 1) if shared else 1)
-    dim = state["blocks.0.attn.proj.bias"].shape[0]
-    if heads := args.get("num_heads"):
-        return dim // int(heads)
-    sizes: list[TransformerSize | DiTSize] = [*DEIT_SIZES.values(), *DIT_SIZES.values()]
-    return {(size.dim, size.depth): size.head_dim for size in sizes}.get((dim, _depth(state)), 64)
-
-
-def _depth(state: StateDict) -> int:
-    return 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-
-
 def _side(tokens: int, given: Any) -> tuple[int, int]:
     """Rows and columns of a grid: square, unless the file's `grid` says otherwise."""
     if isinstance(given, (list, tuple)) and math.prod(given) == tokens:
@@ -308,8 +307,8 @@ def _side(tokens: int, given: Any) -> tuple[int, int]:
 def _deit_sizes(
     state: StateDict, freqs: list[torch.Tensor], rope: RopeConfig, content: PublishedFile
 ) -> tuple[dict[str, Any], str, int]:
-    dim, depth = state["cls_token"].shape[-1], _depth(state)
-    head_dim = _head_dim(state, freqs, rope, content.args)
+    dim, depth = state["cls_token"].shape[-1], depth_of(state)
+    head_dim = head_dim_of(state, freqs, rope, content.args)
     arch = deit_name(TransformerSize(dim, depth, dim // head_dim))
     weight = state["patch_embed.proj.weight"]
     patch = weight.shape[-1]
@@ -328,8 +327,8 @@ def _dit_sizes(
     state: StateDict, freqs: list[torch.Tensor], rope: RopeConfig, content: PublishedFile
 ) -> tuple[dict[str, Any], str, int]:
     weight, table = state["x_embedder.proj.weight"], state["y_embedder.embedding_table.weight"]
-    dim, depth, patch = weight.shape[0], _depth(state), weight.shape[-1]
-    head_dim = _head_dim(state, freqs, rope, content.args)
+    dim, depth, patch = weight.shape[0], depth_of(state), weight.shape[-1]
+    head_dim = head_dim_of(state, freqs, rope, content.args)
     arch = dit_name(DiTSize(dim, depth, dim // head_dim, patch))
     # With RoPE nothing in the tensors tells the latent's size, and the network takes any.
     input_size = LATENT_SIZE

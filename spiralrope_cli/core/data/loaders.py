@@ -5,7 +5,7 @@ Legend: B images at a time per process, (h, w) pixels, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from spiralrope_cli.core.config.datasets import BUILT_IN
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.data import files, memory
 from spiralrope_cli.core.data.mixing import erase, mix
-from spiralrope_cli.core.data.order import apart, epoch_order, own_parts, step_slice
+from spiralrope_cli.core.data.order import Places, own_parts, own_places
 from spiralrope_cli.core.errors import DataError
 from spiralrope_cli.core.runtime import distributed
 
@@ -53,6 +53,23 @@ class BadImages:
                 raise bad.error()
             self.reasons[bad.path] = bad.reason
 
+    def passed_over(
+        self, batches: Iterable[files.Loaded], skip: bool, size: int
+    ) -> Iterator[files.Loaded]:
+        """The same for each training batch, which is filled up with the next readable images.
+
+        Raises:
+            DataError: one that could not be filled up to its size.
+        """
+        for loaded in batches:
+            self.meet(loaded.unreadable, skip)
+            if len(loaded.labels) < size:
+                raise DataError(
+                    f"{files.MAX_TRIES} training images in a row cannot be read",
+                    f"the last: {loaded.unreadable[-1].path}",
+                )
+            yield loaded
+
 
 class ClassifierData:
     """The two splits of a run's data set, and how batches are made of them.
@@ -67,6 +84,7 @@ class ClassifierData:
     def __init__(self, run: ClassifierRun, device: torch.device, rank: int, world_size: int):
         self.run, self.device, self.rank, self.world_size = run, device, rank, world_size
         self.micro, self.accumulation = run.split_batch(world_size)
+        self._parts = own_parts(rank, self.accumulation, self.micro)
         self.bad = BadImages()
         augment, channels = run.augment, run.model.in_chans
         self._mean = torch.tensor(augment.mean, device=device).view(-1, 1, 1) * 255
@@ -92,14 +110,8 @@ class ClassifierData:
         for step in steps:
             yield [self._finish(step, *next(source)) for _ in range(self.accumulation)]
 
-    def _places(self, step: int) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
-        """Per micro batch: epoch, part of the step, places in the epoch, image numbers."""
-        run = self.run
-        epoch, first = step_slice(step, run.steps_per_epoch, run.optim.batch_size)
-        order = epoch_order(run.num_train, run.augment.repeated_aug, run.seed, epoch)
-        places = first + apart(run.optim.batch_size, run.augment.repeated_aug)
-        for part in own_parts(self.rank, self.accumulation, self.micro):
-            yield epoch, part, places[part], order[places[part]]
+    def _places(self, step: int) -> Iterator[Places]:
+        return own_places(self.run, step, self.run.augment.repeated_aug, self._parts)
 
     def _train_from_memory(self, steps: range) -> Iterator[tuple[Tensor, Tensor, slice, Tensor]]:
         run = self.run
@@ -123,17 +135,11 @@ class ClassifierData:
                     ]
 
         machine = self.run.machine
-        batches = files.load(self._train_files, keys(), machine.workers, self._pin)
+        loaded = files.load(self._train_files, keys(), machine.workers, self._pin)
+        batches = self.bad.passed_over(loaded, machine.skip_bad, self.micro)
         for step in steps:
             for _, part, _, numbers in self._places(step):
-                loaded = next(batches)
-                self.bad.meet(loaded.unreadable, machine.skip_bad)
-                if len(loaded.labels) < self.micro:
-                    raise DataError(
-                        f"{files.MAX_TRIES} training images in a row cannot be read",
-                        f"the last: {loaded.unreadable[-1].path}",
-                    )
-                yield *self._to_device(loaded), part, numbers
+                yield *self._to_device(next(batches)), part, numbers
 
     @property
     def _pin(self) -> bool:
@@ -152,6 +158,15 @@ class ClassifierData:
         images = erase(images, run.augment.random_erasing, run.seed, first)
         images, targets = mix(images, labels, run.augment, run.model.num_classes, run.seed, first)
         return Batch(images, targets, part, numbers)
+
+    def remake(self, step: int) -> dict[str, Tensor]:
+        """What this process saw in a step, on the CPU."""
+        batches = next(self.train_steps(step, step + 1))
+        return {
+            "images": torch.cat([batch.images.cpu() for batch in batches]),
+            "targets": torch.cat([batch.targets.cpu() for batch in batches]),
+            "numbers": torch.cat([batch.numbers for batch in batches]),
+        }
 
     def val_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Normalised images and labels; over all processes every image comes exactly once."""

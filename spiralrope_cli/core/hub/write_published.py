@@ -13,14 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spiralrope_cli.core.config.dit_runs import VAE_FACTOR
 from spiralrope_cli.core.config.models import is_dit
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.hub.catalog import ROWS
 from spiralrope_cli.core.hub.published import StateDict
 from spiralrope_cli.core.rope import frequencies
-
-VAE_FACTOR = 8
-"""Pixels per latent pixel; `image_size` of a DiT's args counts pixels."""
 
 
 @dataclasses.dataclass(frozen=True)
