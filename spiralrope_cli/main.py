@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from spiralrope_cli.commands import dit_train, fetch, finetune, pretrain
+from spiralrope_cli.commands import dit_train, export, fetch, finetune, pretrain
 from spiralrope_cli.core.errors import SpiralRopeError, UnreadableImageError
 from spiralrope_cli.core.runtime.launch import is_first_process, share_the_machine
 from spiralrope_cli.version import __version__
@@ -26,6 +26,7 @@ app.command("pretrain", epilog=pretrain.EXAMPLES)(pretrain.pretrain)
 app.command("finetune", epilog=finetune.EXAMPLES)(finetune.finetune)
 app.command("dit-train", epilog=dit_train.EXAMPLES)(dit_train.dit_train)
 app.command("fetch", epilog=fetch.EXAMPLES)(fetch.fetch)
+app.command("export", epilog=export.EXAMPLES)(export.export)
 
 
 def _print_version(wanted: bool) -> None:
