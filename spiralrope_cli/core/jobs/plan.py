@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from spiralrope_cli.core.config.dit_runs import DiTModelConfig, DiTRun, TrainingRun
+from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
 from spiralrope_cli.core.config.models import deit_size, dit_size
 from spiralrope_cli.core.config.optim import LINEAR_RULE_BATCH
 from spiralrope_cli.core.config.resolve import Resolved, flatten, to_nested
@@ -109,15 +109,17 @@ def model_line(run: TrainingRun) -> str:
     """What learns."""
     parameters, flops = model_cost(run)
     rows, columns = run.grid
-    if isinstance(run, DiTRun):
-        size, patch = run.model.input_size, dit_size(run.arch).patch_size
-        unit = "latents" if run.pictures.in_latents else "px"
-    else:
-        size, patch, unit = run.model.image_size, run.model.patch_size, "px"
+    size = _size(run)
+    unit = "latents" if isinstance(run, DiTRun) and run.pictures.in_latents else "px"
     return (
-        f"{run.arch}, {size[0]}x{size[1]} {unit}, {rows}x{columns} patches of {patch} {unit}; "
+        f"{run.arch}, {size[0]}x{size[1]} {unit}, {rows}x{columns} patches of "
+        f"{size[0] // rows} {unit}; "
         f"{parameters / 1e6:.2f} M parameters, {flops / 1e9:.3g} GFLOPs per image"
     )
+
+
+def _size(run: TrainingRun) -> tuple[int, int]:
+    return run.model.input_size if isinstance(run, DiTRun) else run.model.image_size
 
 
 def start_lines(run: TrainingRun) -> list[tuple[str, str]]:
@@ -157,11 +159,9 @@ def model_cost(run: TrainingRun) -> tuple[int, int]:
     model = run.model
     with torch.device("meta"):
         network = create_model(run.arch, rope=run.rope, **asdict(model))
-        if isinstance(model, DiTModelConfig):
-            image = torch.empty(1, model.in_chans, *model.input_size)
-            given = (image, torch.zeros(1), torch.zeros(1, dtype=torch.int64))
-        else:
-            given = (torch.empty(1, model.in_chans, *model.image_size),)
+        given = [torch.empty(1, model.in_chans, *_size(run))]
+        if isinstance(run, DiTRun):
+            given += [torch.zeros(1), torch.zeros(1, dtype=torch.int64)]  # timestep and label
         counter = FlopCounterMode(display=False)
         with counter, torch.no_grad():
             network(*given)

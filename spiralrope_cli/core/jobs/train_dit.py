@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from spiralrope_cli.core.config.dit_runs import DiTRun
 from spiralrope_cli.core.data.dit_loader import DiTBatch, DiTData
 from spiralrope_cli.core.diffusion.process import GaussianDiffusion
+from spiralrope_cli.core.jobs import sample_grid
 from spiralrope_cli.core.jobs.plot import draw_curves
-from spiralrope_cli.core.jobs.sample_grid import draw_grid
 from spiralrope_cli.core.jobs.start import build
 from spiralrope_cli.core.models.dit import DiT
 from spiralrope_cli.core.runtime import distributed, report, run_folder
@@ -76,14 +76,14 @@ def run(config: DiTRun) -> None:
                         if save_now:
                             loop.save(config, job, state)
                         if sample_now and job.is_first:
-                            reporter.say(f"samples: {draw_grid(config, job, state)}")
+                            reporter.say(f"samples: {sample_grid.draw_grid(config, job, state)}")
                 if stop and state.step < total_steps:
                     reporter.say(f"stopped at step {state.step}; the same command resumes")
                     sys.exit(128 + stop)
         unreadable = distributed.gathered(data.bad.reasons)
         if job.is_first:
             report.say_unreadable(dict(ChainMap(*unreadable)))
-            draw_grid(config, job, state)
+            sample_grid.draw_grid(config, job, state)
             draw_curves([out], out / run_folder.CURVES_FILE)
             report.print_results(out)
 
