@@ -1,0 +1,89 @@
+"""What does a train step of DiT-S/2 at 256 px cost with the VAE in it, and from cached latents?
+
+The VAE has the published one's shape and random weights. Reading the cache is part of its step.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from interleave import CPU, DTYPES, Call, interleaved, median, prepare, ratio, show, train_step
+from torch import Tensor, nn
+
+from spiralrope_cli import GaussianDiffusion, create_model
+from spiralrope_cli.core.config.latents import CachePlan
+from spiralrope_cli.core.data import latents
+from spiralrope_cli.core.data.latents import LatentCache
+from spiralrope_cli.core.diffusion.vae import Vae, draw
+
+BATCH, ROUNDS, CACHED = 16, 2, 64
+WIDTHS = (128, 256, 512, 512)
+
+
+def full_size_vae(dtype: str) -> Vae:
+    model = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(WIDTHS),
+        up_block_types=("UpDecoderBlock2D",) * len(WIDTHS),
+        block_out_channels=WIDTHS,
+        layers_per_block=2,
+    )
+    return Vae(nn.Module.to(model, DTYPES[dtype]))
+
+
+def random_cache(folder: Path) -> LatentCache:
+    plan = CachePlan(
+        data="random",
+        class_names=("one",),
+        num_files=CACHED,
+        files_sha256="",
+        image_size=(256, 256),
+        vae="random",
+        vae_sha256="",
+        precision="float32",
+        shard_size=CACHED,
+    )
+    latents.begin(folder, plan, [])
+    plain, mirrored = torch.rand(2, CACHED, 2, *plan.latent_shape)
+    labels = torch.zeros(CACHED, dtype=torch.int64)
+    shard = latents.write_shard(folder, 0, plain, mirrored, labels, {})
+    latents.finish(folder, plan, [shard])
+    return LatentCache(folder)
+
+
+def main() -> None:
+    prepare()
+    diffusion, noise = GaussianDiffusion(), torch.randn(2, BATCH, 4, 32, 32)
+    pictures = torch.randint(0, 256, (BATCH, 3, 256, 256), dtype=torch.uint8)
+    t, labels = torch.randint(0, 1000, (2, BATCH))
+
+    def step(dtype: str, posterior: Callable[[], tuple[Tensor, Tensor]]) -> Call:
+        model = create_model("dit-s2")
+
+        def loss() -> Tensor:
+            x0 = draw(*posterior(), noise[0])
+            return diffusion.training_losses(model, x0, t, noise[1], y=labels)["loss"].mean()
+
+        return train_step(model, dtype, loss)
+
+    with tempfile.TemporaryDirectory() as folder:
+        cache = random_cache(Path(folder))
+        keys = ((torch.randint(CACHED, (BATCH,)), torch.rand(BATCH) < 0.5) for _ in range(10**6))
+        batches = cache.batches(keys, CPU)
+        for dtype in DTYPES:
+            vae = full_size_vae(dtype)
+            sides = {
+                "from the cache": step(dtype, lambda: next(batches)),
+                "with the VAE": step(dtype, lambda vae=vae: vae.encode(pictures / 127.5 - 1)),
+            }
+            seconds = interleaved(sides, ROUNDS, warmup=1)
+            rows = [(name, f"{BATCH / median(seconds[name]):.2f} images/s") for name in seconds]
+            faster = ratio(seconds, "with the VAE", "from the cache")
+            show(f"train step, {dtype}", [*rows, ("RATIO cache / VAE", f"{faster:.1f}")])
+
+
+if __name__ == "__main__":
+    main()
