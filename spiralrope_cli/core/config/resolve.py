@@ -150,16 +150,35 @@ def fit_channels(values: dict[str, Any]) -> None:
 
 
 def fit_positions(values: dict[str, Any], sources: dict[str, str], start: StartingPoint) -> None:
-    """Lets another image size than the weights' keep their grid for the positions.
+    """Lets another image size than the weights' keep their grid for the positions."""
+    before = values["scaling"]
+    values["scaling"], values["pretrain_grid"] = positions_at(
+        tuple(values["image_size"]),
+        start.model,
+        before,
+        squeeze=start.published and sources["scaling"] == "source",
+    )
+    if values["scaling"] != before:
+        sources["scaling"] = "default"
+
+
+def positions_at(
+    image_size: tuple[int, int], trained: ModelConfig, scaling: str, *, squeeze: bool
+) -> tuple[str, tuple[int, int] | None]:
+    """`scaling` and `pretrain_grid` of weights at an image size.
 
     Published weights say `extrapolate`, which means nothing at their own size; at another one
     their positions are squeezed into the trained range, unless the user wants it otherwise.
+
+    Args:
+        image_size: (height, width) in pixels.
+        trained: the sizes of the weights.
+        scaling: theirs, or the user's.
+        squeeze: whether they are published ones about which the user said nothing.
     """
-    if tuple(values["image_size"]) == start.model.image_size:
-        return
-    if start.published and sources["scaling"] == "source":
-        values["scaling"], sources["scaling"] = "interpolate", "default"
-    values["pretrain_grid"] = start.model.pretrain_grid or start.model.grid
+    if image_size == trained.image_size:
+        return scaling, trained.pretrain_grid
+    return "interpolate" if squeeze else scaling, trained.pretrain_grid or trained.grid
 
 
 def fit_length(values: dict[str, Any], sources: dict[str, str], options: dict[str, Any]) -> None:
