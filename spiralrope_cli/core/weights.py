@@ -27,7 +27,9 @@ from spiralrope_cli.core.config.models import (
     dit_size,
     is_dit,
 )
+from spiralrope_cli.core.config.resolve import StartingPoint
 from spiralrope_cli.core.config.rope import RopeConfig
+from spiralrope_cli.core.config.runs import ModelConfig
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.hub.download import fetch, local_path
 from spiralrope_cli.core.hub.published import (
@@ -38,7 +40,7 @@ from spiralrope_cli.core.hub.published import (
     rope_from_args,
     without_freqs,
 )
-from spiralrope_cli.core.hub.source import Source
+from spiralrope_cli.core.hub.source import Source, find_source
 
 MODEL_OPTIONS = {
     False: ("num_classes", "image_size", "patch_size", "in_chans", "pretrain_grid"),
@@ -132,6 +134,48 @@ def read_weights(
     return _of_published(source, file, ema, content, rope)
 
 
+def starting_point(given: str, options: dict[str, Any]) -> tuple[StartingPoint, tuple[str, ...]]:
+    """What a finetuning run starts from, for its resolution, and notes for the user.
+
+    Args:
+        given: the source as the user named it; published weights are fetched if need be.
+        options: field name -> value, of which the RoPE options win over the source's.
+
+    Raises:
+        CheckpointError: no weights there, or not those of a classifier.
+        ConfigError: unknown, or a bare state dict without RoPE options.
+    """
+    names = RopeConfig.__dataclass_fields__
+    chosen = {name: value for name, value in options.items() if name in names}
+    weights = read_weights(here(find_source(given)), ema=True, rope=chosen)
+    model = classifier_sizes(weights)
+    of_run = str(weights.config.get("data", "")) if weights.source.run else ""
+    start = StartingPoint(
+        source=given,
+        arch=weights.arch,
+        rope=weights.rope,
+        model=model,
+        published=weights.published,
+        data=of_run,
+    )
+    return start, weights.notes
+
+
+def classifier_sizes(weights: Weights) -> ModelConfig:
+    """The sizes of a classifier.
+
+    Raises:
+        CheckpointError: the weights are another network's.
+    """
+    if is_dit(weights.arch):
+        raise CheckpointError(
+            f"{weights.source.given} holds {weights.arch}, a diffusion transformer, "
+            "and no classifier",
+            "dit-train and dit-sample take those",
+        )
+    return ModelConfig(drop_path=0.0, **weights.options)
+
+
 def _read_safetensors(file: Path) -> tuple[StateDict, dict[str, str]]:
     try:
         with safe_open(file, framework="pt") as opened:
@@ -160,10 +204,13 @@ def _of_ours(
     pairs = {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
     used, notes = _override(trained, rope, source)
     step = metadata.get("step", "")
+    averaged = metadata.get("weights") == "ema"
+    if ema and not averaged:
+        notes = (*notes, f"{file} holds raw weights alone")
     return Weights(
         source=source,
         file=file,
-        ema=metadata.get("weights") == "ema",
+        ema=averaged,
         arch=arch,
         rope=used,
         options={**options, **pairs},

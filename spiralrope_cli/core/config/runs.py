@@ -27,8 +27,7 @@ LINEAR_RULE_BATCH = 512
 """The linear rule multiplies the base learning rate by total batch / this."""
 
 MIX_GROUP = 8
-"""Images that share one mixup or cutmix draw. It is fixed, so that what is mixed with what does
-not depend on how a batch is split over processes and accumulation."""
+"""Images that share one mixup or cutmix draw; fixed, so that it is the same for any split."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +118,7 @@ class AugmentConfig:
 
     @property
     def mixes(self) -> bool:
-        """Whether labels are."""
+        """Whether labels are mixed."""
         return self.mixup > 0 or self.cutmix > 0
 
 

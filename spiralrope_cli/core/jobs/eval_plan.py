@@ -11,17 +11,16 @@ from typing import Any
 
 from spiralrope_cli.core.config.datasets import DataSet, find_data_set
 from spiralrope_cli.core.config.evals import EvalOptions, EvalProtocol, EvalRow, EvalRun
-from spiralrope_cli.core.config.models import is_dit
 from spiralrope_cli.core.config.resolve import (
     DATA_VARIABLE,
     RUNS_FOLDER,
     fit_channels,
     positions_at,
 )
-from spiralrope_cli.core.config.runs import MachineConfig, ModelConfig
+from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.hub.source import Source, find_source
-from spiralrope_cli.core.weights import Weights, here, read_weights
+from spiralrope_cli.core.weights import Weights, classifier_sizes, here, read_weights
 
 
 def plan(
@@ -81,19 +80,9 @@ def checkpoints(given: str, options: EvalOptions, notes: list[str]) -> Iterator[
 
 
 def weight_sets(source: Source, options: EvalOptions, notes: list[str]) -> list[Weights]:
-    """The sets of weights of one checkpoint that are asked for: raw, averaged, or both.
-
-    Raises:
-        CheckpointError: it holds no classifier.
-    """
+    """The sets of weights of one checkpoint that are asked for: raw, averaged, or both."""
     wanted = (False, True) if options.every else (options.ema,)
     sets = [read_weights(source, ema=ema, rope=options.rope) for ema in wanted]
-    weights = sets[0]
-    if is_dit(weights.arch):
-        raise CheckpointError(
-            f"{source.given} holds {weights.arch}, a diffusion transformer, and no classifier",
-            "dit-sample draws images from it, and fid measures those",
-        )
     if len(sets) == 2 and (sets[0].file, sets[0].ema) == (sets[1].file, sets[1].ema):
         sets = sets[:1]
         notes.append(f"{source.given} holds one set of weights: no separate EMA rows")
@@ -101,7 +90,7 @@ def weight_sets(source: Source, options: EvalOptions, notes: list[str]) -> list[
         notes += [note for each in sets for note in each.notes]
     notes += [
         f"--{'rope' if name == 'enabled' else name.replace('_', '-')} has no effect: {why}"
-        for name, why in weights.rope.inert_options(set(options.rope))
+        for name, why in sets[0].rope.inert_options(set(options.rope))
     ]
     return sets
 
@@ -140,10 +129,11 @@ def row(
     """One row, checked.
 
     Raises:
+        CheckpointError: no classifier.
         ConfigError: other classes than the data set's, or a size that does not divide.
     """
     source, step = weights.source, None
-    trained = ModelConfig(drop_path=0.0, **weights.options)
+    trained = classifier_sizes(weights)
     if trained.num_classes != data_set.num_classes:
         raise ConfigError(
             f"{source.given} has {trained.num_classes} classes, {data_set.data} has "

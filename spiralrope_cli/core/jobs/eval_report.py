@@ -13,7 +13,7 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Console
@@ -31,6 +31,20 @@ SAME = ("sha256", "checkpoint", "weights", "data", "image_size", "crop_ratio", "
 """A row of `eval.json` gives way to a new one that agrees in these."""
 
 Record = dict[str, Any]
+Justify = Literal["left", "right"]
+
+
+COLUMNS: tuple[tuple[str, Justify, Callable[[EvalRow], str]], ...] = (
+    ("source", "left", lambda row: row.source),
+    ("data", "left", lambda row: Path(row.protocol.data).name),
+    ("weights", "left", lambda row: row.label),
+    ("step", "right", lambda row: "" if row.step is None else str(row.step)),
+    ("size", "right", lambda row: size_words(row.protocol.image_size)),
+    ("scaling", "left", lambda row: row.rope.scaling if row.rope.enabled else "no RoPE"),
+    ("crop", "right", lambda row: f"{row.protocol.crop_ratio:g}"),
+)
+SENTENCES = {"step": "step {}", "size": "{} px", "crop": "crop ratio {}"}
+"""How a column is told above the table where it says the same in all rows."""
 
 
 def finish(config: EvalRun, figures: list[Accuracy], decoded: int, job: Job) -> None:
@@ -157,36 +171,24 @@ def print_csv(records: list[Record]) -> None:
 
 def print_table(rows: tuple[EvalRow, ...], figures: list[Accuracy], precision: str) -> None:
     """Figures of all rows; what is the same in all of them stands above."""
-    columns: list[tuple[str, Callable[[EvalRow], str]]] = [
-        ("source", lambda row: row.source),
-        ("data", lambda row: row.protocol.data),
-        ("weights", lambda row: row.label),
-        ("step", lambda row: "" if row.step is None else str(row.step)),
-        ("image size", lambda row: size_words(row.protocol.image_size)),
-        ("scaling", lambda row: row.rope.scaling if row.rope.enabled else "no RoPE"),
-        ("crop ratio", lambda row: f"{row.protocol.crop_ratio:g}"),
-    ]
-    varied = [
-        (name, text)
-        for name, text in columns
-        if name == "weights" or len({text(row) for row in rows}) > 1
-    ]
-    left = {"source", "data", "weights", "scaling"}
-    title = f"{rows[0].arch}, {protocol_words(rows[0].protocol)}, {precision}"
-    if len({(row.arch, row.protocol) for row in rows}) > 1:
-        constant = [text(rows[0]) for name, text in columns if (name, text) not in varied]
-        title = ", ".join([*(word for word in constant if word), precision])
-    elif ("source", columns[0][1]) not in varied:
-        title = f"{rows[0].source}: {title}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
-    for name, _ in varied:
-        table.add_column(name, justify="left" if name in left else "right", overflow="fold")
+    title, columns = [], []
+    for name, align, words in COLUMNS:
+        told = [words(row) for row in rows]
+        if name == "weights" or len(set(told)) > 1:
+            columns.append((name, align, told))
+        elif told[0] and name != "scaling":
+            title.append(SENTENCES.get(name, "{}").format(told[0]))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    for name, align, _ in columns:
+        table.add_column(name, justify=align, overflow="fold")
     for name in ("acc@1 %", "acc@5 %", "loss", "images"):
         table.add_column(name, justify="right", no_wrap=True)
-    for row, found in zip(rows, figures, strict=True):
+    for number, found in enumerate(figures):
         measured = (f"{found.acc1:.2f}", f"{found.acc5:.2f}", f"{found.loss:.4f}")
-        table.add_row(*(text(row) for _, text in varied), *measured, str(found.count))
-    Console(highlight=False).print(table)
+        table.add_row(*(told[number] for _, _, told in columns), *measured, str(found.count))
+    console = Console(highlight=False)
+    console.print(", ".join([*title, precision]), soft_wrap=True, markup=False)
+    console.print(table)
 
 
 def size_words(size: tuple[int, int]) -> str:
