@@ -66,7 +66,7 @@ def _is_number(word: str) -> bool:
 Sources = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[SOURCE]...",
+        metavar="SOURCE",
         help="Run folders, checkpoint files or published names; by default the newest run.",
         show_default=False,
     ),
@@ -183,7 +183,7 @@ def evaluate(
         ema=bool(ema),
         best=best,
         every=every,
-        crop_ratios=BOTH_CROP_RATIOS if every else tuple(dict.fromkeys(crop_ratio or ())),
+        crop_ratios=tuple(dict.fromkeys(crop_ratio or ())),
         image_sizes=tuple(dict.fromkeys(image_size or ())),  # type: ignore[arg-type]
         data=data,
         rope={name: chosen[name] for name in o.ROPE_FIELDS if name in chosen},

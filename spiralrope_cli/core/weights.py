@@ -148,13 +148,12 @@ def starting_point(given: str, options: dict[str, Any]) -> tuple[StartingPoint, 
     names = RopeConfig.__dataclass_fields__
     chosen = {name: value for name, value in options.items() if name in names}
     weights = read_weights(here(find_source(given)), ema=True, rope=chosen)
-    model = classifier_sizes(weights)
     of_run = str(weights.config.get("data", "")) if weights.source.run else ""
     start = StartingPoint(
         source=given,
         arch=weights.arch,
         rope=weights.rope,
-        model=model,
+        model=classifier_sizes(weights),
         published=weights.published,
         data=of_run,
     )
@@ -162,15 +161,10 @@ def starting_point(given: str, options: dict[str, Any]) -> tuple[StartingPoint, 
 
 
 def classifier_sizes(weights: Weights) -> ModelConfig:
-    """The sizes of a classifier.
-
-    Raises:
-        CheckpointError: the weights are another network's.
-    """
+    """The sizes of a classifier; a CheckpointError where they are another network's."""
     if is_dit(weights.arch):
         raise CheckpointError(
-            f"{weights.source.given} holds {weights.arch}, a diffusion transformer, "
-            "and no classifier",
+            f"{weights.source.given} holds {weights.arch}, a diffusion transformer, no classifier",
             "dit-train and dit-sample take those",
         )
     return ModelConfig(drop_path=0.0, **weights.options)

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from spiralrope_cli.core.config.datasets import DataSet, find_data_set
-from spiralrope_cli.core.config.evals import EvalOptions, EvalProtocol, EvalRow, EvalRun
+from spiralrope_cli.core.config.evals import (
+    BOTH_CROP_RATIOS,
+    EvalOptions,
+    EvalProtocol,
+    EvalRow,
+    EvalRun,
+)
 from spiralrope_cli.core.config.resolve import (
     DATA_VARIABLE,
     RUNS_FOLDER,
@@ -99,11 +105,8 @@ def protocols(
     options: EvalOptions,
 ) -> list[tuple[tuple[int, int] | None, float | None]]:
     """Every pair of image size and crop ratio; None is the weights' or the data set's own."""
-    return [
-        (size, ratio)
-        for size in options.image_sizes or (None,)
-        for ratio in options.crop_ratios or (None,)
-    ]
+    ratios = BOTH_CROP_RATIOS if options.every else options.crop_ratios
+    return [(size, ratio) for size in options.image_sizes or (None,) for ratio in ratios or (None,)]
 
 
 def data_of(weights: Weights, options: EvalOptions, notes: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import json
@@ -36,6 +37,7 @@ Justify = Literal["left", "right"]
 
 COLUMNS: tuple[tuple[str, Justify, Callable[[EvalRow], str]], ...] = (
     ("source", "left", lambda row: row.source),
+    ("arch", "left", lambda row: row.arch),
     ("data", "left", lambda row: Path(row.protocol.data).name),
     ("weights", "left", lambda row: row.label),
     ("step", "right", lambda row: "" if row.step is None else str(row.step)),
@@ -117,7 +119,8 @@ def write(folder: Path, records: list[Record], decoded: int) -> None:
             draw_sizes(records, folder / SIZES_FILE)
             say(f"plot: {folder / SIZES_FILE}")
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
         say(f"note: {path} was not written: {error.strerror or error}; --out names a folder")
 
 
