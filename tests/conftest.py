@@ -97,6 +97,26 @@ def image_folder(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def tiny_vae(tmp_path_factory):
+    """Folder of a VAE with random weights, of the published one's shape but for its widths."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    folder = tmp_path_factory.mktemp("vae")
+    torch.manual_seed(0)
+    model = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        norm_num_groups=4,
+    )
+    with torch.no_grad():
+        model.quant_conv.weight *= 4  # deviations that differ, as those of trained weights do
+    model.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def tiny(runs):
     """Builds small runs on the digits: a few steps, fp32, no warm-up."""

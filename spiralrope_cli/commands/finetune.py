@@ -4,7 +4,7 @@ import typer
 
 from spiralrope_cli.commands import options as o
 from spiralrope_cli.commands import recipe_options as r
-from spiralrope_cli.commands.classifier import train
+from spiralrope_cli.commands.training import train
 
 EXAMPLES = """
 Examples:
@@ -96,7 +96,11 @@ def finetune(
 
     The same command again goes on where the last one stopped.
     """
-    from spiralrope_cli.core.weights import starting_point
+    from spiralrope_cli.core.hub.source import find_source
 
-    start, notes = starting_point(source, o.given(context))
+    found = find_source(source)
+
+    from spiralrope_cli.core.jobs.start import starting_point
+
+    start, notes = starting_point(found, o.given(context))
     train("finetune", context, start, notes)

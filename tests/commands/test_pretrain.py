@@ -13,7 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 from spiralrope_cli import main as cli
-from spiralrope_cli.commands import pretrain as command
+from spiralrope_cli.commands import finetune, pretrain, training
 from spiralrope_cli.core.config import datasets, recipes
 from spiralrope_cli.core.config.resolve import leaf_types, resolve_classifier, to_nested
 from spiralrope_cli.core.config.rope import RopeConfig
@@ -88,7 +88,7 @@ TOGETHER = {"nnodes": ["--nnodes", "2", "--rdzv-endpoint", "host:1"]}
 def resolved(runs, monkeypatch):
     """Runs the command up to the launch, and gives the run that would be launched."""
     launched = []
-    monkeypatch.setattr(command, "launch", lambda job, run: launched.append(run))
+    monkeypatch.setattr(training, "launch", lambda job, run: launched.append(run))
 
     def call(*words):
         launched.clear()
@@ -126,11 +126,18 @@ def test_every_flag_reaches_the_config(resolved, name):
 
 
 def test_options_and_fields_have_the_same_names():
-    options = set(inspect.signature(command.pretrain).parameters)
+    options = set(inspect.signature(pretrain.pretrain).parameters)
     fields = set(leaf_types(ClassifierRun))
     assert {("enabled" if name == "rope" else name) for name in options} - fields <= NOT_FIELDS
     tested = VALUES.keys() | FLAGS.keys() | NOT_ON_DIGITS | {"nnodes", "rdzv_endpoint"}
     assert {("enabled" if n == "rope" else n) for n in options} - NOT_FIELDS == tested
+
+
+def test_finetune_has_the_options_of_pretrain_but_for_what_its_source_decides():
+    of_pretrain = set(inspect.signature(pretrain.pretrain).parameters)
+    of_finetune = set(inspect.signature(finetune.finetune).parameters)
+    assert of_pretrain - of_finetune == {"arch", "patch_size"}
+    assert of_finetune - of_pretrain == {"source", "freeze"}
 
 
 def test_field_names_are_unique_over_all_groups():

@@ -105,6 +105,15 @@ def test_light_files_load_the_standard_library_alone(path):
         ["eval", "deit-s", "--data", "nowhere"],
         ["fetch", "--help"],
         ["fetch", "deit-x"],
+        ["export", "--help"],
+        ["export", "deit-x", "--layout", "published"],
+        ["export", "deit-s", "--layout", "onnx"],
+        ["export", "deit-s", "--layout", "safetensors", "--out", "x.pth"],
+        ["export", "deit-s", "--layout", "safetensors", "--best"],
+        ["finetune", "--help"],
+        ["finetune"],
+        ["finetune", "deit-x"],
+        ["finetune", "gone.pth"],
     ],
 )
 def test_the_command_line_answers_without_heavy_imports(words, tmp_path):

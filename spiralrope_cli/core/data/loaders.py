@@ -17,9 +17,8 @@ from spiralrope_cli.core.config.evals import EvalProtocol
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.data import files, memory
 from spiralrope_cli.core.data.mixing import erase, mix
-from spiralrope_cli.core.data.order import apart, epoch_order, own_parts, step_slice
+from spiralrope_cli.core.data.order import Places, own_parts, own_places
 from spiralrope_cli.core.data.validation import ValidationImages
-from spiralrope_cli.core.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,7 @@ class ClassifierData:
     def __init__(self, run: ClassifierRun, device: torch.device, rank: int, world_size: int):
         self.run, self.device, self.rank, self.world_size = run, device, rank, world_size
         self.micro, self.accumulation = run.split_batch(world_size)
+        self._parts = own_parts(rank, self.accumulation, self.micro)
         augment, model = run.augment, run.model
         self.validation = ValidationImages(
             EvalProtocol(
@@ -87,14 +87,8 @@ class ClassifierData:
         for step in steps:
             yield [self._finish(step, *next(source)) for _ in range(self.accumulation)]
 
-    def _places(self, step: int) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
-        """Per micro batch: epoch, part of the step, places in the epoch, image numbers."""
-        run = self.run
-        epoch, first = step_slice(step, run.steps_per_epoch, run.optim.batch_size)
-        order = epoch_order(run.num_train, run.augment.repeated_aug, run.seed, epoch)
-        places = first + apart(run.optim.batch_size, run.augment.repeated_aug)
-        for part in own_parts(self.rank, self.accumulation, self.micro):
-            yield epoch, part, places[part], order[places[part]]
+    def _places(self, step: int) -> Iterator[Places]:
+        return own_places(self.run, step, self.run.augment.repeated_aug, self._parts)
 
     def _train_from_memory(self, steps: range) -> Iterator[tuple[Tensor, Tensor, slice, Tensor]]:
         run = self.run
@@ -118,17 +112,12 @@ class ClassifierData:
                     ]
 
         machine = self.run.machine
-        batches = files.load(self._train_files, keys(), machine.workers, self.device.type == "cuda")
+        on_gpu = self.device.type == "cuda"
+        loaded = files.load(self._train_files, keys(), machine.workers, on_gpu)
+        batches = self.bad.passed_over(loaded, machine.skip_bad, self.micro)
         for step in steps:
             for _, part, _, numbers in self._places(step):
-                loaded = next(batches)
-                self.bad.meet(loaded.unreadable, machine.skip_bad)
-                if len(loaded.labels) < self.micro:
-                    raise DataError(
-                        f"{files.MAX_TRIES} training images in a row cannot be read",
-                        f"the last: {loaded.unreadable[-1].path}",
-                    )
-                yield *loaded.on(self.device), part, numbers
+                yield *next(batches).on(self.device), part, numbers
 
     def _finish(
         self, step: int, images: Tensor, labels: Tensor, part: slice, numbers: Tensor
@@ -139,3 +128,12 @@ class ClassifierData:
         images = erase(images, run.augment.random_erasing, run.seed, first)
         images, targets = mix(images, labels, run.augment, run.model.num_classes, run.seed, first)
         return Batch(images, targets, part, numbers)
+
+    def remake(self, step: int) -> dict[str, Tensor]:
+        """What this process saw in a step, on the CPU."""
+        batches = next(self.train_steps(step, step + 1))
+        return {
+            "images": torch.cat([batch.images.cpu() for batch in batches]),
+            "targets": torch.cat([batch.targets.cpu() for batch in batches]),
+            "numbers": torch.cat([batch.numbers for batch in batches]),
+        }

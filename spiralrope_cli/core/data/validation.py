@@ -5,7 +5,7 @@ Legend: B images at a time per process, (h, w) pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from spiralrope_cli.core.config.datasets import BUILT_IN
 from spiralrope_cli.core.config.evals import EvalProtocol
 from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.data import files, memory
+from spiralrope_cli.core.errors import DataError
 
 EVAL_BATCH = 256
 
@@ -32,6 +33,23 @@ class BadImages:
             if not skip:
                 raise bad.error()
             self.reasons[bad.path] = bad.reason
+
+    def passed_over(
+        self, batches: Iterable[files.Loaded], skip: bool, size: int
+    ) -> Iterator[files.Loaded]:
+        """The same for each training batch, which is filled up with the next readable images.
+
+        Raises:
+            DataError: one that could not be filled up to its size.
+        """
+        for loaded in batches:
+            self.meet(loaded.unreadable, skip)
+            if len(loaded.labels) < size:
+                raise DataError(
+                    f"{files.MAX_TRIES} training images in a row cannot be read",
+                    f"the last: {loaded.unreadable[-1].path}",
+                )
+            yield loaded
 
 
 class ValidationImages:

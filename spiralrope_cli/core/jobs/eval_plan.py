@@ -17,16 +17,18 @@ from spiralrope_cli.core.config.evals import (
     EvalRow,
     EvalRun,
 )
+from spiralrope_cli.core.config.models import is_dit
 from spiralrope_cli.core.config.resolve import (
     DATA_VARIABLE,
     RUNS_FOLDER,
+    StartingPoint,
     fit_channels,
-    positions_at,
+    fit_positions,
 )
-from spiralrope_cli.core.config.runs import MachineConfig
+from spiralrope_cli.core.config.runs import MachineConfig, ModelConfig
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.hub.source import Source, find_source
-from spiralrope_cli.core.weights import Weights, classifier_sizes, here, read_weights
+from spiralrope_cli.core.weights import Weights, here, read_weights
 
 
 def plan(
@@ -136,7 +138,12 @@ def row(
         ConfigError: other classes than the data set's, or a size that does not divide.
     """
     source, step = weights.source, None
-    trained = classifier_sizes(weights)
+    if is_dit(weights.arch):
+        raise CheckpointError(
+            f"{source.given} holds {weights.arch}, a diffusion transformer, and no classifier",
+            "dit-sample draws images from it, and fid measures those",
+        )
+    trained = ModelConfig(drop_path=0.0, **weights.options)
     if trained.num_classes != data_set.num_classes:
         raise ConfigError(
             f"{source.given} has {trained.num_classes} classes, {data_set.data} has "
@@ -144,9 +151,8 @@ def row(
             "name the data set that it was trained on by --data",
         )
     size = size or trained.image_size
-    squeeze = weights.published and "scaling" not in options.rope
-    scaling, grid = positions_at(size, trained, weights.rope.scaling, squeeze=squeeze)
-    rows, columns = grid or trained.grid
+    placed = positions(weights, trained, size, chosen="scaling" in options.rope)
+    rows, columns = placed["pretrain_grid"] or trained.grid
     if source.run is not None and source.place is not None:
         step = int(source.place.name)
     return EvalRow(
@@ -156,8 +162,8 @@ def row(
         step=step,
         ema=weights.ema,
         arch=weights.arch,
-        rope=replace(weights.rope, scaling=scaling),
-        model=replace(trained, image_size=size, pretrain_grid=grid),
+        rope=replace(weights.rope, scaling=placed["scaling"]),
+        model=replace(trained, image_size=size, pretrain_grid=placed["pretrain_grid"]),
         trained_size=(rows * trained.patch_size, columns * trained.patch_size),
         protocol=EvalProtocol(
             data=data_set.data,
@@ -169,6 +175,26 @@ def row(
         ),
         folder=str(folder_of(weights, options).resolve()),
     )
+
+
+def positions(
+    weights: Weights, trained: ModelConfig, size: tuple[int, int], *, chosen: bool
+) -> dict[str, Any]:
+    """`scaling` and `pretrain_grid` at an image size, by the rule that finetune has."""
+    start = StartingPoint(
+        source=weights.source.given,
+        arch=weights.arch,
+        rope=weights.rope,
+        model=trained,
+        published=weights.published,
+    )
+    values: dict[str, Any] = {
+        "image_size": size,
+        "scaling": weights.rope.scaling,
+        "pretrain_grid": trained.pretrain_grid,
+    }
+    fit_positions(values, {"scaling": "option" if chosen else "source"}, start, "image_size")
+    return values
 
 
 def colours(weights: Weights, data_set: DataSet, in_chans: int) -> dict[str, Any]:

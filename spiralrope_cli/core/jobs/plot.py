@@ -12,7 +12,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def draw_curves(runs: list[Path], target: Path) -> None:
-    """Loss, learning rate, accuracy and speed of training runs against the step.
+    """Loss, accuracy or bound, learning rate and speed of training runs against the step.
 
     Args:
         runs: run folders, one colour each where there are several.
@@ -22,7 +22,8 @@ def draw_curves(runs: list[Path], target: Path) -> None:
 
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     axes = figure.subplots(2, 2)
-    (loss, accuracy), (rate, speed) = axes
+    (loss, quality), (rate, speed) = axes
+    title = "Held-out acc@1 (%)"
     for number, folder in enumerate(runs):
         lines = read_metrics(folder)
         logged = [line for line in lines if "loss" in line]
@@ -32,12 +33,15 @@ def draw_curves(runs: list[Path], target: Path) -> None:
         prefix = f"{folder.name} " if several else ""
         _plot(loss, logged, "loss", first, prefix + "training")
         _plot(loss, validated, "val_loss", second, prefix + "held out", "--", "o")
-        _plot(accuracy, validated, "acc1", first, prefix + "weights", "-", "o")
-        _plot(accuracy, validated, "ema_acc1", second, prefix + "EMA weights", "--", "s")
+        if logged and "vb" in logged[0]:  # diffusion, which validates nothing
+            _plot(quality, logged, "vb", first, prefix + "training")
+            title = "Variational bound (bits per dimension)"
+        _plot(quality, validated, "acc1", first, prefix + "weights", "-", "o")
+        _plot(quality, validated, "ema_acc1", second, prefix + "EMA weights", "--", "s")
         _plot(rate, logged, "lr", first, prefix)
         _plot(speed, logged, "images_per_s", first, prefix)
-    _finish(loss, "Loss (nats)", legend=True)
-    _finish(accuracy, "Held-out acc@1 (%)", legend=True)
+    _finish(loss, "Loss" if "bound" in title else "Loss (nats)", legend=True)
+    _finish(quality, title, legend=True)
     _finish(rate, "Learning rate")
     _finish(speed, "Images per second")
     speed.set_ylim(bottom=0)

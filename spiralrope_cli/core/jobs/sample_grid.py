@@ -1,0 +1,64 @@
+"""A picture of what a diffusion transformer draws, to look at while it trains."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import cast
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from spiralrope_cli.core.config.dit_runs import DiTRun
+from spiralrope_cli.core.diffusion.process import GaussianDiffusion
+from spiralrope_cli.core.models.dit import DiT
+from spiralrope_cli.core.runtime import run_folder
+from spiralrope_cli.core.runtime.device import autocast
+from spiralrope_cli.core.runtime.job import Job
+from spiralrope_cli.core.runtime.seeds import NoisePerImage
+from spiralrope_cli.core.training.state import TrainState
+
+COLUMNS, ROWS = 10, 4
+STEPS = 50
+SMALLEST_SIDE = 64
+
+
+def draw_grid(config: DiTRun, job: Job, state: TrainState) -> Path:
+    """Draws the averaged weights' samples, always from the same noise: one column per class.
+
+    Returns:
+        the picture of this step; `samples.png` in the run folder is the newest one.
+    """
+    folder = Path(config.out)
+    target = run_folder.sample_file(folder, state.step)
+    target.parent.mkdir(exist_ok=True)
+    grid = grid_of(samples(config, job, cast(DiT, state.ema.module)))
+    for path in (target, folder / run_folder.SAMPLES_FILE):
+        beside = path.with_suffix(".new")
+        grid.save(beside, "png")
+        os.replace(beside, path)
+    return target
+
+
+@torch.no_grad()
+def samples(config: DiTRun, job: Job, model: DiT) -> Tensor:
+    """[N, L, H, W] float32 on the device: DDIM without guidance."""
+    sizes = config.model
+    columns = min(COLUMNS, sizes.num_classes)
+    classes = torch.arange(columns, device=job.device) * sizes.num_classes // columns
+    labels = classes.repeat(ROWS)
+    shape = (sizes.in_chans, *sizes.input_size)
+    noise = NoisePerImage(config.seed, range(len(labels)), shape, job.device).draw()
+    with autocast(job.device, job.dtype):
+        return GaussianDiffusion(STEPS).sample(model, noise.shape, "ddim", noise=noise, y=labels)
+
+
+def grid_of(images: Tensor) -> Image.Image:
+    """Pictures [N, 1 or 3, H, W] in [-1, 1] side by side, small ones enlarged."""
+    levels = ((images + 1) * 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
+    larger = max(1, SMALLEST_SIDE // min(images.shape[-2:]))
+    levels = levels.repeat_interleave(larger, 2).repeat_interleave(larger, 3)
+    pixels = make_grid(levels, nrow=len(levels) // ROWS, padding=2, pad_value=255)
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
