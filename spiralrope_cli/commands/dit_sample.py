@@ -64,9 +64,7 @@ def dit_sample(
     ] = None,
     steps: Annotated[
         str | None,
-        option(
-            "--steps", panel=SAMPLING, text="250, counts per section as 10,15,20, or ddim25."
-        ),
+        option("--steps", panel=SAMPLING, text="250, counts per section as 10,15,20, or ddim25."),
     ] = None,
     sampler: Annotated[
         str | None,

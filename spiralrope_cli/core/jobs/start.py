@@ -71,7 +71,6 @@ def starting_point(
         model=DiTModelConfig(label_dropout=0.0, **weights.options)
         if dit
         else ModelConfig(drop_path=0.0, **weights.options),
-        published=weights.published,
         data=str(of_run.get("data", "")),
         pictures={name: pictures[name] for name in ("image_size", "vae") if name in pictures},
     )
