@@ -12,6 +12,7 @@ from spiralrope_cli.commands import (
     dit_encode,
     dit_sample,
     dit_train,
+    evaluate,
     export,
     fetch,
     finetune,
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 app.command("pretrain", epilog=pretrain.EXAMPLES)(pretrain.pretrain)
 app.command("finetune", epilog=finetune.EXAMPLES)(finetune.finetune)
+app.command("eval", cls=evaluate.CropRatioCommand, epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command("dit-train", epilog=dit_train.EXAMPLES)(dit_train.dit_train)
 app.command("dit-encode", epilog=dit_encode.EXAMPLES)(dit_encode.dit_encode)
 app.command("dit-sample", epilog=dit_sample.EXAMPLES)(dit_sample.dit_sample)

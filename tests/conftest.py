@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -135,3 +136,27 @@ def tiny(runs):
         return resolve_classifier("pretrain", {**base, **options}).run
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory):
+    """A run of 8 steps on the digits; its best checkpoint, of step 4, has other weights."""
+    from safetensors.torch import load_file, save_file
+
+    from spiralrope_cli.core.config.resolve import resolve_classifier, to_nested
+    from spiralrope_cli.core.jobs import train_classifier
+
+    out = tmp_path_factory.mktemp("trained") / "tiny"
+    fast = {"lr": 1e-2, "lr_rule": "none", "schedule": "constant", "warmup_epochs": 0}
+    options = {"arch": "deit-64x2x2", "steps": 8, "precision": "fp32", "nproc": 1, "ema_decay": 0.9}
+    run = resolve_classifier("pretrain", {**options, **fast, "out": str(out)}).run
+    train_classifier.run(run)
+    last, best = (out / "checkpoints" / f"{step:07d}" for step in (8, 4))
+    best.mkdir()
+    for kind in ("model", "ema"):
+        state = load_file(last / f"{kind}.safetensors")
+        state["head.weight"] *= 0.5
+        told = {"config": json.dumps(to_nested(run)), "step": "4", "weights": kind}
+        save_file(state, best / f"{kind}.safetensors", told)
+    (out / "checkpoints" / "best.json").write_text('{"step": 4}')
+    return out
