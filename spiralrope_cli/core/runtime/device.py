@@ -72,6 +72,12 @@ def prepare(device: torch.device) -> None:
         keep_freed_memory()
 
 
+def forbid_tf32() -> None:
+    """Lets fp32 on GPUs be fp32, for figures that others compute in fp32 too."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def keep_freed_memory() -> None:
     """Lets glibc keep the memory that a step frees for the next one.
 
