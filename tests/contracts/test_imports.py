@@ -85,6 +85,9 @@ def test_light_files_load_the_standard_library_alone(path):
         ["pretrain", "--arch", "deit-x"],
         ["fetch", "--help"],
         ["fetch", "deit-x"],
+        ["fid", "--help"],
+        ["fid", "samples.npz", "reference.npz", "--select", "fdi"],
+        ["fid", "samples.npz"],
     ],
 )
 def test_the_command_line_answers_without_heavy_imports(words, tmp_path):

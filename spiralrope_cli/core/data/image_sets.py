@@ -7,12 +7,12 @@ Legend: B batch, (h, w) pixels.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import defaultdict
+from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import TypeVar
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,10 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from spiralrope_cli.core.data.files import BROKEN_IMAGE, Unreadable
-from spiralrope_cli.core.data.inputs import FolderInput, ImageInput
+from spiralrope_cli.core.data.inputs import FolderInput, ImageInput, NpzImages
 from spiralrope_cli.core.data.npz import stream_rows
-
-T = TypeVar("T")
+from spiralrope_cli.core.runtime.threads import in_order
 
 LARGEST_BATCH = 1 << 28
 """Bytes of pixels after which a batch is closed before it is full."""
@@ -47,7 +46,7 @@ class ImageBatch:
 
 def image_batches(
     images: ImageInput, part: range, batch_size: int, *, threads: int, pin_memory: bool
-) -> Iterator[ImageBatch]:
+) -> Generator[ImageBatch, None, None]:
     """The images of a part of a set.
 
     Args:
@@ -63,47 +62,45 @@ def image_batches(
     if isinstance(images, FolderInput):
         batches = _decoded(images, part, batch_size, threads)
     else:
-        pieces = stream_rows(images.path, "arr_0", images.header, part, batch_size)
-        # One thread, so that the stream is read in order.
-        batches = (
-            ImageBatch(list(range(first, first + len(piece))), [_tensor(piece)])
-            for first, piece in zip(
-                range(part.start, part.stop, batch_size),
-                _ahead(_each(pieces, part, batch_size), threads=1, depth=2),
-                strict=True,
-            )
-        )
-    for batch in batches:
-        if pin_memory:
-            batch.groups = [group.pin_memory() for group in batch.groups]
-        yield batch
+        batches = _streamed(images, part, batch_size)
+    with contextlib.closing(batches):
+        for batch in batches:
+            if pin_memory:
+                batch.groups = [group.pin_memory() for group in batch.groups]
+            yield batch
 
 
-def _each(pieces: Iterator[T], part: range, batch_size: int) -> Iterator[Callable[[], T]]:
-    return (lambda: next(pieces) for _ in range(part.start, part.stop, batch_size))
+def _streamed(images: NpzImages, part: range, batch_size: int) -> Generator[ImageBatch, None, None]:
+    pieces = stream_rows(images.path, "arr_0", images.header, part, batch_size)
+    firsts = part[::batch_size]
+    # One thread, so that the stream is read in order.
+    with contextlib.closing(in_order((partial(next, pieces) for _ in firsts), 1, 2)) as read:
+        for first, piece in zip(firsts, read, strict=True):
+            yield ImageBatch(list(range(first, first + len(piece))), [_tensor(piece)])
 
 
 def _decoded(
     images: FolderInput, part: range, batch_size: int, threads: int
-) -> Iterator[ImageBatch]:
+) -> Generator[ImageBatch, None, None]:
     if threads < 0:
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         threads = min(MOST_THREADS, max(cores, 1))
-    tasks = ((lambda path=images.files[number]: decode(path)) for number in part)
+    tasks = (partial(decode, images.files[number]) for number in part)
     batch, sizes, num_bytes = ImageBatch(), _BySize(list), 0
-    for number, picture in zip(part, _ahead(tasks, threads, 4 * threads), strict=True):
-        if isinstance(picture, Unreadable):
-            batch.unreadable.append(picture)
-        else:
-            sizes[picture.shape].append((number, picture))
-            num_bytes += picture.nbytes
-        waiting = sum(map(len, sizes.values()))
-        if waiting == batch_size or num_bytes > LARGEST_BATCH or number == part[-1]:
-            for group in sizes.values():
-                batch.numbers += [number for number, _ in group]
-                batch.groups.append(_tensor(np.stack([picture for _, picture in group])))
-            yield batch
-            batch, sizes, num_bytes = ImageBatch(), _BySize(list), 0
+    with contextlib.closing(in_order(tasks, threads, 4 * threads)) as pictures:
+        for number, picture in zip(part, pictures, strict=True):
+            if isinstance(picture, Unreadable):
+                batch.unreadable.append(picture)
+            else:
+                sizes[picture.shape].append((number, picture))
+                num_bytes += picture.nbytes
+            waiting = sum(map(len, sizes.values()))
+            if waiting == batch_size or num_bytes > LARGEST_BATCH or number == part[-1]:
+                for group in sizes.values():
+                    batch.numbers += [number for number, _ in group]
+                    batch.groups.append(_tensor(np.stack([picture for _, picture in group])))
+                yield batch
+                batch, sizes, num_bytes = ImageBatch(), _BySize(list), 0
 
 
 _BySize = defaultdict[tuple[int, ...], list[tuple[int, np.ndarray]]]
@@ -127,19 +124,3 @@ def decode(path: str) -> np.ndarray | Unreadable:
         return Unreadable(path, reason)
     except Image.DecompressionBombError:
         return Unreadable(path, "it is too large")
-
-
-def _ahead(tasks: Iterable[Callable[[], T]], threads: int, depth: int) -> Iterator[T]:
-    """Results in order, computed in threads some way ahead of who takes them."""
-    with ThreadPoolExecutor(threads, "images") as pool:
-        waiting: deque[Future[T]] = deque()
-        try:
-            for task in tasks:
-                waiting.append(pool.submit(task))
-                if len(waiting) > depth:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()

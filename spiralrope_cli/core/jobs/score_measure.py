@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from spiralrope_cli.core.config.fid import FidRun
-from spiralrope_cli.core.data.image_sets import image_batches
+from spiralrope_cli.core.data.image_sets import ImageBatch, image_batches
 from spiralrope_cli.core.data.inputs import (
     POOL_SIZE,
     SPATIAL_SIZE,
@@ -20,13 +23,19 @@ from spiralrope_cli.core.data.inputs import (
 from spiralrope_cli.core.data.reference_cache import ReferenceCache
 from spiralrope_cli.core.errors import CheckpointError, DataError
 from spiralrope_cli.core.jobs.score_plan import NOTHING, Wanted
-from spiralrope_cli.core.metrics.inception import NUM_CLASSES, Features, load_extractor
+from spiralrope_cli.core.metrics.inception import (
+    NUM_CLASSES,
+    Features,
+    InceptionFeatures,
+    load_extractor,
+)
 from spiralrope_cli.core.metrics.inception_score import InceptionScore
 from spiralrope_cli.core.metrics.moments import Moments
 from spiralrope_cli.core.runtime import distributed, report
 from spiralrope_cli.core.runtime.device import autocast
 from spiralrope_cli.core.runtime.job import Job
 from spiralrope_cli.core.runtime.progress import counted
+from spiralrope_cli.core.runtime.threads import in_order
 
 
 @dataclass
@@ -134,24 +143,27 @@ def _measure_images(
         spatial=wanted.sfid,
         logits=wanted.inception_score,
     ).to(job.device)
-    batches = image_batches(
+    cores = torch.get_num_threads() if job.device.type == "cpu" else 1
+    opened = image_batches(
         images,
         part,
-        config.batch_size,
+        -(-config.batch_size // cores),
         threads=config.machine.workers,
         pin_memory=job.device.type == "cuda",
     )
     unreadable: dict[str, str] = {}
-    with counted(side.role, num, shown=job.is_first) as advance, torch.inference_mode():
-        for batch in batches:
+    with (
+        contextlib.closing(opened) as batches,
+        contextlib.closing(_features(job, extractor, batches, cores)) as measured,
+        counted(side.role, num, shown=job.is_first) as advance,
+        torch.inference_mode(),
+    ):
+        for batch, features in measured:
             for bad in batch.unreadable:
                 if not config.machine.skip_bad:
                     raise bad.error()
                 unreadable[bad.path] = bad.reason
-            if batch.numbers:
-                groups = [group.to(job.device, non_blocking=True) for group in batch.groups]
-                with autocast(job.device, job.dtype):
-                    features = extractor(groups)
+            if features:
                 sums.add(batch.numbers, features)
             advance((len(batch.numbers) + len(batch.unreadable)) * job.world_size)
         result = sums.merged()
@@ -173,6 +185,33 @@ def _measure_images(
             f"the weights in {config.weights} are damaged, or are not those of this network",
         )
     return result
+
+
+def _features(
+    job: Job, extractor: InceptionFeatures, batches: Iterable[ImageBatch], cores: int
+) -> Generator[tuple[ImageBatch, Features | None], None, None]:
+    """Batches with their features.
+
+    On a CPU every core works on batches of its own: that is faster than to share each layer out,
+    and rounding does not depend on how many cores there are.
+    """
+
+    @torch.inference_mode()
+    def compute(batch: ImageBatch) -> tuple[ImageBatch, Features | None]:
+        if not batch.numbers:
+            return batch, None
+        groups = [group.to(job.device, non_blocking=True) for group in batch.groups]
+        with autocast(job.device, job.dtype):
+            return batch, extractor(groups)
+
+    if job.device.type != "cpu":
+        yield from map(compute, batches)
+        return
+    tasks = (partial(compute, batch) for batch in batches)
+    try:
+        yield from in_order(tasks, cores, cores, partial(torch.set_num_threads, 1))
+    finally:
+        torch.set_num_threads(cores)  # a part of the setting is the process's, not the thread's
 
 
 def measure_reference(

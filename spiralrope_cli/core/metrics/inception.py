@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -33,7 +34,7 @@ class Features:
     Attributes:
         pool: [B, 2048], of FID, KID, precision and recall.
         spatial: [B, 2023], of sFID.
-        logits: [B, 1008] without the bias, of the Inception Score.
+        logits: [B, 1008] float64, without the bias, of the Inception Score.
     """
 
     pool: Tensor | None
@@ -71,11 +72,14 @@ class InceptionFeatures(nn.Module):
         for name, stage in stages.items():
             self.trunk.add_module(name, stage)
         self.trunk.to(memory_format=torch.channels_last)
-        self.classes = nn.Parameter(classifier.weight.detach().T.contiguous(), requires_grad=False)
-        self._seen: list[Tensor] = []
+        self.register_buffer("classes", classifier.weight.detach().T)
+        self._seen: dict[int, Tensor] = {}  # by thread, as several may call at the same time
         if spatial:
             branch = self.trunk.get_submodule(f"{_SPATIAL_STAGE}.branch1x1")
-            branch.register_forward_hook(lambda module, args, output: self._seen.append(output))
+            branch.register_forward_hook(self._remember)
+
+    def _remember(self, module: nn.Module, args: object, output: Tensor) -> None:
+        self._seen[threading.get_ident()] = output
 
     def forward(self, groups: list[Tensor]) -> Features:
         """Features of images [B, 3, h, w] uint8, a tensor for every size, in their order."""
@@ -84,10 +88,12 @@ class InceptionFeatures(nn.Module):
         pool = x.flatten(1) if self.pool or self.logits else None
         spatial = logits = None
         if self.spatial:
-            seen = self._seen.pop()[:, :_SPATIAL_CHANNELS].float()
+            seen = self._seen.pop(threading.get_ident())[:, :_SPATIAL_CHANNELS].float()
             spatial = seen.permute(0, 2, 3, 1).flatten(1)  # height, width, channel, as ADM has it
         if self.logits and pool is not None:
-            logits = pool @ self.classes
+            # In float64, where a row of a product does not depend on how many rows there are.
+            wide = pool.dtype if pool.device.type == "mps" else torch.float64
+            logits = pool.to(wide) @ self.classes.to(wide)
         return Features(pool if self.pool else None, spatial, logits)
 
 
