@@ -154,7 +154,7 @@ def _measure_images(
     unreadable: dict[str, str] = {}
     with (
         contextlib.closing(opened) as batches,
-        contextlib.closing(_features(job, extractor, batches, cores)) as measured,
+        contextlib.closing(in_features(batches, extractor, job, cores)) as measured,
         counted(side.role, num, shown=job.is_first) as advance,
         torch.inference_mode(),
     ):
@@ -187,10 +187,10 @@ def _measure_images(
     return result
 
 
-def _features(
-    job: Job, extractor: InceptionFeatures, batches: Iterable[ImageBatch], cores: int
+def in_features(
+    batches: Iterable[ImageBatch], extractor: InceptionFeatures, job: Job, cores: int
 ) -> Generator[tuple[ImageBatch, Features | None], None, None]:
-    """Batches with their features.
+    """Batches with their features; None where nothing of a batch could be read.
 
     On a CPU every core works on batches of its own: that is faster than to share each layer out,
     and rounding does not depend on how many cores there are.
