@@ -24,6 +24,7 @@ from torch_fidelity.metric_fid import fid_statistics_to_metric
 from spiralrope_cli.core.data.image_sets import ImageBatch
 from spiralrope_cli.core.data.memory import load_digits
 from spiralrope_cli.core.jobs.score_measure import in_features
+from spiralrope_cli.core.jobs.score_plan import Wanted
 from spiralrope_cli.core.metrics.frechet import frechet_distance
 from spiralrope_cli.core.metrics.inception import load_extractor
 from spiralrope_cli.core.runtime.job import Job, StopRequest
@@ -37,16 +38,16 @@ def feature_sides(weights: Path) -> dict[str, Callable[[], object]]:
     """Name -> a call that computes pool features of all images."""
     images = torch.randint(0, 256, (BATCH * BATCHES, SIZE, SIZE, 3), dtype=torch.uint8)
     job = Job(0, 1, CPU, torch.float32, "", StopRequest())
-    extractor = load_extractor(weights, pool=True, spatial=False, logits=False)
-    cores = torch.get_num_threads()
-    piece = -(-BATCH // cores)
+    extractor = load_extractor(weights)
+    wanted = Wanted(fid=True, sfid=False, inception_score=False, features=False)
+    piece = -(-BATCH // torch.get_num_threads())
 
     def ours() -> None:
         batches = [
             ImageBatch(list(range(len(part))), [part.permute(0, 3, 1, 2)])
             for part in images.split(piece)
         ]
-        for _ in in_features(batches, extractor, job, cores):
+        for _ in in_features(batches, extractor, wanted, job):
             pass
 
     original = FeatureExtractorInceptionV3("inception", ["2048"], str(weights))

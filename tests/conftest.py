@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from spiralrope_cli.core.runtime.launch import share_the_machine
+
+share_the_machine()  # before the first test loads torch
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "spiralrope_cli"]
 

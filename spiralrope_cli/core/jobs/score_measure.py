@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -131,18 +132,19 @@ def measure(config: FidRun, job: Job, side: Side, wanted: Wanted) -> Measured:
     return result
 
 
+@functools.lru_cache(maxsize=1)
+def _load_once(weights: Path, device: torch.device) -> InceptionFeatures:
+    """The network, the same for both sides."""
+    return load_extractor(weights).to(device)
+
+
 def _measure_images(
     config: FidRun, job: Job, side: Side, images: ImageInput, wanted: Wanted
 ) -> Measured:
     num = side.num or 0
     part = range(num * job.rank // job.world_size, num * (job.rank + 1) // job.world_size)
     sums = Sums(wanted, part, num, job.device)
-    extractor = load_extractor(
-        Path(config.weights),
-        pool=wanted.fid or wanted.features,
-        spatial=wanted.sfid,
-        logits=wanted.inception_score,
-    ).to(job.device)
+    network = _load_once(Path(config.weights), job.device)
     cores = torch.get_num_threads() if job.device.type == "cpu" else 1
     opened = image_batches(
         images,
@@ -154,7 +156,7 @@ def _measure_images(
     unreadable: dict[str, str] = {}
     with (
         contextlib.closing(opened) as batches,
-        contextlib.closing(in_features(batches, extractor, job, cores)) as measured,
+        contextlib.closing(in_features(batches, network, wanted, job)) as measured,
         counted(side.role, num, shown=job.is_first) as advance,
         torch.inference_mode(),
     ):
@@ -188,7 +190,7 @@ def _measure_images(
 
 
 def in_features(
-    batches: Iterable[ImageBatch], extractor: InceptionFeatures, job: Job, cores: int
+    batches: Iterable[ImageBatch], extractor: InceptionFeatures, wanted: Wanted, job: Job
 ) -> Generator[tuple[ImageBatch, Features | None], None, None]:
     """Batches with their features; None where nothing of a batch could be read.
 
@@ -202,11 +204,18 @@ def in_features(
             return batch, None
         groups = [group.to(job.device, non_blocking=True) for group in batch.groups]
         with autocast(job.device, job.dtype):
-            return batch, extractor(groups)
+            features = extractor(
+                groups,
+                pool=wanted.fid or wanted.features,
+                spatial=wanted.sfid,
+                logits=wanted.inception_score,
+            )
+        return batch, features
 
     if job.device.type != "cpu":
         yield from map(compute, batches)
         return
+    cores = torch.get_num_threads()
     tasks = (partial(compute, batch) for batch in batches)
     try:
         yield from in_order(tasks, cores, cores, partial(torch.set_num_threads, 1))

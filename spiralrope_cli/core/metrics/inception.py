@@ -43,58 +43,64 @@ class Features:
 
 
 class InceptionFeatures(nn.Module):
-    """From images to features.
+    """From images to features; several threads may call it at the same time.
 
     Args:
         weights: state dict of torch-fidelity's extractor, float32.
-        pool: whether pool features are wanted.
-        spatial: whether spatial features are wanted.
-        logits: whether logits are wanted.
 
     Raises:
         RuntimeError: the weights are of another network.
     """
 
-    def __init__(
-        self, weights: dict[str, Tensor], *, pool: bool, spatial: bool, logits: bool
-    ) -> None:
+    def __init__(self, weights: dict[str, Tensor]) -> None:
         super().__init__()
-        self.pool, self.spatial, self.logits = pool, spatial, logits
-        network = _network(weights).double()  # folded in float64, so that nothing is rounded twice
+        network = _network(weights)
         _fold_batch_norms(network)
         # Its parts are registered in the order in which its forward calls them; `fc` is the last.
-        stages = dict(network.float().named_children())
+        stages = dict(network.named_children())
         classifier = cast(nn.Linear, stages.pop("fc"))
-        if not pool and not logits:
-            names = list(stages)
-            stages = {name: stages[name] for name in names[: names.index(_SPATIAL_STAGE) + 1]}
-        self.trunk = nn.Sequential()
-        for name, stage in stages.items():
-            self.trunk.add_module(name, stage)
-        self.trunk.to(memory_format=torch.channels_last)
+        self.stages = nn.ModuleDict(stages).to(memory_format=torch.channels_last)
         self.register_buffer("classes", classifier.weight.detach().T)
-        self._seen: dict[int, Tensor] = {}  # by thread, as several may call at the same time
-        if spatial:
-            branch = self.trunk.get_submodule(f"{_SPATIAL_STAGE}.branch1x1")
-            branch.register_forward_hook(self._remember)
+        self._spatial: dict[int, Tensor] = {}  # by thread
+        branch = self.stages.get_submodule(f"{_SPATIAL_STAGE}.branch1x1")
+        branch.register_forward_hook(self._remember)
 
     def _remember(self, module: nn.Module, args: object, output: Tensor) -> None:
-        self._seen[threading.get_ident()] = output
+        self._spatial[threading.get_ident()] = output[:, :_SPATIAL_CHANNELS]
 
-    def forward(self, groups: list[Tensor]) -> Features:
-        """Features of images [B, 3, h, w] uint8, a tensor for every size, in their order."""
+    def forward(
+        self, groups: list[Tensor], *, pool: bool = True, spatial: bool = True, logits: bool = True
+    ) -> Features:
+        """Those features that are wanted.
+
+        Args:
+            groups: images [B, 3, h, w] uint8, a tensor for every size.
+            pool: whether pool features are wanted.
+            spatial: whether spatial features are wanted.
+            logits: whether logits are wanted.
+
+        Returns:
+            features of all images, in the order of the groups.
+        """
         x = torch.cat([resize(group) for group in groups]).sub_(128).div_(128)
-        x = self.trunk(x.contiguous(memory_format=torch.channels_last)).float()
-        pool = x.flatten(1) if self.pool or self.logits else None
-        spatial = logits = None
-        if self.spatial:
-            seen = self._seen.pop(threading.get_ident())[:, :_SPATIAL_CHANNELS].float()
-            spatial = seen.permute(0, 2, 3, 1).flatten(1)  # height, width, channel, as ADM has it
-        if self.logits and pool is not None:
-            # In float64, where a row of a product does not depend on how many rows there are.
-            wide = pool.dtype if pool.device.type == "mps" else torch.float64
-            logits = pool.to(wide) @ self.classes.to(wide)
-        return Features(pool if self.pool else None, spatial, logits)
+        x = x.contiguous(memory_format=torch.channels_last)
+        for name, stage in self.stages.items():
+            x = stage(x)
+            if name == _SPATIAL_STAGE and not (pool or logits):
+                break
+        # Height, width, channel, as ADM has it.
+        seen = self._spatial.pop(threading.get_ident()).float().permute(0, 2, 3, 1).flatten(1)
+        x = x.float().flatten(1)
+        return Features(
+            pool=x if pool else None,
+            spatial=seen if spatial else None,
+            logits=self._logits(x) if logits else None,
+        )
+
+    def _logits(self, pool: Tensor) -> Tensor:
+        """[B, K], in float64, where a row of a product does not depend on the other rows."""
+        wide = torch.float32 if pool.device.type == "mps" else torch.float64
+        return pool.to(wide) @ cast(Tensor, self.classes).to(wide)
 
 
 def resize(images: Tensor) -> Tensor:
@@ -120,7 +126,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         CheckpointError: it cannot be read, or holds something else.
     """
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"weights {path} cannot be read: {str(error).splitlines()[0] or type(error).__name__}",
@@ -134,37 +140,46 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def load_extractor(path: Path, *, pool: bool, spatial: bool, logits: bool) -> InceptionFeatures:
+def load_extractor(path: Path) -> InceptionFeatures:
     """The network with the weights of a file, ready to be called.
 
     Raises:
         CheckpointError: the file cannot be read, or is of another network.
     """
     try:
-        model = InceptionFeatures(load_weights(path), pool=pool, spatial=spatial, logits=logits)
+        return InceptionFeatures(load_weights(path)).eval()
     except RuntimeError as error:
         raise CheckpointError(
             f"{path} is of another network: {str(error).splitlines()[1].strip()[:150]}",
             "spiralrope fetch inception brings the weights of 2015-12-05",
         ) from error
-    return model.eval()
 
 
 def _network(weights: dict[str, Tensor]) -> nn.Module:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    # The constructor unpickles its file without limits, so it gets one that was read safely.
-    file = io.BytesIO()
-    torch.save(weights, file)
-    file.seek(0)
-    return FeatureExtractorInceptionV3("inception", ["2048"], file)
+    class Unloaded(FeatureExtractorInceptionV3):
+        """Without weights: the constructor would unpickle them without limits."""
+
+        def load_state_dict(self, *args: object) -> None:
+            """Leaves everything as it is."""
+
+    nothing = io.BytesIO()
+    torch.save({}, nothing)
+    nothing.seek(0)
+    with torch.device("meta"):
+        network = Unloaded("inception", ["2048"], nothing)
+    nn.Module.load_state_dict(network, weights, assign=True)
+    return network
 
 
 def _fold_batch_norms(module: nn.Module) -> None:
+    """In float64, one by one, so that little is rounded and less is in memory."""
     for child in module.children():
         norm = getattr(child, "bn", None)
         if isinstance(norm, nn.BatchNorm2d):
-            child.conv = fuse_conv_bn_eval(cast(nn.Conv2d, child.conv), norm)
+            convolution = cast(nn.Conv2d, child.conv)
+            child.conv = fuse_conv_bn_eval(convolution.double(), norm.double()).float()
             child.bn = nn.Identity()
         else:
             _fold_batch_norms(child)
