@@ -16,12 +16,11 @@ from functools import partial
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from spiralrope_cli.core.data.files import BROKEN_IMAGE, Unreadable
 from spiralrope_cli.core.data.inputs import FolderInput, ImageInput, NpzImages
 from spiralrope_cli.core.data.npz import stream_rows
+from spiralrope_cli.core.data.pictures import Unreadable, open_picture
 from spiralrope_cli.core.runtime.threads import in_order
 
 LARGEST_BATCH = 1 << 28
@@ -116,11 +115,5 @@ def decode(path: str) -> np.ndarray | Unreadable:
 
     So do the other tools whose figures ours are compared with.
     """
-    try:
-        with Image.open(path) as image:
-            return np.array(image.convert("RGB"))
-    except BROKEN_IMAGE as error:
-        reason = str(error).replace(path, "").strip(" '") or type(error).__name__
-        return Unreadable(path, reason)
-    except Image.DecompressionBombError:
-        return Unreadable(path, "it is too large")
+    picture = open_picture(path, lambda image: image.convert("RGB"))
+    return picture if isinstance(picture, Unreadable) else np.array(picture)

@@ -16,7 +16,7 @@ from spiralrope_cli.core.metrics.bootstrap import fid_spread
 from spiralrope_cli.core.metrics.frechet import frechet_distance
 from spiralrope_cli.core.metrics.kid import kernel_distance
 from spiralrope_cli.core.metrics.manifold import precision_recall
-from spiralrope_cli.core.runtime.device import forbid_tf32
+from spiralrope_cli.core.runtime.device import forbid_tf32, return_freed_memory
 from spiralrope_cli.core.runtime.job import open_job
 
 
@@ -46,7 +46,7 @@ def run(config: FidRun) -> None:
                     config, job, plan.reference, plan.from_reference, cache
                 )
             if job.is_first:
-                say("comparing")
+                return_freed_memory()
                 figures = compare(config, plan, samples, reference)
                 facts = [each.result() for each in digests]
                 show(config, describe(config, plan, figures, [samples, reference], facts, weights))

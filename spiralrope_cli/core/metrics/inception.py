@@ -23,6 +23,10 @@ from spiralrope_cli.core.errors import CheckpointError
 
 SIDE = 299
 POOL_SIZE, SPATIAL_SIZE, NUM_CLASSES = 2048, 2023, 1008
+_FIRST_BLOCK = "Mixed_5b"
+_FEW = 4
+"""Images at a time before the first block on a CPU, where layers are largest: more would be no
+faster, and would need most of the memory."""
 _SPATIAL_CHANNELS = 7
 _SPATIAL_STAGE = "Mixed_6d"
 
@@ -59,8 +63,11 @@ class InceptionFeatures(nn.Module):
         # Its parts are registered in the order in which its forward calls them; `fc` is the last.
         stages = dict(network.named_children())
         classifier = cast(nn.Linear, stages.pop("fc"))
-        self.stages = nn.ModuleDict(stages).to(memory_format=torch.channels_last)
-        self.register_buffer("classes", classifier.weight.detach().T)
+        before = list(stages)[: list(stages).index(_FIRST_BLOCK)]
+        self.stem = nn.Sequential(*(stages.pop(name) for name in before))
+        self.stages = nn.ModuleDict(stages)
+        self.to(memory_format=torch.channels_last)
+        self.register_buffer("classes", classifier.weight.detach().T.clone())
         self._spatial: dict[int, Tensor] = {}  # by thread
         branch = self.stages.get_submodule(f"{_SPATIAL_STAGE}.branch1x1")
         branch.register_forward_hook(self._remember)
@@ -82,8 +89,9 @@ class InceptionFeatures(nn.Module):
         Returns:
             features of all images, in the order of the groups.
         """
-        x = torch.cat([resize(group) for group in groups]).sub_(128).div_(128)
-        x = x.contiguous(memory_format=torch.channels_last)
+        at_once = _FEW if self.classes.device.type == "cpu" else max(map(len, groups))
+        few = [part for group in groups for part in group.split(at_once)]
+        x = torch.cat([self.stem(self._input(part)) for part in few])
         for name, stage in self.stages.items():
             x = stage(x)
             if name == _SPATIAL_STAGE and not (pool or logits):
@@ -96,6 +104,10 @@ class InceptionFeatures(nn.Module):
             spatial=seen if spatial else None,
             logits=self._logits(x) if logits else None,
         )
+
+    def _input(self, images: Tensor) -> Tensor:
+        x = resize(images).sub_(128).div_(128)
+        return x.contiguous(memory_format=torch.channels_last)
 
     def _logits(self, pool: Tensor) -> Tensor:
         """[B, K], in float64, where a row of a product does not depend on the other rows."""
