@@ -6,9 +6,9 @@ import typer
 
 from spiralrope_cli.commands import options as o
 from spiralrope_cli.commands.options import MACHINE, choice, option
-from spiralrope_cli.core.config.fid import FIGURES, PRECISIONS, FidRun
+from spiralrope_cli.core.config.fid import FIGURES, PRECISIONS, FidRun, notes
 from spiralrope_cli.core.config.runs import MachineConfig
-from spiralrope_cli.core.runtime.launch import launch
+from spiralrope_cli.core.runtime.launch import is_first_process, launch
 
 MACHINE_OPTIONS = (
     *("nproc", "nnodes", "rdzv_endpoint", "device", "precision", "workers", "skip_bad"),
@@ -128,14 +128,19 @@ def fid(
 
     Statistics of a reference are kept and found again by its content.
     """
-    run = _run(o.given(context))
+    given = o.given(context)
+    run = _run(given)
+    if is_first_process():
+        for line in notes(run, given):
+            typer.echo(line, err=True)
     from spiralrope_cli.core.jobs.score_plan import prepare
 
     launch("spiralrope_cli.core.jobs.score_images:run", prepare(run))
 
 
-def _run(options: dict[str, Any]) -> FidRun:
-    machine = {name: options.pop(name) for name in MACHINE_OPTIONS if name in options}
+def _run(given: dict[str, Any]) -> FidRun:
+    machine = {name: given[name] for name in MACHINE_OPTIONS if name in given}
+    options = {name: value for name, value in given.items() if name not in machine}
     options["as_json"] = options.pop("json")
     if "select" in options:
         options["select"] = tuple(name.strip() for name in options["select"].split(","))

@@ -292,6 +292,12 @@ def test_wrong_options_are_usage_errors(fid, sets, words, message):
     assert error.exit_code == 2
 
 
+def test_options_that_change_nothing_are_told(fid, sets):
+    found = fid(sets / "a.npz", "--select", "is", "--num", "2", "--seed", "3", "--kid-subsets", "4")
+    assert "note: --seed has no effect" in found["stderr"]
+    assert "note: --kid-subsets has no effect: --select lacks kid" in found["stderr"]
+
+
 def test_a_missing_reference_is_a_usage_error(fid, sets):
     error = fid(sets / "a.npz")
     assert "REFERENCE is missing" in error.message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -98,6 +99,24 @@ class FidRun:
     def out(self) -> str:
         """Where it leaves something behind: the statistics of references."""
         return str(statistics_folder())
+
+
+def notes(run: FidRun, given: Collection[str]) -> list[str]:
+    """One line for every option that was given and changes nothing.
+
+    Args:
+        run: complete.
+        given: fields that an option set.
+    """
+    kid = () if "kid" in run.select else ("kid_subsets", "kid_subset_size")
+    reasons = dict.fromkeys(kid, "--select lacks kid")
+    if "kid" not in run.select and not run.bootstrap:
+        reasons["seed"] = "nothing is drawn without kid or --bootstrap"
+    return [
+        f"note: --{name.replace('_', '-')} has no effect: {reason}"
+        for name, reason in reasons.items()
+        if name in given
+    ]
 
 
 def statistics_folder() -> Path:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing
 
 from spiralrope_cli.core.config.fid import statistics_folder
+from spiralrope_cli.core.data.inputs import FolderInput, Side
 from spiralrope_cli.core.data.npz import read_array, read_headers
 from spiralrope_cli.core.errors import DataError
 
@@ -26,28 +27,29 @@ LAYOUT = 1
 
 
 @contextlib.contextmanager
-def digests_beside(paths: list[Path]) -> Iterator[list[Future[str]]]:
-    """SHA-256 of files or folders, computed in a thread while other things happen.
+def digests_beside(sides: list[Side]) -> Iterator[list[Future[str]]]:
+    """SHA-256 of inputs, computed in a thread while other things happen.
 
-    A folder's digest is of the relative paths and contents of its files.
+    A folder's digest is of the relative paths and contents of its images.
     """
     stop = threading.Event()
     with ThreadPoolExecutor(1, "digest") as pool:
         try:
-            yield [pool.submit(_digest, path, stop) for path in paths]
+            yield [pool.submit(_digest, side, stop) for side in sides]
         finally:
             stop.set()  # who leaves early does not wait for gigabytes
 
 
-def _digest(path: Path, stop: threading.Event) -> str:
+def _digest(side: Side, stop: threading.Event) -> str:
     state = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if path.is_dir():
-            state.update(os.fsencode(file.relative_to(path)) + b"\0")
-        if file.is_file():
-            with file.open("rb") as stream:
-                while (chunk := stream.read(CHUNK)) and not stop.is_set():
-                    state.update(chunk)
+    files = side.images.files if isinstance(side.images, FolderInput) else [side.path]
+    for file in files:
+        if file != side.path:
+            state.update(os.fsencode(os.path.relpath(file, side.path)) + b"\0")
+        # Who cannot read a file learns so where it is decoded.
+        with contextlib.suppress(OSError), open(file, "rb") as stream:
+            while (chunk := stream.read(CHUNK)) and not stop.is_set():
+                state.update(chunk)
     return state.hexdigest()
 
 

@@ -30,8 +30,8 @@ def run(config: FidRun) -> None:
     plan = make_plan(config)
     with open_job(config.machine, None) as job:
         forbid_tf32()
-        paths = [side.path for side in (plan.samples, plan.reference) if side and job.is_first]
-        with digests_beside(paths) as digests:
+        sides = [side for side in (plan.samples, plan.reference) if side and job.is_first]
+        with digests_beside(sides) as digests:
             samples = measure(config, job, plan.samples, plan.from_samples)
             weights = find_weights(config.weights)[1] if plan.needs_weights and job.is_first else ""
             protocol = config.protocol(weights) if weights else plan.samples.protocol

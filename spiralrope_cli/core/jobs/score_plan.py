@@ -145,7 +145,8 @@ def prepare(config: FidRun) -> FidRun:
                 read_statistics(side.path, figure)
     if not plan.needs_weights:
         digest = ""
-        config = dataclasses.replace(config, weights="")
+        alone = dataclasses.replace(config.machine, nproc=1) if config.machine.nnodes == 1 else None
+        config = dataclasses.replace(config, weights="", machine=alone or config.machine)
     else:
         path, digest = find_weights(config.weights)
         config = dataclasses.replace(config, weights=str(path))
