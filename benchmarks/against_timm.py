@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import timm
-from interleave import forward, interleaved, median, prepare, ratio, show, train_step
+import torch
+from interleave import Call, deit_step, forward, interleaved, median, prepare, ratio, show
+from torch import nn
 
 from spiralrope_cli import create_model
 
@@ -11,10 +13,14 @@ PEER = "vit_small_patch16_rope_ape_224"
 BATCH, ROUNDS = 8, {"fp32": 7, "bf16": 15}
 
 
+def deit_forward(model: nn.Module, dtype: str, batch: int) -> Call:
+    return forward(model, dtype, torch.randn(batch, 3, 224, 224))
+
+
 def main() -> None:
     prepare()
     for dtype, rounds in ROUNDS.items():
-        for what, make in (("forward", forward), ("train step", train_step)):
+        for what, make in (("forward", deit_forward), ("train step", deit_step)):
             sides = {
                 "ours": make(create_model("deit-s"), dtype, BATCH),
                 "timm": make(timm.create_model(PEER), dtype, BATCH),

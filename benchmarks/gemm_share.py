@@ -10,7 +10,7 @@ from collections import defaultdict
 
 import torch
 import torch.nn.functional as F
-from interleave import interleaved, median, prepare, show, train_step
+from interleave import deit_step, interleaved, median, prepare, show
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -38,7 +38,7 @@ def kind_of(name: str) -> str:
 
 def main() -> None:
     prepare()
-    step = train_step(create_model("deit-s"), "bf16", BATCH)
+    step = deit_step(create_model("deit-s"), "bf16", BATCH)
     tokens = torch.randn(TOKENS, WIDTH, dtype=torch.bfloat16)
     weight = torch.randn(4 * WIDTH, WIDTH, dtype=torch.bfloat16)
     product = lambda: [F.linear(tokens, weight) for _ in range(20)]  # noqa: E731

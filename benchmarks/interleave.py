@@ -5,14 +5,17 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from spiralrope_cli import GaussianDiffusion
 from spiralrope_cli.core.runtime.device import autocast, keep_freed_memory
 
 CPU = torch.device("cpu")
+Call = Callable[[], None]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -45,31 +48,43 @@ def prepare() -> None:
     torch.manual_seed(0)
 
 
-def train_step(model: nn.Module, dtype: str, batch: int, size: int = 224) -> Callable[[], None]:
-    """Forward, backward and AdamW on one fixed batch, as a call."""
+def train_step(model: nn.Module, dtype: str, loss: Callable[[], torch.Tensor]) -> Call:
+    """Forward, backward and AdamW on a model's loss, as a call."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    images, labels = torch.randn(batch, 3, size, size), torch.randint(0, 1000, (batch,))
 
     def step() -> None:
         with autocast(CPU, DTYPES[dtype]):
-            logits = model(images)
-        F.cross_entropy(logits.float(), labels).backward()
+            mean = loss()
+        mean.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
 
 
-def forward(model: nn.Module, dtype: str, batch: int, size: int = 224) -> Callable[[], None]:
+def deit_step(model: nn.Module, dtype: str, batch: int, size: int = 224) -> Call:
+    """A classifier's train step on one fixed batch, as a call."""
+    images, labels = torch.randn(batch, 3, size, size), torch.randint(0, 1000, (batch,))
+    return train_step(model, dtype, lambda: F.cross_entropy(model(images).float(), labels))
+
+
+def dit_step(model: nn.Module, dtype: str, batch: int, size: int = 32) -> Call:
+    """A DiT's train step on one fixed batch of latents, as a call."""
+    latents, noise = torch.randn(2, batch, 4, size, size)
+    t, labels = torch.randint(0, 1000, (2, batch))
+    losses = partial(GaussianDiffusion().training_losses, model, latents, t, noise, y=labels)
+    return train_step(model, dtype, lambda: losses()["loss"].mean())
+
+
+def forward(model: nn.Module, dtype: str, *args: object, **kwargs: object) -> Call:
     """Inference on one fixed batch, as a call."""
-    images = torch.randn(batch, 3, size, size)
+    model.eval()
 
     @torch.inference_mode()
     def call() -> None:
-        model.eval()
         with autocast(CPU, DTYPES[dtype]):
-            model(images)
+            model(*args, **kwargs)
 
     return call
 

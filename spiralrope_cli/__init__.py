@@ -13,15 +13,26 @@ from spiralrope_cli.version import __version__
 
 if TYPE_CHECKING:
     from spiralrope_cli.core.config.rope import RopeConfig
+    from spiralrope_cli.core.diffusion.process import GaussianDiffusion
+    from spiralrope_cli.core.load import load_model
     from spiralrope_cli.core.models.build import create_model
     from spiralrope_cli.core.rope import SpiralRoPE
 
-__all__ = ["RopeConfig", "SpiralRoPE", "__version__", "create_model"]
+__all__ = [
+    "GaussianDiffusion",
+    "RopeConfig",
+    "SpiralRoPE",
+    "__version__",
+    "create_model",
+    "load_model",
+]
 
 _HOME_OF = {
+    "GaussianDiffusion": "spiralrope_cli.core.diffusion.process",
     "RopeConfig": "spiralrope_cli.core.config.rope",
     "SpiralRoPE": "spiralrope_cli.core.rope",
     "create_model": "spiralrope_cli.core.models.build",
+    "load_model": "spiralrope_cli.core.load",
 }
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from spiralrope_cli.commands import fetch, fid, pretrain
+from spiralrope_cli.commands import fetch, fid, finetune, pretrain
 from spiralrope_cli.core.errors import SpiralRopeError, UnreadableImageError
 from spiralrope_cli.core.runtime.launch import is_first_process, share_the_machine
 from spiralrope_cli.version import __version__
@@ -23,6 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("pretrain", epilog=pretrain.EXAMPLES)(pretrain.pretrain)
+app.command("finetune", epilog=finetune.EXAMPLES)(finetune.finetune)
 app.command("fetch", epilog=fetch.EXAMPLES)(fetch.fetch)
 app.command("fid", epilog=fid.EXAMPLES)(fid.fid)
 

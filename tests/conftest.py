@@ -121,7 +121,7 @@ def inception_weights(tmp_path_factory, digit_pictures):
 @pytest.fixture
 def tiny(runs):
     """Builds small runs on the digits: a few steps, fp32, no warm-up."""
-    from spiralrope_cli.core.config.resolve import resolve_pretrain
+    from spiralrope_cli.core.config.resolve import resolve_classifier
 
     def make(**options):
         base = {
@@ -134,6 +134,6 @@ def tiny(runs):
             "nproc": 1,
             "out": str(runs / "run"),
         }
-        return resolve_pretrain({**base, **options}).run
+        return resolve_classifier("pretrain", {**base, **options}).run
 
     return make

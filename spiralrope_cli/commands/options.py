@@ -60,6 +60,15 @@ def given(context: typer.Context) -> dict[str, Any]:
     return options
 
 
+SourceArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="Run folder, checkpoint file, or published name.",
+        show_default=False,
+    ),
+]
+
 # --- Spiral RoPE
 Rope = Annotated[
     bool | None,

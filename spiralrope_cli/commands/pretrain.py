@@ -1,15 +1,10 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import typer
 
 from spiralrope_cli.commands import options as o
 from spiralrope_cli.commands import recipe_options as r
-from spiralrope_cli.core.config.resolve import resolve_pretrain
-from spiralrope_cli.core.runtime.launch import is_first_process, launch, world_size
-from spiralrope_cli.core.runtime.run_folder import CURVES_FILE, first_step
-from spiralrope_cli.core.runtime.tracker import check_tracker
+from spiralrope_cli.commands.classifier import train
 
 EXAMPLES = """
 Examples:
@@ -101,25 +96,4 @@ def pretrain(
 
     The same command again goes on where the last one stopped.
     """
-    chosen = o.given(context)
-    del chosen["dry_run"]
-    chosen.pop("config", None)
-    resolved = resolve_pretrain(chosen, config)
-    run = resolved.run
-    check_tracker(run.machine.tracker)
-    step = first_step(run)
-    curves = Path(run.out) / CURVES_FILE
-    if step == run.total_steps and curves.exists() and not dry_run:
-        if is_first_process():
-            from spiralrope_cli.core.runtime.report import print_results
-
-            typer.echo(f"{run.out} is finished: {step} steps", err=True)
-            print_results(Path(run.out))
-        return
-    run.split_batch(world_size(run.machine))
-    if is_first_process():
-        from spiralrope_cli.core.jobs.plan import print_plan
-
-        print_plan(resolved, first_step=step, every_value=dry_run)
-    if not dry_run:
-        launch("spiralrope_cli.core.jobs.train_classifier:run", run)
+    train("pretrain", context)

@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import Annotated
 
 from spiralrope_cli.commands.options import DATA, MODEL, RECIPE, choice, option, parse_size
-from spiralrope_cli.core.config.runs import GEOMETRIES, LR_RULES, SCHEDULES
+from spiralrope_cli.core.config.runs import FREEZES, GEOMETRIES, LR_RULES, SCHEDULES
 
 # --- Model
 Arch = Annotated[
     str | None,
-    option("--arch", panel=MODEL, text="deit-ti, deit-s, deit-b or deit-l.", metavar="NAME"),
+    option(
+        "--arch",
+        panel=MODEL,
+        text="deit-ti, deit-s, deit-b, deit-l, or by numbers: deit-WIDTHxDEPTHxHEADS.",
+        metavar="NAME",
+    ),
 ]
 ImageSize = Annotated[
     str | None,
@@ -127,6 +132,14 @@ Schedule = Annotated[
         "--schedule",
         panel=RECIPE,
         **choice("Per step, flat, or per epoch as the published code.", SCHEDULES),
+    ),
+]
+Freeze = Annotated[
+    str | None,
+    option(
+        "--freeze",
+        panel=RECIPE,
+        **choice("Train the attention and the head alone, or the head alone.", FREEZES),
     ),
 ]
 WeightDecay = Annotated[

@@ -13,9 +13,9 @@ import yaml
 from typer.testing import CliRunner
 
 from spiralrope_cli import main as cli
-from spiralrope_cli.commands import pretrain as command
+from spiralrope_cli.commands import classifier, finetune, pretrain
 from spiralrope_cli.core.config import datasets, recipes
-from spiralrope_cli.core.config.resolve import leaf_types, resolve_pretrain, to_nested
+from spiralrope_cli.core.config.resolve import leaf_types, resolve_classifier, to_nested
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.errors import ConfigError, DataError, SpiralRopeError
@@ -88,7 +88,7 @@ TOGETHER = {"nnodes": ["--nnodes", "2", "--rdzv-endpoint", "host:1"]}
 def resolved(runs, monkeypatch):
     """Runs the command up to the launch, and gives the run that would be launched."""
     launched = []
-    monkeypatch.setattr(command, "launch", lambda job, run: launched.append(run))
+    monkeypatch.setattr(classifier, "launch", lambda job, run: launched.append(run))
 
     def call(*words):
         launched.clear()
@@ -126,11 +126,18 @@ def test_every_flag_reaches_the_config(resolved, name):
 
 
 def test_options_and_fields_have_the_same_names():
-    options = set(inspect.signature(command.pretrain).parameters)
+    options = set(inspect.signature(pretrain.pretrain).parameters)
     fields = set(leaf_types(ClassifierRun))
     assert {("enabled" if name == "rope" else name) for name in options} - fields <= NOT_FIELDS
     tested = VALUES.keys() | FLAGS.keys() | NOT_ON_DIGITS | {"nnodes", "rdzv_endpoint"}
     assert {("enabled" if n == "rope" else n) for n in options} - NOT_FIELDS == tested
+
+
+def test_finetune_has_the_options_of_pretrain_but_for_what_its_source_decides():
+    of_pretrain = set(inspect.signature(pretrain.pretrain).parameters)
+    of_finetune = set(inspect.signature(finetune.finetune).parameters)
+    assert of_pretrain - of_finetune == {"arch", "patch_size"}
+    assert of_finetune - of_pretrain == {"source", "freeze"}
 
 
 def test_field_names_are_unique_over_all_groups():
@@ -316,13 +323,15 @@ def test_an_unreadable_image_is_named_or_skipped_and_counted(tmp_path, image_fol
     ],
 )
 def test_options_that_cannot_act_are_a_note(options, told):
-    assert [told in warning for warning in resolve_pretrain(options).warnings] == [True]
+    assert [told in warning for warning in resolve_classifier("pretrain", options).warnings] == [
+        True
+    ]
 
 
 def test_elongated_grids_are_told_of_the_exact_projection():
-    long = resolve_pretrain({"image_size": (14, 56)}).run
+    long = resolve_classifier("pretrain", {"image_size": (14, 56)}).run
     assert "try --projection exact" in hints(long)[0]
-    assert not hints(resolve_pretrain({}).run)
+    assert not hints(resolve_classifier("pretrain", {}).run)
 
 
 def test_notes_and_plan_go_to_stderr_and_the_world_stays_as_it_was(spiralrope, runs):
@@ -369,7 +378,7 @@ def test_usage_errors_keep_typers_panel_and_code(spiralrope):
 
 def test_every_data_set_has_a_complete_recipe():
     for data_set in datasets.BUILT_IN.values():
-        run = resolve_pretrain({"data": data_set.data}).run
+        run = resolve_classifier("pretrain", {"data": data_set.data}).run
         assert run.model.num_classes == data_set.num_classes
         assert run.augment.hflip == 0 or data_set.data != "digits", "a mirrored digit is another"
 

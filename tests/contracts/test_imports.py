@@ -19,14 +19,19 @@ MAY_IMPORT = {
     "rope": ALWAYS,
     "models": ALWAYS | {"rope"},
     "data": ALWAYS | {"runtime"},
+    "diffusion": ALWAYS,
     "training": ALWAYS | {"runtime"},
     "metrics": {"runtime", "errors"},
-    "hub": ALWAYS,
-    "jobs": ALWAYS | {"runtime", "rope", "models", "data", "training", "metrics", "hub", "jobs"},
+    "hub": ALWAYS | {"runtime", "rope"},
+    "weights": ALWAYS | {"hub", "rope"},
+    "load": ALWAYS | {"hub", "models", "rope", "weights"},
+    "jobs": ALWAYS
+    | {"runtime", "rope", "models", "data", "diffusion", "training", "metrics"}
+    | {"hub", "weights", "load", "jobs"},
     "commands": ALWAYS | {"runtime", "commands"},
 }
 LIGHT = {"commands", "config", "errors"}
-LIGHT_FILES = {"catalog.py", "launch.py", "report.py", "run_folder.py", "tracker.py"}
+LIGHT_FILES = {"catalog.py", "source.py", "launch.py", "report.py", "run_folder.py", "tracker.py"}
 STANDARD_AND = set(sys.stdlib_module_names) | {"typer", "rich", "spiralrope_cli"}
 HEAVY = [
     *("torch", "torchvision", "timm", "diffusers", "torch_fidelity", "scipy", "matplotlib"),
@@ -88,6 +93,10 @@ def test_light_files_load_the_standard_library_alone(path):
         ["fid", "--help"],
         ["fid", "samples.npz", "reference.npz", "--select", "fdi"],
         ["fid", "samples.npz"],
+        ["finetune", "--help"],
+        ["finetune"],
+        ["finetune", "deit-x"],
+        ["finetune", "gone.pth"],
     ],
 )
 def test_the_command_line_answers_without_heavy_imports(words, tmp_path):

@@ -31,6 +31,7 @@ class DataSet:
         num_train: training images.
         num_val: validation images.
         defaults: field name -> value, over the recipe of the command.
+        finetune: the same for `finetune` alone, over the defaults.
     """
 
     data: str
@@ -41,6 +42,7 @@ class DataSet:
     num_train: int
     num_val: int
     defaults: dict[str, Any] = field(default_factory=dict)
+    finetune: dict[str, Any] = field(default_factory=dict)
 
 
 # What the memory sets have in common: grey pictures that augmentation must not mirror or mix
@@ -57,6 +59,9 @@ _SMALL_GREY = {
     "lr_rule": "linear",
     "min_lr": 1e-5,
 }
+
+# Weights that know the set already need little more.
+_SHORT = {"warmup_epochs": 1, "lr": 2e-4, "lr_rule": "none"}
 
 DIGITS = DataSet(
     data="digits",
@@ -88,6 +93,7 @@ DIGITS = DataSet(
         "validate_every": 5,
         "save_every": 10,
     },
+    finetune={**_SHORT, "epochs": 10, "validate_every": 2, "save_every": 5},
 )
 
 FASHION_MNIST = DataSet(
@@ -120,6 +126,7 @@ FASHION_MNIST = DataSet(
         "validate_every": 1,
         "save_every": 1,
     },
+    finetune={**_SHORT, "epochs": 3},
 )
 
 BUILT_IN = {built_in.data: built_in for built_in in (DIGITS, FASHION_MNIST)}

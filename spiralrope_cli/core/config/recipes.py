@@ -36,6 +36,7 @@ PRETRAIN: dict[str, Any] = {
     "weight_decay": 0.3,
     "clip_grad": 0.0,
     "ema_decay": 0.9999,
+    "freeze": "none",
     "log_every": 50,
     "validate_every": 1,
     "save_every": 1,
@@ -43,5 +44,29 @@ PRETRAIN: dict[str, Any] = {
     "keep_every": 0,
 }
 
+# DeiT stage 2, from the averaged weights of stage 1.
+FINETUNE: dict[str, Any] = {
+    **PRETRAIN,
+    "auto_augment": "rand-m9-mstd0.5-inc1",
+    "color_jitter": 0.0,  # timm leaves it out beside RandAugment
+    "drop_path": 0.1,
+    "epochs": 20,
+    "batch_size": 512,
+    "micro_batch_size": 64,
+    "lr": 1e-5,
+    "lr_rule": "none",
+    "warmup_epochs": 5,
+    "betas": (0.9, 0.999),
+    "weight_decay": 0.1,
+    "ema_decay": 0.99996,
+}
+
 # Only B's run is documented; the other rates follow DeiT-III and are unverified.
 DROP_PATH = {"deit-ti": 0.0, "deit-s": 0.05, "deit-b": 0.1, "deit-l": 0.4}
+
+
+def recipe(command: str, arch: str) -> dict[str, Any]:
+    """The recipe of a classifier command for an architecture."""
+    if command == "finetune":
+        return FINETUNE
+    return {**PRETRAIN, "drop_path": DROP_PATH.get(arch, 0.0)}

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import os
 import re
+import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from spiralrope_cli.core.config import inert, recipes
 from spiralrope_cli.core.config.datasets import DataSet, find_data_set
 from spiralrope_cli.core.config.models import deit_size
 from spiralrope_cli.core.config.rope import RopeConfig
-from spiralrope_cli.core.config.runs import ClassifierRun
+from spiralrope_cli.core.config.runs import ClassifierRun, ModelConfig
 from spiralrope_cli.core.errors import ConfigError
 
 DATA_VARIABLE = "SPIRALROPE_DATA"
@@ -27,14 +28,46 @@ NOT_FROM_FILE = {"command", "out", "num_train", "num_val", "num_classes", "resum
 """Fields that a config file shows but that a repeated run finds anew."""
 
 
+FIXED_BY_SOURCE = {"arch", "patch_size", "in_chans", "pretrain_grid", "source"}
+"""Fields that the weights to start from decide, whatever a config file says."""
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """The weights that a run starts from.
+
+    Attributes:
+        source: as the user named them.
+        arch: theirs.
+        rope: the options they were trained with.
+        model: their sizes.
+        published: whether they come in the published layout.
+        data: the data set of the run that made them, empty where unknown.
+    """
+
+    source: str
+    arch: str
+    rope: RopeConfig
+    model: ModelConfig
+    published: bool = False
+    data: str = ""
+
+    def fields(self) -> dict[str, Any]:
+        """Field name -> value of what they decide."""
+        values = {**dataclasses.asdict(self.rope), **dataclasses.asdict(self.model)}
+        del values["drop_path"]
+        values.update(source=self.source, arch=self.arch)
+        return {**values, "data": self.data} if self.data else values
+
+
 @dataclass(frozen=True)
 class Resolved:
     """A run, and where each of its values came from.
 
     Attributes:
         run: complete and checked.
-        sources: field name -> `option`, `config file`, `data set`, `recipe`, `environment`,
-            `default`.
+        sources: field name -> `option`, `config file`, `source`, `data set`, `recipe`,
+            `environment`, `default`.
         warnings: options that cannot act, one line each.
     """
 
@@ -43,20 +76,29 @@ class Resolved:
     warnings: tuple[str, ...]
 
 
-def resolve_pretrain(options: dict[str, Any], config_file: Path | None = None) -> Resolved:
-    """A pretraining run from what the user gave.
+def resolve_classifier(
+    command: str,
+    options: dict[str, Any],
+    config_file: Path | None = None,
+    start: StartingPoint | None = None,
+) -> Resolved:
+    """A classifier's training run from what the user gave.
 
     Args:
+        command: `pretrain` or `finetune`.
         options: field name -> value, given options alone.
         config_file: a `config.yaml` of an earlier run.
+        start: the weights to start from, where the command takes some.
 
     Raises:
         ConfigError: an unknown key, or a value that cannot work.
         DataError: no such data set.
     """
     from_file = read_config(config_file) if config_file else {}
-    from_file = {key: value for key, value in from_file.items() if key not in NOT_FROM_FILE}
-    chosen = [("config file", from_file), ("option", options)]
+    fixed = NOT_FROM_FILE | (FIXED_BY_SOURCE if start else set())
+    from_file = {key: value for key, value in from_file.items() if key not in fixed}
+    of_start = start.fields() if start else {}
+    chosen = [("source", of_start), ("config file", from_file), ("option", options)]
 
     data, data_source = _choose("data", chosen, os.environ.get(DATA_VARIABLE), "digits")
     data_set = find_data_set(data)
@@ -65,15 +107,20 @@ def resolve_pretrain(options: dict[str, Any], config_file: Path | None = None) -
 
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    for source, layer in (
-        ("recipe", {**recipes.PRETRAIN, "drop_path": recipes.DROP_PATH[arch]}),
-        ("data set", {**data_set.defaults, "num_classes": data_set.num_classes}),
+    of_data = {**data_set.defaults, **(data_set.finetune if command == "finetune" else {})}
+    for origin, layer in (
+        ("recipe", recipes.recipe(command, arch)),
+        ("data set", of_data),
         *chosen,
+        ("data set", {"num_classes": data_set.num_classes}),
     ):
         values.update(layer)
-        sources.update(dict.fromkeys(layer, source))
+        sources.update(dict.fromkeys(layer, origin))
+    fit_channels(values)
+    if start:
+        fit_positions(values, sources, start)
     values.update(
-        command="pretrain",
+        command=command,
         arch=arch,
         data=data_set.data,
         num_train=data_set.num_train,
@@ -93,6 +140,26 @@ def resolve_pretrain(options: dict[str, Any], config_file: Path | None = None) -
     given = {name for name, source in sources.items() if source == "option"}
     warnings = inert.notes(run, data_set, given)
     return Resolved(run, sources, tuple(warnings))
+
+
+def fit_channels(values: dict[str, Any]) -> None:
+    """Gives a network for colour pictures the grey set's mean and std for each channel."""
+    for name in ("mean", "std"):
+        if len(values[name]) == 1:
+            values[name] = tuple(values[name]) * values["in_chans"]
+
+
+def fit_positions(values: dict[str, Any], sources: dict[str, str], start: StartingPoint) -> None:
+    """Lets another image size than the weights' keep their grid for the positions.
+
+    Published weights say `extrapolate`, which means nothing at their own size; at another one
+    their positions are squeezed into the trained range, unless the user wants it otherwise.
+    """
+    if tuple(values["image_size"]) == start.model.image_size:
+        return
+    if start.published and sources["scaling"] == "source":
+        values["scaling"], sources["scaling"] = "interpolate", "default"
+    values["pretrain_grid"] = start.model.pretrain_grid or start.model.grid
 
 
 def fit_length(values: dict[str, Any], sources: dict[str, str], options: dict[str, Any]) -> None:
@@ -151,6 +218,8 @@ def leaf_types(kind: type) -> dict[str, Any]:
 def _coerced(name: str, value: Any, hint: Any) -> Any:
     """The value in its field's type; YAML knows no tuples, and writes 1e-3 as a word."""
     try:
+        if typing.get_origin(hint) is types.UnionType:
+            return None if value is None else _coerced(name, value, typing.get_args(hint)[0])
         if typing.get_origin(hint) is tuple:
             inner = typing.get_args(hint)
             if not isinstance(value, (list, tuple)):

@@ -15,6 +15,7 @@ from spiralrope_cli.core.errors import ConfigError
 
 SCHEDULES = ("cosine", "constant", "published")
 LR_RULES = ("linear", "none")
+FREEZES = ("none", "attn-only", "head-only")
 PRECISIONS = ("auto", "fp32", "bf16")
 RESUME_MODES = ("auto", "must", "never")
 TRACKERS = ("none", "tensorboard", "wandb")
@@ -26,19 +27,28 @@ LINEAR_RULE_BATCH = 512
 """The linear rule multiplies the base learning rate by total batch / this."""
 
 MIX_GROUP = 8
-"""Images that share one mixup or cutmix draw. It is fixed, so that what is mixed with what does
-not depend on how a batch is split over processes and accumulation."""
+"""Images that share one mixup or cutmix draw; fixed, so that it is the same for any split."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The classifier's sizes beyond its architecture; pixels and counts."""
+    """The classifier's sizes beyond its architecture; pixels and counts.
+
+    Attributes:
+        image_size: (height, width).
+        patch_size: side of a patch.
+        in_chans: channels of the images.
+        num_classes: outputs.
+        drop_path: stochastic depth rate, the same in every block.
+        pretrain_grid: (rows, columns) that positions refer to, where it is not the own grid.
+    """
 
     image_size: tuple[int, int]
     patch_size: int
     in_chans: int
     num_classes: int
     drop_path: float
+    pretrain_grid: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         check_divides(self.image_size, self.patch_size)
@@ -133,6 +143,7 @@ class OptimConfig:
         weight_decay: on matrices alone.
         clip_grad: largest gradient norm, 0 for none.
         ema_decay: of the averaged weights, per optimizer step.
+        freeze: what is trained: all, or `attn-only` (with head, position), or `head-only`.
     """
 
     epochs: int
@@ -149,10 +160,12 @@ class OptimConfig:
     weight_decay: float
     clip_grad: float
     ema_decay: float
+    freeze: str
 
     def __post_init__(self) -> None:
         one_of("schedule", self.schedule, SCHEDULES)
         one_of("lr_rule", self.lr_rule, LR_RULES)
+        one_of("freeze", self.freeze, FREEZES)
         for name in ("epochs", "batch_size", "micro_batch_size"):
             at_least(name, getattr(self, name), 1)
         for name in ("steps", "warmup_epochs", "lr", "min_lr", "weight_decay", "clip_grad"):
@@ -251,6 +264,7 @@ class ClassifierRun:
         seed: of initial weights, data order, augmentation and stochastic depth.
         num_train: training images, which fixes the steps of an epoch.
         num_val: validation images.
+        source: whose weights it starts from, empty for fresh ones.
     """
 
     command: str
@@ -260,6 +274,7 @@ class ClassifierRun:
     seed: int
     num_train: int
     num_val: int
+    source: str = ""
     rope: RopeConfig
     model: ModelConfig
     augment: AugmentConfig

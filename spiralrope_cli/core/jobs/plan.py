@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import asdict
+
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -10,21 +13,26 @@ from torch.utils.flop_counter import FlopCounterMode
 from spiralrope_cli.core.config.models import deit_size
 from spiralrope_cli.core.config.resolve import Resolved, flatten, to_nested
 from spiralrope_cli.core.config.runs import LINEAR_RULE_BATCH, ClassifierRun
+from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.models.build import create_model
 from spiralrope_cli.core.rope import clamped_share
 from spiralrope_cli.core.runtime.launch import joined_world_size, world_size
+from spiralrope_cli.core.weights import here, read_weights
 
 CLAMP_HINT_SHARE = 0.15
-SOURCES = ("option", "config file", "environment", "data set", "recipe", "default")
+SOURCES = ("option", "config file", "environment", "source", "data set", "recipe", "default")
 
 
-def print_plan(resolved: Resolved, first_step: int, *, every_value: bool) -> None:
+def print_plan(
+    resolved: Resolved, first_step: int, *, every_value: bool, notes: Iterable[str] = ()
+) -> None:
     """Prints what was settled on, how it was derived, and where the values came from.
 
     Args:
         resolved: the run and its sources.
         first_step: where it goes on, 0 at the start.
         every_value: also those that are nobody's choice.
+        notes: further lines for the user.
     """
     console = Console(stderr=True, highlight=False)
     table = Table(show_header=False, box=None, padding=(0, 1))
@@ -36,7 +44,7 @@ def print_plan(resolved: Resolved, first_step: int, *, every_value: bool) -> Non
         if values := values_from(resolved, source):
             table.add_row(f"by {source}", values, style="dim")
     console.print(table)
-    for warning in [*resolved.warnings, *hints(resolved.run)]:
+    for warning in [*notes, *resolved.warnings, *hints(resolved.run)]:
         console.print(f"note: {warning}", soft_wrap=True)
 
 
@@ -54,6 +62,7 @@ def plan_lines(run: ClassifierRun, first_step: int) -> list[tuple[str, str]]:
     rows, columns = model.grid
     return [
         ("run", f"{run.out}" + (f", goes on at step {first_step}" if first_step else "")),
+        *start_lines(run),
         (
             "data",
             f"{run.data}: {run.num_train} training and {run.num_val} held-out images, "
@@ -89,6 +98,27 @@ def plan_lines(run: ClassifierRun, first_step: int) -> list[tuple[str, str]]:
     ]
 
 
+def start_lines(run: ClassifierRun) -> list[tuple[str, str]]:
+    """Where the weights come from, and what of them does not fit this run."""
+    if not run.source:
+        return []
+    weights = read_weights(here(find_source(run.source)), ema=True, rope=asdict(run.rope))
+    told = [weights.summary()]
+    before = weights.options
+    if before["num_classes"] != run.model.num_classes:
+        told.append(
+            f"head re-initialised: {before['num_classes']} -> {run.model.num_classes} classes"
+        )
+    if before["image_size"] != run.model.image_size:
+        was, now = (
+            "x".join(map(str, size)) for size in (before["image_size"], run.model.image_size)
+        )
+        told.append(f"position embedding resampled: {was} -> {now} px")
+    if run.optim.freeze != "none":
+        told.append(f"trained: {run.optim.freeze}")
+    return [("start", "; ".join(told))]
+
+
 def rope_line(run: ClassifierRun) -> str:
     """Directions and how they are fed."""
     rope = run.rope
@@ -110,6 +140,7 @@ def model_cost(run: ClassifierRun) -> tuple[int, int]:
             image_size=model.image_size,
             patch_size=model.patch_size,
             in_chans=model.in_chans,
+            pretrain_grid=model.pretrain_grid,
         )
         counter = FlopCounterMode(display=False)
         with counter, torch.no_grad():
@@ -120,13 +151,14 @@ def model_cost(run: ClassifierRun) -> tuple[int, int]:
 def values_from(resolved: Resolved, source: str) -> str:
     """All values that came from one place."""
     values = flatten(to_nested(resolved.run))
-    shown = {"out", "num_train", "num_val", "command"}
+    shown = {"out", "num_train", "num_val", "command", "source"}
     defaults = values.keys() - resolved.sources.keys() - shown
     names = (
         [name for name in values if name in defaults or resolved.sources.get(name) == source]
         if source == "default"
         else [name for name in values if resolved.sources.get(name) == source]
     )
+    names = [name for name in names if name not in shown]
     words = {"enabled": "rope"}  # the one field that is not named as its option
     return ", ".join(
         f"{words.get(name, name)} {_short(values[name])}" for name in names if values[name] != ""

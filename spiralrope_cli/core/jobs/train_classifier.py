@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 from collections import ChainMap
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -19,7 +20,9 @@ from spiralrope_cli.core.config.resolve import to_nested
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.data.loaders import Batch, ClassifierData
 from spiralrope_cli.core.errors import CheckpointError, TrainingError
+from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.jobs.plot import draw_curves
+from spiralrope_cli.core.load import start_from
 from spiralrope_cli.core.metrics.accuracy import evaluate
 from spiralrope_cli.core.models.build import create_model
 from spiralrope_cli.core.models.deit import DeiT
@@ -29,8 +32,10 @@ from spiralrope_cli.core.runtime.job import Job, open_job
 from spiralrope_cli.core.runtime.seeds import generator_for, seed_everything
 from spiralrope_cli.core.training import checkpoint
 from spiralrope_cli.core.training.lr import lr_at, set_learning_rate
+from spiralrope_cli.core.training.optim import freeze_but
 from spiralrope_cli.core.training.state import TrainState
 from spiralrope_cli.core.training.step import LossMeter, train_step
+from spiralrope_cli.core.weights import Weights, here, read_weights
 
 
 def run(config: ClassifierRun) -> None:
@@ -151,7 +156,12 @@ def build(config: ClassifierRun, job: Job, step: int) -> tuple[TrainState, nn.Mo
         patch_size=config.model.patch_size,
         in_chans=config.model.in_chans,
         drop_path=config.model.drop_path,
-    ).to(job.device)
+        pretrain_grid=config.model.pretrain_grid,
+    )
+    if config.source and not step:
+        start_from(starting_weights(config), model)
+    model = model.to(job.device)
+    freeze_but(model, config.optim.freeze)
     model.grad_checkpointing = config.machine.grad_checkpointing
     state = TrainState.create(model, config.optim)
     if step:
@@ -163,6 +173,11 @@ def build(config: ClassifierRun, job: Job, step: int) -> tuple[TrainState, nn.Mo
     if job.world_size == 1:
         return state, model
     return state, DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def starting_weights(config: ClassifierRun) -> Weights:
+    """The averaged weights of the run's source."""
+    return read_weights(here(find_source(config.source)), ema=True, rope=asdict(config.rope))
 
 
 def classifier_loss(
@@ -236,7 +251,7 @@ def read_finite(meter: LossMeter, config: ClassifierRun, job: Job, data: Classif
         return mean
     kept = Path(config.out) / run_folder.CHECKPOINTS
     kept.mkdir(exist_ok=True)
-    offending = kept / f"nonfinite-step-{bad_step:0{checkpoint.STEP_DIGITS}d}-rank{job.rank}.pt"
+    offending = kept / f"nonfinite-step-{bad_step:0{run_folder.STEP_DIGITS}d}-rank{job.rank}.pt"
     if mine:
         # Data order and augmentation follow from the step, so the batch can be made again.
         batches = next(iter(data.train_steps(bad_step - 1, bad_step)))

@@ -15,6 +15,8 @@ from spiralrope_cli.core.errors import CheckpointError
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
 CURVES_FILE = "curves.png"
+MODEL_FILE, EMA_FILE, TRAINER_FILE = "model.safetensors", "ema.safetensors", "trainer.pt"
+STEP_DIGITS = 7
 
 MAY_CHANGE = frozenset(
     (
@@ -24,6 +26,11 @@ MAY_CHANGE = frozenset(
     )
 )
 """Fields that a resumed run may have other values of: they do not change what is computed."""
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / CHECKPOINTS / f"{step:0{STEP_DIGITS}d}"
 
 
 def steps_on_disk(folder: Path) -> list[int]:

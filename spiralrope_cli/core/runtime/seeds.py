@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -26,3 +27,32 @@ def seed_everything(*parts: int | str) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # timm draws from the global state
     torch.manual_seed(seed)
+
+
+class NoisePerImage:
+    """Normal noise of a batch in which every image has its own generator.
+
+    What image i gets follows from (seed, i) alone, whatever the batch and the process it is in.
+    The generators move on from draw to draw: the first is the start of a trajectory, the next
+    ones are its steps.
+
+    Args:
+        seed: of the sampling run.
+        indices: number of each image in the run.
+        shape: of one image's noise.
+        device: where the noise is used; it is drawn on the CPU, the same for all devices.
+    """
+
+    def __init__(
+        self, seed: int, indices: Iterable[int], shape: Sequence[int], device: torch.device
+    ) -> None:
+        self._generators = [generator_for(seed, "image", index) for index in indices]
+        self._shape, self._device = tuple(shape), device
+
+    def draw(self) -> torch.Tensor:
+        """[B, *shape] float32."""
+        size = (len(self._generators), *self._shape)
+        noise = torch.empty(size, pin_memory=self._device.type == "cuda")
+        for row, generator in zip(noise, self._generators, strict=True):
+            row.normal_(generator=generator)
+        return noise.to(self._device, non_blocking=True)

@@ -22,16 +22,17 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from spiralrope_cli.core.errors import CheckpointError
-from spiralrope_cli.core.runtime.run_folder import CHECKPOINTS, steps_on_disk
+from spiralrope_cli.core.runtime.run_folder import (
+    CHECKPOINTS,
+    EMA_FILE,
+    MODEL_FILE,
+    TRAINER_FILE,
+    step_folder,
+    steps_on_disk,
+)
 from spiralrope_cli.core.training.state import TrainState
 
 UNFINISHED = ".unfinished-"
-STEP_DIGITS = 7
-
-
-def step_folder(run_folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
-    return run_folder / CHECKPOINTS / f"{step:0{STEP_DIGITS}d}"
 
 
 def save(
@@ -64,15 +65,16 @@ def save(
 
 
 def _write(folder: Path, state: TrainState, metadata: dict[str, str]) -> None:
-    modules: dict[str, nn.Module] = {"model": state.model, "ema": state.ema.module}
-    for kind, module in modules.items():
-        save_model(module, str(folder / f"{kind}.safetensors"), {**metadata, "weights": kind})
+    modules: dict[str, nn.Module] = {MODEL_FILE: state.model, EMA_FILE: state.ema.module}
+    for name, module in modules.items():
+        kind = Path(name).stem
+        save_model(module, str(folder / name), {**metadata, "weights": kind})
     trainer = {
         "optimizer": state.optimizer.state_dict(),
         "step": state.step,
         "best": state.best,
     }
-    torch.save(trainer, folder / "trainer.pt")
+    torch.save(trainer, folder / TRAINER_FILE)
     for path in folder.iterdir():
         _flush(path)
     _flush(folder)
@@ -131,9 +133,9 @@ def restore(run_folder: Path, step: int, state: TrainState) -> None:
     """
     folder = step_folder(run_folder, step)
     try:
-        load_model(state.model, str(folder / "model.safetensors"))
-        load_model(state.ema.module, str(folder / "ema.safetensors"))
-        trainer = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        load_model(state.model, str(folder / MODEL_FILE))
+        load_model(state.ema.module, str(folder / EMA_FILE))
+        trainer = torch.load(folder / TRAINER_FILE, map_location="cpu", weights_only=True)
         state.optimizer.load_state_dict(trainer["optimizer"])
     except (
         OSError,

@@ -23,6 +23,21 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     ]
 
 
+def freeze_but(model: nn.Module, freeze: str) -> None:
+    """Leaves only some parameters to train.
+
+    Args:
+        model: a DeiT.
+        freeze: `none`, `attn-only` (attention, position embedding and head), or `head-only`.
+    """
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        kept = freeze == "none" or parts[0] == "head"
+        if freeze == "attn-only":
+            kept = kept or "attn" in parts or name == "pos_embed"
+        parameter.requires_grad_(kept)
+
+
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
     """AdamW, fused where the device has it."""
     device = next(model.parameters()).device.type

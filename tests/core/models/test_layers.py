@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import pytest
 import torch
+import torch.nn.functional as F
 
-from spiralrope_cli.core.models.layers import RMSNorm
+from spiralrope_cli.core.models.layers import Attention, RMSNorm, gelu_tanh
 
 
 def test_the_small_constant_of_rms_norm_lies_outside_the_root():
@@ -16,3 +18,31 @@ def test_the_small_constant_of_rms_norm_lies_outside_the_root():
 def test_rms_norm_of_half_precision_takes_its_statistic_in_float32():
     x = torch.full((1, 4), 300.0, dtype=torch.float16)
     torch.testing.assert_close(RMSNorm(4)(x), torch.ones(1, 4))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "atol"), [(torch.float64, 1e-14), (torch.float32, 2e-6), (torch.bfloat16, 0.02)]
+)
+def test_our_gelu_is_pytorchs_tanh_gelu(dtype, atol):
+    grid = torch.cat((torch.linspace(-12, 12, 2001), torch.tensor([-1e4, -100.0, 0.0, 100.0, 1e4])))
+    x, same = (grid.to(dtype).requires_grad_() for _ in range(2))
+    ours, theirs = gelu_tanh(x), F.gelu(same, approximate="tanh")
+    assert ours.dtype == dtype
+    torch.testing.assert_close(
+        ours, theirs, rtol=0.005 if dtype == torch.bfloat16 else 0, atol=atol
+    )
+    ours.backward(torch.ones_like(ours))
+    theirs.backward(torch.ones_like(theirs))
+    assert torch.equal(x.grad, same.grad)
+    assert torch.equal(gelu_tanh(x.detach()), ours)
+
+
+def test_normalised_heads_have_length_one_per_channel():
+    torch.manual_seed(0)
+    attention, seen = Attention(16, 2, qk_norm=True), []
+    for norm in (attention.q_norm, attention.k_norm):
+        norm.register_forward_hook(lambda *args: seen.append(args[2]))
+    attention(torch.randn(2, 3, 16) * 50, None)
+    for heads in seen:
+        assert heads.shape == (2, 3, 2, 8)
+        torch.testing.assert_close(heads.square().mean(-1), torch.ones(2, 3, 2))

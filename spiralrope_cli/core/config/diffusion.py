@@ -1,0 +1,90 @@
+"""The words of the diffusion process: steps, samplers, guidance. Standard library only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from spiralrope_cli.core.config.checks import at_least, one_of
+from spiralrope_cli.core.errors import ConfigError
+
+NUM_TRAIN_STEPS = 1000
+SAMPLERS = ("ddpm", "ddim", "dpm++")
+CFG_CHANNELS = ("3", "all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidanceConfig:
+    """Classifier-free guidance, e = e_null + scale * (e_label - e_null).
+
+    Attributes:
+        cfg_scale: 1 is no guidance, and costs half as much.
+        cfg_channels: `3` guides the first three noise channels, as the published figures were
+            made; `all` guides every one.
+        cfg_interval: guides where low <= original timestep < high (arXiv 2404.07724).
+    """
+
+    cfg_scale: float = 1.0
+    cfg_channels: str = "3"
+    cfg_interval: tuple[int, int] = (0, NUM_TRAIN_STEPS)
+
+    def __post_init__(self) -> None:
+        at_least("cfg_scale", self.cfg_scale, 1)
+        if math.isinf(self.cfg_scale):
+            raise ConfigError("--cfg-scale is inf; it must be a number")
+        one_of("cfg_channels", self.cfg_channels, CFG_CHANNELS)
+        low, high = self.cfg_interval
+        if not 0 <= low < high <= NUM_TRAIN_STEPS:
+            raise ConfigError(
+                f"--cfg-interval {low},{high}: it must be LO,HI with "
+                f"0 <= LO < HI <= {NUM_TRAIN_STEPS}"
+            )
+
+    def acts_at(self, timestep: int) -> bool:
+        """Whether a step, by its original number, is guided."""
+        low, high = self.cfg_interval
+        return self.cfg_scale != 1 and low <= timestep < high
+
+
+def spaced_timesteps(steps: str | int) -> list[int]:
+    """Which of the 1000 steps a shorter chain keeps, ascending.
+
+    Args:
+        steps: "250" spreads 250 steps evenly from first to last; "10,15,20" does so in each of
+            three equal sections; "ddim25" takes every 40th.
+
+    Raises:
+        ConfigError: no such chain exists.
+    """
+    text = str(steps)
+    if text.startswith("ddim"):
+        return _strided(text)
+    counts = [int(part) if part.isdecimal() else 0 for part in text.split(",")]
+    size, longer = divmod(NUM_TRAIN_STEPS, len(counts))
+    sizes = [size + (number < longer) for number in range(len(counts))]
+    fits = all(1 <= count <= size for count, size in zip(counts, sizes, strict=True))
+    if not fits or sum(counts) < 2:
+        raise ConfigError(
+            f"--steps {text}: it must be 2 to {NUM_TRAIN_STEPS}, "
+            "counts per section such as 10,15,20, or ddim25"
+        )
+    chosen, start = [], 0
+    for count, size in zip(counts, sizes, strict=True):
+        # The place is summed up, not multiplied: its rounding is part of the published chains.
+        stride, place = (size - 1) / (count - 1) if count > 1 else 1.0, 0.0
+        for _ in range(count):
+            chosen.append(start + round(place))
+            place += stride
+        start += size
+    return chosen
+
+
+def _strided(text: str) -> list[int]:
+    count = int(text[4:]) if text[4:].isdecimal() else 0
+    for stride in range(1, NUM_TRAIN_STEPS // 2 + 1):
+        if len(range(0, NUM_TRAIN_STEPS, stride)) == count:
+            return list(range(0, NUM_TRAIN_STEPS, stride))
+    raise ConfigError(
+        f"--steps {text}: no whole stride through {NUM_TRAIN_STEPS} takes so many steps",
+        f"use --steps {count}" if count > 1 else "for example ddim25 or ddim50",
+    )

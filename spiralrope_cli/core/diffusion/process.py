@@ -1,0 +1,202 @@
+"""Gaussian diffusion with a learned variance: the loss and the step back.
+
+Legend: B batch, L latent channels, S steps in the chain, e noise. The network's output has 2L
+channels: e, and v that says where between its bounds the log variance lies.
+
+Source: "Improved Denoising Diffusion Probabilistic Models", arXiv 2102.09672.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from spiralrope_cli.core.config.checks import one_of
+from spiralrope_cli.core.config.diffusion import SAMPLERS
+from spiralrope_cli.core.diffusion import samplers
+from spiralrope_cli.core.diffusion.schedule import Constants, Schedule
+
+HALF_BIN = 1 / 255
+OPEN_BEYOND = 0.999
+LEAST_PROBABILITY = 1e-12
+
+
+class StepBack(NamedTuple):
+    """The distribution of x_(t-1) that the network sees from x_t, [B, L, H, W] each."""
+
+    mean: Tensor
+    log_variance: Tensor
+    pred_x0: Tensor
+    noise: Tensor
+
+
+class GaussianDiffusion:
+    """The diffusion process of the published DiTs.
+
+    Args:
+        steps: "1000" is the whole chain, as in training; "250" or 250 keeps so many steps,
+            spread evenly; "ddim25" keeps every 40th.
+
+    Attributes:
+        num_steps: S.
+        timesteps: [S] int64, original numbers, ascending.
+        betas: [S] float64.
+        alphas_cumprod: [S] float64.
+
+    Raises:
+        ConfigError: no such chain exists.
+    """
+
+    def __init__(self, steps: str | int = "1000") -> None:
+        self.schedule = Schedule(steps)
+        self.timesteps = self.schedule.timesteps
+        self.num_steps = len(self.timesteps)
+        self.betas = self.schedule.betas
+        self.alphas_cumprod = self.schedule.constants.alphas_cumprod
+
+    def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Noised latents, x_t = sqrt(a) x_0 + sqrt(1 - a) e.
+
+        Args:
+            x0: [B, ...].
+            t: [B] steps of the chain, 0 to S - 1.
+            noise: standard normal, as x0.
+
+        Returns:
+            [B, ...].
+        """
+        at = self.schedule.at(t, x0)
+        return at.sqrt_alphas_cumprod * x0 + at.sqrt_one_minus_alphas_cumprod * noise
+
+    def training_losses(
+        self,
+        model: Callable[..., Tensor],
+        x0: Tensor,
+        t: Tensor,
+        noise: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Loss of each sample: squared error of the noise, plus the variational bound.
+
+        The bound teaches the variance alone: the noise in it is detached.
+
+        Args:
+            model: called as `model(x_t, original step numbers, **model_kwargs)`.
+            x0: latents [B, L, H, W].
+            t: [B] steps of the chain.
+            noise: as x0; by default drawn from torch's global generator.
+            model_kwargs: such as `y`.
+
+        Returns:
+            `loss`, `mse` and `vb` (bits per dimension), [B] each.
+        """
+        noise = torch.randn_like(x0) if noise is None else noise
+        out = model(self.q_sample(x0, t, noise), self.schedule.original(t), **model_kwargs)
+        predicted, v = out.to(x0.dtype).chunk(2, dim=1)
+        error = predicted - noise
+        mse = error.square().flatten(1).mean(1)
+        vb = self._bound(x0, t, error.detach(), v)
+        return {"loss": mse + vb, "mse": mse, "vb": vb}
+
+    def _bound(self, x0: Tensor, t: Tensor, error: Tensor, v: Tensor) -> Tensor:
+        """[B] bits per dimension between the true step back and the predicted one."""
+        at = self.schedule.at(t, x0)
+        log_variance = _log_variance(v, at)
+        # Both means hold the same share of x_t, so they differ by that of the noise's error. At
+        # the first step the true mean is x_0 itself.
+        off = at.posterior_mean_coef1 * at.sqrt_recipm1_alphas_cumprod * error
+        narrower = at.posterior_log_variance_clipped - log_variance
+        kl = 0.5 * (narrower.exp() - narrower - 1 + off.square() * (-log_variance).exp())
+        first = (t == 0).reshape(at.log_betas.shape)
+        nats = torch.where(first, _discretised_nll(x0, off, log_variance), kl)
+        return nats.flatten(1).mean(1) / math.log(2)
+
+    def step_back(
+        self, out: Tensor, x: Tensor, index: int | Tensor, clip_denoised: bool = False
+    ) -> StepBack:
+        """What the network's output says about the step before.
+
+        Args:
+            out: [B, 2L, H, W] from the network.
+            x: x_t, [B, L, H, W].
+            index: step of the chain, as a number or [B].
+            clip_denoised: clamps the predicted x_0 to [-1, 1].
+        """
+        at = self.schedule.at(index, x)
+        noise, v = out.to(x.dtype).chunk(2, dim=1)
+        x0 = at.sqrt_recip_alphas_cumprod * x - at.sqrt_recipm1_alphas_cumprod * noise
+        if clip_denoised:
+            x0 = x0.clamp(-1, 1)
+            noise = (at.sqrt_recip_alphas_cumprod * x - x0) / at.sqrt_recipm1_alphas_cumprod
+        mean = at.posterior_mean_coef1 * x0 + at.posterior_mean_coef2 * x
+        return StepBack(mean, _log_variance(v, at), x0, noise)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        model: Callable[..., Tensor],
+        shape: Sequence[int],
+        sampler: str = "ddpm",
+        eta: float = 0.0,
+        clip_denoised: bool = False,
+        noise: Tensor | None = None,
+        step_noise: Tensor | Callable[[], Tensor] | None = None,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        """Draws latents.
+
+        Args:
+            model: called as `model(x_t, original step numbers [B], **model_kwargs)`.
+            shape: (B, L, H, W).
+            sampler: `ddpm`, `ddim` or `dpm++`.
+            eta: noise of `ddim`: 0 is none, 1 that of `ddpm`.
+            clip_denoised: clamps the predicted x_0 to [-1, 1] in every step.
+            noise: where to start, [B, L, H, W]; by default drawn from torch's global generator.
+            step_noise: noise of the steps in the order they are made, as [S, B, L, H, W] or as a
+                function that draws the next; by default drawn likewise.
+            model_kwargs: such as `y`.
+
+        Returns:
+            [B, L, H, W].
+
+        Raises:
+            ConfigError: an unknown sampler, or one that cannot take so many steps.
+        """
+        one_of("sampler", sampler, SAMPLERS)
+        if noise is None:
+            device = next(model.parameters()).device if isinstance(model, nn.Module) else None
+            noise = torch.randn(*shape, device=device)
+
+        def predict(x: Tensor, timestep: int) -> Tensor:
+            return model(x, torch.full((len(x),), timestep, device=x.device), **model_kwargs)
+
+        if step_noise is None:
+            step_noise = partial(torch.randn_like, noise)
+        draw = iter(step_noise).__next__ if isinstance(step_noise, Tensor) else step_noise
+        walk = samplers.BY_NAME[sampler](self, predict, noise, draw, eta, clip_denoised)
+        return deque(walk, maxlen=1).pop()
+
+
+def _log_variance(v: Tensor, at: Constants) -> Tensor:
+    """Log variance between that of the posterior, at v = -1, and log beta, at v = 1."""
+    return torch.lerp(at.posterior_log_variance_clipped, at.log_betas, (v + 1) / 2)
+
+
+def _normal_cdf(z: Tensor) -> Tensor:
+    """The published approximation, 1/2 (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3)))."""
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+
+def _discretised_nll(x0: Tensor, off: Tensor, log_variance: Tensor) -> Tensor:
+    """Nats of x_0 as one of 256 grey levels under a Gaussian whose mean is `off` away."""
+    scale = (-0.5 * log_variance).exp()
+    below_upper = _normal_cdf((off + HALF_BIN) * scale)
+    below_lower = _normal_cdf((off - HALF_BIN) * scale)
+    inside = torch.where(x0 > OPEN_BEYOND, 1 - below_lower, below_upper - below_lower)
+    return -torch.where(x0 < -OPEN_BEYOND, below_upper, inside).clamp(min=LEAST_PROBABILITY).log()

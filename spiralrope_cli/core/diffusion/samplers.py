@@ -1,0 +1,112 @@
+"""From noise to latents. All samplers have one signature, and yield the latents of each step.
+
+Args of each:
+    diffusion: the process, whose chain they walk down.
+    predict: `predict(x, timestep)` -> [B, 2L, H, W], with the original number of the step.
+    start: standard normal [B, L, H, W].
+    step_noise: `step_noise()` -> noise of the next step, as start; not called where a sampler
+        needs none.
+    eta: noise of `ddim`; the others have none to set.
+    clip_denoised: clamps the predicted x_0 to [-1, 1] in every step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from spiralrope_cli.core.config.diffusion import NUM_TRAIN_STEPS
+from spiralrope_cli.core.diffusion.schedule import BETA_FIRST, BETA_LAST
+from spiralrope_cli.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from spiralrope_cli.core.diffusion.process import GaussianDiffusion
+
+Predict = Callable[[Tensor, int], Tensor]
+StepNoise = Callable[[], Tensor]
+
+
+def ddpm(
+    diffusion: GaussianDiffusion,
+    predict: Predict,
+    start: Tensor,
+    step_noise: StepNoise,
+    eta: float = 0.0,
+    clip_denoised: bool = False,
+) -> Iterator[Tensor]:
+    """Ancestral sampling with the learned variance (arXiv 2006.11239)."""
+    x = start
+    for index, timestep in _downwards(diffusion):
+        step = diffusion.step_back(predict(x, timestep), x, index, clip_denoised)
+        x = step.mean
+        if index:
+            x = torch.addcmul(x, (0.5 * step.log_variance).exp(), step_noise())
+        yield x
+
+
+def ddim(
+    diffusion: GaussianDiffusion,
+    predict: Predict,
+    start: Tensor,
+    step_noise: StepNoise,
+    eta: float = 0.0,
+    clip_denoised: bool = False,
+) -> Iterator[Tensor]:
+    """Deterministic sampling, or with eta times the noise of ancestral (arXiv 2010.02502)."""
+    x = start
+    constants = diffusion.schedule.constants
+    for index, timestep in _downwards(diffusion):
+        step = diffusion.step_back(predict(x, timestep), x, index, clip_denoised)
+        left = constants.alphas_cumprod[index].item()
+        left_next = constants.alphas_cumprod_prev[index].item()
+        sigma = eta * math.sqrt((1 - left_next) / (1 - left) * (1 - left / left_next))
+        x = math.sqrt(left_next) * step.pred_x0
+        x = x.add(step.noise, alpha=math.sqrt(max(1 - left_next - sigma**2, 0)))
+        if sigma:
+            x = x.add(step_noise(), alpha=sigma)
+        yield x
+
+
+def dpm_solver(
+    diffusion: GaussianDiffusion,
+    predict: Predict,
+    start: Tensor,
+    step_noise: StepNoise,
+    eta: float = 0.0,
+    clip_denoised: bool = False,
+) -> Iterator[Tensor]:
+    """DPM-Solver++ (2M), deterministic (arXiv 2211.01095), through diffusers' scheduler.
+
+    It takes as many steps as the chain has, but spaces them itself.
+    """
+    # Imported where it is used: it takes seconds.
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+
+    if diffusion.num_steps >= NUM_TRAIN_STEPS:
+        raise ConfigError(
+            f"--steps {diffusion.num_steps}: dpm++ takes at most {NUM_TRAIN_STEPS - 1}",
+            "10 to 50 are its usual range",
+        )
+    # Thresholding between 1 and 1 is a clamp.
+    scheduler = DPMSolverMultistepScheduler(
+        NUM_TRAIN_STEPS, BETA_FIRST, BETA_LAST, thresholding=clip_denoised, sample_max_value=1.0
+    )
+    scheduler.set_timesteps(diffusion.num_steps)
+    scheduler.set_begin_index(0)
+    x = start
+    for timestep in scheduler.timesteps.tolist():
+        noise, _ = predict(x, timestep).to(x.dtype).chunk(2, dim=1)
+        x = scheduler.step(noise, timestep, x).prev_sample
+        yield x
+
+
+def _downwards(diffusion: GaussianDiffusion) -> Iterator[tuple[int, int]]:
+    """(index in the chain, original number) of every step, the noisiest first."""
+    yield from reversed(list(enumerate(diffusion.timesteps.tolist())))
+
+
+BY_NAME = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver}

@@ -1,0 +1,173 @@
+"""Reads files in the published layouts, without ever running what a pickle asks for."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spiralrope_cli.core.config.rope import RopeConfig
+from spiralrope_cli.core.errors import CheckpointError
+from spiralrope_cli.core.rope import frequencies
+
+StateDict = dict[str, Tensor]
+ZIP_MAGIC = b"PK\x03\x04"
+RAW_KEYS, EMA_KEYS = ("model",), ("model_ema", "ema")
+FREQS_SUFFIX = "freqs"
+FREQS_TOLERANCE = 1e-3
+"""Relative; averaged weights hold frequencies that crept by up to 2e-4."""
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """One file, unpacked.
+
+    Attributes:
+        raw: weights, mapped from the disk where the file's format allows it.
+        ema: averaged weights; the raw ones where the file holds one set alone.
+        has_both: whether the two differ in origin.
+        args: options of the run that made it, empty in a bare state dict.
+        progress: epoch or step that it was saved at, in words, or nothing.
+    """
+
+    raw: StateDict
+    ema: StateDict
+    has_both: bool
+    args: dict[str, Any]
+    progress: str = ""
+
+
+def read_published(path: Path) -> PublishedFile:
+    """Reads a `.pth` or `.pt` file; what its optimizer holds stays on the disk.
+
+    Raises:
+        CheckpointError: it is damaged, no checkpoint, or needs more than tensors and plain
+            values.
+    """
+    content = _load(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__} and no weights")
+    raw, ema = (_first_state(content, keys) for keys in (RAW_KEYS, EMA_KEYS))
+    if raw is None and ema is None:
+        bare = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+        if not bare or len(bare) < len(content):
+            named = ", ".join(map(str, list(content)[:4])) or "nothing"
+            raise CheckpointError(
+                f"{path} is no checkpoint in a published layout: it holds {named}",
+                "it needs a state dict under 'model', or nothing but tensors",
+            )
+        return PublishedFile(bare, bare, False, {})
+    args = content.get("args")
+    if isinstance(args, argparse.Namespace):
+        args = vars(args)
+    epoch = content.get("epoch")
+    return PublishedFile(
+        raw=raw if raw is not None else ema or {},
+        ema=ema if ema is not None else raw or {},
+        has_both=raw is not None and ema is not None,
+        args=args if isinstance(args, dict) else {},
+        progress=f"epoch {epoch}" if isinstance(epoch, int) else "",
+    )
+
+
+def _first_state(content: dict[str, Any], keys: tuple[str, ...]) -> StateDict | None:
+    for key in keys:
+        value = content.get(key)
+        if (
+            isinstance(value, dict)
+            and value
+            and all(isinstance(item, Tensor) for item in value.values())
+        ):
+            return value
+    return None
+
+
+def _load(path: Path) -> Any:
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if not head:
+        raise CheckpointError(f"{path} is empty", "download it again")
+    if head.lstrip()[:1] == b"<":
+        raise CheckpointError(
+            f"{path} is a web page and no checkpoint",
+            "what was saved is a server's message; download it again, or use spiralrope fetch",
+        )
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            f"{path} is a pointer of git-lfs and not the file itself", "run git lfs pull there"
+        )
+    is_zip = head.startswith(ZIP_MAGIC)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # Mapped, so that tensors which nobody asks for are never read. Old files refuse it.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except UnpicklingError as error:
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if wanted:
+            raise CheckpointError(
+                f"{path} is refused: to be read it would run {wanted[1]}",
+                "checkpoints are read without running code: tensors, plain values and "
+                "argparse.Namespace alone",
+            ) from error
+        raise CheckpointError(f"{path} is no checkpoint of torch, or damaged") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
+        cut = is_zip or "EOF" in str(error)
+        what = "is cut off or damaged" if cut else "is no checkpoint of torch"
+        size = path.stat().st_size
+        raise CheckpointError(f"{path} {what} ({size} bytes)", "download it again") from error
+    except Exception as error:  # arbitrary bytes make the unpickler fail in any way
+        raise CheckpointError(f"{path} is no checkpoint of torch") from error
+
+
+def rope_from_args(args: dict[str, Any]) -> dict[str, Any] | None:
+    """RoPE options of a run's `args`, by the fields of RopeConfig; None where they have none.
+
+    DiT files put `rope_` in front of the names, DeiT files do not.
+    """
+    if args.get("use_rope") is False:
+        return {"enabled": False}
+    names = RopeConfig.__dataclass_fields__
+    prefix = "rope_" if "rope_rotate" in args else ""
+    if f"{prefix}rotate" not in args:
+        return None
+    found = {name: args[prefix + name] for name in names if prefix + name in args}
+    return {**found, "theta": float(found.get("theta", RopeConfig.theta))}
+
+
+def without_freqs(state: StateDict) -> tuple[StateDict, list[Tensor]]:
+    """The state without frequency buffers, and those."""
+    kept = {name: value for name, value in state.items() if not _is_freqs(name)}
+    return kept, [value for name, value in state.items() if _is_freqs(name)]
+
+
+def _is_freqs(name: str) -> bool:
+    return name.endswith(("rope.freqs", "rope_embedder.freqs"))
+
+
+def freqs_note(stored: list[Tensor], rope: RopeConfig, head_dim: int) -> str | None:
+    """What to look at where a file's frequencies are not those that the options give."""
+    if not stored or not rope.enabled:
+        return None
+    ours = frequencies(rope, head_dim)
+    for theirs in {id(value): value for value in stored}.values():
+        near = theirs.shape == ours.shape and torch.allclose(
+            theirs.double(), ours, rtol=FREQS_TOLERANCE, atol=1e-12
+        )
+        if not near:
+            return (
+                "the file's frequencies are not those of its RoPE options: look at --rotate, "
+                "--theta, --freqs-for, --max-freq-lang, --min-freq-lang, --truncate-percentage "
+                "and --same-theta"
+            )
+    return None

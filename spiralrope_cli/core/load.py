@@ -1,0 +1,139 @@
+"""Models made of weights of any origin: a run, a file, or a published name."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from spiralrope_cli.core.config.rope import RopeConfig
+from spiralrope_cli.core.errors import CheckpointError
+from spiralrope_cli.core.hub.published import StateDict
+from spiralrope_cli.core.hub.source import find_source
+from spiralrope_cli.core.models.build import create_model
+from spiralrope_cli.core.models.deit import DeiT, resize_pos_embed
+from spiralrope_cli.core.models.dit import DiT
+from spiralrope_cli.core.weights import SHOWN_KEYS, Weights, here, read_weights
+
+__all__ = ["Weights", "build", "create", "here", "load_model", "read_weights", "start_from"]
+
+
+@dataclass(frozen=True)
+class KeyReport:
+    """How a state dict differs from a network's."""
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    reshaped: tuple[str, ...]
+
+    @classmethod
+    def of(cls, state: StateDict, model: nn.Module) -> KeyReport:
+        """Compares names and shapes."""
+        ours = model.state_dict()
+        return cls(
+            tuple(name for name in ours if name not in state),
+            tuple(name for name in state if name not in ours),
+            tuple(n for n in ours if n in state and ours[n].shape != state[n].shape),
+        )
+
+    def __str__(self) -> str:
+        told = []
+        for what in ("missing", "unexpected", "reshaped"):
+            if names := getattr(self, what):
+                more = f" and {len(names) - SHOWN_KEYS} more" if len(names) > SHOWN_KEYS else ""
+                told.append(f"{len(names)} {what} ({', '.join(names[:SHOWN_KEYS])}{more})")
+        return "; ".join(told)
+
+
+def create(weights: Weights, **changes: Any) -> DeiT | DiT:
+    """A network of the weights' sizes without their values; changes replace arguments."""
+    return create_model(weights.arch, **{"rope": weights.rope, **weights.options, **changes})
+
+
+def load_model(
+    source: str | Path, *, ema: bool = False, rope: RopeConfig | None = None
+) -> DeiT | DiT:
+    """A model in eval mode, configured by what the source says.
+
+    Args:
+        source: a run folder, a checkpoint file of either layout, or a published name, which is
+            fetched if need be.
+        ema: the averaged weights.
+        rope: replaces the source's options; a bare state dict needs them.
+
+    Raises:
+        CheckpointError: no weights there, damaged ones, or another model's.
+        ConfigError: no such name, or a bare state dict without options.
+        FetchError: published weights that cannot be had.
+    """
+    chosen = dataclasses.asdict(rope) if rope is not None else {}
+    weights = read_weights(here(find_source(str(source))), ema=ema, rope=chosen)
+    for note in weights.notes:
+        warnings.warn(note, stacklevel=2)
+    return build(weights)
+
+
+def build(weights: Weights, device: torch.device | str = "cpu", **changes: Any) -> DeiT | DiT:
+    """The network with its weights, in eval mode on a device.
+
+    Args:
+        weights: as read.
+        device: where it goes.
+        changes: arguments of `create_model` that replace the weights' own; another image size
+            resamples the position embedding.
+
+    Raises:
+        CheckpointError: names or shapes differ.
+    """
+    with torch.device("meta"):  # the initial values would be thrown away
+        model = create(weights, **changes)
+    state = fitted(weights, model)
+    model.load_state_dict(
+        {name: value.to(device, torch.float32) for name, value in state.items()}, assign=True
+    )
+    return model.requires_grad_(False).eval()
+
+
+def start_from(weights: Weights, model: DeiT | DiT) -> None:
+    """Puts weights into a fresh network; a head or label table of other classes stays fresh.
+
+    Raises:
+        CheckpointError: other names or shapes differ.
+    """
+    fresh = ("y_embedder.",) if isinstance(model, DiT) else ("head.",)
+    state = fitted(weights, model, may_differ=fresh)
+    model.load_state_dict({**model.state_dict(), **state})
+
+
+def fitted(weights: Weights, model: DeiT | DiT, may_differ: tuple[str, ...] = ()) -> StateDict:
+    """The weights' tensors as a network takes them.
+
+    Args:
+        weights: as read.
+        model: whose position embedding they are resampled for.
+        may_differ: beginnings of names that are left out where their shapes differ.
+
+    Raises:
+        CheckpointError: lists what is missing, left over or of another shape.
+    """
+    state = dict(weights.state)
+    if isinstance(model, DeiT) and "pos_embed" in state:
+        rows, columns = weights.options["image_size"]
+        patch = weights.options["patch_size"]
+        old_grid = rows // patch, columns // patch
+        state["pos_embed"] = resize_pos_embed(state["pos_embed"], old_grid, model.grid)
+    report = KeyReport.of(state, model)
+    for name in report.reshaped:
+        if name.startswith(may_differ or "\0"):
+            del state[name]
+    left = KeyReport.of(state, model)
+    missing = tuple(n for n in left.missing if not n.startswith(may_differ or "\0"))
+    if missing or left.unexpected or left.reshaped:
+        told = KeyReport(missing, left.unexpected, left.reshaped)
+        raise CheckpointError(f"{weights.file} does not fit {weights.arch}: {told}")
+    return state

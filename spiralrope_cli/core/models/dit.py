@@ -1,0 +1,299 @@
+"""Diffusion transformer with Spiral RoPE, under the published parameter names.
+
+Legend: B batch, L latent channels, (H, W) the latent's size, p patch side, N = h*w patch tokens,
+C width.
+
+Source: "Scalable Diffusion Models with Transformers", arXiv 2212.09748 (adaLN-Zero blocks).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from spiralrope_cli.core.config.rope import RopeConfig
+from spiralrope_cli.core.errors import ConfigError
+from spiralrope_cli.core.models.layers import Attention, Mlp, PatchEmbed, gelu_tanh, no_autocast
+from spiralrope_cli.core.rope import Grid, SpiralRoPE, as_pair
+
+INIT_STD = 0.02
+NORM_EPS = 1e-6
+NUM_SINUSOIDS = 256
+MAX_PERIOD = 10000.0
+
+
+class TimestepEmbedder(nn.Module):
+    """Timestep to vector: sinusoids, then linear, SiLU, linear."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(NUM_SINUSOIDS, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """[B] steps of the 1000 -> [B, C]. The phases are formed in float32 or better."""
+        wide = torch.promote_types(dtype, torch.float32)
+        number = torch.arange(NUM_SINUSOIDS // 2, dtype=wide, device=t.device)
+        frequency = torch.exp(number * (-2 * math.log(MAX_PERIOD) / NUM_SINUSOIDS))
+        phase = t[:, None].to(wide) * frequency
+        return self.mlp(torch.cat((phase.cos(), phase.sin()), dim=-1).to(dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Class to vector; the last row of the table is the null class of guidance."""
+
+    def __init__(self, num_classes: int, dim: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """[B] -> [B, C]."""
+        return self.embedding_table(y)
+
+
+def modulation(dim: int, num_signals: int) -> nn.Sequential:
+    """Linear layer from the condition to shifts, scales and gates, [B, C] -> [B, signals * C].
+
+    Its SiLU is taken once for all blocks, in `DiT.forward`; index 1 is the published name.
+    """
+    return nn.Sequential(nn.Identity(), nn.Linear(dim, num_signals * dim))
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm without parameters, scaled and shifted: [B, N, C] and [B, 1, C] -> [B, N, C]."""
+    # The CPU's kernel takes twice as long where it is given no weight and bias.
+    channels, on_cpu = x.shape[-1:], x.device.type == "cpu"
+    one, zero = (x.new_ones(channels), x.new_zeros(channels)) if on_cpu else (None, None)
+    return torch.addcmul(shift, F.layer_norm(x, channels, one, zero, NORM_EPS), 1 + scale)
+
+
+class DiTBlock(nn.Module):
+    """Pre-norm transformer block whose norms and branches a condition steers (adaLN-Zero)."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qk_norm: bool) -> None:
+        super().__init__()
+        self.attn = Attention(dim, num_heads, qk_norm)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), activation=gelu_tanh)
+        self.adaLN_modulation = modulation(dim, 6)
+
+    def forward(self, x: Tensor, turns: Tensor | None, condition: Tensor) -> Tensor:
+        """[B, N, C], [N, D/2, 2] cosines and sines or None, and [B, C] -> [B, N, C]."""
+        with no_autocast(x.device):
+            signals = self.adaLN_modulation(condition).unflatten(-1, (6, 1, -1))
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = signals.unbind(1)  # [B, 1, C]
+        x = torch.addcmul(x, gate_1, self.attn(modulated(x, shift_1, scale_1), turns))
+        return torch.addcmul(x, gate_2, self.mlp(modulated(x, shift_2, scale_2)))
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm, then a linear layer to the values of each patch."""
+
+    def __init__(self, dim: int, patch_size: int, out_chans: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, patch_size * patch_size * out_chans)
+        self.adaLN_modulation = modulation(dim, 2)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """[B, N, C] and [B, C] -> [B, N, p*p*channels], ordered row, column, channel."""
+        shift, scale = self.adaLN_modulation(condition).unflatten(-1, (2, 1, -1)).unbind(1)
+        return self.linear(modulated(x, shift, scale))
+
+
+class DiT(nn.Module):
+    """Predicts a latent's noise, and how large the variance of the step back is.
+
+    Args:
+        embed_dim: width C.
+        depth: blocks.
+        num_heads: heads per block; C / num_heads must be a multiple of 4 with RoPE.
+        rope: options of the rotary embedding; `enabled=False` adds fixed sin-cos positions.
+        input_size: side or (height, width) of the latent.
+        patch_size: side of a patch in latent pixels.
+        in_chans: channels L of the latent.
+        num_classes: classes; the null class of guidance is one more, with this number.
+        pretrain_grid: patch grid that the positions refer to; by default the model's own.
+        label_dropout: share of labels that `draw_drop` makes null in training.
+        qk_norm: normalises queries and keys.
+        mlp_ratio: hidden width of the MLP over C.
+
+    Raises:
+        ConfigError: sizes that do not divide, or RoPE options that do not fit the heads.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        *,
+        rope: RopeConfig,
+        input_size: Grid = 32,
+        patch_size: int = 2,
+        in_chans: int = 4,
+        num_classes: int = 1000,
+        pretrain_grid: Grid | None = None,
+        label_dropout: float = 0.1,
+        qk_norm: bool = False,
+        mlp_ratio: float = 4.0,
+    ) -> None:
+        super().__init__()
+        height, width = self.input_size = as_pair(input_size)
+        if min(height, width) < patch_size or height % patch_size or width % patch_size:
+            raise ConfigError(
+                f"a latent of {height}x{width} does not split into patches of {patch_size}"
+            )
+        if embed_dim % num_heads:
+            raise ConfigError(f"a width of {embed_dim} does not split into {num_heads} heads")
+        self.patch_size = patch_size
+        self.grid = (height // patch_size, width // patch_size)
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.label_dropout = label_dropout
+        self.grad_checkpointing = False
+
+        self.x_embedder = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.t_embedder = TimestepEmbedder(embed_dim)
+        self.y_embedder = LabelEmbedder(num_classes, embed_dim)
+        self.rope = (
+            SpiralRoPE(embed_dim // num_heads, rope, pretrain_grid or self.grid)
+            if rope.enabled
+            else None
+        )
+        if self.rope is None:
+            num_patches = self.grid[0] * self.grid[1]
+            self.pos_embed = nn.Parameter(torch.empty(1, num_patches, embed_dim), False)
+        self.blocks = nn.ModuleList(
+            DiTBlock(embed_dim, num_heads, mlp_ratio, qk_norm) for _ in range(depth)
+        )
+        self.final_layer = FinalLayer(embed_dim, patch_size, 2 * in_chans)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Published init: Xavier uniform, normal 0.02 for the embedders, zeros where it counts.
+
+        Zeros in the modulation shut every branch off, and in the final layer the output is 0.
+        """
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(module.weight.data.flatten(1))
+                nn.init.zeros_(module.get_parameter("bias"))
+        for name in ("t_embedder.mlp.0", "t_embedder.mlp.2", "y_embedder.embedding_table"):
+            nn.init.normal_(self.get_parameter(f"{name}.weight"), std=INIT_STD)
+        for name, parameter in self.named_parameters():
+            if "adaLN_modulation" in name or name.startswith("final_layer"):
+                nn.init.zeros_(parameter)
+        if self.rope is None:
+            self.pos_embed.data.copy_(sincos_pos_embed(self.grid, self.pos_embed.shape[-1]))
+
+    def draw_drop(self, batch_size: int, generator: torch.Generator) -> Tensor | None:
+        """Which samples of one training step lose their label, so that guidance has a null class.
+
+        Args:
+            batch_size: B, the samples of the whole step.
+            generator: a CPU generator.
+
+        Returns:
+            [B] bool on the CPU; None when the rate is 0.
+        """
+        if not self.label_dropout:
+            return None
+        return torch.rand(batch_size, generator=generator) < self.label_dropout
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, drop: Tensor | None = None) -> Tensor:
+        """Predicts noise and variance.
+
+        Under autocast the blocks' products are in half precision. What few rows or few channels
+        make cheap stays in the weights' own: embedders, modulation and the final layer.
+
+        Args:
+            x: noised latents [B, L, H, W]; with RoPE of any size that patches divide.
+            t: [B] original step numbers, 0 to 999.
+            y: [B] classes; `num_classes` is the null class.
+            drop: [B] bool from `draw_drop`, True where the label becomes null.
+
+        Returns:
+            [B, 2L, H, W]: noise, then the place between the log variances, in [-1, 1] about.
+        """
+        if self.rope is None and tuple(x.shape[-2:]) != self.input_size:
+            raise ValueError(f"latents are {tuple(x.shape[-2:])}, not {self.input_size}")
+        grid = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
+        if drop is not None:
+            y = torch.where(drop, self.num_classes, y)
+        dtype = self.x_embedder.proj.weight.dtype
+        with no_autocast(x.device):
+            condition = F.silu(self.t_embedder(t, dtype) + self.y_embedder(y))  # [B, C]
+            x = self.x_embedder(x.to(dtype)).contiguous()
+        if self.rope is None:
+            x, turns = x + self.pos_embed, None
+        else:
+            turns = self.rope.turns(grid, 0, x.device)
+        for block in self.blocks:
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(block, x, turns, condition, use_reentrant=False)
+            else:
+                x = block(x, turns, condition)
+        with no_autocast(x.device):
+            return self.unpatchify(self.final_layer(x, condition), grid)
+
+    def cast_blocks(self, dtype: torch.dtype) -> None:
+        """Casts the blocks' matrices once for inference under autocast.
+
+        It gives the same numbers, and spares autocast the cast of every weight in every call.
+        """
+        for name, module in self.blocks.named_modules():
+            if isinstance(module, nn.Linear) and "adaLN" not in name:
+                module.to(dtype)
+
+    def unpatchify(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """[B, h*w, p*p*channels] -> [B, channels, H, W]."""
+        patch = self.patch_size
+        x = x.unflatten(2, (patch, patch, -1)).unflatten(1, grid)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, grid[0] * patch, grid[1] * patch)
+
+    def forward_with_cfg(
+        self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, cfg_channels: int | None = 3
+    ) -> Tensor:
+        """Prediction under classifier-free guidance, e = e_null + scale * (e_label - e_null).
+
+        Args:
+            x: latents [2B, L, H, W], of which the first half is used for both halves.
+            t: [2B] original step numbers.
+            y: [2B] labels, then B times the null class.
+            cfg_scale: 1 is no guidance.
+            cfg_channels: the leading noise channels that are guided: 3 as in the published
+                figures, None for all.
+
+        Returns:
+            [2B, 2L, H, W]; guided channels are the same in both halves, the others each half's.
+        """
+        half = x[: len(x) // 2]
+        out = self(torch.cat((half, half)), t, y)
+        guided = self.in_chans if cfg_channels is None else min(cfg_channels, self.in_chans)
+        labelled, null = out[:, :guided].chunk(2)
+        noise = null + cfg_scale * (labelled - null)
+        return torch.cat((torch.cat((noise, noise)), out[:, guided:]), dim=1)
+
+
+def sincos_pos_embed(grid: tuple[int, int], dim: int) -> Tensor:
+    """Fixed positions: the first half of the width follows the column, the second the row.
+
+    Args:
+        grid: patches as (rows, columns).
+        dim: width C, a multiple of 4.
+
+    Returns:
+        [1, h*w, C] float32; each half is [sin, cos].
+
+    Raises:
+        ConfigError: the width is no multiple of 4.
+    """
+    if dim % 4:
+        raise ConfigError(f"a width of {dim} is not a multiple of 4")
+    frequency = MAX_PERIOD ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    row, column = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
+    phases = [place.reshape(-1, 1) * frequency for place in (column, row)]
+    waves = [wave for phase in phases for wave in (phase.sin(), phase.cos())]
+    return torch.cat(waves, dim=1).float()[None]

@@ -1,0 +1,341 @@
+"""One set of weights of any origin, and what they belong to.
+
+Sizes come from the shapes of the tensors, RoPE options from what was stored beside them: a wrong
+`rotate` would load without a sound.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from spiralrope_cli.core.config.models import (
+    DEIT_SIZES,
+    DIT_SIZES,
+    DiTSize,
+    TransformerSize,
+    deit_name,
+    deit_size,
+    dit_name,
+    dit_size,
+    is_dit,
+)
+from spiralrope_cli.core.config.resolve import StartingPoint
+from spiralrope_cli.core.config.rope import RopeConfig
+from spiralrope_cli.core.config.runs import ModelConfig
+from spiralrope_cli.core.errors import CheckpointError, ConfigError
+from spiralrope_cli.core.hub.download import fetch, local_path
+from spiralrope_cli.core.hub.published import (
+    PublishedFile,
+    StateDict,
+    freqs_note,
+    read_published,
+    rope_from_args,
+    without_freqs,
+)
+from spiralrope_cli.core.hub.source import Source
+
+MODEL_OPTIONS = {
+    False: ("num_classes", "image_size", "patch_size", "in_chans", "pretrain_grid"),
+    True: ("num_classes", "input_size", "in_chans", "pretrain_grid", "qk_norm"),
+}
+"""What `create_model` needs beside arch and rope, of a DeiT and of a DiT."""
+
+SHOWN_KEYS = 4
+LATENT_SIZE = (32, 32)
+"""Of 256 px through the VAE, where a file does not tell."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One set of weights and what they belong to.
+
+    Attributes:
+        source: where they come from.
+        file: the file that holds them.
+        ema: whether they are averaged ones.
+        arch: `--arch`, or its form by numbers for sizes outside the table.
+        rope: the options they were trained with, or those of the user in their place.
+        options: further arguments of `create_model`.
+        state: name -> tensor, mapped from the disk, without frequencies.
+        published: whether they come in the published layout.
+        config: the run's config where it is stored beside them, else empty.
+        notes: what the user should know, one line each.
+        progress: how far they were trained, in words, or nothing.
+    """
+
+    source: Source
+    file: Path
+    ema: bool
+    arch: str
+    rope: RopeConfig
+    options: dict[str, Any]
+    state: StateDict
+    published: bool
+    config: dict[str, Any]
+    notes: tuple[str, ...]
+    progress: str
+
+    def summary(self) -> str:
+        """What was loaded, in a line."""
+        kind = "averaged (EMA)" if self.ema else "raw"
+        rope = f"rotate {self.rope.rotate}" if self.rope.enabled else "no RoPE"
+        progress = f", {self.progress}" if self.progress else ""
+        return f"{self.source.given}: {kind} weights of {self.arch}, {rope}{progress}"
+
+
+def here(source: Source, *, offline: bool = False) -> Source:
+    """The source on this machine; what is published is fetched, after its size was said.
+
+    Raises:
+        CheckpointError: published, but no network's weights.
+        FetchError: it cannot be had.
+    """
+    if source.row is None or source.place is not None:
+        return source
+    if source.row.kind not in ("deit", "dit"):
+        raise CheckpointError(
+            f"{source.given} is {source.row.what}, and no weights of a DeiT or DiT",
+            "spiralrope fetch --list shows what is what",
+        )
+    path = local_path(source.row) or fetch(source.row, offline=offline)
+    return dataclasses.replace(source, place=path)
+
+
+def read_weights(
+    source: Source, *, ema: bool = False, rope: dict[str, Any] | None = None
+) -> Weights:
+    """One set of weights of a source that is here.
+
+    Args:
+        source: what `find_source` and `here` gave.
+        ema: averaged in place of raw ones; a bare state dict has one set alone.
+        rope: field name -> value, RoPE options of the user, which win over the source's.
+
+    Raises:
+        CheckpointError: damaged, or no DeiT and no DiT.
+        ConfigError: a bare state dict without RoPE options.
+    """
+    file, rope = source.file(ema), rope or {}
+    if file.suffix == ".safetensors":
+        state, metadata = _read_safetensors(file)
+        if "config" in metadata:
+            return _of_ours(source, file, ema, state, metadata, rope)
+        content = PublishedFile(state, state, False, {})
+    else:
+        content = read_published(file)
+    return _of_published(source, file, ema, content, rope)
+
+
+def starting_point(
+    source: Source, options: dict[str, Any]
+) -> tuple[StartingPoint, tuple[str, ...]]:
+    """What a finetuning run starts from, for its resolution, and notes for the user.
+
+    Args:
+        source: from `find_source`; published weights are fetched if need be.
+        options: field name -> value, of which the RoPE options win over the source's.
+
+    Raises:
+        CheckpointError: no weights there, or not those of a classifier.
+        ConfigError: a bare state dict without RoPE options.
+    """
+    names = RopeConfig.__dataclass_fields__
+    chosen = {name: value for name, value in options.items() if name in names}
+    weights = read_weights(here(source), ema=True, rope=chosen)
+    if is_dit(weights.arch):
+        raise CheckpointError(
+            f"{source.given} holds {weights.arch}, a diffusion transformer, and no classifier",
+            "dit-train --init starts from those",
+        )
+    of_run = str(weights.config.get("data", "")) if weights.source.run else ""
+    start = StartingPoint(
+        source=source.given,
+        arch=weights.arch,
+        rope=weights.rope,
+        model=ModelConfig(drop_path=0.0, **weights.options),
+        published=weights.published,
+        data=of_run,
+    )
+    return start, weights.notes
+
+
+def _read_safetensors(file: Path) -> tuple[StateDict, dict[str, str]]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            return {name: opened.get_tensor(name) for name in opened.keys()}, metadata  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{file} cannot be read: {reason}") from error
+
+
+def _of_ours(
+    source: Source,
+    file: Path,
+    ema: bool,
+    state: StateDict,
+    metadata: dict[str, str],
+    rope: dict[str, Any],
+) -> Weights:
+    try:
+        config = json.loads(metadata["config"])
+        arch, model = config["arch"], config["model"]
+        trained = RopeConfig(**config["rope"])
+        options = {name: model[name] for name in MODEL_OPTIONS[is_dit(arch)] if name in model}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} does not say which model it holds: {error}") from error
+    pairs = {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
+    used, notes = _override(trained, rope, source)
+    step = metadata.get("step", "")
+    return Weights(
+        source=source,
+        file=file,
+        ema=metadata.get("weights") == "ema",
+        arch=arch,
+        rope=used,
+        options={**options, **pairs},
+        state=state,
+        published=False,
+        config=config,
+        notes=notes,
+        progress=f"step {step}" if step else "",
+    )
+
+
+def _of_published(
+    source: Source, file: Path, ema: bool, content: PublishedFile, rope: dict[str, Any]
+) -> Weights:
+    state, freqs = without_freqs(content.ema if ema else content.raw)
+    dit = "x_embedder.proj.weight" in state
+    if not dit and ("cls_token" not in state or "blocks.0.gamma_1" not in state):
+        some = ", ".join(list(state)[:SHOWN_KEYS])
+        raise CheckpointError(
+            f"{file} holds neither a DeiT nor a DiT of this project: {len(state)} tensors "
+            f"such as {some}"
+        )
+    trained = rope_from_args(content.args)
+    if trained is None and source.row is not None and source.row.rope is not None:
+        trained = source.row.rope
+    if trained is None and dit and "pos_embed" in state:
+        trained = {"enabled": False}
+    if trained is None and not {"rotate", "enabled"} & rope.keys():
+        raise ConfigError(
+            f"{file} does not say which RoPE options it was trained with",
+            "give them, --rotate at least, or --no-rope: wrong ones would load without a sound",
+        )
+    notes: tuple[str, ...] = ()
+    said = RopeConfig(**{"scaling": "extrapolate", **(trained or rope)})
+    used, notes = _override(said, rope, source)
+    try:
+        options, arch, head_dim = (_dit_sizes if dit else _deit_sizes)(state, freqs, used, content)
+    except (KeyError, IndexError, ValueError) as error:
+        raise CheckpointError(f"{file} is not whole: {error} is missing or misshaped") from error
+    if note := freqs_note(freqs, used, head_dim):
+        notes = (*notes, f"{file.name}: {note}")
+    if ema and not content.has_both:
+        notes = (*notes, f"{file.name} holds one set of weights alone; EMA is that one")
+    steps = source.row.steps if source.row else None
+    return Weights(
+        source=source,
+        file=file,
+        ema=ema and content.has_both,
+        arch=arch,
+        rope=used,
+        options=options,
+        state=state,
+        published=True,
+        config={},
+        notes=notes,
+        progress=content.progress or (f"step {steps}" if steps else ""),
+    )
+
+
+def _override(
+    trained: RopeConfig, chosen: dict[str, Any], source: Source
+) -> tuple[RopeConfig, tuple[str, ...]]:
+    """The options with the user's in place, and a warning for each that contradicts."""
+    against = [
+        f"--{'rope' if name == 'enabled' else name.replace('_', '-')} {value} contradicts "
+        f"{source.given}, which was trained with {getattr(trained, name)}"
+        for name, value in chosen.items()
+        if getattr(trained, name) != value and name != "scaling"
+    ]
+    return dataclasses.replace(trained, **chosen), tuple(against)
+
+
+def _head_dim(freqs: list[torch.Tensor], rope: RopeConfig) -> int | None:
+    if not freqs:
+        return None
+    shared = rope.same_theta and rope.freqs_for == "lang"
+    return 4 * len(freqs[0]) * (max(rope.rotate, 1) if shared else 1)
+
+
+def _depth(state: StateDict) -> int:
+    return 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+
+
+def _side(tokens: int, given: Any) -> tuple[int, int]:
+    """Rows and columns of a grid: square, unless the file's `grid` says otherwise."""
+    if isinstance(given, (list, tuple)) and math.prod(given) == tokens:
+        return int(given[0]), int(given[1])
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise ValueError(f"the grid of {tokens} patches")
+    return side, side
+
+
+def _deit_sizes(
+    state: StateDict, freqs: list[torch.Tensor], rope: RopeConfig, content: PublishedFile
+) -> tuple[dict[str, Any], str, int]:
+    dim, depth = state["cls_token"].shape[-1], _depth(state)
+    head_dim = _head_dim(freqs, rope)
+    if head_dim is None:
+        known = {(s.dim, s.depth): s.head_dim for s in DEIT_SIZES.values()}
+        head_dim = known.get((dim, depth), 64)
+    arch = deit_name(TransformerSize(dim, depth, dim // head_dim))
+    weight = state["patch_embed.proj.weight"]
+    patch = weight.shape[-1]
+    rows, columns = _side(state["pos_embed"].shape[1], content.args.get("grid"))
+    options = {
+        "num_classes": len(state["head.weight"]),
+        "image_size": (rows * patch, columns * patch),
+        "patch_size": patch,
+        "in_chans": weight.shape[1],
+        "pretrain_grid": content.args.get("pretrain_grid"),
+    }
+    return options, arch, deit_size(arch).head_dim
+
+
+def _dit_sizes(
+    state: StateDict, freqs: list[torch.Tensor], rope: RopeConfig, content: PublishedFile
+) -> tuple[dict[str, Any], str, int]:
+    weight, table = state["x_embedder.proj.weight"], state["y_embedder.embedding_table.weight"]
+    dim, depth, patch = weight.shape[0], _depth(state), weight.shape[-1]
+    head_dim = _head_dim(freqs, rope)
+    if head_dim is None:
+        known = {(s.dim, s.depth): s.head_dim for s in DIT_SIZES.values()}
+        head_dim = known.get((dim, depth), 64)
+    arch = dit_name(DiTSize(dim, depth, dim // head_dim, patch))
+    # With RoPE nothing in the tensors tells the latent's size, and the network takes any.
+    input_size = LATENT_SIZE
+    if "pos_embed" in state:
+        rows, columns = _side(state["pos_embed"].shape[1], content.args.get("grid"))
+        input_size = (rows * patch, columns * patch)
+    elif (grid := content.args.get("grid")) is not None:
+        input_size = (grid[0] * patch, grid[1] * patch)
+    options = {
+        "num_classes": len(table) - 1,
+        "input_size": input_size,
+        "in_chans": weight.shape[1],
+        "pretrain_grid": content.args.get("pretrain_grid"),
+        "qk_norm": any(".q_norm." in name for name in state),
+    }
+    return options, arch, dit_size(arch).head_dim

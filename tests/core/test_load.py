@@ -1,0 +1,218 @@
+"""Weights of any origin load as what they are, or are refused in a line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+from pathlib import Path
+
+import pytest
+import torch
+from comparing import same_tensors
+from safetensors.torch import load_file, save_file
+
+from spiralrope_cli import RopeConfig, create_model, load_model
+from spiralrope_cli.core.errors import CheckpointError, ConfigError
+from spiralrope_cli.core.hub.source import find_source
+from spiralrope_cli.core.load import build, start_from
+from spiralrope_cli.core.weights import read_weights, starting_point
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+DEIT = GOLDEN / "checkpoints" / "deit_tiny_checkpoint.pth"
+DIT = GOLDEN / "checkpoints" / "dit_tiny_0000007.pt"
+BARE = GOLDEN / "checkpoints" / "dit_tiny_raw.pth"
+EXPECTED = load_file(GOLDEN / "checkpoints" / "expected.safetensors")
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def published(path=DEIT, **changes):
+    """The content of a golden file, with changes."""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return {**torch.load(path, weights_only=True), **changes}
+
+
+@pytest.mark.parametrize(("ema", "kind"), [(False, "model"), (True, "ema")])
+def test_a_published_deit_gives_the_golden_logits(ema, kind):
+    model = load_model(DEIT, ema=ema)
+    images = load_file(GOLDEN / "deit" / "deit_tiny_io.safetensors")["images"]
+    assert not model.training
+    torch.testing.assert_close(model(images), EXPECTED[f"deit_logits_{kind}"], **TOLERANCE)
+
+
+@pytest.mark.parametrize(("ema", "kind"), [(False, "model"), (True, "ema")])
+def test_a_published_dit_gives_the_golden_output(ema, kind):
+    given = load_file(GOLDEN / "dit" / "dit_rope_io.safetensors")
+    out = load_model(str(DIT), ema=ema)(given["x"], given["t"], given["y"])
+    torch.testing.assert_close(out, EXPECTED[f"dit_out_{kind}"], **TOLERANCE)
+
+
+def test_a_bare_state_dict_needs_its_options_and_gives_its_one_set():
+    with pytest.raises(ConfigError, match="does not say which RoPE options") as refused:
+        load_model(BARE)
+    assert "--rotate" in refused.value.hint
+    given = load_file(GOLDEN / "dit" / "dit_rope_io.safetensors")
+    rope = RopeConfig(rotate=2, scaling="extrapolate")
+    with pytest.warns(UserWarning, match="one set of weights alone"):
+        model = load_model(BARE, ema=True, rope=rope)
+    out = model(given["x"], given["t"], given["y"])
+    torch.testing.assert_close(out, EXPECTED["dit_out_ema"], **TOLERANCE)
+
+
+def test_sizes_come_from_the_tensors_and_options_from_args():
+    weights = read_weights(find_source(str(DEIT)))
+    assert weights.arch == "deit-64x2x2"
+    assert weights.options["image_size"] == (64, 64)  # args name a 224 px model of width 768
+    assert weights.rope == RopeConfig(rotate=2, scaling="extrapolate")
+    assert weights.progress == "epoch 17"
+    assert read_weights(find_source(str(DIT))).arch == "dit-72x2x3-2"
+
+
+def test_an_option_wins_over_the_file_and_contradiction_is_told():
+    weights = read_weights(find_source(str(DEIT)), rope={"rotate": 4, "max_freq_lang": 1.5})
+    assert weights.rope.rotate == 4
+    told = weights.notes[0]
+    assert told.startswith("--rotate 4 contradicts")
+    assert told.endswith("trained with 2")
+    # R changes the directions alone: with the file's theta the frequencies stay the same.
+    assert len(weights.notes) == 1
+
+
+def test_frequencies_that_do_not_follow_from_the_options_are_told(tmp_path):
+    args = argparse.Namespace(**{**vars(published()["args"]), "max_freq_lang": 1.0})
+    torch.save(published(args=args), tmp_path / "other.pth")
+    notes = read_weights(find_source(str(tmp_path / "other.pth"))).notes
+    assert len(notes) == 1
+    assert "--max-freq-lang" in notes[0]
+    crept = published()
+    for name, value in crept["model_ema"].items():
+        if name.endswith("freqs"):
+            value.mul_(1 + 2e-4)
+    torch.save(crept, tmp_path / "crept.pth")
+    assert not read_weights(find_source(str(tmp_path / "crept.pth")), ema=True).notes
+
+
+def test_another_size_resamples_the_position_embedding():
+    weights = read_weights(find_source(str(DEIT)))
+    model = build(weights, image_size=96)
+    assert model.pos_embed.shape == (1, 36, 64)
+    assert model(torch.zeros(1, 3, 96, 96)).shape == (1, 10)
+
+
+def test_other_classes_leave_a_fresh_head_and_everything_else_is_taken():
+    weights = read_weights(find_source(str(DEIT)), ema=True)
+    torch.manual_seed(0)
+    model = create_model(weights.arch, rope=weights.rope, **{**weights.options, "num_classes": 3})
+    head = model.head.weight.clone()
+    start_from(weights, model)
+    assert torch.equal(model.head.weight, head)
+    ours = model.state_dict()
+    theirs = {name: value for name, value in weights.state.items() if "head." not in name}
+    assert same_tensors({name: ours[name] for name in theirs}, theirs)
+
+
+def test_what_is_missing_left_over_or_misshaped_is_listed(tmp_path):
+    state = published()["model"]
+    del state["norm.scale"]
+    state["extra.weight"] = torch.zeros(2)
+    state["head.bias"] = torch.zeros(3)
+    torch.save(published(model=state), tmp_path / "other.pth")
+    with pytest.raises(CheckpointError) as refused:
+        load_model(tmp_path / "other.pth")
+    told = refused.value.message
+    assert "1 missing (norm.scale)" in told
+    assert "1 unexpected (extra.weight)" in told
+    assert "1 reshaped (head.bias)" in told
+
+
+class Evil:
+    """Pickles as a call that leaves a file behind."""
+
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def test_nothing_in_a_pickle_is_ever_run(runs):
+    torch.save({"model": Evil()}, "evil.pth")
+    torch.save({"model": Evil()}, "old.pth", _use_new_zipfile_serialization=False)
+    for name in ("evil.pth", "old.pth"):
+        with pytest.raises(CheckpointError, match=r"refused: to be read it would run posix.mkdir"):
+            load_model(name)
+    assert not (runs / "ran").exists()
+
+
+def test_a_namespace_with_more_than_plain_values_is_refused(runs):
+    args = argparse.Namespace(rotate=2, output_dir=pathlib.PurePosixPath("x"))
+    torch.save(published(args=args), "path.pth")
+    with pytest.raises(CheckpointError, match=r"would run pathlib\.PurePosixPath"):
+        load_model("path.pth")
+
+
+def test_files_in_the_old_format_load_too(runs):
+    torch.save(published(), "old.pth", _use_new_zipfile_serialization=False)
+    same = load_model("old.pth").state_dict()
+    assert same_tensors(same, load_model(DEIT).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "is empty"),
+        (b"<!DOCTYPE html><html>Not found</html>", "is a web page and no checkpoint"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of git-lfs"),
+        (DEIT.read_bytes()[:400_000], r"is cut off or damaged \(400000 bytes\)"),
+        (DEIT.read_bytes()[:-40], "is cut off or damaged"),
+        (b"hello, this is a text", "is no checkpoint of torch"),
+        (bytes(1000), "is no checkpoint of torch"),
+    ],
+)
+def test_what_is_no_checkpoint_has_its_own_line(runs, content, told):
+    (runs / "x.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match=told) as refused:
+        load_model("x.pth")
+    assert "\n" not in refused.value.message
+
+
+def test_state_dicts_of_other_models_have_their_own_line(runs):
+    import timm
+
+    vit = timm.create_model("test_vit", pretrained=False)
+    torch.save(vit.state_dict(), "vit.pth")
+    torch.save({"model": torch.nn.Linear(2, 2).state_dict()}, "linear.pth")
+    torch.save({"state_dict": {}, "epoch": 3}, "wrapped.pth")
+    torch.save([1, 2], "list.pth")
+    save_file({"weight": torch.zeros(2)}, "plain.safetensors")
+    (runs / "broken.safetensors").write_bytes(b"12345678901234567890")
+    for name, told in (
+        ("vit.pth", "neither a DeiT nor a DiT"),
+        ("linear.pth", "2 tensors such as weight, bias"),
+        ("wrapped.pth", "it holds state_dict, epoch"),
+        ("list.pth", "holds a list"),
+        ("plain.safetensors", "neither a DeiT nor a DiT"),
+        ("broken.safetensors", "cannot be read"),
+    ):
+        with pytest.raises(CheckpointError, match=told):
+            load_model(name)
+
+
+def test_a_bare_state_dict_in_safetensors_is_read_with_options(runs):
+    save_file(dict(torch.load(BARE, weights_only=True)), "bare.safetensors")
+    weights = read_weights(find_source("bare.safetensors"), rope={"rotate": 2})
+    assert weights.arch == "dit-72x2x3-2"
+
+
+def test_unknown_sources(runs):
+    for given, told in (
+        ("deit-bb", "no file, no run folder and no published name"),
+        ("gone/checkpoint.pth", "no file and no folder"),
+        (".", "holds no checkpoint"),
+    ):
+        with pytest.raises((CheckpointError, ConfigError), match=told):
+            find_source(given)
+
+
+def test_published_weights_at_their_own_size_keep_extrapolating():
+    start, notes = starting_point(find_source(str(DEIT)), {})
+    assert start.rope.scaling == "extrapolate"
+    assert start.published
+    assert not notes
