@@ -1,9 +1,11 @@
 """Are the figures of `spiralrope fid` those of torch-fidelity? Same weights, same real images.
 
-KID is a small difference of large sums: torch-fidelity's own, of float32 features, is shown beside
-the same function fed with float64. Two times 2000 images of Fashion-MNIST, training against test. Without the published weights
+Two times 2000 images of Fashion-MNIST, training against test. Without the published weights
 (`spiralrope fetch inception`) random ones do, as long as both sides use the same. Takes some
 minutes on two cores; --images 200 shows the same in a fraction of it.
+
+KID is a small difference of large sums: torch-fidelity's own, in float32, is shown beside the same
+function fed with float64.
 """
 
 from __future__ import annotations
