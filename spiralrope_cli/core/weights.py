@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from spiralrope_cli.core.config.dit_runs import VAE_FACTOR, DiTModelConfig, TrainingRun
+from spiralrope_cli.core.config.dit_runs import DiTModelConfig, TrainingRun
+from spiralrope_cli.core.config.latents import VAE_FACTOR
 from spiralrope_cli.core.config.models import (
     DEIT_SIZES,
     DIT_SIZES,
