@@ -181,7 +181,8 @@ def input_size(arch: str, image_size: tuple[int, int], vae: str) -> tuple[int, i
         if side < unit or side % unit:
             through = f" through the VAE, which divides by {factor}" if factor > 1 else ""
             raise ConfigError(
-                f"--image-size {side} does not split into the patches of {arch}{through}",
+                f"--image-size {side} does not split into the patches of {patch} "
+                f"of {arch}{through}",
                 f"the nearest that does: {max(1, round(side / unit)) * unit}",
             )
     return image_size[0] // factor, image_size[1] // factor
