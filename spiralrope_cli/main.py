@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from spiralrope_cli.commands import dit_encode, dit_train, fetch, finetune, pretrain
+from spiralrope_cli.commands import (
+    dit_encode,
+    dit_sample,
+    dit_train,
+    export,
+    fetch,
+    finetune,
+    pretrain,
+)
 from spiralrope_cli.core.errors import SpiralRopeError, UnreadableImageError
 from spiralrope_cli.core.runtime.launch import is_first_process, share_the_machine
 from spiralrope_cli.version import __version__
@@ -26,7 +34,9 @@ app.command("pretrain", epilog=pretrain.EXAMPLES)(pretrain.pretrain)
 app.command("finetune", epilog=finetune.EXAMPLES)(finetune.finetune)
 app.command("dit-train", epilog=dit_train.EXAMPLES)(dit_train.dit_train)
 app.command("dit-encode", epilog=dit_encode.EXAMPLES)(dit_encode.dit_encode)
+app.command("dit-sample", epilog=dit_sample.EXAMPLES)(dit_sample.dit_sample)
 app.command("fetch", epilog=fetch.EXAMPLES)(fetch.fetch)
+app.command("export", epilog=export.EXAMPLES)(export.export)
 
 
 def _print_version(wanted: bool) -> None:

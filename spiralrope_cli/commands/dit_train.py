@@ -94,7 +94,7 @@ def dit_train(
 
     found = find_source(init)
 
-    from spiralrope_cli.core.weights import starting_point
+    from spiralrope_cli.core.jobs.start import starting_point
 
     start, notes = starting_point(found, o.given(context), dit=True)
     train("dit-train", context, start, notes)

@@ -21,8 +21,8 @@ from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.hub.catalog import WEIGHTS_REPO
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.jobs import train_classifier
+from spiralrope_cli.core.jobs.start import starting_point
 from spiralrope_cli.core.runtime.job import StopRequest
-from spiralrope_cli.core.weights import starting_point
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoints"
 DEIT = GOLDEN / "deit_tiny_checkpoint.pth"

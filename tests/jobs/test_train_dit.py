@@ -20,13 +20,14 @@ from spiralrope_cli.core.data.dit_loader import DiTData
 from spiralrope_cli.core.diffusion.process import GaussianDiffusion
 from spiralrope_cli.core.diffusion.vae import load_vae
 from spiralrope_cli.core.errors import CheckpointError, DataError, TrainingError
+from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.jobs import encode_latents, train_dit
 from spiralrope_cli.core.jobs.plan import plan_lines
+from spiralrope_cli.core.jobs.start import starting_point
 from spiralrope_cli.core.runtime import launch, run_folder
 from spiralrope_cli.core.runtime.job import StopRequest
 from spiralrope_cli.core.runtime.report import read_metrics
 from spiralrope_cli.core.training.step import LossMeter
-from spiralrope_cli.core.weights import starting_point
 
 JOB = "spiralrope_cli.core.jobs.train_dit:run"
 CPU = torch.device("cpu")
@@ -167,7 +168,7 @@ def test_what_a_run_writes_is_read_by_load_model(tiny, runs):
 
 def test_init_starts_from_averaged_weights_and_keeps_what_fits(tiny, runs):
     train_dit.run(tiny(out="first", rotate=3, lr=1e-2))
-    start, notes = starting_point(str(runs / "first"), {}, dit=True)
+    start, notes = starting_point(find_source(str(runs / "first")), {}, dit=True)
     assert not notes
     same = tiny(start, out="same", steps=1, lr=0.0, schedule="constant")
     assert (same.arch, same.rope.rotate, same.data) == ("dit-32x2x2-2", 3, "digits")
@@ -178,7 +179,7 @@ def test_init_starts_from_averaged_weights_and_keeps_what_fits(tiny, runs):
 def test_init_gives_other_classes_a_fresh_label_table(tiny, runs, image_folder):
     on_files = {"data": str(image_folder), "image_size": (8, 8), "vae": "none", "workers": 0}
     train_dit.run(tiny(out="two", steps=1, **on_files))
-    start, _ = starting_point(str(runs / "two"), {}, dit=True)
+    start, _ = starting_point(find_source(str(runs / "two")), {}, dit=True)
     third = image_folder.parent / "three"
     for number in range(3):
         folder = third / str(number)

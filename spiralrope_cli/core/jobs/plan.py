@@ -15,10 +15,10 @@ from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
 from spiralrope_cli.core.config.models import deit_size, dit_size
 from spiralrope_cli.core.config.optim import LINEAR_RULE_BATCH
 from spiralrope_cli.core.config.resolve import Resolved, flatten, to_nested
+from spiralrope_cli.core.jobs.start import starting_weights
 from spiralrope_cli.core.models.build import create_model
 from spiralrope_cli.core.rope import clamped_share
 from spiralrope_cli.core.runtime.launch import joined_world_size, world_size
-from spiralrope_cli.core.weights import starting_weights
 
 CLAMP_HINT_SHARE = 0.15
 SOURCES = (
