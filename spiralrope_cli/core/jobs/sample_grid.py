@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from spiralrope_cli.core.config.dit_runs import DiTRun
 from spiralrope_cli.core.config.latents import VAE_NAMES
+from spiralrope_cli.core.data.pictures import picture_grid, to_levels
 from spiralrope_cli.core.diffusion.process import GaussianDiffusion
 from spiralrope_cli.core.diffusion.vae import Vae, load_vae
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
@@ -28,7 +27,6 @@ from spiralrope_cli.core.training.state import TrainState
 
 COLUMNS, ROWS = 10, 4
 STEPS = 50
-SMALLEST_SIDE = 64
 DECODED_AT_ONCE = 4
 
 
@@ -50,7 +48,7 @@ def draw_grid(config: DiTRun, job: Job, state: TrainState, vae: Vae | None) -> s
     images = samples(config, job, cast(DiT, state.ema.module))
     if vae is not None:
         images = torch.cat([vae.decode(part) for part in images.split(DECODED_AT_ONCE)])
-    grid = grid_of(images)
+    grid = picture_grid(to_levels(images), columns=len(images) // ROWS)
     for path in (target, folder / run_folder.SAMPLES_FILE):
         beside = path.with_suffix(".new")
         grid.save(beside, "png")
@@ -79,12 +77,3 @@ def samples(config: DiTRun, job: Job, model: DiT) -> Tensor:
     noise = NoisePerImage(config.seed, range(len(labels)), shape, job.device).draw()
     with autocast(job.device, job.dtype):
         return GaussianDiffusion(STEPS).sample(model, noise.shape, "ddim", noise=noise, y=labels)
-
-
-def grid_of(images: Tensor) -> Image.Image:
-    """Pictures [N, 1 or 3, H, W] in [-1, 1] side by side, small ones enlarged."""
-    levels = ((images + 1) * 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
-    larger = max(1, SMALLEST_SIDE // min(images.shape[-2:]))
-    levels = levels.repeat_interleave(larger, 2).repeat_interleave(larger, 3)
-    pixels = make_grid(levels, nrow=len(levels) // ROWS, padding=2, pad_value=255)
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
