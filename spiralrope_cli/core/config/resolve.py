@@ -34,8 +34,7 @@ Layer = tuple[str, dict[str, Any]]
 """Where values come from, and field name -> value."""
 
 RUN_KINDS: dict[str, type[TrainingRun]] = {
-    "pretrain": ClassifierRun,
-    "finetune": ClassifierRun,
+    **dict.fromkeys(("pretrain", "finetune"), ClassifierRun),
     "dit-train": DiTRun,
 }
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from spiralrope_cli.core.config.dit_runs import VAE_FACTOR, DiTModelConfig, TrainingRun
+from spiralrope_cli.core.config.dit_runs import DiTModelConfig, TrainingRun
+from spiralrope_cli.core.config.latents import VAE_FACTOR
 from spiralrope_cli.core.config.models import is_dit
 from spiralrope_cli.core.config.resolve import StartingPoint
 from spiralrope_cli.core.config.rope import RopeConfig
