@@ -15,6 +15,7 @@ from spiralrope_cli.commands import (
     evaluate,
     export,
     fetch,
+    fid,
     finetune,
     pretrain,
 )
@@ -39,6 +40,7 @@ app.command("dit-encode", epilog=dit_encode.EXAMPLES)(dit_encode.dit_encode)
 app.command("dit-sample", epilog=dit_sample.EXAMPLES)(dit_sample.dit_sample)
 app.command("fetch", epilog=fetch.EXAMPLES)(fetch.fetch)
 app.command("export", epilog=export.EXAMPLES)(export.export)
+app.command("fid", epilog=fid.EXAMPLES)(fid.fid)
 
 
 def _print_version(wanted: bool) -> None:

@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from spiralrope_cli.core.runtime.launch import share_the_machine
+
+share_the_machine()  # before the first test loads torch
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "spiralrope_cli"]
 
@@ -115,6 +118,25 @@ def tiny_vae(tmp_path_factory):
         model.quant_conv.weight *= 4  # deviations that differ, as those of trained weights do
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def digit_pictures():
+    """[1797, 8, 8, 3] uint8: the bundled scans as pictures."""
+    from spiralrope_cli.core.data.memory import load_digits
+
+    images = np.concatenate([split.images.numpy() for split in load_digits()])
+    return (images * 15).astype(np.uint8).repeat(3, axis=1).transpose(0, 2, 3, 1).copy()
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory, digit_pictures):
+    """A file of random weights for Inception, alive on digits."""
+    import torch
+    from random_inception import write_random_weights
+
+    pictures = torch.from_numpy(digit_pictures[-16:]).permute(0, 3, 1, 2)
+    return write_random_weights(tmp_path_factory.mktemp("inception") / "random.pth", pictures)
 
 
 @pytest.fixture

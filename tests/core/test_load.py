@@ -215,5 +215,4 @@ def test_unknown_sources(runs):
 def test_published_weights_at_their_own_size_keep_extrapolating():
     start, notes = starting_point(find_source(str(DEIT)), {})
     assert start.rope.scaling == "extrapolate"
-    assert start.published
     assert not notes

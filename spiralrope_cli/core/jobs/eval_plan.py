@@ -186,7 +186,6 @@ def positions(
         arch=weights.arch,
         rope=weights.rope,
         model=trained,
-        published=weights.published,
     )
     values: dict[str, Any] = {
         "image_size": size,

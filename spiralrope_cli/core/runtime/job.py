@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Any
 
 import torch
 
@@ -105,7 +105,7 @@ def open_job(machine: MachineConfig, folder: Path | None) -> Iterator[Job]:
             leave.callback(stop.restore)
         else:
             for number in (signal.SIGINT, signal.SIGTERM):
-                leave.callback(signal.signal, number, signal.signal(number, _leave))
+                leave.callback(_restore, number, signal.signal(number, _leave))
         try:
             yield Job(distributed.rank(), distributed.world_size(), device, dtype, reason, stop)
         except SystemExit:
@@ -116,7 +116,14 @@ def open_job(machine: MachineConfig, folder: Path | None) -> Iterator[Job]:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)  # the repetition would break into the clean-up
     raise SystemExit(128 + number)
+
+
+def _restore(number: int, old: Any) -> None:
+    if signal.getsignal(number) == _leave:
+        signal.signal(number, old)
 
 
 @contextlib.contextmanager
