@@ -112,7 +112,7 @@ DIGITS = DataSet(
     dit={
         **_DIT_SMALL_GREY,
         "image_size": (8, 8),
-        "epochs": 150,
+        "epochs": 100,
         "warmup_epochs": 4,
         "batch_size": 64,
         "micro_batch_size": 64,
