@@ -18,8 +18,8 @@ from spiralrope_cli.core.config.dit_runs import DiTRun
 from spiralrope_cli.core.data import files, memory
 from spiralrope_cli.core.data.adm import cropped_array
 from spiralrope_cli.core.data.latents import LatentCache
-from spiralrope_cli.core.data.loaders import BadImages
 from spiralrope_cli.core.data.order import Places, own_parts, own_places
+from spiralrope_cli.core.data.validation import BadImages
 from spiralrope_cli.core.runtime import distributed
 from spiralrope_cli.core.runtime.seeds import generator_for
 
@@ -70,7 +70,7 @@ class DiTData:
             self._load = self._from_cache
         elif run.data in BUILT_IN:
             with distributed.first_alone():  # it may have to unpack or download
-                self._train = memory.load_memory_set(run.data)[0].to(device)
+                self._train = memory.load_memory_set(run.data)[0].to(device, run.model.in_chans)
             self._load = self._from_memory
         else:
             crop = functools.partial(cropped_array, size=run.pictures.image_size)

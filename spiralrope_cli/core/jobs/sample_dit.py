@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spiralrope_cli.core.config.dit_runs import NO_VAE
 from spiralrope_cli.core.config.samples import SampleRun
-from spiralrope_cli.core.data.pictures import to_levels
+from spiralrope_cli.core.data.grid import to_levels
 from spiralrope_cli.core.data.sample_files import SampleFiles
 from spiralrope_cli.core.diffusion.guidance import guided
 from spiralrope_cli.core.diffusion.process import GaussianDiffusion

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spiralrope_cli.core.config.dit_runs import DiTRun
 from spiralrope_cli.core.config.latents import VAE_NAMES
-from spiralrope_cli.core.data.pictures import picture_grid, to_levels
+from spiralrope_cli.core.data.grid import picture_grid, to_levels
 from spiralrope_cli.core.diffusion.process import GaussianDiffusion
 from spiralrope_cli.core.diffusion.vae import Vae, load_vae
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
