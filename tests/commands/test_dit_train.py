@@ -150,7 +150,7 @@ def test_the_published_recipe_on_photographs(resolved, image_folder, tiny_vae):
     assert recipes.DIT["vae"] == "ema"
     assert recipes.DIT["epochs"] * (1281167 // recipes.DIT["batch_size"]) == 400_320
     plain = resolve_dit({"data": str(image_folder / "train"), "batch_size": 8}).run
-    assert (plain.num_train, plain.model.num_classes) == (16, 2)
+    assert (plain.num_train, plain.model.num_classes, plain.out) == (16, 2, run.out)
     pixels = resolve_dit({"data": str(image_folder), "batch_size": 8, "vae": "none"}).run
     assert (pixels.model.input_size, pixels.model.in_chans) == ((256, 256), 3)
 

@@ -243,13 +243,18 @@ def find_pictures(data: str) -> DataSet:
     classes = class_folders(root)
     return DataSet(
         data=str(root.resolve()),
-        slug=root.resolve().name,
+        slug=slug_of(root.resolve()),
         kind="folder",
         default_arch="deit-b",
         num_classes=len(class_names(classes)),
         num_train=len(list_images(classes)),
         num_val=0,
     )
+
+
+def slug_of(root: Path) -> str:
+    """A short name of a data folder; its `train/` is called as the folder itself."""
+    return root.parent.name if root.name == "train" else root.name
 
 
 def class_folders(root: Path) -> Path:

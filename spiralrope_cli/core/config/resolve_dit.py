@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from spiralrope_cli.core.config import inert, recipes
-from spiralrope_cli.core.config.datasets import DataSet, find_pictures
+from spiralrope_cli.core.config.datasets import DataSet, find_pictures, slug_of
 from spiralrope_cli.core.config.dit_runs import DiTRun, PictureConfig, input_size
 from spiralrope_cli.core.config.latents import LATENT_CHANNELS, Manifest, read_manifest
 from spiralrope_cli.core.config.models import dit_name, dit_size
@@ -75,7 +75,7 @@ def of_cache(cache: Manifest) -> DataSet:
     """Cached latents as a data set."""
     return DataSet(
         data=cache.plan.data,
-        slug=Path(cache.plan.data).name,
+        slug=slug_of(Path(cache.plan.data)),
         kind="latents",
         default_arch="",
         num_classes=len(cache.plan.class_names),
