@@ -8,7 +8,7 @@ import typer
 from spiralrope_cli.commands import options as o
 from spiralrope_cli.commands import recipe_options as r
 from spiralrope_cli.commands.options import DATA, MACHINE, RUN, choice, option
-from spiralrope_cli.core.config.latents import EncodeRun
+from spiralrope_cli.core.config.latents import EncodeRun, class_folder
 from spiralrope_cli.core.config.resolve import DATA_VARIABLE, build
 from spiralrope_cli.core.config.runs import PRECISIONS
 from spiralrope_cli.core.errors import DataError
@@ -108,7 +108,11 @@ def dit_encode(
             f"name a folder with one folder of images per class, or set {DATA_VARIABLE}",
         )
     run: EncodeRun = build(EncodeRun, chosen)
-    from spiralrope_cli.core.jobs.encode_plan import check_and_tell
+    class_folder(run.data)
+    from spiralrope_cli.core.hub.vae import find_vae
+
+    find_vae(run.vae)
+    from spiralrope_cli.core.jobs.encode_plan import check_and_tell  # from here on with torch
 
     check_and_tell(run, speak=is_first_process())
     if not dry_run:

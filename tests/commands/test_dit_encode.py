@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,24 +45,40 @@ def photos(tmp_path_factory):
     return root
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Pictures this small gain nothing by threads that wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    torch.set_num_threads(before)
+
+
+def config_of(photos, vae, out, **changes):
+    values = {
+        "data": str(photos),
+        "out": str(out),
+        "vae": str(vae),
+        "image_size": (32, 24),
+        "batch_size": 5,
+        "machine": MachineConfig(nproc=1, device="cpu", precision="fp32", workers=0, skip_bad=True),
+    }
+    return EncodeRun(**{**values, **changes})
+
+
 @pytest.fixture
 def make(photos, tiny_vae, tmp_path):
     """Runs of the job in this process."""
+    return partial(config_of, photos, tiny_vae, out=tmp_path / "latents")
 
-    def config(**changes):
-        values = {
-            "data": str(photos),
-            "out": str(tmp_path / "latents"),
-            "vae": str(tiny_vae),
-            "image_size": (32, 24),
-            "batch_size": 5,
-            "machine": MachineConfig(
-                nproc=1, device="cpu", precision="fp32", workers=0, skip_bad=True
-            ),
-        }
-        return EncodeRun(**{**values, **changes})
 
-    return config
+@pytest.fixture(scope="module")
+def made(photos, tiny_vae, tmp_path_factory):
+    """A finished cache, not to be changed."""
+    out = tmp_path_factory.mktemp("made") / "latents"
+    encode_latents.run(config_of(photos, tiny_vae, out))
+    return out
 
 
 def same_caches(one, other):
@@ -73,10 +90,8 @@ def same_caches(one, other):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
-def test_training_from_the_cache_is_training_with_the_vae(make, photos, tiny_vae):
-    config = make()
-    encode_latents.run(config)
-    cache, vae = LatentCache(Path(config.out)), load_vae(tiny_vae, CPU)
+def test_training_from_the_cache_is_training_with_the_vae(made, photos, tiny_vae):
+    cache, vae = LatentCache(made), load_vae(tiny_vae, CPU)
     files = sorted(photos.glob("*/*.png"))
     assert len(cache) == len(files) == 40
     assert cache.labels.tolist() == [int(path.parent.name[-1]) for path in files]
@@ -114,9 +129,7 @@ def test_training_from_the_cache_is_training_with_the_vae(make, photos, tiny_vae
     assert losses[2:] == pytest.approx(losses[:2], rel=1e-5)
 
 
-def test_two_processes_write_what_one_does(make, spiralrope, photos, tiny_vae, tmp_path):
-    config = make()
-    encode_latents.run(config)
+def test_two_processes_write_what_one_does(made, spiralrope, photos, tiny_vae, tmp_path):
     both = tmp_path / "both"
     done = spiralrope(
         *("dit-encode", "--data", photos, "--vae", tiny_vae, "--image-size", "32x24"),
@@ -127,12 +140,10 @@ def test_two_processes_write_what_one_does(make, spiralrope, photos, tiny_vae, t
     assert "images/s" in done.stderr
     assert done.stdout.startswith(f"{both}: 40 images of 3 classes")
     assert "in 3 shards" in done.stdout
-    same_caches(config.out, both)
+    same_caches(made, both)
 
 
-def test_an_interrupted_run_goes_on(make, monkeypatch, tmp_path, capfd):
-    whole = make(out=str(tmp_path / "whole"))
-    encode_latents.run(whole)
+def test_an_interrupted_run_goes_on(make, made, monkeypatch, capfd):
     config = make()
     write, written = encode_latents.latents.write_shard, []
 
@@ -152,7 +163,7 @@ def test_an_interrupted_run_goes_on(make, monkeypatch, tmp_path, capfd):
     assert written == [0, 1]
     encode_latents.run(config)
     assert written == [0, 1, 2]
-    same_caches(config.out, whole.out)
+    same_caches(config.out, made)
 
 
 def test_a_signal_within_a_shard_ends_it_at_once(make, monkeypatch, tmp_path):
@@ -166,14 +177,14 @@ def test_a_signal_within_a_shard_ends_it_at_once(make, monkeypatch, tmp_path):
 
 def test_a_kill_leaves_whole_shards_alone(make, started, photos, tiny_vae, tmp_path):
     out = tmp_path / "killed"
-    words = ("dit-encode", "--data", photos, "--vae", tiny_vae, "--image-size", "256")
+    words = ("dit-encode", "--data", photos, "--vae", tiny_vae, "--image-size", "64")
     child = started(*words, "--out", out, "--batch-size", 1, "--device", "cpu", "--workers", 0)
     until = time.monotonic() + 120
-    while not (out / "00000.safetensors").exists() and time.monotonic() < until:
+    while not (out / "unfinished" / "00000.json").exists() and time.monotonic() < until:
         time.sleep(0.005)
     child.kill()
     child.wait()
-    config = make(out=str(out), image_size=(256, 256))
+    config = make(out=str(out), image_size=(64, 64))
     there = {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
     assert 1 <= len(there) < 3
     encode_latents.run(config)
@@ -181,9 +192,9 @@ def test_a_kill_leaves_whole_shards_alone(make, started, photos, tiny_vae, tmp_p
     assert there["00000.safetensors"] == (out / "00000.safetensors").read_bytes()
 
 
-def test_what_is_damaged_is_encoded_again_and_only_that(make, capfd):
+def test_what_is_damaged_is_encoded_again_and_only_that(make, made, capfd):
     config = make()
-    encode_latents.run(config)
+    shutil.copytree(made, config.out)
     cache = LatentCache(Path(config.out))
     before = cache.mean_std(torch.arange(40), torch.arange(40) % 2 == 0)
     before = [each.clone() for each in before]
@@ -303,10 +314,8 @@ def test_a_disk_that_is_too_small_is_told_first(call, photos, tiny_vae, monkeypa
     assert "has 100 kB free, and the latents need 164 kB" in result.exception.message
 
 
-def test_a_folder_of_other_latents_is_refused(make, call, photos, tiny_vae):
-    config = make()
-    encode_latents.run(config)
-    words = ("--data", photos, "--vae", tiny_vae, "--out", config.out, "--device", "cpu")
+def test_a_folder_of_other_latents_is_refused(made, call, photos, tiny_vae):
+    words = ("--data", photos, "--vae", tiny_vae, "--out", made, "--device", "cpu")
     result, launched = call(*words, "--image-size", 32)
     assert not launched
     assert "image_size (32, 24), not (32, 32)" in result.exception.message
@@ -315,10 +324,8 @@ def test_a_folder_of_other_latents_is_refused(make, call, photos, tiny_vae):
     assert "3 are there" in result.stderr
 
 
-def test_the_manifest_names_the_vae_and_the_data(make, photos, tiny_vae):
-    config = make()
-    encode_latents.run(config)
-    told = json.loads((LatentCache(Path(config.out)).manifest.folder / "manifest.json").read_text())
+def test_the_manifest_names_the_vae_and_the_data(made, photos, tiny_vae):
+    told = json.loads((made / "manifest.json").read_text())
     assert told["vae"] == str(tiny_vae)
     assert told["data"] == str(photos.resolve())
     assert len(told["vae_sha256"]) == 64

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from spiralrope_cli.core.config.checks import at_least
-from spiralrope_cli.core.config.datasets import BUILT_IN, class_names
+from spiralrope_cli.core.config.datasets import BUILT_IN, class_folders, class_names
 from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.errors import ConfigError, DataError
 
@@ -88,7 +88,7 @@ def class_folder(data: str) -> Path:
         raise DataError(
             f"--data {data} is no folder", "it must hold one folder of images per class"
         )
-    folder = root / "train" if (root / "train").is_dir() else root
+    folder = class_folders(root)
     class_names(folder)
     return folder.resolve()
 
