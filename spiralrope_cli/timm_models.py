@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from spiralrope_cli.core.config.models import deit_size
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.errors import CheckpointError
+from spiralrope_cli.core.hub.published import freqs_note, without_freqs
 from spiralrope_cli.core.models.deit import INIT_STD, DeiT
 from spiralrope_cli.core.rope import Grid
 
@@ -115,6 +118,16 @@ class SpiralRopeDeiT(DeiT):
             {"module": f"blocks.{number}", "num_chs": embed_dim, "reduction": patch_size}
             for number in range(depth)
         ]
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Takes published state dicts too, whose frequencies are compared with the model's."""
+        state, freqs = without_freqs(dict(state_dict))
+        rope = self.rope
+        if rope is not None and (note := freqs_note(freqs, rope.config, rope.head_dim)):
+            warnings.warn(note, stacklevel=2)
+        return super().load_state_dict(state, strict, assign)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """[B, 1 + N, C] -> logits [B, classes], or what goes into the head."""
@@ -238,8 +251,8 @@ def _create(name: str, arch: str, pretrained: bool, **given: Any) -> nn.Module:
         if not (source.has_weights or source.state_dict):
             raise CheckpointError(
                 f"timm has no pretrained weights for {name}",
-                "use pretrained=False, and checkpoint_path=FILE for a safetensors file of "
-                "spiralrope's with the RoPE options that it was trained with",
+                "use pretrained=False, and checkpoint_path=FILE for a file that "
+                "spiralrope export wrote, with the RoPE options that it was trained with",
             )
     size = deit_size(arch)
     sizes = {"embed_dim": size.dim, "depth": size.depth, "num_heads": size.heads}

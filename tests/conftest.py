@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -100,6 +101,26 @@ def image_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_vae(tmp_path_factory):
+    """Folder of a VAE with random weights, of the published one's shape but for its widths."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    folder = tmp_path_factory.mktemp("vae")
+    torch.manual_seed(0)
+    model = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        norm_num_groups=4,
+    )
+    with torch.no_grad():
+        model.quant_conv.weight *= 4  # deviations that differ, as those of trained weights do
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def digit_pictures():
     """[1797, 8, 8, 3] uint8: the bundled scans as pictures."""
     from spiralrope_cli.core.data.memory import load_digits
@@ -137,3 +158,27 @@ def tiny(runs):
         return resolve_classifier("pretrain", {**base, **options}).run
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory):
+    """A run of 8 steps on the digits; its best checkpoint, of step 4, has other weights."""
+    from safetensors.torch import load_file, save_file
+
+    from spiralrope_cli.core.config.resolve import resolve_classifier, to_nested
+    from spiralrope_cli.core.jobs import train_classifier
+
+    out = tmp_path_factory.mktemp("trained") / "tiny"
+    fast = {"lr": 1e-2, "lr_rule": "none", "schedule": "constant", "warmup_epochs": 0}
+    options = {"arch": "deit-64x2x2", "steps": 8, "precision": "fp32", "nproc": 1, "ema_decay": 0.9}
+    run = resolve_classifier("pretrain", {**options, **fast, "out": str(out)}).run
+    train_classifier.run(run)
+    last, best = (out / "checkpoints" / f"{step:07d}" for step in (8, 4))
+    best.mkdir()
+    for kind in ("model", "ema"):
+        state = load_file(last / f"{kind}.safetensors")
+        state["head.weight"] *= 0.5
+        told = {"config": json.dumps(to_nested(run)), "step": "4", "weights": kind}
+        save_file(state, best / f"{kind}.safetensors", told)
+    (out / "checkpoints" / "best.json").write_text('{"step": 4}')
+    return out

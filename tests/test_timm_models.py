@@ -19,6 +19,7 @@ from timm.optim import create_optimizer_v2
 from spiralrope_cli import RopeConfig, create_model, timm_models
 from spiralrope_cli.core.config.models import DEIT_SIZES
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
+from spiralrope_cli.core.hub.write_published import Described, published_content
 from spiralrope_cli.core.rope import angle_table
 
 ARCHES = {
@@ -262,6 +263,36 @@ def test_a_safetensors_checkpoint_of_the_core_loads(tmp_path, x):
     with torch.no_grad():
         assert torch.equal(model(x), core(x))
         assert torch.equal(overlaid(x), core(x))
+
+
+def exported(folder, rope):
+    """A tiny DeiT as `spiralrope export --layout published` writes it, and that DeiT."""
+    core = create_model("deit-ti", rope=rope, image_size=32, num_classes=5).eval()
+    network = Described("deit-ti", rope, 3, 64, 5, (32, 32), (2, 2), (2, 2))
+    state = core.state_dict()
+    torch.save(published_content(network, state, state, progress={}), folder / "checkpoint.pth")
+    return core, folder / "checkpoint.pth"
+
+
+def test_published_files_with_frequencies_load(tmp_path, x):
+    core, file = exported(tmp_path, RopeConfig(rotate=4, max_freq_lang=1.0))
+    sizes = {"img_size": 32, "num_classes": 5, "max_freq_lang": 1.0, "rotate": 4}
+    model = timm.create_model(TINY, checkpoint_path=file, **sizes).eval()
+    other = timm.create_model(TINY, **sizes).eval()
+    state = torch.load(file, weights_only=True)["model"]
+    assert "blocks.0.attn.rope.freqs" in state
+    assert other.load_state_dict(state) == ([], [])
+    with torch.no_grad():
+        assert torch.equal(model(x), core(x))
+        assert torch.equal(other(x), core(x))
+    with pytest.raises(RuntimeError, match="Unexpected"):
+        other.load_state_dict({**state, "blocks.0.attn.rope.other": torch.ones(1)})
+
+
+def test_frequencies_of_other_options_are_told(tmp_path):
+    _, file = exported(tmp_path, RopeConfig(rotate=4, max_freq_lang=1.0))
+    with pytest.warns(UserWarning, match="frequencies are not those"):
+        timm.create_model(TINY, checkpoint_path=file, img_size=32, num_classes=5, rotate=4)
 
 
 # ---- keywords of timm

@@ -4,7 +4,7 @@ import typer
 
 from spiralrope_cli.commands import options as o
 from spiralrope_cli.commands import recipe_options as r
-from spiralrope_cli.commands.classifier import train
+from spiralrope_cli.commands.training import train
 
 EXAMPLES = """
 Examples:
@@ -100,7 +100,7 @@ def finetune(
 
     found = find_source(source)
 
-    from spiralrope_cli.core.weights import starting_point
+    from spiralrope_cli.core.jobs.start import starting_point
 
     start, notes = starting_point(found, o.given(context))
     train("finetune", context, start, notes)

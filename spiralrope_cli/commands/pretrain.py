@@ -4,7 +4,7 @@ import typer
 
 from spiralrope_cli.commands import options as o
 from spiralrope_cli.commands import recipe_options as r
-from spiralrope_cli.commands.classifier import train
+from spiralrope_cli.commands.training import train
 
 EXAMPLES = """
 Examples:

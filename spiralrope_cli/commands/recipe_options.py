@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Annotated
 
 from spiralrope_cli.commands.options import DATA, MODEL, RECIPE, choice, option, parse_size
-from spiralrope_cli.core.config.runs import FREEZES, GEOMETRIES, LR_RULES, SCHEDULES
+from spiralrope_cli.core.config.optim import FREEZES, LR_RULES, SCHEDULES
+from spiralrope_cli.core.config.runs import GEOMETRIES
 
 # --- Model
 Arch = Annotated[

@@ -17,8 +17,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from spiralrope_cli.core.config.models import (
-    DEIT_SIZES,
-    DIT_SIZES,
     DiTSize,
     TransformerSize,
     deit_name,
@@ -27,15 +25,16 @@ from spiralrope_cli.core.config.models import (
     dit_size,
     is_dit,
 )
-from spiralrope_cli.core.config.resolve import StartingPoint
 from spiralrope_cli.core.config.rope import RopeConfig
-from spiralrope_cli.core.config.runs import ModelConfig
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.hub.download import fetch, local_path
 from spiralrope_cli.core.hub.published import (
     PublishedFile,
     StateDict,
+    depth_of,
     freqs_note,
+    head_dim_of,
+    progress_in,
     read_published,
     rope_from_args,
     without_freqs,
@@ -83,12 +82,16 @@ class Weights:
     notes: tuple[str, ...]
     progress: str
 
-    def summary(self) -> str:
-        """What was loaded, in a line."""
-        kind = "averaged (EMA)" if self.ema else "raw"
+    def what(self, kind: str = "") -> str:
+        """What was loaded, in words; another kind is named where there is more than one set."""
+        kind = kind or ("averaged (EMA)" if self.ema else "raw")
         rope = f"rotate {self.rope.rotate}" if self.rope.enabled else "no RoPE"
         progress = f", {self.progress}" if self.progress else ""
-        return f"{self.source.given}: {kind} weights of {self.arch}, {rope}{progress}"
+        return f"{kind} weights of {self.arch}, {rope}{progress}"
+
+    def summary(self) -> str:
+        """What was loaded and where from, in a line."""
+        return f"{self.source.given}: {self.what()}"
 
 
 def here(source: Source, *, offline: bool = False) -> Source:
@@ -134,39 +137,6 @@ def read_weights(
     return _of_published(source, file, ema, content, rope)
 
 
-def starting_point(
-    source: Source, options: dict[str, Any]
-) -> tuple[StartingPoint, tuple[str, ...]]:
-    """What a finetuning run starts from, for its resolution, and notes for the user.
-
-    Args:
-        source: from `find_source`; published weights are fetched if need be.
-        options: field name -> value, of which the RoPE options win over the source's.
-
-    Raises:
-        CheckpointError: no weights there, or not those of a classifier.
-        ConfigError: a bare state dict without RoPE options.
-    """
-    names = RopeConfig.__dataclass_fields__
-    chosen = {name: value for name, value in options.items() if name in names}
-    weights = read_weights(here(source), ema=True, rope=chosen)
-    if is_dit(weights.arch):
-        raise CheckpointError(
-            f"{source.given} holds {weights.arch}, a diffusion transformer, and no classifier",
-            "dit-train --init starts from those",
-        )
-    of_run = str(weights.config.get("data", "")) if weights.source.run else ""
-    start = StartingPoint(
-        source=source.given,
-        arch=weights.arch,
-        rope=weights.rope,
-        model=ModelConfig(drop_path=0.0, **weights.options),
-        published=weights.published,
-        data=of_run,
-    )
-    return start, weights.notes
-
-
 def _read_safetensors(file: Path) -> tuple[StateDict, dict[str, str]]:
     try:
         with safe_open(file, framework="pt") as opened:
@@ -194,11 +164,13 @@ def _of_ours(
         raise CheckpointError(f"{file} does not say which model it holds: {error}") from error
     pairs = {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
     used, notes = _override(trained, rope, source)
-    step = metadata.get("step", "")
+    averaged = metadata.get("weights") == "ema"
+    if ema and not averaged:
+        notes = (*notes, f"{file.name} holds raw weights alone; they are taken, not averaged ones")
     return Weights(
         source=source,
         file=file,
-        ema=metadata.get("weights") == "ema",
+        ema=averaged,
         arch=arch,
         rope=used,
         options={**options, **pairs},
@@ -206,7 +178,7 @@ def _of_ours(
         published=False,
         config=config,
         notes=notes,
-        progress=f"step {step}" if step else "",
+        progress=progress_in(metadata),
     )
 
 
@@ -240,13 +212,14 @@ def _of_published(
         raise CheckpointError(f"{file} is not whole: {error} is missing or misshaped") from error
     if note := freqs_note(freqs, used, head_dim):
         notes = (*notes, f"{file.name}: {note}")
-    if ema and not content.has_both:
+    averaged = content.args.get("weights") == "ema" or (ema and content.has_both)
+    if ema and not averaged:
         notes = (*notes, f"{file.name} holds one set of weights alone; EMA is that one")
     steps = source.row.steps if source.row else None
     return Weights(
         source=source,
         file=file,
-        ema=ema and content.has_both,
+        ema=averaged,
         arch=arch,
         rope=used,
         options=options,
@@ -271,17 +244,6 @@ def _override(
     return dataclasses.replace(trained, **chosen), tuple(against)
 
 
-def _head_dim(freqs: list[torch.Tensor], rope: RopeConfig) -> int | None:
-    if not freqs:
-        return None
-    shared = rope.same_theta and rope.freqs_for == "lang"
-    return 4 * len(freqs[0]) * (max(rope.rotate, 1) if shared else 1)
-
-
-def _depth(state: StateDict) -> int:
-    return 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-
-
 def _side(tokens: int, given: Any) -> tuple[int, int]:
     """Rows and columns of a grid: square, unless the file's `grid` says otherwise."""
     if isinstance(given, (list, tuple)) and math.prod(given) == tokens:
@@ -295,11 +257,8 @@ def _side(tokens: int, given: Any) -> tuple[int, int]:
 def _deit_sizes(
     state: StateDict, freqs: list[torch.Tensor], rope: RopeConfig, content: PublishedFile
 ) -> tuple[dict[str, Any], str, int]:
-    dim, depth = state["cls_token"].shape[-1], _depth(state)
-    head_dim = _head_dim(freqs, rope)
-    if head_dim is None:
-        known = {(s.dim, s.depth): s.head_dim for s in DEIT_SIZES.values()}
-        head_dim = known.get((dim, depth), 64)
+    dim, depth = state["cls_token"].shape[-1], depth_of(state)
+    head_dim = head_dim_of(state, freqs, rope, content.args)
     arch = deit_name(TransformerSize(dim, depth, dim // head_dim))
     weight = state["patch_embed.proj.weight"]
     patch = weight.shape[-1]
@@ -318,11 +277,8 @@ def _dit_sizes(
     state: StateDict, freqs: list[torch.Tensor], rope: RopeConfig, content: PublishedFile
 ) -> tuple[dict[str, Any], str, int]:
     weight, table = state["x_embedder.proj.weight"], state["y_embedder.embedding_table.weight"]
-    dim, depth, patch = weight.shape[0], _depth(state), weight.shape[-1]
-    head_dim = _head_dim(freqs, rope)
-    if head_dim is None:
-        known = {(s.dim, s.depth): s.head_dim for s in DIT_SIZES.values()}
-        head_dim = known.get((dim, depth), 64)
+    dim, depth, patch = weight.shape[0], depth_of(state), weight.shape[-1]
+    head_dim = head_dim_of(state, freqs, rope, content.args)
     arch = dit_name(DiTSize(dim, depth, dim // head_dim, patch))
     # With RoPE nothing in the tensors tells the latent's size, and the network takes any.
     input_size = LATENT_SIZE

@@ -14,15 +14,15 @@ from typer.testing import CliRunner
 
 from spiralrope_cli import load_model
 from spiralrope_cli import main as cli
-from spiralrope_cli.commands import classifier
+from spiralrope_cli.commands import training
 from spiralrope_cli.core.config import recipes
 from spiralrope_cli.core.config.resolve import resolve_classifier
 from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.hub.catalog import WEIGHTS_REPO
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.jobs import train_classifier
+from spiralrope_cli.core.jobs.start import starting_point
 from spiralrope_cli.core.runtime.job import StopRequest
-from spiralrope_cli.core.weights import starting_point
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoints"
 DEIT = GOLDEN / "deit_tiny_checkpoint.pth"
@@ -32,7 +32,7 @@ DEIT = GOLDEN / "deit_tiny_checkpoint.pth"
 def finetune(runs, monkeypatch):
     """The run that `spiralrope finetune ...` would launch, and what was said."""
     launched = []
-    monkeypatch.setattr(classifier, "launch", lambda job, run: launched.append(run))
+    monkeypatch.setattr(training, "launch", lambda job, run: launched.append(run))
 
     def call(*words, expect=0):
         launched.clear()

@@ -13,7 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 from spiralrope_cli import main as cli
-from spiralrope_cli.commands import classifier, finetune, pretrain
+from spiralrope_cli.commands import finetune, pretrain, training
 from spiralrope_cli.core.config import datasets, recipes
 from spiralrope_cli.core.config.resolve import leaf_types, resolve_classifier, to_nested
 from spiralrope_cli.core.config.rope import RopeConfig
@@ -88,7 +88,7 @@ TOGETHER = {"nnodes": ["--nnodes", "2", "--rdzv-endpoint", "host:1"]}
 def resolved(runs, monkeypatch):
     """Runs the command up to the launch, and gives the run that would be launched."""
     launched = []
-    monkeypatch.setattr(classifier, "launch", lambda job, run: launched.append(run))
+    monkeypatch.setattr(training, "launch", lambda job, run: launched.append(run))
 
     def call(*words):
         launched.clear()

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from spiralrope_cli import main as cli
-from spiralrope_cli.commands import classifier, fid
+from spiralrope_cli.commands import fid, training
 from spiralrope_cli.core.jobs import score_plan
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ def test_there_are_commands_to_check():
 @pytest.mark.parametrize(("page", "line"), COMMANDS)
 def test_a_command_block_runs(page, line, runs, image_folder, monkeypatch):
     launched = []
-    for command in (classifier, fid):
+    for command in (training, fid):
         monkeypatch.setattr(command, "launch", lambda job, run: launched.append(run))
     monkeypatch.setattr(score_plan, "prepare", lambda run: run)  # it would look for the files
     words = shlex.split(line, comments=True)[1:]

@@ -32,6 +32,8 @@ class DataSet:
         num_val: validation images.
         defaults: field name -> value, over the recipe of the command.
         finetune: the same for `finetune` alone, over the defaults.
+        default_dit: diffusion transformer that fits it.
+        dit: as defaults, for diffusion transformers, which share nothing with classifiers.
     """
 
     data: str
@@ -43,6 +45,8 @@ class DataSet:
     num_val: int
     defaults: dict[str, Any] = field(default_factory=dict)
     finetune: dict[str, Any] = field(default_factory=dict)
+    default_dit: str = "dit-b4"
+    dit: dict[str, Any] = field(default_factory=dict)
 
 
 # What the memory sets have in common: grey pictures that augmentation must not mirror or mix
@@ -58,6 +62,16 @@ _SMALL_GREY = {
     "weight_decay": 0.05,
     "lr_rule": "linear",
     "min_lr": 1e-5,
+}
+
+# Few grey pixels need no VAE; pictures of digits must not be mirrored.
+_DIT_SMALL_GREY = {
+    "vae": "none",
+    "hflip": 0.0,
+    "schedule": "cosine",
+    "lr": 2e-3,
+    "betas": (0.9, 0.99),
+    "log_every": 25,
 }
 
 # Weights that know the set already need little more.
@@ -94,6 +108,18 @@ DIGITS = DataSet(
         "save_every": 10,
     },
     finetune={**_SHORT, "epochs": 10, "validate_every": 2, "save_every": 5},
+    default_dit="dit-ti2",
+    dit={
+        **_DIT_SMALL_GREY,
+        "image_size": (8, 8),
+        "epochs": 100,
+        "warmup_epochs": 4,
+        "batch_size": 64,
+        "micro_batch_size": 64,
+        "ema_decay": 0.995,
+        "sample_every": 500,
+        "save_every": 500,
+    },
 )
 
 FASHION_MNIST = DataSet(
@@ -127,6 +153,18 @@ FASHION_MNIST = DataSet(
         "save_every": 1,
     },
     finetune={**_SHORT, "epochs": 3},
+    default_dit="dit-ti4",
+    dit={
+        **_DIT_SMALL_GREY,
+        "image_size": (28, 28),
+        "epochs": 10,
+        "warmup_epochs": 1,
+        "batch_size": 128,
+        "micro_batch_size": 128,
+        "ema_decay": 0.999,
+        "sample_every": 1000,
+        "save_every": 1000,
+    },
 )
 
 BUILT_IN = {built_in.data: built_in for built_in in (DIGITS, FASHION_MNIST)}
@@ -185,6 +223,38 @@ def find_data_set(data: str) -> DataSet:
         num_val=counts[1],
         defaults=PHOTOGRAPHS,
     )
+
+
+def find_pictures(data: str) -> DataSet:
+    """The training pictures of that name, or in that folder, for networks that need no held-out.
+
+    Raises:
+        DataError: neither; says what was looked for.
+    """
+    if data in BUILT_IN:
+        return BUILT_IN[data]
+    root = Path(os.path.expanduser(data))
+    if not root.is_dir():
+        raise DataError(
+            f"--data {data} is no folder and no built-in name",
+            f"built in: {', '.join(BUILT_IN)}; a folder holds one folder per class, or train/ "
+            "with them",
+        )
+    classes = class_folders(root)
+    return DataSet(
+        data=str(root.resolve()),
+        slug=root.resolve().name,
+        kind="folder",
+        default_arch="deit-b",
+        num_classes=len(class_names(classes)),
+        num_train=len(list_images(classes)),
+        num_val=0,
+    )
+
+
+def class_folders(root: Path) -> Path:
+    """Where a data folder's training classes are: in its `train/`, or in itself."""
+    return root / "train" if (root / "train").is_dir() else root
 
 
 def val_folder(root: Path) -> Path | None:

@@ -61,6 +61,37 @@ FINETUNE: dict[str, Any] = {
     "ema_decay": 0.99996,
 }
 
+# DiT on ImageNet-1K at 256 px, as the published runs had it: 80 epochs are 400K steps.
+DIT: dict[str, Any] = {
+    "seed": 0,
+    "rotate": 0,
+    "image_size": (256, 256),
+    "vae": "ema",
+    "hflip": 0.5,
+    "label_dropout": 0.1,
+    "qk_norm": False,
+    "epochs": 80,
+    "steps": 0,
+    "batch_size": 256,
+    "micro_batch_size": 32,
+    "lr": 1e-4,
+    "lr_rule": "none",
+    "min_lr": 0.0,
+    "warmup_lr": 1e-6,
+    "warmup_epochs": 0,
+    "schedule": "constant",
+    "betas": (0.9, 0.999),
+    "weight_decay": 0.0,
+    "clip_grad": 0.0,
+    "ema_decay": 0.9999,
+    "freeze": "none",
+    "log_every": 100,
+    "sample_every": 10_000,
+    "save_every": 50_000,
+    "keep_last": 2,
+    "keep_every": 0,
+}
+
 # Only B's run is documented; the other rates follow DeiT-III and are unverified.
 DROP_PATH = {"deit-ti": 0.0, "deit-s": 0.05, "deit-b": 0.1, "deit-l": 0.4}
 

@@ -11,12 +11,14 @@ import os
 import re
 import types
 import typing
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from spiralrope_cli.core.config import inert, recipes
 from spiralrope_cli.core.config.datasets import DataSet, find_data_set
+from spiralrope_cli.core.config.dit_runs import DiTModelConfig, DiTRun, TrainingRun
 from spiralrope_cli.core.config.models import deit_size
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.runs import ClassifierRun, ModelConfig
@@ -27,8 +29,16 @@ RUNS_FOLDER = "runs"
 NOT_FROM_FILE = {"command", "out", "num_train", "num_val", "num_classes", "resume"}
 """Fields that a config file shows but that a repeated run finds anew."""
 
+Run = TypeVar("Run", bound=TrainingRun)
+Layer = tuple[str, dict[str, Any]]
+"""Where values come from, and field name -> value."""
 
-FIXED_BY_SOURCE = {"arch", "patch_size", "in_chans", "pretrain_grid", "source"}
+RUN_KINDS: dict[str, type[TrainingRun]] = {
+    **dict.fromkeys(("pretrain", "finetune"), ClassifierRun),
+    "dit-train": DiTRun,
+}
+
+FIXED_BY_SOURCE = {"arch", "patch_size", "in_chans", "pretrain_grid", "qk_norm", "source"}
 """Fields that the weights to start from decide, whatever a config file says."""
 
 
@@ -41,27 +51,35 @@ class StartingPoint:
         arch: theirs.
         rope: the options they were trained with.
         model: their sizes.
-        published: whether they come in the published layout.
         data: the data set of the run that made them, empty where unknown.
+        pictures: image_size and vae of a diffusion transformer, as far as they are known.
     """
 
     source: str
     arch: str
     rope: RopeConfig
-    model: ModelConfig
-    published: bool = False
+    model: ModelConfig | DiTModelConfig
     data: str = ""
+    pictures: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches as (rows, columns)."""
+        if isinstance(self.model, ModelConfig):
+            return self.model.grid
+        return self.model.grid(self.arch)
 
     def fields(self) -> dict[str, Any]:
         """Field name -> value of what they decide."""
         values = {**dataclasses.asdict(self.rope), **dataclasses.asdict(self.model)}
-        del values["drop_path"]
-        values.update(source=self.source, arch=self.arch)
+        for name in ("drop_path", "label_dropout"):  # of training, not of the weights
+            values.pop(name, None)
+        values.update(self.pictures, source=self.source, arch=self.arch)
         return {**values, "data": self.data} if self.data else values
 
 
 @dataclass(frozen=True)
-class Resolved:
+class Resolved(Generic[Run]):
     """A run, and where each of its values came from.
 
     Attributes:
@@ -71,7 +89,7 @@ class Resolved:
         warnings: options that cannot act, one line each.
     """
 
-    run: ClassifierRun
+    run: Run
     sources: dict[str, str]
     warnings: tuple[str, ...]
 
@@ -81,7 +99,7 @@ def resolve_classifier(
     options: dict[str, Any],
     config_file: Path | None = None,
     start: StartingPoint | None = None,
-) -> Resolved:
+) -> Resolved[ClassifierRun]:
     """A classifier's training run from what the user gave.
 
     Args:
@@ -94,52 +112,59 @@ def resolve_classifier(
         ConfigError: an unknown key, or a value that cannot work.
         DataError: no such data set.
     """
-    from_file = read_config(config_file) if config_file else {}
-    fixed = NOT_FROM_FILE | (FIXED_BY_SOURCE if start else set())
-    from_file = {key: value for key, value in from_file.items() if key not in fixed}
-    of_start = start.fields() if start else {}
-    chosen = [("source", of_start), ("config file", from_file), ("option", options)]
-
-    data, data_source = _choose("data", chosen, os.environ.get(DATA_VARIABLE), "digits")
+    chosen = chosen_layers(ClassifierRun, options, config_file, start)
+    data, data_source = choose_data(chosen)
     data_set = find_data_set(data)
-    arch, arch_source = _choose("arch", chosen, None, data_set.default_arch)
-    size = deit_size(arch)
+    arch, arch_source = choose("arch", chosen, data_set.default_arch)
+    head_dim = deit_size(arch).head_dim
 
-    values: dict[str, Any] = {}
-    sources: dict[str, str] = {}
     of_data = {**data_set.defaults, **(data_set.finetune if command == "finetune" else {})}
-    for origin, layer in (
+    values, sources = merged(
         ("recipe", recipes.recipe(command, arch)),
         ("data set", of_data),
         *chosen,
         ("data set", {"num_classes": data_set.num_classes}),
-    ):
-        values.update(layer)
-        sources.update(dict.fromkeys(layer, origin))
+    )
     fit_channels(values)
     if start:
-        fit_positions(values, sources, start)
-    values.update(
-        command=command,
-        arch=arch,
-        data=data_set.data,
-        num_train=data_set.num_train,
-        num_val=data_set.num_val,
-    )
+        fit_positions(values, sources, start, "image_size")
+    values.update(command=command, arch=arch, data=data_set.data)
+    values.update(num_train=data_set.num_train, num_val=data_set.num_val)
     sources.update(data=data_source, arch=arch_source)
     fit_length(values, sources, options)
-    name = values.pop("name", None)
-    sources.pop("name", None)
-
-    rope: RopeConfig = build(RopeConfig, values)
-    rope.check_head_dim(size.head_dim)
-    if "out" not in values:
-        values["out"] = str(Path(RUNS_FOLDER) / run_name(values, rope, data_set, name))
+    fit_name(values, sources, data_set, head_dim)
     run: ClassifierRun = build(ClassifierRun, values)
     inert.check_fits(run.augment, data_set)
-    given = {name for name, source in sources.items() if source == "option"}
-    warnings = inert.notes(run, data_set, given)
-    return Resolved(run, sources, tuple(warnings))
+    return Resolved(run, sources, tuple(inert.notes(run, data_set, options_in(sources))))
+
+
+def chosen_layers(
+    kind: type[TrainingRun],
+    options: dict[str, Any],
+    config_file: Path | None,
+    start: StartingPoint | None,
+) -> list[Layer]:
+    """What the user settled on, from weak to strong: starting weights, config file, options."""
+    from_file = read_config(config_file, kind) if config_file else {}
+    fixed = NOT_FROM_FILE | (FIXED_BY_SOURCE if start else set())
+    from_file = {key: value for key, value in from_file.items() if key not in fixed}
+    of_start = start.fields() if start else {}
+    return [("source", of_start), ("config file", from_file), ("option", options)]
+
+
+def merged(*layers: Layer) -> tuple[dict[str, Any], dict[str, str]]:
+    """Field name -> value and field name -> where it came from; a later layer wins."""
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for origin, layer in layers:
+        values.update(layer)
+        sources.update(dict.fromkeys(layer, origin))
+    return values, sources
+
+
+def options_in(sources: dict[str, str]) -> set[str]:
+    """The fields that an option set."""
+    return {name for name, source in sources.items() if source == "option"}
 
 
 def fit_channels(values: dict[str, Any]) -> None:
@@ -149,17 +174,26 @@ def fit_channels(values: dict[str, Any]) -> None:
             values[name] = tuple(values[name]) * values["in_chans"]
 
 
-def fit_positions(values: dict[str, Any], sources: dict[str, str], start: StartingPoint) -> None:
+def fit_positions(
+    values: dict[str, Any], sources: dict[str, str], start: StartingPoint, size: str
+) -> None:
     """Lets another image size than the weights' keep their grid for the positions.
 
-    Published weights say `extrapolate`, which means nothing at their own size; at another one
-    their positions are squeezed into the trained range, unless the user wants it otherwise.
+    Whatever they were trained with, their positions are then squeezed into the trained range
+    unless the user wants it otherwise: published weights say `extrapolate`, which means nothing
+    at their own size.
+
+    Args:
+        values: changed in place.
+        sources: changed in place.
+        start: the weights.
+        size: field of the network's size, `image_size` or `input_size`.
     """
-    if tuple(values["image_size"]) == start.model.image_size:
+    if tuple(values[size]) == getattr(start.model, size):
         return
-    if start.published and sources["scaling"] == "source":
+    if sources["scaling"] == "source":
         values["scaling"], sources["scaling"] = "interpolate", "default"
-    values["pretrain_grid"] = start.model.pretrain_grid or start.model.grid
+    values["pretrain_grid"] = start.model.pretrain_grid or start.grid
 
 
 def fit_length(values: dict[str, Any], sources: dict[str, str], options: dict[str, Any]) -> None:
@@ -172,22 +206,35 @@ def fit_length(values: dict[str, Any], sources: dict[str, str], options: dict[st
         values["warmup_epochs"] = min(values["warmup_epochs"], longest)
 
 
-def run_name(values: dict[str, Any], rope: RopeConfig, data_set: DataSet, name: str | None) -> str:
-    """Folder name of a run: without a date, so that the same command finds its own."""
+def fit_name(
+    values: dict[str, Any], sources: dict[str, str], data_set: DataSet, head_dim: int
+) -> None:
+    """Names the run's folder without a date, so that the same command finds its own."""
+    rope: RopeConfig = build(RopeConfig, values)
+    rope.check_head_dim(head_dim)
     turned = f"r{rope.rotate}" if rope.enabled else "norope"
+    name = values.pop("name", None)
+    sources.pop("name", None)
     parts = [values["command"], values["arch"], data_set.slug, turned, *([name] if name else [])]
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts))
+    folder = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts))
+    values.setdefault("out", str(Path(RUNS_FOLDER) / folder))
 
 
-def _choose(
-    key: str, layers: list[tuple[str, dict[str, Any]]], variable: str | None, default: str
-) -> tuple[str, str]:
+def choose_data(layers: list[Layer]) -> tuple[str, str]:
+    """The data set's name or folder, and where that came from."""
+    if variable := os.environ.get(DATA_VARIABLE):
+        return choose("data", layers, variable, "environment")
+    return choose("data", layers, "digits", "default")
+
+
+def choose(
+    key: str, layers: list[Layer], default: Any, default_source: str = "data set"
+) -> tuple[Any, str]:
+    """A value that others follow from, and where it came from."""
     for source, layer in reversed(layers):
         if layer.get(key) is not None:
             return layer[key], source
-    if variable:
-        return variable, "environment"
-    return default, "data set" if key == "arch" else "default"
+    return default, default_source
 
 
 def build(kind: type, values: dict[str, Any]) -> Any:
@@ -239,7 +286,7 @@ def _coerced(name: str, value: Any, hint: Any) -> Any:
     raise ConfigError(f"{name} is {value!r}; it must be of type {wanted}")
 
 
-def to_nested(run: ClassifierRun) -> dict[str, Any]:
+def to_nested(run: TrainingRun) -> dict[str, Any]:
     """Plain nested dicts and lists, as `config.yaml` holds them."""
 
     def plain(value: Any) -> Any:
@@ -250,35 +297,41 @@ def to_nested(run: ClassifierRun) -> dict[str, Any]:
     return typing.cast(dict[str, Any], plain(dataclasses.asdict(run)))
 
 
-def flatten(nested: dict[str, Any], kind: type = ClassifierRun) -> dict[str, Any]:
+def flatten(
+    nested: dict[str, Any], kind: type, known: Collection[str] | None = None
+) -> dict[str, Any]:
     """Flat values by field name, strictly: an unknown key suggests the nearest known one.
 
     Raises:
         ConfigError: an unknown key.
     """
     hints = typing.get_type_hints(kind)
+    known = known or list(leaf_types(kind))
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         if key not in hints:
-            known = [*leaf_types(ClassifierRun), *hints]
-            near = difflib.get_close_matches(str(key), known, n=1)
+            near = difflib.get_close_matches(str(key), [*known, *hints], n=1)
             raise ConfigError(
                 f"config key {key!r} is not known", f"did you mean {near[0]!r}?" if near else ""
             )
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, dict):
                 raise ConfigError(f"config key {key!r} must hold a group of values")
-            flat.update(flatten(value, typing.cast(type, hints[key])))
+            flat.update(flatten(value, typing.cast(type, hints[key]), known))
         else:
             flat[key] = value
     return flat
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path, kind: type[TrainingRun] | None = None) -> dict[str, Any]:
     """Flat values of a `config.yaml`.
 
+    Args:
+        path: the file, of any training command.
+        kind: the run that it must be of, where that matters.
+
     Raises:
-        ConfigError: no such file, no YAML, or an unknown key.
+        ConfigError: no such file, no YAML, an unknown key, or another kind of run.
     """
     import yaml
 
@@ -290,4 +343,8 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--config {path} is no YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(nested, dict):
         raise ConfigError(f"--config {path} holds no config")
-    return flatten(nested)
+    command = nested.get("command")
+    of_file = RUN_KINDS.get(str(command), kind or ClassifierRun)
+    if kind is not None and of_file is not kind:
+        raise ConfigError(f"--config {path} is of another kind of run, {command}")
+    return flatten(nested, of_file)

@@ -8,23 +8,18 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from spiralrope_cli.core.config.checks import at_least, in_range, one_of
+from spiralrope_cli.core.config.checks import at_least, in_range, one_of, share
 from spiralrope_cli.core.config.models import check_divides, deit_size
+from spiralrope_cli.core.config.optim import OptimConfig
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.errors import ConfigError
 
-SCHEDULES = ("cosine", "constant", "published")
-LR_RULES = ("linear", "none")
-FREEZES = ("none", "attn-only", "head-only")
 PRECISIONS = ("auto", "fp32", "bf16")
 RESUME_MODES = ("auto", "must", "never")
 TRACKERS = ("none", "tensorboard", "wandb")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 GEOMETRIES = ("crop", "shift")
 AUTO_AUGMENT_NAMES = r"none|3a|(rand|augmix|original|originalr|v0|v0r)(-.+)?"
-
-LINEAR_RULE_BATCH = 512
-"""The linear rule multiplies the base learning rate by total batch / this."""
 
 MIX_GROUP = 8
 """Images that share one mixup or cutmix draw; fixed, so that it is the same for any split."""
@@ -113,72 +108,13 @@ class AugmentConfig:
                 f"--auto-augment {self.auto_augment} is no policy of timm",
                 "there are none, 3a, rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, original and v0",
             )
-        if not 0 < self.crop_scale <= 1:
-            raise ConfigError(f"--crop-scale is {self.crop_scale}; it must be in (0, 1]")
-        if not 0 < self.crop_ratio <= 1:
-            raise ConfigError(f"--crop-ratio is {self.crop_ratio}; it must be in (0, 1]")
+        share("crop_scale", self.crop_scale)
+        share("crop_ratio", self.crop_ratio)
 
     @property
     def mixes(self) -> bool:
         """Whether labels are mixed."""
         return self.mixup > 0 or self.cutmix > 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """Optimizer, schedule and averages.
-
-    Attributes:
-        epochs: length in passes over the training set.
-        steps: length in optimizer steps in place of epochs, 0 to go by epochs.
-        batch_size: images per optimizer step, over all processes and accumulation.
-        micro_batch_size: images at a time per process, at most.
-        lr: base learning rate.
-        lr_rule: `linear` multiplies lr by batch_size / 512, `none` takes it as it is.
-        min_lr: where the cosine ends.
-        warmup_lr: where the warm-up starts.
-        warmup_epochs: length of the linear warm-up.
-        schedule: `cosine` per step, `constant`, or `published`, per epoch as the old code.
-        betas: of AdamW.
-        weight_decay: on matrices alone.
-        clip_grad: largest gradient norm, 0 for none.
-        ema_decay: of the averaged weights, per optimizer step.
-        freeze: what is trained: all, or `attn-only` (with head, position), or `head-only`.
-    """
-
-    epochs: int
-    steps: int
-    batch_size: int
-    micro_batch_size: int
-    lr: float
-    lr_rule: str
-    min_lr: float
-    warmup_lr: float
-    warmup_epochs: int
-    schedule: str
-    betas: tuple[float, float]
-    weight_decay: float
-    clip_grad: float
-    ema_decay: float
-    freeze: str
-
-    def __post_init__(self) -> None:
-        one_of("schedule", self.schedule, SCHEDULES)
-        one_of("lr_rule", self.lr_rule, LR_RULES)
-        one_of("freeze", self.freeze, FREEZES)
-        for name in ("epochs", "batch_size", "micro_batch_size"):
-            at_least(name, getattr(self, name), 1)
-        for name in ("steps", "warmup_epochs", "lr", "min_lr", "weight_decay", "clip_grad"):
-            at_least(name, getattr(self, name), 0)
-        for beta in self.betas:
-            in_range("betas", beta, 0, 1)
-        in_range("ema_decay", self.ema_decay, 0, 1)
-
-    @property
-    def peak_lr(self) -> float:
-        """The learning rate after the rule."""
-        scale = self.batch_size / LINEAR_RULE_BATCH if self.lr_rule == "linear" else 1.0
-        return self.lr * scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,35 +226,22 @@ class ClassifierRun:
                 f"mean {self.augment.mean} and std {self.augment.std} need one value for each of "
                 f"in_chans {self.model.in_chans}"
             )
-        if self.optim.batch_size > self.num_train:
-            raise ConfigError(
-                f"--batch-size {self.optim.batch_size} is more than the {self.num_train} "
-                f"training images of {self.data}",
-                f"use at most {self.num_train}",
-            )
-        if self.optim.schedule == "published" and self.optim.steps:
-            raise ConfigError("--schedule published counts epochs, not --steps", "use --epochs")
-        if self.optim.schedule != "constant" and self.total_steps <= self.warmup_steps:
-            raise ConfigError(
-                f"--warmup-epochs {self.optim.warmup_epochs} leaves nothing of a run of "
-                f"{self.total_steps} steps ({self.steps_per_epoch} per epoch)",
-                "use fewer warm-up epochs, or a longer run",
-            )
+        self.optim.check_length(self.num_train, self.data)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches as (rows, columns)."""
+        return self.model.grid
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps per epoch; what is left of a shuffled epoch is dropped."""
-        return self.num_train // self.optim.batch_size
+        return self.optim.steps_per_epoch(self.num_train)
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the run."""
-        return self.optim.steps or self.optim.epochs * self.steps_per_epoch
-
-    @property
-    def warmup_steps(self) -> int:
-        """Optimizer steps of the warm-up."""
-        return self.optim.warmup_epochs * self.steps_per_epoch
+        return self.optim.total_steps(self.num_train)
 
     def split_batch(self, world_size: int) -> tuple[int, int]:
         """How a step is shared out.
@@ -329,22 +252,11 @@ class ClassifierRun:
         Raises:
             ConfigError: the total batch cannot be met exactly; the nearest that can are named.
         """
-        batch = self.optim.batch_size
-        micro = min(self.optim.micro_batch_size, max(batch // world_size, 1))
-        unit = micro * world_size
-        if batch % unit:
-            around = {max(1, batch // unit) * unit, (batch // unit + 1) * unit}
-            near = sorted(size for size in around if size <= self.num_train)
-            raise ConfigError(
-                f"--batch-size {batch} does not split into {world_size} process(es) x "
-                f"{micro} images",
-                (f"the nearest that do: {', '.join(map(str, near))}; or " if near else "")
-                + "change --micro-batch-size or --nproc",
-            )
+        micro, accumulation = self.optim.split_batch(world_size, self.num_train)
         if self.augment.mixes and micro % MIX_GROUP:
             raise ConfigError(
                 f"{micro} images at a time per process do not hold whole mixing groups of "
                 f"{MIX_GROUP}",
                 f"use a multiple of {MIX_GROUP}, or --mixup 0 --cutmix 0",
             )
-        return micro, batch // unit
+        return micro, accumulation

@@ -43,6 +43,11 @@ class Loaded:
         """The same in page-locked memory; the loader asks, as it knows no such class."""
         return Loaded(self.images.pin_memory(), self.labels.pin_memory(), self.unreadable)
 
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Images as float32 and labels on a device."""
+        images = self.images.to(device, non_blocking=True).float()
+        return images, self.labels.to(device, non_blocking=True)
+
 
 class ImageFiles(Dataset[Any]):
     """Image files by key: (number, seed parts) in training, (number, None) in evaluation.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
 
+from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.runtime.seeds import generator_for, seed_for
 
 
@@ -60,3 +63,21 @@ def own_parts(rank: int, accumulation: int, micro: int) -> list[slice]:
     """The parts of a step's batch that one process takes, one per micro batch."""
     first = rank * accumulation
     return [slice(n * micro, (n + 1) * micro) for n in range(first, first + accumulation)]
+
+
+class Places(NamedTuple):
+    """One micro batch: epoch, part of the step, places in the epoch and image numbers, [B] each."""
+
+    epoch: int
+    part: slice
+    places: Tensor
+    numbers: Tensor
+
+
+def own_places(run: TrainingRun, step: int, repeats: int, parts: list[slice]) -> Iterator[Places]:
+    """What stands in the given parts of a step."""
+    epoch, first = step_slice(step, run.steps_per_epoch, run.optim.batch_size)
+    order = epoch_order(run.num_train, repeats, run.seed, epoch)
+    places = first + apart(run.optim.batch_size, repeats)
+    for part in parts:
+        yield Places(epoch, part, places[part], order[places[part]])

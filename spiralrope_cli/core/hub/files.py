@@ -13,12 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
+from safetensors import SafetensorError
 
 from spiralrope_cli.core.errors import FetchError
 
 CHUNK = 1 << 20
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-OTHER_DISK = "free some, or name another disk with HF_HOME, SPIRALROPE_CACHE or --out"
+OTHER_DISK = "free some, or name another disk with --out (for downloads HF_HOME, SPIRALROPE_CACHE)"
+DISK_REFUSED = re.compile(r"\(os error (27|28|122)\)|unexpected pos|file write failed")
+"""How safetensors and torch word a write that the disk cut short."""
 
 
 def say(line: str, console: Console | None = None) -> None:
@@ -100,11 +103,47 @@ def writing(where: Path) -> Iterator[None]:
         raise disk_error(error, where) from error
 
 
-def disk_error(error: OSError, where: Path) -> FetchError:
+def disk_error(error: Exception, where: Path) -> FetchError:
     """The line for a write that failed."""
-    if error.errno in NO_SPACE:
+    if getattr(error, "errno", None) in NO_SPACE or DISK_REFUSED.search(str(error)):
         return FetchError(f"the disk is full: {where} cannot hold the file", OTHER_DISK)
-    return FetchError(f"{where} cannot be written: {error.strerror or error}")
+    return FetchError(f"{where} cannot be written: {getattr(error, 'strerror', None) or error}")
+
+
+def refuse_existing(target: Path) -> None:
+    """Refuses to write where something already lies; an empty folder is nothing.
+
+    Raises:
+        FetchError: there is something.
+    """
+    empty_folder = target.is_dir() and not any(target.iterdir())
+    if (target.is_symlink() or target.exists()) and not empty_folder:
+        raise FetchError(f"{target} exists already", "choose another --out, or move it away")
+
+
+@contextlib.contextmanager
+def whole(target: Path) -> Iterator[Path]:
+    """A path beside the target to write a file or a folder at; it gets its name when it is whole.
+
+    Raises:
+        FetchError: something has that name, the disk is full, or it cannot be written.
+    """
+    refuse_existing(target)
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield beside
+        for path in (*beside.glob("*"), beside):
+            flush(path)
+        os.rename(beside, target)
+        flush(target.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise disk_error(error, target) from error
+    finally:
+        if beside.is_dir():
+            shutil.rmtree(beside, ignore_errors=True)
+        else:
+            beside.unlink(missing_ok=True)
 
 
 def refuse_other_file(target: Path, size: int) -> None:
@@ -124,26 +163,23 @@ def place_copy(source: Path, folder: Path) -> Path:
         FetchError: another file has that name, or the folder cannot be written.
     """
     target = folder / source.name
-    beside = folder / f".{source.name}.{os.getpid()}"
     with writing(folder):
         if target.exists():
             if target.is_file() and filecmp.cmp(source, target, shallow=False):
                 return target
             raise _other_file(target)
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            shutil.copyfile(source, beside)
-            flush(beside)
-            os.replace(beside, target)
-        finally:
-            beside.unlink(missing_ok=True)
+    with whole(target) as beside:
+        shutil.copyfile(source, beside)
     return target
 
 
 def flush(path: Path) -> None:
-    """Waits until the file is on the disk, so that a rename never shows less of it."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+    """Waits until a file or folder is on the disk, so that a rename never shows less of it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _other_file(target: Path) -> FetchError:

@@ -13,6 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spiralrope_cli.core.config.models import (
+    DEIT_SIZES,
+    DIT_SIZES,
+    DiTSize,
+    TransformerSize,
+)
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.rope import frequencies
@@ -67,14 +73,24 @@ def read_published(path: Path) -> PublishedFile:
     args = content.get("args")
     if isinstance(args, argparse.Namespace):
         args = vars(args)
-    epoch = content.get("epoch")
     return PublishedFile(
         raw=raw if raw is not None else ema or {},
         ema=ema if ema is not None else raw or {},
-        has_both=raw is not None and ema is not None,
+        has_both=raw is not None and ema is not None and not _are_one(raw, ema),
         args=args if isinstance(args, dict) else {},
-        progress=f"epoch {epoch}" if isinstance(epoch, int) else "",
+        progress=progress_in(content),
     )
+
+
+def progress_in(content: dict[str, Any]) -> str:
+    """How far weights were trained, in words, or nothing: of a file's `step` or `epoch`."""
+    known = [f"{unit} {content[unit]}" for unit in ("step", "epoch") if unit in content]
+    return known[0] if known else ""
+
+
+def _are_one(raw: StateDict, ema: StateDict) -> bool:
+    """Whether two state dicts are the same tensors, which the file then holds once."""
+    return all(name in ema and ema[name].data_ptr() == raw[name].data_ptr() for name in raw)
 
 
 def _first_state(content: dict[str, Any], keys: tuple[str, ...]) -> StateDict | None:
@@ -171,3 +187,20 @@ def freqs_note(stored: list[Tensor], rope: RopeConfig, head_dim: int) -> str | N
                 "and --same-theta"
             )
     return None
+
+
+def head_dim_of(state: StateDict, freqs: list[Tensor], rope: RopeConfig, args: Any) -> int:
+    """Channels per head: by the frequencies, the file's `num_heads`, or the tables of sizes."""
+    if freqs:
+        shared = rope.same_theta and rope.freqs_for == "lang"
+        return 4 * len(freqs[0]) * (max(rope.rotate, 1) if shared else 1)
+    dim = state["blocks.0.attn.proj.bias"].shape[0]
+    if heads := args.get("num_heads"):
+        return dim // int(heads)
+    sizes: list[TransformerSize | DiTSize] = [*DEIT_SIZES.values(), *DIT_SIZES.values()]
+    return {(size.dim, size.depth): size.head_dim for size in sizes}.get((dim, depth_of(state)), 64)
+
+
+def depth_of(state: StateDict) -> int:
+    """Blocks of the network."""
+    return 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from spiralrope_cli.core.config.models import deit_size
+from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
+from spiralrope_cli.core.config.models import deit_size, dit_size
+from spiralrope_cli.core.config.optim import LINEAR_RULE_BATCH
 from spiralrope_cli.core.config.resolve import Resolved, flatten, to_nested
-from spiralrope_cli.core.config.runs import LINEAR_RULE_BATCH, ClassifierRun
-from spiralrope_cli.core.hub.source import find_source
+from spiralrope_cli.core.jobs.start import starting_weights
 from spiralrope_cli.core.models.build import create_model
 from spiralrope_cli.core.rope import clamped_share
 from spiralrope_cli.core.runtime.launch import joined_world_size, world_size
-from spiralrope_cli.core.weights import here, read_weights
 
 CLAMP_HINT_SHARE = 0.15
-SOURCES = ("option", "config file", "environment", "source", "data set", "recipe", "default")
+SOURCES = (
+    *("option", "config file", "environment", "latents", "source", "data set"),
+    *("recipe", "default"),
+)
 
 
 def print_plan(
-    resolved: Resolved, first_step: int, *, every_value: bool, notes: Iterable[str] = ()
+    resolved: Resolved[Any], first_step: int, *, every_value: bool, notes: Iterable[str] = ()
 ) -> None:
     """Prints what was settled on, how it was derived, and where the values came from.
 
@@ -48,10 +52,9 @@ def print_plan(
         console.print(f"note: {warning}", soft_wrap=True)
 
 
-def plan_lines(run: ClassifierRun, first_step: int) -> list[tuple[str, str]]:
+def plan_lines(run: TrainingRun, first_step: int) -> list[tuple[str, str]]:
     """(subject, sentence) for each thing that a run settles."""
-    model, optim, rope = run.model, run.optim, run.rope
-    parameters, flops = model_cost(run)
+    optim, rope = run.optim, run.rope
     world = world_size(run.machine)
     micro, accumulation = run.split_batch(world)
     rule = (
@@ -59,22 +62,13 @@ def plan_lines(run: ClassifierRun, first_step: int) -> list[tuple[str, str]]:
         if optim.lr_rule == "linear"
         else f"{optim.lr:g}, as given"
     )
-    rows, columns = model.grid
+    absolute = "fixed sin-cos" if isinstance(run, DiTRun) else "learned absolute"
     return [
         ("run", f"{run.out}" + (f", goes on at step {first_step}" if first_step else "")),
         *start_lines(run),
-        (
-            "data",
-            f"{run.data}: {run.num_train} training and {run.num_val} held-out images, "
-            f"{model.num_classes} classes",
-        ),
-        (
-            "model",
-            f"{run.arch}, {model.image_size[0]}x{model.image_size[1]} px, "
-            f"{rows}x{columns} patches of {model.patch_size} px; "
-            f"{parameters / 1e6:.2f} M parameters, {flops / 1e9:.3g} GFLOPs per image",
-        ),
-        ("RoPE", rope_line(run) if rope.enabled else "none: learned absolute positions alone"),
+        ("data", data_line(run)),
+        ("model", model_line(run)),
+        ("RoPE", rope_line(run) if rope.enabled else f"none: {absolute} positions alone"),
         (
             "batch",
             f"{optim.batch_size} = {world} process(es) x {micro} images x {accumulation} "
@@ -98,18 +92,56 @@ def plan_lines(run: ClassifierRun, first_step: int) -> list[tuple[str, str]]:
     ]
 
 
-def start_lines(run: ClassifierRun) -> list[tuple[str, str]]:
+def data_line(run: TrainingRun) -> str:
+    """What it learns from."""
+    if not isinstance(run, DiTRun):
+        return (
+            f"{run.data}: {run.num_train} training and {run.num_val} held-out images, "
+            f"{run.model.num_classes} classes"
+        )
+    pictures = run.pictures
+    seen = "as pixels, in [-1, 1]"
+    if pictures.in_latents:
+        seen = f"through the VAE {pictures.vae}"
+    if pictures.latents:
+        seen = f"as latents of the VAE {pictures.vae}, cached in {pictures.latents}"
+    mirrored = f"mirrored with p = {pictures.hflip:g}" if pictures.hflip else "never mirrored"
+    return (
+        f"{run.data}: {run.num_train} training images, {run.model.num_classes} classes; "
+        f"{_short(list(pictures.image_size))} px, {mirrored}, {seen}"
+    )
+
+
+def model_line(run: TrainingRun) -> str:
+    """What learns."""
+    parameters, flops = model_cost(run)
+    rows, columns = run.grid
+    size = _size(run)
+    unit = "latents" if isinstance(run, DiTRun) and run.pictures.in_latents else "px"
+    return (
+        f"{run.arch}, {size[0]}x{size[1]} {unit}, {rows}x{columns} patches of "
+        f"{size[0] // rows} {unit}; "
+        f"{parameters / 1e6:.2f} M parameters, {flops / 1e9:.3g} GFLOPs per image"
+    )
+
+
+def _size(run: TrainingRun) -> tuple[int, int]:
+    return run.model.input_size if isinstance(run, DiTRun) else run.model.image_size
+
+
+def start_lines(run: TrainingRun) -> list[tuple[str, str]]:
     """Where the weights come from, and what of them does not fit this run."""
     if not run.source:
         return []
-    weights = read_weights(here(find_source(run.source)), ema=True, rope=asdict(run.rope))
+    weights = starting_weights(run)
     told = [weights.summary()]
     before = weights.options
     if before["num_classes"] != run.model.num_classes:
+        what = "label table" if isinstance(run, DiTRun) else "head"
         told.append(
-            f"head re-initialised: {before['num_classes']} -> {run.model.num_classes} classes"
+            f"{what} re-initialised: {before['num_classes']} -> {run.model.num_classes} classes"
         )
-    if before["image_size"] != run.model.image_size:
+    if not isinstance(run, DiTRun) and before["image_size"] != run.model.image_size:
         was, now = (
             "x".join(map(str, size)) for size in (before["image_size"], run.model.image_size)
         )
@@ -119,7 +151,7 @@ def start_lines(run: ClassifierRun) -> list[tuple[str, str]]:
     return [("start", "; ".join(told))]
 
 
-def rope_line(run: ClassifierRun) -> str:
+def rope_line(run: TrainingRun) -> str:
     """Directions and how they are fed."""
     rope = run.rope
     between = f"every {180 / rope.num_directions:g} degrees"
@@ -129,29 +161,24 @@ def rope_line(run: ClassifierRun) -> str:
     )
 
 
-def model_cost(run: ClassifierRun) -> tuple[int, int]:
+def model_cost(run: TrainingRun) -> tuple[int, int]:
     """Parameters, and floating point operations of one forward pass on one image."""
     model = run.model
     with torch.device("meta"):
-        network = create_model(
-            run.arch,
-            rope=run.rope,
-            num_classes=model.num_classes,
-            image_size=model.image_size,
-            patch_size=model.patch_size,
-            in_chans=model.in_chans,
-            pretrain_grid=model.pretrain_grid,
-        )
+        network = create_model(run.arch, rope=run.rope, **asdict(model))
+        given = [torch.empty(1, model.in_chans, *_size(run))]
+        if isinstance(run, DiTRun):
+            given += [torch.zeros(1), torch.zeros(1, dtype=torch.int64)]  # timestep and label
         counter = FlopCounterMode(display=False)
         with counter, torch.no_grad():
-            network(torch.empty(1, model.in_chans, *model.image_size))
+            network(*given)
     return sum(p.numel() for p in network.parameters()), counter.get_total_flops()
 
 
-def values_from(resolved: Resolved, source: str) -> str:
+def values_from(resolved: Resolved[Any], source: str) -> str:
     """All values that came from one place."""
-    values = flatten(to_nested(resolved.run))
-    shown = {"out", "num_train", "num_val", "command", "source"}
+    values = flatten(to_nested(resolved.run), type(resolved.run))
+    shown = {"out", "num_train", "num_val", "command", "source", "input_size"}
     defaults = values.keys() - resolved.sources.keys() - shown
     names = (
         [name for name in values if name in defaults or resolved.sources.get(name) == source]
@@ -173,7 +200,7 @@ def _short(value: object) -> str:
     return str(value)
 
 
-def hints(run: ClassifierRun) -> list[str]:
+def hints(run: TrainingRun) -> list[str]:
     """Advice on settings that work but may not be what is wanted."""
     rope, machine = run.rope, run.machine
     told = []
@@ -181,7 +208,8 @@ def hints(run: ClassifierRun) -> list[str]:
         told.append("--nproc and --nnodes have no effect: another launcher started the processes")
     if not rope.enabled or rope.rotate <= 1 or rope.projection == "exact":
         return told
-    share = clamped_share(run.model.grid, rope, deit_size(run.arch).head_dim)
+    size = dit_size(run.arch) if isinstance(run, DiTRun) else deit_size(run.arch)
+    share = clamped_share(run.grid, rope, size.head_dim)
     if share < CLAMP_HINT_SHARE:
         return told
     return [

@@ -217,9 +217,12 @@ class DiT(nn.Module):
         Returns:
             [B, 2L, H, W]: noise, then the place between the log variances, in [-1, 1] about.
         """
-        if self.rope is None and tuple(x.shape[-2:]) != self.input_size:
-            raise ValueError(f"latents are {tuple(x.shape[-2:])}, not {self.input_size}")
-        grid = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
+        height, width = x.shape[-2:]
+        if self.rope is None and (height, width) != self.input_size:
+            raise ValueError(f"latents are {(height, width)}, not {self.input_size}")
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"latents of {(height, width)} do not split by {self.patch_size}")
+        grid = (height // self.patch_size, width // self.patch_size)
         if drop is not None:
             y = torch.where(drop, self.num_classes, y)
         dtype = self.x_embedder.proj.weight.dtype

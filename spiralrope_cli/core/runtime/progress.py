@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,30 +15,70 @@ SECONDS = 30.0
 
 
 @contextlib.contextmanager
-def counted(what: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A function that is told how many more are done; nothing is shown by other processes."""
+def counted(
+    what: str, total: int, *, shown: bool, done: int = 0, unit: str = "per second"
+) -> Iterator[Callable[[int], None]]:
+    """A function that is told how many more are done.
+
+    Args:
+        what: is counted.
+        total: all of them.
+        shown: whether this process speaks.
+        done: those that an earlier run did; they say nothing about the pace.
+        unit: of the pace.
+    """
     console = Console(stderr=True, quiet=not shown)
+    pace = Pace(total, done)
     if not console.is_terminal:
-        yield _lines(console, what, total)
+        yield _lines(console, what, pace, unit)
         return
-    columns = (TextColumn(what), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        *(TextColumn(what), BarColumn(None), MofNCompleteColumn()),
+        *(TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("left")),
+    )
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda more: progress.advance(task, more)
+        task = progress.add_task("", total=total, completed=done, rate="")
+
+        def advance(more: int) -> None:
+            pace.advance(more)
+            progress.update(task, completed=pace.done, rate=f"{pace.rate:.3g} {unit}")
+
+        yield advance
 
 
-def _lines(console: Console, what: str, total: int) -> Callable[[int], None]:
-    start = said = time.monotonic()
-    done = 0
+class Pace:
+    """How many are done, how fast, and for how long it will go on."""
+
+    def __init__(self, total: int, done: int) -> None:
+        self.total, self.done = total, done
+        self._first, self._start = done, time.monotonic()
+
+    def advance(self, more: int) -> None:
+        """Counts; never beyond the total."""
+        self.done = min(self.done + more, self.total)
+
+    @property
+    def rate(self) -> float:
+        """Per second, since the start of this process."""
+        return (self.done - self._first) / max(time.monotonic() - self._start, 1e-9)
+
+    @property
+    def left(self) -> timedelta:
+        """Time until the end at this pace."""
+        return timedelta(seconds=round((self.total - self.done) / max(self.rate, 1e-9)))
+
+
+def _lines(console: Console, what: str, pace: Pace, unit: str) -> Callable[[int], None]:
+    said = time.monotonic()
 
     def advance(more: int) -> None:
-        nonlocal done, said
-        done += more
+        nonlocal said
+        before = pace.done
+        pace.advance(more)
         now = time.monotonic()
-        if now - said >= SECONDS or done >= total:
+        if now - said >= SECONDS or before < pace.done == pace.total:
             said = now
-            rate = done / max(now - start, 1e-9)
-            line = f"{what}  {min(done, total)}/{total}  {rate:.3g} per second"
+            line = f"{what}  {pace.done}/{pace.total}  {pace.rate:.3g} {unit}  left {pace.left}"
             console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     return advance

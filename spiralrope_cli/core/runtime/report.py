@@ -21,12 +21,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from spiralrope_cli.core.runtime.run_folder import CURVES_FILE
+from spiralrope_cli.core.runtime.run_folder import CURVES_FILE, SAMPLES_FILE
 from spiralrope_cli.core.runtime.tracker import open_tracker
 
 METRICS_FILE = "metrics.jsonl"
 FIGURES = (("acc1", 2), ("acc5", 2), ("val_loss", 4))
-UNITS = {"lr": "{:.3g}", "loss": "{:.4f}", "grad_norm": "{:.3f}", "images_per_s": "{:.0f}"}
+UNITS = {
+    "lr": "{:.3g}",
+    "loss": "{:.4f}",
+    "vb": "{:.5f}",
+    "grad_norm": "{:.3f}",
+    "images_per_s": "{:.0f}",
+}
 LABELS = {"grad_norm": "|grad|", "images_per_s": "images/s"}
 
 
@@ -202,9 +208,21 @@ def say_unreadable(reasons: dict[str, str]) -> None:
 
 def print_results(folder: Path) -> None:
     """The final figures of a run, on stdout; the last line is for scripts to find."""
-    validations = [line for line in read_metrics(folder) if "acc1" in line]
-    if not validations:
-        return
+    console, lines = Console(), read_metrics(folder)
+    validations = [line for line in lines if "acc1" in line]
+    if validations:
+        console.print(accuracy_table(folder, validations))
+    for name, file in (("curves", CURVES_FILE), ("samples", SAMPLES_FILE)):
+        if (folder / file).exists():
+            console.print(f"{name}: {folder / file}", soft_wrap=True, highlight=False)
+    if validations:
+        console.print(f"held-out acc@1 {validations[-1]['acc1']:.2f} %", highlight=False)
+    elif lines:
+        console.print(f"training loss {lines[-1]['loss']:.4f}", highlight=False)
+
+
+def accuracy_table(folder: Path, validations: list[dict[str, Any]]) -> Table:
+    """Raw and averaged weights at the last and at the best validation."""
     last = validations[-1]
     best = max(validations, key=lambda line: (line["acc1"], -line["step"]))
     table = Table(title=str(folder), title_justify="left")
@@ -218,11 +236,7 @@ def print_results(folder: Path) -> None:
     ):
         figures = (f"{line[prefix + key]:.{n}f}" for key, n in FIGURES)
         table.add_row(name, str(line["step"]), *figures, str(line["count"]))
-    console = Console()
-    console.print(table)
-    if (folder / CURVES_FILE).exists():
-        console.print(f"curves: {folder / CURVES_FILE}", soft_wrap=True, highlight=False)
-    console.print(f"held-out acc@1 {last['acc1']:.2f} %", highlight=False)
+    return table
 
 
 def forget_after(folder: Path, step: int) -> None:

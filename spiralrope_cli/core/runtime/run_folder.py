@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.resolve import flatten, read_config, to_nested
-from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.errors import CheckpointError
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
 CURVES_FILE = "curves.png"
+SAMPLES_FILE, SAMPLES = "samples.png", "samples"
 MODEL_FILE, EMA_FILE, TRAINER_FILE = "model.safetensors", "ema.safetensors", "trainer.pt"
 STEP_DIGITS = 7
 
@@ -23,6 +24,7 @@ MAY_CHANGE = frozenset(
         *("out", "resume", "tracker", "skip_bad", "workers", "micro_batch_size"),
         *("nproc", "nnodes", "rdzv_endpoint", "device", "compile", "grad_checkpointing"),
         *("log_every", "validate_every", "save_every", "keep_last", "keep_every"),
+        "sample_every",
     )
 )
 """Fields that a resumed run may have other values of: they do not change what is computed."""
@@ -33,6 +35,11 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / CHECKPOINTS / f"{step:0{STEP_DIGITS}d}"
 
 
+def sample_file(folder: Path, step: int) -> Path:
+    """Where the sample grid of a step lies."""
+    return folder / SAMPLES / f"{step:0{STEP_DIGITS}d}.png"
+
+
 def steps_on_disk(folder: Path) -> list[int]:
     """Steps of all whole checkpoints, in rising order."""
     checkpoints = folder / CHECKPOINTS
@@ -41,7 +48,7 @@ def steps_on_disk(folder: Path) -> list[int]:
     return sorted(int(entry.name) for entry in checkpoints.iterdir() if entry.name.isdigit())
 
 
-def first_step(run: ClassifierRun) -> int:
+def first_step(run: TrainingRun) -> int:
     """The step at which the run goes on in its folder, 0 to start.
 
     Raises:
@@ -66,7 +73,7 @@ def first_step(run: ClassifierRun) -> int:
     return steps[-1]
 
 
-def check_same(run: ClassifierRun, folder: Path) -> None:
+def check_same(run: TrainingRun, folder: Path) -> None:
     """Refuses to continue a run with options that compute something else.
 
     Raises:
@@ -77,8 +84,8 @@ def check_same(run: ClassifierRun, folder: Path) -> None:
             f"{folder} holds checkpoints but no {CONFIG_FILE}",
             "put it back, or choose another --out or --name",
         )
-    before = read_config(folder / CONFIG_FILE)
-    now = flatten(to_nested(run))
+    before = read_config(folder / CONFIG_FILE, type(run))
+    now = flatten(to_nested(run), type(run))
     differing = [
         f"{_option(name)} was {before.get(name)}, now {value}"
         for name, value in now.items()
@@ -96,7 +103,7 @@ def _option(name: str) -> str:
     return "--" + ("rope" if name == "enabled" else name).replace("_", "-")
 
 
-def write_config(run: ClassifierRun) -> None:
+def write_config(run: TrainingRun) -> None:
     """Writes everything that is needed to repeat the run, in one piece."""
     import yaml
 

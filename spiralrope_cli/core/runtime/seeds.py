@@ -41,12 +41,18 @@ class NoisePerImage:
         indices: number of each image in the run.
         shape: of one image's noise.
         device: where the noise is used; it is drawn on the CPU, the same for all devices.
+        purpose: tells the noise of one use from that of another.
     """
 
     def __init__(
-        self, seed: int, indices: Iterable[int], shape: Sequence[int], device: torch.device
+        self,
+        seed: int,
+        indices: Iterable[int],
+        shape: Sequence[int],
+        device: torch.device,
+        purpose: str = "image",
     ) -> None:
-        self._generators = [generator_for(seed, "image", index) for index in indices]
+        self._generators = [generator_for(seed, purpose, index) for index in indices]
         self._shape, self._device = tuple(shape), device
 
     def draw(self) -> torch.Tensor:

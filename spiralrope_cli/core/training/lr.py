@@ -6,7 +6,7 @@ import math
 
 from torch.optim import Optimizer
 
-from spiralrope_cli.core.config.runs import OptimConfig
+from spiralrope_cli.core.config.optim import OptimConfig
 
 
 def lr_at(step: int, total_steps: int, steps_per_epoch: int, optim: OptimConfig) -> float:

@@ -7,7 +7,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from spiralrope_cli.core.config.runs import OptimConfig
+from spiralrope_cli.core.config.optim import OptimConfig
 from spiralrope_cli.core.training.optim import build_optimizer
 
 

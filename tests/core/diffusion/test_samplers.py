@@ -118,8 +118,8 @@ def test_dpm_solver_takes_fewer_steps_to_the_same_picture_as_ddim(published_dit)
         out = published_dit(x, t, y)
         return torch.cat((out[:, :4].tanh(), out[:, 4:]), dim=1)
 
-    fine = sample(GaussianDiffusion("250"), calm, sampler="ddim")
-    few = {name: sample(GaussianDiffusion("20"), calm, sampler=name) for name in ("ddim", "dpm++")}
+    fine = sample(GaussianDiffusion("100"), calm, sampler="ddim")
+    few = {name: sample(GaussianDiffusion("12"), calm, sampler=name) for name in ("ddim", "dpm++")}
     assert relative(few["dpm++"], fine) < relative(few["ddim"], fine)
 
 

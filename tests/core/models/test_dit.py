@@ -176,7 +176,7 @@ def test_patches_come_out_where_they_went_in():
     model = small_dit((4, 6), 2)
     tokens = model.grid[0] * model.grid[1]
     values = torch.arange(tokens * 2 * 2 * 4).view(1, tokens, 16)  # row, column, channel
-    out = model.unpatchify(values)
+    out = model.unpatchify(values, model.grid)
     assert out.shape == (1, 4, 4, 6)
     # Token 4 is in row 1, column 1; of its 16 values, number 13 is row 1, column 1, channel 1.
     assert out[0, 1, 3, 3] == 4 * 16 + 13
@@ -204,6 +204,12 @@ def test_positions_refer_to_the_models_own_grid_unless_told():
     given = inputs(own)
     assert torch.equal(own(*given), same(*given))
     assert (own(*given) - other(*given)).abs().max() > 1e-4
+
+
+def test_with_rope_one_network_takes_any_latent():
+    model = small_dit((4, 6))
+    taller = small_dit((8, 2), pretrain_grid=(2, 3))
+    assert torch.equal(model(*inputs(taller)), taller(*inputs(taller)))
 
 
 # ---- initial weights
@@ -348,8 +354,12 @@ def test_an_option_of_the_other_network_is_refused(arch, option, known):
 def test_latents_that_do_not_split_are_refused():
     with pytest.raises(ConfigError, match="30x32 does not split into patches of 4"):
         create_model("dit-s4", input_size=(30, 32))
+    model, fixed = small_dit(), small_dit(rope=RopeConfig(enabled=False))
+    t, y = torch.zeros(1), torch.zeros(1, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"\(5, 4\) do not split by 2"):
+        model(torch.zeros(1, 2, 5, 4), t, y)
     with pytest.raises(ValueError, match=r"\(6, 4\), not \(4, 6\)"):
-        small_dit()(torch.zeros(1, 2, 6, 4), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+        fixed(torch.zeros(1, 2, 6, 4), t, y)
 
 
 def test_a_width_that_does_not_divide_is_refused():

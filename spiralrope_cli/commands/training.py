@@ -1,36 +1,48 @@
-"""From the options of a classifier's training command to its run."""
+"""From the options of a training command to its run."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from spiralrope_cli.commands import options as o
-from spiralrope_cli.core.config.resolve import StartingPoint, resolve_classifier
+from spiralrope_cli.core.config.dit_runs import DiTRun
+from spiralrope_cli.core.config.resolve import Resolved, StartingPoint, resolve_classifier
+from spiralrope_cli.core.config.resolve_dit import resolve_dit
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, world_size
 from spiralrope_cli.core.runtime.run_folder import CURVES_FILE, first_step
 from spiralrope_cli.core.runtime.tracker import check_tracker
 
-JOB = "spiralrope_cli.core.jobs.train_classifier:run"
+CLASSIFIER_JOB = "spiralrope_cli.core.jobs.train_classifier:run"
+DIT_JOB = "spiralrope_cli.core.jobs.train_dit:run"
 
 
 def train(
-    command: str, context: typer.Context, start: StartingPoint | None = None, notes: Any = ()
+    command: str,
+    context: typer.Context,
+    start: StartingPoint | None = None,
+    notes: Iterable[str] = (),
 ) -> None:
     """Resolves, checks, shows and launches a run, or says that it is finished.
 
     Args:
-        command: `pretrain` or `finetune`.
+        command: `pretrain`, `finetune` or `dit-train`.
         context: of the command, with what the user gave.
         start: the weights to start from.
         notes: what reading them brought up, one line each.
     """
     chosen = o.given(context)
     dry_run, config = chosen.pop("dry_run"), chosen.pop("config", None)
-    chosen.pop("source", None)
-    resolved = resolve_classifier(command, chosen, config, start)
+    for of_start in ("source", "init"):
+        chosen.pop(of_start, None)
+    resolved: Resolved[Any]
+    if command == "dit-train":
+        job, resolved = DIT_JOB, resolve_dit(chosen, config, start)
+    else:
+        job, resolved = CLASSIFIER_JOB, resolve_classifier(command, chosen, config, start)
     run = resolved.run
     check_tracker(run.machine.tracker)
     step = first_step(run)
@@ -48,4 +60,18 @@ def train(
 
         print_plan(resolved, first_step=step, every_value=dry_run, notes=notes)
     if not dry_run:
-        launch(JOB, run)
+        if isinstance(run, DiTRun):
+            check_vae(run)
+        launch(job, run)
+
+
+def check_vae(run: DiTRun) -> None:
+    """Refuses a VAE that no worker could use; one that is published is fetched meanwhile.
+
+    Raises:
+        ConfigError, CheckpointError, FetchError: no such VAE, or none that fits.
+    """
+    if run.pictures.in_latents and not run.pictures.latents and is_first_process():
+        from spiralrope_cli.core.hub.vae import find_vae
+
+        find_vae(run.pictures.vae)

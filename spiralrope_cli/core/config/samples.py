@@ -1,0 +1,94 @@
+"""What a run of sampling is. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from spiralrope_cli.core.config.checks import at_least, one_of
+from spiralrope_cli.core.config.diffusion import SAMPLERS, GuidanceConfig, spaced_timesteps
+from spiralrope_cli.core.config.dit_runs import NO_VAE, VAE_FACTOR
+from spiralrope_cli.core.config.runs import MachineConfig
+from spiralrope_cli.core.errors import ConfigError
+
+DEFAULTS: dict[str, Any] = {"num": 50_000, "steps": "250", "sampler": "ddpm", "seed": 100}
+"""As the published figures were made."""
+
+NUM_OF_SMALL_DATA = 200
+SAMPLING_VAE = "mse"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRun:
+    """Images from one set of weights, complete.
+
+    Attributes:
+        source: as the user named the weights.
+        file: that holds them.
+        ema: averaged in place of raw ones.
+        rope: field name -> value, options of the user over those of the weights.
+        out: folder of the results.
+        num: images.
+        steps: of the chain, such as `250`, `10,15,20` or `ddim25`.
+        sampler: `ddpm`, `ddim` or `dpm++`.
+        guidance: scale, channels and interval.
+        classes: dealt out in turn over the images; empty draws one for each.
+        num_classes: classes of the weights.
+        seed: of noise and drawn classes; image i follows from (seed, i) alone.
+        vae: `mse`, `ema`, a folder, or `none` where the network draws pixels.
+        image_size: (height, width) in pixels.
+        batch_size: images at a time per process.
+        png: writes every image as a file too.
+    """
+
+    source: str
+    file: str
+    ema: bool
+    rope: dict[str, Any]
+    out: str
+    num: int
+    steps: str
+    sampler: str
+    guidance: GuidanceConfig
+    classes: tuple[int, ...]
+    num_classes: int
+    seed: int
+    vae: str
+    image_size: tuple[int, int]
+    batch_size: int
+    png: bool
+    machine: MachineConfig = field(default_factory=MachineConfig)
+
+    def __post_init__(self) -> None:
+        one_of("sampler", self.sampler, SAMPLERS)
+        for name in ("num", "batch_size"):
+            at_least(name, getattr(self, name), 1)
+        at_least("seed", self.seed, 0)
+        num_steps = len(spaced_timesteps(self.steps))
+        if self.sampler == "dpm++" and num_steps >= 1000:
+            raise ConfigError(f"--steps {self.steps}: dpm++ takes at most 999")
+        wrong = [label for label in self.classes if not 0 <= label < self.num_classes]
+        if wrong:
+            raise ConfigError(
+                f"--classes {','.join(map(str, wrong[:5]))}: the weights know "
+                f"{self.num_classes} classes, 0 to {self.num_classes - 1}"
+            )
+
+    @property
+    def factor(self) -> int:
+        """Pixels along a side for each one that the network draws."""
+        return 1 if self.vae == NO_VAE else VAE_FACTOR
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(height, width) that the network draws."""
+        return self.image_size[0] // self.factor, self.image_size[1] // self.factor
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all images, 8 bits per channel."""
+        return 3 * self.num * self.image_size[0] * self.image_size[1]
+
+    def label(self, index: int) -> int | None:
+        """The class of an image where classes were given, else None."""
+        return self.classes[index % len(self.classes)] if self.classes else None

@@ -1,0 +1,113 @@
+"""The VAE between pixels and latents, through diffusers.
+
+Legend: B batch, (H, W) pixels, (h, w) = (H, W) / 8, L = 4 latent channels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spiralrope_cli.core.config.latents import LATENT_SCALE
+from spiralrope_cli.core.errors import CheckpointError
+
+
+class Vae:
+    """A frozen VAE; no gradient passes it.
+
+    Args:
+        model: AutoencoderKL of diffusers.
+
+    Attributes:
+        model: the same, in eval mode.
+        scale: what DiT's latents are multiplied by.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.scale = float(model.config.scaling_factor)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The posterior of the latents, not scaled.
+
+        Args:
+            images: [B, 3, H, W] in [-1, 1].
+
+        Returns:
+            mean and standard deviation, [B, L, h, w] float32 each.
+        """
+        posterior = self.model.encode(images.to(self.model.dtype)).latent_dist
+        exact = type(posterior)(posterior.parameters.float())
+        return exact.mean, exact.std
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images of scaled latents.
+
+        Args:
+            latents: [B, L, h, w] as DiT makes them.
+
+        Returns:
+            [B, 3, H, W] float32, about [-1, 1].
+        """
+        return self.model.decode((latents / self.scale).to(self.model.dtype)).sample.float()
+
+
+def draw(mean: Tensor, std: Tensor, noise: Tensor, scale: float = LATENT_SCALE) -> Tensor:
+    """Latents as DiT sees them: scale (mean + std e).
+
+    Args:
+        mean: of the posterior, [B, L, h, w].
+        std: of the posterior, likewise.
+        noise: e, standard normal, likewise.
+        scale: of the VAE.
+    """
+    return torch.addcmul(mean, std, noise) * scale
+
+
+def load_vae(folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Vae:
+    """A VAE from a folder in the layout of diffusers.
+
+    Args:
+        folder: with config.json and diffusion_pytorch_model.safetensors.
+        device: where it computes.
+        dtype: in which it computes; what it takes and gives is float32.
+
+    Raises:
+        CheckpointError: the weights are damaged, or not those of the config.
+    """
+    from diffusers import AutoencoderKL
+
+    try:
+        # Without accelerate, diffusers prints advice to install it.
+        with contextlib.redirect_stderr(io.StringIO()):
+            model, told = AutoencoderKL.from_pretrained(
+                str(folder),
+                local_files_only=True,
+                use_safetensors=True,
+                torch_dtype=dtype,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        # Its own words for a damaged file are about network and Hub.
+        raise CheckpointError(
+            f"the VAE in {folder} cannot be read: its weights are damaged, or another VAE's",
+            "fetch or copy it again",
+        ) from error
+    wrong = [*told["missing_keys"], *told["unexpected_keys"], *told["mismatched_keys"]]
+    if wrong:
+        raise CheckpointError(
+            f"the VAE in {folder} does not fit its config: {len(wrong)} weights are missing, left "
+            f"over or of another shape, {wrong[0]} for one"
+        )
+    model = model.to(device)
+    if device.type == "cuda":
+        model = model.to(memory_format=torch.channels_last)
+    return Vae(model)

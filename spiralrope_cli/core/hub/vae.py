@@ -1,0 +1,106 @@
+"""Which VAE a word means, and where its files are. Standard library only."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spiralrope_cli.core.config.latents import LATENT_CHANNELS, LATENT_SCALE, VAE_FACTOR, VAE_NAMES
+from spiralrope_cli.core.errors import CheckpointError, ConfigError
+from spiralrope_cli.core.hub.catalog import find
+from spiralrope_cli.core.hub.download import fetch, local_path
+from spiralrope_cli.core.hub.files import digest_like
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
+
+
+@dataclass(frozen=True)
+class VaeFiles:
+    """A VAE in the layout of diffusers, on this machine.
+
+    Attributes:
+        given: as the user named it.
+        folder: with its config and its weights.
+    """
+
+    given: str
+    folder: Path
+
+    @property
+    def weights(self) -> Path:
+        """The weights file."""
+        return self.folder / WEIGHTS_FILE
+
+    @property
+    def scale(self) -> float:
+        """What DiT's latents are multiplied by."""
+        config = json.loads((self.folder / CONFIG_FILE).read_text())
+        return float(config.get("scaling_factor", LATENT_SCALE))
+
+    def sha256(self) -> str:
+        """Which VAE it is, whatever its folder is called."""
+        return digest_like(self.weights, "sha256")[1]
+
+
+def find_vae(given: str) -> VaeFiles:
+    """The VAE that `--vae` names; `ema` and `mse` are fetched unless they are here.
+
+    Args:
+        given: `ema`, `mse`, or a folder with config.json and safetensors.
+
+    Raises:
+        ConfigError: neither a name nor a folder.
+        CheckpointError: no VAE in it, or one that DiT cannot work with.
+        FetchError: it cannot be had.
+    """
+    if given in VAE_NAMES:
+        row = find(f"vae-{given}")
+        files = VaeFiles(given, local_path(row) or fetch(row))
+    else:
+        folder = Path(given).expanduser()
+        if not folder.is_dir():
+            raise ConfigError(f"--vae {given} is neither {' nor '.join(VAE_NAMES)} nor a folder")
+        files = VaeFiles(given, folder)
+    _check(files)
+    return files
+
+
+def _check(files: VaeFiles) -> None:
+    folder = files.folder
+    layout = f"a VAE's folder holds {CONFIG_FILE} and {WEIGHTS_FILE}, as diffusers saves it"
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"--vae {files.given}: {folder} has no {name}", layout)
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        kind, channels, factor = _shape(config)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"--vae {files.given}: {folder / CONFIG_FILE} is no config of a VAE", layout
+        ) from error
+    if kind != "AutoencoderKL":
+        raise CheckpointError(f"--vae {files.given} is of the kind {kind}, not AutoencoderKL")
+    if channels != (3, 3, LATENT_CHANNELS):
+        pixels, back, latents = channels
+        raise CheckpointError(
+            f"--vae {files.given} makes {latents} channels of {pixels} and gives {back} back; DiT "
+            f"takes one that makes {LATENT_CHANNELS} of 3"
+        )
+    if factor != VAE_FACTOR:
+        raise CheckpointError(
+            f"--vae {files.given} shrinks images {factor} times; DiT takes one that does so "
+            f"{VAE_FACTOR} times"
+        )
+
+
+def _shape(config: dict[str, Any]) -> tuple[str, tuple[int, int, int], int]:
+    """Class, channels of image, image back and latents, and factor; as diffusers defaults them."""
+    channels = (
+        config.get("in_channels", 3),
+        config.get("out_channels", 3),
+        config.get("latent_channels", 4),
+    )
+    levels = len(config.get("block_out_channels", (64,)))
+    return config.get("_class_name", "AutoencoderKL"), channels, 2 ** (levels - 1)

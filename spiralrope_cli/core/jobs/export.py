@@ -1,0 +1,214 @@
+"""Weights to hand on: the published layout, or safetensors with a model card."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import save_file
+
+from spiralrope_cli.core.config.models import deit_size, dit_size, is_dit
+from spiralrope_cli.core.hub.catalog import ROWS
+from spiralrope_cli.core.hub.files import (
+    check_space,
+    digest_like,
+    human_size,
+    refuse_existing,
+    say,
+    whole,
+)
+from spiralrope_cli.core.hub.model_card import eval_rows, model_card
+from spiralrope_cli.core.hub.published import StateDict
+from spiralrope_cli.core.hub.source import Source
+from spiralrope_cli.core.hub.write_published import (
+    Described,
+    not_expressed,
+    published_content,
+)
+from spiralrope_cli.core.load import create, fitted
+from spiralrope_cli.core.models.dit import DiT
+from spiralrope_cli.core.rope import as_pair
+from spiralrope_cli.core.runtime.run_folder import CONFIG_FILE, MODEL_FILE
+from spiralrope_cli.core.weights import Weights, here, read_weights
+
+EXPORTS_FOLDER = "exports"
+CARD_FILE = "README.md"
+HEADROOM = 1 << 20
+"""Bytes for names, args and the card beside the tensors."""
+SPEAKS_OF_NOTHING = ("model", "ema", "checkpoint", "best_checkpoint")
+
+
+def export(
+    source: Source, layout: str, *, ema: bool | None, out: Path | None, rope: dict[str, Any]
+) -> None:
+    """Writes a source's weights in another layout and prints where they are.
+
+    Args:
+        source: as `find_source` gave it; what is published is fetched.
+        layout: `published` or `safetensors`.
+        ema: averaged or raw ones alone; None takes raw ones, and both into a published file.
+        out: file (published) or folder (safetensors); by default below `exports/`.
+        rope: field name -> value, options of the user, which win over the source's.
+
+    Raises:
+        CheckpointError: weights that cannot be read or are not whole.
+        ConfigError: a bare state dict without RoPE options.
+        FetchError: something lies at `out`, or the disk cannot hold it.
+    """
+    source = here(source)
+    weights = read_weights(source, ema=bool(ema), rope=rope)
+    network, state = _whole_state(weights)
+    notes = weights.notes
+    if layout == "published":
+        averaged, chosen = state, "ema" if weights.ema else "raw"
+        if ema is None:
+            other = read_weights(source, ema=True, rope=rope)
+            if other.ema and not weights.ema:
+                averaged, chosen = _whole_state(other)[1], ""
+        sets = "raw and averaged (EMA)" if averaged is not state else ""
+        notes = (*notes, *not_expressed(network))
+        target = out or _default_target(weights, layout, chosen)
+        written = _write_published(target, network, weights, state, averaged)
+    else:
+        sets = ""
+        target = out or _default_target(weights, layout, "ema" if weights.ema else "")
+        written = _write_safetensors(target, weights, state)
+    for note in notes:
+        say(f"note: {note}")
+    say(f"{source.given}: {weights.what(sets)}, {layout} layout")
+    for path in written:
+        say(f"  {path.name}: {human_size(path.stat().st_size)}")
+    Console().print(str(target), highlight=False, soft_wrap=True, markup=False)
+
+
+def _whole_state(weights: Weights) -> tuple[Described, StateDict]:
+    """What the weights belong to, and their tensors, none missing, in the network's order."""
+    with torch.device("meta"):
+        model = create(weights)
+    found = fitted(weights, model)
+    state = {name: _apart(found[name]) for name in model.state_dict()}
+    size = dit_size(weights.arch) if is_dit(weights.arch) else deit_size(weights.arch)
+    network = Described(
+        arch=weights.arch,
+        rope=weights.rope,
+        num_heads=size.heads,
+        head_dim=size.head_dim,
+        num_classes=model.num_classes,
+        size=model.input_size if isinstance(model, DiT) else model.image_size,
+        grid=model.grid,
+        pretrain_grid=as_pair(weights.options.get("pretrain_grid") or model.grid),
+        qk_norm=bool(weights.options.get("qk_norm")),
+    )
+    return network, state
+
+
+def _apart(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with memory of its own; a view would write all that it looks at."""
+    if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _default_target(weights: Weights, layout: str, word: str) -> Path:
+    source, file = weights.source, weights.file.resolve()
+    if source.row:
+        name = source.row.name.replace("@", "-")
+    elif source.run:
+        name = f"{source.run.resolve().name}-{file.parent.name}"
+    elif file.stem in SPEAKS_OF_NOTHING or file.stem.isdigit():
+        name = f"{file.parent.name}-{file.stem}"
+    else:
+        name = file.stem
+    suffix = {"published": ".pt" if is_dit(weights.arch) else ".pth"}.get(layout, "")
+    return Path(EXPORTS_FOLDER) / ("-".join(filter(None, (name, word))) + suffix)
+
+
+def _progress(weights: Weights) -> dict[str, int]:
+    """The step or epoch of the weights, for DeiT runs of ours both."""
+    unit, _, number = weights.progress.partition(" ")
+    known = {unit: int(number)} if number.isdigit() else {}
+    if is_dit(weights.arch):
+        return known
+    try:
+        per_epoch = weights.config["num_train"] // weights.config["optim"]["batch_size"]
+        epoch = known["step"] // per_epoch - 1  # The published code counts from 0.
+    except (KeyError, TypeError, ZeroDivisionError):
+        return known
+    return {**known, "epoch": max(epoch, 0)}
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors) + HEADROOM
+
+
+def _write_published(
+    target: Path, network: Described, weights: Weights, raw: StateDict, averaged: StateDict
+) -> list[Path]:
+    refuse_existing(target)
+    content = published_content(
+        network, raw, averaged, progress=_progress(weights), ema=weights.ema
+    )
+    sets = [raw] if averaged is raw else [raw, averaged]
+    check_space((target.parent, _bytes(value for state in sets for value in state.values())))
+    with whole(target) as beside:
+        torch.save(content, beside)
+    return [target]
+
+
+def _write_safetensors(target: Path, weights: Weights, state: StateDict) -> list[Path]:
+    refuse_existing(target)
+    check_space((target.parent, _bytes(state.values())))
+    config = {
+        **weights.config,
+        "arch": weights.arch,
+        "rope": dataclasses.asdict(weights.rope),
+        "model": {**weights.config.get("model", {}), **weights.options},
+    }
+    as_json = json.dumps(config)
+    metadata = {
+        "config": as_json,
+        **{unit: str(number) for unit, number in _progress(weights).items()},
+        "weights": "ema" if weights.ema else "model",
+        "format": "pt",
+    }
+    card = model_card(
+        target.name,
+        weights.what(),
+        weights.arch,
+        weights.rope,
+        weights.options,
+        _data(weights),
+        _figures(weights),
+    )
+    with whole(target) as beside:
+        beside.mkdir()
+        save_file(state, beside / MODEL_FILE, metadata)
+        (beside / CONFIG_FILE).write_text(yaml.safe_dump(json.loads(as_json), sort_keys=False))
+        (beside / CARD_FILE).write_text(card)
+    return [target / name for name in (MODEL_FILE, CONFIG_FILE, CARD_FILE)]
+
+
+def _data(weights: Weights) -> str:
+    """The training set by its name on the Hub; a folder's path means nothing elsewhere."""
+    if weights.source.row in ROWS:
+        return "imagenet-1k"
+    data = str(weights.config.get("data", ""))
+    scheme, _, name = data.partition("/")
+    if scheme in ("hfds", "hfids"):
+        return name
+    return data if not name and not Path(data).exists() else ""
+
+
+def _figures(weights: Weights) -> list[dict[str, Any]]:
+    """Rows of the `eval.json` beside the weights or in their run folder that are theirs."""
+    folders = [weights.file.parent, *([weights.source.run] if weights.source.run else [])]
+    if not any((folder / "eval.json").is_file() for folder in folders):
+        return []
+    _, sha256 = digest_like(weights.file, "")
+    return eval_rows(folders, sha256, weights.ema)

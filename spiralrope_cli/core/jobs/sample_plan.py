@@ -1,0 +1,225 @@
+"""Settles a run of sampling before any worker starts, and says what it will do."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from spiralrope_cli.core.config.diffusion import GuidanceConfig
+from spiralrope_cli.core.config.dit_runs import NO_VAE, input_size
+from spiralrope_cli.core.config.models import is_dit
+from spiralrope_cli.core.config.resolve import RUNS_FOLDER
+from spiralrope_cli.core.config.rope import RopeConfig
+from spiralrope_cli.core.config.runs import MachineConfig
+from spiralrope_cli.core.config.samples import (
+    DEFAULTS,
+    NUM_OF_SMALL_DATA,
+    SAMPLING_VAE,
+    SampleRun,
+)
+from spiralrope_cli.core.data.sample_files import PART_FILE, SampleFiles, read_facts
+from spiralrope_cli.core.errors import CheckpointError, ConfigError
+from spiralrope_cli.core.hub.files import digest_like, human_size
+from spiralrope_cli.core.hub.source import Source
+from spiralrope_cli.core.hub.vae import find_vae
+from spiralrope_cli.core.runtime.device import pick_device, pick_precision
+from spiralrope_cli.core.weights import Weights, here, read_weights
+from spiralrope_cli.version import __version__
+
+SMALL_DATA = ("digits", "fashion-mnist")
+BATCH_BYTES = 64 * 3 * 256 * 256
+"""Pixels of a batch by default: 64 images of 256 px; at most MAX_BATCH of smaller ones."""
+
+MAX_BATCH = 100
+
+
+def settle(source: Source, options: Mapping[str, Any]) -> tuple[SampleRun, Weights]:
+    """The complete run.
+
+    Args:
+        source: from `find_source`; published weights are fetched if need be.
+        options: field name -> value, given options alone.
+
+    Raises:
+        CheckpointError: no diffusion transformer.
+        ConfigError: a value that cannot work.
+    """
+    chosen = dict(options)
+    of_rope = {name: chosen.pop(name) for name in RopeConfig.__dataclass_fields__ if name in chosen}
+    ema = chosen.pop("ema", True)
+    weights = read_weights(here(source), ema=ema, rope=of_rope)
+    if not is_dit(weights.arch):
+        raise CheckpointError(
+            f"{source.given} holds {weights.arch}, a classifier, which draws nothing",
+            "dit-sample takes a diffusion transformer; eval takes classifiers",
+        )
+    config = weights.config
+    pictures = config.get("pictures", {})
+    trained_vae = pictures.get("vae", SAMPLING_VAE if weights.options["in_chans"] == 4 else NO_VAE)
+    # Trained with the encoder of `ema`, decoded by `mse`: so the published figures were made.
+    usual = SAMPLING_VAE if trained_vae == "ema" else trained_vae
+    vae = chosen.pop("vae", usual)
+    if (vae == NO_VAE) and weights.options["in_chans"] not in (1, 3):
+        raise ConfigError(
+            f"--vae none: {source.given} draws {weights.options['in_chans']} channels, which only "
+            "a VAE turns into pictures",
+            "use --vae mse, ema or a folder",
+        )
+    if vae != NO_VAE and weights.options["in_chans"] != 4:
+        raise ConfigError(
+            f"--vae {vae}: {source.given} draws pixels, {weights.options['in_chans']} channel(s)",
+            "use --vae none",
+        )
+    factor = 1 if vae == NO_VAE else 8
+    own = tuple(factor * side for side in weights.options["input_size"])
+    image_size = chosen.pop("image_size", own)
+    input_size(weights.arch, image_size, vae)
+    if image_size != own and not weights.rope.enabled:
+        raise ConfigError(
+            f"--image-size {'x'.join(map(str, image_size))}: without RoPE these weights draw "
+            f"{'x'.join(map(str, own))} alone",
+        )
+    machine_names = MachineConfig.__dataclass_fields__
+    machine = MachineConfig(**{n: chosen.pop(n) for n in list(chosen) if n in machine_names})
+    guide_names = GuidanceConfig.__dataclass_fields__
+    guidance = GuidanceConfig(**{n: chosen.pop(n) for n in list(chosen) if n in guide_names})
+    values = {**DEFAULTS, **chosen}
+    if config.get("data") in SMALL_DATA and "num" not in chosen:
+        values["num"] = NUM_OF_SMALL_DATA
+    pixels = 3 * image_size[0] * image_size[1]
+    values.setdefault("batch_size", max(1, min(MAX_BATCH, BATCH_BYTES // pixels)))
+    values.setdefault("png", False)
+    values.setdefault("classes", ())
+    name = values.pop("name", None)
+    values.setdefault("out", str(Path(RUNS_FOLDER) / _folder(source, values, guidance, ema, name)))
+    run = SampleRun(
+        source=source.given,
+        file=str(weights.file),
+        ema=ema,
+        rope=of_rope,
+        guidance=guidance,
+        num_classes=weights.options["num_classes"],
+        vae=vae,
+        image_size=image_size,
+        machine=machine,
+        **values,
+    )
+    return run, weights
+
+
+def _folder(
+    source: Source, values: dict[str, Any], guidance: GuidanceConfig, ema: bool, name: str | None
+) -> str:
+    stem = source.run.resolve().name if source.run else Path(source.given).stem
+    parts = ["dit-sample", stem, f"{values['sampler']}{values['steps']}"]
+    parts += [f"cfg{guidance.cfg_scale:g}"] if guidance.cfg_scale != 1 else []
+    parts += [] if ema else ["raw"]
+    parts += [name] if name else []
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts))
+
+
+def facts_of(run: SampleRun, weights: Weights) -> dict[str, Any]:
+    """What makes the images, for every file that holds some."""
+    device = pick_device(run.machine)
+    dtype, _ = pick_precision(run.machine.precision, device)
+    vae = None if run.vae == NO_VAE else find_vae(run.vae)
+    return {
+        "made_by": f"spiralrope {__version__} dit-sample",
+        "source": run.source,
+        "sha256": digest_like(Path(run.file), "sha256")[1],
+        "weights": "ema" if weights.ema else "raw",
+        "trained": weights.progress,
+        "arch": weights.arch,
+        "rope": dataclasses.asdict(weights.rope),
+        "num": run.num,
+        "steps": run.steps,
+        "sampler": run.sampler,
+        **dataclasses.asdict(run.guidance),
+        "cfg_interval": list(run.guidance.cfg_interval),
+        "classes": list(run.classes),
+        "seed": run.seed,
+        "vae": run.vae,
+        "vae_sha256": vae.sha256() if vae else "",
+        "image_size": list(run.image_size),
+        "precision": str(dtype).removeprefix("torch."),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
+FREE_TO_DIFFER = ("made_by", "source", "versions", "trained")
+"""What may change between two runs that go on with the same images."""
+
+
+def check_same(run: SampleRun, facts: dict[str, Any]) -> bool:
+    """Whether all images are there already.
+
+    Raises:
+        CheckpointError: the folder holds other images.
+    """
+    folder = Path(run.out)
+    before = read_facts(folder)
+    if before is None:
+        return False
+    differing = [
+        f"{name} was {before.get(name)}, now {value}"
+        for name, value in facts.items()
+        if name not in FREE_TO_DIFFER and before.get(name) != value
+    ]
+    if differing:
+        more = f" (and {len(differing) - 2} more)" if len(differing) > 2 else ""
+        raise CheckpointError(
+            f"{folder} holds other samples: {'; '.join(differing[:2])}{more}",
+            "repeat those options, or give this run another --name or --out",
+        )
+    return SampleFiles(folder, run.num, run.image_size).npz.exists()
+
+
+def check_space(run: SampleRun) -> None:
+    """Refuses a run whose files would not fit on the disk.
+
+    Raises:
+        CheckpointError: too little is free.
+    """
+    folder = Path(run.out).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    begun = Path(run.out) / PART_FILE
+    here_already = begun.stat().st_blocks * 512 if begun.exists() else 0
+    needed = 2 * run.num_bytes - here_already
+    if free < needed:
+        raise CheckpointError(
+            f"no space left in {there}: {run.num} images and their .npz take "
+            f"{human_size(needed)}, {human_size(free)} are free",
+            "use fewer images (--num), or another --out",
+        )
+
+
+def say_plan(run: SampleRun, weights: Weights, world_size: int) -> None:
+    """What will be drawn, on stderr."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    guidance = run.guidance
+    height, width = run.image_size
+    guided = "none"
+    if guidance.cfg_scale != 1:
+        low, high = guidance.cfg_interval
+        channels = "all channels" if guidance.cfg_channels == "all" else "3 channels"
+        guided = f"{guidance.cfg_scale:g} on {channels}, timesteps {low} to {high}"
+    classes = ",".join(map(str, run.classes)) if run.classes else f"drawn from {run.num_classes}"
+    for name, text in (
+        ("samples", f"{run.out}"),
+        ("weights", weights.summary()),
+        ("images", f"{run.num} of {height}x{width} px, VAE {run.vae}; classes {classes}"),
+        ("sampler", f"{run.sampler}, {run.steps} steps, guidance {guided}, seed {run.seed}"),
+        ("batch", f"{run.batch_size} at a time in {world_size} process(es)"),
+    ):
+        console.print(f" [bold]{name:<8}[/] {text}")
+    for note in weights.notes:
+        console.print(f"note: {note}", markup=False)

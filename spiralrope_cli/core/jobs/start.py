@@ -1,0 +1,83 @@
+"""The network that a run trains: fresh, from other weights, or from its own checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from spiralrope_cli.core.config.dit_runs import DiTModelConfig, TrainingRun
+from spiralrope_cli.core.config.latents import VAE_FACTOR
+from spiralrope_cli.core.config.models import is_dit
+from spiralrope_cli.core.config.resolve import StartingPoint
+from spiralrope_cli.core.config.rope import RopeConfig
+from spiralrope_cli.core.config.runs import ModelConfig
+from spiralrope_cli.core.errors import CheckpointError
+from spiralrope_cli.core.hub.source import Source, find_source
+from spiralrope_cli.core.load import start_from
+from spiralrope_cli.core.models.build import create_model
+from spiralrope_cli.core.runtime.job import Job
+from spiralrope_cli.core.runtime.seeds import seed_everything
+from spiralrope_cli.core.training import loop
+from spiralrope_cli.core.training.optim import freeze_but
+from spiralrope_cli.core.training.state import TrainState
+from spiralrope_cli.core.weights import Weights, here, read_weights
+
+
+def build(config: TrainingRun, job: Job, step: int) -> tuple[TrainState, nn.Module]:
+    """Model, averages and optimizer at a step, and the model as it is called."""
+    seed_everything(config.seed, "init")
+    model = create_model(config.arch, rope=config.rope, **asdict(config.model))
+    if config.source and not step:
+        start_from(starting_weights(config), model)
+    if config.optim.freeze != "none":
+        freeze_but(model, config.optim.freeze)
+    model.grad_checkpointing = config.machine.grad_checkpointing
+    return loop.prepare(config, job, model, step)
+
+
+def starting_point(
+    source: Source, options: dict[str, Any], *, dit: bool = False
+) -> tuple[StartingPoint, tuple[str, ...]]:
+    """What a run starts from, for its resolution, and notes for the user.
+
+    Args:
+        source: from `find_source`; published weights are fetched if need be.
+        options: field name -> value, of which the RoPE options win over the source's.
+        dit: whether they must be those of a diffusion transformer, or of a classifier.
+
+    Raises:
+        CheckpointError: no weights there, or those of another kind of network.
+        ConfigError: a bare state dict without RoPE options.
+    """
+    names = RopeConfig.__dataclass_fields__
+    chosen = {name: value for name, value in options.items() if name in names}
+    weights = read_weights(here(source), ema=True, rope=chosen)
+    if is_dit(weights.arch) != dit:
+        raise CheckpointError(
+            f"{source.given} holds {weights.arch}, "
+            + ("a classifier" if dit else "a diffusion transformer, and no classifier"),
+            "finetune starts from those" if dit else "dit-train --init starts from those",
+        )
+    of_run = weights.config if weights.source.run else {}
+    pictures = weights.config.get("pictures", {})
+    if dit and not pictures:
+        height, width = weights.options["input_size"]
+        pictures = {"image_size": (VAE_FACTOR * height, VAE_FACTOR * width)}
+    start = StartingPoint(
+        source=source.given,
+        arch=weights.arch,
+        rope=weights.rope,
+        model=DiTModelConfig(label_dropout=0.0, **weights.options)
+        if dit
+        else ModelConfig(drop_path=0.0, **weights.options),
+        data=str(of_run.get("data", "")),
+        pictures={name: pictures[name] for name in ("image_size", "vae") if name in pictures},
+    )
+    return start, weights.notes
+
+
+def starting_weights(run: TrainingRun) -> Weights:
+    """The averaged weights that a run starts from."""
+    return read_weights(here(find_source(run.source)), ema=True, rope=asdict(run.rope))

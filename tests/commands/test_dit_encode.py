@@ -1,0 +1,324 @@
+"""The real command on real pictures, with a VAE of random weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from spiralrope_cli import GaussianDiffusion, create_model
+from spiralrope_cli import main as cli
+from spiralrope_cli.commands import dit_encode
+from spiralrope_cli.core.config.latents import EncodeRun, class_folder
+from spiralrope_cli.core.config.runs import MachineConfig
+from spiralrope_cli.core.data.adm import cropped_array
+from spiralrope_cli.core.data.latents import LatentCache
+from spiralrope_cli.core.diffusion.vae import draw, load_vae
+from spiralrope_cli.core.errors import DataError
+from spiralrope_cli.core.jobs import encode_latents, encode_plan
+from spiralrope_cli.core.runtime.job import StopRequest
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """40 pictures of three classes in all shapes: three shards of 16, 16 and 8."""
+    root = tmp_path_factory.mktemp("photos")
+    noise = np.random.default_rng(1)
+    for number in range(40):
+        folder = root / f"class{number % 3}"
+        folder.mkdir(exist_ok=True)
+        height, width = noise.integers(16, 80, 2)
+        coarse = noise.integers(0, 256, (4, 5, 3)).astype(np.uint8)
+        picture = Image.fromarray(coarse).resize((int(width), int(height)))
+        picture.save(folder / f"{number:02d}.png")
+    return root
+
+
+@pytest.fixture
+def make(photos, tiny_vae, tmp_path):
+    """Runs of the job in this process."""
+
+    def config(**changes):
+        values = {
+            "data": str(photos),
+            "out": str(tmp_path / "latents"),
+            "vae": str(tiny_vae),
+            "image_size": (32, 24),
+            "batch_size": 5,
+            "machine": MachineConfig(
+                nproc=1, device="cpu", precision="fp32", workers=0, skip_bad=True
+            ),
+        }
+        return EncodeRun(**{**values, **changes})
+
+    return config
+
+
+def same_caches(one, other):
+    one, other = LatentCache(Path(one)), LatentCache(Path(other))
+    assert torch.equal(one.labels, other.labels)
+    for mirrored in (False, True):
+        chosen = torch.arange(len(one)), torch.full((len(one),), mirrored)
+        for ours, theirs in zip(one.mean_std(*chosen), other.mean_std(*chosen), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_training_from_the_cache_is_training_with_the_vae(make, photos, tiny_vae):
+    config = make()
+    encode_latents.run(config)
+    cache, vae = LatentCache(Path(config.out)), load_vae(tiny_vae, CPU)
+    files = sorted(photos.glob("*/*.png"))
+    assert len(cache) == len(files) == 40
+    assert cache.labels.tolist() == [int(path.parent.name[-1]) for path in files]
+    assert cache.class_names == ("class0", "class1", "class2")
+
+    numbers = torch.tensor([3, 39, 17, 16, 0, 25])
+    mirrored = torch.tensor([True, False, True, False, False, True])
+    pictures = []
+    for number, flip in zip(numbers, mirrored, strict=True):
+        pixels = torch.tensor(cropped_array(Image.open(files[number]).convert("RGB"), (32, 24)))
+        pictures.append(pixels.flip(-1) if flip else pixels)
+    images = torch.stack(pictures).float() / 127.5 - 1
+    noise, more = torch.randn(2, 6, 4, 4, 3)
+    in_the_loop = draw(*vae.encode(images), noise, vae.scale)
+    cached = draw(*cache.mean_std(numbers, mirrored), noise, cache.scale)
+    torch.testing.assert_close(cached, in_the_loop, rtol=0, atol=1e-5)
+
+    losses = []
+    for latents in (in_the_loop, cached):
+        torch.manual_seed(0)
+        model = create_model("dit-64x2x2-1", num_classes=3, input_size=(4, 3))
+        model.final_layer.linear.weight.data.normal_(std=0.1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        for t in (torch.arange(6) * 99, torch.arange(6) * 150):
+            loss = (
+                GaussianDiffusion()
+                .training_losses(model, latents, t, more, y=cache.labels[numbers])["loss"]
+                .mean()
+            )
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert losses[1] != losses[0]
+    assert losses[2:] == pytest.approx(losses[:2], rel=1e-5)
+
+
+def test_two_processes_write_what_one_does(make, spiralrope, photos, tiny_vae, tmp_path):
+    config = make()
+    encode_latents.run(config)
+    both = tmp_path / "both"
+    done = spiralrope(
+        *("dit-encode", "--data", photos, "--vae", tiny_vae, "--image-size", "32x24"),
+        *("--out", both, "--batch-size", 16, "--nproc", 2, "--device", "cpu", "--workers", 0),
+    )
+    assert "40 images, 3 classes" in done.stderr
+    assert "encoded  40/40" in done.stderr
+    assert "images/s" in done.stderr
+    assert done.stdout.startswith(f"{both}: 40 images of 3 classes")
+    assert "in 3 shards" in done.stdout
+    same_caches(config.out, both)
+
+
+def test_an_interrupted_run_goes_on(make, monkeypatch, tmp_path, capfd):
+    whole = make(out=str(tmp_path / "whole"))
+    encode_latents.run(whole)
+    config = make()
+    write, written = encode_latents.latents.write_shard, []
+
+    def write_and_stop(folder, number, *rest):
+        written.append(number)
+        if number == 1:  # the signal comes while the second shard is made
+            signal.raise_signal(signal.SIGTERM)
+        return write(folder, number, *rest)
+
+    monkeypatch.setattr(encode_latents.latents, "write_shard", write_and_stop)
+    with pytest.raises(SystemExit) as left:
+        encode_latents.run(config)
+    assert left.value.code == 143
+    assert "the same command goes on" in capfd.readouterr().err
+    with pytest.raises(DataError, match="manifest"):
+        LatentCache(Path(config.out))
+    assert written == [0, 1]
+    encode_latents.run(config)
+    assert written == [0, 1, 2]
+    same_caches(config.out, whole.out)
+
+
+def test_a_signal_within_a_shard_ends_it_at_once(make, monkeypatch, tmp_path):
+    config = make()
+    monkeypatch.setattr(StopRequest, "listen", lambda self: setattr(self, "signal_number", 2))
+    with pytest.raises(SystemExit) as left:
+        encode_latents.run(config)
+    assert left.value.code == 130
+    assert not list(tmp_path.glob("latents/*.safetensors"))
+
+
+def test_a_kill_leaves_whole_shards_alone(make, started, photos, tiny_vae, tmp_path):
+    out = tmp_path / "killed"
+    words = ("dit-encode", "--data", photos, "--vae", tiny_vae, "--image-size", "256")
+    child = started(*words, "--out", out, "--batch-size", 1, "--device", "cpu", "--workers", 0)
+    until = time.monotonic() + 120
+    while not (out / "00000.safetensors").exists() and time.monotonic() < until:
+        time.sleep(0.005)
+    child.kill()
+    child.wait()
+    config = make(out=str(out), image_size=(256, 256))
+    there = {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
+    assert 1 <= len(there) < 3
+    encode_latents.run(config)
+    LatentCache(out).verify()
+    assert there["00000.safetensors"] == (out / "00000.safetensors").read_bytes()
+
+
+def test_what_is_damaged_is_encoded_again_and_only_that(make, capfd):
+    config = make()
+    encode_latents.run(config)
+    cache = LatentCache(Path(config.out))
+    before = cache.mean_std(torch.arange(40), torch.arange(40) % 2 == 0)
+    before = [each.clone() for each in before]
+    out = cache.manifest.folder
+    untouched = (out / "00000.safetensors").stat().st_mtime_ns
+    content = bytearray((out / "00001.safetensors").read_bytes())
+    content[-5] ^= 1
+    (out / "00001.safetensors").write_bytes(content)
+    (out / "00002.safetensors").unlink()
+    capfd.readouterr()
+    encode_latents.run(config)
+    told = capfd.readouterr().err
+    assert "00001.safetensors is damaged" in told
+    assert "00002.safetensors is missing" in told
+    assert (out / "00000.safetensors").stat().st_mtime_ns == untouched
+    cache = LatentCache(out)
+    cache.verify()
+    after = cache.mean_std(torch.arange(40), torch.arange(40) % 2 == 0)
+    torch.testing.assert_close(after[0], before[0], rtol=0, atol=1e-5)
+
+    encode_latents.run(config)
+    assert "is finished: all 3 shards are as they should be" in capfd.readouterr().err
+
+
+@pytest.fixture
+def with_bad(photos, tmp_path):
+    root = shutil.copytree(photos, tmp_path / "bad")
+    for number in (0, 33):
+        (root / f"class{number % 3}" / f"{number:02d}.png").write_bytes(b"no picture")
+    return root
+
+
+def test_unreadable_images_are_left_out_and_told(make, with_bad, capfd):
+    config = make(data=str(with_bad))
+    encode_latents.run(config)
+    assert "2 image(s) could not be read" in capfd.readouterr().err
+    cache = LatentCache(Path(config.out))
+    assert len(cache) == 38
+    paths = [path for shard in cache.manifest.shards for path in shard.unreadable]
+    assert [path[-6:] for path in paths] == ["00.png", "33.png"]
+    left = [n for n in range(40) if n not in (0, 33)]
+    assert sorted(cache.labels.tolist()) == sorted(n % 3 for n in left)
+
+
+def test_an_unreadable_image_ends_the_run_otherwise(make, with_bad):
+    machine = MachineConfig(nproc=1, device="cpu", precision="fp32", workers=0)
+    with pytest.raises(DataError, match=r"00\.png cannot be read"):
+        encode_latents.run(make(data=str(with_bad), machine=machine))
+
+
+@pytest.fixture
+def call(runs, monkeypatch):
+    """The command with its workers replaced by a list."""
+    launched = []
+    monkeypatch.setattr(dit_encode, "launch", lambda job, run: launched.append(run))
+
+    def invoke(*words):
+        return CliRunner().invoke(cli.app, ["dit-encode", *map(str, words)]), launched
+
+    return invoke
+
+
+def test_options_reach_the_run(call, photos, tiny_vae):
+    words = ("--data", photos, "--vae", tiny_vae, "--image-size", "16x24", "--device", "cpu")
+    result, launched = call(*words, "--batch-size", 3, "--out", "o", "--skip-bad", "--nproc", 3)
+    assert result.exit_code == 0, result.output
+    (run,) = launched
+    assert (run.image_size, run.batch_size, run.out) == ((16, 24), 3, "o")
+    assert (run.machine.skip_bad, run.machine.nproc) == (True, 3)
+    assert run.machine.precision == "fp32"
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(call, runs, photos, tiny_vae):
+    words = ("--data", photos, "--vae", tiny_vae, "--image-size", 64, "--nproc", 1)
+    result, launched = call(*words, "--dry-run")
+    assert result.exit_code == 0
+    assert not launched
+    assert "40 images, 3 classes" in result.stderr
+    # 40 x (plain, mirrored) x (mean, deviation) x 4x8x8 x 4 bytes, and the labels
+    assert "164 kB in 3 shards" in result.stderr
+    assert list(runs.iterdir()) == []
+
+
+def test_a_folder_with_train_is_taken_by_its_train(image_folder):
+    assert class_folder(str(image_folder)) == (image_folder / "train").resolve()
+    assert class_folder(str(image_folder / "val")) == (image_folder / "val").resolve()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--data is missing"),
+        (["--data", "digits"], "--data digits is too small for a VAE"),
+        (["--data", "nowhere"], "--data nowhere is no folder"),
+        (["--data", "."], "has no class folders"),
+        (["--data", "PHOTOS", "--image-size", "20"], "--image-size 20x20: the VAE needs sides"),
+        (["--data", "PHOTOS", "--batch-size", "0"], "--batch-size is 0"),
+        (["--data", "PHOTOS", "--vae", "nowhere"], "--vae nowhere is neither ema nor mse nor"),
+        (["--data", "PHOTOS", "--vae", "PHOTOS"], "has no config.json"),
+        (["--data", "PHOTOS", "--precision", "fp16"], "--precision is fp16"),
+    ],
+)
+def test_bad_input_is_one_line(call, photos, words, message):
+    words = [str(photos) if word == "PHOTOS" else word for word in words]
+    result, launched = call(*words)
+    assert not launched
+    assert isinstance(result.exception, cli.SpiralRopeError)
+    assert message in result.exception.message
+    assert "\n" not in result.exception.message
+
+
+def test_a_disk_that_is_too_small_is_told_first(call, photos, tiny_vae, monkeypatch):
+    usage = shutil.disk_usage("/")._replace(free=100_000)
+    monkeypatch.setattr(encode_plan.shutil, "disk_usage", lambda path: usage)
+    result, launched = call("--data", photos, "--vae", tiny_vae, "--image-size", 64)
+    assert not launched
+    assert "has 100 kB free, and the latents need 164 kB" in result.exception.message
+
+
+def test_a_folder_of_other_latents_is_refused(make, call, photos, tiny_vae):
+    config = make()
+    encode_latents.run(config)
+    words = ("--data", photos, "--vae", tiny_vae, "--out", config.out, "--device", "cpu")
+    result, launched = call(*words, "--image-size", 32)
+    assert not launched
+    assert "image_size (32, 24), not (32, 32)" in result.exception.message
+    result, launched = call(*words, "--image-size", "32x24")
+    assert launched
+    assert "3 are there" in result.stderr
+
+
+def test_the_manifest_names_the_vae_and_the_data(make, photos, tiny_vae):
+    config = make()
+    encode_latents.run(config)
+    told = json.loads((LatentCache(Path(config.out)).manifest.folder / "manifest.json").read_text())
+    assert told["vae"] == str(tiny_vae)
+    assert told["data"] == str(photos.resolve())
+    assert len(told["vae_sha256"]) == 64

@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from spiralrope_cli.core.config.latents import CachePlan, read_manifest, shard_size_for
+from spiralrope_cli.core.data import latents
+from spiralrope_cli.core.data.latents import LatentCache
+from spiralrope_cli.core.errors import ConfigError, DataError
+
+PLAN = CachePlan(
+    data="photos",
+    class_names=("a", "b", "c"),
+    num_files=23,
+    files_sha256="f" * 64,
+    image_size=(16, 24),
+    vae="ema",
+    vae_sha256="e" * 64,
+    precision="float32",
+    shard_size=8,
+)
+
+
+def moments(plan, number):
+    """[2, n, 2, L, h, w] of a shard: plain and mirrored."""
+    generator = torch.Generator().manual_seed(number)
+    return torch.randn(2, len(plan.files_of(number)), 2, *plan.latent_shape, generator=generator)
+
+
+def write(folder, plan, number, values=None):
+    plain, mirrored = moments(plan, number) if values is None else values
+    labels = torch.tensor([n % 3 for n in plan.files_of(number)])
+    return latents.write_shard(folder, number, plain, mirrored, labels, {})
+
+
+def make(folder, plan=PLAN):
+    latents.begin(folder, plan, [])
+    shards = [write(folder, plan, number) for number in range(plan.num_shards)]
+    latents.finish(folder, plan, shards)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make(tmp_path / "latents")
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 16
+    path.write_bytes(content)
+
+
+def test_any_image_is_found_in_any_order(folder):
+    cache = LatentCache(folder)
+    every = torch.cat([moments(PLAN, number) for number in range(3)], dim=1)
+    numbers = torch.tensor([22, 0, 7, 8, 15, 16, 0, 3])
+    mirrored = torch.tensor([True, False, True, True, False, False, True, False])
+    mean, std = cache.mean_std(numbers, mirrored)
+    assert mean.shape == std.shape == (8, 4, 2, 3)
+    for place, (number, side) in enumerate(zip(numbers, mirrored.int(), strict=True)):
+        assert torch.equal(mean[place], every[side, number, 0])
+        assert torch.equal(std[place], every[side, number, 1])
+    assert len(cache) == 23
+    assert cache.labels.tolist() == [n % 3 for n in range(23)]
+    assert cache.class_names == ("a", "b", "c")
+    assert cache.scale == 0.18215
+
+
+def test_batches_read_ahead_come_in_order(folder):
+    cache = LatentCache(folder)
+    keys = [(torch.randint(23, (4,)), torch.rand(4) < 0.5) for _ in range(7)]
+    batches = list(cache.batches(iter(keys), torch.device("cpu")))
+    assert len(batches) == 7
+    for key, (mean, std) in zip(keys, batches, strict=True):
+        expected = cache.mean_std(*key)
+        assert torch.equal(mean, expected[0])
+        assert torch.equal(std, expected[1])
+
+
+def test_shards_of_fewer_images_than_files_are_counted_right(tmp_path):
+    latents.begin(tmp_path, PLAN, [])
+    shards = [write(tmp_path, PLAN, 0)]
+    two = moments(PLAN, 1)[:, :2]
+    labels = torch.tensor([1, 2])
+    shards.append(latents.write_shard(tmp_path, 1, *two, labels, {"a.png": "empty"}))
+    nothing = moments(PLAN, 2)[:, :0]
+    shards.append(latents.write_shard(tmp_path, 2, *nothing, labels[:0], {}))
+    manifest = latents.finish(tmp_path, PLAN, shards)
+    assert manifest.count == 10
+    mean, _ = LatentCache(tmp_path).mean_std(torch.tensor([9]), torch.tensor([True]))
+    assert torch.equal(mean[0], two[1, 1, 0])
+    assert read_manifest(tmp_path).shards[1].unreadable == {"a.png": "empty"}
+
+
+def test_reading_leaves_no_memory_behind(tmp_path):
+    plan = dataclasses.replace(PLAN, image_size=(512, 512), num_files=96, shard_size=32)
+    cache = LatentCache(make(tmp_path, plan))
+
+    def own_memory():
+        return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+    read = torch.zeros(())
+    files_before, before = len(os.listdir("/proc/self/fd")), own_memory()
+    for first in range(0, 96, 4):
+        mean, std = cache.mean_std(torch.arange(first, first + 4), torch.arange(4) % 2 == 0)
+        read = read + mean.sum() + std.sum()
+    grown = (own_memory() - before) << 10
+    assert plan.num_files * plan.bytes_per_image > 24 << 20
+    assert grown < 12 << 20
+    assert len(os.listdir("/proc/self/fd")) == files_before
+    assert read.isfinite()
+
+
+def test_a_missing_shard_is_named_at_once(folder):
+    (folder / "00001.safetensors").unlink()
+    with pytest.raises(DataError, match=r"00001\.safetensors is missing\n"):
+        LatentCache(folder)
+
+
+def test_a_shard_that_was_cut_is_named_at_once(folder):
+    path = folder / "00002.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(DataError, match=r"00002\.safetensors has \d+ bytes, not \d+") as told:
+        LatentCache(folder)
+    assert "dit-encode" in told.value.hint
+
+
+def test_a_changed_bit_is_found_by_the_check(folder):
+    cache = LatentCache(folder)
+    cache.verify()
+    flip_a_bit(folder / "00000.safetensors")
+    flip_a_bit(folder / "00001.safetensors")
+    with pytest.raises(DataError, match=r"00000.* is damaged.*\(and 1 more are wrong\)"):
+        LatentCache(folder).verify()
+
+
+def test_a_damaged_header_is_told_in_one_line(folder):
+    path = folder / "00001.safetensors"
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    with pytest.raises(DataError, match=r"00001\.safetensors is damaged") as told:
+        LatentCache(folder)
+    assert "\n" not in told.value.message
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"shards": [{"x": 1}]}', "[1]"])
+def test_a_damaged_manifest_is_refused(folder, content):
+    (folder / "manifest.json").write_text(content)
+    with pytest.raises(DataError, match=r"manifest\.json is damaged, or of another version"):
+        LatentCache(folder)
+
+
+def test_an_unfinished_cache_is_refused(tmp_path):
+    latents.begin(tmp_path, PLAN, [])
+    write(tmp_path, PLAN, 0)
+    with pytest.raises(DataError, match=r"has no manifest\.json"):
+        LatentCache(tmp_path)
+
+
+def test_finished_shards_are_known_again(tmp_path):
+    latents.begin(tmp_path, PLAN, [])
+    first, third = write(tmp_path, PLAN, 0), write(tmp_path, PLAN, 2)
+    assert latents.finished_shards(tmp_path, PLAN) == {0: first, 2: third}
+    latents.finish(tmp_path, PLAN, [first, write(tmp_path, PLAN, 1), third])
+    assert set(latents.finished_shards(tmp_path, PLAN)) == {0, 1, 2}
+    assert not (tmp_path / "unfinished").exists()
+    moved = dataclasses.replace(PLAN, data="elsewhere/photos", vae="copy/of/ema")
+    assert latents.finished_shards(tmp_path, moved)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"image_size": (32, 24)}, r"image_size \(16, 24\), not \(32, 24\)"),
+        ({"vae_sha256": "d" * 64}, "vae_sha256 e{16}, not d{16}"),
+        ({"precision": "bfloat16"}, "precision float32, not bfloat16"),
+        ({"files_sha256": "0" * 64}, "files_sha256 f{16}, not 0{16}"),
+        ({"class_names": ("a", "b", "d")}, "other class folders"),
+    ],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_plan_is_refused(tmp_path, change, words, finished):
+    latents.begin(tmp_path, PLAN, [])
+    if finished:
+        make(tmp_path)
+    with pytest.raises(DataError, match=words):
+        latents.finished_shards(tmp_path, dataclasses.replace(PLAN, **change))
+
+
+def test_a_shard_that_is_not_finite_is_not_written(tmp_path):
+    latents.begin(tmp_path, PLAN, [])
+    values = moments(PLAN, 0)
+    values[1, 3, 0, 0, 0, 0] = float("nan")
+    with pytest.raises(DataError, match="not finite"):
+        write(tmp_path, PLAN, 0, values)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_beginning_again_clears_what_a_kill_left(tmp_path):
+    latents.begin(tmp_path, PLAN, [])
+    (tmp_path / "00000.new").write_bytes(b"half a shard")
+    latents.begin(tmp_path, PLAN, [])
+    assert not (tmp_path / "00000.new").exists()
+
+
+def test_other_people_may_read_the_shards(tmp_path):
+    before = os.umask(0o022)
+    try:
+        make(tmp_path)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "00000.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_latents_of_another_run_are_refused(folder):
+    manifest = read_manifest(folder)
+    manifest.check_fits()
+    manifest.check_fits(image_size=(16, 24), vae="ema")
+    manifest.check_fits(vae="some/folder", vae_sha256="e" * 64)
+    with pytest.raises(ConfigError, match="are of 16x24 px images, --image-size is 24x24"):
+        manifest.check_fits(image_size=(24, 24))
+    with pytest.raises(ConfigError, match=r"made with --vae ema \(e{16}\), not with mse\n"):
+        manifest.check_fits(vae="mse")
+    with pytest.raises(ConfigError, match=r"not with ema \(d{16}\)\n"):
+        manifest.check_fits(vae="ema", vae_sha256="d" * 64)
+
+
+def test_the_manifest_tells_what_the_cache_is(folder):
+    told = json.loads((folder / "manifest.json").read_text())
+    assert told["count"] == 23
+    assert told["class_names"] == ["a", "b", "c"]
+    assert (told["crop"], told["scale"], told["vae_sha256"]) == ("adm-centre", 0.18215, "e" * 64)
+    assert [shard["count"] for shard in told["shards"]] == [8, 8, 7]
+    sizes = [(folder / shard["file"]).stat().st_size for shard in told["shards"]]
+    assert sizes == [shard["size"] for shard in told["shards"]]
+    assert all(re.fullmatch("[0-9a-f]{8}", shard["crc32"]) for shard in told["shards"])
+
+
+@pytest.mark.parametrize(
+    ("num_files", "size"), [(1, 16), (1000, 16), (6400, 100), (65536, 1024), (1281167, 1024)]
+)
+def test_shards_are_small_for_small_sets(num_files, size):
+    assert shard_size_for(num_files) == size
