@@ -145,6 +145,14 @@ def test_statistics_of_a_reference_are_computed_once(fid, sets, cache):
     assert repaired["sfid"] == pytest.approx(first["sfid"], rel=1e-6)
 
 
+def test_a_cache_that_cannot_be_written_costs_no_result(fid, sets, cache):
+    cache.mkdir()
+    (cache / "statistics").write_text("in the way")
+    found = fid(sets / "a.npz", sets / "b.npz", "--select", "recall")
+    assert 0 <= found["recall"] <= 1
+    assert "warning: statistics of REFERENCE cannot be kept" in found["stderr"]
+
+
 def test_saved_statistics_are_a_reference(fid, sets, tmp_path):
     direct = fid(sets / "a.npz", sets / "b.npz", "--select", "fid")
     saved = fid(sets / "b.npz", "--save-stats", tmp_path / "b.npz")

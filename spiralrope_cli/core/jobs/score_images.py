@@ -9,9 +9,10 @@ import torch
 from spiralrope_cli.core.config.fid import FidRun
 from spiralrope_cli.core.data.reference_cache import ReferenceCache, digests_beside, write_npz
 from spiralrope_cli.core.errors import SpiralRopeError
+from spiralrope_cli.core.hub.files import say
 from spiralrope_cli.core.jobs.score_measure import Measured, measure, measure_reference
 from spiralrope_cli.core.jobs.score_plan import FEATURES, NOTHING, Plan, find_weights, make_plan
-from spiralrope_cli.core.jobs.score_report import describe, say, show
+from spiralrope_cli.core.jobs.score_report import describe, show
 from spiralrope_cli.core.metrics.bootstrap import fid_spread
 from spiralrope_cli.core.metrics.frechet import frechet_distance
 from spiralrope_cli.core.metrics.kid import kernel_distance

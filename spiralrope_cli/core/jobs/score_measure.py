@@ -23,6 +23,7 @@ from spiralrope_cli.core.data.inputs import (
 )
 from spiralrope_cli.core.data.reference_cache import ReferenceCache
 from spiralrope_cli.core.errors import CheckpointError, DataError
+from spiralrope_cli.core.hub.files import say
 from spiralrope_cli.core.jobs.score_plan import NOTHING, Wanted
 from spiralrope_cli.core.metrics.inception import (
     NUM_CLASSES,
@@ -126,7 +127,8 @@ def measure(config: FidRun, job: Job, side: Side, wanted: Wanted) -> Measured:
     result = Measured(side.num)
     if wanted != NOTHING and side.images is not None:
         result = _measure_images(config, job, side, side.images, wanted)
-    for name in side.stored if job.is_first else ():
+    needed = [name for name in side.stored if name in config.select or config.save_stats]
+    for name in needed if job.is_first else ():
         mean, covariance = read_statistics(side.path, name)
         result.gaussians[name] = torch.from_numpy(mean), torch.from_numpy(covariance)
     return result
@@ -267,4 +269,6 @@ def _keep(cache: ReferenceCache, result: Measured, parts: Wanted) -> None:
         else:
             mean, covariance = result.gaussians[part]
             arrays = {"mean": mean.numpy(), "covariance": covariance.numpy()}
-        cache.store(part, num=result.num or 0, bad=result.num_unreadable, **arrays)
+        problem = cache.store(part, num=result.num or 0, bad=result.num_unreadable, **arrays)
+        if problem:
+            say(f"warning: {problem}")

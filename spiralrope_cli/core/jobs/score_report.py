@@ -10,6 +10,7 @@ from rich.table import Table
 
 from spiralrope_cli.core.config.fid import EXTRACTOR, FidRun
 from spiralrope_cli.core.hub.catalog import find
+from spiralrope_cli.core.hub.files import say
 from spiralrope_cli.core.jobs.score_measure import Measured
 from spiralrope_cli.core.jobs.score_plan import NEIGHBOURHOOD, Plan
 from spiralrope_cli.core.metrics.inception import POOL_SIZE
@@ -27,11 +28,6 @@ LABELS = {
     "recall": ("Recall", "higher is better", 4),
 }
 Facts = dict[str, Any]
-
-
-def say(line: str) -> None:
-    """One plain line on stderr."""
-    Console(stderr=True).print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def describe(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 NEIGHBOURS = 3
-BLOCK = 4096
+BLOCK = 2048
 CLOSE = 1e-2
 """Squared distances below this share of the squared lengths would be mostly rounding of the matrix
 product, and are computed from the differences: images that occur several times are at distance 0.
