@@ -12,8 +12,10 @@ from spiralrope_cli.commands import (
     dit_encode,
     dit_sample,
     dit_train,
+    evaluate,
     export,
     fetch,
+    fid,
     finetune,
     pretrain,
 )
@@ -32,11 +34,13 @@ app = typer.Typer(
 )
 app.command("pretrain", epilog=pretrain.EXAMPLES)(pretrain.pretrain)
 app.command("finetune", epilog=finetune.EXAMPLES)(finetune.finetune)
+app.command("eval", cls=evaluate.CropRatioCommand, epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command("dit-train", epilog=dit_train.EXAMPLES)(dit_train.dit_train)
 app.command("dit-encode", epilog=dit_encode.EXAMPLES)(dit_encode.dit_encode)
 app.command("dit-sample", epilog=dit_sample.EXAMPLES)(dit_sample.dit_sample)
 app.command("fetch", epilog=fetch.EXAMPLES)(fetch.fetch)
 app.command("export", epilog=export.EXAMPLES)(export.export)
+app.command("fid", epilog=fid.EXAMPLES)(fid.fid)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -11,6 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from spiralrope_cli.core.runtime.launch import share_the_machine
+
+share_the_machine()  # before the first test loads torch
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "spiralrope_cli"]
 
@@ -116,6 +120,25 @@ def tiny_vae(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def digit_pictures():
+    """[1797, 8, 8, 3] uint8: the bundled scans as pictures."""
+    from spiralrope_cli.core.data.memory import load_digits
+
+    images = np.concatenate([split.images.numpy() for split in load_digits()])
+    return (images * 15).astype(np.uint8).repeat(3, axis=1).transpose(0, 2, 3, 1).copy()
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory, digit_pictures):
+    """A file of random weights for Inception, alive on digits."""
+    import torch
+    from random_inception import write_random_weights
+
+    pictures = torch.from_numpy(digit_pictures[-16:]).permute(0, 3, 1, 2)
+    return write_random_weights(tmp_path_factory.mktemp("inception") / "random.pth", pictures)
+
+
 @pytest.fixture
 def tiny(runs):
     """Builds small runs on the digits: a few steps, fp32, no warm-up."""
@@ -135,3 +158,27 @@ def tiny(runs):
         return resolve_classifier("pretrain", {**base, **options}).run
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory):
+    """A run of 8 steps on the digits; its best checkpoint, of step 4, has other weights."""
+    from safetensors.torch import load_file, save_file
+
+    from spiralrope_cli.core.config.resolve import resolve_classifier, to_nested
+    from spiralrope_cli.core.jobs import train_classifier
+
+    out = tmp_path_factory.mktemp("trained") / "tiny"
+    fast = {"lr": 1e-2, "lr_rule": "none", "schedule": "constant", "warmup_epochs": 0}
+    options = {"arch": "deit-64x2x2", "steps": 8, "precision": "fp32", "nproc": 1, "ema_decay": 0.9}
+    run = resolve_classifier("pretrain", {**options, **fast, "out": str(out)}).run
+    train_classifier.run(run)
+    last, best = (out / "checkpoints" / f"{step:07d}" for step in (8, 4))
+    best.mkdir()
+    for kind in ("model", "ema"):
+        state = load_file(last / f"{kind}.safetensors")
+        state["head.weight"] *= 0.5
+        told = {"config": json.dumps(to_nested(run)), "step": "4", "weights": kind}
+        save_file(state, best / f"{kind}.safetensors", told)
+    (out / "checkpoints" / "best.json").write_text('{"step": 4}')
+    return out

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from spiralrope_cli.core.config.rope import FREQS_FOR, PROJECTIONS, SCALINGS
+from spiralrope_cli.core.config.rope import FREQS_FOR, PROJECTIONS, SCALINGS, RopeConfig
 from spiralrope_cli.core.config.runs import (
     DEVICES,
     PRECISIONS,
@@ -24,6 +24,8 @@ MODEL, ROPE, DATA, RECIPE, RUN, MACHINE = (
     "Run",
     "Machine",
 )
+
+ROPE_FIELDS = tuple(RopeConfig.__dataclass_fields__)
 
 
 def option(*names: str, panel: str, text: str, metavar: str | None = None, **more: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from spiralrope_cli.commands import options as o
+from spiralrope_cli.core.config.dit_runs import DiTRun
 from spiralrope_cli.core.config.resolve import Resolved, StartingPoint, resolve_classifier
 from spiralrope_cli.core.config.resolve_dit import resolve_dit
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, world_size
@@ -59,4 +60,18 @@ def train(
 
         print_plan(resolved, first_step=step, every_value=dry_run, notes=notes)
     if not dry_run:
+        if isinstance(run, DiTRun):
+            check_vae(run)
         launch(job, run)
+
+
+def check_vae(run: DiTRun) -> None:
+    """Refuses a VAE that no worker could use; one that is published is fetched meanwhile.
+
+    Raises:
+        ConfigError, CheckpointError, FetchError: no such VAE, or none that fits.
+    """
+    if run.pictures.in_latents and not run.pictures.latents and is_first_process():
+        from spiralrope_cli.core.hub.vae import find_vae
+
+        find_vae(run.pictures.vae)

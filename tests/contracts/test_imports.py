@@ -31,7 +31,15 @@ MAY_IMPORT = {
     "commands": ALWAYS | {"runtime", "commands"},
 }
 LIGHT = {"commands", "config", "errors"}
-LIGHT_FILES = {"catalog.py", "source.py", "launch.py", "report.py", "run_folder.py", "tracker.py"}
+LIGHT_FILES = {
+    "catalog.py",
+    "source.py",
+    "launch.py",
+    "report.py",
+    "run_folder.py",
+    "tracker.py",
+    "progress.py",
+}
 STANDARD_AND = set(sys.stdlib_module_names) | {"typer", "rich", "spiralrope_cli"}
 HEAVY = [
     *("torch", "torchvision", "timm", "diffusers", "torch_fidelity", "scipy", "matplotlib"),
@@ -88,6 +96,16 @@ def test_light_files_load_the_standard_library_alone(path):
         ["--help"],
         ["pretrain", "--help"],
         ["pretrain", "--arch", "deit-x"],
+        ["eval", "--help"],
+        ["eval"],
+        ["eval", "nowhere/x.pth"],
+        ["eval", "--crop-ratio", "1.5"],
+        ["eval", "x", "--json", "--csv"],
+        ["eval", "--scaling", "x"],
+        ["eval", "deit-s", "--data", "nowhere"],
+        ["dit-train", "--help"],
+        ["dit-train", "--arch", "dit-x"],
+        ["dit-train", "--init", "nowhere/at-all"],
         ["dit-encode", "--help"],
         ["dit-encode", "--data", "nowhere"],
         ["dit-encode", "--data", "/", "--vae", "nowhere"],
@@ -98,6 +116,9 @@ def test_light_files_load_the_standard_library_alone(path):
         ["export", "deit-s", "--layout", "onnx"],
         ["export", "deit-s", "--layout", "safetensors", "--out", "x.pth"],
         ["export", "deit-s", "--layout", "safetensors", "--best"],
+        ["fid", "--help"],
+        ["fid", "samples.npz", "reference.npz", "--select", "fdi"],
+        ["fid", "samples.npz"],
         ["finetune", "--help"],
         ["finetune"],
         ["finetune", "deit-x"],

@@ -13,15 +13,21 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from spiralrope_cli import load_model
+from spiralrope_cli.core.config.latents import EncodeRun
 from spiralrope_cli.core.config.resolve_dit import resolve_dit
+from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.data.dit_loader import DiTData
-from spiralrope_cli.core.errors import CheckpointError, TrainingError
-from spiralrope_cli.core.jobs import train_dit
+from spiralrope_cli.core.diffusion.process import GaussianDiffusion
+from spiralrope_cli.core.diffusion.vae import load_vae
+from spiralrope_cli.core.errors import CheckpointError, DataError, TrainingError
+from spiralrope_cli.core.hub.source import find_source
+from spiralrope_cli.core.jobs import encode_latents, train_dit
 from spiralrope_cli.core.jobs.plan import plan_lines
+from spiralrope_cli.core.jobs.start import starting_point
 from spiralrope_cli.core.runtime import launch, run_folder
 from spiralrope_cli.core.runtime.job import StopRequest
 from spiralrope_cli.core.runtime.report import read_metrics
-from spiralrope_cli.core.weights import starting_point
+from spiralrope_cli.core.training.step import LossMeter
 
 JOB = "spiralrope_cli.core.jobs.train_dit:run"
 CPU = torch.device("cpu")
@@ -162,7 +168,7 @@ def test_what_a_run_writes_is_read_by_load_model(tiny, runs):
 
 def test_init_starts_from_averaged_weights_and_keeps_what_fits(tiny, runs):
     train_dit.run(tiny(out="first", rotate=3, lr=1e-2))
-    start, notes = starting_point(str(runs / "first"), {}, dit=True)
+    start, notes = starting_point(find_source(str(runs / "first")), {}, dit=True)
     assert not notes
     same = tiny(start, out="same", steps=1, lr=0.0, schedule="constant")
     assert (same.arch, same.rope.rotate, same.data) == ("dit-32x2x2-2", 3, "digits")
@@ -173,7 +179,7 @@ def test_init_starts_from_averaged_weights_and_keeps_what_fits(tiny, runs):
 def test_init_gives_other_classes_a_fresh_label_table(tiny, runs, image_folder):
     on_files = {"data": str(image_folder), "image_size": (8, 8), "vae": "none", "workers": 0}
     train_dit.run(tiny(out="two", steps=1, **on_files))
-    start, _ = starting_point(str(runs / "two"), {}, dit=True)
+    start, _ = starting_point(find_source(str(runs / "two")), {}, dit=True)
     third = image_folder.parent / "three"
     for number in range(3):
         folder = third / str(number)
@@ -248,3 +254,66 @@ def test_nothing_waits_for_the_device_between_log_points(tiny, monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, spy)
     train_dit.run(tiny(steps=8, log_every=4, sample_every=0))
     assert {when for when, _ in waits if when} <= {4, 8}
+
+
+@pytest.fixture
+def on_photographs(tiny, image_folder, tiny_vae):
+    """Runs of four steps on image files at 32 px, through a VAE of random weights."""
+
+    def make(**options):
+        base = {"arch": "dit-32x2x2-2", "vae": str(tiny_vae), "data": str(image_folder)}
+        more = {"image_size": (32, 32), "steps": 4, "workers": 0, "schedule": "constant"}
+        return tiny(**{**base, **more, **options})
+
+    return make
+
+
+def test_cached_latents_train_as_the_vae_in_the_loop_does(
+    on_photographs, tiny, runs, image_folder, tiny_vae
+):
+    encode = EncodeRun(
+        data=str(image_folder),
+        vae=str(tiny_vae),
+        image_size=(32, 32),
+        machine=MachineConfig(precision="fp32", workers=0),
+        out=str(runs / "latents"),
+    )
+    encode_latents.run(encode)
+    live = on_photographs(out="live")
+    cached = tiny(out="cached", latents="latents", steps=4, schedule="constant")
+    assert cached.model == live.model
+    assert (cached.num_train, cached.pictures.vae) == (16, str(tiny_vae))
+    train_dit.run(live)
+    train_dit.run(cached)
+    for kind in ("model", "ema"):
+        assert (
+            relative_distance(weights(runs / "cached", kind), weights(runs / "live", kind)) < 1e-5
+        )
+    for mine, its in zip(logged(runs / "cached"), logged(runs / "live"), strict=True):
+        assert mine == pytest.approx(its, rel=1e-4)
+    for folder in ("live", "cached"):
+        with Image.open(runs / folder / "samples.png") as grid:
+            assert grid.size == (2 * 66 + 2, 4 * 66 + 2)
+    # Every epoch draws from the posterior anew: two steps are two epochs here.
+    launch.launch(JOB, tiny(out="two", latents="latents", nproc=2, steps=4, schedule="constant"))
+    assert relative_distance(weights(runs / "two"), weights(runs / "cached")) < 1e-5
+    (shard,) = (runs / "latents").glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 16
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=r"00000.safetensors is damaged"):
+        train_dit.run(tiny(out="damaged", latents="latents", steps=4))
+
+
+def test_the_posterior_is_drawn_anew_for_every_sample(on_photographs, tiny_vae):
+    run = on_photographs()
+    vae = load_vae(tiny_vae, CPU)
+    loss = train_dit.DiffusionLoss(
+        run, CPU, torch.float32, vae, vae.scale, GaussianDiffusion(), LossMeter(CPU)
+    )
+    (first, _) = next(DiTData(run, CPU, 0, 1).train_steps(0, 1))
+    one, again, other = (loss.clean(step, first) for step in (0, 0, 1))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    mean, std = vae.encode(first.images)
+    assert ((one / vae.scale - mean) / std).std() == pytest.approx(1, abs=0.2)

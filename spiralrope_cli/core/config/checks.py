@@ -26,3 +26,9 @@ def in_range(name: str, value: float, low: float, high: float, closed: bool = Fa
     if not (low <= value < high or (closed and value == high)):
         end = "]" if closed else ")"
         raise ConfigError(f"{_option(name)} is {value}; it must be in [{low}, {high}{end}")
+
+
+def share(name: str, value: float) -> None:
+    """Refuses a number outside (0, 1]."""
+    if not 0 < value <= 1:
+        raise ConfigError(f"{_option(name)} is {value}; it must be in (0, 1]")

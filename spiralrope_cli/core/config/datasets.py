@@ -69,8 +69,8 @@ _DIT_SMALL_GREY = {
     "vae": "none",
     "hflip": 0.0,
     "schedule": "cosine",
-    "lr": 1e-3,
-    "warmup_epochs": 2,
+    "lr": 2e-3,
+    "betas": (0.9, 0.99),
     "log_every": 25,
 }
 
@@ -112,7 +112,8 @@ DIGITS = DataSet(
     dit={
         **_DIT_SMALL_GREY,
         "image_size": (8, 8),
-        "epochs": 70,
+        "epochs": 100,
+        "warmup_epochs": 4,
         "batch_size": 64,
         "micro_batch_size": 64,
         "ema_decay": 0.995,
@@ -157,6 +158,7 @@ FASHION_MNIST = DataSet(
         **_DIT_SMALL_GREY,
         "image_size": (28, 28),
         "epochs": 10,
+        "warmup_epochs": 1,
         "batch_size": 128,
         "micro_batch_size": 128,
         "ema_decay": 0.999,
@@ -241,13 +243,18 @@ def find_pictures(data: str) -> DataSet:
     classes = class_folders(root)
     return DataSet(
         data=str(root.resolve()),
-        slug=root.resolve().name,
+        slug=slug_of(root.resolve()),
         kind="folder",
         default_arch="deit-b",
         num_classes=len(class_names(classes)),
         num_train=len(list_images(classes)),
         num_val=0,
     )
+
+
+def slug_of(root: Path) -> str:
+    """A short name of a data folder; its `train/` is called as the folder itself."""
+    return root.parent.name if root.name == "train" else root.name
 
 
 def class_folders(root: Path) -> Path:

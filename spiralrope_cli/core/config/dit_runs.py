@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from spiralrope_cli.core.config.checks import at_least, in_range, one_of
+from spiralrope_cli.core.config.latents import VAE_FACTOR
 from spiralrope_cli.core.config.models import dit_size
 from spiralrope_cli.core.config.optim import OptimConfig
 from spiralrope_cli.core.config.rope import RopeConfig
@@ -15,9 +16,6 @@ from spiralrope_cli.core.config.runs import ClassifierRun, MachineConfig
 from spiralrope_cli.core.errors import ConfigError
 
 NO_VAE = "none"
-VAE_FACTOR = 8
-"""Pixels along a side that one latent pixel of the VAE stands for."""
-
 DIT_SCHEDULES = ("cosine", "constant")
 
 
@@ -183,7 +181,8 @@ def input_size(arch: str, image_size: tuple[int, int], vae: str) -> tuple[int, i
         if side < unit or side % unit:
             through = f" through the VAE, which divides by {factor}" if factor > 1 else ""
             raise ConfigError(
-                f"--image-size {side} does not split into the patches of {arch}{through}",
+                f"--image-size {side} does not split into the patches of {patch} "
+                f"of {arch}{through}",
                 f"the nearest that does: {max(1, round(side / unit)) * unit}",
             )
     return image_size[0] // factor, image_size[1] // factor

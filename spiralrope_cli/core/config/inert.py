@@ -23,7 +23,10 @@ def notes(run: ClassifierRun, data_set: DataSet, given: set[str]) -> list[str]:
 
 def dit_notes(run: DiTRun, data_set: DataSet, given: set[str]) -> list[str]:
     """The same for a diffusion transformer."""
-    return _told(run.rope.inert_options(given) + _of_every_run(run, data_set), given)
+    inert = run.rope.inert_options(given) + _of_every_run(run, data_set)
+    if data_set.kind == "latents":
+        inert += [(name, "--latents is given") for name in ("data", "workers", "skip_bad")]
+    return _told(inert, given)
 
 
 def _of_every_run(run: TrainingRun, data_set: DataSet) -> list[tuple[str, str]]:

@@ -14,11 +14,13 @@ from typing import Any
 
 from spiralrope_cli.core.config.checks import at_least
 from spiralrope_cli.core.config.datasets import BUILT_IN, class_folders, class_names
-from spiralrope_cli.core.config.dit_runs import VAE_FACTOR
 from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.errors import ConfigError, DataError
 
 VAE_NAMES = ("ema", "mse")
+VAE_FACTOR = 8
+"""Pixels of an image's side for each of its latents'."""
+
 LATENT_CHANNELS = 4
 LATENT_SCALE = 0.18215
 """DiT sees the VAE's latents times this."""

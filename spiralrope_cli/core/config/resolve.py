@@ -34,8 +34,7 @@ Layer = tuple[str, dict[str, Any]]
 """Where values come from, and field name -> value."""
 
 RUN_KINDS: dict[str, type[TrainingRun]] = {
-    "pretrain": ClassifierRun,
-    "finetune": ClassifierRun,
+    **dict.fromkeys(("pretrain", "finetune"), ClassifierRun),
     "dit-train": DiTRun,
 }
 
@@ -52,7 +51,6 @@ class StartingPoint:
         arch: theirs.
         rope: the options they were trained with.
         model: their sizes.
-        published: whether they come in the published layout.
         data: the data set of the run that made them, empty where unknown.
         pictures: image_size and vae of a diffusion transformer, as far as they are known.
     """
@@ -61,7 +59,6 @@ class StartingPoint:
     arch: str
     rope: RopeConfig
     model: ModelConfig | DiTModelConfig
-    published: bool = False
     data: str = ""
     pictures: dict[str, Any] = field(default_factory=dict)
 
@@ -182,8 +179,9 @@ def fit_positions(
 ) -> None:
     """Lets another image size than the weights' keep their grid for the positions.
 
-    Published weights say `extrapolate`, which means nothing at their own size; at another one
-    their positions are squeezed into the trained range, unless the user wants it otherwise.
+    Whatever they were trained with, their positions are then squeezed into the trained range
+    unless the user wants it otherwise: published weights say `extrapolate`, which means nothing
+    at their own size.
 
     Args:
         values: changed in place.
@@ -193,7 +191,7 @@ def fit_positions(
     """
     if tuple(values[size]) == getattr(start.model, size):
         return
-    if start.published and sources["scaling"] == "source":
+    if sources["scaling"] == "source":
         values["scaling"], sources["scaling"] = "interpolate", "default"
     values["pretrain_grid"] = start.model.pretrain_grid or start.grid
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from spiralrope_cli.core.config import inert, recipes
-from spiralrope_cli.core.config.datasets import DataSet, find_pictures
+from spiralrope_cli.core.config.datasets import DataSet, find_pictures, slug_of
 from spiralrope_cli.core.config.dit_runs import DiTRun, PictureConfig, input_size
+from spiralrope_cli.core.config.latents import LATENT_CHANNELS, Manifest, read_manifest
 from spiralrope_cli.core.config.models import dit_name, dit_size
 from spiralrope_cli.core.config.resolve import (
     Resolved,
@@ -20,11 +21,8 @@ from spiralrope_cli.core.config.resolve import (
     fit_name,
     fit_positions,
     merged,
-    options_in,
 )
 from spiralrope_cli.core.errors import ConfigError
-
-LATENT_CHANNELS = 4
 
 
 def resolve_dit(
@@ -42,8 +40,15 @@ def resolve_dit(
         DataError: no such data set.
     """
     chosen = chosen_layers(DiTRun, options, config_file, start)
-    data, data_source = choose_data(chosen)
-    data_set = find_pictures(data)
+    latents, _ = choose("latents", chosen, "")
+    if latents:
+        cache = read_manifest(Path(str(latents)).expanduser())
+        data_set, data_source = of_cache(cache), "latents"
+        plan = cache.plan
+        chosen.insert(1, ("latents", {"image_size": plan.image_size, "vae": plan.vae}))
+    else:
+        data, data_source = choose_data(chosen)
+        data_set = find_pictures(data)
     arch, arch_source = choose("arch", chosen, data_set.default_dit)
     arch = dit_name(arch)
     values, sources = merged(
@@ -61,7 +66,22 @@ def resolve_dit(
     fit_length(values, sources, options)
     fit_name(values, sources, data_set, dit_size(arch).head_dim)
     run: DiTRun = build(DiTRun, values)
-    return Resolved(run, sources, tuple(inert.dit_notes(run, data_set, options_in(sources))))
+    if latents:
+        cache.check_fits(image_size=run.pictures.image_size, vae=run.pictures.vae)
+    return Resolved(run, sources, tuple(inert.dit_notes(run, data_set, set(options))))
+
+
+def of_cache(cache: Manifest) -> DataSet:
+    """Cached latents as a data set."""
+    return DataSet(
+        data=cache.plan.data,
+        slug=slug_of(Path(cache.plan.data)),
+        kind="latents",
+        default_arch="",
+        num_classes=len(cache.plan.class_names),
+        num_train=cache.count,
+        num_val=0,
+    )
 
 
 def fit_input(values: dict[str, Any], data_set: DataSet) -> None:

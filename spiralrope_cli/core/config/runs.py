@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from spiralrope_cli.core.config.checks import at_least, in_range, one_of
+from spiralrope_cli.core.config.checks import at_least, in_range, one_of, share
 from spiralrope_cli.core.config.models import check_divides, deit_size
 from spiralrope_cli.core.config.optim import OptimConfig
 from spiralrope_cli.core.config.rope import RopeConfig
@@ -108,10 +108,8 @@ class AugmentConfig:
                 f"--auto-augment {self.auto_augment} is no policy of timm",
                 "there are none, 3a, rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, original and v0",
             )
-        if not 0 < self.crop_scale <= 1:
-            raise ConfigError(f"--crop-scale is {self.crop_scale}; it must be in (0, 1]")
-        if not 0 < self.crop_ratio <= 1:
-            raise ConfigError(f"--crop-ratio is {self.crop_ratio}; it must be in (0, 1]")
+        share("crop_scale", self.crop_scale)
+        share("crop_ratio", self.crop_ratio)
 
     @property
     def mixes(self) -> bool:

@@ -7,7 +7,8 @@ from typing import Any
 
 from spiralrope_cli.core.config.checks import at_least, one_of
 from spiralrope_cli.core.config.diffusion import SAMPLERS, GuidanceConfig, spaced_timesteps
-from spiralrope_cli.core.config.dit_runs import NO_VAE, VAE_FACTOR
+from spiralrope_cli.core.config.dit_runs import NO_VAE
+from spiralrope_cli.core.config.latents import VAE_FACTOR
 from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
 

@@ -1,4 +1,4 @@
-"""Batches for the diffusion loop: pictures in [-1, 1], or cached latents.
+"""Batches for the diffusion loop: pictures in [-1, 1], or cached posteriors of a VAE.
 
 Legend: B images at a time per process, L channels, (H, W) of the picture or the latent.
 """
@@ -17,10 +17,14 @@ from spiralrope_cli.core.config.datasets import BUILT_IN, class_folders, list_im
 from spiralrope_cli.core.config.dit_runs import DiTRun
 from spiralrope_cli.core.data import files, memory
 from spiralrope_cli.core.data.adm import cropped_array
-from spiralrope_cli.core.data.loaders import BadImages
-from spiralrope_cli.core.data.order import own_parts, own_places
+from spiralrope_cli.core.data.latents import LatentCache
+from spiralrope_cli.core.data.order import Places, own_parts, own_places
+from spiralrope_cli.core.data.validation import BadImages
 from spiralrope_cli.core.runtime import distributed
 from spiralrope_cli.core.runtime.seeds import generator_for
+
+Loaded = tuple[Tensor, Tensor | None, Tensor]
+"""Pictures and None, or means and standard deviations of latents; and labels."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +32,15 @@ class DiTBatch:
     """One micro batch on the device.
 
     Attributes:
-        images: [B, L, H, W] float32, pictures in [-1, 1].
+        images: [B, L, H, W] float32, pictures in [-1, 1], or means of cached posteriors.
+        std: standard deviations of cached posteriors, as images, else None.
         labels: [B] class numbers.
         part: its place in the step's batch.
         numbers: [B] image numbers in the training set, on the CPU.
     """
 
     images: Tensor
+    std: Tensor | None
     labels: Tensor
     part: slice
     numbers: Tensor
@@ -48,6 +54,9 @@ class DiTData:
         device: where batches go.
         rank: of this process.
         world_size: processes that share each step.
+
+    Raises:
+        DataError: a shard of the cached latents is missing or damaged.
     """
 
     def __init__(self, run: DiTRun, device: torch.device, rank: int, world_size: int) -> None:
@@ -55,49 +64,72 @@ class DiTData:
         self.micro, self.accumulation = run.split_batch(world_size)
         self.parts = own_parts(rank, self.accumulation, self.micro)
         self.bad = BadImages()
-        if run.data in BUILT_IN:
+        if run.pictures.latents:
+            self._cache = LatentCache(Path(run.pictures.latents).expanduser())
+            self._cache.verify()
+            self._load = self._from_cache
+        elif run.data in BUILT_IN:
             with distributed.first_alone():  # it may have to unpack or download
-                self._train = memory.load_memory_set(run.data)[0].to(device)
+                self._train = memory.load_memory_set(run.data)[0].to(device, run.model.in_chans)
+            self._load = self._from_memory
         else:
             crop = functools.partial(cropped_array, size=run.pictures.image_size)
-            grey = run.model.in_chans == 1 and not run.pictures.in_latents
             pictures = list_images(class_folders(Path(run.data)))
-            self._files = files.TrainFiles(pictures, crop, grey)
+            self._files = files.TrainFiles(pictures, crop, grey=False)
+            self._load = self._from_files
 
     def train_steps(self, first_step: int, last_step: int) -> Generator[list[DiTBatch], None, None]:
         """This process's micro batches of each step, from `first_step` up to `last_step`."""
         steps = range(first_step, last_step)
-        in_memory = self.run.data in BUILT_IN
-        source = self._from_memory(steps) if in_memory else self._from_files(steps)
+        source = self._load(steps)
         for step in steps:
             batches = []
-            for epoch, part, places, numbers in own_places(self.run, step, 1, self.parts):
-                images, labels = next(source)
-                mirrored = mirror_draws(self.run.num_train, self.run.seed, epoch)[places]
-                images = mirror(images / 127.5 - 1, mirrored < self.run.pictures.hflip)
-                batches.append(DiTBatch(images, labels, part, numbers))
+            for places in own_places(self.run, step, 1, self.parts):
+                images, std, labels = next(source)
+                batches.append(DiTBatch(images, std, labels, places.part, places.numbers))
             yield batches
 
-    def _from_memory(self, steps: range) -> Iterator[tuple[Tensor, Tensor]]:
-        channels = 3 if self.run.pictures.in_latents else self.run.model.in_chans
+    def _places(self, steps: range) -> Iterator[Places]:
         for step in steps:
-            for _, _, _, numbers in own_places(self.run, step, 1, self.parts):
-                chosen = numbers.to(self.device, non_blocking=True)
-                images = self._train.images[chosen].float()
-                images = memory.resize_and_crop(images, self.run.pictures.image_size, 1.0)
-                yield images.expand(-1, channels, -1, -1), self._train.labels[chosen]
+            yield from own_places(self.run, step, 1, self.parts)
 
-    def _from_files(self, steps: range) -> Iterator[tuple[Tensor, Tensor]]:
-        run, pin = self.run, self.device.type == "cuda"
+    def _mirrored(self, places: Places) -> Tensor:
+        """[B] bool on the CPU: by seed, epoch and place, for all kinds of data alike."""
+        draws = mirror_draws(self.run.num_train, self.run.seed, places.epoch)
+        return draws[places.places] < self.run.pictures.hflip
+
+    def _from_memory(self, steps: range) -> Iterator[Loaded]:
+        channels = 3 if self.run.pictures.in_latents else self.run.model.in_chans
+        for places in self._places(steps):
+            chosen = places.numbers.to(self.device, non_blocking=True)
+            images = self._train.images[chosen].float()
+            images = memory.resize_and_crop(images, self.run.pictures.image_size, 1.0)
+            images = images.expand(-1, channels, -1, -1) / 127.5 - 1
+            yield mirror(images, self._mirrored(places)), None, self._train.labels[chosen]
+
+    def _from_files(self, steps: range) -> Iterator[Loaded]:
+        machine = self.run.machine
         keys = (
-            [(number, None) for number in numbers.tolist()]
-            for step in steps
-            for _, _, _, numbers in own_places(run, step, 1, self.parts)
+            [(number, None) for number in places.numbers.tolist()] for places in self._places(steps)
         )
-        loaded = files.load(self._files, keys, run.machine.workers, pin)
-        for batch in self.bad.passed_over(loaded, run.machine.skip_bad, self.micro):
-            images = batch.images.to(self.device, non_blocking=True).float()
-            yield images, batch.labels.to(self.device, non_blocking=True)
+        loaded = files.load(self._files, keys, machine.workers, self.device.type == "cuda")
+        batches = self.bad.passed_over(loaded, machine.skip_bad, self.micro)
+        for places, batch in zip(self._places(steps), batches, strict=False):
+            images = batch.images.to(self.device, non_blocking=True).float() / 127.5 - 1
+            labels = batch.labels.to(self.device, non_blocking=True)
+            yield mirror(images, self._mirrored(places)), None, labels
+
+    def _from_cache(self, steps: range) -> Iterator[Loaded]:
+        keys = ((places.numbers, self._mirrored(places)) for places in self._places(steps))
+        posteriors = self._cache.batches(keys, self.device)
+        for places, (mean, std) in zip(self._places(steps), posteriors, strict=True):
+            labels = self._cache.labels[places.numbers]
+            yield mean, std, labels.to(self.device, non_blocking=True)
+
+    @property
+    def scale(self) -> float:
+        """What cached latents are multiplied by; pixels are taken as they are."""
+        return self._cache.scale if self.run.pictures.latents else 1.0
 
     def remake(self, step: int) -> dict[str, Tensor]:
         """What this process saw in a step, on the CPU."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import struct
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,32 +18,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from spiralrope_cli.core.config.datasets import list_images, val_folder
 from spiralrope_cli.core.config.runs import AugmentConfig
-from spiralrope_cli.core.errors import ConfigError, DataError, UnreadableImageError
+from spiralrope_cli.core.data.pictures import Unreadable, open_picture
+from spiralrope_cli.core.errors import ConfigError, DataError
 from spiralrope_cli.core.runtime.seeds import seed_everything
 
 Transform = Callable[[Image.Image], np.ndarray]
 POSTERIZE_OPS = ("Posterize", "PosterizeIncreasing", "PosterizeOriginal")
-BROKEN_IMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error)
 MAX_TRIES = 16
 """Unreadable images in a row before a training sample is given up with `skip_bad`."""
 
 GRACE_SECONDS = 60
 """How long loader processes outlive a SIGTERM: the trainer finishes its step meanwhile."""
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """A picture that could not be decoded, carried out of a loader process in one piece."""
-
-    path: str
-    reason: str
-
-    def error(self) -> UnreadableImageError:
-        """The error that ends a run without --skip-bad."""
-        return UnreadableImageError(
-            f"image {self.path} cannot be read: {self.reason}",
-            "remove it, or go on without such images by --skip-bad",
-        )
 
 
 @dataclass(frozen=True)
@@ -59,6 +42,11 @@ class Loaded:
     def pin_memory(self) -> Loaded:
         """The same in page-locked memory; the loader asks, as it knows no such class."""
         return Loaded(self.images.pin_memory(), self.labels.pin_memory(), self.unreadable)
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Images as float32 and labels on a device."""
+        images = self.images.to(device, non_blocking=True).float()
+        return images, self.labels.to(device, non_blocking=True)
 
 
 class ImageFiles(Dataset[Any]):
@@ -84,14 +72,9 @@ class ImageFiles(Dataset[Any]):
         """(array or None, label, unreadable or None); nothing random but by the seed parts."""
         number, parts = key
         path = os.fsdecode(self.paths[number])
-        try:
-            with Image.open(path) as image:
-                picture = _flattened(image).convert(self.mode)
-        except BROKEN_IMAGE as error:
-            reason = str(error).replace(path, "").strip(" '") or type(error).__name__
-            return None, int(self.labels[number]), Unreadable(path, reason)
-        except Image.DecompressionBombError:
-            return None, int(self.labels[number]), Unreadable(path, "it is too large")
+        picture = open_picture(path, lambda image: _flattened(image).convert(self.mode))
+        if isinstance(picture, Unreadable):
+            return None, int(self.labels[number]), picture
         if parts is not None:
             seed_everything("augment", *parts)
         array = np.asarray(self.transform(picture))

@@ -22,6 +22,7 @@ from torch import Tensor
 from spiralrope_cli.core.config.folders import cache_folder
 from spiralrope_cli.core.config.runs import AugmentConfig
 from spiralrope_cli.core.errors import DataError
+from spiralrope_cli.core.runtime import distributed
 from spiralrope_cli.core.runtime.seeds import generator_for
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -41,9 +42,10 @@ class MemorySplit:
     images: Tensor
     labels: Tensor
 
-    def to(self, device: torch.device) -> MemorySplit:
-        """The same split on a device."""
-        return MemorySplit(self.images.to(device), self.labels.to(device))
+    def to(self, device: torch.device, channels: int) -> MemorySplit:
+        """The same split on a device, grey pictures in each of so many channels."""
+        images = self.images.to(device)
+        return MemorySplit(images.expand(-1, channels, -1, -1), self.labels.to(device))
 
 
 def load_memory_set(data: str) -> tuple[MemorySplit, MemorySplit]:
@@ -53,6 +55,18 @@ def load_memory_set(data: str) -> tuple[MemorySplit, MemorySplit]:
         DataError: the set is not here and cannot be had.
     """
     return {"digits": load_digits, "fashion-mnist": load_fashion_mnist}[data]()
+
+
+@functools.lru_cache(maxsize=1)
+def splits_on(device: torch.device, data: str, channels: int) -> tuple[MemorySplit, MemorySplit]:
+    """The same on a device, kept there for all that look at the set; every process must ask.
+
+    Raises:
+        DataError: as `load_memory_set`.
+    """
+    with distributed.first_alone():  # it may have to unpack or download
+        train, val = load_memory_set(data)
+    return train.to(device, channels), val.to(device, channels)
 
 
 def load_digits() -> tuple[MemorySplit, MemorySplit]:

@@ -1,33 +1,43 @@
-"""From what a network draws to pictures."""
+"""Opens single image files, and carries along what cannot be decoded."""
 
 from __future__ import annotations
 
-import math
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import torch
 from PIL import Image
-from torch import Tensor
-from torchvision.utils import make_grid
 
-SMALLEST_SIDE = 64
-"""Smaller pictures are enlarged in a grid, pixel by pixel."""
+from spiralrope_cli.core.errors import UnreadableImageError
 
-
-def to_levels(images: Tensor) -> Tensor:
-    """[N, 1 or 3, H, W] in [-1, 1] -> [N, 3, H, W] uint8 on the CPU; grey becomes RGB."""
-    levels = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return levels.to("cpu").expand(-1, 3, -1, -1)
+BROKEN_IMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error)
 
 
-def picture_grid(levels: Tensor, columns: int | None = None) -> Image.Image:
-    """Pictures side by side.
+@dataclass(frozen=True)
+class Unreadable:
+    """A picture that could not be decoded, carried out of a loader process in one piece."""
 
-    Args:
-        levels: [N, 3, H, W] uint8.
-        columns: per row; by default a square of pictures.
-    """
-    larger = max(1, math.ceil(SMALLEST_SIDE / min(levels.shape[-2:])))
-    levels = levels.repeat_interleave(larger, 2).repeat_interleave(larger, 3)
-    columns = columns or math.ceil(math.sqrt(len(levels)))
-    pixels = make_grid(levels, nrow=columns, padding=2, pad_value=255)
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    path: str
+    reason: str
+
+    def error(self) -> UnreadableImageError:
+        """The error that ends a run without --skip-bad."""
+        return UnreadableImageError(
+            f"image {self.path} cannot be read: {self.reason}",
+            "remove it, or go on without such images by --skip-bad",
+        )
+
+
+def open_picture(
+    path: str, convert: Callable[[Image.Image], Image.Image]
+) -> Image.Image | Unreadable:
+    """A decoded and converted picture, or why there is none."""
+    try:
+        with Image.open(path) as image:
+            return convert(image)
+    except BROKEN_IMAGE as error:
+        reason = str(error).replace(path, "").strip(" '") or type(error).__name__
+        return Unreadable(path, reason)
+    except Image.DecompressionBombError:
+        return Unreadable(path, "it is too large")

@@ -23,7 +23,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from spiralrope_cli.core.data.pictures import picture_grid
+from spiralrope_cli.core.data.grid import picture_grid
 from spiralrope_cli.core.errors import CheckpointError
 
 FACTS_FILE, PART_FILE, DONE_FILE = "samples.json", "samples.part.npy", "samples.done"

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spiralrope_cli.core.config.dit_runs import VAE_FACTOR
-from spiralrope_cli.core.config.latents import LATENT_CHANNELS, LATENT_SCALE, VAE_NAMES
+from spiralrope_cli.core.config.latents import LATENT_CHANNELS, LATENT_SCALE, VAE_FACTOR, VAE_NAMES
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.hub.catalog import find
 from spiralrope_cli.core.hub.download import fetch, local_path

@@ -14,7 +14,7 @@ from torch import Tensor
 from spiralrope_cli.core.config.latents import CachePlan, EncodeRun, Manifest, Shard
 from spiralrope_cli.core.data import files, latents
 from spiralrope_cli.core.data.adm import cropped_array
-from spiralrope_cli.core.data.loaders import BadImages
+from spiralrope_cli.core.data.validation import BadImages
 from spiralrope_cli.core.diffusion.vae import Vae, load_vae
 from spiralrope_cli.core.hub.files import human_size
 from spiralrope_cli.core.jobs.encode_plan import Work, look_up

@@ -21,7 +21,10 @@ from spiralrope_cli.core.rope import clamped_share
 from spiralrope_cli.core.runtime.launch import joined_world_size, world_size
 
 CLAMP_HINT_SHARE = 0.15
-SOURCES = ("option", "config file", "environment", "source", "data set", "recipe", "default")
+SOURCES = (
+    *("option", "config file", "environment", "latents", "source", "data set"),
+    *("recipe", "default"),
+)
 
 
 def print_plan(
@@ -97,7 +100,11 @@ def data_line(run: TrainingRun) -> str:
             f"{run.model.num_classes} classes"
         )
     pictures = run.pictures
-    seen = f"through the VAE {pictures.vae}" if pictures.in_latents else "as pixels, in [-1, 1]"
+    seen = "as pixels, in [-1, 1]"
+    if pictures.in_latents:
+        seen = f"through the VAE {pictures.vae}"
+    if pictures.latents:
+        seen = f"as latents of the VAE {pictures.vae}, cached in {pictures.latents}"
     mirrored = f"mirrored with p = {pictures.hflip:g}" if pictures.hflip else "never mirrored"
     return (
         f"{run.data}: {run.num_train} training images, {run.model.num_classes} classes; "

@@ -8,6 +8,7 @@ from typing import Any
 from spiralrope_cli.core.runtime.report import read_metrics
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def draw_curves(runs: list[Path], target: Path) -> None:
@@ -68,3 +69,53 @@ def _finish(axis: Any, title: str, legend: bool = False) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     if legend:
         axis.legend(frameon=False, fontsize=9)
+
+
+def draw_sizes(records: list[dict[str, Any]], target: Path) -> None:
+    """Accuracy of sets of weights against the image size that they are evaluated at.
+
+    Args:
+        records: rows of `eval.json`.
+        target: a .png or .svg file.
+    """
+    from matplotlib.figure import Figure
+
+    named = ("source", "checkpoint", "weights", "scaling", "crop_ratio", "data")
+    rows = [{**each, "scaling": each["rope"]["scaling"]} for each in records]
+    # What all lines have in common says nothing about one of them.
+    telling = [name for name in named if len({row[name] for row in rows}) > 1] or ["weights"]
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        words = (
+            f"crop ratio {row[name]:g}" if name == "crop_ratio" else str(row[name])
+            for name in telling
+        )
+        lines.setdefault(", ".join(word for word in words if word), []).append(row)
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for number, (label, points) in enumerate(lines.items()):
+        points = sorted(points, key=_side)
+        axis.plot(
+            [_side(row) for row in points],
+            [row["acc1"] for row in points],
+            label=label,
+            color=COLORS[number % len(COLORS)],
+            marker=MARKERS[number % len(MARKERS)],
+        )
+    for side in {_side({"image_size": row["trained_size"]}) for row in rows}:
+        axis.axvline(side, color="0.5", linestyle=":", linewidth=1, zorder=0, label="trained at")
+    ticks = {_side(row): row["image_size"] for row in rows}
+    axis.set_xticks(list(ticks), [_size_words(size) for size in ticks.values()])
+    _finish(axis, "Held-out acc@1 (%)", legend=True)
+    axis.set_xlabel("image size (px)")
+    figure.suptitle(f"{rows[0]['arch']} on {Path(rows[0]['data']).name}", fontsize=11)
+    figure.savefig(target, dpi=150)
+
+
+def _side(row: dict[str, Any]) -> float:
+    height, width = row["image_size"]
+    return float((height * width) ** 0.5)
+
+
+def _size_words(size: list[int]) -> str:
+    return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"

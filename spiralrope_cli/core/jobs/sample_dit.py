@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spiralrope_cli.core.config.dit_runs import NO_VAE
 from spiralrope_cli.core.config.samples import SampleRun
-from spiralrope_cli.core.data.pictures import to_levels
+from spiralrope_cli.core.data.grid import to_levels
 from spiralrope_cli.core.data.sample_files import SampleFiles
 from spiralrope_cli.core.diffusion.guidance import guided
 from spiralrope_cli.core.diffusion.process import GaussianDiffusion
@@ -125,7 +125,7 @@ def network_changes(config: SampleRun, weights: Weights) -> dict[str, object]:
     if tuple(weights.options["input_size"]) == config.input_size:
         return {}
     rope = weights.rope
-    if weights.published and "scaling" not in config.rope:
+    if "scaling" not in config.rope:
         rope = dataclasses.replace(rope, scaling="interpolate")
     own = weights.options.get("pretrain_grid") or own_grid(weights)
     return {"input_size": config.input_size, "pretrain_grid": own, "rope": rope}

@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from spiralrope_cli.core.config.dit_runs import DiTRun
+from spiralrope_cli.core.config.latents import VAE_NAMES
+from spiralrope_cli.core.data.grid import picture_grid, to_levels
 from spiralrope_cli.core.diffusion.process import GaussianDiffusion
+from spiralrope_cli.core.diffusion.vae import Vae, load_vae
+from spiralrope_cli.core.errors import CheckpointError, ConfigError
+from spiralrope_cli.core.hub.catalog import find
+from spiralrope_cli.core.hub.download import local_path
+from spiralrope_cli.core.hub.vae import find_vae
 from spiralrope_cli.core.models.dit import DiT
 from spiralrope_cli.core.runtime import run_folder
 from spiralrope_cli.core.runtime.device import autocast
@@ -22,24 +27,43 @@ from spiralrope_cli.core.training.state import TrainState
 
 COLUMNS, ROWS = 10, 4
 STEPS = 50
-SMALLEST_SIDE = 64
+DECODED_AT_ONCE = 4
 
 
-def draw_grid(config: DiTRun, job: Job, state: TrainState) -> Path:
+def draw_grid(config: DiTRun, job: Job, state: TrainState, vae: Vae | None) -> str:
     """Draws the averaged weights' samples, always from the same noise: one column per class.
 
     Returns:
-        the picture of this step; `samples.png` in the run folder is the newest one.
+        where the picture of this step is (`samples.png` in the run folder is the newest one), or
+        why there is none, in words.
     """
+    if config.pictures.latents and vae is None:
+        # Training needs none: it is loaded for the picture alone, if it is here.
+        vae = local_vae(config.pictures.vae, job.device)
+        if vae is None:
+            return f"no samples: the VAE {config.pictures.vae} is not here to decode them"
     folder = Path(config.out)
     target = run_folder.sample_file(folder, state.step)
     target.parent.mkdir(exist_ok=True)
-    grid = grid_of(samples(config, job, cast(DiT, state.ema.module)))
+    images = samples(config, job, cast(DiT, state.ema.module))
+    if vae is not None:
+        images = torch.cat([vae.decode(part) for part in images.split(DECODED_AT_ONCE)])
+    grid = picture_grid(to_levels(images), columns=len(images) // ROWS)
     for path in (target, folder / run_folder.SAMPLES_FILE):
         beside = path.with_suffix(".new")
         grid.save(beside, "png")
         os.replace(beside, path)
-    return target
+    return f"samples: {target}"
+
+
+def local_vae(given: str, device: torch.device) -> Vae | None:
+    """A VAE that can be had without a network, else None."""
+    if given in VAE_NAMES and local_path(find(f"vae-{given}")) is None:
+        return None
+    try:
+        return load_vae(find_vae(given).folder, device)
+    except (ConfigError, CheckpointError):
+        return None
 
 
 @torch.no_grad()
@@ -53,12 +77,3 @@ def samples(config: DiTRun, job: Job, model: DiT) -> Tensor:
     noise = NoisePerImage(config.seed, range(len(labels)), shape, job.device).draw()
     with autocast(job.device, job.dtype):
         return GaussianDiffusion(STEPS).sample(model, noise.shape, "ddim", noise=noise, y=labels)
-
-
-def grid_of(images: Tensor) -> Image.Image:
-    """Pictures [N, 1 or 3, H, W] in [-1, 1] side by side, small ones enlarged."""
-    levels = ((images + 1) * 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
-    larger = max(1, SMALLEST_SIDE // min(images.shape[-2:]))
-    levels = levels.repeat_interleave(larger, 2).repeat_interleave(larger, 3)
-    pixels = make_grid(levels, nrow=len(levels) // ROWS, padding=2, pad_value=255)
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())

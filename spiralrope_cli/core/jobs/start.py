@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from spiralrope_cli.core.config.dit_runs import VAE_FACTOR, DiTModelConfig, TrainingRun
+from spiralrope_cli.core.config.dit_runs import DiTModelConfig, TrainingRun
+from spiralrope_cli.core.config.latents import VAE_FACTOR
 from spiralrope_cli.core.config.models import is_dit
 from spiralrope_cli.core.config.resolve import StartingPoint
 from spiralrope_cli.core.config.rope import RopeConfig
@@ -71,7 +72,6 @@ def starting_point(
         model=DiTModelConfig(label_dropout=0.0, **weights.options)
         if dit
         else ModelConfig(drop_path=0.0, **weights.options),
-        published=weights.published,
         data=str(of_run.get("data", "")),
         pictures={name: pictures[name] for name in ("image_size", "vae") if name in pictures},
     )

@@ -115,7 +115,7 @@ def validate(
     """Measures raw and averaged weights, and remembers the best raw ones."""
     figures = evaluate(
         {"raw": state.model, "ema": state.ema.module},
-        data.val_batches(),
+        data.validation.batches(),
         job.device,
         partial(autocast, job.device, job.dtype),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import ChainMap
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from spiralrope_cli.core.config.dit_runs import DiTRun
 from spiralrope_cli.core.data.dit_loader import DiTBatch, DiTData
 from spiralrope_cli.core.diffusion.process import GaussianDiffusion
+from spiralrope_cli.core.diffusion.vae import Vae, draw, load_vae
+from spiralrope_cli.core.hub.vae import find_vae
 from spiralrope_cli.core.jobs import sample_grid
 from spiralrope_cli.core.jobs.plot import draw_curves
 from spiralrope_cli.core.jobs.start import build
@@ -42,7 +45,11 @@ def run(config: DiTRun) -> None:
         step = loop.agreed_first_step(config)
         data = DiTData(config, job.device, job.rank, job.world_size)
         state, forward = build(config, job, step)
-        diffusion, bound = GaussianDiffusion(), LossMeter(job.device)
+        bound, vae = LossMeter(job.device), open_vae(config, job)
+        scale = vae.scale if vae else data.scale
+        loss_fn = DiffusionLoss(
+            config, job.device, job.dtype, vae, scale, GaussianDiffusion(), bound
+        )
         steps = contextlib.closing(data.train_steps(step, total_steps))
         with loop.open_report(config, job, state) as reporter, steps as batches:
             meter, clock = LossMeter(job.device), report.Clock(optim.batch_size, step)
@@ -54,7 +61,7 @@ def run(config: DiTRun) -> None:
                     state,
                     forward,
                     next(batches),
-                    partial(diffusion_loss, config, job, state, diffusion, bound),
+                    partial(loss_fn, state),
                     clip_grad=optim.clip_grad,
                     want_grad_norm=log_now,
                 )
@@ -76,44 +83,88 @@ def run(config: DiTRun) -> None:
                         if save_now:
                             loop.save(config, job, state)
                         if sample_now and job.is_first:
-                            reporter.say(f"samples: {sample_grid.draw_grid(config, job, state)}")
+                            reporter.say(sample_grid.draw_grid(config, job, state, vae))
                 if stop and state.step < total_steps:
                     reporter.say(f"stopped at step {state.step}; the same command resumes")
                     sys.exit(128 + stop)
+            if job.is_first:
+                reporter.say(sample_grid.draw_grid(config, job, state, vae))
         unreadable = distributed.gathered(data.bad.reasons)
         if job.is_first:
             report.say_unreadable(dict(ChainMap(*unreadable)))
-            sample_grid.draw_grid(config, job, state)
             draw_curves([out], out / run_folder.CURVES_FILE)
             report.print_results(out)
 
 
-def diffusion_loss(
-    config: DiTRun,
-    job: Job,
-    state: TrainState,
-    diffusion: GaussianDiffusion,
-    bound: LossMeter,
-    forward: nn.Module,
-    batch: DiTBatch,
-) -> Tensor:
-    """Mean loss of one micro batch.
+def open_vae(config: DiTRun, job: Job) -> Vae | None:
+    """The VAE that pictures go through in every step, if any.
 
-    Timestep, noise and dropped label of a sample follow from seed, step and its place in the
-    step, so that they are the same for any number of processes and any accumulation.
+    Raises:
+        CheckpointError: damaged, or of another kind.
+        FetchError: it is not here and cannot be had.
     """
-    seed, step, batch_size, part = config.seed, state.step, config.optim.batch_size, batch.part
-    timesteps = torch.randint(
-        diffusion.num_steps, (batch_size,), generator=generator_for(seed, "timestep", step)
-    )
-    t = timesteps[part].to(job.device, non_blocking=True)
-    drop = cast(DiT, state.model).draw_drop(batch_size, generator_for(seed, "label", step))
-    if drop is not None:
-        drop = drop[part].to(job.device, non_blocking=True)
-    x0 = batch.images
-    samples = range(step * batch_size + part.start, step * batch_size + part.stop)
-    noise = NoisePerImage(seed, samples, x0.shape[1:], job.device, purpose="noise").draw()
-    with autocast(job.device, job.dtype):
-        losses = diffusion.training_losses(forward, x0, t, noise, y=batch.labels, drop=drop)
-    bound.add(step, losses["vb"].detach().mean())
-    return losses["loss"].mean()
+    if not config.pictures.in_latents or config.pictures.latents:
+        return None
+    with distributed.first_alone():  # it may have to be fetched
+        folder = find_vae(config.pictures.vae).folder
+    return load_vae(folder, job.device, job.dtype)
+
+
+@dataclass(frozen=True)
+class DiffusionLoss:
+    """Mean loss of a micro batch.
+
+    All that is random about a sample follows from seed, step and its place in the step, so that
+    it is the same for any number of processes and any accumulation.
+
+    Attributes:
+        config: the run.
+        device: where it computes.
+        dtype: of autocast.
+        vae: of pictures that go through one.
+        scale: of the latents.
+        diffusion: the process.
+        bound: takes the variational bound of each micro batch.
+    """
+
+    config: DiTRun
+    device: torch.device
+    dtype: torch.dtype
+    vae: Vae | None
+    scale: float
+    diffusion: GaussianDiffusion
+    bound: LossMeter
+
+    def __call__(self, state: TrainState, forward: nn.Module, batch: DiTBatch) -> Tensor:
+        """Draws timesteps, noise and dropped labels, and compares the predicted noise."""
+        seed, step, size = self.config.seed, state.step, self.config.optim.batch_size
+        x0 = self.clean(step, batch)
+        t = torch.randint(
+            self.diffusion.num_steps, (size,), generator=generator_for(seed, "timestep", step)
+        )
+        t = t[batch.part].to(self.device, non_blocking=True)
+        drop = cast(DiT, state.model).draw_drop(size, generator_for(seed, "label", step))
+        if drop is not None:
+            drop = drop[batch.part].to(self.device, non_blocking=True)
+        noise = self.noise("noise", step, batch, x0)
+        with autocast(self.device, self.dtype):
+            losses = self.diffusion.training_losses(
+                forward, x0, t, noise, y=batch.labels, drop=drop
+            )
+        self.bound.add(step, losses["vb"].detach().mean())
+        return losses["loss"].mean()
+
+    def clean(self, step: int, batch: DiTBatch) -> Tensor:
+        """What is noised: pixels, or a fresh draw from the posterior of the latents."""
+        mean, std = batch.images, batch.std
+        if self.vae is not None:
+            mean, std = self.vae.encode(batch.images)
+        if std is None:
+            return mean
+        return draw(mean, std, self.noise("posterior", step, batch, mean), self.scale)
+
+    def noise(self, purpose: str, step: int, batch: DiTBatch, like: Tensor) -> Tensor:
+        """Standard normal, as `like`, from a generator of each sample's own."""
+        first = step * self.config.optim.batch_size
+        samples = range(first + batch.part.start, first + batch.part.stop)
+        return NoisePerImage(self.config.seed, samples, like.shape[1:], self.device, purpose).draw()

@@ -13,7 +13,7 @@ from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.runtime.launch import joined_world_size
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8  # of malloc.h
 
 
 def pick_device(machine: MachineConfig) -> torch.device:
@@ -72,17 +72,34 @@ def prepare(device: torch.device) -> None:
         keep_freed_memory()
 
 
+def forbid_tf32() -> None:
+    """Lets fp32 on GPUs be fp32, for figures that others compute in fp32 too."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def keep_freed_memory() -> None:
     """Lets glibc keep the memory that a step frees for the next one.
 
     By default the activations of every step are handed back to the system and faulted in anew,
-    page by page, which costs a CPU train step several percent.
+    page by page, which costs a CPU train step several percent. All threads share one store, so that
+    what one has freed serves the others too.
     """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
+    if libc := _glibc():
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 25)
         libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
         libc.mallopt(_M_TOP_PAD, 1 << 26)
+        libc.mallopt(_M_ARENA_MAX, 1)
+
+
+def return_freed_memory() -> None:
+    """Hands back what was kept for a next step when there is none."""
+    if libc := _glibc():
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:

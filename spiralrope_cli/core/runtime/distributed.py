@@ -82,6 +82,21 @@ def gathered(value: T) -> list[T]:
     return values
 
 
+def gathered_rows(rows: Tensor) -> Tensor | None:
+    """Rows [n, ...] of all processes by rank, on the first process; None on the others."""
+    if not dist.is_initialized():
+        return rows
+    counts = gathered(len(rows))
+    # A collective takes tensors of one shape alone.
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts] if rank() == 0 else None
+    dist.gather(padded, parts)
+    if parts is None:
+        return None
+    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+
+
 def largest(value: Tensor) -> Tensor:
     """Maximum over all processes, in place."""
     if dist.is_initialized():

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Any
 
 import torch
 
@@ -82,8 +82,10 @@ class Job:
 
 
 @contextlib.contextmanager
-def open_job(machine: MachineConfig, folder: Path) -> Iterator[Job]:
+def open_job(machine: MachineConfig, folder: Path | None) -> Iterator[Job]:
     """Prepares this process for a run in a folder that nobody else may use meanwhile.
+
+    Without a folder there is nothing to save before it stops, so a signal ends it at once.
 
     Raises:
         CheckpointError: another run holds the folder, or it cannot be written.
@@ -95,11 +97,15 @@ def open_job(machine: MachineConfig, folder: Path) -> Iterator[Job]:
     stop = StopRequest()
     distributed.start(device)
     with contextlib.ExitStack() as leave:
-        if distributed.rank() == 0:
+        if folder and distributed.rank() == 0:
             leave.enter_context(hold_folder(folder))
         distributed.barrier()
-        stop.listen()
-        leave.callback(stop.restore)
+        if folder:
+            stop.listen()
+            leave.callback(stop.restore)
+        else:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                leave.callback(_restore, number, signal.signal(number, _leave))
         try:
             yield Job(distributed.rank(), distributed.world_size(), device, dtype, reason, stop)
         except SystemExit:
@@ -107,6 +113,17 @@ def open_job(machine: MachineConfig, folder: Path) -> Iterator[Job]:
             raise
     # Not after an error: the others would fail on the closed connection before it is told.
     distributed.stop()
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)  # the repetition would break into the clean-up
+    raise SystemExit(128 + number)
+
+
+def _restore(number: int, old: Any) -> None:
+    if signal.getsignal(number) == _leave:
+        signal.signal(number, old)
 
 
 @contextlib.contextmanager

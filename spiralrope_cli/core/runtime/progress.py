@@ -41,7 +41,7 @@ def counted(
 
         def advance(more: int) -> None:
             pace.advance(more)
-            progress.update(task, completed=pace.done, rate=f"{pace.rate:.3g} {unit}")
+            progress.update(task, completed=pace.done, rate=f"{_short(pace.rate)} {unit}")
 
         yield advance
 
@@ -78,7 +78,11 @@ def _lines(console: Console, what: str, pace: Pace, unit: str) -> Callable[[int]
         now = time.monotonic()
         if now - said >= SECONDS or before < pace.done == pace.total:
             said = now
-            line = f"{what}  {pace.done}/{pace.total}  {pace.rate:.3g} {unit}  left {pace.left}"
+            line = f"{what}  {pace.done}/{pace.total}  {_short(pace.rate)} {unit}  left {pace.left}"
             console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     return advance
+
+
+def _short(rate: float) -> str:
+    return f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"

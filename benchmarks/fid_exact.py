@@ -1,0 +1,102 @@
+"""Are the figures of `spiralrope fid` those of torch-fidelity? Same weights, same real images.
+
+Two times 2000 images of Fashion-MNIST, training against test. Without the published weights
+(`spiralrope fetch inception`) random ones do, as long as both sides use the same. Takes some
+minutes on two cores; --images 200 shows the same in a fraction of it.
+
+KID is a small difference of large sums: torch-fidelity's own, in float32, is shown beside the same
+function fed with float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from interleave import show
+from random_inception import write_random_weights
+from torch import Tensor
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+
+from spiralrope_cli.core.data.memory import load_fashion_mnist
+
+BATCH = 32
+CALIBRATION = 48
+
+
+def theirs(weights: Path, sides: list[Tensor], kid_subset_size: int) -> dict[str, float]:
+    """Figures by torch-fidelity's own functions, under our names.
+
+    Args:
+        weights: file of the extractor.
+        sides: samples and reference, [N, 3, h, w] uint8.
+        kid_subset_size: as ours.
+    """
+    wanted = ["2048", "logits_unbiased"]
+    extractor = FeatureExtractorInceptionV3("inception", wanted, str(weights))
+    with torch.inference_mode():
+        parts = [[extractor(batch) for batch in side.split(BATCH)] for side in sides]
+    (pool, logits), (pool2, _) = (map(torch.cat, zip(*each, strict=True)) for each in parts)
+    statistics = [fid_features_to_statistics(each) for each in (pool, pool2)]
+    kid, wide = (
+        kid_features_to_metric(*pair, kid_subset_size=kid_subset_size, verbose=False)
+        for pair in ((pool, pool2), (pool.double(), pool2.double()))
+    )
+    prc = prc_features_to_metric(pool, pool2, verbose=False, save_cpu_ram=False)
+    splits = -(-len(logits) // 5000)
+    return {
+        "fid": fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"],
+        "is": isc_features_to_metric(logits, splits, shuffle=False)["inception_score_mean"],
+        "kid": kid["kernel_inception_distance_mean"],
+        "kid in float64": wide["kernel_inception_distance_mean"],
+        "kid_std in float64": wide["kernel_inception_distance_std"],
+        "precision": prc["precision"],
+        "recall": prc["recall"],
+    }
+
+
+def ours(weights: Path, sides: list[Tensor], kid_subset_size: int) -> dict[str, float]:
+    """Figures by the command."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{name}.npz" for name in ("samples", "reference")]
+        for path, side in zip(paths, sides, strict=True):
+            np.savez(path, side.permute(0, 2, 3, 1).numpy())
+        words = [*map(str, paths), "--weights", str(weights), "--json"]
+        words += ["--kid-subset-size", str(kid_subset_size)]
+        command = [sys.executable, "-m", "spiralrope_cli", "fid", *words]
+        return json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=2000, help="of each side")
+    parser.add_argument("--weights", type=Path, help="of Inception; without, random ones")
+    options = parser.parse_args()
+    train, test = (each.images.expand(-1, 3, -1, -1) for each in load_fashion_mnist())
+    with tempfile.TemporaryDirectory() as folder:
+        weights = options.weights or write_random_weights(
+            Path(folder) / "random.pth", train[-CALIBRATION:]
+        )
+        sides = [each[: options.images].contiguous() for each in (train, test)]
+        subset = min(1000, options.images // 2)
+        mine, other = (by(weights, sides, subset) for by in (ours, theirs))
+    rows = [("", f"{'ours':>12} {'torch-fidelity':>15}  relative difference")]
+    for name, value in other.items():
+        own = mine[name.removesuffix(" in float64")]
+        off = abs(own - value) / abs(value)
+        rows.append((name, f"{own:12.7f} {value:15.7f}  {off:.1e}"))
+    show(f"Fashion-MNIST, {options.images} training images against as many of the test", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""The figures of `fid` with what they rest on, as a table or as JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from spiralrope_cli.core.config.fid import EXTRACTOR, FidRun
+from spiralrope_cli.core.hub.catalog import find
+from spiralrope_cli.core.hub.files import say
+from spiralrope_cli.core.jobs.score_measure import Measured
+from spiralrope_cli.core.jobs.score_plan import NEIGHBOURHOOD, Plan
+from spiralrope_cli.core.metrics.inception import POOL_SIZE
+from spiralrope_cli.core.metrics.inception_score import SPLIT_SIZE
+from spiralrope_cli.version import __version__
+
+USUAL_COUNT = 50_000
+"""Samples behind the figures of papers."""
+LABELS = {
+    "fid": ("FID", "lower is better", 4),
+    "sfid": ("sFID", "lower is better", 4),
+    "is": ("Inception Score", "higher is better", 4),
+    "kid": ("KID", "lower is better", 6),
+    "precision": ("Precision", "higher is better", 4),
+    "recall": ("Recall", "higher is better", 4),
+}
+Facts = dict[str, Any]
+
+
+def describe(
+    config: FidRun,
+    plan: Plan,
+    figures: dict[str, float | None],
+    measured: list[Measured | None],
+    digests: list[str],
+    weights: str,
+) -> Facts:
+    """Everything that the JSON holds.
+
+    Args:
+        config: of the run.
+        plan: of the run.
+        figures: name -> value, as far as they were computed.
+        measured: samples, and the reference if there is one.
+        digests: SHA-256 of both.
+        weights: SHA-256 of the extractor's weights, empty where no image was looked at.
+    """
+    keys = ("fid", "fid_std", "sfid", "is", "is_std", "kid", "kid_std", "precision", "recall")
+    facts: Facts = {key: figures.get(key) for key in keys}
+    for key, side, what, digest in zip(
+        ("samples", "reference"),
+        (plan.samples, plan.reference),
+        measured,
+        [*digests, ""],
+        strict=False,
+    ):
+        facts[key] = side and {
+            "path": str(side.path),
+            "holds": side.words,
+            "count": what.num if what else side.num,
+            "unreadable": what.num_unreadable if what else 0,
+            "stored_statistics": list(side.stored),
+            "from_cache": list(what.from_cache) if what else [],
+            "sha256": digest,
+        }
+    facts["protocol"] = {
+        "extractor": EXTRACTOR,
+        "weights": config.weights or None,
+        "weights_sha256": weights or None,
+        "weights_published": weights.startswith(find("inception").sha256) if weights else None,
+        "resize": "bilinear of TensorFlow 1, to 299x299",
+        "precision": config.machine.precision,
+        "is_split_size": SPLIT_SIZE,
+        "kid_subsets": config.kid_subsets,
+        "kid_subset_size": config.kid_subset_size,
+        "neighbours": NEIGHBOURHOOD - 1,
+        "bootstrap": config.bootstrap,
+        "seed": config.seed,
+        "spiralrope": __version__,
+    }
+    facts["left_out"] = plan.left_out
+    facts["warnings"] = _warnings(config, plan, facts)
+    return facts
+
+
+def _warnings(config: FidRun, plan: Plan, facts: Facts) -> list[str]:
+    count = facts["samples"]["count"]
+    lines = []
+    biased = [name for name in ("fid", "sfid") if name in plan.figures]
+    if biased and count is None:
+        lines.append("SAMPLES does not say of how many images its statistics are")
+    elif biased and count < USUAL_COUNT:
+        lines.append(
+            f"{count:,} samples are fewer than the {USUAL_COUNT:,} of papers: FID and sFID come "
+            "out too large"
+        )
+    for role in ("samples", "reference"):
+        some = facts[role]["count"] if facts[role] else None
+        if biased and some is not None and some <= POOL_SIZE:
+            lines.append(
+                f"{some:,} images of {role.upper()} are at most the {POOL_SIZE} features: their "
+                "covariance is singular"
+            )
+    if facts["protocol"]["weights_published"] is False:
+        lines.append("the weights are not the published ones: nothing compares with papers")
+    if config.machine.precision != "fp32":
+        lines.append(f"features in {config.machine.precision}: papers compute them in fp32")
+    if "is" in plan.figures and count is not None and count < SPLIT_SIZE:
+        lines.append(f"the Inception Score is of one split of {count:,} images, not {SPLIT_SIZE:,}")
+    return lines
+
+
+def show(config: FidRun, facts: Facts) -> None:
+    """JSON on stdout and nothing else there, or a table."""
+    if config.as_json:
+        print(json.dumps(facts, indent=2))  # noqa: T201 - rich would wrap it
+        return
+    out = Console(highlight=False, soft_wrap=True)
+    for role in ("samples", "reference"):
+        side = facts[role]
+        if side:
+            out.print(f"{role.upper():<9}  {side['path']}", markup=False)
+            bad = f", {side['unreadable']:,} left out as unreadable" if side["unreadable"] else ""
+            out.print(
+                f"           {side['holds']}{bad}, sha256 {side['sha256'][:16]}", markup=False
+            )
+            if side["from_cache"]:
+                out.print("           its statistics were computed by an earlier run", markup=False)
+    protocol = facts["protocol"]
+    weights = protocol["weights_sha256"]
+    if weights:
+        out.print(f"FEATURES   {EXTRACTOR}, {protocol['precision']}, sha256 {weights[:16]}")
+    table = Table()
+    for column in ("figure", "value", "±", ""):
+        table.add_column(column, justify="left" if column in ("figure", "") else "right")
+    for name in config.select:
+        label, better, digits = LABELS[name]
+        value, spread = facts[name], facts.get(f"{name}_std")
+        shown = "-" if value is None else f"{value:.{digits}f}"
+        spread_shown = "" if spread is None else f"{spread:.{digits}f}"
+        note = facts["left_out"].get(name, better)
+        table.add_row(label, shown, spread_shown, note)
+    out.print(table, soft_wrap=False)
+    for line in facts["warnings"]:
+        say(f"warning: {line}")

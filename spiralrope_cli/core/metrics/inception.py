@@ -1,0 +1,197 @@
+"""Features of the Inception of 2015-12-05, the field's: torch-fidelity's network, made faster.
+
+Batch norms are folded into the convolutions before them, and memory is laid out with the channels
+last. Both change float32 rounding alone.
+
+Legend: B batch, D features, K classes.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from spiralrope_cli.core.errors import CheckpointError
+
+SIDE = 299
+POOL_SIZE, SPATIAL_SIZE, NUM_CLASSES = 2048, 2023, 1008
+_FIRST_BLOCK = "Mixed_5b"
+_FEW = 4
+"""Images at a time before the first block on a CPU, where layers are largest: more would be no
+faster, and would need most of the memory."""
+_SPATIAL_CHANNELS = 7
+_SPATIAL_STAGE = "Mixed_6d"
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the network says of B images; None where it was not asked.
+
+    Attributes:
+        pool: [B, 2048], of FID, KID, precision and recall.
+        spatial: [B, 2023], of sFID.
+        logits: [B, 1008] float64, without the bias, of the Inception Score.
+    """
+
+    pool: Tensor | None
+    spatial: Tensor | None
+    logits: Tensor | None
+
+
+class InceptionFeatures(nn.Module):
+    """From images to features; several threads may call it at the same time.
+
+    Args:
+        weights: state dict of torch-fidelity's extractor, float32.
+
+    Raises:
+        RuntimeError: the weights are of another network.
+    """
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        super().__init__()
+        network = _network(weights)
+        _fold_batch_norms(network)
+        # Its parts are registered in the order in which its forward calls them; `fc` is the last.
+        stages = dict(network.named_children())
+        classifier = cast(nn.Linear, stages.pop("fc"))
+        before = list(stages)[: list(stages).index(_FIRST_BLOCK)]
+        self.stem = nn.Sequential(*(stages.pop(name) for name in before))
+        self.stages = nn.ModuleDict(stages)
+        self.to(memory_format=torch.channels_last)
+        self.register_buffer("classes", classifier.weight.detach().T.clone())
+        self._spatial: dict[int, Tensor] = {}  # by thread
+        branch = self.stages.get_submodule(f"{_SPATIAL_STAGE}.branch1x1")
+        branch.register_forward_hook(self._remember)
+
+    def _remember(self, module: nn.Module, args: object, output: Tensor) -> None:
+        self._spatial[threading.get_ident()] = output[:, :_SPATIAL_CHANNELS]
+
+    def forward(
+        self, groups: list[Tensor], *, pool: bool = True, spatial: bool = True, logits: bool = True
+    ) -> Features:
+        """Those features that are wanted.
+
+        Args:
+            groups: images [B, 3, h, w] uint8, a tensor for every size.
+            pool: whether pool features are wanted.
+            spatial: whether spatial features are wanted.
+            logits: whether logits are wanted.
+
+        Returns:
+            features of all images, in the order of the groups.
+        """
+        at_once = _FEW if self.classes.device.type == "cpu" else max(map(len, groups))
+        few = [part for group in groups for part in group.split(at_once)]
+        x = torch.cat([self.stem(self._input(part)) for part in few])
+        for name, stage in self.stages.items():
+            x = stage(x)
+            if name == _SPATIAL_STAGE and not (pool or logits):
+                break
+        # Height, width, channel, as ADM has it.
+        seen = self._spatial.pop(threading.get_ident()).float().permute(0, 2, 3, 1).flatten(1)
+        x = x.float().flatten(1)
+        return Features(
+            pool=x if pool else None,
+            spatial=seen if spatial else None,
+            logits=self._logits(x) if logits else None,
+        )
+
+    def _input(self, images: Tensor) -> Tensor:
+        x = resize(images).sub_(128).div_(128)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def _logits(self, pool: Tensor) -> Tensor:
+        """[B, K], in float64, where a row of a product does not depend on the other rows."""
+        wide = torch.float32 if pool.device.type == "mps" else torch.float64
+        return pool.to(wide) @ cast(Tensor, self.classes).to(wide)
+
+
+def resize(images: Tensor) -> Tensor:
+    """[B, 3, h, w] as float32 [B, 3, 299, 299], bilinear as TensorFlow 1 did it.
+
+    Output pixel i looks at i * h / 299, without the half pixel that would centre it.
+    """
+    images = images.float()
+    for dim in (2, 3):
+        size = images.shape[dim]
+        at = torch.arange(SIDE, device=images.device) * torch.tensor(size / SIDE)
+        low = at.long()
+        share = (at - low).view((-1, 1) if dim == 2 else (-1,))
+        high = (low + 1).clamp_max(size - 1)
+        images = torch.lerp(images.index_select(dim, low), images.index_select(dim, high), share)
+    return images
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """The extractor's state dict, without ever running what a file may hold.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds something else.
+    """
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"weights {path} cannot be read: {str(error).splitlines()[0] or type(error).__name__}",
+            "spiralrope fetch inception brings the right ones",
+        ) from error
+    if not isinstance(weights, dict) or "Mixed_7c.branch_pool.conv.weight" not in weights:
+        raise CheckpointError(
+            f"{path} does not hold the weights of the Inception of 2015-12-05",
+            "spiralrope fetch inception brings them",
+        )
+    return weights
+
+
+def load_extractor(path: Path) -> InceptionFeatures:
+    """The network with the weights of a file, ready to be called.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is of another network.
+    """
+    try:
+        return InceptionFeatures(load_weights(path)).eval()
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{path} is of another network: {str(error).splitlines()[1].strip()[:150]}",
+            "spiralrope fetch inception brings the weights of 2015-12-05",
+        ) from error
+
+
+def _network(weights: dict[str, Tensor]) -> nn.Module:
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Unloaded(FeatureExtractorInceptionV3):
+        """Without weights: the constructor would unpickle them without limits."""
+
+        def load_state_dict(self, *args: object) -> None:
+            """Leaves everything as it is."""
+
+    nothing = io.BytesIO()
+    torch.save({}, nothing)
+    nothing.seek(0)
+    with torch.device("meta"):
+        network = Unloaded("inception", ["2048"], nothing)
+    nn.Module.load_state_dict(network, weights, assign=True)
+    return network
+
+
+def _fold_batch_norms(module: nn.Module) -> None:
+    """In float64, one by one, so that little is rounded and less is in memory."""
+    for child in module.children():
+        norm = getattr(child, "bn", None)
+        if isinstance(norm, nn.BatchNorm2d):
+            convolution = cast(nn.Conv2d, child.conv)
+            child.conv = fuse_conv_bn_eval(convolution.double(), norm.double()).float()
+            child.bn = nn.Identity()
+        else:
+            _fold_batch_norms(child)

@@ -1,0 +1,49 @@
+"""Inception Score, summed up as logits come.
+
+Legend: B batch, S splits, K classes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spiralrope_cli.core.runtime import distributed
+
+SPLIT_SIZE = 5000
+
+
+class InceptionScore:
+    """exp of the mean KL divergence between p(y|x) and p(y), arXiv 1606.03498, in splits.
+
+    The mean of KL(p(y|x) ‖ p(y)) over a split is the mean of Σ p log p less Σ q log q of the mean
+    q of p, so that sums suffice.
+
+    Args:
+        num_images: of all processes together; image i belongs to split i // 5000, as in ADM.
+        num_classes: K.
+        device: where the logits are.
+    """
+
+    def __init__(self, num_images: int, num_classes: int, device: torch.device) -> None:
+        place = torch.device("cpu") if device.type == "mps" else device
+        num_splits = -(-num_images // SPLIT_SIZE)
+        # Per split: the sum of p, the sum of p log p, the number of images.
+        self.sums = torch.zeros(num_splits, num_classes + 2, dtype=torch.float64, device=place)
+
+    def add(self, numbers: Tensor, logits: Tensor) -> None:
+        """Takes in images by their place in the set, [B], and their logits [B, K]."""
+        log_p = logits.to(self.sums).log_softmax(1)
+        p = log_p.exp()
+        rows = torch.cat((p, (p * log_p).sum(1, keepdim=True), torch.ones_like(p[:, :1])), 1)
+        self.sums.index_add_(0, numbers.to(self.sums.device) // SPLIT_SIZE, rows)
+
+    def result(self) -> tuple[float, float | None]:
+        """Mean and standard deviation over the splits of all processes; None for one split."""
+        sums = distributed.total(self.sums).cpu()
+        sums = sums[sums[:, -1] > 0]
+        count = sums[:, -1]
+        q = sums[:, :-2] / count[:, None]
+        scores = (sums[:, -2] / count - torch.special.xlogy(q, q).sum(1)).exp()
+        spread = scores.std(correction=0).item() if len(scores) > 1 else None
+        return scores.mean().item(), spread

@@ -1,0 +1,204 @@
+"""From the words of `spiralrope dit-sample` to pictures that follow from (seed, number) alone."""
+
+from __future__ import annotations
+
+import json
+import signal
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hub_server import HubServer
+from PIL import Image
+from typer.testing import CliRunner
+
+from spiralrope_cli import main as cli
+from spiralrope_cli.core.config.resolve_dit import resolve_dit
+from spiralrope_cli.core.errors import SpiralRopeError
+from spiralrope_cli.core.hub.catalog import WEIGHTS_REPO
+from spiralrope_cli.core.jobs import sample_dit, train_dit
+from spiralrope_cli.core.runtime.job import StopRequest
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoints"
+DIT = GOLDEN / "dit_tiny_0000007.pt"
+FAST = ("--steps", 8, "--precision", "fp32", "--nproc", 1)
+
+
+@pytest.fixture(scope="module")
+def pixels(tmp_path_factory):
+    """A run that learned for a moment: what nothing has learned draws black and white alone."""
+    folder = tmp_path_factory.mktemp("runs") / "drawn"
+    options = {
+        **{"arch": "dit-32x2x2-2", "rotate": 2, "steps": 120, "lr": 4e-3, "batch_size": 32},
+        **{"ema_decay": 0.9, "precision": "fp32", "nproc": 1, "out": str(folder)},
+        **{"schedule": "constant", "sample_every": 0},
+    }
+    train_dit.run(resolve_dit(options).run)
+    return folder
+
+
+@pytest.fixture
+def sample(runs):
+    """Runs the command here; gives what it printed, or its error."""
+
+    def call(*words, expect=0):
+        result = CliRunner().invoke(cli.app, ["dit-sample", *map(str, words)])
+        if isinstance(result.exception, SpiralRopeError):
+            assert result.exception.exit_code == expect, result.exception
+            return str(result.exception)
+        assert result.exit_code == expect, result.output + repr(result.exception)
+        return " ".join((result.stdout + result.stderr).split())
+
+    return call
+
+
+def images(folder):
+    with np.load(Path(folder) / "samples.npz") as arrays:
+        return arrays["arr_0"]
+
+
+def test_the_result_is_an_npz_a_grid_and_what_made_them(sample, pixels, runs):
+    told = sample(pixels, "--num", 12, *FAST, "--png", "--out", "here", "--batch-size", 5)
+    drawn = images("here")
+    assert (drawn.shape, drawn.dtype) == ((12, 8, 8, 3), np.uint8)
+    assert 0.2 < np.isin(drawn, (0, 255)).mean() < 0.9
+    assert "12 images: here/samples.npz" in told
+    assert sorted(path.name for path in (runs / "here").iterdir() if path.name[0] != ".") == [
+        *("png", "samples.json", "samples.npz", "samples.png")
+    ]
+    files = sorted((runs / "here" / "png").iterdir())
+    assert [path.name for path in files][:2] == ["000000.png", "000001.png"]
+    assert all(
+        np.array_equal(np.asarray(Image.open(path)), image)
+        for path, image in zip(files, drawn, strict=True)
+    )
+    facts = json.loads((runs / "here" / "samples.json").read_text())
+    assert len(facts["sha256"]) == 64
+    assert (facts["seed"], facts["steps"], facts["sampler"]) == (100, "8", "ddpm")
+    with zipfile.ZipFile("here/samples.npz") as archive:
+        assert json.loads(archive.comment) == facts
+    with Image.open("here/samples.png") as grid:
+        assert json.loads(grid.text["spiralrope"]) == facts
+        assert min(grid.size) >= 3 * 64
+
+
+@pytest.mark.parametrize("words", [(), ("--cfg-scale", 3, "--cfg-channels", "all")])
+def test_an_image_is_the_same_in_any_batch_and_process(spiralrope, sample, pixels, words):
+    sample(pixels, "--num", 7, *FAST, *words, "--batch-size", 7, "--out", "one")
+    sample(pixels, "--num", 7, *FAST, *words, "--batch-size", 2, "--out", "parts")
+    two = ("--nproc", 2, "--batch-size", 2, "--out", "two")
+    spiralrope("dit-sample", pixels, "--num", 7, *FAST[:-2], *words, *two)
+    sample(pixels, "--num", 4, *FAST, *words, "--out", "fewer")
+    whole = images("one").astype(int)
+    for other in ("parts", "two", "fewer"):
+        assert abs(images(other).astype(int) - whole[: len(images(other))]).max() <= 1
+    sample(pixels, "--num", 7, *FAST, *words, "--seed", 1, "--out", "other")
+    assert abs(images("other").astype(int) - whole).mean() > 5
+
+
+def test_an_interrupted_run_goes_on_with_the_missing_images(sample, pixels, monkeypatch, runs):
+    words = (pixels, "--num", 9, *FAST, "--batch-size", 2)
+    sample(*words, "--out", "whole")
+    answers = iter([0, 0, signal.SIGTERM])
+    with monkeypatch.context() as patched:
+        patched.setattr(StopRequest, "agreed", lambda *_, **__: next(answers))
+        told = sample(*words, "--out", "parts", expect=143)
+    assert "stopped with 6 of 9 images" in told
+    assert not (runs / "parts" / "samples.npz").exists()
+    drawn = []
+    draw = sample_dit.Drawer.__call__
+    monkeypatch.setattr(
+        sample_dit.Drawer, "__call__", lambda self, mine: (drawn.extend(mine), draw(self, mine))[1]
+    )
+    sample(*words, "--out", "parts")
+    assert drawn == [6, 7, 8]
+    assert (runs / "parts/samples.npz").read_bytes() == (runs / "whole/samples.npz").read_bytes()
+    assert "is finished: 9 images" in sample(*words, "--out", "parts")
+
+
+def test_other_options_do_not_mix_with_what_is_there(sample, pixels):
+    sample(pixels, "--num", 2, *FAST, "--out", "here")
+    told = sample(pixels, "--num", 2, *FAST, "--cfg-scale", 2, "--out", "here", expect=1)
+    assert "here holds other samples: cfg_scale was 1.0, now 2.0" in told
+
+
+def test_classes_are_dealt_out_in_turn_or_drawn_by_number(pixels, sample, monkeypatch):
+    asked = []
+    guided = sample_dit.guided
+    monkeypatch.setattr(
+        sample_dit,
+        "guided",
+        lambda net, labels, g: (asked.extend(labels.tolist()), guided(net, labels, g))[1],
+    )
+    sample(pixels, "--num", 5, *FAST, "--classes", "7, 3", "--batch-size", 2, "--out", "dealt")
+    assert asked == [7, 3, 7, 3, 7]
+    asked.clear()
+    sample(pixels, "--num", 40, *FAST, "--out", "drawn")
+    assert len(set(asked)) > 5
+    before = list(asked)
+    asked.clear()
+    sample(pixels, "--num", 40, *FAST, "--batch-size", 7, "--out", "again")
+    assert asked == before
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
+def test_other_samplers_draw_other_pictures(sample, pixels, sampler):
+    sample(pixels, "--num", 3, *FAST, "--out", "ddpm")
+    sample(pixels, "--num", 3, *FAST, "--sampler", sampler, "--out", "other")
+    assert not np.array_equal(images("ddpm"), images("other"))
+
+
+def test_a_published_file_draws_through_a_vae_in_any_rectangle(sample, tiny_vae):
+    words = (DIT, "--vae", tiny_vae, "--num", 2, *FAST)
+    sample(*words, "--image-size", "32x48", "--out", "wide")
+    assert images("wide").shape == (2, 32, 48, 3)
+    sample(*words, "--image-size", "32x48", "--no-ema", "--out", "raw")
+    assert not np.array_equal(images("wide"), images("raw"))
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (["--classes", "10"], 2, "--classes 10: the weights know 10 classes, 0 to 9"),
+        (["--classes", "a"], 2, "no list of class numbers"),
+        (["--cfg-scale", "0.5"], 2, "--cfg-scale is 0.5"),
+        (["--cfg-interval", "5"], 2, "not LO,HI"),
+        (["--cfg-interval", "9,5"], 2, "--cfg-interval 9,5"),
+        (["--image-size", "9"], 2, "--image-size 9 does not split"),
+        (["--vae", "mse"], 2, "draws pixels, 1 channel(s)"),
+        (["--num", "0"], 2, "--num is 0"),
+        (["--num", "99999999999"], 1, "no space left"),
+        (["--steps", "1"], 2, "--steps 1"),
+        (["--sampler", "euler"], 2, "--sampler is euler"),
+        (["--sampler", "dpm++", "--steps", "1000"], 2, "dpm++ takes at most 999"),
+    ],
+)
+def test_bad_input_has_its_own_line(sample, pixels, words, code, told):
+    said = sample(pixels, *words, expect=code)
+    assert told in said
+
+
+def test_sources_that_draw_nothing(sample):
+    told = sample(GOLDEN / "deit_tiny_checkpoint.pth", expect=1)
+    assert "a classifier, which draws nothing" in told
+    assert "which only a VAE turns into pictures" in sample(DIT, "--vae", "none", expect=2)
+    assert "neither ema nor mse nor a folder" in sample(DIT, "--vae", "gone", expect=2)
+    assert "no published name" in sample("dit-xxl", expect=2)
+
+
+def test_published_weights_come_by_themselves_after_their_size_was_said(
+    spiralrope, tmp_path, tiny_vae
+):
+    hub = HubServer()
+    hub.repos[WEIGHTS_REPO] = {"dit_s2/0400000.pt": DIT.read_bytes()}
+    home = tmp_path / "home"
+    env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "SPIRALROPE_CACHE": str(home / "ours")}
+    try:
+        words = ("dit-s2", "--num", 2, "--vae", tiny_vae, "--dry-run")
+        done = spiralrope("dit-sample", *words, env=env)
+    finally:
+        hub.close()
+    before, _, after = done.stderr.partition("averaged (EMA) weights of dit-72x2x3-2")
+    assert "1.85 MB" in before
+    assert "rotate 2" in after

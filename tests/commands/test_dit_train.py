@@ -1,0 +1,254 @@
+"""Words to config: every option of dit-train arrives, and what cannot work is told."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from dataclasses import is_dataclass
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from spiralrope_cli import main as cli
+from spiralrope_cli.commands import dit_train as command
+from spiralrope_cli.commands import training
+from spiralrope_cli.core.config import recipes
+from spiralrope_cli.core.config.dit_runs import DiTRun
+from spiralrope_cli.core.config.models import DIT_SIZES
+from spiralrope_cli.core.config.resolve import leaf_types, resolve_classifier, to_nested
+from spiralrope_cli.core.config.resolve_dit import resolve_dit
+from spiralrope_cli.core.errors import ConfigError, SpiralRopeError
+
+# One value per option, other than what digits would have by default.
+VALUES = {
+    "arch": "dit-s4",
+    "image_size": "12x8",
+    "rotate": "3",
+    "theta": "100",
+    "freqs_for": "pixel",
+    "max_freq": "8",
+    "truncate_percentage": "0.25",
+    "max_freq_lang": "1",
+    "min_freq_lang": "0.5",
+    "projection": "exact",
+    "scaling": "extrapolate",
+    "hflip": "0.25",
+    "steps": "777",
+    "lr": "0.5",
+    "min_lr": "0.001",
+    "warmup_epochs": "1",
+    "schedule": "constant",
+    "weight_decay": "0.7",
+    "clip_grad": "2",
+    "ema_decay": "0.5",
+    "label_dropout": "0.25",
+    "out": "elsewhere",
+    "seed": "9",
+    "batch_size": "32",
+    "micro_batch_size": "16",
+    "epochs": "7",
+    "resume": "never",
+    "log_every": "3",
+    "sample_every": "2",
+    "save_every": "3",
+    "keep_last": "4",
+    "keep_every": "5",
+    "nproc": "2",
+    "device": "cpu",
+    "precision": "bf16",
+    "workers": "1",
+}
+FLAGS = {
+    "skip_bad": ("--skip-bad", True),
+    "compile": ("--compile", True),
+    "grad_checkpointing": ("--grad-checkpointing", True),
+    "enabled": ("--no-rope", False),
+    "same_theta": ("--same-theta", True),
+    "qk_norm": ("--qk-norm", True),
+}
+ELSEWHERE = {"data", "vae", "latents", "tracker", "nnodes", "rdzv_endpoint"}
+NOT_FIELDS = {"context", "config", "name", "dry_run", "init"}
+
+
+@pytest.fixture
+def resolved(runs, monkeypatch):
+    """Runs the command up to the launch, and gives the run that would be launched."""
+    launched = []
+    monkeypatch.setattr(training, "launch", lambda job, run: launched.append((job, run)))
+
+    def call(*words):
+        launched.clear()
+        result = CliRunner().invoke(cli.app, ["dit-train", *map(str, words)])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        job, run = launched[0]
+        assert job == "spiralrope_cli.core.jobs.train_dit:run"
+        return run
+
+    return call
+
+
+def flat(run):
+    values = {}
+    for key, value in to_nested(run).items():
+        values.update(value if isinstance(value, dict) else {key: value})
+    return values
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_every_option_reaches_the_config(resolved, name):
+    before = flat(resolve_dit({}).run)[name]
+    after = flat(resolved(f"--{name.replace('_', '-')}", VALUES[name]))[name]
+    assert after != before
+    text = "x".join(map(str, after)) if isinstance(after, list) else str(after)
+    assert text == VALUES[name] or float(text) == float(VALUES[name])
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_every_flag_reaches_the_config(resolved, name):
+    word, value = FLAGS[name]
+    assert flat(resolve_dit({}).run)[name] is not value
+    assert flat(resolved(word))[name] is value
+
+
+def test_options_and_fields_have_the_same_names():
+    options = {
+        "enabled" if name == "rope" else name
+        for name in inspect.signature(command.dit_train).parameters
+    }
+    fields = set(leaf_types(DiTRun))
+    assert options - fields == NOT_FIELDS
+    assert options - NOT_FIELDS == VALUES.keys() | FLAGS.keys() | ELSEWHERE
+    groups = [g for g in typing.get_type_hints(DiTRun).values() if is_dataclass(g)]
+    names = [name for group in groups for name in leaf_types(group)]
+    assert len(names) == len(set(names)) > 50
+
+
+def test_without_options_digits_are_trained_on_as_pixels(resolved):
+    run = resolved()
+    assert (run.arch, run.data, run.pictures.vae) == ("dit-ti2", "digits", "none")
+    assert (run.model.input_size, run.model.in_chans, run.model.num_classes) == ((8, 8), 1, 10)
+    assert run.pictures.hflip == 0, "a mirrored digit is another"
+    assert run.rope.rotate == recipes.DIT["rotate"] == 0
+    assert run.out == "runs/dit-train-dit-ti2-digits-r0"
+    assert resolved("--rotate", 4, "--name", "b").out == "runs/dit-train-dit-ti2-digits-r4-b"
+    # An architecture beside digits keeps their recipe.
+    assert resolved("--arch", "DiT-S/2").optim == run.optim
+    assert resolve_dit({"data": "fashion-mnist"}).run.arch == "dit-ti4"
+
+
+def test_the_published_recipe_on_photographs(resolved, image_folder, tiny_vae):
+    run = resolved("--data", image_folder, "--batch-size", 8, "--vae", tiny_vae)
+    assert run.arch == "dit-b4"
+    assert (run.pictures.image_size, run.pictures.hflip) == ((256, 256), 0.5)
+    assert (run.model.input_size, run.model.in_chans) == ((32, 32), 4)
+    assert (run.optim.lr, run.optim.schedule, run.optim.weight_decay) == (1e-4, "constant", 0)
+    assert (run.optim.ema_decay, run.model.label_dropout) == (0.9999, 0.1)
+    assert (run.checkpoint.log_every, run.checkpoint.save_every) == (100, 50_000)
+    assert recipes.DIT["vae"] == "ema"
+    assert recipes.DIT["epochs"] * (1281167 // recipes.DIT["batch_size"]) == 400_320
+    plain = resolve_dit({"data": str(image_folder / "train"), "batch_size": 8}).run
+    assert (plain.num_train, plain.model.num_classes, plain.out) == (16, 2, run.out)
+    pixels = resolve_dit({"data": str(image_folder), "batch_size": 8, "vae": "none"}).run
+    assert (pixels.model.input_size, pixels.model.in_chans) == ((256, 256), 3)
+
+
+@pytest.mark.parametrize("arch", DIT_SIZES)
+def test_every_architecture_is_taken(arch):
+    assert resolve_dit({"arch": arch, "image_size": (16, 16)}).run.arch == arch
+
+
+def test_a_config_file_repeats_a_run_and_options_win(runs, resolved):
+    first = resolved("--rotate", 4, "--lr", 0.5, "--epochs", 7, "--image-size", "12x8")
+    path = runs / "kept.yaml"
+    path.write_text(yaml.safe_dump(to_nested(first)))
+    assert resolved("--config", path) == first
+    assert resolved("--config", path, "--rotate", 1).optim == first.optim
+    path.write_text(yaml.safe_dump(to_nested(resolve_classifier("pretrain", {}).run)))
+    with pytest.raises(ConfigError, match="is of another kind of run, pretrain"):
+        resolved("--config", path)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--arch", "dit-q2"], "--arch dit-q2 is not known"),
+        (["--image-size", "9"], "--image-size 9 does not split into the patches of 2 of dit-ti2"),
+        (["--image-size", "9"], "the nearest that does: 8"),
+        (["--vae", "ema"], "through the VAE, which divides by 8"),
+        (["--vae", "nowhere", "--image-size", "16"], "--vae nowhere is neither"),
+        (["--latents", "nowhere"], "--latents nowhere has no manifest.json"),
+        (["--label-dropout", "1"], "--label-dropout is 1.0"),
+        (["--hflip", "2"], "--hflip is 2.0"),
+        (["--schedule", "published"], "must be cosine or constant"),
+        (["--save-every", "0"], "--save-every is 0"),
+        (["--sample-every", "-1"], "--sample-every is -1"),
+        (["--batch-size", "50", "--micro-batch-size", "16"], "the nearest that do: 48, 64"),
+        (["--batch-size", "2000"], "more than the 1437 training images"),
+        (["--resume", "must"], "holds no checkpoint"),
+        (["--data", "nowhere"], "is no folder and no built-in name"),
+        (["--init", "nowhere/at-all"], "is no file and no folder"),
+    ],
+)
+def test_what_cannot_work_is_told(resolved, words, told):
+    with pytest.raises(SpiralRopeError) as refused:
+        resolved(*words)
+    assert told in str(refused.value)
+    assert len(str(refused.value).splitlines()) <= 2
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"freqs_for": "pixel", "theta": 5.0}, "--theta has no effect: --freqs-for is pixel"),
+        ({"steps": 900, "epochs": 9}, "--epochs has no effect: --steps is given"),
+        ({"schedule": "constant", "min_lr": 1.0}, "--min-lr has no effect"),
+        ({"workers": 3}, "--workers has no effect: digits lives in memory"),
+        ({"projection": "exact"}, "--projection has no effect: --rotate is 0"),
+    ],
+)
+def test_options_that_cannot_act_are_a_note(options, told):
+    assert [told in warning for warning in resolve_dit(options).warnings] == [True]
+
+
+def test_the_plan_says_what_was_settled_and_why(spiralrope, runs):
+    done = spiralrope("dit-train", "--steps", 30, "--dry-run")
+    for part in (
+        "runs/dit-train-dit-ti2-digits-r0",
+        "1437 training images, 10 classes; 8x8 px, never mirrored, as pixels, in [-1, 1]",
+        "dit-ti2, 8x8 px, 4x4 patches of 2 px; 8.16 M parameters",
+        "K = 2 directions",
+        "30 steps, 22 per epoch: 1.36 epochs",
+        "by option    steps 30",
+        "by data set",
+        "by recipe",
+    ):
+        assert part in done.stderr
+    assert done.stdout == ""
+    assert not (runs / "runs").exists()
+
+
+def test_the_command_from_start_to_finish_and_again(spiralrope, runs):
+    words = ("dit-train", "--arch", "dit-32x2x2-2", "--steps", 2, "--batch-size", 8, "--out", "run")
+    first = spiralrope(*words)
+    assert "samples: run/samples/0000002.png" in first.stderr
+    assert "samples: run/samples.png" in first.stdout
+    assert "training loss" in first.stdout
+    again = spiralrope(*words)
+    assert "run is finished: 2 steps" in again.stderr
+    assert again.stdout == first.stdout
+    said = spiralrope("dit-train", "--init", "run", "--arch", "dit-s2", expect=2).stderr
+    assert "--arch is dit-s2, --init run is dit-32x2x2-2" in said
+    assert "Traceback" not in said
+
+
+def test_help_is_grouped_and_shows_examples():
+    said = CliRunner().invoke(cli.app, ["dit-train", "--help"], env={"COLUMNS": "80"}).output
+    for panel in ("Model", "Spiral RoPE", "Data and augmentation", "Recipe", "Run", "Machine"):
+        assert f"─ {panel} ─" in said
+    assert "spiralrope dit-train --rotate 2" in said
+    assert "plain axial RoPE" in " ".join(said.replace("│", " ").split())
+    assert max(map(len, said.splitlines())) <= 80
+    assert "…" not in said

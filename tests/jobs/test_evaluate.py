@@ -1,0 +1,200 @@
+"""The promises of an evaluation: right weights, every image once, and a record of it."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from spiralrope_cli import load_model
+from spiralrope_cli.core.config.evals import EvalOptions
+from spiralrope_cli.core.config.resolve import resolve_classifier
+from spiralrope_cli.core.config.runs import MachineConfig
+from spiralrope_cli.core.data.memory import load_digits
+from spiralrope_cli.core.jobs import eval_report, evaluate, train_classifier
+from spiralrope_cli.core.jobs.eval_plan import plan
+from spiralrope_cli.core.metrics import accuracy
+
+FIGURES = ("acc1", "acc5", "loss", "count")
+GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoints" / "deit_tiny_checkpoint.pth"
+FP32 = MachineConfig(nproc=1, device="cpu", precision="fp32")
+
+
+@pytest.fixture
+def source(trained_once, runs):
+    return Path(shutil.copytree(trained_once, runs / "runs" / "tiny"))
+
+
+@pytest.fixture
+def rows_of(capsys):
+    """Runs an evaluation here; gives what `--json` says."""
+
+    def call(*sources, machine=FP32, **options):
+        options = EvalOptions(sources=tuple(map(str, sources)), output="json", **options)
+        run, _ = plan(options, machine, set())
+        evaluate.run(run)
+        return json.loads(capsys.readouterr().out)
+
+    return call
+
+
+def by_hand(source, **which):
+    """Figures of `load_model` on the digits, without the command's own loaders."""
+    model = load_model(source, **which)
+    _, val = load_digits()
+    images = (val.images.float() / 255 - 0.3054) / 0.3760
+    batches = [(images, val.labels)]
+    none = contextlib.nullcontext
+    return accuracy.evaluate({"": model}, batches, torch.device("cpu"), none)[""]
+
+
+def test_ema_is_ema_and_raw_is_raw(source, rows_of):
+    found = {ema: rows_of(source, ema=ema)["rows"][0] for ema in (False, True)}
+    assert found[False]["loss"] != pytest.approx(found[True]["loss"], rel=1e-4)
+    for ema, row in found.items():
+        expected = by_hand(source, ema=ema)
+        assert (row["acc1"], row["acc5"], row["count"]) == (expected.acc1, expected.acc5, 360)
+        assert row["loss"] == pytest.approx(expected.loss, rel=1e-6)
+        assert row["weights"] == ("EMA" if ema else "raw")
+
+
+def test_all_decodes_every_image_once_per_crop_ratio(source, rows_of):
+    told = rows_of(source, every=True)
+    assert len(told["rows"]) == 8
+    assert told["decoded"] == 2 * 360
+    assert {row["count"] for row in told["rows"]} == {360}
+    assert len({row["loss"] for row in told["rows"]}) == 8
+    assert {(row["checkpoint"], row["step"]) for row in told["rows"]} == {
+        ("best", 4),
+        ("last", 8),
+    }
+    single = rows_of(source, best=True, ema=True, crop_ratios=(0.875,))["rows"][0]
+    again = next(
+        row
+        for row in told["rows"]
+        if (row["checkpoint"], row["weights"], row["crop_ratio"]) == ("best", "EMA", 0.875)
+    )
+    assert {name: single[name] for name in FIGURES} == {name: again[name] for name in FIGURES}
+
+
+def test_equal_checkpoints_are_measured_once_and_shown_twice(source, rows_of, monkeypatch):
+    (source / "checkpoints/best.json").write_text('{"step": 8}')
+    loaded = []
+    load = evaluate.load
+    monkeypatch.setattr(evaluate, "load", lambda *of: loaded.append(of) or load(*of))
+    rows = rows_of(source, every=True)["rows"]
+    assert len(rows) == 8
+    assert len(loaded) == 4
+    assert [row["loss"] for row in rows[:4]] == [row["loss"] for row in rows[4:]]
+
+
+def test_pictures_are_opened_once_per_crop_ratio(image_folder, runs, rows_of, monkeypatch, capsys):
+    size = {"image_size": (16, 16), "patch_size": 8, "batch_size": 4, "micro_batch_size": 4}
+    plain = {"mixup": 0.0, "cutmix": 0.0, "workers": 0, "steps": 2, "warmup_epochs": 0, "nproc": 1}
+    options = {"arch": "deit-64x2x2", "data": str(image_folder), "out": "photos", **size, **plain}
+    train_classifier.run(resolve_classifier("pretrain", options).run)
+    capsys.readouterr()
+    out = runs / "photos"
+    opened = []
+    real = Image.open
+    monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or real(path))
+    machine = MachineConfig(nproc=1, device="cpu", precision="fp32", workers=0)
+    told = rows_of(out, every=True, machine=machine)
+    assert len(told["rows"]) == 8
+    assert told["decoded"] == len(opened) == 2 * 10
+    assert len(set(opened)) == 10
+
+
+@pytest.mark.parametrize("nproc", [2, 3])
+def test_figures_do_not_depend_on_the_number_of_processes(source, rows_of, spiralrope, nproc):
+    one = rows_of(source, every=True)
+    words = ("runs/tiny", "--all", "--json", "--precision", "fp32", "--device", "cpu")
+    several = json.loads(spiralrope("eval", *words, "--nproc", nproc).stdout)
+    assert several["decoded"] == one["decoded"]
+    for ours, theirs in zip(several["rows"], one["rows"], strict=True):
+        assert ours["processes"] == nproc
+        assert (ours["acc1"], ours["acc5"], ours["count"]) == (
+            *(theirs["acc1"], theirs["acc5"]),
+            360,
+        )
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+
+
+def test_as_typed_after_a_training(source, spiralrope):
+    done = spiralrope("eval", "--ema", "--crop-ratio")
+    assert "newest run: runs/tiny" in done.stderr
+    assert "decoded 720 images for 2 row(s)" in done.stderr
+    rows = json.loads((source / "eval.json").read_text())["rows"]
+    assert [(row["weights"], row["crop_ratio"]) for row in rows] == [("EMA", 0.875), ("EMA", 1.0)]
+    for row in rows:
+        assert f"{row['acc1']:.2f}" in done.stdout
+
+
+def test_eval_json_says_what_produced_the_figures_and_keeps_other_rows(source, rows_of):
+    rows_of(source)
+    rows_of(source, ema=True)
+    rows_of(source)
+    rows = json.loads((source / "eval.json").read_text())["rows"]
+    assert [row["weights"] for row in rows] == ["EMA", "raw"]
+    row = rows[0]
+    file = source / "checkpoints/0000008/ema.safetensors"
+    assert Path(row["file"]) == file
+    assert row["sha256"] == eval_report.digest_like(file, "")[1]
+    assert (row["arch"], row["data"], row["precision"]) == ("deit-64x2x2", "digits", "fp32")
+    assert (row["image_size"], row["crop_ratio"], row["interpolation"]) == ([8, 8], 1.0, "bicubic")
+    assert row["rope"]["rotate"] == 2
+    assert row["versions"].keys() == {"spiralrope", "torch", "torchvision", "timm", "python"}
+
+
+def test_a_damaged_eval_json_is_set_aside(source, rows_of):
+    (source / "eval.json").write_text('{"rows": [')
+    rows_of(source)
+    assert (source / "eval.damaged").read_text() == '{"rows": ['
+    assert len(json.loads((source / "eval.json").read_text())["rows"]) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_a_note(source, runs, capsys):
+    (runs / "file").write_text("")
+    options = EvalOptions(sources=(str(source),), out=str(runs / "file"))
+    evaluate.run(plan(options, FP32, set())[0])
+    told = capsys.readouterr()
+    assert "was not written" in told.err
+    assert "last, raw" in told.out
+
+
+def test_a_published_file_is_measured_on_grey_pictures(runs, rows_of):
+    file = shutil.copy(GOLDEN, runs)
+    told = rows_of(file, every=True)
+    assert told["decoded"] == 2 * 360
+    assert [row["weights"] for row in told["rows"]] == ["raw", "EMA", "raw", "EMA"]
+    assert {row["count"] for row in told["rows"]} == {360}
+    assert len({row["loss"] for row in told["rows"]}) == 4
+    assert (runs / "eval.json").is_file()
+
+
+def test_several_image_sizes_are_drawn(source, rows_of):
+    sizes = ((8, 8), (12, 12))
+    squeezed = rows_of(source, image_sizes=sizes)["rows"]
+    assert (source / "eval-sizes.png").stat().st_size > 1000
+    counted_on = rows_of(source, image_sizes=sizes, rope={"scaling": "extrapolate"})["rows"]
+    assert squeezed[0]["loss"] == counted_on[0]["loss"]
+    assert squeezed[1]["loss"] != counted_on[1]["loss"]
+    expected = by_hand(source)
+    assert squeezed[0]["acc1"] == expected.acc1
+
+
+def test_csv_is_one_line_per_row(source, capsys):
+    options = EvalOptions(sources=(str(source),), crop_ratios=(0.875, 1.0), output="csv")
+    evaluate.run(plan(options, FP32, set())[0])
+    lines = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [line["crop_ratio"] for line in lines] == ["0.875", "1.0"]
+    assert {(line["count"], line["image_size"], line["rope_rotate"]) for line in lines} == {
+        ("360", "8x8", "2")
+    }
