@@ -20,7 +20,7 @@ from spiralrope_cli.core.data import latents
 from spiralrope_cli.core.data.latents import LatentCache
 from spiralrope_cli.core.diffusion.vae import Vae, draw
 
-BATCH, ROUNDS, CACHED = 16, 2, 64
+BATCH, ROUNDS, CACHED = 8, 2, 64
 WIDTHS = (128, 256, 512, 512)
 
 
