@@ -2,13 +2,21 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from spiralrope_cli.commands import options as o
 from spiralrope_cli.commands.options import RUN, choice, option, parse_size
-from spiralrope_cli.core.config.diffusion import CFG_CHANNELS, SAMPLERS, spaced_timesteps
+from spiralrope_cli.core.config.checks import at_least, one_of
+from spiralrope_cli.core.config.diffusion import (
+    CFG_CHANNELS,
+    SAMPLERS,
+    GuidanceConfig,
+    spaced_timesteps,
+)
+from spiralrope_cli.core.config.resolve import build
+from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, world_size
 
 SAMPLING, PICTURES = "Sampling", "Pictures"
@@ -176,8 +184,8 @@ def dit_sample(
     chosen = o.given(context)
     for own in ("source", "dry_run"):
         chosen.pop(own)
-    if steps is not None:
-        spaced_timesteps(steps)
+    o.given_rope(context)
+    check_words(chosen)
     found = find_source(source)
 
     from spiralrope_cli.core.jobs import sample_plan as plan
@@ -195,3 +203,19 @@ def dit_sample(
         plan.say_plan(run, weights, world_size(run.machine))
     if not dry_run:
         launch(JOB, run)
+
+
+def check_words(chosen: dict[str, Any]) -> None:
+    """Refuses what no weights could have, before anything heavy is loaded.
+
+    Raises:
+        ConfigError: names the option and what is allowed.
+    """
+    build(GuidanceConfig, chosen)
+    build(MachineConfig, chosen)
+    one_of("sampler", chosen.get("sampler", SAMPLERS[0]), SAMPLERS)
+    for name in ("num", "batch_size"):
+        at_least(name, chosen.get(name, 1), 1)
+    at_least("seed", chosen.get("seed", 0), 0)
+    if "steps" in chosen:
+        spaced_timesteps(chosen["steps"])

@@ -92,9 +92,10 @@ def dit_train(
         return
     from spiralrope_cli.core.hub.source import find_source
 
+    rope_options = o.given_rope(context)
     found = find_source(init)
 
     from spiralrope_cli.core.jobs.start import starting_point
 
-    start, notes = starting_point(found, o.given(context), dit=True)
+    start, notes = starting_point(found, rope_options, dit=True)
     train("dit-train", context, start, notes)

@@ -186,7 +186,7 @@ def evaluate(
         crop_ratios=tuple(dict.fromkeys(crop_ratio or ())),
         image_sizes=tuple(dict.fromkeys(image_size or ())),  # type: ignore[arg-type]
         data=data,
-        rope={name: chosen[name] for name in o.ROPE_FIELDS if name in chosen},
+        rope=o.given_rope(context),
         out=str(out.expanduser()) if out else None,
         output="json" if json else "csv" if csv else "table",
     )
@@ -216,10 +216,10 @@ def newest() -> str:
 
 def check_words(options: EvalOptions) -> None:
     """Refuses what names nothing, before anything heavy is loaded."""
-    from spiralrope_cli.core.config.datasets import find_data_set
+    from spiralrope_cli.core.config.datasets import find_held_out
     from spiralrope_cli.core.hub.source import find_source
 
     for given in options.sources:
         find_source(given, best=options.best)
     if options.data is not None:
-        find_data_set(options.data)
+        find_held_out(options.data)

@@ -25,14 +25,6 @@ Examples:
   spiralrope export old.pth --layout published --rotate 4 --out with-options.pth
 """
 
-SourceArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="SOURCE",
-        help="A run folder, a checkpoint folder or file of either layout, or a published name.",
-        show_default=False,
-    ),
-]
 Layout = Annotated[
     str,
     o.option(
@@ -67,7 +59,7 @@ Out = Annotated[
 
 def export(
     context: typer.Context,
-    source: SourceArgument,
+    source: o.SourceArgument,
     layout: Layout,
     ema: Ema = None,
     best: Best = False,
@@ -91,8 +83,7 @@ def export(
     Prints the path. What is there already is never written over.
     """
     one_of("layout", layout, LAYOUTS)
-    named = {"source", "layout", "ema", "best", "out"}
-    chosen = {name: value for name, value in o.given(context).items() if name not in named}
+    chosen = o.given_rope(context)
     if out:
         out = out.expanduser()
         check_out(out, layout)

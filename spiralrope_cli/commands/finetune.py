@@ -98,9 +98,10 @@ def finetune(
     """
     from spiralrope_cli.core.hub.source import find_source
 
+    rope_options = o.given_rope(context)
     found = find_source(source)
 
     from spiralrope_cli.core.jobs.start import starting_point
 
-    start, notes = starting_point(found, o.given(context))
+    start, notes = starting_point(found, rope_options)
     train("finetune", context, start, notes)

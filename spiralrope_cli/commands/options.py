@@ -8,7 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from spiralrope_cli.core.config.rope import FREQS_FOR, PROJECTIONS, SCALINGS, RopeConfig
+from spiralrope_cli.core.config.rope import (
+    FREQS_FOR,
+    PROJECTIONS,
+    SCALINGS,
+    RopeConfig,
+    check_given,
+)
 from spiralrope_cli.core.config.runs import (
     DEVICES,
     PRECISIONS,
@@ -70,6 +76,18 @@ SourceArgument = Annotated[
         show_default=False,
     ),
 ]
+
+
+def given_rope(context: typer.Context) -> dict[str, Any]:
+    """The RoPE options that the user gave, refused where no weights could have them.
+
+    Raises:
+        ConfigError: names the option and what is allowed.
+    """
+    chosen = {name: value for name, value in given(context).items() if name in ROPE_FIELDS}
+    check_given(chosen)
+    return chosen
+
 
 # --- Spiral RoPE
 Rope = Annotated[

@@ -20,8 +20,6 @@ from spiralrope_cli.core.models.deit import DeiT, resize_pos_embed
 from spiralrope_cli.core.models.dit import DiT
 from spiralrope_cli.core.weights import SHOWN_KEYS, Weights, here, read_weights
 
-__all__ = ["Weights", "build", "create", "here", "load_model", "read_weights", "start_from"]
-
 
 @dataclass(frozen=True)
 class KeyReport:

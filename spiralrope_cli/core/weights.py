@@ -64,7 +64,6 @@ class Weights:
         rope: the options they were trained with, or those of the user in their place.
         options: further arguments of `create_model`.
         state: name -> tensor, mapped from the disk, without frequencies.
-        published: whether they come in the published layout.
         config: the run's config where it is stored beside them, else empty.
         notes: what the user should know, one line each.
         progress: how far they were trained, in words, or nothing.
@@ -77,7 +76,6 @@ class Weights:
     rope: RopeConfig
     options: dict[str, Any]
     state: StateDict
-    published: bool
     config: dict[str, Any]
     notes: tuple[str, ...]
     progress: str
@@ -175,7 +173,6 @@ def _of_ours(
         rope=used,
         options={**options, **pairs},
         state=state,
-        published=False,
         config=config,
         notes=notes,
         progress=progress_in(metadata),
@@ -224,7 +221,6 @@ def _of_published(
         rope=used,
         options=options,
         state=state,
-        published=True,
         config={},
         notes=notes,
         progress=content.progress or (f"step {steps}" if steps else ""),

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from spiralrope_cli import main as cli
@@ -216,3 +217,15 @@ def test_no_run_at_all_is_told(runs):
 def test_values_of_the_wrong_kind_are_usage_errors(planned, word):
     result = CliRunner().invoke(cli.app, ["eval", word])
     assert result.exit_code == 2
+
+
+def test_a_folder_of_held_out_images_alone_is_enough(planned, runs):
+    for number in range(10):
+        folder = runs / "photos" / "val" / str(number)
+        folder.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / "0.png")
+    run, _ = planned("--data", "photos")
+    assert run.rows[0].protocol.num_val == 10
+    (runs / "photos" / "val").rename(runs / "photos" / "train")
+    with pytest.raises(DataError, match="photos has no val/"):
+        planned("--data", "photos")

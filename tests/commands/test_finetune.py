@@ -64,7 +64,7 @@ def small(source, **more):
         **{"steps": 4, "batch_size": 32, "micro_batch_size": 16, "precision": "fp32"},
         **{"log_every": 2, "nproc": 1, "warmup_epochs": 0, "out": "after", **more},
     }
-    start, _ = starting_point(find_source(str(source)), chosen)
+    start, _ = starting_point(find_source(str(source)), {})
     return resolve_classifier("finetune", chosen, None, start).run
 
 

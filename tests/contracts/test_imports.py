@@ -123,6 +123,14 @@ def test_light_files_load_the_standard_library_alone(path):
         ["finetune"],
         ["finetune", "deit-x"],
         ["finetune", "gone.pth"],
+        ["finetune", "deit-s", "--rotate", "-1"],
+        ["dit-train", "--init", "dit-s2", "--projection", "x"],
+        ["dit-sample", "--help"],
+        ["dit-sample", "gone.pt"],
+        ["dit-sample", "dit-s2", "--cfg-scale", "0.5"],
+        ["dit-sample", "dit-s2", "--sampler", "euler"],
+        ["dit-sample", "dit-s2", "--steps", "1"],
+        ["export", "deit-s", "--layout", "published", "--theta", "0"],
     ],
 )
 def test_the_command_line_answers_without_heavy_imports(words, tmp_path):

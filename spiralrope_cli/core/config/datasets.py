@@ -187,14 +187,8 @@ def find_data_set(data: str) -> DataSet:
     """
     if data in BUILT_IN:
         return BUILT_IN[data]
-    root = Path(os.path.expanduser(data))
+    root = _data_folder(data, "train/ and val/ with one folder per class")
     train, val = root / "train", val_folder(root)
-    if not root.is_dir():
-        raise DataError(
-            f"--data {data} is no folder and no built-in name",
-            f"built in: {', '.join(BUILT_IN)}; a folder holds train/ and val/ with one folder "
-            "per class",
-        )
     if not train.is_dir() or val is None:
         missing = [
             name
@@ -225,6 +219,40 @@ def find_data_set(data: str) -> DataSet:
     )
 
 
+def find_held_out(data: str) -> DataSet:
+    """The held-out half of the data set of that name, or in that folder; no `train/` is needed.
+
+    Raises:
+        DataError: neither; says what was looked for.
+    """
+    if data in BUILT_IN:
+        return BUILT_IN[data]
+    root = _data_folder(data, "val/ with one folder per class")
+    val = val_folder(root)
+    if val is None:
+        raise DataError(f"{root} has no val/", "a data folder holds val/ with one folder per class")
+    return DataSet(
+        data=str(root.resolve()),
+        slug=root.resolve().name,
+        kind="folder",
+        default_arch="deit-b",
+        num_classes=len(class_names(val)),
+        num_train=0,
+        num_val=len(list_images(val)),
+        defaults=PHOTOGRAPHS,
+    )
+
+
+def _data_folder(data: str, holds: str) -> Path:
+    root = Path(os.path.expanduser(data))
+    if not root.is_dir():
+        raise DataError(
+            f"--data {data} is no folder and no built-in name",
+            f"built in: {', '.join(BUILT_IN)}; a folder holds {holds}",
+        )
+    return root
+
+
 def find_pictures(data: str) -> DataSet:
     """The training pictures of that name, or in that folder, for networks that need no held-out.
 
@@ -233,13 +261,7 @@ def find_pictures(data: str) -> DataSet:
     """
     if data in BUILT_IN:
         return BUILT_IN[data]
-    root = Path(os.path.expanduser(data))
-    if not root.is_dir():
-        raise DataError(
-            f"--data {data} is no folder and no built-in name",
-            f"built in: {', '.join(BUILT_IN)}; a folder holds one folder per class, or train/ "
-            "with them",
-        )
+    root = _data_folder(data, "one folder per class, or train/ with them")
     classes = class_folders(root)
     return DataSet(
         data=str(root.resolve()),

@@ -7,7 +7,7 @@ from typing import Any
 
 from spiralrope_cli.core.config.checks import share
 from spiralrope_cli.core.config.models import check_divides
-from spiralrope_cli.core.config.rope import RopeConfig
+from spiralrope_cli.core.config.rope import RopeConfig, check_given
 from spiralrope_cli.core.config.runs import MachineConfig, ModelConfig
 from spiralrope_cli.core.errors import ConfigError
 
@@ -78,9 +78,7 @@ class EvalOptions:
             share("crop_ratio", ratio)
         for size in self.image_sizes:
             check_divides(size, 1)
-        # The others are refused or not together with what the source says.
-        together = {"same_theta", "max_freq_lang", "min_freq_lang"}
-        RopeConfig(**{name: value for name, value in self.rope.items() if name not in together})
+        check_given(self.rope)
 
 
 @dataclass(frozen=True, kw_only=True)

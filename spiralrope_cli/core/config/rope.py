@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import Any
 
 from spiralrope_cli.core.errors import ConfigError
 
@@ -120,6 +121,19 @@ class RopeConfig:
             mine = {field.name for field in fields(self)} - {"enabled"}
             return [(name, "RoPE is off") for name in sorted(given & mine)]
         return [(name, why) for name, inert, why in reasons if inert and name in given]
+
+
+def check_given(options: dict[str, Any]) -> None:
+    """Refuses given options that cannot work whatever the weights say; the rest is theirs.
+
+    Args:
+        options: field name -> value.
+
+    Raises:
+        ConfigError: names the option and what is allowed.
+    """
+    together = {"same_theta", "max_freq_lang", "min_freq_lang"}
+    RopeConfig(**{name: value for name, value in options.items() if name not in together})
 
 
 def _refused(name: str, value: object, allowed: str) -> ConfigError:

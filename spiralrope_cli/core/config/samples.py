@@ -6,7 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spiralrope_cli.core.config.checks import at_least, one_of
-from spiralrope_cli.core.config.diffusion import SAMPLERS, GuidanceConfig, spaced_timesteps
+from spiralrope_cli.core.config.diffusion import (
+    NUM_TRAIN_STEPS,
+    SAMPLERS,
+    GuidanceConfig,
+    spaced_timesteps,
+)
 from spiralrope_cli.core.config.dit_runs import NO_VAE
 from spiralrope_cli.core.config.latents import VAE_FACTOR
 from spiralrope_cli.core.config.runs import MachineConfig
@@ -40,6 +45,8 @@ class SampleRun:
         image_size: (height, width) in pixels.
         batch_size: images at a time per process.
         png: writes every image as a file too.
+        sha256: of the file that holds the weights.
+        vae_sha256: of the VAE's, empty without one.
     """
 
     source: str
@@ -58,6 +65,8 @@ class SampleRun:
     image_size: tuple[int, int]
     batch_size: int
     png: bool
+    sha256: str
+    vae_sha256: str
     machine: MachineConfig = field(default_factory=MachineConfig)
 
     def __post_init__(self) -> None:
@@ -66,8 +75,8 @@ class SampleRun:
             at_least(name, getattr(self, name), 1)
         at_least("seed", self.seed, 0)
         num_steps = len(spaced_timesteps(self.steps))
-        if self.sampler == "dpm++" and num_steps >= 1000:
-            raise ConfigError(f"--steps {self.steps}: dpm++ takes at most 999")
+        if self.sampler == "dpm++" and num_steps >= NUM_TRAIN_STEPS:
+            raise ConfigError(f"--steps {self.steps}: dpm++ takes at most {NUM_TRAIN_STEPS - 1}")
         wrong = [label for label in self.classes if not 0 <= label < self.num_classes]
         if wrong:
             raise ConfigError(

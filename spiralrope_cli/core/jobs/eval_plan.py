@@ -7,9 +7,9 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from spiralrope_cli.core.config.datasets import DataSet, find_data_set
+from spiralrope_cli.core.config.datasets import DataSet, find_held_out
 from spiralrope_cli.core.config.evals import (
     BOTH_CROP_RATIOS,
     EvalOptions,
@@ -21,13 +21,12 @@ from spiralrope_cli.core.config.models import is_dit
 from spiralrope_cli.core.config.resolve import (
     DATA_VARIABLE,
     RUNS_FOLDER,
-    StartingPoint,
     fit_channels,
-    fit_positions,
 )
 from spiralrope_cli.core.config.runs import MachineConfig, ModelConfig
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.hub.source import Source, find_source
+from spiralrope_cli.core.jobs.start import at_size, described
 from spiralrope_cli.core.weights import Weights, here, read_weights
 
 
@@ -49,7 +48,7 @@ def plan(
     """
     notes: list[str] = []
     rows: list[EvalRow] = []
-    found = functools.cache(find_data_set)
+    found = functools.cache(find_held_out)
     for given_source in options.sources:
         for checkpoint, source in checkpoints(given_source, options, notes):
             sets = weight_sets(source, options, notes)
@@ -143,7 +142,7 @@ def row(
             f"{source.given} holds {weights.arch}, a diffusion transformer, and no classifier",
             "dit-sample draws images from it, and fid measures those",
         )
-    trained = ModelConfig(drop_path=0.0, **weights.options)
+    trained = cast(ModelConfig, described(weights).model)
     if trained.num_classes != data_set.num_classes:
         raise ConfigError(
             f"{source.given} has {trained.num_classes} classes, {data_set.data} has "
@@ -151,7 +150,7 @@ def row(
             "name the data set that it was trained on by --data",
         )
     size = size or trained.image_size
-    placed = positions(weights, trained, size, chosen="scaling" in options.rope)
+    placed = at_size(weights, size, options.rope)
     rows, columns = placed["pretrain_grid"] or trained.grid
     if source.run is not None and source.place is not None:
         step = int(source.place.name)
@@ -162,7 +161,7 @@ def row(
         step=step,
         ema=weights.ema,
         arch=weights.arch,
-        rope=replace(weights.rope, scaling=placed["scaling"]),
+        rope=placed["rope"],
         model=replace(trained, image_size=size, pretrain_grid=placed["pretrain_grid"]),
         trained_size=(rows * trained.patch_size, columns * trained.patch_size),
         protocol=EvalProtocol(
@@ -175,25 +174,6 @@ def row(
         ),
         folder=str(folder_of(weights, options).resolve()),
     )
-
-
-def positions(
-    weights: Weights, trained: ModelConfig, size: tuple[int, int], *, chosen: bool
-) -> dict[str, Any]:
-    """`scaling` and `pretrain_grid` at an image size, by the rule that finetune has."""
-    start = StartingPoint(
-        source=weights.source.given,
-        arch=weights.arch,
-        rope=weights.rope,
-        model=trained,
-    )
-    values: dict[str, Any] = {
-        "image_size": size,
-        "scaling": weights.rope.scaling,
-        "pretrain_grid": trained.pretrain_grid,
-    }
-    fit_positions(values, {"scaling": "option" if chosen else "source"}, start, "image_size")
-    return values
 
 
 def colours(weights: Weights, data_set: DataSet, in_chans: int) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from spiralrope_cli.core.diffusion.vae import Vae, load_vae
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.hub.vae import find_vae
 from spiralrope_cli.core.jobs.sample_plan import facts_of
+from spiralrope_cli.core.jobs.start import at_size
 from spiralrope_cli.core.load import build
 from spiralrope_cli.core.models.dit import DiT
 from spiralrope_cli.core.runtime import distributed
@@ -83,8 +83,7 @@ class Drawer:
 
     def __init__(self, config: SampleRun, job: Job, weights: Weights) -> None:
         self.config, self.job = config, job
-        changes = network_changes(config, weights)
-        model = build(weights, job.device, **changes)
+        model = build(weights, job.device, **at_size(weights, config.input_size, config.rope))
         if not isinstance(model, DiT):
             raise TypeError(f"{weights.arch} is no diffusion transformer")
         if job.dtype != torch.float32:
@@ -118,24 +117,6 @@ def label_of(config: SampleRun, index: int) -> int:
         return dealt
     drawn = generator_for(config.seed, "label", index)
     return int(torch.randint(config.num_classes, (), generator=drawn))
-
-
-def network_changes(config: SampleRun, weights: Weights) -> dict[str, object]:
-    """Arguments of the network for another size than its own."""
-    if tuple(weights.options["input_size"]) == config.input_size:
-        return {}
-    rope = weights.rope
-    if "scaling" not in config.rope:
-        rope = dataclasses.replace(rope, scaling="interpolate")
-    own = weights.options.get("pretrain_grid") or own_grid(weights)
-    return {"input_size": config.input_size, "pretrain_grid": own, "rope": rope}
-
-
-def own_grid(weights: Weights) -> tuple[int, int]:
-    """Patches of the weights' own latents, as (rows, columns)."""
-    patch = weights.state["x_embedder.proj.weight"].shape[-1]
-    height, width = weights.options["input_size"]
-    return height // patch, width // patch
 
 
 def leave(files: SampleFiles, job: Job, stop: int) -> None:

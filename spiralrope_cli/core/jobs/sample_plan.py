@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from spiralrope_cli.core.config.datasets import BUILT_IN
 from spiralrope_cli.core.config.diffusion import GuidanceConfig
 from spiralrope_cli.core.config.dit_runs import NO_VAE, input_size
+from spiralrope_cli.core.config.latents import LATENT_CHANNELS, VAE_FACTOR
 from spiralrope_cli.core.config.models import is_dit
 from spiralrope_cli.core.config.resolve import RUNS_FOLDER
 from spiralrope_cli.core.config.rope import RopeConfig
@@ -34,7 +36,6 @@ from spiralrope_cli.core.runtime.device import pick_device, pick_precision
 from spiralrope_cli.core.weights import Weights, here, read_weights
 from spiralrope_cli.version import __version__
 
-SMALL_DATA = ("digits", "fashion-mnist")
 BATCH_BYTES = 64 * 3 * 256 * 256
 """Pixels of a batch by default: 64 images of 256 px; at most MAX_BATCH of smaller ones."""
 
@@ -63,22 +64,23 @@ def settle(source: Source, options: Mapping[str, Any]) -> tuple[SampleRun, Weigh
         )
     config = weights.config
     pictures = config.get("pictures", {})
-    trained_vae = pictures.get("vae", SAMPLING_VAE if weights.options["in_chans"] == 4 else NO_VAE)
+    channels = weights.options["in_chans"]
+    trained_vae = pictures.get("vae", SAMPLING_VAE if channels == LATENT_CHANNELS else NO_VAE)
     # Trained with the encoder of `ema`, decoded by `mse`: so the published figures were made.
     usual = SAMPLING_VAE if trained_vae == "ema" else trained_vae
     vae = chosen.pop("vae", usual)
-    if (vae == NO_VAE) and weights.options["in_chans"] not in (1, 3):
+    if (vae == NO_VAE) and channels not in (1, 3):
         raise ConfigError(
-            f"--vae none: {source.given} draws {weights.options['in_chans']} channels, which only "
+            f"--vae none: {source.given} draws {channels} channels, which only "
             "a VAE turns into pictures",
             "use --vae mse, ema or a folder",
         )
-    if vae != NO_VAE and weights.options["in_chans"] != 4:
+    if vae != NO_VAE and channels != LATENT_CHANNELS:
         raise ConfigError(
-            f"--vae {vae}: {source.given} draws pixels, {weights.options['in_chans']} channel(s)",
+            f"--vae {vae}: {source.given} draws pixels, {channels} channel(s)",
             "use --vae none",
         )
-    factor = 1 if vae == NO_VAE else 8
+    factor = 1 if vae == NO_VAE else VAE_FACTOR
     own = tuple(factor * side for side in weights.options["input_size"])
     image_size = chosen.pop("image_size", own)
     input_size(weights.arch, image_size, vae)
@@ -92,7 +94,7 @@ def settle(source: Source, options: Mapping[str, Any]) -> tuple[SampleRun, Weigh
     guide_names = GuidanceConfig.__dataclass_fields__
     guidance = GuidanceConfig(**{n: chosen.pop(n) for n in list(chosen) if n in guide_names})
     values = {**DEFAULTS, **chosen}
-    if config.get("data") in SMALL_DATA and "num" not in chosen:
+    if config.get("data") in BUILT_IN and "num" not in chosen:
         values["num"] = NUM_OF_SMALL_DATA
     pixels = 3 * image_size[0] * image_size[1]
     values.setdefault("batch_size", max(1, min(MAX_BATCH, BATCH_BYTES // pixels)))
@@ -109,6 +111,8 @@ def settle(source: Source, options: Mapping[str, Any]) -> tuple[SampleRun, Weigh
         num_classes=weights.options["num_classes"],
         vae=vae,
         image_size=image_size,
+        sha256=digest_like(weights.file, "sha256")[1],
+        vae_sha256="" if vae == NO_VAE else find_vae(vae).sha256(),
         machine=machine,
         **values,
     )
@@ -130,11 +134,10 @@ def facts_of(run: SampleRun, weights: Weights) -> dict[str, Any]:
     """What makes the images, for every file that holds some."""
     device = pick_device(run.machine)
     dtype, _ = pick_precision(run.machine.precision, device)
-    vae = None if run.vae == NO_VAE else find_vae(run.vae)
     return {
         "made_by": f"spiralrope {__version__} dit-sample",
         "source": run.source,
-        "sha256": digest_like(Path(run.file), "sha256")[1],
+        "sha256": run.sha256,
         "weights": "ema" if weights.ema else "raw",
         "trained": weights.progress,
         "arch": weights.arch,
@@ -147,7 +150,7 @@ def facts_of(run: SampleRun, weights: Weights) -> dict[str, Any]:
         "classes": list(run.classes),
         "seed": run.seed,
         "vae": run.vae,
-        "vae_sha256": vae.sha256() if vae else "",
+        "vae_sha256": run.vae_sha256,
         "image_size": list(run.image_size),
         "precision": str(dtype).removeprefix("torch."),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
