@@ -125,12 +125,11 @@ def fitted(weights: Weights, model: DeiT | DiT, may_differ: tuple[str, ...] = ()
         patch = weights.options["patch_size"]
         old_grid = rows // patch, columns // patch
         state["pos_embed"] = resize_pos_embed(state["pos_embed"], old_grid, model.grid)
-    report = KeyReport.of(state, model)
-    for name in report.reshaped:
-        if name.startswith(may_differ or "\0"):
-            del state[name]
+    fresh = [name for name in KeyReport.of(state, model).reshaped if name.startswith(may_differ)]
+    for name in fresh:
+        del state[name]
     left = KeyReport.of(state, model)
-    missing = tuple(n for n in left.missing if not n.startswith(may_differ or "\0"))
+    missing = tuple(name for name in left.missing if name not in fresh)
     if missing or left.unexpected or left.reshaped:
         told = KeyReport(missing, left.unexpected, left.reshaped)
         raise CheckpointError(f"{weights.file} does not fit {weights.arch}: {told}")

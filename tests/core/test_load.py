@@ -126,6 +126,14 @@ def test_what_is_missing_left_over_or_misshaped_is_listed(tmp_path):
     assert "1 reshaped (head.bias)" in told
 
 
+def test_a_head_that_is_not_whole_is_no_head_of_other_classes():
+    weights = read_weights(find_source(str(DEIT)))
+    del weights.state["head.bias"]
+    model = create_model(weights.arch, rope=weights.rope, **weights.options)
+    with pytest.raises(CheckpointError, match=r"1 missing \(head.bias\)"):
+        start_from(weights, model)
+
+
 class Evil:
     """Pickles as a call that leaves a file behind."""
 
