@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spiralrope_cli.core.runtime.report import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def draw_curves(runs: list[Path], target: Path) -> None:
+    """The curves of training runs as a .png or .svg file."""
+    curves(runs).savefig(target, dpi=150)
+
+
+def curves(runs: list[Path]) -> Figure:
     """Loss, accuracy or bound, learning rate and speed of training runs against the step.
 
     Args:
         runs: run folders, one colour each where there are several.
-        target: a .png or .svg file.
     """
     from matplotlib.figure import Figure
 
@@ -46,7 +53,7 @@ def draw_curves(runs: list[Path], target: Path) -> None:
     _finish(speed, "Images per second")
     speed.set_ylim(bottom=0)
     figure.suptitle(", ".join(folder.name for folder in runs), fontsize=11)
-    figure.savefig(target, dpi=150)
+    return figure
 
 
 def _plot(

@@ -20,14 +20,16 @@ from spiralrope_cli.core.diffusion.samplers import BY_NAME
 from spiralrope_cli.core.diffusion.vae import Vae, load_vae
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.hub.vae import find_vae
+from spiralrope_cli.core.jobs.report import leave_report
 from spiralrope_cli.core.jobs.sample_plan import facts_of
 from spiralrope_cli.core.jobs.start import at_size
 from spiralrope_cli.core.load import build
 from spiralrope_cli.core.models.dit import DiT
-from spiralrope_cli.core.runtime import distributed
+from spiralrope_cli.core.runtime import distributed, environment
 from spiralrope_cli.core.runtime.device import autocast
 from spiralrope_cli.core.runtime.job import Job, open_job
 from spiralrope_cli.core.runtime.progress import counted
+from spiralrope_cli.core.runtime.run_folder import REPORT_FILE, write_sources
 from spiralrope_cli.core.runtime.seeds import NoisePerImage, generator_for
 from spiralrope_cli.core.weights import Weights, here, read_weights
 
@@ -44,6 +46,8 @@ def run(config: SampleRun) -> None:
         files = SampleFiles(out, config.num, config.image_size)
         if job.is_first:
             files.begin(facts_of(config, weights))
+            environment.write(out, job)
+            write_sources(out, dict.fromkeys(config.rope, "option"))
         missing = distributed.gathered(files.missing() if job.is_first else [])[0]
         draw = Drawer(config, job, weights)
         shares = batches(missing, config.batch_size, job.world_size)
@@ -137,7 +141,9 @@ def finish(config: SampleRun, files: SampleFiles, weights: Weights) -> None:
     grid = files.write_grid(facts)
     folder = files.write_pngs(facts) if config.png else None
     npz = files.finish(facts)
+    leave_report(files.folder)
     console.print(f"{config.num} images: {npz}", markup=False)
     console.print(f"grid: {grid}", markup=False)
+    console.print(f"report: {files.folder / REPORT_FILE}", markup=False)
     if folder:
         console.print(f"files: {folder}", markup=False)

@@ -5,8 +5,11 @@ Standard library and PyYAML only, so that the parent can refuse before any worke
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.resolve import flatten, read_config, to_nested
@@ -14,7 +17,8 @@ from spiralrope_cli.core.errors import CheckpointError
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
-CURVES_FILE = "curves.png"
+CURVES_FILE, REPORT_FILE = "curves.png", "report.html"
+SOURCES_FILE, ENVIRONMENT_FILE = "sources.json", "environment.json"
 SAMPLES_FILE, SAMPLES = "samples.png", "samples"
 MODEL_FILE, EMA_FILE, TRAINER_FILE = "model.safetensors", "ema.safetensors", "trainer.pt"
 STEP_DIGITS = 7
@@ -110,4 +114,21 @@ def write_config(run: TrainingRun) -> None:
     path = Path(run.out) / CONFIG_FILE
     beside = path.with_suffix(".new")
     beside.write_text(yaml.safe_dump(to_nested(run), sort_keys=False))
+    os.replace(beside, path)
+
+
+def write_sources(folder: Path, sources: dict[str, str]) -> None:
+    """Leaves where each value of the config came from, for the report.
+
+    It comes before the run holds its folder: a folder that cannot be written is told there.
+    """
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / SOURCES_FILE, sources)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes plain values in one piece."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(beside, path)
