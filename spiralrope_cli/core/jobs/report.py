@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -143,7 +144,7 @@ def about_training(folder: Path) -> list[str]:
         found += [
             ("acc@1, last", f"{validations[-1]['acc1']:.2f} %"),
             ("acc@1, EMA", f"{validations[-1]['ema_acc1']:.2f} %"),
-            (f"acc@1, best (step {best['step']})", f"{best['acc1']:.2f} %"),
+            ("acc@1, best", f"{best['acc1']:.2f} %"),
         ]
     if logged:
         found += [
@@ -250,8 +251,12 @@ def configuration(folder: Path) -> str:
     """Every value, by group, and where it came from."""
     if not (folder / CONFIG_FILE).is_file():
         facts = read_facts(folder) or {}
+        facts.pop("versions", None)  # stand with the environment
+        rope = facts.pop("rope", {})
+        both = {"samples": facts, "rope": rope}
         return html.groups(
-            [("samples", ((name, _short(value), "") for name, value in facts.items()))]
+            (group, ((name, _short(value), "") for name, value in values.items()))
+            for group, values in both.items()
         )
     import yaml
 
@@ -291,7 +296,8 @@ def repeating(folder: Path, page: Path) -> list[str]:
     here = [name for name in dict.fromkeys(names) if (folder / name).is_file()]
     inside = folder.relative_to(page)
     files = [(name, (inside / name).as_posix()) for name in here]
-    return [html.code(command(folder)), html.links(files, f"files of {folder.name}")]
+    lines = re.sub(r" --", " \\\\\n  --", command(folder))
+    return [html.code(lines), html.links(files, f"files of {folder.name}")]
 
 
 def command(folder: Path) -> str:
@@ -332,10 +338,8 @@ def _sampling(facts: dict[str, Any], folder: Path) -> str:
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_short(item)}" for name, item in value.items())
     if isinstance(value, list):
-        return ", ".join(map(_short, value))
+        return ", ".join(map(_short, value)) or "-"
     if isinstance(value, bool):
         return "on" if value else "off"
     return f"{value:g}" if isinstance(value, float) else "-" if value in (None, "") else str(value)

@@ -81,7 +81,7 @@ def table(
     Args:
         caption: what it shows.
         columns: their names.
-        rows: their cells.
+        rows: their cells; the first one says what the row is about.
         words: columns that hold no numbers, which stand at the left.
     """
     kinds = ["" if name in words else ' class="number"' for name in columns]
@@ -89,13 +89,15 @@ def table(
         f'<th scope="col"{kind}>{escape(name)}</th>'
         for name, kind in zip(columns, kinds, strict=True)
     )
-    lines = [
-        "".join(
-            f"<td{kind}>{escape(str(cell))}</td>" for cell, kind in zip(row, kinds, strict=True)
+    lines = []
+    for first, *others in rows:
+        cells = zip(others, kinds[1:], strict=True)
+        lines.append(
+            f'<tr><th scope="row">{escape(str(first))}</th>'
+            + "".join(f"<td{kind}>{escape(str(cell))}</td>" for cell, kind in cells)
+            + "</tr>"
         )
-        for row in rows
-    ]
-    inside = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    inside = "\n".join(lines)
     return (
         f'<div class="scroll" role="region" aria-label="{escape(caption)}" tabindex="0">'
         f'<table class="wide"><caption>{escape(caption)}</caption>\n'
