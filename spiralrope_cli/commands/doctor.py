@@ -9,7 +9,6 @@ from spiralrope_cli.commands.options import DATA, MODEL, RUN, option
 from spiralrope_cli.core.config.doctor import Checkup
 from spiralrope_cli.core.config.resolve import RUNS_FOLDER, build
 from spiralrope_cli.core.config.runs import MachineConfig
-from spiralrope_cli.core.config.samples import DEFAULTS
 
 SHOW = "What to show"
 
@@ -51,8 +50,9 @@ def doctor(
         option("--runs", panel=RUN, text="Folder of the run folders; runs.", metavar="FOLDER"),
     ] = RUNS_FOLDER,
     num: Annotated[
-        int, option("--num", panel=RUN, text="Images that dit-sample would draw; 50000.")
-    ] = DEFAULTS["num"],
+        int,
+        option("--num", panel=RUN, text="Images of dit-sample; 50000, or 200 of a built-in set."),
+    ] = 0,
     batch_size: o.BatchSize = None,
     micro_batch_size: o.MicroBatchSize = None,
     nproc: o.Nproc = None,

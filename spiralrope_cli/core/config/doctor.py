@@ -18,7 +18,7 @@ class Checkup:
         options: field name -> value, the given options of a training command: `arch`, `data`,
             `batch_size` and so on.
         runs: folder of the run folders.
-        num: images that `dit-sample` would draw.
+        num: images that `dit-sample` would draw, 0 for its default.
         offline: asks nobody outside this machine.
         as_json: JSON in place of a table.
         machine: device and precision.
@@ -26,13 +26,13 @@ class Checkup:
 
     options: dict[str, Any] = field(default_factory=dict)
     runs: str
-    num: int
+    num: int = 0
     offline: bool = False
     as_json: bool = False
     machine: MachineConfig = field(default_factory=MachineConfig)
 
     def __post_init__(self) -> None:
-        at_least("num", self.num, 1)
+        at_least("num", self.num, 0)
         for name in ("batch_size", "micro_batch_size"):
             at_least(name, self.options.get(name, 1), 1)
         if arch := self.options.get("arch"):

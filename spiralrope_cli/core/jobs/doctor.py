@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 from spiralrope_cli.core.config.datasets import (
+    BUILT_IN,
     DataSet,
     class_folders,
     find_data_set,
@@ -26,6 +27,7 @@ from spiralrope_cli.core.config.datasets import (
 from spiralrope_cli.core.config.doctor import Checkup, Finding
 from spiralrope_cli.core.config.folders import cache_folder
 from spiralrope_cli.core.config.resolve import choose_data
+from spiralrope_cli.core.config.samples import DEFAULTS, NUM_OF_SMALL_DATA
 from spiralrope_cli.core.data import memory
 from spiralrope_cli.core.data.pictures import Unreadable, open_picture
 from spiralrope_cli.core.errors import CheckpointError, DataError, FetchError, SpiralRopeError
@@ -69,13 +71,13 @@ def run(checkup: Checkup) -> bool:
     with Console(stderr=True).status("") as status:
         for name, look in parts.items():
             status.update(f"looking at: {name}")
-            # A data set that cannot be used was told once; no run on it can be planned.
-            if name == "run" and any(each.subject == "data" for each in findings):
-                facts[name] = None
+            facts[name] = None
+            # What keeps a run from being planned is told once.
+            if name == "run" and None in (facts["machine"], facts["data"]):
                 continue
             with told(name, findings):
                 facts[name] = look()
-            facts.setdefault(name, None)
+    facts["notes"] = memory_notes(facts["machine"], facts["run"])
     facts["findings"] = [vars(each) for each in findings]
     facts["ok"] = not findings
     doctor_report.show(facts, as_json=checkup.as_json)
@@ -104,6 +106,8 @@ def look_at_versions(findings: list[Finding]) -> Facts:
     for line in lines:
         wanted = Requirement(line)
         optional = wanted.marker is not None and not wanted.marker.evaluate({"extra": ""})
+        if wanted.marker is not None and wanted.marker.evaluate({"extra": "dev"}) and optional:
+            continue
         installed = environment.version_of(wanted.name)
         if installed is None and optional:
             continue
@@ -226,8 +230,10 @@ def look_at_disk(checkup: Checkup, planned: Facts, findings: list[Finding]) -> F
     free = shutil.disk_usage(there).free
     needs = {"checkpoints": planned.get("checkpoint_bytes", 0) * planned.get("checkpoints", 0)}
     if checkup.dit and planned:
-        needs["samples"] = npz_bytes(checkup.num, planned["picture_size"])
-    if (needed := sum(needs.values())) > free:
+        data, _ = choose_data([("option", checkup.options)])
+        num = checkup.num or (NUM_OF_SMALL_DATA if data in BUILT_IN else DEFAULTS["num"])
+        needs["samples"] = npz_bytes(num, planned["picture_size"])
+    if sum(needs.values()) > free:
         words = " and ".join(f"{human_size(size)} of {name}" for name, size in needs.items())
         findings.append(
             Finding(
@@ -237,6 +243,28 @@ def look_at_disk(checkup: Checkup, planned: Facts, findings: list[Finding]) -> F
             )
         )
     return {"folder": str(folder), "free": free, "needs": needs}
+
+
+def memory_notes(machine: Facts | None, planned: Facts | None) -> list[str]:
+    """Whether a run is likely to need more memory than there is; an estimate, so no finding."""
+    if not machine or not planned:
+        return []
+    needs, sharing = planned["memory"], planned["nproc"]
+    there = machine["memory"] / sharing
+    if machine["device"] == "cuda":
+        there = min(gpu["memory"] for gpu in machine["gpus"])
+    if needs["total"] <= there:
+        return []
+    most = int((there - needs["fixed"]) // needs["per_image"])
+    advised = (
+        f"--micro-batch-size {most} or less, or --grad-checkpointing"
+        if most > 0
+        else "a smaller --arch"
+    )
+    return [
+        f"about {human_size(needs['total'])} per process may be needed, {human_size(there)} are "
+        f"there: {advised}"
+    ]
 
 
 def look_at_hub(checkup: Checkup) -> Facts:

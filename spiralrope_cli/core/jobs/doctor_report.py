@@ -35,6 +35,8 @@ def show(facts: Facts, *, as_json: bool) -> None:
         for title, text in lines(facts[name]) if facts[name] else [(name, "see below")]:
             table.add_row(title, text)
     console.print(table)
+    for note in facts["notes"]:
+        console.print(f"note: {note}", markup=False)
     for finding in facts["findings"]:
         console.print(f"problem ({finding['subject']}): {finding['problem']}", markup=False)
         if finding["hint"]:

@@ -147,12 +147,12 @@ def drawing(figure: Figure, name: str) -> str:
 
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    for title in figure.texts:
-        title.set_visible(False)
-    inverse = figure.dpi_scale_trans.inverted()
-    boxes = [axis.get_tightbbox().padded(4).transformed(inverse) for axis in figure.axes]
+    for words in figure.texts:
+        words.set_visible(False)
     drawn = []
-    for number, (axis, box) in enumerate(zip(figure.axes, boxes, strict=True)):
+    for number, axis in enumerate(figure.axes):
+        around = axis.get_tightbbox()
+        box = around.padded(4).transformed(figure.dpi_scale_trans.inverted()) if around else None
         for other in figure.axes:
             other.set_visible(other is axis)
         sink = io.StringIO()
