@@ -185,7 +185,7 @@ def test_stages_make_one_page(run_folder, sample_folder, runs):
     shutil.copytree(sample_folder, whole / "dit-sample")
     fid = {"fid": 12.34567, "samples": {"path": "s.npz", "count": 4}, "warnings": ["too few"]}
     (whole / "fid.json").write_text(json.dumps(fid))
-    write_report(whole / "pretrain")
+    (whole / "finetune" / "report.html").unlink()
     page = Page(write_report(whole).read_text())
     assert [stage.name for stage in report.stages(whole)] == ["pretrain", "finetune", "dit-sample"]
     hrefs = [each["href"] for each in page.all("a")]
@@ -228,7 +228,7 @@ document.getElementById("f").onload = event => {{
     pictures: [...inside.document.images].map(each => [each.naturalWidth, each.clientWidth]),
     ink: inside.getComputedStyle(inside.document.querySelector("h1")).color,
     ground: inside.getComputedStyle(inside.document.body).backgroundColor,
-    axis: inside.getComputedStyle(inside.document.querySelector("svg text, h1")).fill,
+    axis: inside.getComputedStyle(inside.document.querySelector("svg text")).fill,
   }});
 }};
 </script>"""
@@ -270,6 +270,6 @@ def test_a_browser_shows_it_without_network_or_overflow(run_folder, sample_folde
     assert min(found["svgs"]) > 300
     [(natural, shown)] = found["pictures"]
     assert 0 < shown <= min(natural, width)
-    ink, ground = (sum(map(int, re.findall(r"\d+", found[name])[:3])) for name in ("ink", "ground"))
+    ink, ground = (sum(map(int, re.findall(r"\d+", found[n])[:3])) for n in ("ink", "ground"))
     assert (ground < 100 < 600 < ink) if dark else (ink < 100 < 600 < ground)
     assert found["axis"] == found["ink"]

@@ -244,7 +244,7 @@ def scores(path: Path) -> list[str]:
 def drawn_curves(folder: Path, level: int) -> Iterable[str]:
     """The curves of a training run."""
     if read_metrics(folder):
-        yield html.section(level, "Curves", html.drawing(curves([folder]), f"curves-{folder.name}"))
+        yield html.section(level, "Curves", html.drawing(curves([folder]), folder.name))
 
 
 def configuration(folder: Path) -> str:

@@ -145,6 +145,7 @@ def drawing(figure: Figure, name: str) -> str:
     """
     import matplotlib
 
+    name = name.encode().hex()  # what it holds may not be part of an element's name
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for words in figure.texts:
@@ -162,7 +163,7 @@ def drawing(figure: Figure, name: str) -> str:
             )
         title = axis.get_title("left") or axis.get_title()
         label = " against ".join(word for word in (title, axis.get_xlabel()) if word)
-        drawn.append(f"<figure>{_inline(sink.getvalue(), f'{name}-{number}', label)}</figure>")
+        drawn.append(f"<figure>{_inline(sink.getvalue(), f'd{name}-{number}', label)}</figure>")
     for axis in figure.axes:
         axis.set_visible(True)
     return f'<div class="curves">{"".join(drawn)}</div>'
