@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 from spiralrope_cli import main as cli
 from spiralrope_cli.core.config.resolve import read_config
 from spiralrope_cli.core.errors import SpiralRopeError
-from spiralrope_cli.core.jobs import report
+from spiralrope_cli.core.jobs import report, report_command
 from spiralrope_cli.core.jobs.report import leave_report, write_report
-from spiralrope_cli.core.runtime.run_folder import write_sources
+from spiralrope_cli.core.runtime.run_folder import write_json, write_sources
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), ""
@@ -161,7 +161,7 @@ def test_samples_are_embedded_and_large_grids_made_smaller(sample_folder):
 
 
 def test_the_command_of_samples_is_one_that_dit_sample_takes(sample_folder):
-    command = report.command(sample_folder)
+    command = report_command.command(sample_folder)
     assert "--cfg-scale 4 " in command
     assert "--no-ema" in command
     assert "--classes 1,2" in command
@@ -171,7 +171,7 @@ def test_the_command_of_samples_is_one_that_dit_sample_takes(sample_folder):
 
 
 def test_the_command_of_a_run_repeats_it(trained_once, runs):
-    words = report.command(trained_once).split()[1:]
+    words = report_command.command(trained_once).split()[1:]
     result = CliRunner().invoke(cli.app, [*words, "--dry-run"])
     assert result.exit_code == 0, result.output
     assert "deit-64x2x2" in result.output
@@ -196,6 +196,25 @@ def test_stages_make_one_page(run_folder, sample_folder, runs):
     assert "Warning: too few" in page.words
     names = [each["id"] for _, each in page.elements if "id" in each]
     assert len(names) == len(set(names))
+
+
+def test_a_sweep_shows_its_table_and_leads_to_its_members(run_folder, runs):
+    whole = runs / "runs" / "sweep"
+    member = whole / "rotate2-seed0"
+    shutil.copytree(run_folder, member / "pretrain")
+    stage = {"finished": "2026-01-02T03:04:05+00:00", "seconds": 1234.5}
+    write_json(member / "pipeline.json", {"stages": {"pretrain": stage}})
+    assert "1,234" in Page(write_report(member).read_text()).words
+    figure = {"mean": 97.216, "std": 0.304, "values": [97.0, 97.4]}
+    row = {
+        **{"point": {"rotate": "2"}, "seeds": [0, 1], "checkpoint": "last", "weights": "EMA"},
+        **{"crop_ratio": 1.0, "acc1": figure, "acc5": {**figure, "std": None}, "loss": figure},
+    }
+    write_json(whole / "sweep.json", {"rows": [row]})
+    page = Page(write_report(whole).read_text())
+    for word in ("rotate", "97.22 ± 0.30", "97.22", "last EMA"):
+        assert word in page.words
+    assert [each["href"] for each in page.all("a")] == ["rotate2-seed0/report.html"]
 
 
 def test_a_folder_without_a_run_is_refused(runs):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -88,11 +87,3 @@ def of_job(job: Job) -> dict[str, Any]:
 def write(folder: Path, job: Job) -> None:
     """Leaves `environment.json` in a run folder, of the last process that worked there."""
     write_json(folder / ENVIRONMENT_FILE, of_job(job))
-
-
-def read(folder: Path) -> dict[str, Any]:
-    """What was left there, nothing where there is no such file."""
-    try:
-        return dict(json.loads((folder / ENVIRONMENT_FILE).read_text()))
-    except (OSError, ValueError, TypeError):
-        return {}

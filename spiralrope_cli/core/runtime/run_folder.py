@@ -111,10 +111,7 @@ def write_config(run: TrainingRun) -> None:
     """Writes everything that is needed to repeat the run, in one piece."""
     import yaml
 
-    path = Path(run.out) / CONFIG_FILE
-    beside = path.with_suffix(".new")
-    beside.write_text(yaml.safe_dump(to_nested(run), sort_keys=False))
-    os.replace(beside, path)
+    write_whole(Path(run.out) / CONFIG_FILE, yaml.safe_dump(to_nested(run), sort_keys=False))
 
 
 def write_sources(folder: Path, sources: dict[str, str]) -> None:
@@ -127,8 +124,22 @@ def write_sources(folder: Path, sources: dict[str, str]) -> None:
         write_json(folder / SOURCES_FILE, sources)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes plain values in one piece."""
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a file for people and scripts, in one piece."""
+    write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What such a file holds; nothing where there is none, or a damaged one."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that nobody ever sees a part of it."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(content, indent=2) + "\n")
+    beside.write_text(text)
     os.replace(beside, path)
