@@ -106,8 +106,7 @@ class Drawer:
             sampler = BY_NAME[config.sampler]
             for x in sampler(self.diffusion, predict, noise.draw(), noise.draw):
                 latents = x
-            images = self.vae.decode(latents) if self.vae else latents
-        return to_levels(images)
+        return to_levels(self.vae.decode(latents) if self.vae else latents)
 
 
 def label_of(config: SampleRun, index: int) -> int:
