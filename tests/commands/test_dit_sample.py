@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import zipfile
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from spiralrope_cli import main as cli
+from spiralrope_cli.commands import dit_sample
 from spiralrope_cli.core.config.resolve_dit import resolve_dit
 from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.hub.catalog import WEIGHTS_REPO
@@ -148,6 +150,25 @@ def test_a_finished_run_makes_what_is_asked_for_later(sample, pixels, monkeypatc
     assert (folder / "samples.png").read_bytes() == grid
     assert (folder / "samples.npz").read_bytes() == npz
     assert "is finished" in sample(*words, "--png")
+
+
+def test_the_settled_weights_are_used_whatever_is_saved_meanwhile(
+    sample, pixels, monkeypatch, runs
+):
+    run = shutil.copytree(pixels, runs / "trained")
+    sample(run, "--num", 2, *FAST, "--out", "before")
+
+    def saved_meanwhile(job, config):
+        older, newer = (run / "checkpoints" / f"0000{step}" for step in (120, 121))
+        shutil.copytree(older, newer, dirs_exist_ok=True)
+        shutil.copyfile(newer / "model.safetensors", newer / "ema.safetensors")
+        sample_dit.run(config)
+
+    monkeypatch.setattr(dit_sample, "launch", saved_meanwhile)
+    sample(run, "--num", 2, *FAST, "--out", "meanwhile")
+    assert np.array_equal(images("meanwhile"), images("before"))
+    sample(run / "checkpoints" / "0000121", "--num", 2, *FAST, "--out", "control")
+    assert not np.array_equal(images("control"), images("before"))
 
 
 def test_the_progress_counts_whole_images_and_all_of_them():

@@ -20,9 +20,8 @@ from spiralrope_cli.core.diffusion.guidance import guided
 from spiralrope_cli.core.diffusion.process import GaussianDiffusion
 from spiralrope_cli.core.diffusion.samplers import BY_NAME
 from spiralrope_cli.core.diffusion.vae import Vae, load_vae
-from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.hub.vae import find_vae
-from spiralrope_cli.core.jobs.sample_plan import facts_of
+from spiralrope_cli.core.jobs.sample_plan import facts_of, weights_of
 from spiralrope_cli.core.jobs.start import at_size
 from spiralrope_cli.core.load import build
 from spiralrope_cli.core.models.dit import DiT
@@ -31,7 +30,7 @@ from spiralrope_cli.core.runtime.device import autocast
 from spiralrope_cli.core.runtime.job import Job, open_job
 from spiralrope_cli.core.runtime.progress import counted
 from spiralrope_cli.core.runtime.seeds import NoisePerImage, generator_for
-from spiralrope_cli.core.weights import Weights, here, read_weights
+from spiralrope_cli.core.weights import Weights
 
 
 def run(config: SampleRun) -> None:
@@ -42,7 +41,7 @@ def run(config: SampleRun) -> None:
     """
     out = Path(config.out)
     with open_job(config.machine, out) as job, torch.inference_mode():
-        weights = read_weights(here(find_source(config.source)), ema=config.ema, rope=config.rope)
+        weights = weights_of(config)
         files = SampleFiles(out, config.num, config.image_size)
         facts = facts_of(config, weights)
         if job.is_first:

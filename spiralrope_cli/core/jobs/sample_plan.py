@@ -30,7 +30,7 @@ from spiralrope_cli.core.config.samples import (
 from spiralrope_cli.core.data.sample_files import FACTS_FILE, PART_FILE, SampleFiles, read_facts
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.hub.files import digest_like, human_size
-from spiralrope_cli.core.hub.source import Source
+from spiralrope_cli.core.hub.source import Source, find_source
 from spiralrope_cli.core.hub.vae import find_vae
 from spiralrope_cli.core.runtime.device import pick_device, pick_precision
 from spiralrope_cli.core.weights import Weights, here, read_weights
@@ -117,6 +117,12 @@ def settle(source: Source, options: Mapping[str, Any]) -> tuple[SampleRun, Weigh
         **values,
     )
     return run, weights
+
+
+def weights_of(run: SampleRun) -> Weights:
+    """The weights of a settled run: of that very file, whatever its run has saved since."""
+    source = dataclasses.replace(find_source(run.source), place=Path(run.file))
+    return read_weights(source, ema=run.ema, rope=run.rope)
 
 
 def _folder(
