@@ -201,6 +201,7 @@ def test_init_without_rope_takes_another_size_with_its_own_fixed_positions(tiny,
     train_dit.run(tiny(out="first", enabled=False, steps=1))
     start, _ = starting_point(find_source(str(runs / "first")), {}, dit=True)
     run = tiny(start, out="wide", steps=1, lr=0.0, schedule="constant", image_size=(8, 12))
+    assert "fixed positions made anew" in dict(plan_lines(run, 0))["start"]
     train_dit.run(run)
     before, after = weights(runs / "first", "ema"), weights(runs / "wide")
     assert torch.equal(after["pos_embed"], sincos_pos_embed((4, 6), 32))
