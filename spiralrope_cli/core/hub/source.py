@@ -45,7 +45,7 @@ class Source:
         """Where the raw or the averaged weights are; one published file may hold both."""
         if self.place is None:
             raise CheckpointError(f"{self.given} is not here", f"spiralrope fetch {self.given}")
-        if self.run is None:
+        if self.run is None or self.place.is_file():
             return self.place
         return self.place / (EMA_FILE if ema else MODEL_FILE)
 

@@ -27,10 +27,10 @@ from spiralrope_cli.core.config.samples import (
     SAMPLING_VAE,
     SampleRun,
 )
-from spiralrope_cli.core.data.sample_files import PART_FILE, SampleFiles, read_facts
+from spiralrope_cli.core.data.sample_files import FACTS_FILE, PART_FILE, SampleFiles, read_facts
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.hub.files import digest_like, human_size
-from spiralrope_cli.core.hub.source import Source
+from spiralrope_cli.core.hub.source import Source, find_source
 from spiralrope_cli.core.hub.vae import find_vae
 from spiralrope_cli.core.runtime.device import pick_device, pick_precision
 from spiralrope_cli.core.weights import Weights, here, read_weights
@@ -119,6 +119,12 @@ def settle(source: Source, options: Mapping[str, Any]) -> tuple[SampleRun, Weigh
     return run, weights
 
 
+def weights_of(run: SampleRun) -> Weights:
+    """The weights of a settled run: of that very file, whatever its run has saved since."""
+    source = dataclasses.replace(find_source(run.source), place=Path(run.file))
+    return read_weights(source, ema=run.ema, rope=run.rope)
+
+
 def _folder(
     source: Source, values: dict[str, Any], guidance: GuidanceConfig, ema: bool, name: str | None
 ) -> str:
@@ -162,14 +168,20 @@ FREE_TO_DIFFER = ("made_by", "source", "versions", "trained")
 
 
 def check_same(run: SampleRun, facts: dict[str, Any]) -> bool:
-    """Whether all images are there already.
+    """Whether all that is asked for is there already.
 
     Raises:
         CheckpointError: the folder holds other images.
     """
     folder = Path(run.out)
+    files = SampleFiles(folder, run.num, run.image_size)
     before = read_facts(folder)
     if before is None:
+        if files.npz.exists():
+            raise CheckpointError(
+                f"{files.npz} is there, and no {FACTS_FILE} says what made it",
+                "give this run another --name or --out",
+            )
         return False
     differing = [
         f"{name} was {before.get(name)}, now {value}"
@@ -182,7 +194,7 @@ def check_same(run: SampleRun, facts: dict[str, Any]) -> bool:
             f"{folder} holds other samples: {'; '.join(differing[:2])}{more}",
             "repeat those options, or give this run another --name or --out",
         )
-    return SampleFiles(folder, run.num, run.image_size).npz.exists()
+    return files.finished(run.png)
 
 
 def check_space(run: SampleRun) -> None:
@@ -196,10 +208,12 @@ def check_space(run: SampleRun) -> None:
     free = shutil.disk_usage(there).free
     begun = Path(run.out) / PART_FILE
     here_already = begun.stat().st_blocks * 512 if begun.exists() else 0
-    needed = 2 * run.num_bytes - here_already
+    drawn = SampleFiles(folder, run.num, run.image_size).npz.exists()
+    needed = 0 if drawn else 2 * run.num_bytes - here_already
+    needed += run.num_bytes if run.png else 0
     if free < needed:
         raise CheckpointError(
-            f"no space left in {there}: {run.num} images and their .npz take "
+            f"no space left in {there}: {run.num} images and what is made of them take "
             f"{human_size(needed)}, {human_size(free)} are free",
             "use fewer images (--num), or another --out",
         )
@@ -224,5 +238,8 @@ def say_plan(run: SampleRun, weights: Weights, world_size: int) -> None:
         ("batch", f"{run.batch_size} at a time in {world_size} process(es)"),
     ):
         console.print(f" [bold]{name:<8}[/] {text}")
-    for note in weights.notes:
+    notes = list(weights.notes)
+    if guidance.cfg_scale == 1 and guidance != GuidanceConfig():
+        notes.append("--cfg-channels and --cfg-interval have no effect: --cfg-scale is 1")
+    for note in notes:
         console.print(f"note: {note}", markup=False)
