@@ -11,7 +11,14 @@ from spiralrope_cli.core.data.reference_cache import ReferenceCache, digests_bes
 from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.hub.files import say
 from spiralrope_cli.core.jobs.score_measure import Measured, measure, measure_reference
-from spiralrope_cli.core.jobs.score_plan import FEATURES, NOTHING, Plan, find_weights, make_plan
+from spiralrope_cli.core.jobs.score_plan import (
+    FEATURES,
+    NOTHING,
+    Plan,
+    find_weights,
+    make_plan,
+    without_unreadable,
+)
 from spiralrope_cli.core.jobs.score_report import describe, show
 from spiralrope_cli.core.metrics.bootstrap import fid_spread
 from spiralrope_cli.core.metrics.frechet import frechet_distance
@@ -48,6 +55,8 @@ def run(config: FidRun) -> None:
                 )
             if job.is_first:
                 return_freed_memory()
+                nums = samples.num, reference.num if reference else None
+                plan = without_unreadable(plan, config, *nums)
                 figures = compare(config, plan, samples, reference)
                 facts = [each.result() for each in digests]
                 show(config, describe(config, plan, figures, [samples, reference], facts, weights))
