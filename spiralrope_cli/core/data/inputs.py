@@ -9,6 +9,7 @@ import os
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -169,7 +170,7 @@ def _look_into(path: Path) -> tuple[NpzImages | None, tuple[str, ...], int, str]
     return None, stored, max(count, 0), str(_note(path, headers, "protocol", "U") or "")
 
 
-def _note(path: Path, headers: dict[str, Header], name: str, kinds: str) -> object:
+def _note(path: Path, headers: dict[str, Header], name: str, kinds: str) -> Any:
     """A number or word that `--save-stats` wrote beside statistics; None where it did not."""
     header = headers.get(name)
     if header is None or header.shape or header.dtype.kind not in kinds:

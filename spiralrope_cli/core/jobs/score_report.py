@@ -95,14 +95,16 @@ def _warnings(config: FidRun, plan: Plan, facts: Facts) -> list[str]:
         # Statistics that a file of images holds are not of these images alone.
         others = side.images is not None and set(biased) <= set(side.stored)
         some = None if others else facts[side.role.lower()]["count"]
-        if side is plan.samples and some is None:
-            lines.append("SAMPLES does not say of how many images its statistics are")
-        elif side is plan.samples and some < USUAL_COUNT:
+        if some is None:
+            if side is plan.samples:
+                lines.append("SAMPLES does not say of how many images its statistics are")
+            continue
+        if side is plan.samples and some < USUAL_COUNT:
             lines.append(
                 f"{some:,} samples are fewer than the {USUAL_COUNT:,} of papers: FID and sFID come "
                 "out too large"
             )
-        if some is not None and some <= POOL_SIZE:
+        if some <= POOL_SIZE:
             lines.append(
                 f"{some:,} images of {side.role} are at most the {POOL_SIZE} features: their "
                 "covariance is singular"
