@@ -200,6 +200,17 @@ def test_images_and_statistics_in_one_file_are_both_used(fid, sets, tmp_path):
     assert "of REFERENCE" not in " ".join(found["warnings"])
 
 
+def test_statistics_that_a_file_had_stored_are_saved_without_claims(fid, sets, tmp_path):
+    both, saved = tmp_path / "both.npz", tmp_path / "saved.npz"
+    with np.load(sets / "b.npz") as arrays:
+        np.savez(both, arrays["arr_0"], mu=np.zeros(2048), sigma=np.eye(2048))
+    told = fid(both, "--save-stats", saved, "--select", "is,fid")["stderr"]
+    assert "an unknown number of images" in told
+    with np.load(saved) as arrays:
+        assert (arrays["num_images"], arrays["protocol"]) == (0, "")
+        assert arrays["mu"].sum() == 0
+
+
 def test_an_error_bar(fid, sets):
     found = fid(sets / "a.npz", sets / "b.npz", "--select", "fid", "--bootstrap", "2")
     assert 0 < found["fid_std"] < found["fid"]

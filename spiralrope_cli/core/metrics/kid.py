@@ -17,7 +17,7 @@ def kernel_distance(
 
     The kernel is (x·y / D + 1)³. The subsets are those of torch-fidelity for the same seed. All is
     computed in float64: the distance can be a 100,000th of the means of kernels that it is the
-    difference of, so that one unit of float32 in those is half a percent of it.
+    difference of, and one unit of float32 in those half a percent of it.
 
     Args:
         features: [N, D] float32.
