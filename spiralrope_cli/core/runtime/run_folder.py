@@ -73,6 +73,11 @@ def first_step(run: TrainingRun) -> int:
     return steps[-1]
 
 
+def is_finished(run: TrainingRun, step: int) -> bool:
+    """Whether a run that would go on at a step has nothing left to do, its curves included."""
+    return step == run.total_steps and (Path(run.out) / CURVES_FILE).exists()
+
+
 def check_same(run: TrainingRun, folder: Path) -> None:
     """Refuses to continue a run with options that compute something else.
 
