@@ -7,7 +7,6 @@ on where it stopped when it is not. `pipeline.json` records what finished when.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,20 +16,27 @@ from typing import Any
 
 from rich.console import Console
 
+from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
 from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions, EvalRun
 from spiralrope_cli.core.config.pipelines import EVALUATE, DeiTPipeline
 from spiralrope_cli.core.config.resolve import Resolved
-from spiralrope_cli.core.config.runs import ClassifierRun, MachineConfig
+from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.jobs import eval_plan, eval_report
 from spiralrope_cli.core.jobs.plan import print_plan
 from spiralrope_cli.core.metrics.accuracy import Accuracy
 from spiralrope_cli.core.runtime import device as devices
 from spiralrope_cli.core.runtime.launch import is_first_process, launch
-from spiralrope_cli.core.runtime.run_folder import first_step, is_finished, steps_on_disk
+from spiralrope_cli.core.runtime.run_folder import (
+    first_step,
+    is_finished,
+    steps_on_disk,
+    write_json,
+)
 from spiralrope_cli.version import __version__
 
 PIPELINE_FILE = "pipeline.json"
 CLASSIFIER_JOB = "spiralrope_cli.core.jobs.train_classifier:run"
+DIT_JOB = "spiralrope_cli.core.jobs.train_dit:run"
 EVAL_JOB = "spiralrope_cli.core.jobs.evaluate:run"
 
 
@@ -78,9 +84,10 @@ def carry_out(folder: str, command: str, stages: Sequence[Stage], *, dry_run: bo
             record(Path(folder), command, stage.name, None if done else time.monotonic() - start)
 
 
-def training_stage(resolved: Resolved[ClassifierRun]) -> Stage:
+def training_stage(resolved: Resolved[Any]) -> Stage:
     """A training, which resumes by itself."""
-    run = resolved.run
+    run: TrainingRun = resolved.run
+    job = DIT_JOB if isinstance(run, DiTRun) else CLASSIFIER_JOB
 
     def done() -> str:
         finished = is_finished(run, first_step(run))
@@ -94,7 +101,7 @@ def training_stage(resolved: Resolved[ClassifierRun]) -> Stage:
         here = Resolved(replace(run, source=""), resolved.sources, resolved.warnings)
         print_plan(here, first_step(run), every_value=every_value, notes=notes)
 
-    return Stage(run.command, done, plan, lambda: launch(CLASSIFIER_JOB, run))
+    return Stage(run.command, done, plan, lambda: launch(job, run))
 
 
 def eval_stage(pipeline: DeiTPipeline) -> Stage:
@@ -147,11 +154,8 @@ def record(folder: Path, command: str, stage: str, seconds: float | None) -> Non
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": None if seconds is None else round(seconds, 1),
     }
-    path = folder / PIPELINE_FILE
-    beside = path.with_name(f".{PIPELINE_FILE}.{os.getpid()}")
     content = {"command": command, "spiralrope": __version__, "stages": stages}
-    beside.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(beside, path)
+    write_json(folder / PIPELINE_FILE, content)
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ No torch, so that a wrong option of the last stage is told before the first one 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from spiralrope_cli.core.config.pipelines import (
     FINETUNE,
     OF_BOTH_TRAININGS,
     PRETRAIN,
+    SAMPLE,
+    TRAIN,
     DeiTPipeline,
+    DiTPipeline,
 )
 from spiralrope_cli.core.config.resolve import (
     Resolved,
@@ -26,8 +30,13 @@ from spiralrope_cli.core.config.resolve import (
     resolve_classifier,
     to_nested,
 )
+from spiralrope_cli.core.config.resolve_dit import resolve_dit
 from spiralrope_cli.core.config.runs import ClassifierRun, MachineConfig
-from spiralrope_cli.core.errors import CheckpointError, ConfigError
+from spiralrope_cli.core.config.samples import decoder_of
+from spiralrope_cli.core.data.inputs import look_at
+from spiralrope_cli.core.errors import CheckpointError, ConfigError, FetchError
+from spiralrope_cli.core.hub.vae import find_vae
+from spiralrope_cli.core.jobs.score_plan import find_weights
 from spiralrope_cli.core.runtime.launch import world_size
 from spiralrope_cli.core.runtime.run_folder import (
     CONFIG_FILE,
@@ -91,6 +100,75 @@ def deit_pipeline(
     )
 
 
+def dit_pipeline(
+    options: dict[str, Any], sampling: dict[str, Any], *, reference: str, weights: str
+) -> DiTPipeline:
+    """The diffusion transformer's pipeline from what the user gave.
+
+    Args:
+        options: field name -> value, given options of the training and of the machine.
+        sampling: field name -> value, given options of `dit-sample`.
+        reference: of the figures, empty for none.
+        weights: of Inception, empty for those that were fetched.
+
+    Raises:
+        ConfigError: a value that cannot work.
+        CheckpointError: a folder that holds another run.
+        DataError: no such data set or reference.
+    """
+    given = dict(options)
+    out = given.pop("out", None)
+    training = resolve_dit(given)
+    folder = folder_of(out, training.run.out, training.run.command, "run-dit")
+    training = placed(training, folder / TRAIN)
+    check_trainings([training])
+    if reference:
+        look_at(Path(reference).expanduser(), "REFERENCE")
+    finished = is_finished(training.run, first_step(training.run))
+    if (folder / SAMPLE).exists() and not finished:
+        raise CheckpointError(
+            f"{folder / SAMPLE} was drawn from weights that {training.run.out} does not hold yet",
+            f"remove {folder / SAMPLE}, or give this pipeline another --name or --out",
+        )
+    return DiTPipeline(
+        folder=str(folder),
+        training=training,
+        sampling=sampling,
+        reference=reference,
+        weights=weights,
+        machine=build(MachineConfig, given),
+    )
+
+
+def why_no_figures(pipeline: DiTPipeline) -> str:
+    """Why samples will not be measured, empty where they will.
+
+    Raises:
+        ConfigError: the file of `--weights` is not there.
+        CheckpointError: the weights are damaged.
+    """
+    if not pipeline.reference:
+        return "there is no --reference to measure against"
+    try:
+        find_weights(pipeline.weights)
+    except FetchError as error:
+        return f"{error.message}; {error.hint}"
+    return ""
+
+
+def fetch_vaes(pipeline: DiTPipeline) -> None:
+    """Refuses VAEs that a later stage could not use; those that are published are fetched.
+
+    Raises:
+        ConfigError, CheckpointError, FetchError: no such VAE, or none that fits.
+    """
+    pictures = pipeline.training.run.pictures
+    if not pictures.in_latents:
+        return
+    for vae in ([] if pictures.latents else [pictures.vae]) + [decoder_of(pictures.vae)]:
+        find_vae(vae)
+
+
 def folder_of(out: str | None, training: str, command: str, pipeline: str) -> Path:
     """The pipeline's folder: as given, or named as its training's but for the command."""
     usual = Path(training)
@@ -139,7 +217,7 @@ def saved_run(folder: Path, option: str, given: dict[str, Any]) -> ClassifierRun
     return run
 
 
-def check_trainings(trainings: list[Resolved[ClassifierRun]]) -> None:
+def check_trainings(trainings: Sequence[Resolved[Any]]) -> None:
     """Refuses what could not end well, before anything is computed.
 
     Raises:
