@@ -9,7 +9,11 @@ from spiralrope_cli.commands import dit_sample
 from spiralrope_cli.commands import options as o
 from spiralrope_cli.commands import recipe_options as r
 from spiralrope_cli.commands import run_options as p
+from spiralrope_cli.core.config.legacy import translate
 from spiralrope_cli.core.config.pipelines import deit_stages
+from spiralrope_cli.core.config.sweeps import parse_seeds, points
+from spiralrope_cli.core.errors import ConfigError
+from spiralrope_cli.core.runtime.launch import is_first_process
 
 DEIT_EXAMPLES = """
 Examples:
@@ -111,7 +115,20 @@ def deit(
     The same command again skips what is done and goes on with what is not.
     """
     chosen = given(context)
+    if from_legacy is not None:
+        say_translated(from_legacy, "deit", chosen)
+        return
+    grid, numbers = points(sweep or ()), parse_seeds(seeds) if seeds is not None else []
     stages = deit_stages(eval_only=eval_only, skip_training=skip_training, finetune=with_finetune)
+    if sweep or numbers:
+        from spiralrope_cli.core.jobs.sweep_plan import deit_sweep
+
+        planned = deit_sweep(chosen, grid, numbers, stages, finetune=with_finetune)
+
+        from spiralrope_cli.core.jobs.sweep import run_sweep
+
+        run_sweep(planned, dry_run=dry_run)
+        return
     from spiralrope_cli.core.jobs.pipeline_plan import deit_pipeline
 
     pipeline = deit_pipeline(chosen, stages, finetune=with_finetune)
@@ -182,6 +199,9 @@ def dit(
     The same command again skips what is done and goes on with what is not.
     """
     chosen = given(context)
+    if from_legacy is not None:
+        say_translated(from_legacy, "dit", chosen)
+        return
     sampling = {field: chosen.pop(name) for name, field in OF_SAMPLING.items() if name in chosen}
     dit_sample.check_words(sampling)
     measured = {name: chosen.pop(name, "") for name in ("reference", "weights")}
@@ -206,3 +226,20 @@ OWN = ("eval_only", "skip_training", "with_finetune", "dry_run", "from_legacy", 
 def given(context: typer.Context) -> dict[str, Any]:
     """The options that the user gave for the stages, by the name of the field they set."""
     return {name: value for name, value in o.given(context).items() if name not in OWN}
+
+
+def say_translated(line: str, kind: str, others: dict[str, Any]) -> None:
+    """Prints the command for an old line on stdout, and what to know about it on stderr.
+
+    Raises:
+        ConfigError: a word that cannot be, or other options beside the line.
+    """
+    if others:
+        raise ConfigError(
+            "--from-legacy stands alone", "add the other options to the command that it prints"
+        )
+    command, notes = translate(line, kind)
+    if is_first_process():
+        for note in notes:
+            typer.echo(f"note: {note}", err=True)
+        typer.echo(command)

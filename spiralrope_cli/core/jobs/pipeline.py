@@ -59,14 +59,22 @@ class Stage:
     show: Callable[[], None] = lambda: None
 
 
-def run_deit(pipeline: DeiTPipeline, *, dry_run: bool) -> None:
-    """Pretrains, finetunes, measures eight times and reports; or prints the plans of all that.
+def run_deit(pipeline: DeiTPipeline, *, dry_run: bool, show_again: bool = True) -> None:
+    """Pretrains, finetunes and measures eight times, or prints the plans of all that.
+
+    Args:
+        pipeline: settled.
+        dry_run: plans alone.
+        show_again: prints figures of stages that were done before.
 
     Raises:
         SpiralRopeError: a stage failed; the next ones are left out.
     """
     stages = [training_stage(resolved) for resolved in pipeline.trainings]
-    carry_out(pipeline.folder, "run deit", [*stages, eval_stage(pipeline)], dry_run=dry_run)
+    stages.append(eval_stage(pipeline))
+    if not show_again:
+        stages = [replace(stage, show=lambda: None) for stage in stages]
+    carry_out(pipeline.folder, "run deit", stages, dry_run=dry_run)
 
 
 def carry_out(folder: str, command: str, stages: Sequence[Stage], *, dry_run: bool) -> None:
