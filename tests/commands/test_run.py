@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -158,9 +159,11 @@ def test_what_cannot_be_is_told_in_a_line(run, launched, words, code, told):
 
 def test_a_dry_run_plans_all_stages_and_writes_nothing(run, runs):
     _, told = run("deit", *DEIT, "--dry-run")
-    assert [
-        line for line in told.splitlines() if line.startswith("[")
-    ] == ["[1/3] pretrain", "[2/3] finetune", "[3/3] eval"]
+    assert [line for line in told.splitlines() if line.startswith("[")] == [
+        "[1/3] pretrain",
+        "[2/3] finetune",
+        "[3/3] eval",
+    ]
     _, told = run("dit", *DIT, "--dry-run")
     assert "num 5" in told
     assert "fid is left out: there is no --reference" in told
@@ -216,14 +219,14 @@ def test_options_that_cannot_act_make_no_other_network():
 
 
 def test_dit_runs_every_stage_once(run, launched):
-    said, told = run("dit", *DIT)
+    _, told = run("dit", *DIT)
     folder = Path("runs/run-dit-dit-32x2x2-2-digits-r0")
     assert launched == ["train_dit", "sample_dit"]
     assert marks(folder) == ["dit-train", "dit-sample"]
-    assert (folder / "samples" / "samples.npz").is_file()
+    assert (folder / "dit-sample" / "samples.npz").is_file()
     assert "fid is left out: there is no --reference" in told
     _, told = run("dit", *DIT)
-    assert "samples is finished, 5 images" in told
+    assert "dit-sample is finished, 5 images" in told
     assert len(launched) == 2
     _, told = run("dit", *DIT, "--num", 6, expect=1)
     assert "holds other samples: num was 5, now 6" in told
@@ -328,3 +331,20 @@ def test_the_words_are_those_of_the_old_documents():
         *("USE_ROPE", "ROTATE", "THETA", "FREQS_FOR", "MAX_FREQ", "TRUNCATE_PERCENTAGE"),
         *("MAX_FREQ_LANG", "MIN_FREQ_LANG", "SAME_THETA", "SEED", "MODEL"),
     ]
+
+
+def test_the_page_for_movers_shows_what_the_command_prints(run):
+    page = (Path(__file__).parents[2] / "docs" / "migrating.md").read_text()
+    lines = re.findall(
+        r"^\| `(bash run_all\.sh[^`.]*)` \| `(spiralrope run (\w+)[^`.]*)` \|$", page, re.M
+    )
+    assert len(lines) == 9
+    for line, command, kind in lines:
+        assert run(kind, "--from-legacy", line)[0].strip() == command
+    for kind, words in (("DeiT", DEIT_WORDS), ("DiT", DIT_WORDS)):
+        section = page.split(f"## {kind}:")[1].split("\n## ")[0]
+        table = re.findall(r"^\| (\d+) \| `(\w+)` \| (\S+) \| `(--[a-z-]+)`", section, re.M)
+        assert [tuple(row) for row in table] == [
+            (str(place), word.name, word.default, word.option)
+            for place, word in enumerate(words, 1)
+        ]

@@ -14,7 +14,7 @@ from spiralrope_cli.core.config.runs import ClassifierRun, MachineConfig
 from spiralrope_cli.core.errors import ConfigError
 
 PRETRAIN, FINETUNE, EVALUATE = "pretrain", "finetune", "eval"
-TRAIN, SAMPLE = "train", "samples"
+TRAIN, SAMPLE = "dit-train", "dit-sample"
 MACHINE_FIELDS = frozenset(MachineConfig.__dataclass_fields__)
 OF_BOTH_TRAININGS = MACHINE_FIELDS | {
     *("data", "seed", "micro_batch_size"),

@@ -6,6 +6,7 @@ on where it stopped when it is not. `pipeline.json` records what finished when.
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -115,12 +116,13 @@ def training_stage(resolved: Resolved[Any]) -> Stage:
 def eval_stage(pipeline: DeiTPipeline) -> Stage:
     """The eight evaluations of the last training: best and last, both crops, raw and EMA."""
 
-    def planned() -> EvalRun:
+    @functools.cache  # asked for the first time when the last training is done
+    def planned() -> tuple[EvalRun, list[str]]:
         options = EvalOptions(sources=(pipeline.evaluated,), every=True)
-        return eval_plan.plan(options, pipeline.machine, set())[0]
+        return eval_plan.plan(options, pipeline.machine, set())
 
     def measured() -> list[Accuracy]:
-        return eval_report.already(planned(), precision_of(pipeline.machine))
+        return eval_report.already(planned()[0], precision_of(pipeline.machine))
 
     def done() -> str:
         there = steps_on_disk(Path(pipeline.evaluated)) and measured()
@@ -128,7 +130,7 @@ def eval_stage(pipeline: DeiTPipeline) -> Stage:
 
     def show() -> None:
         if is_first_process():
-            eval_report.print_table(planned().rows, measured(), precision_of(pipeline.machine))
+            eval_report.print_table(planned()[0].rows, measured(), precision_of(pipeline.machine))
 
     def plan(dry_run: bool) -> None:
         if dry_run:
@@ -136,8 +138,11 @@ def eval_stage(pipeline: DeiTPipeline) -> Stage:
                 f" best and last checkpoint of {pipeline.evaluated}, crop ratios "
                 f"{' and '.join(map(str, BOTH_CROP_RATIOS))}, raw and EMA weights"
             )
+            return
+        for note in planned()[1]:
+            say(f"note: {note}")
 
-    return Stage(EVALUATE, done, plan, lambda: launch(EVAL_JOB, planned()), show)
+    return Stage(EVALUATE, done, plan, lambda: launch(EVAL_JOB, planned()[0]), show)
 
 
 def precision_of(machine: MachineConfig) -> str:

@@ -121,9 +121,9 @@ def dit_pipeline(
     training = resolve_dit(given)
     folder = folder_of(out, training.run.out, training.run.command, "run-dit")
     training = placed(training, folder / TRAIN)
-    check_trainings([training])
     if reference:
         look_at(Path(reference).expanduser(), "REFERENCE")
+    check_trainings([training])
     finished = is_finished(training.run, first_step(training.run))
     if (folder / SAMPLE).exists() and not finished:
         raise CheckpointError(
