@@ -13,16 +13,22 @@ from typer.testing import CliRunner
 
 from spiralrope_cli import main as cli
 from spiralrope_cli.core.config.legacy import DEIT_WORDS, DIT_WORDS
+from spiralrope_cli.core.config.pipelines import deit_stages
+from spiralrope_cli.core.config.resolve import resolve_classifier
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.sweeps import KINDS, acting
 from spiralrope_cli.core.errors import DataError, SpiralRopeError
+from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.jobs import pipeline as pipelines
 from spiralrope_cli.core.jobs import pipeline_dit, sample_dit, train_classifier
+from spiralrope_cli.core.jobs.pipeline_plan import deit_pipeline
+from spiralrope_cli.core.jobs.start import starting_point
 from spiralrope_cli.core.jobs.sweep import spread
 from spiralrope_cli.core.runtime.job import StopRequest
 
 FAST = ("--precision", "fp32", "--nproc", "1", "--log-every", "2")
-DEIT = ("--arch", "deit-32x2x2", "--steps", "4", "--finetune-steps", "2", *FAST)
+SMALL = ("--arch", "deit-32x2x2", "--steps", "4", *FAST)
+DEIT = (*SMALL, "--finetune-steps", "2")
 DIT = (
     *("--arch", "dit-32x2x2-2", "--steps", "4", "--num", "5", "--sampling-steps", "4"),
     *FAST,
@@ -85,7 +91,7 @@ def test_deit_runs_every_stage_once(run, launched):
 
     _, told = run("deit", *DEIT, "--seed", "1", expect=1)
     assert "pretrain holds a run with other options: --seed was 0, now 1" in told
-    run("deit", *DEIT, "--eval-only", "--no-finetune")
+    run("deit", *SMALL, "--eval-only", "--no-finetune")
     assert launched[3:] == ["evaluate"]
     assert len(rows(folder / "pretrain")) == 8
     run("deit", "--out", folder, "--eval-only")
@@ -93,16 +99,20 @@ def test_deit_runs_every_stage_once(run, launched):
     assert "--rotate was 2, now 4" in told
 
 
-def test_what_finetuning_starts_from_is_what_pretraining_left(run, monkeypatch):
-    seen = []
-    monkeypatch.setattr(pipelines, "launch", lambda job, config: seen.append(config))
-    run("deit", *DEIT, "--rotate", 4, "--out", "here", "--finetune-lr", 3e-3, "--lr", 2e-3)
-    first, second = seen[:2]
-    assert (first.command, first.out, first.optim.lr) == ("pretrain", "here/pretrain", 2e-3)
-    assert (second.command, second.out, second.optim.lr) == ("finetune", "here/finetune", 3e-3)
-    assert (second.source, second.rope) == ("here/pretrain", first.rope)
-    assert second.rope.rotate == 4
-    assert second.model == first.model
+def test_what_finetuning_starts_from_is_what_pretraining_left(run):
+    run("deit", *DEIT, "--rotate", 4, "--out", "here", "--drop-path", 0.1)
+    given = {"arch": "deit-32x2x2", "rotate": 4, "steps": 4, "drop_path": 0.1, "seed": 3}
+    own = {"finetune_lr": 3e-3, "finetune_steps": 2, "precision": "fp32", "out": "there"}
+    stages = deit_stages(eval_only=False, skip_training=False, finetune=True)
+    first, second = (each.run for each in deit_pipeline({**given, **own}, stages).trainings)
+    assert (first.command, first.out, first.optim.steps) == ("pretrain", "there/pretrain", 4)
+    assert (second.command, second.source) == ("finetune", "there/pretrain")
+    assert (second.optim.lr, second.optim.steps, second.seed) == (3e-3, 2, 3)
+    # The plan knows before what reading the weights would tell afterwards.
+    start, _ = starting_point(find_source("here/pretrain"), {})
+    single = {"lr": 3e-3, "steps": 2, "precision": "fp32", "seed": 3, "out": second.out}
+    read = resolve_classifier("finetune", single, None, start).run
+    assert replace(read, source=second.source) == second
 
 
 def test_a_stage_that_stops_or_fails_ends_the_command_with_its_code(run, launched, monkeypatch):
@@ -137,6 +147,7 @@ def test_a_stage_that_stops_or_fails_ends_the_command_with_its_code(run, launche
         (["--skip-training"], 1, "run-deit-deit-ti-digits-r2/pretrain holds no checkpoint"),
         (["--skip-training", "--eval-only"], 2, "exclude each other"),
         (["--skip-training", "--no-finetune"], 2, "leave nothing to train"),
+        (["--no-finetune", "--finetune-lr", 1], 2, "--finetune-lr has no effect"),
         (["--finetune-epochs", 1], 2, "finetune: --warmup-epochs 1 leaves nothing"),
         (["--sweep", "rotate"], 2, "is not NAME=V,V"),
         (["--sweep", "seed=1,2"], 2, "seed cannot be swept"),
@@ -146,6 +157,8 @@ def test_a_stage_that_stops_or_fails_ends_the_command_with_its_code(run, launche
         (["--sweep", "rotate=1", "--sweep", "rotate=2"], 2, "--sweep rotate is given twice"),
         (["--sweep", "rotate=none", "--sweep", "rope=true"], 2, "say the same"),
         (["--sweep", "rotate=1,2", "--rotate", 2], 2, "--rotate is given and swept"),
+        (["--sweep", "rotate=none,2", "--rotate", 2], 2, "--rotate is given and swept"),
+        (["--sweep", "rope=true,false", "--no-rope"], 2, "--rope is given and swept"),
         (["--sweep", "rotate=1,5", "--same-theta"], 2, "rotate=5: --rotate 5 with --same-theta"),
         (["--seeds", "1;2"], 2, "--seeds 1;2 is no list of numbers"),
         (["--seeds", "1,2", "--seed", 1], 2, "exclude each other"),
@@ -167,14 +180,15 @@ def test_a_dry_run_plans_all_stages_and_writes_nothing(run, runs):
     _, told = run("dit", *DIT, "--dry-run")
     assert "num 5" in told
     assert "fid is left out: there is no --reference" in told
-    _, told = run("deit", *DEIT, "--sweep", "rotate=1,2", "--dry-run")
-    assert "== 2/2: rotate=2, seed 0" in told
+    _, told = run("deit", *DEIT, "--sweep", "rotate=0,1", "--dry-run")
+    assert "note: rotate=0 and rotate=1 are both plain axial RoPE" in told
+    assert "== 2/2: rotate=1, seed 0" in told
     assert not list(runs.iterdir())
 
 
 def test_a_sweep_runs_the_grid_and_sums_it_up(run, launched):
     axes = ("--sweep", "rotate=none,1,2", "--sweep", "same_theta=true,false", "--seeds", "0,3")
-    words = ("deit", *DEIT, "--no-finetune", *axes, "--keep-last", 1)
+    words = ("deit", *SMALL, "--no-finetune", *axes, "--keep-last", 1)
     said, told = run(*words)
     # Without RoPE, and in two directions, same_theta changes nothing.
     assert "rotate=none same_theta=false is the same as rotate=none same_theta=true" in told
@@ -198,7 +212,8 @@ def test_a_sweep_runs_the_grid_and_sums_it_up(run, launched):
     assert f"{last[2]['acc1']['mean']:.2f} ± {last[2]['acc1']['std']:.2f}" in said
     again, _ = run(*words)
     assert len(launched) == 16
-    assert again == said
+    assert said.endswith(again)
+    assert again.count(" ± ") == 1 + 3 * 4
 
 
 def test_spread_is_the_sample_deviation():

@@ -70,6 +70,11 @@ def deit_pipeline(
     """
     given, ahead = dict(options), f"{FINETUNE}_"
     own = {name.removeprefix(ahead): given.pop(name) for name in options if name.startswith(ahead)}
+    if own and not finetune:
+        raise ConfigError(
+            f"--finetune-{next(iter(own)).replace('_', '-')} has no effect with --no-finetune",
+            "leave one of them out",
+        )
     out = given.pop("out", None)
     first = resolve_classifier(PRETRAIN, given)
     folder = folder_of(out, first.run.out, PRETRAIN, "run-deit")

@@ -40,17 +40,18 @@ def deit_sweep(
     """
     given = dict(options)
     out, name = given.pop("out", None), given.pop("name", None)
-    for field, _ in grid[0].options:
-        if field in given:
+    for name_swept, _ in grid[0].words:
+        if {"rope": "enabled"}.get(name_swept, name_swept) in given:
             raise ConfigError(
-                f"--{field.replace('_', '-')} is given and swept", "leave one of them out"
+                f"--{name_swept.replace('_', '-')} is given and swept", "leave one of them out"
             )
     if seeds and "seed" in given:
         raise ConfigError("--seed and --seeds exclude each other", "use --seeds alone")
     first = resolve_classifier(PRETRAIN, {**given, **dict(grid[0].options)}).run
     folder = Path(out) if out else Path(RUNS_FOLDER) / _name(first, name)
     members: list[Member] = []
-    notes: list[str] = []
+    swept = {value for point in grid for field, value in point.options if field == "rotate"}
+    notes = ["rotate=0 and rotate=1 are both plain axial RoPE"] if {0, 1} <= swept else []
     seen: dict[Any, Point] = {}
     for point in grid:
         for seed in seeds or [first.seed]:
