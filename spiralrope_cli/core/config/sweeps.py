@@ -144,7 +144,5 @@ def acting(rope: RopeConfig) -> RopeConfig:
     """The same RoPE with options that cannot act at their defaults: equal for equal networks."""
     if not rope.enabled:
         return RopeConfig(enabled=False)
-    names = {field.name for field in fields(rope)}
-    idle = {name for name, _ in rope.inert_options(names)}
-    defaults = {field.name: field.default for field in fields(rope)}
-    return replace(rope, **{name: defaults[name] for name in idle})
+    plain, names = RopeConfig(), {field.name for field in fields(rope)}
+    return replace(rope, **{name: getattr(plain, name) for name, _ in rope.inert_options(names)})
