@@ -65,11 +65,11 @@ Seeds = Annotated[
 
 # --- The second training of `run deit`
 FinetuneEpochs = Annotated[
-    int | None, option("--finetune-epochs", panel=RECIPE, text="Length of finetuning.")
+    int | None, option("--finetune-epochs", panel=RUN, text="Length of finetuning.")
 ]
 FinetuneSteps = Annotated[
     int | None,
-    option("--finetune-steps", panel=RECIPE, text="The same in steps, in place of epochs."),
+    option("--finetune-steps", panel=RECIPE, text="Finetuning in steps, in place of epochs."),
 ]
 FinetuneLr = Annotated[
     float | None, option("--finetune-lr", panel=RECIPE, text="Base learning rate of finetuning.")
@@ -79,7 +79,7 @@ FinetuneWarmupEpochs = Annotated[
 ]
 FinetuneBatchSize = Annotated[
     int | None,
-    option("--finetune-batch-size", panel=RECIPE, text="Images per step of finetuning."),
+    option("--finetune-batch-size", panel=RUN, text="Images per step of finetuning."),
 ]
 
 # --- Run
@@ -91,13 +91,6 @@ Out = Annotated[
         text="Folder of all stages; by default runs/run-...-ARCH-DATA-rROTATE[-NAME].",
         metavar="FOLDER",
     ),
-]
-Epochs = Annotated[int | None, option("--epochs", panel=RECIPE, text="Length of the training.")]
-BatchSize = Annotated[
-    int | None, option("--batch-size", panel=RECIPE, text="Images per optimizer step, in all.")
-]
-Seed = Annotated[
-    int | None, option("--seed", panel=RUN, text="Of all that is random in the trainings.")
 ]
 
 # --- Samples and figures of `run dit`

@@ -148,7 +148,7 @@ def test_a_stage_that_stops_or_fails_ends_the_command_with_its_code(run, launche
         (["--skip-training", "--eval-only"], 2, "exclude each other"),
         (["--skip-training", "--no-finetune"], 2, "leave nothing to train"),
         (["--no-finetune", "--finetune-lr", 1], 2, "--finetune-lr has no effect"),
-        (["--finetune-epochs", 1], 2, "finetune: --warmup-epochs 1 leaves nothing"),
+        (["--finetune-epochs", 1], 2, "finetune: --finetune-warmup-epochs 1 leaves nothing"),
         (["--sweep", "rotate"], 2, "is not NAME=V,V"),
         (["--sweep", "seed=1,2"], 2, "seed cannot be swept"),
         (["--sweep", "rotate=1,x"], 2, "x must be of type int"),

@@ -5,6 +5,7 @@ No torch, so that a wrong option of the last stage is told before the first one 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +49,9 @@ from spiralrope_cli.core.runtime.run_folder import (
 )
 from spiralrope_cli.core.runtime.tracker import check_tracker
 
+OF_FINETUNE = re.compile(r"--(epochs|steps|lr|warmup-epochs|batch-size)\b")
+"""Options that finetuning has of its own, as its errors call them."""
+
 ANOTHER_NAME = "or name the pipeline by the options that it was started with, or by --out"
 
 
@@ -90,7 +94,8 @@ def deit_pipeline(
         try:
             trainings.append(placed(resolve_classifier(FINETUNE, own, None, start), after))
         except ConfigError as error:
-            raise ConfigError(f"finetune: {error.message}", error.hint) from error
+            told = [OF_FINETUNE.sub(r"--finetune-\1", text) for text in (error.message, error.hint)]
+            raise ConfigError(f"finetune: {told[0]}", told[1]) from error
     evaluated = after if finetune else before
     if not trainings:
         of_pretrain = OptimConfig.__dataclass_fields__.keys() | {"drop_path"}
