@@ -13,7 +13,7 @@ from spiralrope_cli.core.config.legacy import translate
 from spiralrope_cli.core.config.pipelines import deit_stages
 from spiralrope_cli.core.config.sweeps import parse_seeds, points
 from spiralrope_cli.core.errors import ConfigError
-from spiralrope_cli.core.runtime.launch import is_first_process
+from spiralrope_cli.core.runtime.launch import is_first_process, joined_world_size
 
 DEIT_EXAMPLES = """
 Examples:
@@ -118,6 +118,7 @@ def deit(
     if from_legacy is not None:
         say_translated(from_legacy, "deit", chosen)
         return
+    check_not_joined()
     grid, numbers = points(sweep or ()), parse_seeds(seeds) if seeds is not None else []
     stages = deit_stages(eval_only=eval_only, skip_training=skip_training, finetune=with_finetune)
     if sweep or numbers:
@@ -202,6 +203,7 @@ def dit(
     if from_legacy is not None:
         say_translated(from_legacy, "dit", chosen)
         return
+    check_not_joined()
     sampling = {field: chosen.pop(name) for name, field in OF_SAMPLING.items() if name in chosen}
     dit_sample.check_words(sampling)
     measured = {name: chosen.pop(name, "") for name in ("reference", "weights")}
@@ -226,6 +228,20 @@ OWN = ("eval_only", "skip_training", "with_finetune", "dry_run", "from_legacy", 
 def given(context: typer.Context) -> dict[str, Any]:
     """The options that the user gave for the stages, by the name of the field they set."""
     return {name: value for name, value in o.given(context).items() if name not in OWN}
+
+
+def check_not_joined() -> None:
+    """Refuses processes that a launcher started: each stage forms a group of its own.
+
+    Raises:
+        ConfigError: says what to use in its place.
+    """
+    if (joined_world_size() or 1) > 1:
+        raise ConfigError(
+            "run starts the processes of each stage itself, and cannot join those of a launcher",
+            "use --nproc, --nnodes and --rdzv-endpoint in place of torchrun or srun's tasks; the "
+            "single commands do join",
+        )
 
 
 def say_translated(line: str, kind: str, others: dict[str, Any]) -> None:

@@ -170,6 +170,14 @@ def test_what_cannot_be_is_told_in_a_line(run, launched, words, code, told):
     assert not launched
 
 
+def test_the_processes_of_a_launcher_are_not_joined(run, launched, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for kind in ("deit", "dit"):
+        assert "use --nproc" in run(kind, expect=2)[1]
+    assert not launched
+
+
 def test_a_dry_run_plans_all_stages_and_writes_nothing(run, runs):
     _, told = run("deit", *DEIT, "--dry-run")
     assert [line for line in told.splitlines() if line.startswith("[")] == [
