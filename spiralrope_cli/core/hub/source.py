@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from spiralrope_cli.core.config.resolve import RUNS_FOLDER, read_config
@@ -115,7 +116,8 @@ def newest_run(commands: tuple[str, ...] = CLASSIFIERS, folder: Path | None = No
     """
     folder = folder or Path(RUNS_FOLDER)
     saved: list[tuple[float, Path]] = []
-    for config in folder.glob(f"*/{CONFIG_FILE}"):
+    # A run's own folder, the stages of a pipeline, and those of the pipelines of a sweep.
+    for config in chain(*(folder.glob(f"{'*/' * depth}{CONFIG_FILE}") for depth in (1, 2, 3))):
         if not (steps := steps_on_disk(config.parent)):
             continue
         try:

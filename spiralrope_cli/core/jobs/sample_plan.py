@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from spiralrope_cli.core.config.datasets import BUILT_IN
 from spiralrope_cli.core.config.diffusion import GuidanceConfig
 from spiralrope_cli.core.config.dit_runs import NO_VAE, input_size
 from spiralrope_cli.core.config.latents import LATENT_CHANNELS, VAE_FACTOR
@@ -23,9 +22,10 @@ from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.config.samples import (
     DEFAULTS,
-    NUM_OF_SMALL_DATA,
     SAMPLING_VAE,
     SampleRun,
+    decoder_of,
+    num_samples,
 )
 from spiralrope_cli.core.data.sample_files import FACTS_FILE, PART_FILE, SampleFiles, read_facts
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
@@ -66,9 +66,7 @@ def settle(source: Source, options: Mapping[str, Any]) -> tuple[SampleRun, Weigh
     pictures = config.get("pictures", {})
     channels = weights.options["in_chans"]
     trained_vae = pictures.get("vae", SAMPLING_VAE if channels == LATENT_CHANNELS else NO_VAE)
-    # Trained with the encoder of `ema`, decoded by `mse`: so the published figures were made.
-    usual = SAMPLING_VAE if trained_vae == "ema" else trained_vae
-    vae = chosen.pop("vae", usual)
+    vae = chosen.pop("vae", decoder_of(trained_vae))
     if (vae == NO_VAE) and channels not in (1, 3):
         raise ConfigError(
             f"--vae none: {source.given} draws {channels} channels, which only "
@@ -93,9 +91,7 @@ def settle(source: Source, options: Mapping[str, Any]) -> tuple[SampleRun, Weigh
     machine = MachineConfig(**{n: chosen.pop(n) for n in list(chosen) if n in machine_names})
     guide_names = GuidanceConfig.__dataclass_fields__
     guidance = GuidanceConfig(**{n: chosen.pop(n) for n in list(chosen) if n in guide_names})
-    values = {**DEFAULTS, **chosen}
-    if config.get("data") in BUILT_IN and "num" not in chosen:
-        values["num"] = NUM_OF_SMALL_DATA
+    values = {**DEFAULTS, "num": num_samples(config.get("data", "")), **chosen}
     pixels = 3 * image_size[0] * image_size[1]
     values.setdefault("batch_size", max(1, min(MAX_BATCH, BATCH_BYTES // pixels)))
     values.setdefault("png", False)

@@ -26,6 +26,7 @@ from spiralrope_cli.core.metrics.kid import kernel_distance
 from spiralrope_cli.core.metrics.manifold import precision_recall
 from spiralrope_cli.core.runtime.device import forbid_tf32, return_freed_memory
 from spiralrope_cli.core.runtime.job import open_job
+from spiralrope_cli.core.runtime.run_folder import write_json
 
 
 def run(config: FidRun) -> None:
@@ -61,7 +62,10 @@ def run(config: FidRun) -> None:
                 plan = without_unreadable(plan, config, *nums)
                 figures = compare(config, plan, samples, reference)
                 facts = [each.result() for each in digests]
-                show(config, describe(config, plan, figures, [samples, reference], facts, weights))
+                described = describe(config, plan, figures, [samples, reference], facts, weights)
+                show(config, described)
+                if config.facts_file:
+                    write_json(Path(config.facts_file), described)
 
 
 @torch.inference_mode()
