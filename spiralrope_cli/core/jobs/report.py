@@ -20,15 +20,18 @@ from spiralrope_cli.core.jobs.eval_report import EVAL_FILE
 from spiralrope_cli.core.jobs.plan import data_line, rope_line
 from spiralrope_cli.core.jobs.plot import curves
 from spiralrope_cli.core.jobs.report_command import command
-from spiralrope_cli.core.jobs.report_results import FID_FILE, PIPELINE_FILE, SWEEP_FILE, results
+from spiralrope_cli.core.jobs.report_results import results
 from spiralrope_cli.core.runtime.report import METRICS_FILE, read_metrics
 from spiralrope_cli.core.runtime.run_folder import (
     CONFIG_FILE,
     CURVES_FILE,
     ENVIRONMENT_FILE,
+    FID_FILE,
+    PIPELINE_FILE,
     REPORT_FILE,
     SAMPLES_FILE,
     SOURCES_FILE,
+    SWEEP_FILE,
     read_json,
     write_whole,
 )

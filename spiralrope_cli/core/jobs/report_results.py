@@ -11,9 +11,14 @@ from spiralrope_cli.core.jobs import report_page as html
 from spiralrope_cli.core.jobs.eval_report import EVAL_FILE, SIZES_FILE, Record, read_rows
 from spiralrope_cli.core.jobs.score_report import LABELS
 from spiralrope_cli.core.runtime.report import ACCURACY_COLUMNS, accuracy_rows, read_metrics
-from spiralrope_cli.core.runtime.run_folder import SAMPLES_FILE, read_json
+from spiralrope_cli.core.runtime.run_folder import (
+    FID_FILE,
+    PIPELINE_FILE,
+    SAMPLES_FILE,
+    SWEEP_FILE,
+    read_json,
+)
 
-FID_FILE, PIPELINE_FILE, SWEEP_FILE = "fid.json", "pipeline.json", "sweep.json"
 SPREAD = (("acc1", 2), ("acc5", 2), ("loss", 4))
 
 

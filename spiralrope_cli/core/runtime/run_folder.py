@@ -19,6 +19,7 @@ CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
 CURVES_FILE, REPORT_FILE = "curves.png", "report.html"
 SOURCES_FILE, ENVIRONMENT_FILE = "sources.json", "environment.json"
+PIPELINE_FILE, SWEEP_FILE, FID_FILE = "pipeline.json", "sweep.json", "fid.json"
 SAMPLES_FILE, SAMPLES = "samples.png", "samples"
 MODEL_FILE, EMA_FILE, TRAINER_FILE = "model.safetensors", "ema.safetensors", "trainer.pt"
 STEP_DIGITS = 7
@@ -75,6 +76,11 @@ def first_step(run: TrainingRun) -> int:
         )
     check_same(run, folder)
     return steps[-1]
+
+
+def is_finished(run: TrainingRun, step: int) -> bool:
+    """Whether a run that would go on at a step has nothing left to do, its curves included."""
+    return step == run.total_steps and (Path(run.out) / CURVES_FILE).exists()
 
 
 def check_same(run: TrainingRun, folder: Path) -> None:
