@@ -16,7 +16,6 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 from spiralrope_cli.core.config.datasets import (
-    BUILT_IN,
     DataSet,
     class_folders,
     find_data_set,
@@ -27,7 +26,7 @@ from spiralrope_cli.core.config.datasets import (
 from spiralrope_cli.core.config.doctor import Checkup, Finding
 from spiralrope_cli.core.config.folders import cache_folder
 from spiralrope_cli.core.config.resolve import choose_data
-from spiralrope_cli.core.config.samples import DEFAULTS, NUM_OF_SMALL_DATA
+from spiralrope_cli.core.config.samples import num_samples
 from spiralrope_cli.core.data import memory
 from spiralrope_cli.core.data.pictures import Unreadable, open_picture
 from spiralrope_cli.core.errors import CheckpointError, DataError, FetchError, SpiralRopeError
@@ -231,7 +230,7 @@ def look_at_disk(checkup: Checkup, planned: Facts, findings: list[Finding]) -> F
     needs = {"checkpoints": planned.get("checkpoint_bytes", 0) * planned.get("checkpoints", 0)}
     if checkup.dit and planned:
         data, _ = choose_data([("option", checkup.options)])
-        num = checkup.num or (NUM_OF_SMALL_DATA if data in BUILT_IN else DEFAULTS["num"])
+        num = checkup.num or num_samples(data)
         needs["samples"] = npz_bytes(num, planned["picture_size"])
     if sum(needs.values()) > free:
         words = " and ".join(f"{human_size(size)} of {name}" for name, size in needs.items())
