@@ -25,8 +25,9 @@ MAY_IMPORT = {
     "hub": ALWAYS | {"runtime", "rope"},
     "weights": ALWAYS | {"hub", "rope"},
     "load": ALWAYS | {"hub", "models", "rope", "weights"},
+    "figures": ALWAYS | {"runtime", "rope", "data"},
     "jobs": ALWAYS
-    | {"runtime", "rope", "models", "data", "diffusion", "training", "metrics"}
+    | {"runtime", "rope", "models", "data", "diffusion", "training", "metrics", "figures"}
     | {"hub", "weights", "load", "jobs"},
     "commands": ALWAYS | {"runtime", "commands"},
 }
