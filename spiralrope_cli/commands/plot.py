@@ -4,9 +4,19 @@ from typing import Annotated
 
 import typer
 
+from spiralrope_cli.commands import options as o
 from spiralrope_cli.commands.options import choice, option
 from spiralrope_cli.core.config.checks import one_of
-from spiralrope_cli.core.config.plots import FORMATS, OVER, target
+from spiralrope_cli.core.config.plots import (
+    FORMATS,
+    OVER,
+    ROPE_PANELS,
+    RopePlot,
+    notes,
+    published_sizes,
+    target,
+)
+from spiralrope_cli.core.config.rope import RopeConfig
 
 PICTURE = "Picture"
 
@@ -62,4 +72,98 @@ def plot_run(
     from spiralrope_cli.core.jobs import plot as job
 
     job.draw_curves(folders, path, over)
+    typer.echo(path)
+
+
+ROPE_EXAMPLES = """
+Examples:
+
+  spiralrope plot rope                                          two times two directions
+
+  spiralrope plot rope --rotate 1 --rotate 2 --rotate 4         compared
+
+  spiralrope plot rope --rotate 4 --show score --grid 28 --format svg
+
+  spiralrope plot rope --arch dit-xl2 --rotate 2 --truncate-percentage 0.25
+
+  spiralrope plot rope --grid 7x28 --projection exact
+"""
+
+
+@app.command("rope", epilog=ROPE_EXAMPLES)
+def plot_rope(
+    context: typer.Context,
+    rotates: Annotated[
+        list[int] | None,
+        option(
+            "--rotate", panel=o.ROPE, text="Half the number of directions; repeat it to compare."
+        ),
+    ] = None,
+    theta: o.Theta = None,
+    freqs_for: o.FreqsFor = None,
+    max_freq: o.MaxFreq = None,
+    truncate_percentage: o.TruncatePercentage = None,
+    max_freq_lang: o.MaxFreqLang = None,
+    min_freq_lang: o.MinFreqLang = None,
+    same_theta: o.SameTheta = None,
+    projection: o.Projection = None,
+    scaling: o.Scaling = None,
+    arch: Annotated[
+        str, option("--arch", panel=o.MODEL, text="Whose heads and grid; deit-s, dit-xl2, ...")
+    ] = "deit-s",
+    head_dim: Annotated[
+        int | None, option("--head-dim", panel=o.MODEL, text="Channels per head; or by --arch.")
+    ] = None,
+    grid: Annotated[
+        str | None,
+        option(
+            "--grid",
+            panel=o.MODEL,
+            text="Patches, a side or rows x columns; or by --arch.",
+            metavar="N|HxW",
+            callback=o.parse_size,
+        ),
+    ] = None,
+    pretrain_grid: Annotated[
+        str | None,
+        option(
+            "--pretrain-grid",
+            panel=o.MODEL,
+            text="Patches that the model was trained at; by default --grid.",
+            metavar="N|HxW",
+            callback=o.parse_size,
+        ),
+    ] = None,
+    show: Annotated[
+        list[str] | None,
+        option("--show", panel=PICTURE, **choice("Panels, repeatable; all.", ROPE_PANELS)),
+    ] = None,
+    out: OutFile = None,
+    format: Format = None,
+) -> None:
+    """What a Spiral RoPE does: directions, frequencies, the clamp's reach, scores.
+
+    Prints the path of the picture.
+    """
+    chosen = o.given_rope(context)
+    ropes = tuple(RopeConfig(rotate=each, **chosen) for each in dict.fromkeys(rotates or ())) or (
+        RopeConfig(**chosen),
+    )
+    of_arch, side = published_sizes(arch)
+    sides = (side, side)
+    plot = RopePlot(
+        ropes=ropes,
+        head_dim=of_arch if head_dim is None else head_dim,
+        grid=grid or sides,  # type: ignore[arg-type]
+        pretrain_grid=pretrain_grid or grid or sides,  # type: ignore[arg-type]
+        panels=tuple(dict.fromkeys(show or ROPE_PANELS)),
+    )
+    words = "-".join(f"r{rope.rotate}" for rope in ropes)
+    path = target(out, format, f"rope-{words}")
+    for note in notes(plot, set(chosen)):
+        typer.echo(f"note: {note}", err=True)
+
+    from spiralrope_cli.core.jobs import plot as job
+
+    job.draw_rope(plot, path)
     typer.echo(path)

@@ -15,6 +15,7 @@ from spiralrope_cli.core.config.plots import FORMATS
 from spiralrope_cli.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -60,7 +61,7 @@ def save(figure: Figure, path: Path) -> None:
         raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def finish(axis: Any, title: str, xlabel: str, *, legend: bool = False) -> None:
+def finish(axis: Axes, title: str, xlabel: str, *, legend: bool = False) -> None:
     """Title, grid lines and legend of a panel of lines."""
     axis.set_title(title, fontsize=TITLE, loc="left")
     axis.set_xlabel(xlabel)
@@ -68,3 +69,12 @@ def finish(axis: Any, title: str, xlabel: str, *, legend: bool = False) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     if legend:
         axis.legend(frameon=False, fontsize=SMALL)
+
+
+def color_bar(axis: Axes, image: Any, label: str) -> None:
+    """The scale of a map as high as the map; whole patches are counted at its sides."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.figure.colorbar(image, cax=axis.inset_axes((1.03, 0, 0.05, 1)), label=label)
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_locator(MaxNLocator(7, integer=True))
