@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,14 +12,18 @@ from spiralrope_cli.core.config.plots import (
     FORMATS,
     OVER,
     ROPE_PANELS,
+    AttentionPlot,
     RopePlot,
+    SamplesPlot,
     notes,
     published_sizes,
     target,
 )
+from spiralrope_cli.core.config.resolve import build
 from spiralrope_cli.core.config.rope import RopeConfig
+from spiralrope_cli.core.errors import ConfigError
 
-PICTURE = "Picture"
+WHAT, PICTURE = "What to look at", "Picture"
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -166,4 +171,148 @@ def plot_rope(
     from spiralrope_cli.core.jobs import plot as job
 
     job.draw_rope(plot, path)
+    typer.echo(path)
+
+
+ATTENTION_EXAMPLES = """
+Examples:
+
+  spiralrope plot attention deit-b photo.jpg                    the class token, last layer
+
+  spiralrope plot attention deit-b photo.jpg --patch 7,3 --layer 0 --layer 5 --layer 11
+
+  spiralrope plot attention runs/pretrain-deit-s-birds-r4 photo.jpg --head 2 --ema
+"""
+
+
+@app.command("attention", epilog=ATTENTION_EXAMPLES)
+def plot_attention(
+    context: typer.Context,
+    source: o.SourceArgument,
+    image: Annotated[
+        str, typer.Argument(metavar="IMAGE", help="A picture's file.", show_default=False)
+    ],
+    patch: Annotated[
+        str | None,
+        option(
+            "--patch",
+            panel=WHAT,
+            text="Patch that looks, counted from 0; by default the class token.",
+            metavar="ROW,COL",
+            callback=o.pair_parser("ROW,COL, as 7,3"),
+        ),
+    ] = None,
+    layer: Annotated[
+        list[int] | None,
+        option("--layer", panel=WHAT, text="From 0, repeatable; by default the last."),
+    ] = None,
+    head: Annotated[
+        list[int] | None,
+        option("--head", panel=WHAT, text="From 0, repeatable; by default all."),
+    ] = None,
+    ema: Annotated[
+        bool, option("--ema", panel=WHAT, metavar=" ", text="Averaged weights, not raw ones.")
+    ] = False,
+    best: Annotated[
+        bool, option("--best", panel=WHAT, metavar=" ", text="A run's best checkpoint.")
+    ] = False,
+    image_size: Annotated[
+        str | None,
+        option(
+            "--image-size",
+            panel=WHAT,
+            text="Side, or height x width, in pixels; by default as trained.",
+            metavar="N|HxW",
+            callback=o.parse_size,
+        ),
+    ] = None,
+    rope: o.Rope = None,
+    rotate: o.Rotate = None,
+    theta: o.Theta = None,
+    freqs_for: o.FreqsFor = None,
+    max_freq: o.MaxFreq = None,
+    truncate_percentage: o.TruncatePercentage = None,
+    max_freq_lang: o.MaxFreqLang = None,
+    min_freq_lang: o.MinFreqLang = None,
+    same_theta: o.SameTheta = None,
+    projection: o.Projection = None,
+    scaling: o.Scaling = None,
+    out: OutFile = None,
+    format: Format = None,
+) -> None:
+    """Where a DeiT's class token, or a patch, looks in a picture: a map for each head.
+
+    Brightness goes up to the largest value of each map, which is written above it.
+    """
+    from spiralrope_cli.core.hub.source import find_source
+
+    plot = AttentionPlot(
+        source=source,
+        image=image,
+        ema=ema,
+        rope=o.given_rope(context),
+        image_size=image_size,  # type: ignore[arg-type]
+        patch=patch,  # type: ignore[arg-type]
+        layers=tuple(dict.fromkeys(layer or ())),
+        heads=tuple(dict.fromkeys(head or ())),
+    )
+    path = target(out, format, f"attention-{Path(source).resolve().stem}-{Path(image).stem}")
+    if path.resolve() == Path(image).resolve():
+        raise ConfigError(f"--out {out} is IMAGE itself", "name another file")
+    found = find_source(source, best=best)
+
+    from spiralrope_cli.core.jobs.plot_attention import draw_attention
+
+    draw_attention(found, plot, path)
+    typer.echo(path)
+
+
+SAMPLES_EXAMPLES = """
+Examples:
+
+  spiralrope plot samples runs/dit-sample-dit-xl2-ddpm250
+
+  spiralrope plot samples samples.npz --num 32 --columns 8
+
+  spiralrope plot samples ~/imagenet/val --num 100 --out val.svg
+"""
+
+
+@app.command("samples", epilog=SAMPLES_EXAMPLES)
+def plot_samples(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Folder of dit-sample, .npz of images, or folder of images.",
+            show_default=False,
+        ),
+    ],
+    num: Annotated[
+        int | None, option("--num", panel=PICTURE, text="The first so many images; 64.")
+    ] = None,
+    columns: Annotated[
+        int | None, option("--columns", panel=PICTURE, text="Images per row; by default a square.")
+    ] = None,
+    labels: Annotated[
+        bool | None,
+        option(
+            "--labels/--no-labels",
+            panel=PICTURE,
+            metavar=" ",
+            text="Classes below the images, where they are known.",
+        ),
+    ] = None,
+    out: OutFile = None,
+    format: Format = None,
+) -> None:
+    """A grid of generated images, or of any others, with their classes where known."""
+    given = {"num": num, "columns": columns, "labels": labels}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    plot: SamplesPlot = build(SamplesPlot, {"source": source, **chosen})
+    path = target(out, format, f"samples-{Path(source).resolve().stem}")
+
+    from spiralrope_cli.core.jobs.plot_samples import draw_samples
+
+    draw_samples(plot, path)
     typer.echo(path)

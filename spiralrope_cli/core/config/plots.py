@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from spiralrope_cli.core.config.checks import one_of
+from spiralrope_cli.core.config.checks import at_least, one_of
 from spiralrope_cli.core.config.models import deit_size, dit_size, is_dit
 from spiralrope_cli.core.config.rope import RopeConfig
-from spiralrope_cli.core.errors import ConfigError
+from spiralrope_cli.core.errors import ConfigError, DataError
 
 FORMATS = ("png", "svg")
 PLOTS_FOLDER = "plots"
@@ -18,6 +19,7 @@ ROPE_PANELS = ("rose", "frequencies", "clamp", "score")
 PUBLISHED_GRID = {False: 14, True: 32}
 """Of a DeiT in patches (224 px of 16 px), and of a DiT in latents (256 px), before its patches."""
 LARGEST_SIDE = 256
+MOST_IMAGES = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,84 @@ class RopePlot:
                 )
         for rope in self.ropes:
             rope.check_head_dim(self.head_dim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionPlot:
+    """Where a token of a DeiT looks in one picture.
+
+    Attributes:
+        source: as the user named the weights.
+        image: the picture's file.
+        ema: averaged weights.
+        rope: field name -> value, RoPE options that win over the source's.
+        image_size: (height, width) in pixels, None for the weights' own.
+        patch: (row, column) of the query, None for the class token.
+        layers: numbers from 0, none for the last one.
+        heads: numbers from 0, none for all.
+    """
+
+    source: str
+    image: str
+    ema: bool = False
+    rope: dict[str, Any] = field(default_factory=dict)
+    image_size: tuple[int, int] | None = None
+    patch: tuple[int, int] | None = None
+    layers: tuple[int, ...] = ()
+    heads: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, numbers in (("layer", self.layers), ("head", self.heads)):
+            for number in numbers:
+                at_least(name, number, 0)
+        if not Path(self.image).is_file():
+            raise DataError(f"IMAGE {self.image} is no file")
+
+    def check_fits(self, depth: int, num_heads: int, grid: tuple[int, int]) -> None:
+        """Refuses what a network of such sizes does not have.
+
+        Raises:
+            ConfigError: names the option and what there is.
+        """
+        for name, numbers, count in (
+            ("layer", self.layers, depth),
+            ("head", self.heads, num_heads),
+        ):
+            for number in numbers:
+                if number >= count:
+                    raise ConfigError(
+                        f"--{name} {number}: {self.source} has {count}, 0 to {count - 1}"
+                    )
+        if self.patch is not None and not all(
+            n < side for n, side in zip(self.patch, grid, strict=True)
+        ):
+            raise ConfigError(
+                f"--patch {self.patch[0]},{self.patch[1]} is outside of the grid: rows 0 to "
+                f"{grid[0] - 1}, columns 0 to {grid[1] - 1}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplesPlot:
+    """A grid of images.
+
+    Attributes:
+        source: an `.npz`, a folder of images, or the folder of a dit-sample run.
+        num: how many, the first ones, at most.
+        columns: per row; 0 for a square.
+        labels: writes the class below each image where it is known.
+    """
+
+    source: str
+    num: int = 64
+    columns: int = 0
+    labels: bool = True
+
+    def __post_init__(self) -> None:
+        at_least("num", self.num, 1)
+        at_least("columns", self.columns, 0)
+        if self.num > MOST_IMAGES:
+            raise ConfigError(f"--num is {self.num}; a picture takes {MOST_IMAGES} at most")
 
 
 def published_sizes(arch: str) -> tuple[int, int]:

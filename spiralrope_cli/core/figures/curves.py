@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spiralrope_cli.core.errors import DataError
-from spiralrope_cli.core.figures.style import COLORS, MARKERS, SMALL, TITLE, finish
+from spiralrope_cli.core.figures.style import COLORS, MARKERS, SMALL, TITLE, finish, grid_of_axes
 from spiralrope_cli.core.runtime.report import METRICS_FILE, read_metrics
 
 if TYPE_CHECKING:
@@ -61,19 +61,17 @@ def curves(runs: Sequence[Path], over: str = "step") -> Figure:
     panels = [(title, series) for title, series in panels if series]
     columns = math.ceil(len(panels) / 2)
     figure = Figure(figsize=(5 * columns, 6.5), layout="constrained")
-    axes = figure.subplots(2, columns, squeeze=False).flat
-    for axis, (title, series) in zip(axes, panels, strict=False):
+    axes = grid_of_axes(figure, len(panels), columns)
+    for axis, (title, series) in zip(axes, panels, strict=True):
         for number, lines in enumerate(logs.values()):
             for place, each in enumerate(series):
                 looks = _looks(number, place, several=len(logs) > 1)
-                _plot(axis, lines, each, over, looks)
+                _plot(axis, lines, each, over, looks, shift=number / len(logs))
         finish(axis, title, over)
         if len(series) > 1:
             _legend_of_series(axis, series, several=len(logs) > 1)
         if series[0].key == "images_per_s":
             axis.set_ylim(bottom=0)
-    for axis in list(axes):
-        axis.set_visible(False)
     _name_runs(figure, list(logs))
     return figure
 
@@ -86,14 +84,17 @@ def _looks(number: int, place: int, *, several: bool) -> dict[str, Any]:
     return {"color": COLORS[place], "marker": "o" if place else "", "markersize": 3.5}
 
 
-def _plot(axis: Axes, lines: list[Line], series: Series, over: str, looks: dict[str, Any]) -> None:
+def _plot(
+    axis: Axes, lines: list[Line], series: Series, over: str, looks: dict[str, Any], shift: float
+) -> None:
     points = [(line[over], line[series.key]) for line in lines if {over, series.key} <= line.keys()]
     if not points:
         return
     if len(points) == 1:  # a line of one point would not be seen
         looks = {**looks, "marker": looks["marker"] or "o"}
     every = max(1, len(points) // NUM_MARKERS)
-    axis.plot(*zip(*points, strict=True), series.style, markevery=every, **looks)
+    marked = (int(shift * every), every)  # side by side where lines lie upon each other
+    axis.plot(*zip(*points, strict=True), series.style, markevery=marked, **looks)
 
 
 def _legend_of_series(axis: Axes, series: list[Series], *, several: bool) -> None:

@@ -22,6 +22,7 @@ from spiralrope_cli.core.figures.style import (
     TITLE,
     color_bar,
     finish,
+    grid_of_axes,
 )
 from spiralrope_cli.core.rope import SpiralRoPE, leaves_grid, pair_layout, projections
 
@@ -91,12 +92,9 @@ def rope(plot: RopePlot) -> Figure:
         columns = min(len(found), 4)
     rows = math.ceil(len(cells) / columns)
     figure = Figure(figsize=(4.6 * columns, 4.2 * rows), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # type: ignore[union-attr]
-    axes = figure.subplots(rows, columns, squeeze=False).flat
-    for axis, (each, panel) in zip(axes, cells, strict=False):
+    axes = grid_of_axes(figure, len(cells), columns)
+    for axis, (each, panel) in zip(axes, cells, strict=True):
         PANELS[panel](axis, each, plot, found)
-    for axis in list(axes):
-        axis.set_visible(False)
     return figure
 
 

@@ -7,6 +7,7 @@ lines differ in style or marker too, and maps grow brighter with their values.
 from __future__ import annotations
 
 import io
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,17 @@ def save(figure: Figure, path: Path) -> None:
         raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
+def grid_of_axes(figure: Figure, count: int, columns: int) -> list[Axes]:
+    """So many panels in rows, with some air between them; no empty one is left over."""
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.set(w_pad=0.1, h_pad=0.1)
+    axes = list(figure.subplots(math.ceil(count / columns), columns, squeeze=False).flat)
+    for axis in axes[count:]:
+        axis.remove()
+    return axes[:count]
+
+
 def finish(axis: Axes, title: str, xlabel: str, *, legend: bool = False) -> None:
     """Title, grid lines and legend of a panel of lines."""
     axis.set_title(title, fontsize=TITLE, loc="left")
@@ -77,4 +89,4 @@ def color_bar(axis: Axes, image: Any, label: str) -> None:
 
     axis.figure.colorbar(image, cax=axis.inset_axes((1.03, 0, 0.05, 1)), label=label)
     for side in (axis.xaxis, axis.yaxis):
-        side.set_major_locator(MaxNLocator(7, integer=True))
+        side.set_major_locator(MaxNLocator("auto", integer=True))

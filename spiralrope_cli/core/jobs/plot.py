@@ -1,4 +1,4 @@
-"""Pictures: of runs, of what a Spiral RoPE does, of attention, and of samples."""
+"""Pictures of runs, of evaluations, and of what a Spiral RoPE does."""
 
 from __future__ import annotations
 
@@ -23,6 +23,6 @@ def draw_sizes(records: list[dict[str, Any]], target: Path) -> None:
 
 def draw_rope(plot: RopePlot, target: Path) -> None:
     """Directions, frequencies, the clamp's reach and centre scores, as a .png or .svg."""
-    from spiralrope_cli.core.figures.rope import rope
+    from spiralrope_cli.core.figures.rope import rope  # curves come without torch
 
     save(rope(plot), target)
