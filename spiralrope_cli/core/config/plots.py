@@ -90,21 +90,15 @@ class AttentionPlot:
         Raises:
             ConfigError: names the option and what there is.
         """
-        for name, numbers, count in (
-            ("layer", self.layers, depth),
-            ("head", self.heads, num_heads),
-        ):
-            for number in numbers:
-                if number >= count:
-                    raise ConfigError(
-                        f"--{name} {number}: {self.source} has {count}, 0 to {count - 1}"
-                    )
-        if self.patch is not None and not all(
-            n < side for n, side in zip(self.patch, grid, strict=True)
-        ):
+        layers = [("layer", number, depth) for number in self.layers]
+        for name, number, count in (*layers, *(("head", n, num_heads) for n in self.heads)):
+            if number >= count:
+                raise ConfigError(f"--{name} {number}: {self.source} has {count}, 0 to {count - 1}")
+        row, column = self.patch or (0, 0)
+        if row >= grid[0] or column >= grid[1]:
             raise ConfigError(
-                f"--patch {self.patch[0]},{self.patch[1]} is outside of the grid: rows 0 to "
-                f"{grid[0] - 1}, columns 0 to {grid[1] - 1}"
+                f"--patch {row},{column} is outside of the grid: rows 0 to {grid[0] - 1}, "
+                f"columns 0 to {grid[1] - 1}"
             )
 
 

@@ -20,6 +20,8 @@ MOST_COLUMNS = 5
 """Panels beside each other where one layer is drawn; several layers have a row each."""
 
 OPACITY = 0.65
+DIMMED = 160
+"""Levels that black and white move towards each other below a map, whose brightness counts."""
 
 
 def attention(
@@ -68,7 +70,9 @@ def attention(
             axis.imshow(row[1:].reshape(grid), interpolation="nearest", **looks)
             told = f"{name}\nmax {100 * row[1:].max():.2g} %, class {100 * row[0]:.2g} %"
             axis.set_title(told, fontsize=SMALL)
-    bar = figure.colorbar(ScalarMappable(cmap=COLOR_MAP), ax=axes, shrink=0.6, aspect=25)
+    bar = figure.colorbar(
+        ScalarMappable(cmap=COLOR_MAP), ax=axes, shrink=0.6 if rows > 1 else 1, aspect=25
+    )
     bar.set_ticks([0, 1], labels=["0", "max"])
     bar.set_label("attention to a patch", fontsize=SMALL)
     figure.suptitle(title, fontsize=11)
@@ -87,9 +91,9 @@ def _show(
 
     height, width = picture.shape[:2]
     grey = dimmed and picture.ndim == 3
-    shown = picture.mean(-1) if grey else picture
-    extent = (0, width, height, 0)
-    axis.imshow(shown, cmap="gray", vmin=0, vmax=255, extent=extent)
+    shown, dim = picture.mean(-1) if grey else picture, DIMMED if dimmed else 0
+    levels = {"cmap": "gray", "vmin": -dim, "vmax": 255 + dim}
+    axis.imshow(shown, extent=(0, width, height, 0), **levels)
     axis.set(xticks=[], yticks=[])
     if patch is None:
         return

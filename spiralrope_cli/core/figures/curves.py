@@ -85,7 +85,12 @@ def _looks(number: int, place: int, *, several: bool) -> dict[str, Any]:
 
 
 def _plot(
-    axis: Axes, lines: list[Line], series: Series, over: str, looks: dict[str, Any], shift: float
+    axis: Axes,
+    lines: list[Line],
+    series: Series,
+    over: str,
+    looks: dict[str, Any],
+    shift: float,
 ) -> None:
     points = [(line[over], line[series.key]) for line in lines if {over, series.key} <= line.keys()]
     if not points:

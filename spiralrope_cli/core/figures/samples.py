@@ -23,7 +23,7 @@ STRIP = 0.2
 """Height of the line below a picture, over the picture's."""
 
 CHARACTER, LINE = 0.085, 0.2
-"""Inches that a letter of the title is wide at most, and a line is high."""
+"""Inches that a letter is wide at most, and a line of the title is high."""
 
 
 def samples(
@@ -51,18 +51,14 @@ def samples(
     axis = figure.add_axes((0, 0, 1, height / (height + above)))
     axis.imshow(grid, interpolation="nearest", aspect="auto")
     axis.set_axis_off()
-    figure.text(0.5, 1, "\n".join(lines), fontsize=TITLE, ha="center", va="top")
-    wide, tall = (
-        (side - 2) / n for side, n in zip(grid.size, _shape(levels, columns), strict=True)
-    )
-    most = max(3, int(wide * larger / DPI / 0.075))
+    top = 1 - LINE / 4 / (height + above)
+    figure.text(0.5, top, "\n".join(lines), fontsize=TITLE, ha="center", va="top")
+    wide = (grid.size[0] - 2) / columns
+    tall = (grid.size[1] - 2) / math.ceil(len(levels) / columns)
+    most = max(3, int(wide * larger / DPI / CHARACTER))
     for number, label in enumerate(labels):
         row, column = divmod(number, columns)
         below = tall * (row + 1) - tall * strip / (levels.shape[-2] + strip) / 2
         text = label if len(label) <= most else f"{label[: most - 1]}…"
         axis.text(wide * (column + 0.5), below, text, fontsize=SMALL, ha="center", va="center")
     return figure
-
-
-def _shape(levels: Tensor, columns: int) -> tuple[int, int]:
-    return columns, math.ceil(len(levels) / columns)
