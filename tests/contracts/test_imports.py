@@ -132,6 +132,15 @@ def test_light_files_load_the_standard_library_alone(path):
         ["dit-sample", "dit-s2", "--sampler", "euler"],
         ["dit-sample", "dit-s2", "--steps", "1"],
         ["export", "deit-s", "--layout", "published", "--theta", "0"],
+        ["plot", "--help"],
+        ["plot", "run", "--help"],
+        ["plot", "run", "nowhere"],
+        ["plot", "rope", "--help"],
+        ["plot", "rope", "--rotate", "-1"],
+        ["plot", "attention", "--help"],
+        ["plot", "attention", "gone.pth", "gone.png"],
+        ["plot", "samples", "--help"],
+        ["plot", "samples", "gone.npz", "--format", "bmp"],
     ],
 )
 def test_the_command_line_answers_without_heavy_imports(words, tmp_path):

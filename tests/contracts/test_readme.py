@@ -69,8 +69,8 @@ def test_a_command_block_runs(page, line, runs, image_folder, tiny_vae, monkeypa
         words += ["--batch-size", "16", "--warmup-epochs", "0", "--mixup", "0", "--cutmix", "0"]
     result = CliRunner().invoke(cli.app, words)
     assert result.exit_code == 0, result.output + repr(result.exception)
-    if words[0] == "export":
-        assert list(runs.glob("exports/*"))
+    if words[0] in ("export", "plot"):
+        assert list(runs.glob(f"{words[0]}s/*"))
         return
     assert bool(launched) != ("--dry-run" in words)
 

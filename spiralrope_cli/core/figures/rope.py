@@ -163,7 +163,7 @@ def _draw_frequencies(axis: Axes, each: Measured, plot: RopePlot, found: list[Me
         for first, shift, face in ((True, -0.15, color), (False, 0.15, "white")):
             mine = (each.turn == turn) & (each.first_half == first)
             place = turn + shift * each.apart
-            seen, zero = height[mine & turning], height[mine & ~turning]
+            seen, zero = (height[mine & part].numpy() for part in (turning, ~turning))
             axis.plot([place] * len(seen), seen, marker, color=color, ms=5, markerfacecolor=face)
             axis.plot([place] * len(zero), zero, "x", color=color, ms=5)
     axis.set_yscale("log")
@@ -193,7 +193,7 @@ def _inverse(values: Any) -> Any:
 
 def _draw_clamp(axis: Axes, each: Measured, plot: RopePlot, found: list[Measured]) -> None:
     highest = 100 * max(float(other.clamped.max()) for other in found)
-    image = axis.imshow(100 * each.clamped, cmap=COLOR_MAP, vmin=0, vmax=highest or 1)
+    image = axis.imshow(100 * each.clamped.numpy(), cmap=COLOR_MAP, vmin=0, vmax=highest or 1)
     color_bar(axis, image, "% of the channels")
     axis.set(xlabel="column", ylabel="row")
     if not each.clamped.any():
@@ -208,7 +208,9 @@ def _draw_score(axis: Axes, each: Measured, plot: RopePlot, found: list[Measured
     rows, columns = plot.grid
     top, left = -(rows // 2) - 0.5, -(columns // 2) - 0.5
     extent = (left, left + columns, top + rows, top)
-    image = axis.imshow(each.scores, cmap=COLOR_MAP, vmin=min(lowest, 0.99), vmax=1, extent=extent)
+    image = axis.imshow(
+        each.scores.numpy(), cmap=COLOR_MAP, vmin=min(lowest, 0.99), vmax=1, extent=extent
+    )
     color_bar(axis, image, "mean cosine")
     axis.plot(0, 0, "x", color="black", markersize=7)
     axis.set(xlabel="columns from the query", ylabel="rows from the query")

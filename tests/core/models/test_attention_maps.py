@@ -42,10 +42,9 @@ def test_attention_times_v_is_what_the_fused_attention_gave(network):
         torch.testing.assert_close((weights @ v).transpose(1, 2).flatten(2), out, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("network", ["deit"], indirect=True)
 def test_one_token_of_chosen_layers(network):
     model, inputs, _ = network
-    if len(inputs) > 1:
-        pytest.skip("takes images alone")
     maps = attention_from(model, *inputs, token=7, layers=[2, 0])
     assert maps.shape == (2, 2, 2, 1 + 4 * 6)
     with Watch() as watch, torch.no_grad():
