@@ -19,6 +19,7 @@ from spiralrope_cli.commands import (
     finetune,
     plot,
     pretrain,
+    run,
 )
 from spiralrope_cli.core.errors import SpiralRopeError, UnreadableImageError
 from spiralrope_cli.core.runtime.launch import is_first_process, share_the_machine
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.command("pretrain", epilog=pretrain.EXAMPLES)(pretrain.pretrain)
 app.command("finetune", epilog=finetune.EXAMPLES)(finetune.finetune)
 app.command("eval", cls=evaluate.CropRatioCommand, epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+app.add_typer(run.app, name="run")
 app.command("dit-train", epilog=dit_train.EXAMPLES)(dit_train.dit_train)
 app.command("dit-encode", epilog=dit_encode.EXAMPLES)(dit_encode.dit_encode)
 app.command("dit-sample", epilog=dit_sample.EXAMPLES)(dit_sample.dit_sample)

@@ -141,6 +141,15 @@ def test_light_files_load_the_standard_library_alone(path):
         ["plot", "attention", "gone.pth", "gone.png"],
         ["plot", "samples", "--help"],
         ["plot", "samples", "gone.npz", "--format", "bmp"],
+        ["run", "--help"],
+        ["run", "deit", "--help"],
+        ["run", "deit", "--eval-only"],
+        ["run", "deit", "--from-legacy", "4 - - - - 8"],
+        ["run", "deit", "--sweep", "rotate=1,x"],
+        ["run", "deit", "--finetune-epochs", "1"],
+        ["run", "dit", "--help"],
+        ["run", "dit", "--sampler", "euler"],
+        ["run", "dit", "--reference", "nowhere", "--nproc", "1"],
     ],
 )
 def test_the_command_line_answers_without_heavy_imports(words, tmp_path):

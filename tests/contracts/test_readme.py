@@ -53,6 +53,8 @@ def test_a_command_block_runs(page, line, runs, image_folder, tiny_vae, monkeypa
     monkeypatch.setattr(score_plan, "prepare", lambda run: run)  # it would look for the files
     words = shlex.split(line, comments=True)[1:]
     words = [STAND_INS.get(word, word) for word in words]
+    if words[0] == "run":
+        words = planned(words, image_folder, tiny_vae)
     if words[0] in ("dit-sample", "dit-encode"):
         words += ["--vae", str(tiny_vae)]
     if words[0] == "eval" and STAND_INS["deit-b"] not in words:
@@ -61,7 +63,7 @@ def test_a_command_block_runs(page, line, runs, image_folder, tiny_vae, monkeypa
         words[words.index("~/imagenet")] = str(image_folder / "train")
         words = [str(tiny_vae) if word == "ema" else word for word in words]
         words += ["--batch-size", "8"]
-    elif "~/imagenet" in words:
+    elif words[0] != "run" and "~/imagenet" in words:
         # Any class folder stands in for ImageNet; only its size needs another batch.
         words[words.index("~/imagenet")] = str(image_folder)
         words = [word for word in words if word != "2048"]
@@ -69,10 +71,27 @@ def test_a_command_block_runs(page, line, runs, image_folder, tiny_vae, monkeypa
         words += ["--batch-size", "16", "--warmup-epochs", "0", "--mixup", "0", "--cutmix", "0"]
     result = CliRunner().invoke(cli.app, words)
     assert result.exit_code == 0, result.output + repr(result.exception)
+    if words[0] == "run":
+        assert not list(runs.iterdir())
+        return
     if words[0] in ("export", "plot"):
         assert list(runs.glob(f"{words[0]}s/*"))
         return
     assert bool(launched) != ("--dry-run" in words)
+
+
+def planned(words, image_folder, tiny_vae):
+    """The plans of a pipeline, with small pictures in place of ImageNet."""
+    if "--from-legacy" in words:
+        return words
+    if "~/imagenet" not in words:
+        return [*words, "--dry-run"]
+    words[words.index("~/imagenet")] = str(image_folder)
+    if words[1] == "dit":
+        return [*words, "--vae", str(tiny_vae), "--batch-size", "8", "--nproc", "1", "--dry-run"]
+    sizes = [("batch-size", "16"), ("warmup-epochs", "0")]
+    small = [word for name, n in sizes for word in (f"--{name}", n, f"--finetune-{name}", n)]
+    return [*words, *small, "--nproc", "1", "--dry-run"]
 
 
 @pytest.mark.parametrize(("page", "block"), blocks("python"))

@@ -9,6 +9,7 @@ import os
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -178,9 +179,16 @@ def _look_into(path: Path) -> tuple[NpzImages | None, tuple[str, ...], int, str]
             f"{path} has no arr_0 and no mu: it holds {', '.join(list(headers)[:5])}",
             "images are called arr_0; statistics mu and sigma, mu_s and sigma_s",
         )
-    count = int(read_array(path, "num_images")) if "num_images" in headers else 0
-    protocol = str(read_array(path, "protocol")) if "protocol" in headers else ""
-    return None, stored, count, protocol
+    count = int(_note(path, headers, "num_images", "iu") or 0)
+    return None, stored, max(count, 0), str(_note(path, headers, "protocol", "U") or "")
+
+
+def _note(path: Path, headers: dict[str, Header], name: str, kinds: str) -> Any:
+    """A number or word that `--save-stats` wrote beside statistics; None where it did not."""
+    header = headers.get(name)
+    if header is None or header.shape or header.dtype.kind not in kinds:
+        return None
+    return read_array(path, name).item()
 
 
 def _check_images(path: Path, header: Header) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -66,7 +66,12 @@ def attention(
             axis = next(panels)
             _show(axis, picture, patch, grid, dimmed=True)
             extent = (0, picture.shape[1], picture.shape[0], 0)
-            looks = {"cmap": COLOR_MAP, "vmin": 0, "alpha": OPACITY, "extent": extent}
+            looks: dict[str, Any] = {
+                "cmap": COLOR_MAP,
+                "vmin": 0,
+                "alpha": OPACITY,
+                "extent": extent,
+            }
             axis.imshow(row[1:].reshape(grid), interpolation="nearest", **looks)
             told = f"{name}\nmax {100 * row[1:].max():.2g} %, class {100 * row[0]:.2g} %"
             axis.set_title(told, fontsize=SMALL)
@@ -92,13 +97,19 @@ def _show(
     height, width = picture.shape[:2]
     grey = dimmed and picture.ndim == 3
     shown, dim = picture.mean(-1) if grey else picture, DIMMED if dimmed else 0
-    levels = {"cmap": "gray", "vmin": -dim, "vmax": 255 + dim}
-    axis.imshow(shown, extent=(0, width, height, 0), **levels)
+    extent = (0, width, height, 0)
+    axis.imshow(shown, cmap="gray", vmin=-dim, vmax=255 + dim, extent=extent)
     axis.set(xticks=[], yticks=[])
     if patch is None:
         return
     tall, wide = height / grid[0], width / grid[1]
     place = (patch[1] * wide, patch[0] * tall)
     for color, style in (("white", "-"), ("black", "--")):
-        box = {"fill": False, "edgecolor": color, "linestyle": style, "linewidth": 1.8, "zorder": 3}
+        box: dict[str, Any] = {
+            "fill": False,
+            "edgecolor": color,
+            "linestyle": style,
+            "linewidth": 1.8,
+            "zorder": 3,
+        }
         axis.add_patch(Rectangle(place, wide, tall, **box))

@@ -108,7 +108,8 @@ def _legend_of_series(axis: Axes, series: list[Series], *, several: bool) -> Non
     handles = []
     for place, each in enumerate(series):
         looks = {"color": "0.3"} if several else _looks(0, place, several=False)
-        handles.append(Line2D([], [], linestyle=each.style, label=each.label, **looks))
+        looks.update(linestyle=each.style, label=each.label)
+        handles.append(Line2D([], [], **looks))
     axis.legend(handles=handles, frameon=False, fontsize=SMALL)
 
 

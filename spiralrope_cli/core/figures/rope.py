@@ -197,7 +197,7 @@ def _draw_clamp(axis: Axes, each: Measured, plot: RopePlot, found: list[Measured
     color_bar(axis, image, "% of the channels")
     axis.set(xlabel="column", ylabel="row")
     if not each.clamped.any():
-        middle = {"transform": axis.transAxes, "ha": "center", "va": "center"}
+        middle: dict[str, Any] = {"transform": axis.transAxes, "ha": "center", "va": "center"}
         axis.text(0.5, 0.5, "no patch", color="white", **middle)
     exact = each.config.projection == "exact"
     _title(axis, each, "positions beyond the grid" if exact else "positions the clamp moves")

@@ -6,8 +6,10 @@ Standard library and PyYAML only, so that the parent can refuse before any worke
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.resolve import (
@@ -96,6 +98,11 @@ def first_step(run: TrainingRun) -> int:
     return steps[-1]
 
 
+def is_finished(run: TrainingRun, step: int) -> bool:
+    """Whether a run that would go on at a step has nothing left to do, its curves included."""
+    return step == run.total_steps and (Path(run.out) / CURVES_FILE).exists()
+
+
 def check_same(run: TrainingRun, folder: Path) -> None:
     """Refuses to continue a run with options that compute something else.
 
@@ -130,7 +137,16 @@ def write_config(run: TrainingRun) -> None:
     """Writes everything that is needed to repeat the run, in one piece."""
     import yaml
 
-    path = Path(run.out) / CONFIG_FILE
-    beside = path.with_suffix(".new")
-    beside.write_text(yaml.safe_dump(to_nested(run), sort_keys=False))
+    write_whole(Path(run.out) / CONFIG_FILE, yaml.safe_dump(to_nested(run), sort_keys=False))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a file for people and scripts, in one piece."""
+    write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that nobody ever sees a part of it."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text)
     os.replace(beside, path)
