@@ -17,6 +17,7 @@ from spiralrope_cli.commands import (
     fetch,
     fid,
     finetune,
+    plot,
     pretrain,
     run,
 )
@@ -43,6 +44,7 @@ app.command("dit-sample", epilog=dit_sample.EXAMPLES)(dit_sample.dit_sample)
 app.command("fetch", epilog=fetch.EXAMPLES)(fetch.fetch)
 app.command("export", epilog=export.EXAMPLES)(export.export)
 app.command("fid", epilog=fid.EXAMPLES)(fid.fid)
+app.add_typer(plot.app, name="plot")
 
 
 def _print_version(wanted: bool) -> None:

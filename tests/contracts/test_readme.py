@@ -74,8 +74,8 @@ def test_a_command_block_runs(page, line, runs, image_folder, tiny_vae, monkeypa
     if words[0] == "run":
         assert not list(runs.iterdir())
         return
-    if words[0] == "export":
-        assert list(runs.glob("exports/*"))
+    if words[0] in ("export", "plot"):
+        assert list(runs.glob(f"{words[0]}s/*"))
         return
     assert bool(launched) != ("--dry-run" in words)
 
