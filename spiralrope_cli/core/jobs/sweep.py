@@ -15,10 +15,10 @@ from spiralrope_cli.core.config.datasets import find_held_out
 from spiralrope_cli.core.config.sweeps import Member, Sweep
 from spiralrope_cli.core.jobs.eval_report import EVAL_FILE, read_rows
 from spiralrope_cli.core.jobs.pipeline import run_deit, say
+from spiralrope_cli.core.jobs.report import leave_report
 from spiralrope_cli.core.runtime.launch import is_first_process
-from spiralrope_cli.core.runtime.run_folder import write_json
+from spiralrope_cli.core.runtime.run_folder import REPORT_FILE, SWEEP_FILE, write_json
 
-SWEEP_FILE = "sweep.json"
 FIGURES = ("acc1", "acc5", "loss")
 SHOWN = (("raw", "acc1", "acc@1 %"), ("EMA", "acc1", "acc@1 % EMA"), ("EMA", "loss", "loss EMA"))
 """Weights, figure and heading of the table's columns; all of the last checkpoint: the best one was
@@ -46,7 +46,9 @@ def run_sweep(sweep: Sweep, *, dry_run: bool) -> None:
     records = summary(sweep.members)
     write_json(Path(sweep.folder) / SWEEP_FILE, {"rows": records})
     print_table(records)
-    say(f"figures: {Path(sweep.folder) / SWEEP_FILE}")
+    leave_report(Path(sweep.folder))
+    for what, name in (("figures", SWEEP_FILE), ("report", REPORT_FILE)):
+        say(f"{what}: {Path(sweep.folder) / name}")
 
 
 def summary(members: Sequence[Member]) -> list[Record]:
