@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make demo     train DeiT-Ti with Spiral RoPE on the bundled digits and evaluate it"
 	@echo "make test     run the tests"
-	@echo "make docs     write docs/cli.md from the app"
+	@echo "make docs     write the reference of commands and the picture of channels"
 	@echo "make style    format the code; make quality checks format, lint and types"
 
 setup: $(STAMP)
@@ -35,7 +35,7 @@ quality: $(STAMP)
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 
 docs: $(STAMP)
-	@$(BIN)/python docs/cli_reference.py
+	@$(BIN)/python docs/cli_reference.py && $(BIN)/python docs/channel_layout.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
