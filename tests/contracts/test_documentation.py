@@ -53,11 +53,14 @@ STAND_INS = {
 }
 """What is published is not here, nor is the time for large pictures."""
 
-_FEW_PICTURES = ["--batch-size", "16", "--warmup-epochs", "0", "--mixup", "0", "--cutmix", "0"]
+_NEW = ["--name", "new"]  # the folder of the usual name holds another run already
+_FEW_PICTURES = [
+    *("--batch-size", "16", "--warmup-epochs", "0", "--mixup", "0", "--cutmix", "0", *_NEW),
+]
 FITTED = {
     "pretrain": _FEW_PICTURES,
     "finetune": _FEW_PICTURES,
-    "dit-train": ["--batch-size", "8"],
+    "dit-train": ["--batch-size", "8", *_NEW],
     "dit-encode": ["--vae", "vae"],
     "fid": ["--num", "16"],
     "run": ["--dry-run"],  # its stages are the commands above; its own tests run them
@@ -70,7 +73,7 @@ TINY = {
     "pretrain": ["--arch", "deit-32x1x1", *_TINY_RUN],
     "finetune": _TINY_RUN,
     "eval": _ONE_PROCESS,
-    "dit-train": ["--arch", "dit-32x1x1-2", "--steps", "2", *_ONE_PROCESS],
+    "dit-train": ["--arch", "dit-32x1x1-2", "--steps", "2", "--image-size", "32", *_ONE_PROCESS],
     "dit-sample": ["--num", "2", "--steps", "2", *_ONE_PROCESS],
     "dit-encode": ["--image-size", "32", *_ONE_PROCESS],
     "fid": ["--kid-subset-size", "4", *_ONE_PROCESS],
@@ -80,7 +83,7 @@ TINY = {
 PLAN_ONLY = {
     *("--rotate", "--name", "--seed", "--out", "--scaling", "--projection", "--json", "--select"),
     *("--bootstrap", "--kid-subset-size", "--classes", "--rdzv-endpoint", "--dry-run", "--vae"),
-    *("--batch-size", "--num"),
+    *("--batch-size", "--num", "--schedule"),
 }
 """Options that alone make no line worth another run to the end."""
 
@@ -163,9 +166,7 @@ def test_every_line_of_a_shell_block_is_run_or_has_a_reason():
 
 
 @pytest.fixture(scope="session")
-def small_things(
-    tmp_path_factory, trained_once, drawn_once, image_folder, tiny_vae, digit_pictures
-):
+def small_things(tmp_path_factory, trained_once, drawn_once, tiny_vae, digit_pictures):
     """A folder with small things under the names that the pages use."""
     home = tmp_path_factory.mktemp("documentation")
     images = digit_pictures[:16]
@@ -178,12 +179,15 @@ def small_things(
             Image.fromarray(image).save(home / name / f"{number}.png")
     np.savez(home / "photos.npz", arr_0=images)
     Image.new("RGB", (32, 32), "red").save(home / "photo.jpg")
-    (home / "imagenet").symlink_to(image_folder)
+    for number in range(30):  # as many classes as the small weights have
+        folder = home / "imagenet" / ("val" if number < 10 else "train") / str(number % 10)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(digit_pictures[number]).save(folder / f"{number}.png")
     (home / "vae").symlink_to(tiny_vae)
     (home / "runs").mkdir()
     (home / "runs" / "pretrain-deit-ti-digits-r2").symlink_to(trained_once)
     (home / "runs" / "dit-train-dit-ti2-digits-r0").symlink_to(drawn_once)
-    words = ["dit-encode", "--data", str(image_folder), "--out", str(home / "latents")]
+    words = ["dit-encode", "--data", str(home / "imagenet"), "--out", str(home / "latents")]
     result = CliRunner().invoke(cli.app, [*words, "--vae", str(tiny_vae), "--image-size", "32"])
     assert result.exit_code == 0, result.output
     return home
