@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import cli_reference
@@ -35,10 +36,7 @@ NOT_RUN = {
 }
 
 GOLDEN = ROOT / "tests" / "golden" / "checkpoints"
-DEIT_FILE, DIT_FILE = (
-    str(GOLDEN / "deit_tiny_checkpoint.pth"),
-    str(GOLDEN / "dit_tiny_0000007.pt"),
-)
+DEIT_FILE, DIT_FILE = "published/deit_tiny_checkpoint.pth", "published/dit_tiny_0000007.pt"
 STAND_INS = {
     "deit-b": [DEIT_FILE],
     "runs/pretrain-deit-b-imagenet-r2": [DEIT_FILE],
@@ -184,6 +182,9 @@ def small_things(tmp_path_factory, trained_once, drawn_once, tiny_vae, digit_pic
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(digit_pictures[number]).save(folder / f"{number}.png")
     (home / "vae").symlink_to(tiny_vae)
+    (home / "published").mkdir()  # copies: eval writes beside the weights
+    for file in (DEIT_FILE, DIT_FILE):
+        shutil.copy(GOLDEN / Path(file).name, home / file)
     (home / "runs").mkdir()
     (home / "runs" / "pretrain-deit-ti-digits-r2").symlink_to(trained_once)
     (home / "runs" / "dit-train-dit-ti2-digits-r0").symlink_to(drawn_once)
