@@ -84,7 +84,7 @@ TINY = {
 PLAN_ONLY = {
     *("--rotate", "--name", "--seed", "--out", "--scaling", "--projection", "--json", "--select"),
     *("--bootstrap", "--kid-subset-size", "--classes", "--rdzv-endpoint", "--dry-run", "--vae"),
-    *("--batch-size", "--num", "--schedule"),
+    *("--batch-size", "--num", "--schedule", "--save-stats"),
 }
 """Options that alone make no line worth another run to the end."""
 
