@@ -72,7 +72,7 @@ def main() -> None:
     """Entry point of the console script."""
     share_the_machine()
     try:
-        app()
+        app(prog_name="spiralrope")
     except SpiralRopeError as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise
