@@ -60,6 +60,7 @@ def run(config: SampleRun) -> None:
         if config.png:
             write_pngs(job, files, facts)
         if job.is_first:
+            leave_report(out)
             say_results(config, files)
 
 
@@ -183,7 +184,6 @@ def write_pngs(job: Job, files: SampleFiles, facts: dict[str, Any]) -> None:
 def say_results(config: SampleRun, files: SampleFiles) -> None:
     """Where the results are."""
     console = Console(highlight=False, soft_wrap=True)
-    leave_report(files.folder)
     console.print(f"{config.num} images: {files.npz}", markup=False)
     console.print(f"grid: {files.grid}", markup=False)
     console.print(f"report: {files.folder / REPORT_FILE}", markup=False)

@@ -46,9 +46,9 @@ def run_sweep(sweep: Sweep, *, dry_run: bool) -> None:
     records = summary(sweep.members)
     write_json(Path(sweep.folder) / SWEEP_FILE, {"rows": records})
     print_table(records)
+    say(f"figures: {Path(sweep.folder) / SWEEP_FILE}")
     leave_report(Path(sweep.folder))
-    for what, name in (("figures", SWEEP_FILE), ("report", REPORT_FILE)):
-        say(f"{what}: {Path(sweep.folder) / name}")
+    say(f"report: {Path(sweep.folder) / REPORT_FILE}")
 
 
 def summary(members: Sequence[Member]) -> list[Record]:

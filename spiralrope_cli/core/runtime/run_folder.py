@@ -24,8 +24,8 @@ from spiralrope_cli.core.errors import CheckpointError
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
 CURVES_FILE, REPORT_FILE = "curves.png", "report.html"
-PIPELINE_FILE, SWEEP_FILE, FID_FILE = "pipeline.json", "sweep.json", "fid.json"
 SOURCES_FILE, ENVIRONMENT_FILE = "sources.json", "environment.json"
+PIPELINE_FILE, SWEEP_FILE, FID_FILE = "pipeline.json", "sweep.json", "fid.json"
 SAMPLES_FILE, SAMPLES = "samples.png", "samples"
 MODEL_FILE, EMA_FILE, TRAINER_FILE = "model.safetensors", "ema.safetensors", "trainer.pt"
 STEP_DIGITS = 7
