@@ -18,6 +18,7 @@ from spiralrope_cli.commands import (
     fetch,
     fid,
     finetune,
+    plot,
     pretrain,
     run,
 )
@@ -44,6 +45,7 @@ app.command("dit-sample", epilog=dit_sample.EXAMPLES)(dit_sample.dit_sample)
 app.command("fetch", epilog=fetch.EXAMPLES)(fetch.fetch)
 app.command("export", epilog=export.EXAMPLES)(export.export)
 app.command("fid", epilog=fid.EXAMPLES)(fid.fid)
+app.add_typer(plot.app, name="plot")
 app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 
 
@@ -70,7 +72,7 @@ def main() -> None:
     """Entry point of the console script."""
     share_the_machine()
     try:
-        app()
+        app(prog_name="spiralrope")
     except SpiralRopeError as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise

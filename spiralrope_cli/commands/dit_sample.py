@@ -6,8 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
+from spiralrope_cli.commands import completion
 from spiralrope_cli.commands import options as o
-from spiralrope_cli.commands.options import RUN, choice, option, parse_size
+from spiralrope_cli.commands.options import RUN, choice, option, pair_parser, parse_size
 from spiralrope_cli.core.config.checks import at_least, one_of
 from spiralrope_cli.core.config.diffusion import (
     CFG_CHANNELS,
@@ -15,6 +16,8 @@ from spiralrope_cli.core.config.diffusion import (
     GuidanceConfig,
     spaced_timesteps,
 )
+from spiralrope_cli.core.config.dit_runs import NO_VAE
+from spiralrope_cli.core.config.latents import VAE_NAMES
 from spiralrope_cli.core.config.resolve import build
 from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, world_size
@@ -47,20 +50,6 @@ def parse_classes(text: str | tuple[int, ...] | None) -> tuple[int, ...] | None:
     if not re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*", text):
         raise typer.BadParameter(f"{text!r} is no list of class numbers, as 207,88")
     return tuple(int(number) for number in text.split(","))
-
-
-def parse_interval(text: str | tuple[int, int] | None) -> tuple[int, int] | None:
-    """`0,600` as (0, 600).
-
-    Raises:
-        typer.BadParameter: not two numbers.
-    """
-    if text is None or isinstance(text, tuple):
-        return text
-    found = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", text)
-    if not found:
-        raise typer.BadParameter(f"{text!r} is not LO,HI, as 0,600")
-    return int(found[1]), int(found[2])
 
 
 def dit_sample(
@@ -97,7 +86,7 @@ def dit_sample(
             panel=SAMPLING,
             text="Guide where LO <= timestep < HI alone, of 0 to 1000.",
             metavar="LO,HI",
-            callback=parse_interval,
+            callback=pair_parser("LO,HI, as 0,600"),
         ),
     ] = None,
     classes: Annotated[
@@ -131,6 +120,7 @@ def dit_sample(
             panel=PICTURES,
             text="mse, ema, a folder in diffusers' layout, or none: pixels.",
             metavar="NAME|FOLDER",
+            autocompletion=completion.words(*VAE_NAMES, NO_VAE),
         ),
     ] = None,
     png: Annotated[

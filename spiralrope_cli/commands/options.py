@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from spiralrope_cli.commands import completion
 from spiralrope_cli.core.config.rope import (
     FREQS_FOR,
     PROJECTIONS,
@@ -36,14 +38,19 @@ ROPE_FIELDS = tuple(RopeConfig.__dataclass_fields__)
 
 def option(*names: str, panel: str, text: str, metavar: str | None = None, **more: Any) -> Any:
     """A typer option without a default of its own: the recipe and the data set know it."""
+    more = {"autocompletion": completion.paths, **more}
     return typer.Option(
         *names, rich_help_panel=panel, help=text, metavar=metavar, show_default=False, **more
     )
 
 
-def choice(text: str, allowed: tuple[str, ...]) -> dict[str, str]:
-    """Text and placeholder of an option that takes one of a few words."""
-    return {"text": f"{text} ({', '.join(allowed)})", "metavar": "WORD"}
+def choice(text: str, allowed: tuple[str, ...]) -> dict[str, Any]:
+    """Text, placeholder and completion of an option that takes one of a few words."""
+    return {
+        "text": f"{text} ({', '.join(allowed)})",
+        "metavar": "WORD",
+        "autocompletion": completion.words(*allowed),
+    }
 
 
 def parse_size(text: str | tuple[int, int] | None) -> tuple[int, int] | None:
@@ -60,6 +67,24 @@ def parse_size(text: str | tuple[int, int] | None) -> tuple[int, int] | None:
     return int(found[1]), int(found[2] or found[1])
 
 
+def pair_parser(words: str) -> Callable[[Any], tuple[int, int] | None]:
+    """A callback that reads two numbers, `0,600` as (0, 600).
+
+    Args:
+        words: how they are written, for the message.
+    """
+
+    def parse(text: str | tuple[int, int] | None) -> tuple[int, int] | None:
+        if text is None or isinstance(text, tuple):
+            return text
+        found = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", text)
+        if not found:
+            raise typer.BadParameter(f"{text!r} is not {words}")
+        return int(found[1]), int(found[2])
+
+    return parse
+
+
 def given(context: typer.Context) -> dict[str, Any]:
     """The options that the user gave, by the name of the config field they set."""
     options = {name: value for name, value in context.params.items() if value is not None}
@@ -74,6 +99,7 @@ SourceArgument = Annotated[
         metavar="SOURCE",
         help="Run folder, checkpoint file, or published name.",
         show_default=False,
+        autocompletion=completion.sources,
     ),
 ]
 

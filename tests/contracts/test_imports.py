@@ -25,8 +25,9 @@ MAY_IMPORT = {
     "hub": ALWAYS | {"runtime", "rope"},
     "weights": ALWAYS | {"hub", "rope"},
     "load": ALWAYS | {"hub", "models", "rope", "weights"},
+    "figures": ALWAYS | {"runtime", "rope", "data"},
     "jobs": ALWAYS
-    | {"runtime", "rope", "models", "data", "diffusion", "training", "metrics"}
+    | {"runtime", "rope", "models", "data", "diffusion", "training", "metrics", "figures"}
     | {"hub", "weights", "load", "jobs"},
     "commands": ALWAYS | {"runtime", "commands"},
 }
@@ -134,6 +135,15 @@ def test_light_files_load_the_standard_library_alone(path):
         ["dit-sample", "dit-s2", "--sampler", "euler"],
         ["dit-sample", "dit-s2", "--steps", "1"],
         ["export", "deit-s", "--layout", "published", "--theta", "0"],
+        ["plot", "--help"],
+        ["plot", "run", "--help"],
+        ["plot", "run", "nowhere"],
+        ["plot", "rope", "--help"],
+        ["plot", "rope", "--rotate", "-1"],
+        ["plot", "attention", "--help"],
+        ["plot", "attention", "gone.pth", "gone.png"],
+        ["plot", "samples", "--help"],
+        ["plot", "samples", "gone.npz", "--format", "bmp"],
         ["run", "--help"],
         ["run", "deit", "--help"],
         ["run", "deit", "--eval-only"],

@@ -103,17 +103,7 @@ def look_at(path: Path, role: str, num: int = 0) -> Side:
     Raises:
         DataError: it is not there, is neither, is damaged, or holds too few images.
     """
-    if path.is_dir():
-        folder = FolderInput(path, list_images(path))
-        images: ImageInput | None = folder
-        stored: tuple[str, ...] = ()
-        count, protocol = len(folder), ""
-    elif not path.exists():
-        raise DataError(f"{role} {path} does not exist", "it is a folder of images or an .npz file")
-    elif path.suffix == ".npz" or zipfile.is_zipfile(path):
-        images, stored, count, protocol = _look_into(path)
-    else:
-        raise DataError(f"{role} {path} is neither a folder of images nor an .npz file")
+    images, stored, count, protocol = _contents(path, role)
     if images is not None:
         count = _counted(len(images), role, path, num)
         if count != len(images):
@@ -121,6 +111,29 @@ def look_at(path: Path, role: str, num: int = 0) -> Side:
     elif num and num != count:
         raise DataError(f"--num {num}: {role} {path} holds statistics, and not of {num} images")
     return Side(role, path, images, stored, count or None, protocol)
+
+
+def images_in(path: Path, role: str) -> ImageInput:
+    """The images of a folder or file, one at least.
+
+    Raises:
+        DataError: as `look_at`, or it holds statistics alone.
+    """
+    images, *_ = _contents(path, role)
+    if images is None:
+        raise DataError(f"{role} {path} holds statistics, and no images")
+    return images
+
+
+def _contents(path: Path, role: str) -> tuple[ImageInput | None, tuple[str, ...], int, str]:
+    if path.is_dir():
+        folder = FolderInput(path, list_images(path))
+        return folder, (), len(folder), ""
+    if not path.exists():
+        raise DataError(f"{role} {path} does not exist", "it is a folder of images or an .npz file")
+    if path.suffix == ".npz" or zipfile.is_zipfile(path):
+        return _look_into(path)
+    raise DataError(f"{role} {path} is neither a folder of images nor an .npz file")
 
 
 def _counted(there: int, role: str, path: Path, num: int) -> int:

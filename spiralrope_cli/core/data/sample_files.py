@@ -153,6 +153,15 @@ class SampleFiles:
                 yield index
 
 
+def facts_in(npz: Path) -> dict[str, Any]:
+    """What made the samples of an `.npz`, empty where it does not tell."""
+    try:
+        with zipfile.ZipFile(npz) as archive:
+            return dict(json.loads(archive.comment or b"{}"))
+    except (OSError, ValueError, TypeError, zipfile.BadZipFile):
+        return {}
+
+
 def read_facts(folder: Path) -> dict[str, Any] | None:
     """What made the samples in a folder, None where there are none.
 

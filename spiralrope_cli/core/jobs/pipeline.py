@@ -82,7 +82,7 @@ def run_deit(pipeline: DeiTPipeline, *, dry_run: bool, show_again: bool = True) 
 
 
 def carry_out(folder: str, command: str, stages: Sequence[Stage], *, dry_run: bool) -> None:
-    """Stages in order, without those that are done."""
+    """Stages in order, without those that are done; then the page of them all."""
     for number, stage in enumerate(stages, 1):
         done = stage.done()
         say(f"[{number}/{len(stages)}] {stage.name}" + (f": {done}" if done else ""))

@@ -14,11 +14,11 @@ from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.resolve import RUN_KINDS, build, read_config
 from spiralrope_cli.core.data.sample_files import FACTS_FILE, NPZ_FILE, read_facts
 from spiralrope_cli.core.errors import SpiralRopeError
+from spiralrope_cli.core.figures.curves import curves
 from spiralrope_cli.core.hub.files import say
 from spiralrope_cli.core.jobs import report_page as html
 from spiralrope_cli.core.jobs.eval_report import EVAL_FILE
 from spiralrope_cli.core.jobs.plan import data_line, rope_line
-from spiralrope_cli.core.jobs.plot import curves
 from spiralrope_cli.core.jobs.report_command import command
 from spiralrope_cli.core.jobs.report_results import results
 from spiralrope_cli.core.runtime.report import METRICS_FILE, read_metrics

@@ -145,10 +145,13 @@ class Drawer:
 def label_of(config: SampleRun, index: int) -> int:
     """The class of an image: dealt out, or drawn by (seed, number)."""
     dealt = config.label(index)
-    if dealt is not None:
-        return dealt
-    drawn = generator_for(config.seed, "label", index)
-    return int(torch.randint(config.num_classes, (), generator=drawn))
+    return drawn_class(config.seed, config.num_classes, index) if dealt is None else dealt
+
+
+def drawn_class(seed: int, num_classes: int, index: int) -> int:
+    """The class of an image where none was asked for."""
+    drawn = generator_for(seed, "label", index)
+    return int(torch.randint(num_classes, (), generator=drawn))
 
 
 def leave_if_asked(job: Job, files: SampleFiles) -> None:

@@ -143,6 +143,8 @@ def facts_of(run: SampleRun, weights: Weights) -> dict[str, Any]:
         "weights": "ema" if weights.ema else "raw",
         "trained": weights.progress,
         "arch": weights.arch,
+        "data": weights.config.get("data", ""),
+        "num_classes": run.num_classes,
         "rope": dataclasses.asdict(weights.rope),
         "num": run.num,
         "steps": run.steps,
@@ -159,8 +161,8 @@ def facts_of(run: SampleRun, weights: Weights) -> dict[str, Any]:
     }
 
 
-FREE_TO_DIFFER = ("made_by", "source", "versions", "trained")
-"""What may change between two runs that go on with the same images."""
+FREE_TO_DIFFER = ("made_by", "source", "versions", "trained", "data", "num_classes")
+"""What may change between two runs that go on with the same images, or follows from the weights."""
 
 
 def check_same(run: SampleRun, facts: dict[str, Any]) -> bool:

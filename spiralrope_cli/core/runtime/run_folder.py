@@ -6,13 +6,19 @@ Standard library and PyYAML only, so that the parent can refuse before any worke
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from spiralrope_cli.core.config.dit_runs import TrainingRun
-from spiralrope_cli.core.config.resolve import flatten, read_config, to_nested
+from spiralrope_cli.core.config.resolve import (
+    RUNS_FOLDER,
+    flatten,
+    read_config,
+    to_nested,
+)
 from spiralrope_cli.core.errors import CheckpointError
 
 CONFIG_FILE = "config.yaml"
@@ -51,6 +57,23 @@ def steps_on_disk(folder: Path) -> list[int]:
     if not checkpoints.is_dir():
         return []
     return sorted(int(entry.name) for entry in checkpoints.iterdir() if entry.name.isdigit())
+
+
+def find_run(given: str) -> Path:
+    """The run folder that a word names: a path, or a name below the runs folder.
+
+    Raises:
+        CheckpointError: neither; the nearest name is suggested.
+    """
+    for folder in (Path(given).expanduser(), Path(RUNS_FOLDER) / given):
+        if folder.is_dir():
+            return folder
+    there = [entry.name for entry in sorted(Path(RUNS_FOLDER).glob("*/"))]
+    near = difflib.get_close_matches(given, there, n=1, cutoff=0.5)
+    raise CheckpointError(
+        f"there is no run {given}, neither here nor below {RUNS_FOLDER}/",
+        f"did you mean {near[0]}?" if near else "",
+    )
 
 
 def first_step(run: TrainingRun) -> int:
