@@ -106,6 +106,8 @@ def test_a_run_has_its_page(trained_once):
     assert "deit-64x2x2" in text
     assert len(page.all("svg")) == 4
     assert all(each["aria-label"] and each["role"] == "img" for each in page.all("svg"))
+    sizes = [list(map(float, each["viewbox"].split()[2:])) for each in page.all("svg")]
+    assert all(250 < width < 400 and 150 < height < 300 for width, height in sizes)
     values = {str(value) for value in read_config(trained_once / "config.yaml")}
     assert values <= set(page.words)
     assert json.loads((trained_once / "environment.json").read_text())["device_name"] in text
@@ -243,7 +245,9 @@ document.getElementById("f").onload = event => {{
   document.getElementById("told").textContent = JSON.stringify({{
     width: root.clientWidth, scroll: root.scrollWidth, wide: wide.map(each => each.tagName),
     fetched: fetched.filter(name => !name.startsWith("data:")),
-    svgs: [...inside.document.querySelectorAll("svg")].map(each => each.clientWidth),
+    svgs: [...inside.document.querySelectorAll("svg")].map(
+      each => [each.clientWidth, each.clientHeight]
+    ),
     pictures: [...inside.document.images].map(each => [each.naturalWidth, each.clientWidth]),
     ink: inside.getComputedStyle(inside.document.querySelector("h1")).color,
     ground: inside.getComputedStyle(inside.document.body).backgroundColor,
@@ -286,7 +290,7 @@ def test_a_browser_shows_it_without_network_or_overflow(run_folder, sample_folde
     assert found["scroll"] <= found["width"] <= width
     assert found["wide"] == []
     assert len(found["svgs"]) == 4
-    assert min(found["svgs"]) > 300
+    assert all(width > 300 and 0.4 < height / width < 0.9 for width, height in found["svgs"])
     [(natural, shown)] = found["pictures"]
     assert 0 < shown <= min(natural, width)
     ink, ground = (sum(map(int, re.findall(r"\d+", found[n])[:3])) for n in ("ink", "ground"))

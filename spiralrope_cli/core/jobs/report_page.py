@@ -84,16 +84,17 @@ def table(
         rows: their cells; the first one says what the row is about.
         words: columns that hold no numbers, which stand at the left.
     """
-    kinds = ["" if name in words else ' class="number"' for name in columns]
+    first = columns[0]
+    kinds = ["" if name in (first, *words) else ' class="number"' for name in columns]
     head = "".join(
         f'<th scope="col"{kind}>{escape(name)}</th>'
         for name, kind in zip(columns, kinds, strict=True)
     )
     lines = []
-    for first, *others in rows:
+    for about, *others in rows:
         cells = zip(others, kinds[1:], strict=True)
         lines.append(
-            f'<tr><th scope="row">{escape(str(first))}</th>'
+            f'<tr><th scope="row">{escape(str(about))}</th>'
             + "".join(f"<td{kind}>{escape(str(cell))}</td>" for cell, kind in cells)
             + "</tr>"
         )
@@ -148,14 +149,14 @@ def drawing(figure: Figure, name: str) -> str:
     name = name.encode().hex()  # what it holds may not be part of an element's name
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    for words in figure.texts:
-        words.set_visible(False)
+    for of_all in (*figure.texts, *figure.legends):
+        of_all.set_visible(False)
     drawn = []
     for number, axis in enumerate(figure.axes):
-        around = axis.get_tightbbox()
-        box = around.padded(4).transformed(figure.dpi_scale_trans.inverted()) if around else None
         for other in figure.axes:
             other.set_visible(other is axis)
+        around = axis.get_tightbbox()  # of what is visible
+        box = around.padded(4).transformed(figure.dpi_scale_trans.inverted()) if around else None
         sink = io.StringIO()
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
             figure.savefig(
