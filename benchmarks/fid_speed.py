@@ -26,7 +26,7 @@ from spiralrope_cli.core.data.memory import load_digits
 from spiralrope_cli.core.jobs.score_measure import in_features
 from spiralrope_cli.core.jobs.score_plan import Wanted
 from spiralrope_cli.core.metrics.frechet import frechet_distance
-from spiralrope_cli.core.metrics.inception import load_extractor
+from spiralrope_cli.core.metrics.inception import build_extractor
 from spiralrope_cli.core.runtime.job import Job, StopRequest
 
 BATCH, BATCHES, SIZE, ROUNDS = 32, 2, 256, 3
@@ -38,7 +38,7 @@ def feature_sides(weights: Path) -> dict[str, Callable[[], object]]:
     """Name -> a call that computes pool features of all images."""
     images = torch.randint(0, 256, (BATCH * BATCHES, SIZE, SIZE, 3), dtype=torch.uint8)
     job = Job(0, 1, CPU, torch.float32, "", StopRequest())
-    extractor = load_extractor(weights)
+    extractor = build_extractor(torch.load(weights), weights)
     wanted = Wanted(fid=True, sfid=False, inception_score=False, features=False)
     piece = -(-BATCH // torch.get_num_threads())
 

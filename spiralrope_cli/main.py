@@ -17,7 +17,9 @@ from spiralrope_cli.commands import (
     fetch,
     fid,
     finetune,
+    plot,
     pretrain,
+    run,
 )
 from spiralrope_cli.core.errors import SpiralRopeError, UnreadableImageError
 from spiralrope_cli.core.runtime.launch import is_first_process, share_the_machine
@@ -35,12 +37,14 @@ app = typer.Typer(
 app.command("pretrain", epilog=pretrain.EXAMPLES)(pretrain.pretrain)
 app.command("finetune", epilog=finetune.EXAMPLES)(finetune.finetune)
 app.command("eval", cls=evaluate.CropRatioCommand, epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+app.add_typer(run.app, name="run")
 app.command("dit-train", epilog=dit_train.EXAMPLES)(dit_train.dit_train)
 app.command("dit-encode", epilog=dit_encode.EXAMPLES)(dit_encode.dit_encode)
 app.command("dit-sample", epilog=dit_sample.EXAMPLES)(dit_sample.dit_sample)
 app.command("fetch", epilog=fetch.EXAMPLES)(fetch.fetch)
 app.command("export", epilog=export.EXAMPLES)(export.export)
 app.command("fid", epilog=fid.EXAMPLES)(fid.fid)
+app.add_typer(plot.app, name="plot")
 
 
 def _print_version(wanted: bool) -> None:

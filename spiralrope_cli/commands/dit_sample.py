@@ -8,7 +8,7 @@ import typer
 
 from spiralrope_cli.commands import completion
 from spiralrope_cli.commands import options as o
-from spiralrope_cli.commands.options import RUN, choice, option, parse_size
+from spiralrope_cli.commands.options import RUN, choice, option, pair_parser, parse_size
 from spiralrope_cli.core.config.checks import at_least, one_of
 from spiralrope_cli.core.config.diffusion import (
     CFG_CHANNELS,
@@ -52,20 +52,6 @@ def parse_classes(text: str | tuple[int, ...] | None) -> tuple[int, ...] | None:
     return tuple(int(number) for number in text.split(","))
 
 
-def parse_interval(text: str | tuple[int, int] | None) -> tuple[int, int] | None:
-    """`0,600` as (0, 600).
-
-    Raises:
-        typer.BadParameter: not two numbers.
-    """
-    if text is None or isinstance(text, tuple):
-        return text
-    found = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", text)
-    if not found:
-        raise typer.BadParameter(f"{text!r} is not LO,HI, as 0,600")
-    return int(found[1]), int(found[2])
-
-
 def dit_sample(
     context: typer.Context,
     source: o.SourceArgument,
@@ -100,7 +86,7 @@ def dit_sample(
             panel=SAMPLING,
             text="Guide where LO <= timestep < HI alone, of 0 to 1000.",
             metavar="LO,HI",
-            callback=parse_interval,
+            callback=pair_parser("LO,HI, as 0,600"),
         ),
     ] = None,
     classes: Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,6 +65,24 @@ def parse_size(text: str | tuple[int, int] | None) -> tuple[int, int] | None:
     if not found:
         raise typer.BadParameter(f"{text!r} is neither a side, as 224, nor HxW, as 224x448")
     return int(found[1]), int(found[2] or found[1])
+
+
+def pair_parser(words: str) -> Callable[[Any], tuple[int, int] | None]:
+    """A callback that reads two numbers, `0,600` as (0, 600).
+
+    Args:
+        words: how they are written, for the message.
+    """
+
+    def parse(text: str | tuple[int, int] | None) -> tuple[int, int] | None:
+        if text is None or isinstance(text, tuple):
+            return text
+        found = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", text)
+        if not found:
+            raise typer.BadParameter(f"{text!r} is not {words}")
+        return int(found[1]), int(found[2])
+
+    return parse
 
 
 def given(context: typer.Context) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from spiralrope_cli.core.config.dit_runs import DiTRun
 from spiralrope_cli.core.config.resolve import Resolved, StartingPoint, resolve_classifier
 from spiralrope_cli.core.config.resolve_dit import resolve_dit
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, world_size
-from spiralrope_cli.core.runtime.run_folder import CURVES_FILE, first_step
+from spiralrope_cli.core.runtime.run_folder import first_step, is_finished
 from spiralrope_cli.core.runtime.tracker import check_tracker
 
 CLASSIFIER_JOB = "spiralrope_cli.core.jobs.train_classifier:run"
@@ -46,8 +46,7 @@ def train(
     run = resolved.run
     check_tracker(run.machine.tracker)
     step = first_step(run)
-    curves = Path(run.out) / CURVES_FILE
-    if step == run.total_steps and curves.exists() and not dry_run:
+    if is_finished(run, step) and not dry_run:
         if is_first_process():
             from spiralrope_cli.core.runtime.report import print_results
 

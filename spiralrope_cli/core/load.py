@@ -100,10 +100,12 @@ def build(weights: Weights, device: torch.device | str = "cpu", **changes: Any) 
 def start_from(weights: Weights, model: DeiT | DiT) -> None:
     """Puts weights into a fresh network; a head or label table of other classes stays fresh.
 
+    So do the fixed positions of a diffusion transformer of another size.
+
     Raises:
         CheckpointError: other names or shapes differ.
     """
-    fresh = ("y_embedder.",) if isinstance(model, DiT) else ("head.",)
+    fresh = ("y_embedder.", "pos_embed") if isinstance(model, DiT) else ("head.",)
     state = fitted(weights, model, may_differ=fresh)
     model.load_state_dict({**model.state_dict(), **state})
 

@@ -134,14 +134,19 @@ def angle_table(
     return torch.where(in_first_half, halves[0], halves[1]) * frequency
 
 
-def clamped_share(grid: tuple[int, int], config: RopeConfig, head_dim: int) -> float:
-    """Share of all positions that `projection="clamped"` moves, in [0, 1]."""
+def leaves_grid(grid: tuple[int, int], config: RopeConfig, head_dim: int) -> Tensor:
+    """Which channel pairs of which tokens `projection="clamped"` moves: [h*w, D/2] bool."""
     _, angle, in_first_half = pair_layout(config, head_dim)
-    touched = [
+    beyond = [
         along.abs() > (side - 1) / 2 + 1e-9
         for along, side in zip(projections(grid, angle), grid, strict=True)
     ]
-    return torch.where(in_first_half, touched[0], touched[1]).double().mean().item()
+    return torch.where(in_first_half, beyond[0], beyond[1])
+
+
+def clamped_share(grid: tuple[int, int], config: RopeConfig, head_dim: int) -> float:
+    """Share of all positions that `projection="clamped"` moves, in [0, 1]."""
+    return leaves_grid(grid, config, head_dim).double().mean().item()
 
 
 class _Turn(torch.autograd.Function):

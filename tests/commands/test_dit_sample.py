@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import zipfile
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from spiralrope_cli import main as cli
+from spiralrope_cli.commands import dit_sample
 from spiralrope_cli.core.config.resolve_dit import resolve_dit
 from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.hub.catalog import WEIGHTS_REPO
@@ -109,12 +111,88 @@ def test_an_interrupted_run_goes_on_with_the_missing_images(sample, pixels, monk
     drawn = []
     draw = sample_dit.Drawer.__call__
     monkeypatch.setattr(
-        sample_dit.Drawer, "__call__", lambda self, mine: (drawn.extend(mine), draw(self, mine))[1]
+        sample_dit.Drawer,
+        "__call__",
+        lambda self, mine, *rest: (drawn.extend(mine), draw(self, mine, *rest))[1],
     )
     sample(*words, "--out", "parts")
     assert drawn == [6, 7, 8]
     assert (runs / "parts/samples.npz").read_bytes() == (runs / "whole/samples.npz").read_bytes()
     assert "is finished: 9 images" in sample(*words, "--out", "parts")
+
+
+def test_a_signal_within_a_batch_ends_it_at_once(sample, pixels, monkeypatch, runs):
+    def ask(self):
+        self.signal_number = signal.SIGINT
+
+    monkeypatch.setattr(StopRequest, "listen", ask)
+    told = sample(pixels, "--num", 3, *FAST, "--out", "here", expect=130)
+    assert "stopped with 0 of 3 images; the same command goes on" in told
+    assert (runs / "here" / "samples.part.npy").exists()
+
+
+def test_a_finished_run_makes_what_is_asked_for_later(sample, pixels, monkeypatch, runs):
+    words = (pixels, "--num", 5, *FAST, "--out", "here")
+    sample(*words)
+    folder = runs / "here"
+    npz, grid = ((folder / name).read_bytes() for name in ("samples.npz", "samples.png"))
+    monkeypatch.setattr(sample_dit, "Drawer", None)  # no network is needed for what is drawn
+    sample(*words, "--png")
+    assert len(list((folder / "png").glob("*.png"))) == 5
+    (folder / "png" / "000003.png").unlink()
+    (folder / "samples.png").unlink()
+    kept = (folder / "png" / "000002.png").stat().st_mtime_ns
+    assert "files: here/png" in sample(*words, "--png")
+    with Image.open(folder / "png" / "000003.png") as image:
+        assert np.array_equal(np.asarray(image), images("here")[3])
+        assert json.loads(image.text["spiralrope"])["index"] == 3
+    assert (folder / "png" / "000002.png").stat().st_mtime_ns == kept
+    assert (folder / "samples.png").read_bytes() == grid
+    assert (folder / "samples.npz").read_bytes() == npz
+    assert "is finished" in sample(*words, "--png")
+
+
+def test_the_settled_weights_are_used_whatever_is_saved_meanwhile(
+    sample, pixels, monkeypatch, runs
+):
+    run = shutil.copytree(pixels, runs / "trained")
+    sample(run, "--num", 2, *FAST, "--out", "before")
+
+    def saved_meanwhile(job, config):
+        older, newer = (run / "checkpoints" / f"0000{step}" for step in (120, 121))
+        shutil.copytree(older, newer, dirs_exist_ok=True)
+        shutil.copyfile(newer / "model.safetensors", newer / "ema.safetensors")
+        sample_dit.run(config)
+
+    monkeypatch.setattr(dit_sample, "launch", saved_meanwhile)
+    sample(run, "--num", 2, *FAST, "--out", "meanwhile")
+    assert np.array_equal(images("meanwhile"), images("before"))
+    sample(run / "checkpoints" / "0000121", "--num", 2, *FAST, "--out", "control")
+    assert not np.array_equal(images("control"), images("before"))
+
+
+def test_the_progress_counts_whole_images_and_all_of_them():
+    for images_, parts in ((7, 3), (3, 7), (64, 251), (1, 1)):
+        told = []
+        tick = sample_dit.in_parts(told.append, images_, parts)
+        for _ in range(parts):
+            tick()
+        assert sum(told) == images_
+        assert max(told) - min(told) <= 1
+
+
+def test_images_that_nothing_tells_of_are_not_overwritten(sample, pixels, runs):
+    (runs / "here").mkdir()
+    (runs / "here" / "samples.npz").write_bytes(b"somebody's")
+    told = sample(pixels, "--num", 2, *FAST, "--out", "here", expect=1)
+    assert "no samples.json says what made it" in told
+    assert (runs / "here" / "samples.npz").read_bytes() == b"somebody's"
+
+
+def test_guidance_that_cannot_act_is_a_note(sample, pixels):
+    words = (pixels, "--num", 2, "--dry-run", "--cfg-interval", "100,500")
+    assert "have no effect: --cfg-scale is 1" in sample(*words)
+    assert "no effect" not in sample(*words, "--cfg-scale", 2)
 
 
 def test_other_options_do_not_mix_with_what_is_there(sample, pixels):

@@ -160,6 +160,12 @@ def test_every_architecture_is_taken(arch):
     assert resolve_dit({"arch": arch, "image_size": (16, 16)}).run.arch == arch
 
 
+def test_a_vaes_folder_is_known_by_its_whole_path(runs, image_folder, tiny_vae):
+    (runs / "vae").symlink_to(tiny_vae)
+    options = {"data": str(image_folder), "image_size": (32, 32), "batch_size": 8, "vae": "vae"}
+    assert resolve_dit(options).run.pictures.vae == str(tiny_vae.resolve())
+
+
 def test_a_config_file_repeats_a_run_and_options_win(runs, resolved):
     first = resolved("--rotate", 4, "--lr", 0.5, "--epochs", 7, "--image-size", "12x8")
     path = runs / "kept.yaml"

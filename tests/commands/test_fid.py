@@ -15,7 +15,6 @@ from torch_fidelity.metric_prc import calculate_precision_recall_full
 from typer.testing import CliRunner
 
 from spiralrope_cli import main as cli
-from spiralrope_cli.core.config.fid import FIGURES
 from spiralrope_cli.core.errors import SpiralRopeError
 
 FEW = ["--kid-subset-size", "4", "--kid-subsets", "5"]
@@ -47,7 +46,7 @@ def fid(cache, inception_weights):
 
 @pytest.fixture(scope="session")
 def sets(tmp_path_factory, digit_pictures):
-    """8 and 7 digits, the first also as a folder of pictures in two sizes."""
+    """8 and 7 digits, the latter also as a folder of pictures."""
     root = tmp_path_factory.mktemp("sets")
     first, second = digit_pictures[:8], digit_pictures[20:27]
     np.savez(root / "a.npz", first)
@@ -115,15 +114,16 @@ def test_swapped_sides_are_seen(fid, sets):
 
 
 def test_batches_and_processes_change_nothing(fid, sets, spiralrope, inception_weights, cache):
-    one = fid(sets / "a.npz", sets / "folder", *FEW, "--select", "fid,is,kid,precision")
+    words = [*FEW, "--select", "fid,sfid,is,kid,recall"]
+    one = fid(sets / "a.npz", sets / "folder", *words)
     many = json.loads(
         spiralrope(
-            *("fid", sets / "a.npz", sets / "b.npz", *FEW, "--select", "fid,is,kid,precision"),
+            *("fid", sets / "a.npz", sets / "b.npz", *words),
             *("--batch-size", 3, "--nproc", 2, "--device", "cpu", "--json"),
             *("--weights", inception_weights),
         ).stdout
     )
-    for name in ("fid", "is", "kid", "kid_std", "precision"):
+    for name in ("fid", "sfid", "is", "kid", "kid_std", "recall"):
         assert many[name] == pytest.approx(one[name], rel=1e-6), name
 
 
@@ -138,6 +138,7 @@ def test_statistics_of_a_reference_are_computed_once(fid, sets, cache):
     for name in ("sfid", "recall"):
         assert again[name] == pytest.approx(first[name], rel=1e-6)
     (kept,) = (cache / "statistics").glob("*-sfid.npz")
+    assert fid(*words, "--precision", "bf16")["reference"]["from_cache"] == []
     kept.write_bytes(kept.read_bytes()[:1000])
     (cache / "statistics" / kept.name.replace("sfid", "features")).unlink()
     repaired = fid(sets / "a.npz", sets / "folder", "--select", "sfid")
@@ -179,6 +180,10 @@ def test_statistics_by_other_weights_are_refused(fid, sets, tmp_path, inception_
     torch.save({**weights, "fc.bias": weights["fc.bias"] + 1}, other)
     error = fid(sets / "a.npz", tmp_path / "b.npz", "--weights", other, weights=False)
     assert "statistics that were made differently" in error.message
+    assert error.hint.startswith("REFERENCE: inception-v3-compat 2015-12-05, weights sha256 ")
+    # They do not matter to what is measured without them.
+    words = (sets / "a.npz", tmp_path / "b.npz", "--select", "is", "--precision", "bf16")
+    assert fid(*words)["is"] > 1
 
 
 def test_images_and_statistics_in_one_file_are_both_used(fid, sets, tmp_path):
@@ -190,6 +195,20 @@ def test_images_and_statistics_in_one_file_are_both_used(fid, sets, tmp_path):
     assert found["precision"] == other["precision"]
     assert found["fid"] > 1000
     assert found["reference"]["stored_statistics"] == ["fid"]
+    # Nobody knows of how many images the stored ones are: surely not of these seven.
+    assert "8 images of SAMPLES" in " ".join(found["warnings"])
+    assert "of REFERENCE" not in " ".join(found["warnings"])
+
+
+def test_statistics_that_a_file_had_stored_are_saved_without_claims(fid, sets, tmp_path):
+    both, saved = tmp_path / "both.npz", tmp_path / "saved.npz"
+    with np.load(sets / "b.npz") as arrays:
+        np.savez(both, arrays["arr_0"], mu=np.zeros(2048), sigma=np.eye(2048))
+    told = fid(both, "--save-stats", saved, "--select", "is,fid")["stderr"]
+    assert "an unknown number of images" in told
+    with np.load(saved) as arrays:
+        assert (arrays["num_images"], arrays["protocol"]) == (0, "")
+        assert arrays["mu"].sum() == 0
 
 
 def test_an_error_bar(fid, sets):
@@ -229,6 +248,21 @@ def test_damaged_images_are_named_or_left_out(fid, sets, tmp_path, digit_picture
     assert "1 image(s) could not be read" in found["stderr"]
     error = fid(tmp_path, "--select", "is", "--skip-bad", "--num", "4")
     assert "--num 4: only 3 image(s)" in error.message
+
+
+def test_figures_that_damaged_images_make_impossible_are_left_out(fid, sets, tmp_path):
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes((sets / "folder" / f"{number}.png").read_bytes())
+    (tmp_path / "4.png").write_text("a text")
+    words = (tmp_path, sets / "a.npz", "--skip-bad", "--kid-subset-size", "5")
+    found = fid(*words, "--select", "kid,precision")
+    assert found["kid"] is None
+    assert found["left_out"]["kid"].startswith("SAMPLES has 4 images, and 5 are needed")
+    assert 0 <= found["precision"] <= 1
+    assert "nothing of --select can be computed" in fid(*words, "--select", "kid").message
+    (tmp_path / "3.png").write_text("a text")
+    found = fid(*words, "--select", "is,precision")
+    assert found["precision"] is None
 
 
 def ones(*shape):
@@ -324,11 +358,35 @@ def test_without_weights_it_says_what_to_fetch(fid, sets, cache):
     assert "is damaged: its sha256 begins with" in error.message
 
 
+def test_weights_are_read_in_either_format_of_torch_and_never_run(
+    fid, sets, tmp_path, inception_weights
+):
+    """Torch 1.6 changed the format in 2020, the year of the published file."""
+    words = (sets / "a.npz", "--select", "is", "--num", "2")
+    old, trap, text = (tmp_path / name for name in ("old.pth", "trap.pth", "text.pth"))
+    torch.save(torch.load(inception_weights), old, _use_new_zipfile_serialization=False)
+    found = fid(*words, "--weights", old, weights=False)
+    assert found["is"] == fid(*words)["is"]
+    torch.save({"Mixed_7c.branch_pool.conv.weight": Trap(tmp_path / "ran")}, trap)
+    text.write_text("no weights")
+    for path, message in ((trap, "to be read it would run"), (text, "is no checkpoint of torch")):
+        error = fid(*words, "--weights", path, weights=False)
+        assert message in error.message
+        assert error.exit_code == 1
+    assert not (tmp_path / "ran").exists()
+
+
+class Trap:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
 def test_half_precision_says_that_it_is_another_protocol(fid, sets):
     found = fid(sets / "a.npz", "--select", "is", "--precision", "bf16")
     assert found["protocol"]["precision"] == "bf16"
     assert any("papers compute them in fp32" in line for line in found["warnings"])
-
-
-def test_nothing_hides_behind_all():
-    assert FIGURES == ("fid", "sfid", "is", "kid", "precision", "recall")

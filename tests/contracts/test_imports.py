@@ -25,8 +25,9 @@ MAY_IMPORT = {
     "hub": ALWAYS | {"runtime", "rope"},
     "weights": ALWAYS | {"hub", "rope"},
     "load": ALWAYS | {"hub", "models", "rope", "weights"},
+    "figures": ALWAYS | {"runtime", "rope", "data"},
     "jobs": ALWAYS
-    | {"runtime", "rope", "models", "data", "diffusion", "training", "metrics"}
+    | {"runtime", "rope", "models", "data", "diffusion", "training", "metrics", "figures"}
     | {"hub", "weights", "load", "jobs"},
     "commands": ALWAYS | {"runtime", "commands"},
 }
@@ -131,6 +132,24 @@ def test_light_files_load_the_standard_library_alone(path):
         ["dit-sample", "dit-s2", "--sampler", "euler"],
         ["dit-sample", "dit-s2", "--steps", "1"],
         ["export", "deit-s", "--layout", "published", "--theta", "0"],
+        ["plot", "--help"],
+        ["plot", "run", "--help"],
+        ["plot", "run", "nowhere"],
+        ["plot", "rope", "--help"],
+        ["plot", "rope", "--rotate", "-1"],
+        ["plot", "attention", "--help"],
+        ["plot", "attention", "gone.pth", "gone.png"],
+        ["plot", "samples", "--help"],
+        ["plot", "samples", "gone.npz", "--format", "bmp"],
+        ["run", "--help"],
+        ["run", "deit", "--help"],
+        ["run", "deit", "--eval-only"],
+        ["run", "deit", "--from-legacy", "4 - - - - 8"],
+        ["run", "deit", "--sweep", "rotate=1,x"],
+        ["run", "deit", "--finetune-epochs", "1"],
+        ["run", "dit", "--help"],
+        ["run", "dit", "--sampler", "euler"],
+        ["run", "dit", "--reference", "nowhere", "--nproc", "1"],
     ],
 )
 def test_the_command_line_answers_without_heavy_imports(words, tmp_path):

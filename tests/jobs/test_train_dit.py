@@ -24,6 +24,7 @@ from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.jobs import encode_latents, train_dit
 from spiralrope_cli.core.jobs.plan import plan_lines
 from spiralrope_cli.core.jobs.start import starting_point
+from spiralrope_cli.core.models.dit import sincos_pos_embed
 from spiralrope_cli.core.runtime import launch, run_folder
 from spiralrope_cli.core.runtime.job import StopRequest
 from spiralrope_cli.core.runtime.report import read_metrics
@@ -194,6 +195,17 @@ def test_init_gives_other_classes_a_fresh_label_table(tiny, runs, image_folder):
     table = "y_embedder.embedding_table.weight"
     assert after[table].shape == (4, 32)
     assert all(torch.equal(before[name], after[name]) for name in before if name != table)
+
+
+def test_init_without_rope_takes_another_size_with_its_own_fixed_positions(tiny, runs):
+    train_dit.run(tiny(out="first", enabled=False, steps=1))
+    start, _ = starting_point(find_source(str(runs / "first")), {}, dit=True)
+    run = tiny(start, out="wide", steps=1, lr=0.0, schedule="constant", image_size=(8, 12))
+    assert "fixed positions made anew" in dict(plan_lines(run, 0))["start"]
+    train_dit.run(run)
+    before, after = weights(runs / "first", "ema"), weights(runs / "wide")
+    assert torch.equal(after["pos_embed"], sincos_pos_embed((4, 6), 32))
+    assert all(torch.equal(before[n], after[n]) for n in before if n != "pos_embed")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_batch(tiny, runs, monkeypatch):

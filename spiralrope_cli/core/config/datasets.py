@@ -34,6 +34,7 @@ class DataSet:
         finetune: the same for `finetune` alone, over the defaults.
         default_dit: diffusion transformer that fits it.
         dit: as defaults, for diffusion transformers, which share nothing with classifiers.
+        num_samples: images that are drawn from a diffusion transformer of it.
     """
 
     data: str
@@ -47,6 +48,7 @@ class DataSet:
     finetune: dict[str, Any] = field(default_factory=dict)
     default_dit: str = "dit-b4"
     dit: dict[str, Any] = field(default_factory=dict)
+    num_samples: int = 50_000
 
 
 # What the memory sets have in common: grey pictures that augmentation must not mirror or mix
@@ -120,6 +122,7 @@ DIGITS = DataSet(
         "sample_every": 500,
         "save_every": 500,
     },
+    num_samples=200,
 )
 
 FASHION_MNIST = DataSet(
@@ -165,6 +168,7 @@ FASHION_MNIST = DataSet(
         "sample_every": 1000,
         "save_every": 1000,
     },
+    num_samples=200,
 )
 
 BUILT_IN = {built_in.data: built_in for built_in in (DIGITS, FASHION_MNIST)}

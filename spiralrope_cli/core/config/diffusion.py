@@ -86,5 +86,5 @@ def _strided(text: str) -> list[int]:
             return list(range(0, NUM_TRAIN_STEPS, stride))
     raise ConfigError(
         f"--steps {text}: no whole stride through {NUM_TRAIN_STEPS} takes so many steps",
-        f"use --steps {count}" if count > 1 else "for example ddim25 or ddim50",
+        f"use --steps {count}" if 1 < count <= NUM_TRAIN_STEPS else "for example ddim25 or ddim50",
     )

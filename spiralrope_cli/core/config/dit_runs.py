@@ -6,9 +6,10 @@ As in `runs.py`, every field name is unique over all groups and is the option's 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from spiralrope_cli.core.config.checks import at_least, in_range, one_of
-from spiralrope_cli.core.config.latents import VAE_FACTOR
+from spiralrope_cli.core.config.latents import VAE_FACTOR, VAE_NAMES
 from spiralrope_cli.core.config.models import dit_size
 from spiralrope_cli.core.config.optim import OptimConfig
 from spiralrope_cli.core.config.rope import RopeConfig
@@ -167,6 +168,13 @@ class DiTRun:
 
 
 TrainingRun = ClassifierRun | DiTRun
+
+
+def full_vae_name(given: str) -> str:
+    """A VAE's folder by its whole path, for commands that run elsewhere; names as they are."""
+    folder = Path(given).expanduser()
+    is_name = given in (NO_VAE, *VAE_NAMES)
+    return given if is_name or not folder.is_dir() else str(folder.resolve())
 
 
 def input_size(arch: str, image_size: tuple[int, int], vae: str) -> tuple[int, int]:

@@ -37,6 +37,7 @@ class FidRun:
         seed: of KID's subsets and of the bootstrap.
         batch_size: images at a time per process; it changes no figure.
         as_json: prints JSON in place of the table.
+        facts_file: where that JSON goes too; empty for nowhere.
         machine: where and how.
     """
 
@@ -52,6 +53,7 @@ class FidRun:
     seed: int = 2020
     batch_size: int = 32
     as_json: bool = False
+    facts_file: str = ""
     machine: MachineConfig = field(default_factory=partial(MachineConfig, precision=PRECISIONS[0]))
 
     def __post_init__(self) -> None:

@@ -104,7 +104,7 @@ class CachePlan:
         files_sha256: of their paths below that folder, in order.
         image_size: (height, width) in pixels.
         crop: how they are brought to that size.
-        vae: as it was named.
+        vae: `ema`, `mse`, or the whole path of its folder.
         vae_sha256: of its weights file.
         scale: what latents are multiplied by.
         precision: the VAE computed in.
@@ -200,37 +200,27 @@ class Manifest:
         content["shards"] = [dataclasses.asdict(shard) for shard in self.shards]
         return json.dumps(content, indent=1)
 
-    def check_fits(
-        self,
-        *,
-        image_size: tuple[int, int] | None = None,
-        vae: str | None = None,
-        vae_sha256: str | None = None,
-    ) -> None:
-        """Refuses latents that are not those of the run; None is not compared.
+    def check_fits(self, image_size: tuple[int, int], vae: str) -> None:
+        """Refuses latents that are not those of the run.
 
         Args:
             image_size: the run's, (height, width).
-            vae: the run's, as it was named; names are compared where there is no digest.
-            vae_sha256: of its weights file.
+            vae: the run's, `ema`, `mse` or the whole path of its folder.
 
         Raises:
             ConfigError: names both sides.
         """
         plan = self.plan
-        if image_size is not None and image_size != plan.image_size:
+        if image_size != plan.image_size:
             ours, theirs = (f"{h}x{w}" for h, w in (image_size, plan.image_size))
             raise ConfigError(
                 f"--latents {self.folder} are of {theirs} px images, --image-size is {ours}",
                 "leave --image-size out, or encode the images anew by spiralrope dit-encode",
             )
-        other = vae_sha256 != plan.vae_sha256 if vae_sha256 else vae is not None and vae != plan.vae
-        if other:
-            digest = f" ({vae_sha256[:16]})" if vae_sha256 else ""
+        if vae != plan.vae:
             raise ConfigError(
-                f"--latents {self.folder} were made with --vae {plan.vae} "
-                f"({plan.vae_sha256[:16]}), not with {vae or 'this one'}{digest}",
-                "use that VAE, or encode the images anew by spiralrope dit-encode",
+                f"--latents {self.folder} were made with --vae {plan.vae}, not with {vae}",
+                "leave --vae out, or encode the images anew by spiralrope dit-encode",
             )
 
 

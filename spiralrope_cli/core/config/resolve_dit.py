@@ -7,7 +7,7 @@ from typing import Any
 
 from spiralrope_cli.core.config import inert, recipes
 from spiralrope_cli.core.config.datasets import DataSet, find_pictures, slug_of
-from spiralrope_cli.core.config.dit_runs import DiTRun, PictureConfig, input_size
+from spiralrope_cli.core.config.dit_runs import DiTRun, PictureConfig, full_vae_name, input_size
 from spiralrope_cli.core.config.latents import LATENT_CHANNELS, Manifest, read_manifest
 from spiralrope_cli.core.config.models import dit_name, dit_size
 from spiralrope_cli.core.config.resolve import (
@@ -59,15 +59,17 @@ def resolve_dit(
     )
     values.update(command="dit-train", arch=arch, data=data_set.data, num_train=data_set.num_train)
     sources.update(data=data_source, arch=arch_source)
-    fit_input(values, data_set)
+    values["vae"] = full_vae_name(values["vae"])
+    pictures: PictureConfig = build(PictureConfig, values)
+    if latents:
+        cache.check_fits(pictures.image_size, pictures.vae)
+    fit_input(values, pictures, data_set)
     if start:
         check_start(values, start)
         fit_positions(values, sources, start, "input_size")
     fit_length(values, sources, options)
     fit_name(values, sources, data_set, dit_size(arch).head_dim)
     run: DiTRun = build(DiTRun, values)
-    if latents:
-        cache.check_fits(image_size=run.pictures.image_size, vae=run.pictures.vae)
     return Resolved(run, sources, tuple(inert.dit_notes(run, data_set, set(options))))
 
 
@@ -84,13 +86,12 @@ def of_cache(cache: Manifest) -> DataSet:
     )
 
 
-def fit_input(values: dict[str, Any], data_set: DataSet) -> None:
+def fit_input(values: dict[str, Any], pictures: PictureConfig, data_set: DataSet) -> None:
     """What the network is given, by pictures and VAE.
 
     Raises:
         ConfigError: a size that does not split into patches.
     """
-    pictures: PictureConfig = build(PictureConfig, values)
     values["input_size"] = input_size(values["arch"], pictures.image_size, pictures.vae)
     of_pictures = 1 if data_set.kind == "memory" else 3
     values["in_chans"] = LATENT_CHANNELS if pictures.in_latents else of_pictures

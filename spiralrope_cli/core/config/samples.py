@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spiralrope_cli.core.config.checks import at_least, one_of
+from spiralrope_cli.core.config.datasets import BUILT_IN, DataSet
 from spiralrope_cli.core.config.diffusion import (
     NUM_TRAIN_STEPS,
     SAMPLERS,
@@ -17,11 +18,21 @@ from spiralrope_cli.core.config.latents import VAE_FACTOR
 from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
 
-DEFAULTS: dict[str, Any] = {"num": 50_000, "steps": "250", "sampler": "ddpm", "seed": 100}
+DEFAULTS: dict[str, Any] = {"steps": "250", "sampler": "ddpm", "seed": 100}
 """As the published figures were made."""
 
-NUM_OF_SMALL_DATA = 200
 SAMPLING_VAE = "mse"
+
+
+def num_samples(data: str) -> int:
+    """How many images are drawn of weights that were trained on a data set, empty if unknown."""
+    return BUILT_IN.get(data, DataSet).num_samples
+
+
+def decoder_of(vae: str) -> str:
+    """The VAE that decodes what was trained on latents of one."""
+    # Trained with the encoder of `ema`, decoded by `mse`: so the published figures were made.
+    return SAMPLING_VAE if vae == "ema" else vae
 
 
 @dataclass(frozen=True, kw_only=True)

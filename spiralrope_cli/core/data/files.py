@@ -21,6 +21,7 @@ from spiralrope_cli.core.config.runs import AugmentConfig
 from spiralrope_cli.core.data.pictures import Unreadable, open_picture
 from spiralrope_cli.core.errors import ConfigError, DataError
 from spiralrope_cli.core.runtime.seeds import seed_everything
+from spiralrope_cli.core.runtime.threads import cores_per_process
 
 Transform = Callable[[Image.Image], np.ndarray]
 POSTERIZE_OPS = ("Posterize", "PosterizeIncreasing", "PosterizeOriginal")
@@ -178,7 +179,7 @@ def load(
 ) -> Iterator[Loaded]:
     """Batches by lists of keys, read ahead by loader processes."""
     if workers < 0:
-        workers = min(4, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        workers = min(4, cores_per_process())
     loader = DataLoader(
         files,
         batch_sampler=batches,

@@ -8,7 +8,6 @@ Legend: B batch, (h, w) pixels.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections import defaultdict
 from collections.abc import Generator
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from torch import Tensor
 from spiralrope_cli.core.data.inputs import FolderInput, ImageInput, NpzImages
 from spiralrope_cli.core.data.npz import stream_rows
 from spiralrope_cli.core.data.pictures import Unreadable, open_picture
-from spiralrope_cli.core.runtime.threads import in_order
+from spiralrope_cli.core.runtime.threads import cores_per_process, in_order
 
 LARGEST_BATCH = 1 << 28
 """Bytes of pixels after which a batch is closed before it is full."""
@@ -82,11 +81,10 @@ def _decoded(
     images: FolderInput, part: range, batch_size: int, threads: int
 ) -> Generator[ImageBatch, None, None]:
     if threads < 0:
-        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        threads = min(MOST_THREADS, max(cores, 1))
+        threads = min(MOST_THREADS, cores_per_process())
     tasks = (partial(decode, images.files[number]) for number in part)
     batch, sizes, num_bytes = ImageBatch(), _BySize(list), 0
-    with contextlib.closing(in_order(tasks, threads, 4 * threads)) as pictures:
+    with contextlib.closing(in_order(tasks, max(threads, 1), 4 * threads)) as pictures:
         for number, picture in zip(part, pictures, strict=True):
             if isinstance(picture, Unreadable):
                 batch.unreadable.append(picture)

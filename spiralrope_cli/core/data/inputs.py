@@ -9,6 +9,7 @@ import os
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -102,17 +103,7 @@ def look_at(path: Path, role: str, num: int = 0) -> Side:
     Raises:
         DataError: it is not there, is neither, is damaged, or holds too few images.
     """
-    if path.is_dir():
-        folder = FolderInput(path, list_images(path))
-        images: ImageInput | None = folder
-        stored: tuple[str, ...] = ()
-        count, protocol = len(folder), ""
-    elif not path.exists():
-        raise DataError(f"{role} {path} does not exist", "it is a folder of images or an .npz file")
-    elif path.suffix == ".npz" or zipfile.is_zipfile(path):
-        images, stored, count, protocol = _look_into(path)
-    else:
-        raise DataError(f"{role} {path} is neither a folder of images nor an .npz file")
+    images, stored, count, protocol = _contents(path, role)
     if images is not None:
         count = _counted(len(images), role, path, num)
         if count != len(images):
@@ -120,6 +111,29 @@ def look_at(path: Path, role: str, num: int = 0) -> Side:
     elif num and num != count:
         raise DataError(f"--num {num}: {role} {path} holds statistics, and not of {num} images")
     return Side(role, path, images, stored, count or None, protocol)
+
+
+def images_in(path: Path, role: str) -> ImageInput:
+    """The images of a folder or file, one at least.
+
+    Raises:
+        DataError: as `look_at`, or it holds statistics alone.
+    """
+    images, *_ = _contents(path, role)
+    if images is None:
+        raise DataError(f"{role} {path} holds statistics, and no images")
+    return images
+
+
+def _contents(path: Path, role: str) -> tuple[ImageInput | None, tuple[str, ...], int, str]:
+    if path.is_dir():
+        folder = FolderInput(path, list_images(path))
+        return folder, (), len(folder), ""
+    if not path.exists():
+        raise DataError(f"{role} {path} does not exist", "it is a folder of images or an .npz file")
+    if path.suffix == ".npz" or zipfile.is_zipfile(path):
+        return _look_into(path)
+    raise DataError(f"{role} {path} is neither a folder of images nor an .npz file")
 
 
 def _counted(there: int, role: str, path: Path, num: int) -> int:
@@ -165,9 +179,16 @@ def _look_into(path: Path) -> tuple[NpzImages | None, tuple[str, ...], int, str]
             f"{path} has no arr_0 and no mu: it holds {', '.join(list(headers)[:5])}",
             "images are called arr_0; statistics mu and sigma, mu_s and sigma_s",
         )
-    count = int(read_array(path, "num_images")) if "num_images" in headers else 0
-    protocol = str(read_array(path, "protocol")) if "protocol" in headers else ""
-    return None, stored, count, protocol
+    count = int(_note(path, headers, "num_images", "iu") or 0)
+    return None, stored, max(count, 0), str(_note(path, headers, "protocol", "U") or "")
+
+
+def _note(path: Path, headers: dict[str, Header], name: str, kinds: str) -> Any:
+    """A number or word that `--save-stats` wrote beside statistics; None where it did not."""
+    header = headers.get(name)
+    if header is None or header.shape or header.dtype.kind not in kinds:
+        return None
+    return read_array(path, name).item()
 
 
 def _check_images(path: Path, header: Header) -> None:

@@ -42,6 +42,7 @@ from spiralrope_cli.core.config.latents import (
 from spiralrope_cli.core.errors import DataError
 from spiralrope_cli.core.runtime import distributed
 from spiralrope_cli.core.runtime.progress import counted
+from spiralrope_cli.core.runtime.threads import cores_per_process
 
 UNFINISHED, PLAN_FILE, BESIDE = "unfinished", "plan.json", ".new"
 PLAIN, MIRRORED, LABELS = "plain", "mirrored", "labels"
@@ -203,10 +204,9 @@ def wrong_shards(folder: Path, shards: Sequence[Shard]) -> dict[str, str]:
     mine = [shard for shard in shards if shard.file not in wrong]
     mine = mine[distributed.rank() % local :: local]
     total = sum(shard.size for shard in mine)
-    threads = max(1, len(os.sched_getaffinity(0)) // local)
     shown = distributed.rank() == 0 and total > SAY_ABOVE
     with (
-        ThreadPoolExecutor(threads) as pool,
+        ThreadPoolExecutor(cores_per_process()) as pool,
         counted("checking latents, MB", total >> 20, shown=shown) as advance,
     ):
         found = pool.map(crc32_of, (folder / shard.file for shard in mine))

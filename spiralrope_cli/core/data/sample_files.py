@@ -5,6 +5,7 @@ OUT/samples.part.npy    all images, each at its place, while not all are there
 OUT/samples.done        one byte per image, 1 where it is there
 OUT/samples.npz         `arr_0`, uint8 [N, H, W, 3], when all are there
 OUT/samples.png         the first ones as a grid
+OUT/png/000000.png      every image, where that is wanted
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from spiralrope_cli.core.data.grid import picture_grid
+from spiralrope_cli.core.data.npz import read_headers, stream_rows
 from spiralrope_cli.core.errors import CheckpointError
 
 FACTS_FILE, PART_FILE, DONE_FILE = "samples.json", "samples.part.npy", "samples.done"
@@ -54,8 +56,24 @@ class SampleFiles:
         """The result."""
         return self.folder / NPZ_FILE
 
+    @property
+    def grid(self) -> Path:
+        """The picture to look at."""
+        return self.folder / GRID_FILE
+
+    def png(self, index: int) -> Path:
+        """File of one image."""
+        digits = max(6, len(str(self.num - 1)))
+        return self.folder / PNG_FOLDER / f"{index:0{digits}d}.png"
+
+    def finished(self, png: bool) -> bool:
+        """Whether nothing is left to do, with a file for every image if asked for."""
+        return self.npz.exists() and self.grid.exists() and not (png and self.missing_pngs())
+
     def begin(self, facts: dict[str, Any]) -> None:
         """Makes the files for all images, unless an earlier run did."""
+        if self.npz.exists():
+            return
         part, done = self.folder / PART_FILE, self.folder / DONE_FILE
         _write_whole(self.folder / FACTS_FILE, json.dumps(facts, indent=2).encode())
         if not done.exists() or done.stat().st_size != self.num or not part.exists():
@@ -66,6 +84,8 @@ class SampleFiles:
 
     def missing(self) -> list[int]:
         """Images that are not there yet, in order."""
+        if self.npz.exists():
+            return []
         done = np.frombuffer((self.folder / DONE_FILE).read_bytes(), dtype=np.uint8)
         return np.flatnonzero(done == 0).tolist()
 
@@ -78,43 +98,21 @@ class SampleFiles:
             for index, image in zip(indices, pixels, strict=True):
                 file.seek(start + index * self._bytes)
                 file.write(image.tobytes())
+            file.flush()
+            os.fsync(file.fileno())  # whatever happens, what is marked as done is there
         with (self.folder / DONE_FILE).open("r+b") as file:
             for index in indices:
                 file.seek(index)
                 file.write(b"\x01")
 
-    def first(self, count: int) -> Tensor:
-        """[count, 3, H, W] uint8, the first images."""
-        with (self.folder / PART_FILE).open("rb") as file:
-            file.seek(len(self._head.getvalue()))
-            pixels = np.frombuffer(file.read(count * self._bytes), dtype=np.uint8)
-        pixels = pixels.reshape(-1, *self.size, 3)
-        return torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2)
-
-    def write_grid(self, facts: dict[str, Any]) -> Path:
-        """The first images as one picture that says what made it."""
-        target = self.folder / GRID_FILE
-        beside = target.with_suffix(".new")
-        grid = picture_grid(self.first(min(self.num, GRID_IMAGES)))
-        grid.save(beside, "png", pnginfo=_png_text(facts))
-        os.replace(beside, target)
-        return target
-
-    def write_pngs(self, facts: dict[str, Any]) -> Path:
-        """Every image as a file, named by its number."""
-        folder = self.folder / PNG_FOLDER
-        folder.mkdir(exist_ok=True)
-        digits = max(6, len(str(self.num - 1)))
-        with (self.folder / PART_FILE).open("rb") as file:
-            file.seek(len(self._head.getvalue()))
-            for index in range(self.num):
-                image = np.frombuffer(file.read(self._bytes), np.uint8).reshape(*self.size, 3)
-                path = folder / f"{index:0{digits}d}.png"
-                Image.fromarray(image).save(path, pnginfo=_png_text({**facts, "index": index}))
-        return folder
-
-    def finish(self, facts: dict[str, Any]) -> Path:
+    def finish(self, facts: dict[str, Any]) -> None:
         """Streams all images into the `.npz`, which then takes the place of the parts."""
+        if not self.npz.exists():
+            self._write_npz(facts)
+        for name in (PART_FILE, DONE_FILE):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def _write_npz(self, facts: dict[str, Any]) -> None:
         beside = self.npz.with_suffix(".new")
         with zipfile.ZipFile(beside, "w", zipfile.ZIP_STORED) as archive:
             archive.comment = json.dumps(facts).encode()[:65535]
@@ -127,9 +125,41 @@ class SampleFiles:
         with beside.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(beside, self.npz)
-        for name in (PART_FILE, DONE_FILE):
-            (self.folder / name).unlink(missing_ok=True)
-        return self.npz
+
+    def _images(self, part: range, at_once: int) -> Iterator[np.ndarray]:
+        """Finished images, [B, H, W, 3] uint8 at a time."""
+        return stream_rows(self.npz, "arr_0", read_headers(self.npz)["arr_0"], part, at_once)
+
+    def write_grid(self, facts: dict[str, Any]) -> None:
+        """The first images as one picture that says what made it."""
+        count = min(self.num, GRID_IMAGES)
+        (first,) = self._images(range(count), count)
+        grid = picture_grid(torch.from_numpy(first).permute(0, 3, 1, 2))
+        _save_png(grid, self.grid, facts)
+
+    def missing_pngs(self) -> int:
+        """Images that have no file of their own yet."""
+        folder = self.folder / PNG_FOLDER
+        there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        return sum(self.png(index).name not in there for index in range(self.num))
+
+    def write_pngs(self, facts: dict[str, Any], part: range) -> Iterator[int]:
+        """Gives each image of a part its file, one after the other, and yields its number."""
+        (self.folder / PNG_FOLDER).mkdir(exist_ok=True)
+        for index, image in zip(part, self._images(part, 1), strict=True):
+            path = self.png(index)
+            if not path.exists():
+                _save_png(Image.fromarray(image[0]), path, {**facts, "index": index})
+                yield index
+
+
+def facts_in(npz: Path) -> dict[str, Any]:
+    """What made the samples of an `.npz`, empty where it does not tell."""
+    try:
+        with zipfile.ZipFile(npz) as archive:
+            return dict(json.loads(archive.comment or b"{}"))
+    except (OSError, ValueError, TypeError, zipfile.BadZipFile):
+        return {}
 
 
 def read_facts(folder: Path) -> dict[str, Any] | None:
@@ -147,10 +177,12 @@ def read_facts(folder: Path) -> dict[str, Any] | None:
         raise CheckpointError(f"{path} cannot be read", "choose another --out") from error
 
 
-def _png_text(facts: dict[str, Any]) -> PngImagePlugin.PngInfo:
+def _save_png(picture: Image.Image, path: Path, facts: dict[str, Any]) -> None:
     text = PngImagePlugin.PngInfo()
     text.add_text("spiralrope", json.dumps(facts))
-    return text
+    beside = path.with_suffix(".new")
+    picture.save(beside, "png", pnginfo=text)
+    os.replace(beside, path)
 
 
 def _write_whole(path: Path, content: bytes) -> None:

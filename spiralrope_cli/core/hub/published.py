@@ -57,7 +57,7 @@ def read_published(path: Path) -> PublishedFile:
         CheckpointError: it is damaged, no checkpoint, or needs more than tensors and plain
             values.
     """
-    content = _load(path)
+    content = load_safely(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__} and no weights")
     raw, ema = (_first_state(content, keys) for keys in (RAW_KEYS, EMA_KEYS))
@@ -105,7 +105,12 @@ def _first_state(content: dict[str, Any], keys: tuple[str, ...]) -> StateDict | 
     return None
 
 
-def _load(path: Path) -> Any:
+def load_safely(path: Path) -> Any:
+    """What torch saved in a file, of either of its formats, without running anything.
+
+    Raises:
+        CheckpointError: it is damaged, or needs more than tensors and plain values.
+    """
     try:
         with path.open("rb") as file:
             head = file.read(512)

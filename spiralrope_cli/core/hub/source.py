@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from spiralrope_cli.core.config.resolve import RUNS_FOLDER, read_config
@@ -45,7 +46,7 @@ class Source:
         """Where the raw or the averaged weights are; one published file may hold both."""
         if self.place is None:
             raise CheckpointError(f"{self.given} is not here", f"spiralrope fetch {self.given}")
-        if self.run is None:
+        if self.run is None or self.place.is_file():
             return self.place
         return self.place / (EMA_FILE if ema else MODEL_FILE)
 
@@ -115,7 +116,8 @@ def newest_run(commands: tuple[str, ...] = CLASSIFIERS, folder: Path | None = No
     """
     folder = folder or Path(RUNS_FOLDER)
     saved: list[tuple[float, Path]] = []
-    for config in folder.glob(f"*/{CONFIG_FILE}"):
+    # A run's own folder, the stages of a pipeline, and those of the pipelines of a sweep.
+    for config in chain(*(folder.glob(f"{'*/' * depth}{CONFIG_FILE}") for depth in (1, 2, 3))):
         if not (steps := steps_on_disk(config.parent)):
             continue
         try:

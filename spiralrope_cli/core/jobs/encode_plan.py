@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from spiralrope_cli.core.config.datasets import class_names, list_images
+from spiralrope_cli.core.config.dit_runs import full_vae_name
 from spiralrope_cli.core.config.latents import CachePlan, EncodeRun, class_folder, shard_size_for
 from spiralrope_cli.core.data import latents
 from spiralrope_cli.core.errors import DataError
@@ -55,7 +56,7 @@ def look_up(config: EncodeRun) -> Work:
         num_files=len(images),
         files_sha256=digest.hexdigest(),
         image_size=config.image_size,
-        vae=config.vae,
+        vae=full_vae_name(config.vae),
         vae_sha256=vae.sha256(),
         scale=vae.scale,
         precision=str(pick_precision(config.machine.precision, device)[0]).removeprefix("torch."),

@@ -170,15 +170,15 @@ def row(
             image_size=size,
             in_chans=trained.in_chans,
             crop_ratio=ratio or data_set.defaults["crop_ratio"],
-            **colours(weights, data_set, trained.in_chans),
+            **colours(weights, data_set.defaults, trained.in_chans),
         ),
         folder=str(folder_of(weights, options).resolve()),
     )
 
 
-def colours(weights: Weights, data_set: DataSet, in_chans: int) -> dict[str, Any]:
+def colours(weights: Weights, defaults: dict[str, Any], in_chans: int) -> dict[str, Any]:
     """Mean and std that the weights were trained with, else the data set's."""
-    known = {**data_set.defaults, **weights.config.get("augment", {})}
+    known = {**defaults, **weights.config.get("augment", {})}
     values = {"mean": tuple(known["mean"]), "std": tuple(known["std"]), "in_chans": in_chans}
     fit_channels(values)
     return {name: values[name] for name in ("mean", "std")}

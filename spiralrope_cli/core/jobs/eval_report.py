@@ -10,12 +10,13 @@ import os
 import platform
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -84,12 +85,17 @@ def record(row: EvalRow, found: Accuracy, job: Job) -> Record:
         "mean": list(protocol.mean),
         "std": list(protocol.std),
         **asdict(found),
-        "precision": {"float32": "fp32", "bfloat16": "bf16"}[str(job.dtype).split(".")[1]],
+        "precision": precision_word(job.dtype),
         "device": job.device.type,
         "processes": job.world_size,
         "versions": versions(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def precision_word(dtype: torch.dtype) -> str:
+    """As `--precision` calls it."""
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
 
 
 @functools.cache
@@ -138,6 +144,24 @@ def read_rows(path: Path) -> list[Record]:
     os.replace(path, aside)
     say(f"note: {path} was no list of rows; it is now {aside.name}")
     return []
+
+
+def already(config: EvalRun, precision: str) -> list[Accuracy]:
+    """Figures of all rows as an earlier evaluation left them, none where one is missing."""
+    names = [field.name for field in fields(Accuracy)]
+    found = []
+    for row in config.rows:
+        wanted = {
+            **{"file": row.file, "step": row.step, "checkpoint": row.checkpoint},
+            **{"weights": row.weights, "rope": asdict(row.rope), "precision": precision},
+            **{"data": row.protocol.data, "crop_ratio": row.protocol.crop_ratio},
+            "image_size": list(row.protocol.image_size),
+        }
+        for each in read_rows(Path(row.folder) / EVAL_FILE):
+            if {name: each.get(name) for name in wanted} == wanted:
+                found.append(Accuracy(**{name: each[name] for name in names}))
+                break
+    return found if len(found) == len(config.rows) else []
 
 
 def merged(before: list[Record], now: list[Record]) -> list[Record]:

@@ -141,7 +141,10 @@ def start_lines(run: TrainingRun) -> list[tuple[str, str]]:
         told.append(
             f"{what} re-initialised: {before['num_classes']} -> {run.model.num_classes} classes"
         )
-    if not isinstance(run, DiTRun) and before["image_size"] != run.model.image_size:
+    if isinstance(run, DiTRun):
+        if not run.rope.enabled and before["input_size"] != run.model.input_size:
+            told.append("fixed positions made anew for this size")
+    elif before["image_size"] != run.model.image_size:
         was, now = (
             "x".join(map(str, size)) for size in (before["image_size"], run.model.image_size)
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,9 +20,8 @@ from spiralrope_cli.core.diffusion.guidance import guided
 from spiralrope_cli.core.diffusion.process import GaussianDiffusion
 from spiralrope_cli.core.diffusion.samplers import BY_NAME
 from spiralrope_cli.core.diffusion.vae import Vae, load_vae
-from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.hub.vae import find_vae
-from spiralrope_cli.core.jobs.sample_plan import facts_of
+from spiralrope_cli.core.jobs.sample_plan import facts_of, weights_of
 from spiralrope_cli.core.jobs.start import at_size
 from spiralrope_cli.core.load import build
 from spiralrope_cli.core.models.dit import DiT
@@ -29,7 +30,7 @@ from spiralrope_cli.core.runtime.device import autocast
 from spiralrope_cli.core.runtime.job import Job, open_job
 from spiralrope_cli.core.runtime.progress import counted
 from spiralrope_cli.core.runtime.seeds import NoisePerImage, generator_for
-from spiralrope_cli.core.weights import Weights, here, read_weights
+from spiralrope_cli.core.weights import Weights
 
 
 def run(config: SampleRun) -> None:
@@ -40,29 +41,53 @@ def run(config: SampleRun) -> None:
     """
     out = Path(config.out)
     with open_job(config.machine, out) as job, torch.inference_mode():
-        weights = read_weights(here(find_source(config.source)), ema=config.ema, rope=config.rope)
+        weights = weights_of(config)
         files = SampleFiles(out, config.num, config.image_size)
+        facts = facts_of(config, weights)
         if job.is_first:
-            files.begin(facts_of(config, weights))
+            files.begin(facts)
         missing = distributed.gathered(files.missing() if job.is_first else [])[0]
-        draw = Drawer(config, job, weights)
-        shares = batches(missing, config.batch_size, job.world_size)
-        already = config.num - len(missing)
-        with counted(
-            "images", config.num, shown=job.is_first, done=already, unit="images/s"
-        ) as advance:
-            for share in shares:
-                mine = share[job.rank]
-                if mine:
-                    files.put(mine, draw(mine))
-                stop = job.stop.agreed(job.device, ask_all=True)
-                advance(sum(map(len, share)))
-                if stop:
-                    leave(files, job, stop)
-        distributed.barrier()
+        if missing:
+            draw_all(config, job, Drawer(config, job, weights), files, missing)
         if job.is_first:
-            finish(config, files, weights)
+            files.finish(facts)
+            files.write_grid(facts)
         distributed.barrier()
+        if config.png:
+            write_pngs(job, files, facts)
+        if job.is_first:
+            say_results(config, files)
+
+
+def draw_all(
+    config: SampleRun, job: Job, draw: Drawer, files: SampleFiles, missing: Sequence[int]
+) -> None:
+    """Draws images and puts them at their places, until all are there or a signal comes."""
+    already = config.num - len(missing)
+    with counted(
+        "images", config.num, shown=job.is_first, done=already, unit="images/s"
+    ) as advance:
+        for share in batches(missing, config.batch_size, job.world_size):
+            mine = share[job.rank]
+            # All processes are about as far; the last part is the picture of the latents.
+            each_step = in_parts(advance, sum(map(len, share)), draw.diffusion.num_steps + 1)
+            drawn = draw(mine, each_step) if mine else None
+            if drawn is not None:
+                files.put(mine, drawn)
+                each_step()
+            leave_if_asked(job, files)
+    distributed.barrier()
+
+
+def in_parts(advance: Callable[[int], None], images: int, parts: int) -> Callable[[], None]:
+    """A function that is called so many times until all these images have been counted."""
+    number = itertools.count(1)
+
+    def tick() -> None:
+        done = next(number)
+        advance(images * done // parts - images * (done - 1) // parts)
+
+    return tick
 
 
 def batches(missing: Sequence[int], size: int, world_size: int) -> list[list[list[int]]]:
@@ -96,8 +121,8 @@ class Drawer:
         if config.vae != NO_VAE:
             self.vae = load_vae(find_vae(config.vae).folder, job.device)
 
-    def __call__(self, indices: Sequence[int]) -> Tensor:
-        """[B, 3, H, W] uint8 of the images with these numbers."""
+    def __call__(self, indices: Sequence[int], each_step: Callable[[], None]) -> Tensor | None:
+        """[B, 3, H, W] uint8 of the images with these numbers; None where a signal came."""
         config, job = self.config, self.job
         noise = NoisePerImage(config.seed, indices, self.shape, job.device)
         labels = torch.tensor([label_of(config, index) for index in indices], device=job.device)
@@ -105,39 +130,56 @@ class Drawer:
             predict = guided(self.model, labels, config.guidance)
             sampler = BY_NAME[config.sampler]
             for x in sampler(self.diffusion, predict, noise.draw(), noise.draw):
+                if job.stop.signal_number:
+                    return None
                 latents = x
-            images = self.vae.decode(latents) if self.vae else latents
-        return to_levels(images)
+                each_step()
+        return to_levels(self.vae.decode(latents) if self.vae else latents)
 
 
 def label_of(config: SampleRun, index: int) -> int:
     """The class of an image: dealt out, or drawn by (seed, number)."""
     dealt = config.label(index)
-    if dealt is not None:
-        return dealt
-    drawn = generator_for(config.seed, "label", index)
-    return int(torch.randint(config.num_classes, (), generator=drawn))
+    return drawn_class(config.seed, config.num_classes, index) if dealt is None else dealt
 
 
-def leave(files: SampleFiles, job: Job, stop: int) -> None:
-    """Ends after a signal; what is drawn stays."""
+def drawn_class(seed: int, num_classes: int, index: int) -> int:
+    """The class of an image where none was asked for."""
+    drawn = generator_for(seed, "label", index)
+    return int(torch.randint(num_classes, (), generator=drawn))
+
+
+def leave_if_asked(job: Job, files: SampleFiles) -> None:
+    """Ends after a signal to any process; what is drawn stays."""
+    stop = job.stop.agreed(job.device, ask_all=True)
+    if not stop:
+        return
     distributed.barrier()
     if job.is_first:
-        left = len(files.missing())
+        there = files.num - len(files.missing())
         Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"stopped with {files.num - left} of {files.num} images; the same command goes on"
+            f"stopped with {there} of {files.num} images; the same command goes on"
         )
     sys.exit(128 + stop)
 
 
-def finish(config: SampleRun, files: SampleFiles, weights: Weights) -> None:
-    """Writes the results and says where they are."""
-    facts = facts_of(config, weights)
+def write_pngs(job: Job, files: SampleFiles, facts: dict[str, Any]) -> None:
+    """A file for every image; each process writes its part of them."""
+    missing = distributed.gathered(files.missing_pngs() if job.is_first else 0)[0]
+    ends = [files.num * rank // job.world_size for rank in (job.rank, job.rank + 1)]
+    already = files.num - missing
+    with counted("files", files.num, shown=job.is_first, done=already, unit="files/s") as advance:
+        for _ in files.write_pngs(facts, range(*ends)):
+            advance(job.world_size)
+            if job.stop.signal_number:
+                break
+    leave_if_asked(job, files)
+
+
+def say_results(config: SampleRun, files: SampleFiles) -> None:
+    """Where the results are."""
     console = Console(highlight=False, soft_wrap=True)
-    grid = files.write_grid(facts)
-    folder = files.write_pngs(facts) if config.png else None
-    npz = files.finish(facts)
-    console.print(f"{config.num} images: {npz}", markup=False)
-    console.print(f"grid: {grid}", markup=False)
-    if folder:
-        console.print(f"files: {folder}", markup=False)
+    console.print(f"{config.num} images: {files.npz}", markup=False)
+    console.print(f"grid: {files.grid}", markup=False)
+    if config.png:
+        console.print(f"files: {files.png(0).parent}", markup=False)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from spiralrope_cli.core.config.datasets import BUILT_IN
 from spiralrope_cli.core.config.diffusion import GuidanceConfig
 from spiralrope_cli.core.config.dit_runs import NO_VAE, input_size
 from spiralrope_cli.core.config.latents import LATENT_CHANNELS, VAE_FACTOR
@@ -23,14 +22,15 @@ from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.config.samples import (
     DEFAULTS,
-    NUM_OF_SMALL_DATA,
     SAMPLING_VAE,
     SampleRun,
+    decoder_of,
+    num_samples,
 )
-from spiralrope_cli.core.data.sample_files import PART_FILE, SampleFiles, read_facts
+from spiralrope_cli.core.data.sample_files import FACTS_FILE, PART_FILE, SampleFiles, read_facts
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.hub.files import digest_like, human_size
-from spiralrope_cli.core.hub.source import Source
+from spiralrope_cli.core.hub.source import Source, find_source
 from spiralrope_cli.core.hub.vae import find_vae
 from spiralrope_cli.core.runtime.device import pick_device, pick_precision
 from spiralrope_cli.core.weights import Weights, here, read_weights
@@ -66,9 +66,7 @@ def settle(source: Source, options: Mapping[str, Any]) -> tuple[SampleRun, Weigh
     pictures = config.get("pictures", {})
     channels = weights.options["in_chans"]
     trained_vae = pictures.get("vae", SAMPLING_VAE if channels == LATENT_CHANNELS else NO_VAE)
-    # Trained with the encoder of `ema`, decoded by `mse`: so the published figures were made.
-    usual = SAMPLING_VAE if trained_vae == "ema" else trained_vae
-    vae = chosen.pop("vae", usual)
+    vae = chosen.pop("vae", decoder_of(trained_vae))
     if (vae == NO_VAE) and channels not in (1, 3):
         raise ConfigError(
             f"--vae none: {source.given} draws {channels} channels, which only "
@@ -93,9 +91,7 @@ def settle(source: Source, options: Mapping[str, Any]) -> tuple[SampleRun, Weigh
     machine = MachineConfig(**{n: chosen.pop(n) for n in list(chosen) if n in machine_names})
     guide_names = GuidanceConfig.__dataclass_fields__
     guidance = GuidanceConfig(**{n: chosen.pop(n) for n in list(chosen) if n in guide_names})
-    values = {**DEFAULTS, **chosen}
-    if config.get("data") in BUILT_IN and "num" not in chosen:
-        values["num"] = NUM_OF_SMALL_DATA
+    values = {**DEFAULTS, "num": num_samples(config.get("data", "")), **chosen}
     pixels = 3 * image_size[0] * image_size[1]
     values.setdefault("batch_size", max(1, min(MAX_BATCH, BATCH_BYTES // pixels)))
     values.setdefault("png", False)
@@ -117,6 +113,12 @@ def settle(source: Source, options: Mapping[str, Any]) -> tuple[SampleRun, Weigh
         **values,
     )
     return run, weights
+
+
+def weights_of(run: SampleRun) -> Weights:
+    """The weights of a settled run: of that very file, whatever its run has saved since."""
+    source = dataclasses.replace(find_source(run.source), place=Path(run.file))
+    return read_weights(source, ema=run.ema, rope=run.rope)
 
 
 def _folder(
@@ -141,6 +143,8 @@ def facts_of(run: SampleRun, weights: Weights) -> dict[str, Any]:
         "weights": "ema" if weights.ema else "raw",
         "trained": weights.progress,
         "arch": weights.arch,
+        "data": weights.config.get("data", ""),
+        "num_classes": run.num_classes,
         "rope": dataclasses.asdict(weights.rope),
         "num": run.num,
         "steps": run.steps,
@@ -157,19 +161,25 @@ def facts_of(run: SampleRun, weights: Weights) -> dict[str, Any]:
     }
 
 
-FREE_TO_DIFFER = ("made_by", "source", "versions", "trained")
-"""What may change between two runs that go on with the same images."""
+FREE_TO_DIFFER = ("made_by", "source", "versions", "trained", "data", "num_classes")
+"""What may change between two runs that go on with the same images, or follows from the weights."""
 
 
 def check_same(run: SampleRun, facts: dict[str, Any]) -> bool:
-    """Whether all images are there already.
+    """Whether all that is asked for is there already.
 
     Raises:
         CheckpointError: the folder holds other images.
     """
     folder = Path(run.out)
+    files = SampleFiles(folder, run.num, run.image_size)
     before = read_facts(folder)
     if before is None:
+        if files.npz.exists():
+            raise CheckpointError(
+                f"{files.npz} is there, and no {FACTS_FILE} says what made it",
+                "give this run another --name or --out",
+            )
         return False
     differing = [
         f"{name} was {before.get(name)}, now {value}"
@@ -182,7 +192,7 @@ def check_same(run: SampleRun, facts: dict[str, Any]) -> bool:
             f"{folder} holds other samples: {'; '.join(differing[:2])}{more}",
             "repeat those options, or give this run another --name or --out",
         )
-    return SampleFiles(folder, run.num, run.image_size).npz.exists()
+    return files.finished(run.png)
 
 
 def check_space(run: SampleRun) -> None:
@@ -196,10 +206,12 @@ def check_space(run: SampleRun) -> None:
     free = shutil.disk_usage(there).free
     begun = Path(run.out) / PART_FILE
     here_already = begun.stat().st_blocks * 512 if begun.exists() else 0
-    needed = 2 * run.num_bytes - here_already
+    drawn = SampleFiles(folder, run.num, run.image_size).npz.exists()
+    needed = 0 if drawn else 2 * run.num_bytes - here_already
+    needed += run.num_bytes if run.png else 0
     if free < needed:
         raise CheckpointError(
-            f"no space left in {there}: {run.num} images and their .npz take "
+            f"no space left in {there}: {run.num} images and what is made of them take "
             f"{human_size(needed)}, {human_size(free)} are free",
             "use fewer images (--num), or another --out",
         )
@@ -224,5 +236,8 @@ def say_plan(run: SampleRun, weights: Weights, world_size: int) -> None:
         ("batch", f"{run.batch_size} at a time in {world_size} process(es)"),
     ):
         console.print(f" [bold]{name:<8}[/] {text}")
-    for note in weights.notes:
+    notes = list(weights.notes)
+    if guidance.cfg_scale == 1 and guidance != GuidanceConfig():
+        notes.append("--cfg-channels and --cfg-interval have no effect: --cfg-scale is 1")
+    for note in notes:
         console.print(f"note: {note}", markup=False)

@@ -11,7 +11,14 @@ from spiralrope_cli.core.data.reference_cache import ReferenceCache, digests_bes
 from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.hub.files import say
 from spiralrope_cli.core.jobs.score_measure import Measured, measure, measure_reference
-from spiralrope_cli.core.jobs.score_plan import FEATURES, NOTHING, Plan, find_weights, make_plan
+from spiralrope_cli.core.jobs.score_plan import (
+    FEATURES,
+    NOTHING,
+    Plan,
+    find_weights,
+    make_plan,
+    without_unreadable,
+)
 from spiralrope_cli.core.jobs.score_report import describe, show
 from spiralrope_cli.core.metrics.bootstrap import fid_spread
 from spiralrope_cli.core.metrics.frechet import frechet_distance
@@ -19,6 +26,7 @@ from spiralrope_cli.core.metrics.kid import kernel_distance
 from spiralrope_cli.core.metrics.manifold import precision_recall
 from spiralrope_cli.core.runtime.device import forbid_tf32, return_freed_memory
 from spiralrope_cli.core.runtime.job import open_job
+from spiralrope_cli.core.runtime.run_folder import write_json
 
 
 def run(config: FidRun) -> None:
@@ -37,7 +45,9 @@ def run(config: FidRun) -> None:
             weights = find_weights(config.weights)[1] if plan.needs_weights and job.is_first else ""
             protocol = config.protocol(weights) if weights else plan.samples.protocol
             if config.save_stats and job.is_first:
-                save_statistics(Path(config.save_stats), samples, protocol)
+                # What a file of images had stored is of no one knows which images and weights.
+                known = (samples.num or 0, protocol) if not plan.samples.stored else (0, "")
+                save_statistics(Path(config.save_stats), samples, *known)
             reference, cache = None, None
             if plan.reference:
                 if job.is_first and plan.from_reference != NOTHING:
@@ -48,9 +58,14 @@ def run(config: FidRun) -> None:
                 )
             if job.is_first:
                 return_freed_memory()
+                nums = samples.num, reference.num if reference else None
+                plan = without_unreadable(plan, config, *nums)
                 figures = compare(config, plan, samples, reference)
                 facts = [each.result() for each in digests]
-                show(config, describe(config, plan, figures, [samples, reference], facts, weights))
+                described = describe(config, plan, figures, [samples, reference], facts, weights)
+                show(config, described)
+                if config.facts_file:
+                    write_json(Path(config.facts_file), described)
 
 
 @torch.inference_mode()
@@ -84,18 +99,25 @@ def compare(
     return figures
 
 
-def save_statistics(path: Path, samples: Measured, protocol: str) -> None:
-    """Writes mean and covariance under the names that pytorch-fid and ADM read."""
+def save_statistics(path: Path, samples: Measured, num: int, protocol: str) -> None:
+    """Writes mean and covariance under the names that pytorch-fid and ADM read.
+
+    Args:
+        path: of the file.
+        samples: with the statistics.
+        num: of how many images they are, 0 if unknown.
+        protocol: by which they were made, empty if unknown.
+    """
     arrays = dict(zip(("mu", "sigma"), samples.gaussians["fid"], strict=True))
     if "sfid" in samples.gaussians:
         arrays |= dict(zip(("mu_s", "sigma_s"), samples.gaussians["sfid"], strict=True))
     try:
         write_npz(
             path,
-            num_images=samples.num or 0,
+            num_images=num,
             protocol=protocol,
             **{name: each.numpy() for name, each in arrays.items()},
         )
     except OSError as error:
         raise SpiralRopeError(f"--save-stats {path} cannot be written: {error}") from error
-    say(f"statistics of SAMPLES, {samples.num} images, are in {path}")
+    say(f"statistics of SAMPLES, {num or 'an unknown number of'} images, are in {path}")

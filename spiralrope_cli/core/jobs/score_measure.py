@@ -24,12 +24,13 @@ from spiralrope_cli.core.data.inputs import (
 from spiralrope_cli.core.data.reference_cache import ReferenceCache
 from spiralrope_cli.core.errors import CheckpointError, DataError
 from spiralrope_cli.core.hub.files import say
+from spiralrope_cli.core.hub.published import load_safely
 from spiralrope_cli.core.jobs.score_plan import NOTHING, Wanted
 from spiralrope_cli.core.metrics.inception import (
     NUM_CLASSES,
     Features,
     InceptionFeatures,
-    load_extractor,
+    build_extractor,
 )
 from spiralrope_cli.core.metrics.inception_score import InceptionScore
 from spiralrope_cli.core.metrics.moments import Moments
@@ -137,7 +138,7 @@ def measure(config: FidRun, job: Job, side: Side, wanted: Wanted) -> Measured:
 @functools.lru_cache(maxsize=1)
 def _load_once(weights: Path, device: torch.device) -> InceptionFeatures:
     """The network, the same for both sides."""
-    return load_extractor(weights).to(device)
+    return build_extractor(load_safely(weights), weights).to(device)
 
 
 def _measure_images(

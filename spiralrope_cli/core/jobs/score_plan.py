@@ -76,12 +76,7 @@ def make_plan(config: FidRun) -> Plan:
     reference = (
         look_at(Path(config.reference).expanduser(), "REFERENCE") if config.reference else None
     )
-    reasons = {figure: _obstacle(figure, config, samples, reference) for figure in config.select}
-    figures = tuple(figure for figure, reason in reasons.items() if not reason)
-    left_out = {figure: reason for figure, reason in reasons.items() if reason}
-    if not figures and reference:
-        figure, reason = next(iter(left_out.items()))
-        raise DataError(f"nothing of --select can be computed; {figure}: {reason}")
+    figures, left_out = _possible(config, samples, reference)
     if config.save_stats and samples.images is None:
         raise ConfigError(f"--save-stats: {samples.path} already is a file of statistics")
     saved = [name for name in ("fid", "sfid") if config.save_stats and name in config.select]
@@ -108,6 +103,33 @@ def _wanted(side: Side | None, figures: tuple[str, ...], features: bool = False)
         inception_score="is" in figures,
         features=features or any(name in FEATURES for name in figures),
     )
+
+
+def without_unreadable(
+    plan: Plan, config: FidRun, num_samples: int | None, num_reference: int | None
+) -> Plan:
+    """The plan with those figures alone for which enough images could be read.
+
+    Raises:
+        DataError: that leaves nothing of what was asked.
+    """
+    samples = dataclasses.replace(plan.samples, num=num_samples)
+    reference = plan.reference and dataclasses.replace(plan.reference, num=num_reference)
+    figures, left_out = _possible(config, samples, reference)
+    return dataclasses.replace(plan, figures=figures, left_out=left_out)
+
+
+def _possible(
+    config: FidRun, samples: Side, reference: Side | None
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The figures that can be computed, and why the others cannot."""
+    reasons = {figure: _obstacle(figure, config, samples, reference) for figure in config.select}
+    figures = tuple(figure for figure, reason in reasons.items() if not reason)
+    left_out = {figure: reason for figure, reason in reasons.items() if reason}
+    if not figures and reference:
+        figure, reason = next(iter(left_out.items()))
+        raise DataError(f"nothing of --select can be computed; {figure}: {reason}")
+    return figures, left_out
 
 
 def _obstacle(figure: str, config: FidRun, samples: Side, reference: Side | None) -> str:
@@ -150,13 +172,17 @@ def prepare(config: FidRun) -> FidRun:
     else:
         path, digest = find_weights(config.weights)
         config = dataclasses.replace(config, weights=str(path))
-    protocols = {side.role: side.protocol for side in sides if side.protocol and not side.images}
+    protocols = {
+        side.role: side.protocol
+        for side in sides
+        if side.protocol and not set(side.stored).isdisjoint(plan.figures)
+    }
     if digest:
         protocols["this run"] = config.protocol(digest)
     if len(set(protocols.values())) > 1:
         raise DataError(
-            "statistics that were made differently cannot be compared: "
-            + "; ".join(f"{who}: {protocol}" for who, protocol in protocols.items())
+            "statistics that were made differently cannot be compared",
+            "; ".join(f"{who}: {protocol}" for who, protocol in protocols.items()),
         )
     return config
 

@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 from spiralrope_cli.core.config.fid import EXTRACTOR, FidRun
+from spiralrope_cli.core.data.inputs import POOL_SIZE
 from spiralrope_cli.core.hub.catalog import find
 from spiralrope_cli.core.hub.files import say
 from spiralrope_cli.core.jobs.score_measure import Measured
 from spiralrope_cli.core.jobs.score_plan import NEIGHBOURHOOD, Plan
-from spiralrope_cli.core.metrics.inception import POOL_SIZE
 from spiralrope_cli.core.metrics.inception_score import SPLIT_SIZE
 from spiralrope_cli.version import __version__
 
@@ -87,23 +87,29 @@ def describe(
 
 
 def _warnings(config: FidRun, plan: Plan, facts: Facts) -> list[str]:
-    count = facts["samples"]["count"]
-    lines = []
     biased = [name for name in ("fid", "sfid") if name in plan.figures]
-    if biased and count is None:
-        lines.append("SAMPLES does not say of how many images its statistics are")
-    elif biased and count < USUAL_COUNT:
-        lines.append(
-            f"{count:,} samples are fewer than the {USUAL_COUNT:,} of papers: FID and sFID come "
-            "out too large"
-        )
-    for role in ("samples", "reference"):
-        some = facts[role]["count"] if facts[role] else None
-        if biased and some is not None and some <= POOL_SIZE:
+    lines = []
+    for side in (plan.samples, plan.reference) if biased else ():
+        if side is None:
+            continue
+        # Statistics that a file of images holds are not of these images alone.
+        others = side.images is not None and set(biased) <= set(side.stored)
+        some = None if others else facts[side.role.lower()]["count"]
+        if some is None:
+            if side is plan.samples:
+                lines.append("SAMPLES does not say of how many images its statistics are")
+            continue
+        if side is plan.samples and some < USUAL_COUNT:
             lines.append(
-                f"{some:,} images of {role.upper()} are at most the {POOL_SIZE} features: their "
+                f"{some:,} samples are fewer than the {USUAL_COUNT:,} of papers: FID and sFID come "
+                "out too large"
+            )
+        if some <= POOL_SIZE:
+            lines.append(
+                f"{some:,} images of {side.role} are at most the {POOL_SIZE} features: their "
                 "covariance is singular"
             )
+    count = facts["samples"]["count"]
     if facts["protocol"]["weights_published"] is False:
         lines.append("the weights are not the published ones: nothing compares with papers")
     if config.machine.precision != "fp32":

@@ -107,7 +107,8 @@ def open_vae(config: DiTRun, job: Job) -> Vae | None:
         return None
     with distributed.first_alone():  # it may have to be fetched
         folder = find_vae(config.pictures.vae).folder
-    return load_vae(folder, job.device, job.dtype)
+    # In fp32, as the cache's: bf16 would move latents by more than the posterior's noise does.
+    return load_vae(folder, job.device)
 
 
 @dataclass(frozen=True)

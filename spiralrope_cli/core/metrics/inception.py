@@ -9,7 +9,6 @@ Legend: B batch, D features, K classes.
 from __future__ import annotations
 
 import io
-import pickle
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from spiralrope_cli.core.errors import CheckpointError
 
-SIDE = 299
-POOL_SIZE, SPATIAL_SIZE, NUM_CLASSES = 2048, 2023, 1008
+SIDE, NUM_CLASSES = 299, 1008
 _FIRST_BLOCK = "Mixed_5b"
 _FEW = 4
 """Images at a time before the first block on a CPU, where layers are largest: more would be no
@@ -131,35 +129,23 @@ def resize(images: Tensor) -> Tensor:
     return images
 
 
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """The extractor's state dict, without ever running what a file may hold.
+def build_extractor(weights: object, path: Path) -> InceptionFeatures:
+    """The network with its weights, ready to be called.
+
+    Args:
+        weights: what a file holds.
+        path: of that file, for messages.
 
     Raises:
-        CheckpointError: it cannot be read, or holds something else.
+        CheckpointError: it is something else, or of another network.
     """
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"weights {path} cannot be read: {str(error).splitlines()[0] or type(error).__name__}",
-            "spiralrope fetch inception brings the right ones",
-        ) from error
     if not isinstance(weights, dict) or "Mixed_7c.branch_pool.conv.weight" not in weights:
         raise CheckpointError(
             f"{path} does not hold the weights of the Inception of 2015-12-05",
             "spiralrope fetch inception brings them",
         )
-    return weights
-
-
-def load_extractor(path: Path) -> InceptionFeatures:
-    """The network with the weights of a file, ready to be called.
-
-    Raises:
-        CheckpointError: the file cannot be read, or is of another network.
-    """
     try:
-        return InceptionFeatures(load_weights(path)).eval()
+        return InceptionFeatures(weights).eval()
     except RuntimeError as error:
         raise CheckpointError(
             f"{path} is of another network: {str(error).splitlines()[1].strip()[:150]}",

@@ -79,13 +79,16 @@ class _GeluTanh(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         out, slope = torch.empty_like(x), 2 * math.sqrt(2 / math.pi)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        first = torch.tensor(slope, dtype=exact)
         # In chunks, whose copies stay in the cache.
         size = torch.get_num_threads() << 18
         chunks = zip(x.reshape(-1).split(size), out.view(-1).split(size), strict=True)
         for part, into in chunks:
-            wide = part.to(torch.promote_types(x.dtype, torch.float32))
-            inner = torch.addcmul(wide.new_tensor(slope), wide, wide, value=slope * 0.044715)
-            into.copy_(inner.mul_(wide).sigmoid_().mul_(wide))
+            wide = part.to(exact)
+            inner = into if x.dtype == exact else torch.empty_like(wide)
+            torch.addcmul(first, wide, wide, value=slope * 0.044715, out=inner)
+            torch.mul(inner.mul_(wide).sigmoid_(), wide, out=into)
         return out
 
     @staticmethod

@@ -5,11 +5,19 @@ Standard library and PyYAML only, so that the parent can refuse before any worke
 
 from __future__ import annotations
 
+import difflib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from spiralrope_cli.core.config.dit_runs import TrainingRun
-from spiralrope_cli.core.config.resolve import flatten, read_config, to_nested
+from spiralrope_cli.core.config.resolve import (
+    RUNS_FOLDER,
+    flatten,
+    read_config,
+    to_nested,
+)
 from spiralrope_cli.core.errors import CheckpointError
 
 CONFIG_FILE = "config.yaml"
@@ -48,6 +56,23 @@ def steps_on_disk(folder: Path) -> list[int]:
     return sorted(int(entry.name) for entry in checkpoints.iterdir() if entry.name.isdigit())
 
 
+def find_run(given: str) -> Path:
+    """The run folder that a word names: a path, or a name below the runs folder.
+
+    Raises:
+        CheckpointError: neither; the nearest name is suggested.
+    """
+    for folder in (Path(given).expanduser(), Path(RUNS_FOLDER) / given):
+        if folder.is_dir():
+            return folder
+    there = [entry.name for entry in sorted(Path(RUNS_FOLDER).glob("*/"))]
+    near = difflib.get_close_matches(given, there, n=1, cutoff=0.5)
+    raise CheckpointError(
+        f"there is no run {given}, neither here nor below {RUNS_FOLDER}/",
+        f"did you mean {near[0]}?" if near else "",
+    )
+
+
 def first_step(run: TrainingRun) -> int:
     """The step at which the run goes on in its folder, 0 to start.
 
@@ -71,6 +96,11 @@ def first_step(run: TrainingRun) -> int:
         )
     check_same(run, folder)
     return steps[-1]
+
+
+def is_finished(run: TrainingRun, step: int) -> bool:
+    """Whether a run that would go on at a step has nothing left to do, its curves included."""
+    return step == run.total_steps and (Path(run.out) / CURVES_FILE).exists()
 
 
 def check_same(run: TrainingRun, folder: Path) -> None:
@@ -107,7 +137,16 @@ def write_config(run: TrainingRun) -> None:
     """Writes everything that is needed to repeat the run, in one piece."""
     import yaml
 
-    path = Path(run.out) / CONFIG_FILE
-    beside = path.with_suffix(".new")
-    beside.write_text(yaml.safe_dump(to_nested(run), sort_keys=False))
+    write_whole(Path(run.out) / CONFIG_FILE, yaml.safe_dump(to_nested(run), sort_keys=False))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a file for people and scripts, in one piece."""
+    write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that nobody ever sees a part of it."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text)
     os.replace(beside, path)

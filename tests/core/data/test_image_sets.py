@@ -45,6 +45,10 @@ def test_a_folder_of_any_depth_comes_in_batches_with_sizes_together(folder):
         ]
 
 
+def test_no_threads_beside_is_one(folder):
+    assert sum(len(batch.numbers) for batch in read(folder, threads=0)) == 7
+
+
 def test_a_batch_closes_before_its_pixels_outgrow_memory(folder, monkeypatch):
     monkeypatch.setattr(image_sets, "LARGEST_BATCH", 300)
     batches = read(folder, batch_size=100)

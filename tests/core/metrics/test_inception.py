@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from spiralrope_cli.core.errors import CheckpointError
-from spiralrope_cli.core.metrics.inception import load_extractor, resize
+from spiralrope_cli.core.metrics.inception import build_extractor, resize
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +22,10 @@ def pictures(digit_pictures):
 def features(inception_weights, pictures):
     with torch.inference_mode():
         return load_extractor(inception_weights)([pictures])
+
+
+def load_extractor(path):
+    return build_extractor(torch.load(path), path)
 
 
 def relative(one, other):
@@ -69,24 +75,13 @@ def test_images_are_resized_as_tensorflow_did(size):
     torch.testing.assert_close(resize(images.to(torch.uint8)), expected, rtol=0, atol=1e-4)
 
 
-def test_files_with_something_else_are_refused(tmp_path, inception_weights):
-    other, wrong, words = (tmp_path / name for name in ("other.pth", "wrong.pth", "words.pth"))
-    torch.save({"fc.weight": torch.zeros(2)}, other)
-    weights = torch.load(inception_weights)
-    torch.save({**weights, "fc.weight": torch.zeros(2, 2)}, wrong)
-    words.write_text("no weights")
-    for path, message in ((other, "does not hold"), (wrong, "another network"), (words, "read")):
+def test_files_with_something_else_are_refused(inception_weights):
+    wrong = {**torch.load(inception_weights), "fc.weight": torch.zeros(2, 2)}
+    for weights, message in (
+        ({"fc.weight": torch.zeros(2)}, "does not hold"),
+        ([1], "does not hold"),
+        (wrong, "another network"),
+    ):
         with pytest.raises(CheckpointError, match=message) as caught:
-            load_extractor(path)
+            build_extractor(weights, Path("a.pth"))
         assert len(str(caught.value).splitlines()) == 2
-
-
-def test_a_file_cannot_run_a_program(tmp_path):
-    class Trap:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "ran"), "w"))
-
-    torch.save({"Mixed_7c.branch_pool.conv.weight": Trap()}, tmp_path / "trap.pth")
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        load_extractor(tmp_path / "trap.pth")
-    assert not (tmp_path / "ran").exists()

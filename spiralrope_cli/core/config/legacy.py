@@ -1,0 +1,157 @@
+"""Lines of the old positional `run_all.sh` scripts as options of `run`. Standard library only."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from spiralrope_cli.core.config.models import dit_name
+from spiralrope_cli.core.config.rope import FREQS_FOR, RopeConfig
+from spiralrope_cli.core.errors import ConfigError
+
+KEEP = "-"
+"""The word that kept a script's default."""
+
+
+@dataclass(frozen=True)
+class Word:
+    """One position of an old line.
+
+    Attributes:
+        name: in the old documentation.
+        option: here; a flag also has what turns it off, empty where nothing does.
+        read: gives the value, or raises ValueError.
+        allowed: what it may be, in words.
+        default: as the old documentation says.
+    """
+
+    name: str
+    option: str
+    read: Callable[[str], Any]
+    allowed: str
+    default: str
+    off: str = ""
+
+
+def _truth(word: str) -> bool:
+    return {"true": True, "false": False}[word.lower()]
+
+
+def _series(word: str) -> str:
+    return FREQS_FOR[FREQS_FOR.index(word)]
+
+
+NUMBER, WHOLE, TRUTH = "a number", "a whole number", "True or False"
+_ROTATE = ("ROTATE", "--rotate", int, WHOLE)
+_FREQUENCIES = (
+    Word("TRUNCATE_PERCENTAGE", "--truncate-percentage", float, NUMBER, "0.0"),
+    Word("MAX_FREQ_LANG", "--max-freq-lang", float, NUMBER, "1.5"),
+    Word("MIN_FREQ_LANG", "--min-freq-lang", float, NUMBER, "0.0"),
+    Word("SAME_THETA", "--same-theta", _truth, TRUTH, "False", "--no-same-theta"),
+)
+DEIT_WORDS = (
+    Word(*_ROTATE, "2"),
+    *_FREQUENCIES,
+    Word("NPROC_PER_NODE", "--nproc", int, WHOLE, "4"),
+    Word("EVAL_ONLY", "--eval-only", _truth, TRUTH, "False"),
+    Word("SKIP_TRAINING", "--skip-training", _truth, TRUTH, "False"),
+)
+DIT_WORDS = (
+    Word("USE_ROPE", "--rope", _truth, TRUTH, "True", "--no-rope"),
+    Word(*_ROTATE, "0"),
+    Word("THETA", "--theta", float, NUMBER, "10000"),
+    Word("FREQS_FOR", "--freqs-for", _series, " or ".join(FREQS_FOR), "lang"),
+    Word("MAX_FREQ", "--max-freq", float, NUMBER, "10"),
+    *_FREQUENCIES,
+    Word("SEED", "--seed", int, WHOLE, "0"),
+    Word("MODEL", "--arch", dit_name, "a DiT, as DiT-B/4", "DiT-B/4"),
+)
+WORDS = {"deit": DEIT_WORDS, "dit": DIT_WORDS}
+
+
+def translate(line: str, kind: str) -> tuple[str, list[str]]:
+    """The command that does what a line of an old script was documented to do.
+
+    Args:
+        line: `4 - - - - 8`, with or without `bash run_all.sh` before it.
+        kind: `deit` or `dit`.
+
+    Returns:
+        the command, and what the user should know, one line each.
+
+    Raises:
+        ConfigError: names the position and the parameter that is wrong.
+    """
+    words, known = _words_of(line), WORDS[kind]
+    if len(words) > len(known):
+        raise ConfigError(
+            f"--from-legacy has {len(words)} words; the script took {len(known)} at most",
+            " ".join(word.name for word in known),
+        )
+    values = {
+        word.name: (given, _value(place, word, given))
+        for place, (word, given) in enumerate(zip(known, words, strict=False), 1)
+        if given != KEEP
+    }
+    options = [part for word in known if word.name in values for part in _option(word, values)]
+    if "--eval-only" in options and "--skip-training" in options:
+        options.remove("--skip-training")  # the script looked at EVAL_ONLY first
+    command = shlex.join(["spiralrope", "run", kind, *options])
+    return command, _notes(kind, values)
+
+
+def _words_of(line: str) -> list[str]:
+    try:
+        words = shlex.split(line, comments=True)
+    except ValueError as error:
+        raise ConfigError(f"--from-legacy {line!r} is no line of a shell: {error}") from error
+    while words and (words[0] in ("bash", "sh") or words[0].endswith("run_all.sh")):
+        words.pop(0)
+    return words
+
+
+def _value(place: int, word: Word, given: str) -> Any:
+    where = f"--from-legacy: word {place}, {word.name},"
+    try:
+        value = word.read(given)
+    except ConfigError as error:
+        raise ConfigError(f"{where} is {given}: {error.message}", error.hint) from error
+    except (ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{where} is {given}; it must be {word.allowed}",
+            f"{KEEP} keeps the default, {word.default}",
+        ) from error
+    field = word.option.removeprefix("--").replace("-", "_")
+    if field in RopeConfig.__dataclass_fields__ and field != "min_freq_lang":
+        try:
+            RopeConfig(**{field: value})
+        except ConfigError as error:
+            raise ConfigError(f"{where} cannot be: {error.message}", error.hint) from error
+    return value
+
+
+def _option(word: Word, values: dict[str, tuple[str, Any]]) -> list[str]:
+    given, value = values[word.name]
+    if isinstance(value, bool):
+        flag = word.option if value else word.off
+        return [flag] if flag else []
+    return [word.option, value if word.option == "--arch" else given]
+
+
+def _notes(kind: str, values: dict[str, tuple[str, Any]]) -> list[str]:
+    notes = ["the script's DATA_PATH is --data here, or $SPIRALROPE_DATA; without it: digits"]
+    no_rope = values.get("USE_ROPE", ("", True))[1] is False
+    pixel = values.get("FREQS_FOR", ("", "lang"))[1] == "pixel"
+    if "MAX_FREQ_LANG" not in values and not no_rope and not pixel:
+        notes.append(
+            "MAX_FREQ_LANG was left to the script: documented as 1.5, which this command uses, "
+            "but scripts passed 0.5 or 1.0. To repeat such a run add --max-freq-lang with the "
+            "value that its checkpoint holds"
+        )
+    if "MODEL" not in values and kind == "dit":
+        notes.append("MODEL was left to the script: dit-b4, as here for folders of images")
+    if values.get("ROTATE", ("", 2))[1] in (0, 1) and not no_rope:
+        notes.append("ROTATE 0 and 1 are both plain axial RoPE, with two directions")
+    return notes

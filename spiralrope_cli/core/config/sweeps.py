@@ -1,0 +1,148 @@
+"""What a grid of pipelines is. Standard library only."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from spiralrope_cli.core.config.pipelines import DeiTPipeline
+from spiralrope_cli.core.config.resolve import leaf_types
+from spiralrope_cli.core.config.rope import RopeConfig
+from spiralrope_cli.core.config.runs import ClassifierRun
+from spiralrope_cli.core.errors import ConfigError
+
+OFF = "none"
+"""`rotate=none` is the baseline without rotary embedding."""
+
+_OF_RUN = leaf_types(ClassifierRun)
+_OF_TRAINING = ("epochs", "steps", "lr", "warmup_epochs", "batch_size")
+KINDS: dict[str, type] = {
+    **{
+        ("rope" if name == "enabled" else name): kind
+        for name, kind in leaf_types(RopeConfig).items()
+    },
+    **{name: _OF_RUN[name] for name in ("arch", "drop_path", *_OF_TRAINING)},
+    **{f"finetune_{name}": _OF_RUN[name] for name in _OF_TRAINING},
+}
+"""What can be swept: name of the option -> type of its values."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One configuration of a grid.
+
+    Attributes:
+        words: name -> value, as the user wrote them.
+        options: field name -> value.
+    """
+
+    words: tuple[tuple[str, str], ...]
+    options: tuple[tuple[str, Any], ...]
+
+    @property
+    def label(self) -> str:
+        """For people: `rotate=2 same_theta=true`."""
+        return " ".join(f"{name}={word}" for name, word in self.words) or "as given"
+
+    @property
+    def slug(self) -> str:
+        """For a folder."""
+        return re.sub(r"[^A-Za-z0-9._=-]+", "-", "-".join(self.label.split()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One pipeline of a sweep."""
+
+    point: Point
+    seed: int
+    pipeline: DeiTPipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Pipelines to run one after the other.
+
+    Attributes:
+        folder: with a folder for each member.
+        members: all seeds of the first point, then those of the next.
+        notes: what the grid holds that changes nothing, one line each.
+    """
+
+    folder: str
+    members: tuple[Member, ...]
+    notes: tuple[str, ...]
+
+
+def points(axes: Sequence[str]) -> list[Point]:
+    """The grid of `NAME=V,V` words; one point without options where there are none.
+
+    Raises:
+        ConfigError: no such name, or a value that is none of its kind.
+    """
+    choices = [_axis(text) for text in axes]
+    names = [axis[0][0] for axis in choices]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"--sweep {twice[0]} is given twice", f"as one: {twice[0]}=V,V,V")
+    if "rope" in names and any(word == OFF for axis in choices for _, word, _ in axis):
+        raise ConfigError(f"--sweep rope and --sweep rotate={OFF} say the same", "leave one out")
+    return [
+        Point(
+            tuple((name, word) for name, word, _ in combination),
+            tuple(option for _, _, option in combination),
+        )
+        for combination in itertools.product(*choices)
+    ]
+
+
+def _axis(text: str) -> list[tuple[str, str, tuple[str, Any]]]:
+    name, equals, listed = text.partition("=")
+    name = name.strip().removeprefix("--").replace("-", "_")
+    words = [word.strip() for word in listed.split(",")]
+    if not equals or not all(words):
+        raise ConfigError(f"--sweep {text} is not NAME=V,V", "such as --sweep rotate=none,1,2,4")
+    if name not in KINDS:
+        raise ConfigError(
+            f"--sweep {text}: {name} cannot be swept", f"these can: {', '.join(KINDS)}"
+        )
+    if len(set(words)) < len(words):
+        raise ConfigError(f"--sweep {text} holds a value twice")
+    return [(name, word, _value(text, name, word)) for word in words]
+
+
+def _value(text: str, name: str, word: str) -> tuple[str, Any]:
+    """Field and value of an option in words."""
+    if name == "rotate" and word == OFF:
+        return "enabled", False
+    kind = KINDS[name]
+    try:
+        value = {"true": True, "false": False}[word.lower()] if kind is bool else kind(word)
+    except (ValueError, KeyError) as error:
+        wanted = "true or false" if kind is bool else f"of type {kind.__name__}"
+        raise ConfigError(f"--sweep {text}: {word} must be {wanted}") from error
+    return ("enabled" if name == "rope" else name), value
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`0,1,2` as numbers.
+
+    Raises:
+        ConfigError: no list of different numbers.
+    """
+    if not re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*", text):
+        raise ConfigError(f"--seeds {text} is no list of numbers", "such as --seeds 0,1,2")
+    seeds = [int(word) for word in text.split(",")]
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"--seeds {text} holds a number twice")
+    return seeds
+
+
+def acting(rope: RopeConfig) -> RopeConfig:
+    """The same RoPE with options that cannot act at their defaults: equal for equal networks."""
+    if not rope.enabled:
+        return RopeConfig(enabled=False)
+    plain, names = RopeConfig(), {field.name for field in fields(rope)}
+    return replace(rope, **{name: getattr(plain, name) for name, _ in rope.inert_options(names)})

@@ -1,0 +1,119 @@
+"""The diffusion transformer's pipeline: train, draw samples, measure them."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from spiralrope_cli.core.config.fid import PRECISIONS, FidRun
+from spiralrope_cli.core.config.pipelines import SAMPLE, DiTPipeline
+from spiralrope_cli.core.config.runs import MachineConfig
+from spiralrope_cli.core.config.samples import DEFAULTS, SampleRun, num_samples
+from spiralrope_cli.core.data.sample_files import GRID_FILE, NPZ_FILE
+from spiralrope_cli.core.hub.source import find_source
+from spiralrope_cli.core.jobs import sample_plan, score_plan, score_report
+from spiralrope_cli.core.jobs.pipeline import Stage, carry_out, say, training_stage
+from spiralrope_cli.core.jobs.pipeline_plan import fetch_vaes, why_no_figures
+from spiralrope_cli.core.runtime.launch import is_first_process, launch, world_size
+from spiralrope_cli.core.runtime.run_folder import first_step, is_finished
+from spiralrope_cli.core.weights import Weights
+
+SAMPLE_JOB = "spiralrope_cli.core.jobs.sample_dit:run"
+SCORE_JOB = "spiralrope_cli.core.jobs.score_images:run"
+FID_FILE = "fid.json"
+OF_SAMPLING = ("nproc", "nnodes", "rdzv_endpoint", "device", "precision", "compile")
+OF_FIGURES = ("nproc", "nnodes", "rdzv_endpoint", "device", "workers", "skip_bad")
+
+
+def run_dit(pipeline: DiTPipeline, *, dry_run: bool) -> None:
+    """Trains, draws and measures, or prints the plans of all that.
+
+    Raises:
+        SpiralRopeError: a stage failed; the next ones are left out.
+    """
+    without_figures = why_no_figures(pipeline)
+    stages = [training_stage(pipeline.training), sample_stage(pipeline)]
+    if not without_figures:
+        stages.append(fid_stage(pipeline))
+    if not dry_run and is_first_process():
+        fetch_vaes(pipeline)
+    carry_out(pipeline.folder, "run dit", stages, dry_run=dry_run)
+    if without_figures:
+        say(f"fid is left out: {without_figures}")
+
+
+def sample_stage(pipeline: DiTPipeline) -> Stage:
+    """Images from the averaged weights of the training."""
+    train, out = pipeline.training.run, str(Path(pipeline.folder) / SAMPLE)
+
+    @functools.cache
+    def settled() -> tuple[SampleRun, Weights]:
+        machine = machine_part(pipeline.machine, OF_SAMPLING)
+        return sample_plan.settle(
+            find_source(train.out), {**pipeline.sampling, **machine, "out": out}
+        )
+
+    def done() -> str:
+        if not is_finished(train, first_step(train)):
+            return ""
+        run, weights = settled()
+        there = sample_plan.check_same(run, sample_plan.facts_of(run, weights))
+        return f"{out} is finished, {run.num} images" if there else ""
+
+    def plan(dry_run: bool) -> None:
+        if not is_finished(train, first_step(train)):
+            chosen = {**DEFAULTS, "num": num_samples(train.data), **pipeline.sampling}
+            told = ", ".join(f"{name} {value}" for name, value in chosen.items())
+            say(f" {out} from the averaged (EMA) weights of {train.out}: {told}")
+            return
+        run, weights = settled()
+        sample_plan.check_space(run)
+        if is_first_process():
+            sample_plan.say_plan(run, weights, world_size(run.machine))
+
+    def show() -> None:
+        say(f"samples: {Path(out) / NPZ_FILE}")
+        say(f"grid: {Path(out) / GRID_FILE}")
+
+    return Stage("dit-sample", done, plan, lambda: launch(SAMPLE_JOB, settled()[0]), show)
+
+
+def fid_stage(pipeline: DiTPipeline) -> Stage:
+    """Figures of the samples against the reference, also as `fid.json`."""
+    folder = Path(pipeline.folder)
+    samples, result = folder / SAMPLE / NPZ_FILE, folder / FID_FILE
+    machine = machine_part(pipeline.machine, OF_FIGURES)
+    run = FidRun(
+        samples=str(samples),
+        reference=pipeline.reference,
+        weights=pipeline.weights,
+        facts_file=str(result),
+        machine=MachineConfig(**machine, precision=PRECISIONS[0]),
+    )
+
+    def facts() -> dict[str, Any]:
+        """What was measured of these samples against this reference, if anything."""
+        if not samples.exists() or not result.exists():
+            return {}
+        found: dict[str, Any] = json.loads(result.read_text())
+        same = found["reference"]["path"] == str(Path(pipeline.reference).expanduser())
+        return found if same and result.stat().st_mtime >= samples.stat().st_mtime else {}
+
+    def done() -> str:
+        return f"{result} is there" if facts() else ""
+
+    def plan(dry_run: bool) -> None:
+        say(f" {samples} against {pipeline.reference}: {', '.join(run.select)}, into {result}")
+
+    def show() -> None:
+        if is_first_process():
+            score_report.show(run, facts())
+
+    return Stage("fid", done, plan, lambda: launch(SCORE_JOB, score_plan.prepare(run)), show)
+
+
+def machine_part(machine: MachineConfig, names: tuple[str, ...]) -> dict[str, Any]:
+    """The fields that a stage knows."""
+    return {name: getattr(machine, name) for name in names}

@@ -1,0 +1,373 @@
+"""Whole pipelines by one command: stages in order, each once, and what stops them."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from spiralrope_cli import main as cli
+from spiralrope_cli.core.config.legacy import DEIT_WORDS, DIT_WORDS
+from spiralrope_cli.core.config.pipelines import deit_stages
+from spiralrope_cli.core.config.resolve import resolve_classifier
+from spiralrope_cli.core.config.rope import RopeConfig
+from spiralrope_cli.core.config.sweeps import KINDS, acting
+from spiralrope_cli.core.errors import DataError, SpiralRopeError
+from spiralrope_cli.core.hub.source import find_source
+from spiralrope_cli.core.jobs import pipeline as pipelines
+from spiralrope_cli.core.jobs import pipeline_dit, sample_dit, train_classifier
+from spiralrope_cli.core.jobs.pipeline_plan import deit_pipeline
+from spiralrope_cli.core.jobs.start import starting_point
+from spiralrope_cli.core.jobs.sweep import spread
+from spiralrope_cli.core.runtime.job import StopRequest
+
+FAST = ("--precision", "fp32", "--nproc", "1", "--log-every", "2")
+SMALL = ("--arch", "deit-32x2x2", "--steps", "4", *FAST)
+DEIT = (*SMALL, "--finetune-steps", "2")
+DIT = (
+    *("--arch", "dit-32x2x2-2", "--steps", "4", "--num", "5", "--sampling-steps", "4"),
+    *FAST,
+)
+
+
+@pytest.fixture
+def run(runs):
+    """Runs the command here; gives stdout and stderr, or the error."""
+
+    def call(*words, expect=0):
+        result = CliRunner().invoke(cli.app, ["run", *map(str, words)])
+        if isinstance(result.exception, SpiralRopeError):
+            assert result.exception.exit_code == expect, result.exception
+            return "", str(result.exception)
+        assert result.exit_code == expect, result.output + repr(result.exception)
+        return result.stdout, result.stderr
+
+    return call
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The jobs that stages launch, in order."""
+    jobs = []
+    for module in (pipelines, pipeline_dit):
+        plain = module.launch
+
+        def noted(job, config, plain=plain):
+            jobs.append(job.split(".")[-1].removesuffix(":run"))
+            plain(job, config)
+
+        monkeypatch.setattr(module, "launch", noted)
+    return jobs
+
+
+def rows(folder):
+    return json.loads((Path(folder) / "eval.json").read_text())["rows"]
+
+
+def marks(folder):
+    return list(json.loads((Path(folder) / "pipeline.json").read_text())["stages"])
+
+
+def test_deit_runs_every_stage_once(run, launched):
+    folder = Path("runs/run-deit-deit-32x2x2-digits-r2")
+    said, _ = run("deit", *DEIT)
+    assert launched == ["train_classifier", "train_classifier", "evaluate"]
+    assert marks(folder) == ["pretrain", "finetune", "eval"]
+    assert len(rows(folder / "finetune")) == 8
+    assert "0.875" in said
+    before = (folder / "pipeline.json").read_bytes()
+    again, told = run("deit", *DEIT)
+    assert len(launched) == 3
+    assert [line for line in said.splitlines() if "best, EMA" in line][-2:] == [
+        line for line in again.splitlines() if "best, EMA" in line
+    ]
+    assert "pretrain is finished, 4 steps" in told
+    assert (folder / "pipeline.json").read_bytes() == before
+
+    _, told = run("deit", *DEIT, "--seed", "1", expect=1)
+    assert "pretrain holds a run with other options: --seed was 0, now 1" in told
+    run("deit", *SMALL, "--eval-only", "--no-finetune")
+    assert launched[3:] == ["evaluate"]
+    assert len(rows(folder / "pretrain")) == 8
+    run("deit", "--out", folder, "--eval-only")
+    _, told = run("deit", "--out", folder, "--eval-only", "--rotate", 4, expect=1)
+    assert "--rotate was 2, now 4" in told
+
+
+def test_what_finetuning_starts_from_is_what_pretraining_left(run):
+    run("deit", *DEIT, "--rotate", 4, "--out", "here", "--drop-path", 0.1)
+    given = {"arch": "deit-32x2x2", "rotate": 4, "steps": 4, "drop_path": 0.1, "seed": 3}
+    own = {"finetune_lr": 3e-3, "finetune_steps": 2, "precision": "fp32", "out": "there"}
+    stages = deit_stages(eval_only=False, skip_training=False, finetune=True)
+    first, second = (each.run for each in deit_pipeline({**given, **own}, stages).trainings)
+    assert (first.command, first.out, first.optim.steps) == ("pretrain", "there/pretrain", 4)
+    assert (second.command, second.source) == ("finetune", "there/pretrain")
+    assert (second.optim.lr, second.optim.steps, second.seed) == (3e-3, 2, 3)
+    # The plan knows before what reading the weights would tell afterwards.
+    start, _ = starting_point(find_source("here/pretrain"), {})
+    single = {"lr": 3e-3, "steps": 2, "precision": "fp32", "seed": 3, "out": second.out}
+    read = resolve_classifier("finetune", single, None, start).run
+    assert replace(read, source=second.source) == second
+
+
+def test_a_stage_that_stops_or_fails_ends_the_command_with_its_code(run, launched, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            StopRequest,
+            "agreed",
+            lambda self, device, ask_all: signal.SIGTERM if ask_all else 0,
+        )
+        run("deit", *DEIT, "--out", "here", expect=143)
+    assert launched == ["train_classifier"]
+    assert not Path("here/finetune").exists()
+    run("deit", *DEIT, "--out", "here", "--skip-training")
+    assert launched == ["train_classifier", "train_classifier", "evaluate"]
+    _, told = run("deit", *DEIT, "--out", "here", expect=1)
+    assert "was trained from weights that here/pretrain does not hold yet" in told
+
+    def broken(*words):
+        raise DataError("the disk is on fire")
+
+    monkeypatch.setattr(train_classifier, "validate", broken)
+    _, told = run("deit", *DEIT, "--out", "there", expect=1)
+    assert told == "the disk is on fire"
+    assert launched[3:] == ["train_classifier"]
+    assert not Path("there/pipeline.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (["--eval-only"], 1, "run-deit-deit-ti-digits-r2/finetune holds no checkpoint"),
+        (["--skip-training"], 1, "run-deit-deit-ti-digits-r2/pretrain holds no checkpoint"),
+        (["--skip-training", "--eval-only"], 2, "exclude each other"),
+        (["--skip-training", "--no-finetune"], 2, "leave nothing to train"),
+        (["--no-finetune", "--finetune-lr", 1], 2, "--finetune-lr has no effect"),
+        (["--finetune-epochs", 1], 2, "finetune: --finetune-warmup-epochs 1 leaves nothing"),
+        (["--sweep", "rotate"], 2, "is not NAME=V,V"),
+        (["--sweep", "seed=1,2"], 2, "seed cannot be swept"),
+        (["--sweep", "rotate=1,x"], 2, "x must be of type int"),
+        (["--sweep", "same_theta=1"], 2, "1 must be true or false"),
+        (["--sweep", "rotate=1,1"], 2, "holds a value twice"),
+        (["--sweep", "rotate=1", "--sweep", "rotate=2"], 2, "--sweep rotate is given twice"),
+        (["--sweep", "rotate=none", "--sweep", "rope=true"], 2, "say the same"),
+        (["--sweep", "rotate=1,2", "--rotate", 2], 2, "--rotate is given and swept"),
+        (["--sweep", "rotate=none,2", "--rotate", 2], 2, "--rotate is given and swept"),
+        (["--sweep", "rope=true,false", "--no-rope"], 2, "--rope is given and swept"),
+        (["--sweep", "rotate=1,5", "--same-theta"], 2, "rotate=5: --rotate 5 with --same-theta"),
+        (["--seeds", "1;2"], 2, "--seeds 1;2 is no list of numbers"),
+        (["--seeds", "1,2", "--seed", 1], 2, "exclude each other"),
+        (["--from-legacy", "4", "--lr", 1], 2, "--from-legacy stands alone"),
+    ],
+)
+def test_what_cannot_be_is_told_in_a_line(run, launched, words, code, told):
+    assert told in run("deit", *words, expect=code)[1]
+    assert not launched
+
+
+def test_the_processes_of_a_launcher_are_not_joined(run, launched, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for kind in ("deit", "dit"):
+        assert "use --nproc" in run(kind, expect=2)[1]
+    assert not launched
+
+
+def test_a_dry_run_plans_all_stages_and_writes_nothing(run, runs):
+    _, told = run("deit", *DEIT, "--dry-run")
+    assert [line for line in told.splitlines() if line.startswith("[")] == [
+        "[1/3] pretrain",
+        "[2/3] finetune",
+        "[3/3] eval",
+    ]
+    _, told = run("dit", *DIT, "--dry-run")
+    assert "num 5" in told
+    assert "fid is left out: there is no --reference" in told
+    _, told = run("deit", *DEIT, "--sweep", "rotate=0,1", "--dry-run")
+    assert "note: rotate=0 and rotate=1 are both plain axial RoPE" in told
+    assert "== 2/2: rotate=1, seed 0" in told
+    assert not list(runs.iterdir())
+
+
+def test_a_sweep_runs_the_grid_and_sums_it_up(run, launched):
+    axes = ("--sweep", "rotate=none,1,2", "--sweep", "same_theta=true,false", "--seeds", "0,3")
+    words = ("deit", *SMALL, "--no-finetune", *axes, "--keep-last", 1)
+    said, told = run(*words)
+    # Without RoPE, and in two directions, same_theta changes nothing.
+    assert "rotate=none same_theta=false is the same as rotate=none same_theta=true" in told
+    assert launched == ["train_classifier", "evaluate"] * 8
+    folder = Path("runs/sweep-deit-deit-32x2x2-digits")
+    found = json.loads((folder / "sweep.json").read_text())["rows"]
+    assert len(found) == 4 * 8
+    last = [
+        r for r in found if (r["checkpoint"], r["weights"], r["crop_ratio"]) == ("last", "raw", 1)
+    ]
+    assert [each["point"] for each in last] == [
+        {"rotate": "none", "same_theta": "true"},
+        {"rotate": "1", "same_theta": "true"},
+        {"rotate": "2", "same_theta": "true"},
+        {"rotate": "2", "same_theta": "false"},
+    ]
+    assert all(each["seeds"] == [0, 3] and each["usual_crop"] for each in last)
+    one = folder / "rotate=2-same_theta=true-seed3" / "pretrain"
+    values = [r for r in rows(one) if (r["checkpoint"], r["weights"]) == ("last", "raw")]
+    assert last[2]["acc1"]["values"][1] == values[-1]["acc1"]
+    assert f"{last[2]['acc1']['mean']:.2f} ± {last[2]['acc1']['std']:.2f}" in said
+    again, _ = run(*words)
+    assert len(launched) == 16
+    assert said.endswith(again)
+    assert again.count(" ± ") == 1 + 3 * 4
+
+
+def test_spread_is_the_sample_deviation():
+    assert spread([1.0, 3.0]) == {"mean": 2.0, "std": 2**0.5, "values": [1.0, 3.0]}
+    assert spread([1.0])["std"] is None
+
+
+def test_every_rope_option_can_be_swept():
+    fields = set(RopeConfig.__dataclass_fields__) - {"enabled"} | {"rope"}
+    assert fields | {"lr", "arch", "drop_path"} <= KINDS.keys()
+
+
+def test_options_that_cannot_act_make_no_other_network():
+    plain = RopeConfig(rotate=1)
+    assert acting(replace(plain, same_theta=True, projection="exact")) == plain
+    assert acting(replace(plain, enabled=False, rotate=4)) == RopeConfig(enabled=False)
+    assert acting(RopeConfig(same_theta=True)) == RopeConfig(same_theta=True)
+
+
+def test_dit_runs_every_stage_once(run, launched):
+    _, told = run("dit", *DIT)
+    folder = Path("runs/run-dit-dit-32x2x2-2-digits-r0")
+    assert launched == ["train_dit", "sample_dit"]
+    assert marks(folder) == ["dit-train", "dit-sample"]
+    assert (folder / "dit-sample" / "samples.npz").is_file()
+    assert "fid is left out: there is no --reference" in told
+    _, told = run("dit", *DIT)
+    assert "dit-sample is finished, 5 images" in told
+    assert len(launched) == 2
+    _, told = run("dit", *DIT, "--num", 6, expect=1)
+    assert "holds other samples: num was 5, now 6" in told
+    _, told = run("dit", *DIT, "--reference", "gone.npz", expect=1)
+    assert "gone.npz" in told
+
+
+def test_dit_measures_where_reference_and_weights_are(
+    run, launched, inception_weights, image_folder
+):
+    reference = ("--reference", image_folder / "val")
+    _, told = run("dit", *DIT, *reference)
+    assert "fid is left out: the weights of Inception are not here" in told
+    with_weights = (*reference, "--weights", inception_weights)
+    said, _ = run("dit", *DIT, *with_weights)
+    assert launched == ["train_dit", "sample_dit", "score_images"]
+    folder = Path("runs/run-dit-dit-32x2x2-2-digits-r0")
+    facts = json.loads((folder / "fid.json").read_text())
+    assert f"{facts['fid']:.4f}" in said
+    again, _ = run("dit", *DIT, *with_weights)
+    assert f"{facts['fid']:.4f}" in again
+    assert len(launched) == 3
+
+
+def test_an_interrupted_sampling_goes_on(run, launched, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            sample_dit, "leave", lambda files, job, stop: (_ for _ in ()).throw(SystemExit(130))
+        )
+        patch.setattr(
+            StopRequest, "agreed", lambda self, device, ask_all: getattr(self, "asked", 0)
+        )
+        plain = sample_dit.Drawer.__call__
+
+        def drawn(self, indices):
+            self.job.stop.asked = signal.SIGINT
+            return plain(self, indices)
+
+        patch.setattr(sample_dit.Drawer, "__call__", drawn)
+        run("dit", *DIT, expect=130)
+    folder = Path("runs/run-dit-dit-32x2x2-2-digits-r0")
+    assert marks(folder) == ["dit-train"]
+    run("dit", *DIT)
+    assert launched == ["train_dit", "sample_dit", "sample_dit"]
+
+
+LEGACY = [
+    ("deit", "", ""),
+    ("deit", "4 - - - - 8", "--rotate 4 --nproc 8"),
+    ("deit", "bash run_all.sh - - - - - - True", "--eval-only"),
+    ("deit", "- - - - - - False True", "--skip-training"),
+    ("deit", "- - - - - - True True", "--eval-only"),
+    (
+        "deit",
+        "4 0.1 1.0 0.01 True 2",
+        "--rotate 4 --truncate-percentage 0.1 --max-freq-lang 1.0 --min-freq-lang 0.01 "
+        "--same-theta --nproc 2",
+    ),
+    ("dit", "False", "--no-rope"),
+    ("dit", "True 2", "--rope --rotate 2"),
+    ("dit", "- 4", "--rotate 4"),
+    ("dit", "- - - - - - - - - 123", "--seed 123"),
+    (
+        "dit",
+        "- 2 100 pixel 20 - - - False 1 DiT-XL/2",
+        "--rotate 2 --theta 100 --freqs-for pixel --max-freq 20 --no-same-theta --seed 1 "
+        "--arch dit-xl2",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "line", "options"), LEGACY)
+def test_an_old_line_becomes_a_command(run, kind, line, options):
+    said, told = run(kind, "--from-legacy", line)
+    assert said.strip() == f"spiralrope run {kind} {options}".strip()
+    unsaid = "1.0" not in line and line != "False" and "pixel" not in line
+    assert ("scripts passed 0.5 or 1.0" in told) == unsaid
+
+
+@pytest.mark.parametrize(
+    ("kind", "line", "told"),
+    [
+        ("deit", "four", "word 1, ROTATE, is four; it must be a whole number"),
+        ("deit", "- - - - 1", "word 5, SAME_THETA, is 1; it must be True or False"),
+        ("deit", "- 2", "word 2, TRUNCATE_PERCENTAGE, cannot be: --truncate-percentage is 2.0"),
+        ("deit", "- - - - - - - - -", "has 9 words; the script took 8 at most"),
+        ("deit", "'", "is no line of a shell"),
+        ("dit", "- - - sound", "word 4, FREQS_FOR, is sound; it must be lang or pixel"),
+        ("dit", "- - - - - - - - - - DiT-Z/2", "word 11, MODEL, is DiT-Z/2"),
+    ],
+)
+def test_a_wrong_word_is_named_with_its_place(run, kind, line, told):
+    assert told in run(kind, "--from-legacy", line, expect=2)[1]
+
+
+def test_the_words_are_those_of_the_old_documents():
+    assert [word.name for word in DEIT_WORDS] == [
+        *("ROTATE", "TRUNCATE_PERCENTAGE", "MAX_FREQ_LANG", "MIN_FREQ_LANG", "SAME_THETA"),
+        *("NPROC_PER_NODE", "EVAL_ONLY", "SKIP_TRAINING"),
+    ]
+    assert [word.name for word in DIT_WORDS] == [
+        *("USE_ROPE", "ROTATE", "THETA", "FREQS_FOR", "MAX_FREQ", "TRUNCATE_PERCENTAGE"),
+        *("MAX_FREQ_LANG", "MIN_FREQ_LANG", "SAME_THETA", "SEED", "MODEL"),
+    ]
+
+
+def test_the_page_for_movers_shows_what_the_command_prints(run):
+    page = (Path(__file__).parents[2] / "docs" / "migrating.md").read_text()
+    lines = re.findall(
+        r"^\| `(bash run_all\.sh[^`.]*)` \| `(spiralrope run (\w+)[^`.]*)` \|$", page, re.M
+    )
+    assert len(lines) == 9
+    for line, command, kind in lines:
+        assert run(kind, "--from-legacy", line)[0].strip() == command
+    for kind, words in (("DeiT", DEIT_WORDS), ("DiT", DIT_WORDS)):
+        section = page.split(f"## {kind}:")[1].split("\n## ")[0]
+        table = re.findall(r"^\| (\d+) \| `(\w+)` \| (\S+) \| `(--[a-z-]+)`", section, re.M)
+        assert [tuple(row) for row in table] == [
+            (str(place), word.name, word.default, word.option)
+            for place, word in enumerate(words, 1)
+        ]

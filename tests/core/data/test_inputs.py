@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from spiralrope_cli.core.data.inputs import look_at
+
+
+@pytest.mark.parametrize(
+    ("notes", "num", "protocol"),
+    [
+        ({"num_images": 50, "protocol": "ours"}, 50, "ours"),
+        ({}, None, ""),
+        ({"num_images": [1, 2], "protocol": [1.0]}, None, ""),
+        ({"num_images": "many", "protocol": 3}, None, ""),
+        ({"num_images": -4}, None, ""),
+    ],
+)
+def test_what_statistics_say_of_themselves_is_believed_if_it_can_be(tmp_path, notes, num, protocol):
+    np.savez(tmp_path / "a.npz", mu=np.zeros(2048), sigma=np.eye(2048), **notes)
+    side = look_at(tmp_path / "a.npz", "REFERENCE")
+    assert (side.num, side.protocol) == (num, protocol)
+    assert side.words.startswith("statistics for fid of ")
