@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test setup style quality clean
+.PHONY: help demo test setup style quality docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     train DeiT-Ti with Spiral RoPE on the bundled digits and evaluate it"
 	@echo "make test     run the tests"
+	@echo "make docs     write the reference of commands and the picture of channels"
 	@echo "make style    format the code; make quality checks format, lint and types"
 
 setup: $(STAMP)
@@ -32,6 +33,9 @@ style: $(STAMP)
 
 quality: $(STAMP)
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
+
+docs: $(STAMP)
+	@$(BIN)/python docs/cli_reference.py && $(BIN)/python docs/channel_layout.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -12,6 +12,7 @@ from spiralrope_cli.commands import (
     dit_encode,
     dit_sample,
     dit_train,
+    doctor,
     evaluate,
     export,
     fetch,
@@ -45,6 +46,7 @@ app.command("fetch", epilog=fetch.EXAMPLES)(fetch.fetch)
 app.command("export", epilog=export.EXAMPLES)(export.export)
 app.command("fid", epilog=fid.EXAMPLES)(fid.fid)
 app.add_typer(plot.app, name="plot")
+app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 
 
 def _print_version(wanted: bool) -> None:
@@ -70,7 +72,7 @@ def main() -> None:
     """Entry point of the console script."""
     share_the_machine()
     try:
-        app()
+        app(prog_name="spiralrope")
     except SpiralRopeError as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise

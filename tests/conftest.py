@@ -182,3 +182,15 @@ def trained_once(tmp_path_factory):
         save_file(state, best / f"{kind}.safetensors", told)
     (out / "checkpoints" / "best.json").write_text('{"step": 4}')
     return out
+
+
+@pytest.fixture(scope="session")
+def drawn_once(tmp_path_factory):
+    """A run of dit-train of 2 steps on the digits."""
+    from spiralrope_cli.core.config.resolve_dit import resolve_dit
+    from spiralrope_cli.core.jobs import train_dit
+
+    out = tmp_path_factory.mktemp("drawn") / "tiny"
+    options = {"arch": "dit-64x2x2-2", "steps": 2, "nproc": 1, "precision": "fp32"}
+    train_dit.run(resolve_dit({**options, "out": str(out), "warmup_epochs": 0}).run)
+    return out

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
+
+from spiralrope_cli.core.runtime.report import read_metrics
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -59,3 +62,23 @@ def test_spiral_rope_in_timm_trains_with_and_without_a_fused_kernel(turned_and_p
     for block in model.blocks:
         assert block.attn.qkv.weight.grad.isfinite().all()
         assert block.attn.qkv.weight.grad.any()
+
+
+def test_resolution_extrapolation_measures_what_eval_measures(trained_once, capsys, monkeypatch):
+    example = load_example("resolution_extrapolation")
+    monkeypatch.setattr(example, "SIDES", (8, 12))
+    example.main(str(trained_once))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["pixels", "8", "12"]
+    own_size = lines[1].split()
+    last = [line for line in read_metrics(trained_once) if "ema_acc1" in line][-1]
+    assert float(own_size[1]) == float(own_size[3]) == pytest.approx(last["ema_acc1"], abs=0.01)
+
+
+def test_sample_digits_draws_a_column_per_class(drawn_once, tmp_path, capsys):
+    target = tmp_path / "digits.png"
+    load_example("sample_digits").main(str(drawn_once), str(target), "2")
+    assert capsys.readouterr().out == f"{target}\n"
+    with Image.open(target) as picture:
+        assert picture.size == (10 * 66 + 2, 4 * 66 + 2)
+        assert len(picture.getcolors(1 << 20)) > 2

@@ -5,10 +5,11 @@ from typing import Annotated
 
 import typer
 
+from spiralrope_cli.commands import completion
 from spiralrope_cli.commands import options as o
 from spiralrope_cli.commands import recipe_options as r
 from spiralrope_cli.commands.options import DATA, MACHINE, RUN, choice, option
-from spiralrope_cli.core.config.latents import EncodeRun, class_folder
+from spiralrope_cli.core.config.latents import VAE_NAMES, EncodeRun, class_folder
 from spiralrope_cli.core.config.resolve import DATA_VARIABLE, build
 from spiralrope_cli.core.config.runs import PRECISIONS
 from spiralrope_cli.core.errors import DataError
@@ -48,6 +49,7 @@ Vae = Annotated[
         panel=DATA,
         text=f"The VAE: ema, mse, or a folder as diffusers saves it ({EncodeRun.vae}).",
         metavar="ema|mse|FOLDER",
+        autocompletion=completion.words(*VAE_NAMES),
     ),
 ]
 ImageSize = Annotated[

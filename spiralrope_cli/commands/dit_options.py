@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from spiralrope_cli.commands import completion
 from spiralrope_cli.commands.options import DATA, MODEL, RECIPE, ROPE, RUN, choice, option
-from spiralrope_cli.core.config.dit_runs import DIT_SCHEDULES
+from spiralrope_cli.core.config.dit_runs import DIT_SCHEDULES, NO_VAE
+from spiralrope_cli.core.config.latents import VAE_NAMES
 
 # --- Model
 Arch = Annotated[
@@ -16,6 +18,7 @@ Arch = Annotated[
         text="dit-ti2 to dit-xl8 (the digit is the patch side), DiT-XL/2, "
         "or by numbers: dit-WIDTHxDEPTHxHEADS-PATCH.",
         metavar="NAME",
+        autocompletion=completion.dit_archs,
     ),
 ]
 QkNorm = Annotated[
@@ -29,6 +32,7 @@ Init = Annotated[
         panel=MODEL,
         text="Start from the EMA weights of a run, a file or a published name.",
         metavar="SOURCE",
+        autocompletion=completion.sources,
     ),
 ]
 Rotate = Annotated[
@@ -49,6 +53,7 @@ Data = Annotated[
         text="digits, fashion-mnist, or a folder of class folders, or one with train/. "
         "Without it: $SPIRALROPE_DATA, else the bundled digits.",
         metavar="NAME|FOLDER",
+        autocompletion=completion.data_sets,
     ),
 ]
 Vae = Annotated[
@@ -58,6 +63,7 @@ Vae = Annotated[
         panel=DATA,
         text="ema, mse, a folder in diffusers' layout, or none: pixels.",
         metavar="NAME|FOLDER",
+        autocompletion=completion.words(*VAE_NAMES, NO_VAE),
     ),
 ]
 Latents = Annotated[

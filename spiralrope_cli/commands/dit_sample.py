@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from spiralrope_cli.commands import completion
 from spiralrope_cli.commands import options as o
 from spiralrope_cli.commands.options import RUN, choice, option, pair_parser, parse_size
 from spiralrope_cli.core.config.checks import at_least, one_of
@@ -15,6 +16,8 @@ from spiralrope_cli.core.config.diffusion import (
     GuidanceConfig,
     spaced_timesteps,
 )
+from spiralrope_cli.core.config.dit_runs import NO_VAE
+from spiralrope_cli.core.config.latents import VAE_NAMES
 from spiralrope_cli.core.config.resolve import build
 from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, world_size
@@ -117,6 +120,7 @@ def dit_sample(
             panel=PICTURES,
             text="mse, ema, a folder in diffusers' layout, or none: pixels.",
             metavar="NAME|FOLDER",
+            autocompletion=completion.words(*VAE_NAMES, NO_VAE),
         ),
     ] = None,
     png: Annotated[

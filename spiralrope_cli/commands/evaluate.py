@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from spiralrope_cli.commands import completion
 from spiralrope_cli.commands import options as o
 from spiralrope_cli.commands import recipe_options as r
 from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions
@@ -69,6 +70,7 @@ Sources = Annotated[
         metavar="SOURCE",
         help="Run folders, checkpoint files or published names; by default the newest run.",
         show_default=False,
+        autocompletion=completion.sources,
     ),
 ]
 Ema = Annotated[
@@ -96,6 +98,7 @@ Data = Annotated[
         text="digits, fashion-mnist, or a folder with train/ and val/ of class folders. "
         "Without it: the run's own, else $SPIRALROPE_DATA, else digits.",
         metavar="NAME|FOLDER",
+        autocompletion=completion.data_sets,
     ),
 ]
 CropRatios = Annotated[

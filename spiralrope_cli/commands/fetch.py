@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from spiralrope_cli.commands import completion
 from spiralrope_cli.commands.options import option
 
 WHERE, SHOW = "Where from and to", "What to show"
@@ -27,7 +28,11 @@ Examples:
 
 Names = Annotated[
     list[str] | None,
-    typer.Argument(metavar="NAME", help="What to fetch; --list shows the names."),
+    typer.Argument(
+        metavar="NAME",
+        help="What to fetch; --list shows the names.",
+        autocompletion=completion.published,
+    ),
 ]
 ShowList = Annotated[
     bool,

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from spiralrope_cli.commands import completion
 from spiralrope_cli.core.config.rope import (
     FREQS_FOR,
     PROJECTIONS,
@@ -37,14 +38,19 @@ ROPE_FIELDS = tuple(RopeConfig.__dataclass_fields__)
 
 def option(*names: str, panel: str, text: str, metavar: str | None = None, **more: Any) -> Any:
     """A typer option without a default of its own: the recipe and the data set know it."""
+    more = {"autocompletion": completion.paths, **more}
     return typer.Option(
         *names, rich_help_panel=panel, help=text, metavar=metavar, show_default=False, **more
     )
 
 
-def choice(text: str, allowed: tuple[str, ...]) -> dict[str, str]:
-    """Text and placeholder of an option that takes one of a few words."""
-    return {"text": f"{text} ({', '.join(allowed)})", "metavar": "WORD"}
+def choice(text: str, allowed: tuple[str, ...]) -> dict[str, Any]:
+    """Text, placeholder and completion of an option that takes one of a few words."""
+    return {
+        "text": f"{text} ({', '.join(allowed)})",
+        "metavar": "WORD",
+        "autocompletion": completion.words(*allowed),
+    }
 
 
 def parse_size(text: str | tuple[int, int] | None) -> tuple[int, int] | None:
@@ -93,6 +99,7 @@ SourceArgument = Annotated[
         metavar="SOURCE",
         help="Run folder, checkpoint file, or published name.",
         show_default=False,
+        autocompletion=completion.sources,
     ),
 ]
 

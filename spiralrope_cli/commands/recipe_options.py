@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from spiralrope_cli.commands import completion
 from spiralrope_cli.commands.options import DATA, MODEL, RECIPE, choice, option, parse_size
 from spiralrope_cli.core.config.optim import FREEZES, LR_RULES, SCHEDULES
 from spiralrope_cli.core.config.runs import GEOMETRIES
@@ -16,6 +17,7 @@ Arch = Annotated[
         panel=MODEL,
         text="deit-ti, deit-s, deit-b, deit-l, or by numbers: deit-WIDTHxDEPTHxHEADS.",
         metavar="NAME",
+        autocompletion=completion.deit_archs,
     ),
 ]
 ImageSize = Annotated[
@@ -44,6 +46,7 @@ Data = Annotated[
         text="digits, fashion-mnist, or a folder with train/ and val/ of class folders. "
         "Without it: $SPIRALROPE_DATA, else the bundled digits.",
         metavar="NAME|FOLDER",
+        autocompletion=completion.data_sets,
     ),
 ]
 CropRatio = Annotated[

@@ -13,7 +13,7 @@ from spiralrope_cli.core.config.dit_runs import DiTRun
 from spiralrope_cli.core.config.resolve import Resolved, StartingPoint, resolve_classifier
 from spiralrope_cli.core.config.resolve_dit import resolve_dit
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, world_size
-from spiralrope_cli.core.runtime.run_folder import first_step, is_finished
+from spiralrope_cli.core.runtime.run_folder import first_step, is_finished, write_sources
 from spiralrope_cli.core.runtime.tracker import check_tracker
 
 CLASSIFIER_JOB = "spiralrope_cli.core.jobs.train_classifier:run"
@@ -61,6 +61,8 @@ def train(
     if not dry_run:
         if isinstance(run, DiTRun):
             check_vae(run)
+        if is_first_process():
+            write_sources(Path(run.out), resolved.sources)
         launch(job, run)
 
 

@@ -67,7 +67,8 @@ def test_the_result_is_an_npz_a_grid_and_what_made_them(sample, pixels, runs):
     assert 0.2 < np.isin(drawn, (0, 255)).mean() < 0.9
     assert "12 images: here/samples.npz" in told
     assert sorted(path.name for path in (runs / "here").iterdir() if path.name[0] != ".") == [
-        *("png", "samples.json", "samples.npz", "samples.png")
+        *("environment.json", "png", "report.html"),
+        *("samples.json", "samples.npz", "samples.png", "sources.json"),
     ]
     files = sorted((runs / "here" / "png").iterdir())
     assert [path.name for path in files][:2] == ["000000.png", "000001.png"]

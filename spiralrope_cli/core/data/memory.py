@@ -48,6 +48,17 @@ class MemorySplit:
         return MemorySplit(images.expand(-1, channels, -1, -1), self.labels.to(device))
 
 
+def is_here(data: str) -> bool:
+    """Whether a built-in set can be loaded without a network."""
+    if data == "digits" or DEBIAN_FASHION_MNIST.is_dir():
+        return True
+    return _is_unpacked(cache_folder() / "FashionMNIST" / "raw")
+
+
+def _is_unpacked(raw: Path) -> bool:
+    return all((raw / name).is_file() for name in RAW_FILES)
+
+
 def load_memory_set(data: str) -> tuple[MemorySplit, MemorySplit]:
     """Training and validation split of a built-in set.
 
@@ -88,11 +99,11 @@ def load_fashion_mnist() -> tuple[MemorySplit, MemorySplit]:
     raw = root / "FashionMNIST" / "raw"
     packed = DEBIAN_FASHION_MNIST
     try:
-        if not all((raw / name).is_file() for name in RAW_FILES) and packed.is_dir():
+        if not _is_unpacked(raw) and packed.is_dir():
             raw.mkdir(parents=True, exist_ok=True)
             for name in RAW_FILES:
                 _unpack(packed / f"{name}.gz", raw / name)
-        there = all((raw / name).is_file() for name in RAW_FILES)
+        there = _is_unpacked(raw)
         splits = [FashionMNIST(str(root), train, download=not there) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         raise DataError(

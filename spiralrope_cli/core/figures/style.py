@@ -64,11 +64,7 @@ def save(figure: Figure, path: Path) -> None:
 
 def grid_of_axes(figure: Figure, count: int, columns: int) -> list[Axes]:
     """So many panels in rows, with some air between them; no empty one is left over."""
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    engine = figure.get_layout_engine()
-    if isinstance(engine, ConstrainedLayoutEngine):
-        engine.set(w_pad=0.1, h_pad=0.1)
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
     axes = list(figure.subplots(math.ceil(count / columns), columns, squeeze=False).flat)
     for axis in axes[count:]:
         axis.remove()

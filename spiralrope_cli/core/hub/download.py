@@ -6,7 +6,7 @@ from pathlib import Path
 
 from spiralrope_cli.core.hub import from_hub, plain
 from spiralrope_cli.core.hub.catalog import Row
-from spiralrope_cli.core.hub.files import place_copy, say
+from spiralrope_cli.core.hub.files import digest_like, is_digest, place_copy, say
 
 
 def local_files(row: Row, *, revision: str | None = None) -> list[Path]:
@@ -16,6 +16,16 @@ def local_files(row: Row, *, revision: str | None = None) -> list[Path]:
         return [target] if target.is_file() else []
     found = [from_hub.cached(row, file, revision) for file in row.files]
     return [path for path in found if path] if all(found) else []
+
+
+def damaged_files(row: Row) -> list[Path]:
+    """The row's files in the cache whose bytes have another digest than they should."""
+    bad = []
+    for path in local_files(row):
+        expected = from_hub.named_digest(path) if row.repo else row.sha256
+        if is_digest(expected) and not digest_like(path, expected)[1].startswith(expected):
+            bad.append(path)
+    return bad
 
 
 def local_path(row: Row, *, revision: str | None = None) -> Path | None:

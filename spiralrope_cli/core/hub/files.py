@@ -53,6 +53,11 @@ def digest_like(path: Path, expected: str) -> tuple[str, str]:
     return kind, state.hexdigest()
 
 
+def is_digest(text: str) -> bool:
+    """Whether a file can be compared with this: a digest, or how one begins."""
+    return bool(re.fullmatch("[0-9a-f]{8}|[0-9a-f]{40}|[0-9a-f]{64}", text))
+
+
 def is_right(path: Path, expected: str, owner: str) -> bool:
     """Compares a file with its published digest and says the outcome.
 
@@ -62,7 +67,7 @@ def is_right(path: Path, expected: str, owner: str) -> bool:
         owner: whose digest it is, for the line that tells.
     """
     kind, found = digest_like(path, expected)
-    comparable = bool(re.fullmatch("[0-9a-f]{8}|[0-9a-f]{40}|[0-9a-f]{64}", expected))
+    comparable = is_digest(expected)
     if comparable and not found.startswith(expected):
         return False
     outcome = f"as {owner} says" if comparable else f"{owner} gives none to compare with"

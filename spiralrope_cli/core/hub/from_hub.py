@@ -38,8 +38,18 @@ def cached(row: Row, file: str, revision: str | None) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def look_up(row: Row, revision: str | None) -> list[Remote]:
+def named_digest(path: Path) -> str:
+    """The digest that the cache names a file by, empty where it links to none."""
+    return Path(os.readlink(path)).name if path.is_symlink() else ""
+
+
+def look_up(row: Row, revision: str | None, *, timeout: float | None = None) -> list[Remote]:
     """Asks the Hub for commit, digest and size of each file.
+
+    Args:
+        row: of the catalogue.
+        revision: branch, tag or commit.
+        timeout: seconds to wait for an answer; by default huggingface_hub's.
 
     Raises:
         NoRouteError: nobody answers.
@@ -51,7 +61,10 @@ def look_up(row: Row, revision: str | None) -> list[Remote]:
     found = []
     for file in row.files:
         try:
-            told = get_hf_file_metadata(hf_hub_url(row.repo, file, revision=revision))
+            told = get_hf_file_metadata(
+                hf_hub_url(row.repo, file, revision=revision),
+                timeout=timeout or constants.HF_HUB_ETAG_TIMEOUT,
+            )
         except HfHubHTTPError as error:
             raise _refusal(row, file, revision, error) from error
         # HTTPError is that of the HTTP library, which changes with huggingface_hub's versions.
@@ -115,8 +128,7 @@ def _take(row: Row, here: list[Path | None]) -> list[Path]:
         raise FetchError(f"{row.name} is not here", "fetch it once without --offline")
     say(f"{row.name} is here")
     for path in found:
-        name = Path(os.readlink(path)).name if path.is_symlink() else ""
-        if not is_right(path, name, "the cache"):
+        if not is_right(path, named_digest(path), "the cache"):
             _drop(path)
             raise FetchError(
                 f"{row.name} was damaged, and is deleted", "fetch it again without --offline"

@@ -7,12 +7,10 @@ import csv
 import functools
 import json
 import os
-import platform
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +23,8 @@ from spiralrope_cli.core.config.evals import EvalProtocol, EvalRow, EvalRun
 from spiralrope_cli.core.hub.files import digest_like, say
 from spiralrope_cli.core.jobs.plot import draw_sizes
 from spiralrope_cli.core.metrics.accuracy import Accuracy
+from spiralrope_cli.core.runtime.environment import versions
 from spiralrope_cli.core.runtime.job import Job
-from spiralrope_cli.version import __version__
 
 EVAL_FILE, SIZES_FILE = "eval.json", "eval-sizes.png"
 SAME = ("sha256", "checkpoint", "weights", "data", "image_size", "crop_ratio", "rope", "precision")
@@ -102,13 +100,6 @@ def precision_word(dtype: torch.dtype) -> str:
 def sha256(file: str) -> str:
     """Digest of a whole file, read piece by piece."""
     return digest_like(Path(file), "")[1]
-
-
-@functools.cache
-def versions() -> dict[str, str]:
-    """Of what the figures depend on."""
-    used = {name: version(name) for name in ("torch", "timm", "torchvision")}
-    return {"spiralrope": __version__, **used, "python": platform.python_version()}
 
 
 def write(folder: Path, records: list[Record], decoded: int) -> None:

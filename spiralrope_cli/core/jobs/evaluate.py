@@ -16,6 +16,7 @@ from spiralrope_cli.core.data.validation import ValidationImages
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.source import Source
 from spiralrope_cli.core.jobs import eval_report
+from spiralrope_cli.core.jobs.report import is_stage, leave_report
 from spiralrope_cli.core.load import build
 from spiralrope_cli.core.metrics.accuracy import Accuracy, evaluate
 from spiralrope_cli.core.runtime import distributed, report
@@ -56,6 +57,9 @@ def run(config: EvalRun) -> None:
         if job.is_first:
             report.say_unreadable(dict(ChainMap(*unreadable)))
             eval_report.finish(config, [figures[row] for row in config.rows], decoded, job)
+            for folder in {Path(row.folder) for row in config.rows}:
+                if is_stage(folder):
+                    leave_report(folder)
 
 
 def measure(

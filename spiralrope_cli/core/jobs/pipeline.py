@@ -7,7 +7,6 @@ on where it stopped when it is not. `pipeline.json` records what finished when.
 from __future__ import annotations
 
 import functools
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,18 +23,22 @@ from spiralrope_cli.core.config.resolve import Resolved
 from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.jobs import eval_plan, eval_report
 from spiralrope_cli.core.jobs.plan import print_plan
+from spiralrope_cli.core.jobs.report import leave_report
 from spiralrope_cli.core.metrics.accuracy import Accuracy
 from spiralrope_cli.core.runtime import device as devices
 from spiralrope_cli.core.runtime.launch import is_first_process, launch
 from spiralrope_cli.core.runtime.run_folder import (
+    PIPELINE_FILE,
+    REPORT_FILE,
     first_step,
     is_finished,
+    read_json,
     steps_on_disk,
     write_json,
+    write_sources,
 )
 from spiralrope_cli.version import __version__
 
-PIPELINE_FILE = "pipeline.json"
 CLASSIFIER_JOB = "spiralrope_cli.core.jobs.train_classifier:run"
 DIT_JOB = "spiralrope_cli.core.jobs.train_dit:run"
 EVAL_JOB = "spiralrope_cli.core.jobs.evaluate:run"
@@ -79,7 +82,7 @@ def run_deit(pipeline: DeiTPipeline, *, dry_run: bool, show_again: bool = True) 
 
 
 def carry_out(folder: str, command: str, stages: Sequence[Stage], *, dry_run: bool) -> None:
-    """Stages in order, without those that are done."""
+    """Stages in order, without those that are done; then the page of them all."""
     for number, stage in enumerate(stages, 1):
         done = stage.done()
         say(f"[{number}/{len(stages)}] {stage.name}" + (f": {done}" if done else ""))
@@ -91,6 +94,9 @@ def carry_out(folder: str, command: str, stages: Sequence[Stage], *, dry_run: bo
         (stage.show if done else stage.work)()
         if is_first_process():
             record(Path(folder), command, stage.name, None if done else time.monotonic() - start)
+    if not dry_run and is_first_process():
+        leave_report(Path(folder))
+        say(f"report: {Path(folder) / REPORT_FILE}")
 
 
 def training_stage(resolved: Resolved[Any]) -> Stage:
@@ -110,7 +116,12 @@ def training_stage(resolved: Resolved[Any]) -> Stage:
         here = Resolved(replace(run, source=""), resolved.sources, resolved.warnings)
         print_plan(here, first_step(run), every_value=every_value, notes=notes)
 
-    return Stage(run.command, done, plan, lambda: launch(job, run))
+    def work() -> None:
+        if is_first_process():
+            write_sources(Path(run.out), resolved.sources)
+        launch(job, run)
+
+    return Stage(run.command, done, plan, work)
 
 
 def eval_stage(pipeline: DeiTPipeline) -> Stage:
@@ -160,7 +171,7 @@ def record(folder: Path, command: str, stage: str, seconds: float | None) -> Non
         stage: its name.
         seconds: that this command spent on it, None where it was done before.
     """
-    stages = read_record(folder).get("stages", {})
+    stages = read_json(folder / PIPELINE_FILE).get("stages", {})
     if seconds is None and stage in stages:
         return
     stages[stage] = {
@@ -169,15 +180,6 @@ def record(folder: Path, command: str, stage: str, seconds: float | None) -> Non
     }
     content = {"command": command, "spiralrope": __version__, "stages": stages}
     write_json(folder / PIPELINE_FILE, content)
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """What `pipeline.json` holds; nothing where there is none, or a damaged one."""
-    try:
-        content = json.loads((folder / PIPELINE_FILE).read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def say(line: str) -> None:

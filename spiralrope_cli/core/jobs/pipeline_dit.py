@@ -17,12 +17,11 @@ from spiralrope_cli.core.jobs import sample_plan, score_plan, score_report
 from spiralrope_cli.core.jobs.pipeline import Stage, carry_out, say, training_stage
 from spiralrope_cli.core.jobs.pipeline_plan import fetch_vaes, why_no_figures
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, world_size
-from spiralrope_cli.core.runtime.run_folder import first_step, is_finished
+from spiralrope_cli.core.runtime.run_folder import FID_FILE, first_step, is_finished
 from spiralrope_cli.core.weights import Weights
 
 SAMPLE_JOB = "spiralrope_cli.core.jobs.sample_dit:run"
 SCORE_JOB = "spiralrope_cli.core.jobs.score_images:run"
-FID_FILE = "fid.json"
 OF_SAMPLING = ("nproc", "nnodes", "rdzv_endpoint", "device", "precision", "compile")
 OF_FIGURES = ("nproc", "nnodes", "rdzv_endpoint", "device", "workers", "skip_bad")
 

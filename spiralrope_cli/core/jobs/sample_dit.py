@@ -21,14 +21,16 @@ from spiralrope_cli.core.diffusion.process import GaussianDiffusion
 from spiralrope_cli.core.diffusion.samplers import BY_NAME
 from spiralrope_cli.core.diffusion.vae import Vae, load_vae
 from spiralrope_cli.core.hub.vae import find_vae
+from spiralrope_cli.core.jobs.report import leave_report
 from spiralrope_cli.core.jobs.sample_plan import facts_of, weights_of
 from spiralrope_cli.core.jobs.start import at_size
 from spiralrope_cli.core.load import build
 from spiralrope_cli.core.models.dit import DiT
-from spiralrope_cli.core.runtime import distributed
+from spiralrope_cli.core.runtime import distributed, environment
 from spiralrope_cli.core.runtime.device import autocast
 from spiralrope_cli.core.runtime.job import Job, open_job
 from spiralrope_cli.core.runtime.progress import counted
+from spiralrope_cli.core.runtime.run_folder import REPORT_FILE, write_sources
 from spiralrope_cli.core.runtime.seeds import NoisePerImage, generator_for
 from spiralrope_cli.core.weights import Weights
 
@@ -46,6 +48,8 @@ def run(config: SampleRun) -> None:
         facts = facts_of(config, weights)
         if job.is_first:
             files.begin(facts)
+            environment.write(out, job)
+            write_sources(out, dict.fromkeys(config.rope, "option"))
         missing = distributed.gathered(files.missing() if job.is_first else [])[0]
         if missing:
             draw_all(config, job, Drawer(config, job, weights), files, missing)
@@ -56,6 +60,7 @@ def run(config: SampleRun) -> None:
         if config.png:
             write_pngs(job, files, facts)
         if job.is_first:
+            leave_report(out)
             say_results(config, files)
 
 
@@ -181,5 +186,6 @@ def say_results(config: SampleRun, files: SampleFiles) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{config.num} images: {files.npz}", markup=False)
     console.print(f"grid: {files.grid}", markup=False)
+    console.print(f"report: {files.folder / REPORT_FILE}", markup=False)
     if config.png:
         console.print(f"files: {files.png(0).parent}", markup=False)

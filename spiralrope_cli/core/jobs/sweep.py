@@ -15,10 +15,10 @@ from spiralrope_cli.core.config.datasets import find_held_out
 from spiralrope_cli.core.config.sweeps import Member, Sweep
 from spiralrope_cli.core.jobs.eval_report import EVAL_FILE, read_rows
 from spiralrope_cli.core.jobs.pipeline import run_deit, say
+from spiralrope_cli.core.jobs.report import leave_report
 from spiralrope_cli.core.runtime.launch import is_first_process
-from spiralrope_cli.core.runtime.run_folder import write_json
+from spiralrope_cli.core.runtime.run_folder import REPORT_FILE, SWEEP_FILE, write_json
 
-SWEEP_FILE = "sweep.json"
 FIGURES = ("acc1", "acc5", "loss")
 SHOWN = (("raw", "acc1", "acc@1 %"), ("EMA", "acc1", "acc@1 % EMA"), ("EMA", "loss", "loss EMA"))
 """Weights, figure and heading of the table's columns; all of the last checkpoint: the best one was
@@ -47,6 +47,8 @@ def run_sweep(sweep: Sweep, *, dry_run: bool) -> None:
     write_json(Path(sweep.folder) / SWEEP_FILE, {"rows": records})
     print_table(records)
     say(f"figures: {Path(sweep.folder) / SWEEP_FILE}")
+    leave_report(Path(sweep.folder))
+    say(f"report: {Path(sweep.folder) / REPORT_FILE}")
 
 
 def summary(members: Sequence[Member]) -> list[Record]:

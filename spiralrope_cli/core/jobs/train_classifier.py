@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.data.loaders import Batch, ClassifierData
 from spiralrope_cli.core.jobs.plot import draw_curves
+from spiralrope_cli.core.jobs.report import leave_report
 from spiralrope_cli.core.jobs.start import build
 from spiralrope_cli.core.metrics.accuracy import evaluate
 from spiralrope_cli.core.models.deit import DeiT
@@ -82,6 +83,7 @@ def run(config: ClassifierRun) -> None:
         if job.is_first:
             report.say_unreadable(dict(ChainMap(*unreadable)))
             draw_curves([out], out / run_folder.CURVES_FILE)
+            leave_report(out)
             report.print_results(out)
 
 

@@ -20,6 +20,7 @@ from spiralrope_cli.core.diffusion.vae import Vae, draw, load_vae
 from spiralrope_cli.core.hub.vae import find_vae
 from spiralrope_cli.core.jobs import sample_grid
 from spiralrope_cli.core.jobs.plot import draw_curves
+from spiralrope_cli.core.jobs.report import leave_report
 from spiralrope_cli.core.jobs.start import build
 from spiralrope_cli.core.models.dit import DiT
 from spiralrope_cli.core.runtime import distributed, report, run_folder
@@ -93,6 +94,7 @@ def run(config: DiTRun) -> None:
         if job.is_first:
             report.say_unreadable(dict(ChainMap(*unreadable)))
             draw_curves([out], out / run_folder.CURVES_FILE)
+            leave_report(out)
             report.print_results(out)
 
 

@@ -54,12 +54,25 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
+class FewRows(nn.Linear):
+    """Linear layer for an input of few rows, [B, C] -> [B, out].
+
+    With the weight as its left side the CPU's product takes a half to a quarter of the time.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C] -> [B, out]."""
+        if input.device.type != "cpu":
+            return super().forward(input)
+        return torch.addmm(self.bias[:, None], self.weight, input.t()).t().contiguous()
+
+
 def modulation(dim: int, num_signals: int) -> nn.Sequential:
     """Linear layer from the condition to shifts, scales and gates, [B, C] -> [B, signals * C].
 
     Its SiLU is taken once for all blocks, in `DiT.forward`; index 1 is the published name.
     """
-    return nn.Sequential(nn.Identity(), nn.Linear(dim, num_signals * dim))
+    return nn.Sequential(nn.Identity(), FewRows(dim, num_signals * dim))
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -164,8 +164,14 @@ def _launch_elastic(job: str, run: Any, num_workers: int) -> None:
 
 def _limit_threads(num_workers: int) -> None:
     """Cores are shared out, unless the user set the number; torchrun would give each one thread."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // num_workers)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // num_workers)))
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _work(job: str, run: Any) -> None:

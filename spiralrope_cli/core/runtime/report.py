@@ -21,11 +21,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from spiralrope_cli.core.runtime.run_folder import CURVES_FILE, SAMPLES_FILE
+from spiralrope_cli.core.runtime.run_folder import CURVES_FILE, REPORT_FILE, SAMPLES_FILE
 from spiralrope_cli.core.runtime.tracker import open_tracker
 
 METRICS_FILE = "metrics.jsonl"
 FIGURES = (("acc1", 2), ("acc5", 2), ("val_loss", 4))
+ACCURACY_COLUMNS = ("weights", "step", "acc@1 %", "acc@5 %", "loss", "images")
 UNITS = {
     "lr": "{:.3g}",
     "loss": "{:.4f}",
@@ -212,7 +213,8 @@ def print_results(folder: Path) -> None:
     validations = [line for line in lines if "acc1" in line]
     if validations:
         console.print(accuracy_table(folder, validations))
-    for name, file in (("curves", CURVES_FILE), ("samples", SAMPLES_FILE)):
+    pictures = (("curves", CURVES_FILE), ("samples", SAMPLES_FILE), ("report", REPORT_FILE))
+    for name, file in pictures:
         if (folder / file).exists():
             console.print(f"{name}: {folder / file}", soft_wrap=True, highlight=False)
     if validations:
@@ -223,20 +225,32 @@ def print_results(folder: Path) -> None:
 
 def accuracy_table(folder: Path, validations: list[dict[str, Any]]) -> Table:
     """Raw and averaged weights at the last and at the best validation."""
+    table = Table(title=str(folder), title_justify="left")
+    for column in ACCURACY_COLUMNS:
+        table.add_column(column, justify="left" if column == "weights" else "right")
+    for row in accuracy_rows(validations):
+        table.add_row(*row)
+    return table
+
+
+def accuracy_rows(validations: list[dict[str, Any]]) -> list[list[str]]:
+    """The cells of that table, by `ACCURACY_COLUMNS`."""
     last = validations[-1]
     best = max(validations, key=lambda line: (line["acc1"], -line["step"]))
-    table = Table(title=str(folder), title_justify="left")
-    for column in ("weights", "step", "acc@1 %", "acc@5 %", "loss", "images"):
-        table.add_column(column, justify="left" if column == "weights" else "right")
-    for name, line, prefix in (
-        ("last, raw", last, ""),
-        ("last, EMA", last, "ema_"),
-        ("best, raw", best, ""),
-        ("best, EMA", best, "ema_"),
-    ):
-        figures = (f"{line[prefix + key]:.{n}f}" for key, n in FIGURES)
-        table.add_row(name, str(line["step"]), *figures, str(line["count"]))
-    return table
+    return [
+        [
+            name,
+            str(line["step"]),
+            *(f"{line[prefix + key]:.{digits}f}" for key, digits in FIGURES),
+            str(line["count"]),
+        ]
+        for name, line, prefix in (
+            ("last, raw", last, ""),
+            ("last, EMA", last, "ema_"),
+            ("best, raw", best, ""),
+            ("best, EMA", best, "ema_"),
+        )
+    ]
 
 
 def forget_after(folder: Path, step: int) -> None:

@@ -5,6 +5,7 @@ Standard library and PyYAML only, so that the parent can refuse before any worke
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
@@ -22,7 +23,9 @@ from spiralrope_cli.core.errors import CheckpointError
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
-CURVES_FILE = "curves.png"
+CURVES_FILE, REPORT_FILE = "curves.png", "report.html"
+SOURCES_FILE, ENVIRONMENT_FILE = "sources.json", "environment.json"
+PIPELINE_FILE, SWEEP_FILE, FID_FILE = "pipeline.json", "sweep.json", "fid.json"
 SAMPLES_FILE, SAMPLES = "samples.png", "samples"
 MODEL_FILE, EMA_FILE, TRAINER_FILE = "model.safetensors", "ema.safetensors", "trainer.pt"
 STEP_DIGITS = 7
@@ -140,9 +143,28 @@ def write_config(run: TrainingRun) -> None:
     write_whole(Path(run.out) / CONFIG_FILE, yaml.safe_dump(to_nested(run), sort_keys=False))
 
 
+def write_sources(folder: Path, sources: dict[str, str]) -> None:
+    """Leaves where each value of the config came from, for the report.
+
+    It comes before the run holds its folder: a folder that cannot be written is told there.
+    """
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / SOURCES_FILE, sources)
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a file for people and scripts, in one piece."""
     write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What such a file holds; nothing where there is none, or a damaged one."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.resolve import to_nested
 from spiralrope_cli.core.errors import CheckpointError, TrainingError
-from spiralrope_cli.core.runtime import distributed, report, run_folder
+from spiralrope_cli.core.runtime import distributed, environment, report, run_folder
 from spiralrope_cli.core.runtime.job import Job
 from spiralrope_cli.core.training import checkpoint
 from spiralrope_cli.core.training.state import TrainState
@@ -66,6 +66,7 @@ def open_report(config: TrainingRun, job: Job, state: TrainState) -> report.Repo
     if job.is_first:
         checkpoint.remove_unfinished(out)
         run_folder.write_config(config)
+        environment.write(out, job)
         report.forget_after(out, step)
     reporter = report.Reporter(
         out,

@@ -1,0 +1,42 @@
+"""Digits from a DiT in Python: one column per class, with guidance.
+
+spiralrope dit-train && python examples/sample_digits.py [SOURCE [OUT.png [STEPS]]]
+"""
+
+import sys
+
+import torch
+
+from spiralrope_cli import GaussianDiffusion, load_model
+from spiralrope_cli.core.config.diffusion import GuidanceConfig
+from spiralrope_cli.core.data.grid import picture_grid, to_levels
+from spiralrope_cli.core.diffusion.guidance import guided
+
+ROWS = 4
+
+
+@torch.no_grad()
+def draw(source: str, steps: str = "50", cfg_scale: float = 2.0) -> torch.Tensor:
+    """[ROWS * classes, L, H, W] in [-1, 1], by DDIM."""
+    model = load_model(source, ema=True)
+    labels = torch.arange(model.num_classes).repeat(ROWS)
+    noise = torch.randn(
+        len(labels), model.in_chans, *model.input_size, generator=torch.Generator().manual_seed(0)
+    )
+    predict = guided(model, labels, GuidanceConfig(cfg_scale=cfg_scale, cfg_channels="all"))
+    diffusion = GaussianDiffusion(steps)
+    return diffusion.sample(
+        lambda x, t: predict(x, int(t[0])), noise.shape, sampler="ddim", noise=noise
+    )
+
+
+def main(
+    source: str = "runs/dit-train-dit-ti2-digits-r0", out: str = "digits.png", steps: str = "50"
+) -> None:
+    images = draw(source, steps)
+    picture_grid(to_levels(images), columns=len(images) // ROWS).save(out)
+    print(out)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,102 @@
+"""What the shell offers for the word that is being typed.
+
+Nothing heavy is imported here, as a key press waits for it. Where a function offers nothing, the
+shell completes paths by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import typer
+
+from spiralrope_cli.core.config.datasets import BUILT_IN
+from spiralrope_cli.core.config.models import DEIT_SIZES, DIT_SIZES
+from spiralrope_cli.core.config.resolve import RUN_KINDS, RUNS_FOLDER
+from spiralrope_cli.core.runtime.run_folder import CONFIG_FILE
+
+Offer = list[str] | list[tuple[str, str]]
+"""Words, or words with what they mean, for shells that show it."""
+
+TAKES = {"finetune": "deit", "eval": "deit", "dit-sample": "dit", "dit-train": "dit"}
+"""Kind of network whose weights a command takes; any other takes both."""
+
+
+def words(*allowed: str) -> Callable[[], Offer]:
+    """Completion of an option that takes one of a few words."""
+    return lambda: list(allowed)
+
+
+def paths() -> Offer:
+    """Nothing of ours. Typer would repeat the word itself, which keeps the shell from looking."""
+    return []
+
+
+def deit_archs() -> Offer:
+    """Rows of the table of sizes."""
+    return list(DEIT_SIZES)
+
+
+def dit_archs(incomplete: str) -> Offer:
+    """Rows of the table of sizes, in our spelling or in the paper's, whichever was begun."""
+    if incomplete == incomplete.lower() and "/" not in incomplete:
+        return list(DIT_SIZES)
+    sizes = (name.removeprefix("dit-") for name in DIT_SIZES)
+    paper = [f"DiT-{size[:-1].upper()}/{size[-1]}" for size in sizes]
+    # Shells drop what does not begin as it was typed, and we take dit-b/4 too.
+    return [
+        incomplete + name[len(incomplete) :]
+        for name in paper
+        if name.lower().startswith(incomplete.lower())
+    ]
+
+
+def data_sets() -> Offer:
+    """The built-in ones."""
+    return list(BUILT_IN)
+
+
+def published() -> Offer:
+    """All that `fetch` knows."""
+    return _published(lambda kind: True)
+
+
+def sources(ctx: typer.Context, incomplete: str) -> Offer:
+    """Runs below the runs folder, files of weights, and published names that a command takes."""
+    from spiralrope_cli.core.hub.source import FILE_SUFFIXES
+
+    takes = TAKES.get(ctx.info_name or "")
+    kinds = (takes,) if takes else ("deit", "dit")
+    commands = {"deit": ("pretrain", "finetune"), "dit": ("dit-train",)}
+    offered = [(run, "run") for kind in kinds for run in runs(*commands[kind])]
+    if incomplete:
+        files = (path for path in Path(incomplete).parent.glob("*") if path.suffix in FILE_SUFFIXES)
+        offered += [(str(path), "file") for path in sorted(files)]
+    return offered + _published(kinds.__contains__)
+
+
+def runs(*commands: str) -> list[str]:
+    """Folders of runs of these commands, the newest first."""
+    found = []
+    for config in Path(RUNS_FOLDER).glob(f"*/{CONFIG_FILE}"):
+        try:
+            with config.open() as lines:  # reading all of it as YAML takes longer than a key press
+                command = next(lines, "").partition("command: ")[2].strip()
+            if command in commands:
+                found.append((config.stat().st_mtime, str(config.parent)))
+        except (OSError, UnicodeDecodeError):
+            continue
+    return [folder for _, folder in sorted(found, reverse=True)]
+
+
+def training_runs() -> Offer:
+    """Folders of all runs that train."""
+    return runs(*RUN_KINDS)
+
+
+def _published(wanted: Callable[[str], bool]) -> list[tuple[str, str]]:
+    from spiralrope_cli.core.hub.catalog import ALIASES, ROWS, find
+
+    rows = {row.name: row for row in ROWS} | {alias: find(alias) for alias in ALIASES}
+    return [(name, row.what) for name, row in sorted(rows.items()) if wanted(row.kind)]

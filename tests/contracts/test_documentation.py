@@ -1,0 +1,327 @@
+"""What the documentation shows works: every command, every line of Python, every link.
+
+Each command of README.md and docs/ goes through the app as it stands there, in a folder that holds
+small things under the names that the pages use, up to where workers would start. The first of those
+that differ in more than their plan goes on, with a tiny network. What no test runs is in NOT_RUN.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import cli_reference
+import numpy as np
+import pytest
+import typer
+from channel_layout import HEAD_DIM, PICTURE, ROTATES, picture
+from PIL import Image
+from typer.testing import CliRunner
+
+from spiralrope_cli import commands
+from spiralrope_cli import main as cli
+
+ROOT = Path(__file__).parents[2]
+GENERATED = ROOT / "docs" / "cli.md"
+PAGES = [ROOT / "README.md", *sorted(set((ROOT / "docs").glob("*.md")) - {GENERATED})]
+
+NOT_RUN = {
+    "pip install .": "it would install the package that is under test",
+    "spiralrope --install-completion": "it writes into the shell's configuration; what it writes "
+    "is run in real shells by tests/commands/test_completion.py",
+    "COMP_WORDBREAKS=${COMP_WORDBREAKS//@}": "a setting of bash, not a command of ours",
+}
+
+GOLDEN = ROOT / "tests" / "golden" / "checkpoints"
+DEIT_FILE, DIT_FILE = "published/deit_tiny_checkpoint.pth", "published/dit_tiny_0000007.pt"
+STAND_INS = {
+    "deit-b": [DEIT_FILE],
+    "runs/pretrain-deit-b-imagenet-r2": [DEIT_FILE],
+    "runs/finetune-deit-b-imagenet-r2": [DEIT_FILE],
+    "dit-xl2": [DIT_FILE, "--vae", "vae"],
+    "runs/dit-train-dit-b4-imagenet-r2": [DIT_FILE, "--vae", "vae"],
+    "207,88": ["7,8"],
+    "ema": ["vae"],  # of --vae
+    "160": ["16"],
+    "224": ["32"],
+    "384": ["48"],
+    "run ~/imagenet": ["digits"],  # the recipes of its stages need more pictures
+}
+"""What is published is not here, nor is the time for large pictures; some for one command alone."""
+
+_NEW = ["--name", "new"]  # the folder of the usual name holds another run already
+_FEW_PICTURES = [
+    *("--batch-size", "16", "--warmup-epochs", "0", "--mixup", "0", "--cutmix", "0", *_NEW),
+]
+FITTED = {
+    "pretrain": _FEW_PICTURES,
+    "finetune": _FEW_PICTURES,
+    "dit-train": ["--batch-size", "8", *_NEW],
+    "dit-encode": ["--vae", "vae"],
+    "fid": ["--num", "16"],
+    "run": [
+        "--dry-run"
+    ],  # its stages are those above, its tests run them; --from-legacy only prints
+}
+"""Options that are added to every line of a command, as the data that stand in are few."""
+
+_ONE_PROCESS = ["--nproc", "1", "--nnodes", "1", "--precision", "fp32"]
+_TINY_RUN = ["--steps", "2", "--micro-batch-size", "8", "--image-size", "32", *_ONE_PROCESS]
+TINY = {
+    "pretrain": ["--arch", "deit-32x1x1", *_TINY_RUN],
+    "finetune": _TINY_RUN,
+    "eval": _ONE_PROCESS,
+    "dit-train": ["--arch", "dit-32x1x1-2", "--steps", "2", "--image-size", "32", *_ONE_PROCESS],
+    "dit-sample": ["--num", "2", "--steps", "2", *_ONE_PROCESS],
+    "dit-encode": ["--image-size", "32", *_ONE_PROCESS],
+    "fid": ["--kid-subset-size", "4", *_ONE_PROCESS],
+}
+"""Options that are added where the line goes on to the end."""
+
+PLAN_ONLY = {
+    *("--rotate", "--name", "--seed", "--out", "--scaling", "--projection", "--json", "--select"),
+    *("--bootstrap", "--kid-subset-size", "--classes", "--rdzv-endpoint", "--dry-run", "--vae"),
+    *("--batch-size", "--num", "--schedule", "--save-stats"),
+}
+"""Options that alone make no line worth another run to the end."""
+
+NOT_TO_THE_END = {
+    "fashion-mnist": "the data set is not here; tests/core/data reads one of its layout",
+}
+
+
+def blocks(*languages):
+    """(page, language, text) of every block in one of these languages."""
+    fences = "|".join(languages)
+    return [
+        (page.name, language, text)
+        for page in PAGES
+        for language, text in re.findall(
+            rf"^```({fences})\n(.*?)^```", page.read_text(), re.M | re.S
+        )
+    ]
+
+
+def shell_lines():
+    """(page, line) of every command line in the documentation, without comments."""
+    found = []
+    for page, language, text in blocks("bash", "sh", "console"):
+        for line in text.replace("\\\n", " ").splitlines():
+            if language == "console":
+                line = line[2:] if line.startswith("$ ") else ""
+            line = re.sub(r"(^|\s)#.*", "", line).strip()
+            if line:
+                found.append((page, line))
+    return found
+
+
+def words_of(line):
+    """The words after `spiralrope`, whoever starts it; None where it is another program."""
+    words = shlex.split(line)
+    while words and (words[0] == "srun" or re.fullmatch(r"[A-Z_]+=\S*", words[0])):
+        words = words[1:]
+    if words[:1] == ["spiralrope"]:
+        return words[1:]
+    if words[:1] == ["torchrun"]:
+        return words[words.index("spiralrope_cli") + 1 :]
+    return None
+
+
+LINES = shell_lines()
+COMMANDS = list(dict.fromkeys(line for _, line in LINES if words_of(line) and line not in NOT_RUN))
+
+
+def told_apart(line):
+    """What makes a line worth a run to the end, None where it is run up to its plan alone."""
+    words = words_of(line)
+    if "--dry-run" in words or any(name in words for name in NOT_TO_THE_END):
+        return None
+    ours = {word for word in TINY.get(words[0], ()) if word.startswith("--")}
+    options = {word for word in words if word.startswith("--")} - ours - PLAN_ONLY
+    return words[0], frozenset(options)
+
+
+TO_THE_END = {told_apart(line): line for line in reversed(COMMANDS) if told_apart(line)}
+
+
+def test_every_line_of_a_shell_block_is_run_or_has_a_reason():
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    tested = (ROOT / "tests" / "test_examples.py").read_text()
+    unknown = []
+    for page, line in LINES:
+        program, *rest = line.split()
+        if words_of(line) or line in NOT_RUN:
+            continue
+        is_target = program == "make" and rest and set(rest) <= targets
+        is_file = program == "python" and (ROOT / rest[0]).is_file()
+        if is_target or (is_file and (Path(rest[0]).stem in tested or "benchmarks" in rest[0])):
+            continue
+        unknown.append((page, line))
+    assert not unknown
+    assert set(NOT_RUN) <= {line for _, line in LINES}, "NOT_RUN names what no page shows"
+    assert len(COMMANDS) >= 30
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "make test"
+
+
+@pytest.fixture(scope="session")
+def small_things(tmp_path_factory, trained_once, drawn_once, tiny_vae, digit_pictures):
+    """A folder with small things under the names that the pages use."""
+    home = tmp_path_factory.mktemp("documentation")
+    images = digit_pictures[:16]
+    for name in ("samples.npz", "samples-xl2/samples.npz", "VIRTUAL_imagenet256_labeled.npz"):
+        (home / name).parent.mkdir(exist_ok=True)
+        np.savez(home / name, arr_0=images[::-1])
+    for name in ("photos", "samples"):
+        (home / name).mkdir()
+        for number, image in enumerate(images):
+            Image.fromarray(image).save(home / name / f"{number}.png")
+    np.savez(home / "photos.npz", arr_0=images)
+    Image.new("RGB", (32, 32), "red").save(home / "photo.jpg")
+    for number in range(30):  # as many classes as the small weights have
+        folder = home / "imagenet" / ("val" if number < 10 else "train") / str(number % 10)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(digit_pictures[number]).save(folder / f"{number}.png")
+    (home / "vae").symlink_to(tiny_vae)
+    (home / "published").mkdir()  # copies: eval writes beside the weights
+    for file in (DEIT_FILE, DIT_FILE):
+        shutil.copy(GOLDEN / Path(file).name, home / file)
+    (home / "runs").mkdir()
+    (home / "runs" / "pretrain-deit-ti-digits-r2").symlink_to(trained_once)
+    (home / "runs" / "dit-train-dit-ti2-digits-r0").symlink_to(drawn_once)
+    words = ["dit-encode", "--data", str(home / "imagenet"), "--out", str(home / "latents")]
+    result = CliRunner().invoke(cli.app, [*words, "--vae", str(tiny_vae), "--image-size", "32"])
+    assert result.exit_code == 0, result.output
+    return home
+
+
+@pytest.fixture
+def among_small_things(small_things, runs, monkeypatch):
+    """The working folder of one line: it finds them all, and writes beside them."""
+    for entry in small_things.iterdir():
+        if entry.name != "runs":
+            (runs / entry.name).symlink_to(entry)
+    (runs / "runs").mkdir()
+    for entry in (small_things / "runs").iterdir():
+        (runs / "runs" / entry.name).symlink_to(entry.resolve())
+    monkeypatch.setenv("HOME", str(runs))
+    monkeypatch.setenv("SPIRALROPE_CACHE", str(runs / "cache"))
+    return runs
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_runs(line, among_small_things, monkeypatch, request):
+    words = words_of(line)
+    for_all = {word: STAND_INS.get(word, [word]) for word in words}
+    words = [new for word in words for new in STAND_INS.get(f"{words[0]} {word}", for_all[word])]
+    if "--save-stats" in words:
+        words[words.index("--save-stats") + 1] = "kept.npz"  # photos.npz is there already
+    if words[0] != "--out" and "--out" in words:
+        place = words.index("--out") + 1
+        words[place] = f"new-{words[place]}"
+    words += [] if "--from-legacy" in words else FITTED.get(words[0], [])
+    if words[0] == "fid":
+        words += ["--weights", str(request.getfixturevalue("inception_weights"))]
+    launched = []
+    if TO_THE_END.get(told_apart(line)) == line:
+        words += TINY.get(words[0], [])
+    else:
+        for name in commands_that_launch():
+            monkeypatch.setattr(f"{name}.launch", lambda job, run: launched.append(run))
+    result = CliRunner().invoke(cli.app, words, prog_name="spiralrope")
+    assert result.exit_code == 0, f"{words}\n{result.output}{result.exception!r}"
+    if "--dry-run" in words:
+        assert not launched
+
+
+def commands_that_launch():
+    """Modules of commands that start workers."""
+    folder = Path(commands.__path__[0])
+    return [
+        f"spiralrope_cli.commands.{path.stem}"
+        for path in folder.glob("*.py")
+        if re.search(r"^from .* import .*\blaunch\b", path.read_text(), re.MULTILINE)
+    ]
+
+
+def test_every_command_goes_to_the_end_somewhere():
+    run = {key[0] for key in TO_THE_END}
+    assert set(TINY) <= run
+    assert {"export", "fetch"} <= run
+
+
+@pytest.mark.parametrize(("page", "language", "block"), blocks("python"))
+def test_a_python_block_runs(page, language, block, among_small_things):
+    exec(compile(block, page, "exec"), {})
+
+
+def parsed(command, name, words, parent=None):
+    """The context of the innermost command, options and values understood, nothing executed."""
+    context = command.make_context(name, list(words), parent=parent)
+    if not hasattr(command, "commands"):
+        return context
+    rest = [*context._protected_args, *context.args]
+    return parsed(command.commands[rest[0]], rest[0], rest[1:], context)
+
+
+def examples_of_help():
+    """Lines of the examples that `COMMAND --help` shows."""
+    text = "".join(re.findall(r"```bash\n(.*?)```", cli_reference.reference(), re.DOTALL))
+    return [re.sub(r"\s+#.*", "", line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("line", examples_of_help())
+def test_an_example_of_help_is_understood(line):
+    assert parsed(typer.main.get_command(cli.app), "spiralrope", words_of(line)).params
+
+
+def test_the_reference_of_commands_is_what_the_app_says(monkeypatch):
+    for name, value in {"COLUMNS": "50", "NO_COLOR": "1", "TERM": "dumb"}.items():
+        monkeypatch.setenv(name, value)
+    assert GENERATED.read_text() == cli_reference.reference(), "make docs writes it anew"
+
+
+def test_the_picture_of_channels_is_what_the_embedding_does():
+    text = PICTURE.read_text()
+    assert text == picture(), "make docs draws it anew"
+    boxes = re.findall(r'data-pair="(\d+)" data-direction="(\d+)" data-frequency="(\d+)"', text)
+    expected = [  # the rule in words of the method's page
+        (pair, (2 * pair // 4) % rotate, pair % (HEAD_DIM // 4))
+        for rotate in ROTATES
+        for pair in range(HEAD_DIM // 2)
+    ]
+    assert [tuple(map(int, box)) for box in boxes] == expected
+
+
+def anchors(page):
+    """What links into a page may name, as GitHub makes it of headings."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [*PAGES, GENERATED, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"],
+    ids=lambda page: page.name,
+)
+def test_links_and_pictures_are_there(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        inside = os.path.realpath(target).startswith(str(ROOT))
+        if not (target.exists() and inside and (not anchor or anchor in anchors(target))):
+            broken.append(link)
+    assert not broken
+
+
+def test_every_page_is_in_the_index():
+    index = (ROOT / "docs" / "README.md").read_text()
+    assert [p.name for p in (ROOT / "docs").glob("*.md") if f"({p.name})" not in index] == [
+        "README.md"
+    ]
