@@ -52,6 +52,11 @@ def dit_archs(incomplete: str) -> Offer:
     ]
 
 
+def archs(incomplete: str) -> Offer:
+    """Rows of both tables."""
+    return [*DEIT_SIZES, *(str(name) for name in dit_archs(incomplete))]
+
+
 def data_sets() -> Offer:
     """The built-in ones."""
     return list(BUILT_IN)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from spiralrope_cli.commands import completion
 from spiralrope_cli.commands import options as o
 from spiralrope_cli.commands.options import choice, option
 from spiralrope_cli.core.config.checks import one_of
@@ -55,7 +56,12 @@ Examples:
 def plot_run(
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="RUN", help="Run folders, or their names.", show_default=False),
+        typer.Argument(
+            metavar="RUN",
+            help="Run folders, or their names.",
+            show_default=False,
+            autocompletion=completion.training_runs,
+        ),
     ],
     over: Annotated[str, option("--over", panel=PICTURE, **choice("Below the curves.", OVER))] = (
         OVER[0]
@@ -114,7 +120,13 @@ def plot_rope(
     projection: o.Projection = None,
     scaling: o.Scaling = None,
     arch: Annotated[
-        str, option("--arch", panel=o.MODEL, text="Whose heads and grid; deit-s, dit-xl2, ...")
+        str,
+        option(
+            "--arch",
+            panel=o.MODEL,
+            text="Whose heads and grid; deit-s, dit-xl2, ...",
+            autocompletion=completion.archs,
+        ),
     ] = "deit-s",
     head_dim: Annotated[
         int | None, option("--head-dim", panel=o.MODEL, text="Channels per head; or by --arch.")

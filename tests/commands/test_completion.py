@@ -78,6 +78,12 @@ def test_sources_are_those_that_the_command_takes(offered):
     assert set(offered("spiralrope export ")) == everything
 
 
+def test_plot(offered):
+    assert set(offered("spiralrope plot run ")) == {"runs/one", "runs/two", "runs/three"}
+    assert offered("spiralrope plot rope --arch DiT-S") == ["DiT-S/2", "DiT-S/4", "DiT-S/8"]
+    assert offered("spiralrope plot rope --arch deit-s") == ["deit-s"]
+
+
 def test_partial_words_of_sources(offered):
     assert offered("spiralrope dit-sample dit-xl2@") == ["dit-xl2@400k", "dit-xl2@7m"]
     assert offered("spiralrope finetune ru") == ["runs/three", "runs/one"]  # the newest first
