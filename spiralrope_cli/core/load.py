@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.errors import CheckpointError
@@ -19,6 +19,9 @@ from spiralrope_cli.core.models.build import create_model
 from spiralrope_cli.core.models.deit import DeiT, resize_pos_embed
 from spiralrope_cli.core.models.dit import DiT
 from spiralrope_cli.core.weights import SHOWN_KEYS, Weights, here, read_weights
+
+ALIGNMENT = 64
+"""Bytes; of torch's own tensors on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,18 @@ def build(weights: Weights, device: torch.device | str = "cpu", **changes: Any) 
         model = create(weights, **changes)
     state = fitted(weights, model)
     model.load_state_dict(
-        {name: value.to(device, torch.float32) for name, value in state.items()}, assign=True
+        {name: aligned(value.to(device, torch.float32)) for name, value in state.items()},
+        assign=True,
     )
     return model.requires_grad_(False).eval()
+
+
+def aligned(value: Tensor) -> Tensor:
+    """A tensor where kernels want it; one that is mapped from a file can lie anywhere.
+
+    The last bit of a product depends on that, and no figure should on the layout of a file.
+    """
+    return value.clone() if value.data_ptr() % ALIGNMENT else value
 
 
 def start_from(weights: Weights, model: DeiT | DiT) -> None:

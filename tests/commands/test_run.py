@@ -276,17 +276,12 @@ def test_dit_measures_where_reference_and_weights_are(
 
 def test_an_interrupted_sampling_goes_on(run, launched, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(
-            sample_dit, "leave", lambda files, job, stop: (_ for _ in ()).throw(SystemExit(130))
-        )
-        patch.setattr(
-            StopRequest, "agreed", lambda self, device, ask_all: getattr(self, "asked", 0)
-        )
         plain = sample_dit.Drawer.__call__
 
-        def drawn(self, indices):
-            self.job.stop.asked = signal.SIGINT
-            return plain(self, indices)
+        def drawn(self, indices, each_step):
+            images = plain(self, indices, each_step)
+            self.job.stop.signal_number = signal.SIGINT
+            return images
 
         patch.setattr(sample_dit.Drawer, "__call__", drawn)
         run("dit", *DIT, expect=130)
