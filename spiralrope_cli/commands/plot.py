@@ -202,7 +202,13 @@ def plot_attention(
     context: typer.Context,
     source: o.SourceArgument,
     image: Annotated[
-        str, typer.Argument(metavar="IMAGE", help="A picture's file.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="IMAGE",
+            help="A picture's file.",
+            show_default=False,
+            autocompletion=completion.paths,
+        ),
     ],
     patch: Annotated[
         str | None,
@@ -298,6 +304,7 @@ def plot_samples(
             metavar="SOURCE",
             help="Folder of dit-sample, .npz of images, or folder of images.",
             show_default=False,
+            autocompletion=completion.paths,
         ),
     ],
     num: Annotated[

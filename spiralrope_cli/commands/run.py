@@ -114,10 +114,10 @@ def deit(
 
     The same command again skips what is done and goes on with what is not.
     """
-    chosen = given(context)
     if from_legacy is not None:
-        say_translated(from_legacy, "deit", chosen)
+        say_translated(context, from_legacy, "deit")
         return
+    chosen = given(context)
     check_not_joined()
     grid, numbers = points(sweep or ()), parse_seeds(seeds) if seeds is not None else []
     stages = deit_stages(eval_only=eval_only, skip_training=skip_training, finetune=with_finetune)
@@ -199,10 +199,10 @@ def dit(
 
     The same command again skips what is done and goes on with what is not.
     """
-    chosen = given(context)
     if from_legacy is not None:
-        say_translated(from_legacy, "dit", chosen)
+        say_translated(context, from_legacy, "dit")
         return
+    chosen = given(context)
     check_not_joined()
     sampling = {field: chosen.pop(name) for name, field in OF_SAMPLING.items() if name in chosen}
     dit_sample.check_words(sampling)
@@ -244,13 +244,15 @@ def check_not_joined() -> None:
         )
 
 
-def say_translated(line: str, kind: str, others: dict[str, Any]) -> None:
+def say_translated(context: typer.Context, line: str, kind: str) -> None:
     """Prints the command for an old line on stdout, and what to know about it on stderr.
 
     Raises:
         ConfigError: a word that cannot be, or other options beside the line.
     """
-    if others:
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    typed = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+    if typed != ["from_legacy"]:
         raise ConfigError(
             "--from-legacy stands alone", "add the other options to the command that it prints"
         )

@@ -133,6 +133,11 @@ def test_a_damaged_picture(check, pictures):
     assert facts["data"]["decoded"] == 25
 
 
+def test_samples_are_those_of_a_dit(runs):
+    result = CliRunner().invoke(cli.app, ["doctor", *TINY, "--num", "10"])
+    assert "--num 10 has no effect" in str(result.exception)
+
+
 @pytest.mark.parametrize(
     ("breaks", "word"),
     [

@@ -94,6 +94,13 @@ def test_deit_runs_every_stage_once(run, launched):
     run("deit", *SMALL, "--eval-only", "--no-finetune")
     assert launched[3:] == ["evaluate"]
     assert len(rows(folder / "pretrain")) == 8
+    # Figures count for the very weights that they were measured of.
+    measured = json.loads((folder / "pretrain" / "eval.json").read_text())
+    for row in measured["rows"]:
+        row["sha256"] = "of others"
+    (folder / "pretrain" / "eval.json").write_text(json.dumps(measured))
+    run("deit", *SMALL, "--eval-only", "--no-finetune")
+    assert launched[4:] == ["evaluate"]
     run("deit", "--out", folder, "--eval-only")
     _, told = run("deit", "--out", folder, "--eval-only", "--rotate", 4, expect=1)
     assert "--rotate was 2, now 4" in told
@@ -163,6 +170,9 @@ def test_a_stage_that_stops_or_fails_ends_the_command_with_its_code(run, launche
         (["--seeds", "1;2"], 2, "--seeds 1;2 is no list of numbers"),
         (["--seeds", "1,2", "--seed", 1], 2, "exclude each other"),
         (["--from-legacy", "4", "--lr", 1], 2, "--from-legacy stands alone"),
+        (["--from-legacy", "4", "--eval-only"], 2, "--from-legacy stands alone"),
+        (["--from-legacy", "4", "--no-finetune"], 2, "--from-legacy stands alone"),
+        (["--from-legacy", "4", "--sweep", "lr=1,2"], 2, "--from-legacy stands alone"),
     ],
 )
 def test_what_cannot_be_is_told_in_a_line(run, launched, words, code, told):
@@ -272,6 +282,10 @@ def test_dit_measures_where_reference_and_weights_are(
     again, _ = run("dit", *DIT, *with_weights)
     assert f"{facts['fid']:.4f}" in again
     assert len(launched) == 3
+    (folder / "fid.json").write_text("{")
+    run("dit", *DIT, *with_weights)
+    assert launched[3:] == ["score_images"]
+    assert json.loads((folder / "fid.json").read_text())["fid"] == facts["fid"]
 
 
 def test_an_interrupted_sampling_goes_on(run, launched, monkeypatch):

@@ -8,13 +8,15 @@ from typing import Any
 
 from spiralrope_cli.core.data.sample_files import GRID_FILE
 from spiralrope_cli.core.jobs import report_page as html
-from spiralrope_cli.core.jobs.eval_report import EVAL_FILE, SIZES_FILE, Record, read_rows
+from spiralrope_cli.core.jobs.eval_report import Record, read_rows
 from spiralrope_cli.core.jobs.score_report import LABELS
 from spiralrope_cli.core.runtime.report import ACCURACY_COLUMNS, accuracy_rows, read_metrics
 from spiralrope_cli.core.runtime.run_folder import (
+    EVAL_FILE,
     FID_FILE,
     PIPELINE_FILE,
     SAMPLES_FILE,
+    SIZES_FILE,
     SWEEP_FILE,
     read_json,
 )
@@ -120,13 +122,14 @@ def sweep(rows: list[Record]) -> str:
             f"{each['checkpoint']} {each['weights']}",
             f"{each['crop_ratio']:g}",
             len(each["seeds"]),
-            *(_spread(each[name], digits) for name, digits in SPREAD),
+            *(with_spread(each[name], digits) for name, digits in SPREAD),
         ]
         for each in rows
     ]
     return html.table("Mean ± standard deviation over seeds", columns, cells, {"weights"})
 
 
-def _spread(value: Record, digits: int) -> str:
+def with_spread(value: Record, digits: int) -> str:
+    """`97.22 ± 0.31`, of a mean with its standard deviation."""
     more = "" if value["std"] is None else f" ± {value['std']:.{digits}f}"
     return f"{value['mean']:.{digits}f}{more}"
