@@ -10,13 +10,19 @@ from spiralrope_cli.core.config.fid import PRECISIONS, FidRun
 from spiralrope_cli.core.config.pipelines import SAMPLE, DiTPipeline
 from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.config.samples import DEFAULTS, SampleRun, num_samples
-from spiralrope_cli.core.data.sample_files import GRID_FILE, NPZ_FILE
+from spiralrope_cli.core.data.sample_files import NPZ_FILE
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.jobs import sample_plan, score_plan, score_report
 from spiralrope_cli.core.jobs.pipeline import Stage, carry_out, say, training_stage
 from spiralrope_cli.core.jobs.pipeline_plan import fetch_vaes, why_no_figures
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, world_size
-from spiralrope_cli.core.runtime.run_folder import FID_FILE, first_step, is_finished, read_json
+from spiralrope_cli.core.runtime.run_folder import (
+    FID_FILE,
+    SAMPLES_FILE,
+    first_step,
+    is_finished,
+    read_json,
+)
 from spiralrope_cli.core.weights import Weights
 
 SAMPLE_JOB = "spiralrope_cli.core.jobs.sample_dit:run"
@@ -73,7 +79,7 @@ def sample_stage(pipeline: DiTPipeline) -> Stage:
 
     def show() -> None:
         say(f"samples: {Path(out) / NPZ_FILE}")
-        say(f"grid: {Path(out) / GRID_FILE}")
+        say(f"grid: {Path(out) / SAMPLES_FILE}")
 
     return Stage(SAMPLE, done, plan, lambda: launch(SAMPLE_JOB, settled()[0]), show)
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from spiralrope_cli.core.data.sample_files import GRID_FILE
 from spiralrope_cli.core.jobs import report_page as html
 from spiralrope_cli.core.jobs.eval_report import Record, read_rows
 from spiralrope_cli.core.jobs.score_report import LABELS
@@ -44,11 +43,9 @@ def results(folder: Path, level: int) -> Iterable[str]:
         sizes = folder / SIZES_FILE
         drawn = html.picture(sizes, "acc@1 against the image size") if sizes.exists() else ""
         yield html.section(level, "Evaluation", evaluation(rows_of_eval), drawn)
-    for name in (SAMPLES_FILE, GRID_FILE):
-        if (folder / name).is_file():
-            alt = f"grid of images that {folder.name} drew"
-            yield html.section(level, "Samples", html.picture(folder / name, alt))
-            break
+    if (folder / SAMPLES_FILE).is_file():
+        alt = f"grid of images that {folder.name} drew"
+        yield html.section(level, "Samples", html.picture(folder / SAMPLES_FILE, alt))
     if figures := read_json(folder / FID_FILE):
         yield html.section(level, "Figures of the images", *scores(figures))
 
