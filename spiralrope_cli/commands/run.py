@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import typer
@@ -205,7 +206,11 @@ def dit(
     chosen = given(context)
     check_not_joined()
     sampling = {field: chosen.pop(name) for name, field in OF_SAMPLING.items() if name in chosen}
-    dit_sample.check_words(sampling)
+    try:
+        dit_sample.check_words(sampling)
+    except ConfigError as error:
+        told = (OF_SAMPLES.sub(r"--sampling-\1", text) for text in (error.message, error.hint))
+        raise ConfigError(*told) from error
     measured = {name: chosen.pop(name, "") for name in ("reference", "weights")}
     from spiralrope_cli.core.jobs.pipeline_plan import dit_pipeline
 
@@ -221,6 +226,8 @@ OF_SAMPLING = {
     **{"sampling_steps": "steps", "sampling_seed": "seed"},
 }
 """Option -> the one of `dit-sample` that it is."""
+OF_SAMPLES = re.compile(r"--(steps|seed)\b")
+"""Those of them that training has too, as errors of `dit-sample` call them."""
 
 OWN = ("eval_only", "skip_training", "with_finetune", "dry_run", "from_legacy", "sweep", "seeds")
 
