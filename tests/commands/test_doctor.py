@@ -65,10 +65,11 @@ def test_a_healthy_machine(check):
 
 def test_the_table_fits_80_columns(runs, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    result = CliRunner().invoke(cli.app, ["doctor", "--offline", *TINY])
+    result = CliRunner().invoke(cli.app, ["doctor", "--offline", *TINY, "--runs", "runs[/x]"])
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[-1] == "all is well"
     assert max(map(len, result.stdout.splitlines())) <= 80
+    assert "runs[/x]" in "".join(line[10:].strip() for line in result.stdout.splitlines())
 
 
 def test_valid_values_are_those_that_training_takes(check, tiny):

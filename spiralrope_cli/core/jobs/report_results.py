@@ -66,7 +66,8 @@ def evaluation(records: list[Record]) -> str:
     best = max(each["acc1"] for each in records)
     figures = [
         (
-            f"{each['acc1']:.2f}" + (" (best)" if each["acc1"] == best and len(told) > 1 else ""),
+            f"{each['acc1']:.2f}"
+            + (" (best)" if each["acc1"] == best and len(records) > 1 else ""),
             f"{each['acc5']:.2f}",
             f"{each['loss']:.4f}",
             each["count"],
