@@ -63,11 +63,10 @@ def evaluation(records: list[Record]) -> str:
     }
     varying = {n: cells for n, cells in told.items() if n == "weights" or len(set(cells)) > 1}
     same = [f"{n} {cells[0]}" for n, cells in told.items() if n not in varying and cells[0]]
-    best = max(each["acc1"] for each in records)
+    best = max(each["acc1"] for each in records) if len(records) > 1 else None
     figures = [
         (
-            f"{each['acc1']:.2f}"
-            + (" (best)" if each["acc1"] == best and len(records) > 1 else ""),
+            f"{each['acc1']:.2f}" + (" (best)" if each["acc1"] == best else ""),
             f"{each['acc5']:.2f}",
             f"{each['loss']:.4f}",
             each["count"],
