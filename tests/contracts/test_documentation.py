@@ -322,6 +322,13 @@ def test_links_and_pictures_are_there(page):
     assert not broken
 
 
+def test_every_picture_is_shown():
+    shown = "".join(page.read_text() for page in PAGES)
+    pictures = [path.name for path in (ROOT / "docs" / "images").iterdir()]
+    assert len(pictures) >= 5
+    assert [name for name in pictures if f"images/{name})" not in shown] == []
+
+
 def test_every_page_is_in_the_index():
     index = (ROOT / "docs" / "README.md").read_text()
     assert [p.name for p in (ROOT / "docs").glob("*.md") if f"({p.name})" not in index] == [
