@@ -107,7 +107,10 @@ def plot_rope(
     rotates: Annotated[
         list[int] | None,
         option(
-            "--rotate", panel=o.ROPE, text="Half the number of directions; repeat it to compare."
+            "--rotate",
+            panel=o.ROPE,
+            text="Half the number of directions; repeat it to compare.",
+            metavar="N",
         ),
     ] = None,
     theta: o.Theta = None,
