@@ -225,11 +225,11 @@ def plot_attention(
     ] = None,
     layer: Annotated[
         list[int] | None,
-        option("--layer", panel=WHAT, text="From 0, repeatable; by default the last."),
+        option("--layer", panel=WHAT, text="From 0, repeatable; by default the last.", metavar="N"),
     ] = None,
     head: Annotated[
         list[int] | None,
-        option("--head", panel=WHAT, text="From 0, repeatable; by default all."),
+        option("--head", panel=WHAT, text="From 0, repeatable; by default all.", metavar="N"),
     ] = None,
     ema: Annotated[
         bool, option("--ema", panel=WHAT, metavar=" ", text="Averaged weights, not raw ones.")
