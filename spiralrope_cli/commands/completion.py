@@ -14,12 +14,15 @@ import typer
 from spiralrope_cli.core.config.datasets import BUILT_IN
 from spiralrope_cli.core.config.models import DEIT_SIZES, DIT_SIZES
 from spiralrope_cli.core.config.resolve import RUN_KINDS, RUNS_FOLDER
-from spiralrope_cli.core.runtime.run_folder import CONFIG_FILE
+from spiralrope_cli.core.runtime.run_folder import run_configs
 
 Offer = list[str] | list[tuple[str, str]]
 """Words, or words with what they mean, for shells that show it."""
 
-TAKES = {"finetune": "deit", "eval": "deit", "dit-sample": "dit", "dit-train": "dit"}
+TAKES = {
+    **dict.fromkeys(("finetune", "eval", "attention"), "deit"),
+    **dict.fromkeys(("dit-sample", "dit-train"), "dit"),
+}
 """Kind of network whose weights a command takes; any other takes both."""
 
 
@@ -69,11 +72,11 @@ def published() -> Offer:
 
 def sources(ctx: typer.Context, incomplete: str) -> Offer:
     """Runs below the runs folder, files of weights, and published names that a command takes."""
-    from spiralrope_cli.core.hub.source import FILE_SUFFIXES
+    from spiralrope_cli.core.hub.source import CLASSIFIERS, FILE_SUFFIXES
 
     takes = TAKES.get(ctx.info_name or "")
     kinds = (takes,) if takes else ("deit", "dit")
-    commands = {"deit": ("pretrain", "finetune"), "dit": ("dit-train",)}
+    commands = {"deit": CLASSIFIERS, "dit": ("dit-train",)}
     offered = [(run, "run") for kind in kinds for run in runs(*commands[kind])]
     if incomplete:
         files = (path for path in Path(incomplete).parent.glob("*") if path.suffix in FILE_SUFFIXES)
@@ -82,9 +85,9 @@ def sources(ctx: typer.Context, incomplete: str) -> Offer:
 
 
 def runs(*commands: str) -> list[str]:
-    """Folders of runs of these commands, the newest first."""
+    """Folders of runs of these commands, stages of pipelines among them, the newest first."""
     found = []
-    for config in Path(RUNS_FOLDER).glob(f"*/{CONFIG_FILE}"):
+    for config in run_configs(Path(RUNS_FOLDER)):
         try:
             with config.open() as lines:  # reading all of it as YAML takes longer than a key press
                 command = next(lines, "").partition("command: ")[2].strip()

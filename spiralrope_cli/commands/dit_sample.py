@@ -9,17 +9,17 @@ import typer
 from spiralrope_cli.commands import completion
 from spiralrope_cli.commands import options as o
 from spiralrope_cli.commands.options import RUN, choice, option, pair_parser, parse_size
-from spiralrope_cli.core.config.checks import at_least, one_of
+from spiralrope_cli.core.config.checks import at_least
 from spiralrope_cli.core.config.diffusion import (
     CFG_CHANNELS,
     SAMPLERS,
     GuidanceConfig,
-    spaced_timesteps,
 )
 from spiralrope_cli.core.config.dit_runs import NO_VAE
 from spiralrope_cli.core.config.latents import VAE_NAMES
 from spiralrope_cli.core.config.resolve import build
 from spiralrope_cli.core.config.runs import MachineConfig
+from spiralrope_cli.core.config.samples import DEFAULTS, check_chain
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, world_size
 
 SAMPLING, PICTURES = "Sampling", "Pictures"
@@ -203,9 +203,7 @@ def check_words(chosen: dict[str, Any]) -> None:
     """
     build(GuidanceConfig, chosen)
     build(MachineConfig, chosen)
-    one_of("sampler", chosen.get("sampler", SAMPLERS[0]), SAMPLERS)
+    check_chain(*({**DEFAULTS, **chosen}[name] for name in ("sampler", "steps")))
     for name in ("num", "batch_size"):
         at_least(name, chosen.get(name, 1), 1)
     at_least("seed", chosen.get("seed", 0), 0)
-    if "steps" in chosen:
-        spaced_timesteps(chosen["steps"])

@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
+from spiralrope_cli.commands import completion
 from spiralrope_cli.commands import options as o
 from spiralrope_cli.commands.options import MACHINE, choice, option
 from spiralrope_cli.core.config.fid import FIGURES, PRECISIONS, FidRun, notes
@@ -28,11 +29,20 @@ Examples:
 """
 
 Samples = Annotated[
-    str, typer.Argument(metavar="SAMPLES", help="Generated images: a folder, or an .npz.")
+    str,
+    typer.Argument(
+        metavar="SAMPLES",
+        help="Generated images: a folder, or an .npz.",
+        autocompletion=completion.paths,
+    ),
 ]
 Reference = Annotated[
     str | None,
-    typer.Argument(metavar="REFERENCE", help="Real images or their statistics: a folder, an .npz."),
+    typer.Argument(
+        metavar="REFERENCE",
+        help="Real images or their statistics: a folder, an .npz.",
+        autocompletion=completion.paths,
+    ),
 ]
 Select = Annotated[
     str | None,

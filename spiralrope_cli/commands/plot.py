@@ -107,7 +107,10 @@ def plot_rope(
     rotates: Annotated[
         list[int] | None,
         option(
-            "--rotate", panel=o.ROPE, text="Half the number of directions; repeat it to compare."
+            "--rotate",
+            panel=o.ROPE,
+            text="Half the number of directions; repeat it to compare.",
+            metavar="N",
         ),
     ] = None,
     theta: o.Theta = None,
@@ -202,7 +205,13 @@ def plot_attention(
     context: typer.Context,
     source: o.SourceArgument,
     image: Annotated[
-        str, typer.Argument(metavar="IMAGE", help="A picture's file.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="IMAGE",
+            help="A picture's file.",
+            show_default=False,
+            autocompletion=completion.paths,
+        ),
     ],
     patch: Annotated[
         str | None,
@@ -216,11 +225,11 @@ def plot_attention(
     ] = None,
     layer: Annotated[
         list[int] | None,
-        option("--layer", panel=WHAT, text="From 0, repeatable; by default the last."),
+        option("--layer", panel=WHAT, text="From 0, repeatable; by default the last.", metavar="N"),
     ] = None,
     head: Annotated[
         list[int] | None,
-        option("--head", panel=WHAT, text="From 0, repeatable; by default all."),
+        option("--head", panel=WHAT, text="From 0, repeatable; by default all.", metavar="N"),
     ] = None,
     ema: Annotated[
         bool, option("--ema", panel=WHAT, metavar=" ", text="Averaged weights, not raw ones.")
@@ -298,6 +307,7 @@ def plot_samples(
             metavar="SOURCE",
             help="Folder of dit-sample, .npz of images, or folder of images.",
             show_default=False,
+            autocompletion=completion.paths,
         ),
     ],
     num: Annotated[

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import typer
@@ -114,10 +115,10 @@ def deit(
 
     The same command again skips what is done and goes on with what is not.
     """
-    chosen = given(context)
     if from_legacy is not None:
-        say_translated(from_legacy, "deit", chosen)
+        say_translated(context, from_legacy, "deit")
         return
+    chosen = given(context)
     check_not_joined()
     grid, numbers = points(sweep or ()), parse_seeds(seeds) if seeds is not None else []
     stages = deit_stages(eval_only=eval_only, skip_training=skip_training, finetune=with_finetune)
@@ -199,13 +200,17 @@ def dit(
 
     The same command again skips what is done and goes on with what is not.
     """
-    chosen = given(context)
     if from_legacy is not None:
-        say_translated(from_legacy, "dit", chosen)
+        say_translated(context, from_legacy, "dit")
         return
+    chosen = given(context)
     check_not_joined()
     sampling = {field: chosen.pop(name) for name, field in OF_SAMPLING.items() if name in chosen}
-    dit_sample.check_words(sampling)
+    try:
+        dit_sample.check_words(sampling)
+    except ConfigError as error:
+        told = (OF_SAMPLES.sub(r"--sampling-\1", text) for text in (error.message, error.hint))
+        raise ConfigError(*told) from error
     measured = {name: chosen.pop(name, "") for name in ("reference", "weights")}
     from spiralrope_cli.core.jobs.pipeline_plan import dit_pipeline
 
@@ -221,6 +226,8 @@ OF_SAMPLING = {
     **{"sampling_steps": "steps", "sampling_seed": "seed"},
 }
 """Option -> the one of `dit-sample` that it is."""
+OF_SAMPLES = re.compile(r"--(steps|seed)\b")
+"""Those of them that training has too, as errors of `dit-sample` call them."""
 
 OWN = ("eval_only", "skip_training", "with_finetune", "dry_run", "from_legacy", "sweep", "seeds")
 
@@ -244,13 +251,15 @@ def check_not_joined() -> None:
         )
 
 
-def say_translated(line: str, kind: str, others: dict[str, Any]) -> None:
+def say_translated(context: typer.Context, line: str, kind: str) -> None:
     """Prints the command for an old line on stdout, and what to know about it on stderr.
 
     Raises:
         ConfigError: a word that cannot be, or other options beside the line.
     """
-    if others:
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    typed = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+    if typed != ["from_legacy"]:
         raise ConfigError(
             "--from-legacy stands alone", "add the other options to the command that it prints"
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from spiralrope_cli.commands.options import RECIPE, RUN, option
+from spiralrope_cli.commands.options import RECIPE, RUN, choice, option
+from spiralrope_cli.core.config.diffusion import SAMPLERS
 
 STAGES, SAMPLING = "Stages", "Samples and figures"
 
@@ -100,7 +101,7 @@ Num = Annotated[
 ]
 Sampler = Annotated[
     str | None,
-    option("--sampler", panel=SAMPLING, text="ddpm, ddim or dpm++.", metavar="WORD"),
+    option("--sampler", panel=SAMPLING, **choice("As dit-sample --sampler; ddpm.", SAMPLERS)),
 ]
 SamplingSteps = Annotated[
     str | None,

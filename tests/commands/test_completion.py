@@ -31,7 +31,9 @@ def offered(runs, monkeypatch):
         assert result.exit_code == 0, result.output
         return result.stdout.split()
 
-    for name, command in (("one", "pretrain"), ("two", "dit-train"), ("three", "finetune")):
+    stages = (("pipe/dit-train", "dit-train"), ("sweep/rotate=1/pretrain", "pretrain"))
+    plain = (("one", "pretrain"), ("two", "dit-train"), ("three", "finetune"))
+    for name, command in (*stages, *plain):
         folder = runs / "runs" / name
         folder.mkdir(parents=True)
         (folder / "config.yaml").write_text(f"command: {command}\narch: x\n")
@@ -44,6 +46,8 @@ def offered(runs, monkeypatch):
 
 NAMES = {kind: {row.name for row in ROWS if row.kind == kind} for kind in ("deit", "dit")}
 NAMES["dit"] |= set(ALIASES)
+DEITS = {"runs/one", "runs/three", "runs/sweep/rotate=1/pretrain"}
+DITS = {"runs/two", "runs/pipe/dit-train"}
 
 
 def test_arch(offered):
@@ -70,16 +74,16 @@ def test_every_offered_arch_is_understood(offered):
 
 
 def test_sources_are_those_that_the_command_takes(offered):
-    for command in ("finetune", "eval", "eval x"):
-        assert set(offered(f"spiralrope {command} ")) == {"runs/one", "runs/three"} | NAMES["deit"]
+    for command in ("finetune", "eval", "eval x", "plot attention"):
+        assert set(offered(f"spiralrope {command} ")) == DEITS | NAMES["deit"]
     for command in ("dit-sample", "dit-train --init"):
-        assert set(offered(f"spiralrope {command} ")) == {"runs/two"} | NAMES["dit"]
-    everything = {"runs/one", "runs/two", "runs/three"} | NAMES["deit"] | NAMES["dit"]
+        assert set(offered(f"spiralrope {command} ")) == DITS | NAMES["dit"]
+    everything = DEITS | DITS | NAMES["deit"] | NAMES["dit"]
     assert set(offered("spiralrope export ")) == everything
 
 
 def test_plot(offered):
-    assert set(offered("spiralrope plot run ")) == {"runs/one", "runs/two", "runs/three"}
+    assert set(offered("spiralrope plot run ")) == DEITS | DITS
     assert offered("spiralrope plot rope --arch DiT-S") == ["DiT-S/2", "DiT-S/4", "DiT-S/8"]
     assert offered("spiralrope plot rope --arch deit-s") == ["deit-s"]
 
@@ -95,6 +99,8 @@ def test_paths_are_left_to_the_shell(offered):
     for line in ("eval notes", "eval runs/one/ch", "pretrain --config ru", "pretrain --data ima"):
         assert offered(f"spiralrope {line}") == []
     assert offered("spiralrope export x --layout published --out we") == []
+    for line in ("plot attention x pho", "plot samples sam", "fid sam", "fid samples.npz pho"):
+        assert offered(f"spiralrope {line}") == []
 
 
 def test_names_of_data_sets_and_of_published_things(offered):

@@ -65,10 +65,11 @@ def test_a_healthy_machine(check):
 
 def test_the_table_fits_80_columns(runs, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    result = CliRunner().invoke(cli.app, ["doctor", "--offline", *TINY])
+    result = CliRunner().invoke(cli.app, ["doctor", "--offline", *TINY, "--runs", "runs[/x]"])
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[-1] == "all is well"
     assert max(map(len, result.stdout.splitlines())) <= 80
+    assert "runs[/x]" in "".join(line[10:].strip() for line in result.stdout.splitlines())
 
 
 def test_valid_values_are_those_that_training_takes(check, tiny):
@@ -131,6 +132,11 @@ def test_a_damaged_picture(check, pictures):
     assert finding["subject"] == "data"
     assert str(bad) in finding["problem"]
     assert facts["data"]["decoded"] == 25
+
+
+def test_samples_are_those_of_a_dit(runs):
+    result = CliRunner().invoke(cli.app, ["doctor", *TINY, "--num", "10"])
+    assert "--num 10 has no effect" in str(result.exception)
 
 
 @pytest.mark.parametrize(

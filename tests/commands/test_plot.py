@@ -129,6 +129,21 @@ def test_an_empty_run_is_told(plot, run):
     assert "has logged nothing" in plot("run", "one", "two", expect=1)
 
 
+def test_a_pipeline_stands_for_its_samples_and_names_its_runs(plot, run, digit_pictures, picture):
+    drawn = run.parent / "pipe" / "dit-sample"
+    drawn.mkdir(parents=True)
+    (run.parent / "pipe" / "pipeline.json").write_text("{}")
+    np.savez(drawn / "samples.npz", arr_0=digit_pictures[:4])
+    assert plot("samples", "pipe")[0] == Path("plots/samples-pipe.png")
+    trained = run.parent / "pipe" / "dit-train"
+    trained.mkdir()
+    (trained / "config.yaml").write_text("command: dit-train\n")
+    assert "name a run in it: runs/pipe/dit-train" in plot("run", "pipe", expect=1)
+    assert "name a run in it: runs/pipe/dit-train" in plot(
+        "attention", "runs/pipe", picture, expect=1
+    )
+
+
 def test_options_reach_the_rope(plot, monkeypatch):
     seen = []
     monkeypatch.setattr(

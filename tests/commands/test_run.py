@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 import signal
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from spiralrope_cli import main as cli
@@ -16,7 +17,7 @@ from spiralrope_cli.core.config.legacy import DEIT_WORDS, DIT_WORDS
 from spiralrope_cli.core.config.pipelines import deit_stages
 from spiralrope_cli.core.config.resolve import resolve_classifier
 from spiralrope_cli.core.config.rope import RopeConfig
-from spiralrope_cli.core.config.sweeps import KINDS, acting
+from spiralrope_cli.core.config.sweeps import KINDS, acting, points
 from spiralrope_cli.core.errors import DataError, SpiralRopeError
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.jobs import pipeline as pipelines
@@ -24,7 +25,10 @@ from spiralrope_cli.core.jobs import pipeline_dit, sample_dit, train_classifier
 from spiralrope_cli.core.jobs.pipeline_plan import deit_pipeline
 from spiralrope_cli.core.jobs.start import starting_point
 from spiralrope_cli.core.jobs.sweep import spread
+from spiralrope_cli.core.jobs.sweep_plan import deit_sweep
+from spiralrope_cli.core.models.build import create_model
 from spiralrope_cli.core.runtime.job import StopRequest
+from spiralrope_cli.core.runtime.seeds import seed_everything
 
 FAST = ("--precision", "fp32", "--nproc", "1", "--log-every", "2")
 SMALL = ("--arch", "deit-32x2x2", "--steps", "4", *FAST)
@@ -94,6 +98,15 @@ def test_deit_runs_every_stage_once(run, launched):
     run("deit", *SMALL, "--eval-only", "--no-finetune")
     assert launched[3:] == ["evaluate"]
     assert len(rows(folder / "pretrain")) == 8
+    # Figures count for the very weights that they were measured of.
+    measured = json.loads((folder / "pretrain" / "eval.json").read_text())
+    for row in measured["rows"]:
+        row["sha256"] = "of others"
+    (folder / "pretrain" / "eval.json").write_text(json.dumps(measured))
+    run("deit", *SMALL, "--eval-only", "--no-finetune")
+    assert launched[4:] == ["evaluate"]
+    _, told = run("deit", *DEIT, "--finetune-lr", 0.5, expect=1)
+    assert "finetune holds a run with other options: --finetune-lr was" in told
     run("deit", "--out", folder, "--eval-only")
     _, told = run("deit", "--out", folder, "--eval-only", "--rotate", 4, expect=1)
     assert "--rotate was 2, now 4" in told
@@ -163,10 +176,34 @@ def test_a_stage_that_stops_or_fails_ends_the_command_with_its_code(run, launche
         (["--seeds", "1;2"], 2, "--seeds 1;2 is no list of numbers"),
         (["--seeds", "1,2", "--seed", 1], 2, "exclude each other"),
         (["--from-legacy", "4", "--lr", 1], 2, "--from-legacy stands alone"),
+        (["--from-legacy", "4", "--eval-only"], 2, "--from-legacy stands alone"),
+        (["--from-legacy", "4", "--no-finetune"], 2, "--from-legacy stands alone"),
+        (["--from-legacy", "4", "--sweep", "lr=1,2"], 2, "--from-legacy stands alone"),
     ],
 )
 def test_what_cannot_be_is_told_in_a_line(run, launched, words, code, told):
     assert told in run("deit", *words, expect=code)[1]
+    assert not launched
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (["--sampling-steps", 1], 2, "--sampling-steps 1: it must be 2 to 1000"),
+        (["--sampling-steps", "ddim24"], 2, "use --sampling-steps 24"),
+        (["--sampling-seed", -1], 2, "--sampling-seed is -1"),
+        (["--sampler", "dpm++", "--sampling-steps", 1000], 2, "dpm++ takes at most 999"),
+        (["--sampler", "euler"], 2, "--sampler is euler"),
+        (["--cfg-scale", 0], 2, "--cfg-scale is 0"),
+        (["--num", 0], 2, "--num is 0"),
+        (["--steps", 0], 2, "--steps is 0"),
+        (["--rotate", -1], 2, "--rotate is -1"),
+        (["--arch", "dit-x"], 2, "--arch dit-x"),
+        (["--reference", "gone.npz"], 1, "REFERENCE gone.npz does not exist"),
+    ],
+)
+def test_what_a_dit_cannot_be_is_told_before_it_trains(run, launched, words, code, told):
+    assert told in run("dit", *words, expect=code)[1]
     assert not launched
 
 
@@ -224,6 +261,28 @@ def test_a_sweep_runs_the_grid_and_sums_it_up(run, launched):
     assert again.count(" ± ") == 1 + 3 * 4
 
 
+def test_points_share_all_but_what_is_swept(runs):
+    stages = deit_stages(eval_only=False, skip_training=False, finetune=True)
+    grid = points(["rotate=none,1,4"])
+    sweep = deit_sweep({"arch": "deit-32x1x1", "epochs": 9}, grid, [0, 3], stages, finetune=True)
+    assert len(sweep.members) == 6
+    for seed in (0, 3):
+        mine = [member.pipeline.trainings for member in sweep.members if member.seed == seed]
+        same = [
+            [replace(each.run, out="", source="", rope=RopeConfig()) for each in trainings]
+            for trainings in mine
+        ]
+        assert same[0] == same[1] == same[2]
+        assert {run.seed for run in same[0]} == {seed}
+        weights = []
+        for first, _ in mine:
+            seed_everything(first.run.seed, "init")
+            model = create_model(first.run.arch, rope=first.run.rope, **asdict(first.run.model))
+            weights.append(model.state_dict())
+        assert all(weights[0].keys() == each.keys() for each in weights)
+        assert all(torch.equal(weights[0][name], each[name]) for each in weights for name in each)
+
+
 def test_spread_is_the_sample_deviation():
     assert spread([1.0, 3.0]) == {"mean": 2.0, "std": 2**0.5, "values": [1.0, 3.0]}
     assert spread([1.0])["std"] is None
@@ -272,6 +331,10 @@ def test_dit_measures_where_reference_and_weights_are(
     again, _ = run("dit", *DIT, *with_weights)
     assert f"{facts['fid']:.4f}" in again
     assert len(launched) == 3
+    (folder / "fid.json").write_text("{")
+    run("dit", *DIT, *with_weights)
+    assert launched[3:] == ["score_images"]
+    assert json.loads((folder / "fid.json").read_text())["fid"] == facts["fid"]
 
 
 def test_an_interrupted_sampling_goes_on(run, launched, monkeypatch):

@@ -23,6 +23,8 @@ from typer.testing import CliRunner
 
 from spiralrope_cli import commands
 from spiralrope_cli import main as cli
+from spiralrope_cli.core.data import sample_files
+from spiralrope_cli.core.runtime import report, run_folder
 
 ROOT = Path(__file__).parents[2]
 GENERATED = ROOT / "docs" / "cli.md"
@@ -320,8 +322,44 @@ def test_links_and_pictures_are_there(page):
     assert not broken
 
 
+def test_every_picture_is_shown():
+    shown = "".join(page.read_text() for page in PAGES)
+    pictures = [path.name for path in (ROOT / "docs" / "images").iterdir()]
+    assert len(pictures) >= 5
+    assert [name for name in pictures if f"images/{name})" not in shown] == []
+
+
 def test_every_page_is_in_the_index():
     index = (ROOT / "docs" / "README.md").read_text()
     assert [p.name for p in (ROOT / "docs").glob("*.md") if f"({p.name})" not in index] == [
         "README.md"
     ]
+
+
+HELPED = re.findall(r"^## spiralrope ?(.*)$", GENERATED.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", HELPED)
+def test_help_fits_80_columns(name):
+    words = [*name.split(), "--help"]
+    said = CliRunner().invoke(cli.app, words, prog_name="spiralrope", env={"COLUMNS": "80"}).output
+    assert max(map(len, said.splitlines())) <= 80
+    assert "…" not in said
+
+
+def test_every_file_that_a_run_leaves_is_described():
+    modules = (report, run_folder, sample_files)
+    found = [item for each in modules for item in vars(each).items()]
+    names = {value for name, value in found if name.endswith("_FILE")}
+    assert len(names) >= 15
+    page = (ROOT / "docs" / "formats.md").read_text()
+    assert [name for name in sorted(names) if name not in page] == []
+
+
+def test_every_room_is_in_the_plan_of_the_house():
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    core = ROOT / "spiralrope_cli" / "core"
+    rooms = {path.name + "/" for path in core.iterdir() if (path / "__init__.py").is_file()}
+    rooms |= {path.name for path in core.glob("*.py")} - {"__init__.py", "errors.py"}
+    assert len(rooms) >= 12
+    assert [room for room in sorted(rooms) if f"`{room}`" not in page] == []

@@ -146,6 +146,9 @@ def test_evaluation_shows_what_differs_and_the_best(run_folder):
     for word in ("last raw", "last EMA", "8x8", "12x12", "15.00 (best)"):
         assert word in page.words
     assert any("crop ratio 1" in word for word in page.words)
+    rows = json.loads((run_folder / "eval.json").read_text())["rows"]
+    (run_folder / "eval.json").write_text(json.dumps({"rows": rows[:1]}))
+    assert "(best)" not in write_report(run_folder).read_text()
 
 
 def test_values_say_where_they_came_from(run_folder):

@@ -8,6 +8,7 @@ from typing import Any
 from spiralrope_cli.core.config.checks import at_least
 from spiralrope_cli.core.config.models import deit_size, dit_size, is_dit
 from spiralrope_cli.core.config.runs import MachineConfig
+from spiralrope_cli.core.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,11 @@ class Checkup:
         at_least("num", self.num, 0)
         for name in ("batch_size", "micro_batch_size"):
             at_least(name, self.options.get(name, 1), 1)
+        if self.num and not self.dit:
+            raise ConfigError(
+                f"--num {self.num} has no effect: it counts the images that a DiT draws",
+                "name it by --arch, or leave --num out",
+            )
         if arch := self.options.get("arch"):
             dit_size(arch) if self.dit else deit_size(arch)
 

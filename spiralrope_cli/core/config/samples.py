@@ -35,6 +35,17 @@ def decoder_of(vae: str) -> str:
     return SAMPLING_VAE if vae == "ema" else vae
 
 
+def check_chain(sampler: str, steps: str) -> None:
+    """Refuses a chain that no sampler, or not this one, can walk.
+
+    Raises:
+        ConfigError: names the option and what is allowed.
+    """
+    one_of("sampler", sampler, SAMPLERS)
+    if len(spaced_timesteps(steps)) >= NUM_TRAIN_STEPS and sampler == "dpm++":
+        raise ConfigError(f"--steps {steps}: dpm++ takes at most {NUM_TRAIN_STEPS - 1}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SampleRun:
     """Images from one set of weights, complete.
@@ -81,13 +92,10 @@ class SampleRun:
     machine: MachineConfig = field(default_factory=MachineConfig)
 
     def __post_init__(self) -> None:
-        one_of("sampler", self.sampler, SAMPLERS)
+        check_chain(self.sampler, self.steps)
         for name in ("num", "batch_size"):
             at_least(name, getattr(self, name), 1)
         at_least("seed", self.seed, 0)
-        num_steps = len(spaced_timesteps(self.steps))
-        if self.sampler == "dpm++" and num_steps >= NUM_TRAIN_STEPS:
-            raise ConfigError(f"--steps {self.steps}: dpm++ takes at most {NUM_TRAIN_STEPS - 1}")
         wrong = [label for label in self.classes if not 0 <= label < self.num_classes]
         if wrong:
             raise ConfigError(

@@ -27,9 +27,10 @@ from torch import Tensor
 from spiralrope_cli.core.data.grid import picture_grid
 from spiralrope_cli.core.data.npz import read_headers, stream_rows
 from spiralrope_cli.core.errors import CheckpointError
+from spiralrope_cli.core.runtime.run_folder import SAMPLES_FILE, write_whole
 
 FACTS_FILE, PART_FILE, DONE_FILE = "samples.json", "samples.part.npy", "samples.done"
-NPZ_FILE, GRID_FILE, PNG_FOLDER = "samples.npz", "samples.png", "png"
+NPZ_FILE, PNG_FOLDER = "samples.npz", "png"
 GRID_IMAGES = 64
 CHUNK = 1 << 22
 
@@ -59,7 +60,7 @@ class SampleFiles:
     @property
     def grid(self) -> Path:
         """The picture to look at."""
-        return self.folder / GRID_FILE
+        return self.folder / SAMPLES_FILE
 
     def png(self, index: int) -> Path:
         """File of one image."""
@@ -75,12 +76,12 @@ class SampleFiles:
         if self.npz.exists():
             return
         part, done = self.folder / PART_FILE, self.folder / DONE_FILE
-        _write_whole(self.folder / FACTS_FILE, json.dumps(facts, indent=2).encode())
+        write_whole(self.folder / FACTS_FILE, json.dumps(facts, indent=2))
         if not done.exists() or done.stat().st_size != self.num or not part.exists():
             with part.open("wb") as file:
                 file.write(self._head.getvalue())
                 file.truncate(len(self._head.getvalue()) + self.num * self._bytes)
-            _write_whole(done, bytes(self.num))
+            write_whole(done, bytes(self.num))
 
     def missing(self) -> list[int]:
         """Images that are not there yet, in order."""
@@ -182,10 +183,4 @@ def _save_png(picture: Image.Image, path: Path, facts: dict[str, Any]) -> None:
     text.add_text("spiralrope", json.dumps(facts))
     beside = path.with_suffix(".new")
     picture.save(beside, "png", pnginfo=text)
-    os.replace(beside, path)
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    beside = path.with_name(path.name + ".new")
-    beside.write_bytes(content)
     os.replace(beside, path)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from spiralrope_cli.core.errors import DataError
 from spiralrope_cli.core.figures.style import COLORS, MARKERS, SMALL, TITLE, finish, grid_of_axes
 from spiralrope_cli.core.runtime.report import METRICS_FILE, read_metrics
+from spiralrope_cli.core.runtime.run_folder import inner_runs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,7 +56,10 @@ def curves(runs: Sequence[Path], over: str = "step") -> Figure:
     logs = {folder: read_metrics(folder) for folder in runs}
     for folder, lines in logs.items():
         if not lines:
-            raise DataError(f"{folder} has logged nothing: {METRICS_FILE} is missing or empty")
+            raise DataError(
+                f"{folder} has logged nothing: {METRICS_FILE} is missing or empty",
+                inner_runs(folder),
+            )
     logged = {key for lines in logs.values() for line in lines for key in line}
     panels = [(title, [s for s in all_of if s.key in logged]) for title, all_of in PANELS]
     panels = [(title, series) for title, series in panels if series]

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spiralrope_cli.core.config.plots import FORMATS
 from spiralrope_cli.core.errors import ConfigError, DataError
+from spiralrope_cli.core.runtime.run_folder import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,11 +53,10 @@ def save(figure: Figure, path: Path) -> None:
     form = path.suffix.lower().lstrip(".")
     if form not in FORMATS:
         raise ConfigError(f"{path} must end in {' or '.join('.' + name for name in FORMATS)}")
-    content, beside = render(figure, form), path.with_name(f".{path.name}.{os.getpid()}")
+    content = render(figure, form)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(content)
-        os.replace(beside, path)
+        write_whole(path, content)
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
 

@@ -10,8 +10,8 @@ from typing import Any
 from spiralrope_cli.core.config.models import is_dit
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.errors import CheckpointError
+from spiralrope_cli.core.runtime.run_folder import EVAL_FILE
 
-EVAL_FILE = "eval.json"
 METRICS = {"acc1": "acc@1", "acc5": "acc@5"}
 # Licences of weights are their owners' to give.
 LICENSE = "unknown"

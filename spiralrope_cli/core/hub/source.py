@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 from spiralrope_cli.core.config.resolve import RUNS_FOLDER, read_config
@@ -15,9 +14,10 @@ from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.hub.catalog import Row, find
 from spiralrope_cli.core.runtime.run_folder import (
     CHECKPOINTS,
-    CONFIG_FILE,
     EMA_FILE,
     MODEL_FILE,
+    inner_runs,
+    run_configs,
     step_folder,
     steps_on_disk,
 )
@@ -86,7 +86,7 @@ def _in_folder(given: str, folder: Path, best: bool) -> Source:
     if not steps:
         raise CheckpointError(
             f"{folder} holds no checkpoint",
-            f"a run folder has {CHECKPOINTS}/ with numbered folders",
+            inner_runs(folder) or f"a run folder has {CHECKPOINTS}/ with numbered folders",
         )
     step = best_step(folder) if best else steps[-1]
     return Source(given, step_folder(folder, step), run=folder)
@@ -116,8 +116,7 @@ def newest_run(commands: tuple[str, ...] = CLASSIFIERS, folder: Path | None = No
     """
     folder = folder or Path(RUNS_FOLDER)
     saved: list[tuple[float, Path]] = []
-    # A run's own folder, the stages of a pipeline, and those of the pipelines of a sweep.
-    for config in chain(*(folder.glob(f"{'*/' * depth}{CONFIG_FILE}") for depth in (1, 2, 3))):
+    for config in run_configs(folder):
         if not (steps := steps_on_disk(config.parent)):
             continue
         try:

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from spiralrope_cli.core.hub.files import human_size
@@ -33,7 +34,7 @@ def show(facts: Facts, *, as_json: bool) -> None:
     }
     for name, lines in words.items():
         for title, text in lines(facts[name]) if facts[name] else [(name, "see below")]:
-            table.add_row(title, text)
+            table.add_row(title, escape(text))
     console.print(table)
     for note in facts["notes"]:
         console.print(f"note: {note}", markup=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import functools
 import json
@@ -25,8 +24,8 @@ from spiralrope_cli.core.jobs.plot import draw_sizes
 from spiralrope_cli.core.metrics.accuracy import Accuracy
 from spiralrope_cli.core.runtime.environment import versions
 from spiralrope_cli.core.runtime.job import Job
+from spiralrope_cli.core.runtime.run_folder import EVAL_FILE, SIZES_FILE, write_json
 
-EVAL_FILE, SIZES_FILE = "eval.json", "eval-sizes.png"
 SAME = ("sha256", "checkpoint", "weights", "data", "image_size", "crop_ratio", "rope", "precision")
 """A row of `eval.json` gives way to a new one that agrees in these."""
 
@@ -105,19 +104,14 @@ def sha256(file: str) -> str:
 def write(folder: Path, records: list[Record], decoded: int) -> None:
     """Merges rows into a folder's `eval.json`, and draws accuracy over image sizes."""
     path = folder / EVAL_FILE
-    beside = path.with_name(f".{EVAL_FILE}.{os.getpid()}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        content = {"decoded": decoded, "rows": merged(read_rows(path), records)}
-        beside.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(beside, path)
+        write_json(path, {"decoded": decoded, "rows": merged(read_rows(path), records)})
         say(f"figures: {path}")
         if len({tuple(each["image_size"]) for each in records}) > 1:
             draw_sizes(records, folder / SIZES_FILE)
             say(f"plot: {folder / SIZES_FILE}")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
         say(f"note: {path} was not written: {error.strerror or error}; --out names a folder")
 
 
@@ -143,13 +137,14 @@ def already(config: EvalRun, precision: str) -> list[Accuracy]:
     found = []
     for row in config.rows:
         wanted = {
-            **{"file": row.file, "step": row.step, "checkpoint": row.checkpoint},
+            **{"step": row.step, "checkpoint": row.checkpoint},
             **{"weights": row.weights, "rope": asdict(row.rope), "precision": precision},
             **{"data": row.protocol.data, "crop_ratio": row.protocol.crop_ratio},
             "image_size": list(row.protocol.image_size),
         }
         for each in read_rows(Path(row.folder) / EVAL_FILE):
-            if {name: each.get(name) for name in wanted} == wanted:
+            same = {name: each.get(name) for name in wanted} == wanted
+            if same and each.get("sha256") == sha256(row.file):
                 found.append(Accuracy(**{name: each[name] for name in names}))
                 break
     return found if len(found) == len(config.rows) else []

@@ -34,7 +34,7 @@ from spiralrope_cli.core.hub.write_published import (
 from spiralrope_cli.core.load import create, fitted
 from spiralrope_cli.core.models.dit import DiT
 from spiralrope_cli.core.rope import as_pair
-from spiralrope_cli.core.runtime.run_folder import CONFIG_FILE, MODEL_FILE
+from spiralrope_cli.core.runtime.run_folder import CONFIG_FILE, EVAL_FILE, MODEL_FILE
 from spiralrope_cli.core.weights import Weights, here, read_weights
 
 EXPORTS_FOLDER = "exports"
@@ -208,7 +208,7 @@ def _data(weights: Weights) -> str:
 def _figures(weights: Weights) -> list[dict[str, Any]]:
     """Rows of the `eval.json` beside the weights or in their run folder that are theirs."""
     folders = [weights.file.parent, *([weights.source.run] if weights.source.run else [])]
-    if not any((folder / "eval.json").is_file() for folder in folders):
+    if not any((folder / EVAL_FILE).is_file() for folder in folders):
         return []
     _, sha256 = digest_like(weights.file, "")
     return eval_rows(folders, sha256, weights.ema)

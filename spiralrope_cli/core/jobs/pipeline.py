@@ -14,13 +14,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
 from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions, EvalRun
 from spiralrope_cli.core.config.pipelines import EVALUATE, DeiTPipeline
 from spiralrope_cli.core.config.resolve import Resolved
 from spiralrope_cli.core.config.runs import MachineConfig
+from spiralrope_cli.core.hub import files
 from spiralrope_cli.core.jobs import eval_plan, eval_report
 from spiralrope_cli.core.jobs.plan import print_plan
 from spiralrope_cli.core.jobs.report import leave_report
@@ -185,4 +184,4 @@ def record(folder: Path, command: str, stage: str, seconds: float | None) -> Non
 def say(line: str) -> None:
     """One line on stderr, from the process that speaks for all."""
     if is_first_process():
-        Console(stderr=True, highlight=False, soft_wrap=True).print(line, markup=False)
+        files.say(line)

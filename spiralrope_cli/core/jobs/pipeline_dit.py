@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,19 @@ from spiralrope_cli.core.config.fid import PRECISIONS, FidRun
 from spiralrope_cli.core.config.pipelines import SAMPLE, DiTPipeline
 from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.config.samples import DEFAULTS, SampleRun, num_samples
-from spiralrope_cli.core.data.sample_files import GRID_FILE, NPZ_FILE
+from spiralrope_cli.core.data.sample_files import NPZ_FILE
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.jobs import sample_plan, score_plan, score_report
 from spiralrope_cli.core.jobs.pipeline import Stage, carry_out, say, training_stage
 from spiralrope_cli.core.jobs.pipeline_plan import fetch_vaes, why_no_figures
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, world_size
-from spiralrope_cli.core.runtime.run_folder import FID_FILE, first_step, is_finished
+from spiralrope_cli.core.runtime.run_folder import (
+    FID_FILE,
+    SAMPLES_FILE,
+    first_step,
+    is_finished,
+    read_json,
+)
 from spiralrope_cli.core.weights import Weights
 
 SAMPLE_JOB = "spiralrope_cli.core.jobs.sample_dit:run"
@@ -74,9 +79,9 @@ def sample_stage(pipeline: DiTPipeline) -> Stage:
 
     def show() -> None:
         say(f"samples: {Path(out) / NPZ_FILE}")
-        say(f"grid: {Path(out) / GRID_FILE}")
+        say(f"grid: {Path(out) / SAMPLES_FILE}")
 
-    return Stage("dit-sample", done, plan, lambda: launch(SAMPLE_JOB, settled()[0]), show)
+    return Stage(SAMPLE, done, plan, lambda: launch(SAMPLE_JOB, settled()[0]), show)
 
 
 def fid_stage(pipeline: DiTPipeline) -> Stage:
@@ -94,10 +99,10 @@ def fid_stage(pipeline: DiTPipeline) -> Stage:
 
     def facts() -> dict[str, Any]:
         """What was measured of these samples against this reference, if anything."""
-        if not samples.exists() or not result.exists():
+        if not samples.exists() or not (found := read_json(result)):
             return {}
-        found: dict[str, Any] = json.loads(result.read_text())
-        same = found["reference"]["path"] == str(Path(pipeline.reference).expanduser())
+        measured_against = (found.get("reference") or {}).get("path")
+        same = measured_against == str(Path(pipeline.reference).expanduser())
         return found if same and result.stat().st_mtime >= samples.stat().st_mtime else {}
 
     def done() -> str:

@@ -35,7 +35,7 @@ from spiralrope_cli.core.config.resolve_dit import resolve_dit
 from spiralrope_cli.core.config.runs import ClassifierRun, MachineConfig
 from spiralrope_cli.core.config.samples import decoder_of
 from spiralrope_cli.core.data.inputs import look_at
-from spiralrope_cli.core.errors import CheckpointError, ConfigError, FetchError
+from spiralrope_cli.core.errors import CheckpointError, ConfigError, FetchError, SpiralRopeError
 from spiralrope_cli.core.hub.vae import find_vae
 from spiralrope_cli.core.jobs.score_plan import find_weights
 from spiralrope_cli.core.runtime.launch import world_size
@@ -94,8 +94,8 @@ def deit_pipeline(
         try:
             trainings.append(placed(resolve_classifier(FINETUNE, own, None, start), after))
         except ConfigError as error:
-            told = [OF_FINETUNE.sub(r"--finetune-\1", text) for text in (error.message, error.hint)]
-            raise ConfigError(f"finetune: {told[0]}", told[1]) from error
+            message, hint = of_finetune(error)
+            raise ConfigError(f"finetune: {message}", hint) from error
     evaluated = after if finetune else before
     if not trainings:
         of_pretrain = OptimConfig.__dataclass_fields__.keys() | {"drop_path"}
@@ -227,6 +227,11 @@ def saved_run(folder: Path, option: str, given: dict[str, Any]) -> ClassifierRun
     return run
 
 
+def of_finetune(error: SpiralRopeError) -> list[str]:
+    """Message and hint of an error of finetuning, by the names that its options have here."""
+    return [OF_FINETUNE.sub(r"--finetune-\1", text) for text in (error.message, error.hint)]
+
+
 def check_trainings(trainings: Sequence[Resolved[Any]]) -> None:
     """Refuses what could not end well, before anything is computed.
 
@@ -238,7 +243,12 @@ def check_trainings(trainings: Sequence[Resolved[Any]]) -> None:
     for run in (resolved.run for resolved in trainings):
         check_tracker(run.machine.tracker)
         run.split_batch(world_size(run.machine))
-        step = first_step(run)
+        try:
+            step = first_step(run)
+        except CheckpointError as error:
+            if run.command == FINETUNE:
+                raise CheckpointError(*of_finetune(error)) from error
+            raise
         if step and unfinished:
             raise CheckpointError(
                 f"{run.out} was trained from weights that {unfinished} does not hold yet",

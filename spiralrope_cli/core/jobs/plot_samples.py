@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spiralrope_cli.core.config.pipelines import SAMPLE
 from spiralrope_cli.core.config.plots import SamplesPlot
 from spiralrope_cli.core.data.class_names import names_of
 from spiralrope_cli.core.data.image_sets import image_batches
@@ -18,7 +19,7 @@ from spiralrope_cli.core.errors import DataError
 from spiralrope_cli.core.figures.samples import samples
 from spiralrope_cli.core.figures.style import save
 from spiralrope_cli.core.jobs.sample_dit import drawn_class
-from spiralrope_cli.core.runtime.run_folder import CONFIG_FILE, find_run
+from spiralrope_cli.core.runtime.run_folder import CONFIG_FILE, PIPELINE_FILE, find_run
 
 
 def draw_samples(plot: SamplesPlot, target: Path) -> None:
@@ -51,6 +52,8 @@ def place_of(given: str) -> Path:
     path = Path(given).expanduser()
     if not path.exists() and path.suffix != ".npz":
         path = find_run(given)
+    if (path / PIPELINE_FILE).is_file():
+        path = path / SAMPLE
     if (path / NPZ_FILE).is_file():
         return path / NPZ_FILE
     if (path / FACTS_FILE).is_file():

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from spiralrope_cli.core.config.dit_runs import TrainingRun
+from spiralrope_cli.core.config.pipelines import FINETUNE, PRETRAIN, SAMPLE, TRAIN
 from spiralrope_cli.core.config.resolve import RUN_KINDS, build, read_config
 from spiralrope_cli.core.data.sample_files import FACTS_FILE, NPZ_FILE, read_facts
 from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.figures.curves import curves
 from spiralrope_cli.core.hub.files import say
 from spiralrope_cli.core.jobs import report_page as html
-from spiralrope_cli.core.jobs.eval_report import EVAL_FILE
 from spiralrope_cli.core.jobs.plan import data_line, rope_line
 from spiralrope_cli.core.jobs.report_command import command
 from spiralrope_cli.core.jobs.report_results import results
@@ -26,6 +26,7 @@ from spiralrope_cli.core.runtime.run_folder import (
     CONFIG_FILE,
     CURVES_FILE,
     ENVIRONMENT_FILE,
+    EVAL_FILE,
     FID_FILE,
     PIPELINE_FILE,
     REPORT_FILE,
@@ -37,7 +38,7 @@ from spiralrope_cli.core.runtime.run_folder import (
 )
 from spiralrope_cli.version import __version__
 
-STAGES = ("pretrain", "finetune", "dit-train", "dit-sample")
+STAGES = (PRETRAIN, FINETUNE, TRAIN, SAMPLE)
 """Folders of a pipeline in their order; others come after them, by name."""
 
 

@@ -6,15 +6,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from spiralrope_cli.core.data.sample_files import GRID_FILE
 from spiralrope_cli.core.jobs import report_page as html
-from spiralrope_cli.core.jobs.eval_report import EVAL_FILE, SIZES_FILE, Record, read_rows
+from spiralrope_cli.core.jobs.eval_report import Record, read_rows
 from spiralrope_cli.core.jobs.score_report import LABELS
 from spiralrope_cli.core.runtime.report import ACCURACY_COLUMNS, accuracy_rows, read_metrics
 from spiralrope_cli.core.runtime.run_folder import (
+    EVAL_FILE,
     FID_FILE,
     PIPELINE_FILE,
     SAMPLES_FILE,
+    SIZES_FILE,
     SWEEP_FILE,
     read_json,
 )
@@ -42,11 +43,9 @@ def results(folder: Path, level: int) -> Iterable[str]:
         sizes = folder / SIZES_FILE
         drawn = html.picture(sizes, "acc@1 against the image size") if sizes.exists() else ""
         yield html.section(level, "Evaluation", evaluation(rows_of_eval), drawn)
-    for name in (SAMPLES_FILE, GRID_FILE):
-        if (folder / name).is_file():
-            alt = f"grid of images that {folder.name} drew"
-            yield html.section(level, "Samples", html.picture(folder / name, alt))
-            break
+    if (folder / SAMPLES_FILE).is_file():
+        alt = f"grid of images that {folder.name} drew"
+        yield html.section(level, "Samples", html.picture(folder / SAMPLES_FILE, alt))
     if figures := read_json(folder / FID_FILE):
         yield html.section(level, "Figures of the images", *scores(figures))
 
@@ -64,10 +63,10 @@ def evaluation(records: list[Record]) -> str:
     }
     varying = {n: cells for n, cells in told.items() if n == "weights" or len(set(cells)) > 1}
     same = [f"{n} {cells[0]}" for n, cells in told.items() if n not in varying and cells[0]]
-    best = max(each["acc1"] for each in records)
+    best = max(each["acc1"] for each in records) if len(records) > 1 else None
     figures = [
         (
-            f"{each['acc1']:.2f}" + (" (best)" if each["acc1"] == best and len(told) > 1 else ""),
+            f"{each['acc1']:.2f}" + (" (best)" if each["acc1"] == best else ""),
             f"{each['acc5']:.2f}",
             f"{each['loss']:.4f}",
             each["count"],
@@ -120,13 +119,14 @@ def sweep(rows: list[Record]) -> str:
             f"{each['checkpoint']} {each['weights']}",
             f"{each['crop_ratio']:g}",
             len(each["seeds"]),
-            *(_spread(each[name], digits) for name, digits in SPREAD),
+            *(with_spread(each[name], digits) for name, digits in SPREAD),
         ]
         for each in rows
     ]
     return html.table("Mean ± standard deviation over seeds", columns, cells, {"weights"})
 
 
-def _spread(value: Record, digits: int) -> str:
+def with_spread(value: Record, digits: int) -> str:
+    """`97.22 ± 0.31`, of a mean with its standard deviation."""
     more = "" if value["std"] is None else f" ± {value['std']:.{digits}f}"
     return f"{value['mean']:.{digits}f}{more}"

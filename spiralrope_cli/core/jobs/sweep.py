@@ -13,11 +13,17 @@ from rich.table import Table
 
 from spiralrope_cli.core.config.datasets import find_held_out
 from spiralrope_cli.core.config.sweeps import Member, Sweep
-from spiralrope_cli.core.jobs.eval_report import EVAL_FILE, read_rows
+from spiralrope_cli.core.jobs.eval_report import read_rows
 from spiralrope_cli.core.jobs.pipeline import run_deit, say
 from spiralrope_cli.core.jobs.report import leave_report
+from spiralrope_cli.core.jobs.report_results import with_spread
 from spiralrope_cli.core.runtime.launch import is_first_process
-from spiralrope_cli.core.runtime.run_folder import REPORT_FILE, SWEEP_FILE, write_json
+from spiralrope_cli.core.runtime.run_folder import (
+    EVAL_FILE,
+    REPORT_FILE,
+    SWEEP_FILE,
+    write_json,
+)
 
 FIGURES = ("acc1", "acc5", "loss")
 SHOWN = (("raw", "acc1", "acc@1 %"), ("EMA", "acc1", "acc@1 % EMA"), ("EMA", "loss", "loss EMA"))
@@ -106,7 +112,7 @@ def print_table(records: Sequence[Record]) -> None:
         points.setdefault(words, {})[each["weights"]] = each
     for words, by_weights in points.items():
         figures = [
-            told(by_weights[weights][figure], 4 if figure == "loss" else 2)
+            with_spread(by_weights[weights][figure], 4 if figure == "loss" else 2)
             for weights, figure, _ in SHOWN
         ]
         table.add_row(*words, str(len(by_weights["raw"]["seeds"])), *figures)
@@ -118,9 +124,3 @@ def print_table(records: Sequence[Record]) -> None:
         soft_wrap=True,
     )
     console.print(table)
-
-
-def told(value: Record, digits: int) -> str:
-    """`97.22 ± 0.31`."""
-    spread_told = "" if value["std"] is None else f" ± {value['std']:.{digits}f}"
-    return f"{value['mean']:.{digits}f}{spread_told}"

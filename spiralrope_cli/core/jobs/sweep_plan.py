@@ -26,7 +26,8 @@ def deit_sweep(
 ) -> Sweep:
     """One pipeline for every different point and seed.
 
-    A seed decides initial weights, data order and augmentation, so that all points share those.
+    A seed decides data order and augmentation, which all points share, and initial weights, which
+    those of one architecture share: RoPE has no parameters.
 
     Args:
         options: field name -> value, given options alone.

@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ CHECKPOINTS = "checkpoints"
 CURVES_FILE, REPORT_FILE = "curves.png", "report.html"
 SOURCES_FILE, ENVIRONMENT_FILE = "sources.json", "environment.json"
 PIPELINE_FILE, SWEEP_FILE, FID_FILE = "pipeline.json", "sweep.json", "fid.json"
+EVAL_FILE, SIZES_FILE = "eval.json", "eval-sizes.png"
 SAMPLES_FILE, SAMPLES = "samples.png", "samples"
 MODEL_FILE, EMA_FILE, TRAINER_FILE = "model.safetensors", "ema.safetensors", "trainer.pt"
 STEP_DIGITS = 7
@@ -57,6 +59,19 @@ def steps_on_disk(folder: Path) -> list[int]:
     if not checkpoints.is_dir():
         return []
     return sorted(int(entry.name) for entry in checkpoints.iterdir() if entry.name.isdigit())
+
+
+def run_configs(folder: Path) -> Iterator[Path]:
+    """Configs of the runs in a folder, of the stages of pipelines, and of those of sweeps."""
+    for depth in (1, 2, 3):
+        yield from folder.glob(f"{'*/' * depth}{CONFIG_FILE}")
+
+
+def inner_runs(folder: Path) -> str:
+    """What to name in place of a folder that holds those of runs, as a hint; else empty."""
+    inside = sorted(str(config.parent) for config in run_configs(folder))
+    more = ", ..." if len(inside) > 3 else ""
+    return f"name a run in it: {', '.join(inside[:3])}{more}" if inside else ""
 
 
 def find_run(given: str) -> Path:
@@ -167,8 +182,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file so that nobody ever sees a part of it."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text)
-    os.replace(beside, path)
+    try:
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)  # where the disk refused
