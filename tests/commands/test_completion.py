@@ -90,7 +90,8 @@ def test_plot(offered):
 
 def test_partial_words_of_sources(offered):
     assert offered("spiralrope dit-sample dit-xl2@") == ["dit-xl2@400k", "dit-xl2@7m"]
-    assert offered("spiralrope finetune ru") == ["runs/three", "runs/one"]  # the newest first
+    newest_first = ["runs/three", "runs/one", "runs/sweep/rotate=1/pretrain"]
+    assert offered("spiralrope finetune ru") == newest_first
     assert offered("spiralrope finetune runs/o") == ["runs/one"]
     assert offered("spiralrope eval de") == ["deed.pth", "deit-b", "deit-l", "deit-s"]
 
