@@ -109,7 +109,7 @@ def open_vae(config: DiTRun, job: Job) -> Vae | None:
         return None
     with distributed.first_alone():  # it may have to be fetched
         folder = find_vae(config.pictures.vae).folder
-    # In fp32, as the cache's: bf16 would move latents by more than the posterior's noise does.
+    # In fp32, as the cache and the published code have it.
     return load_vae(folder, job.device)
 
 
