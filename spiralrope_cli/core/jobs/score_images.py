@@ -42,6 +42,7 @@ def run(config: FidRun) -> None:
         sides = [side for side in (plan.samples, plan.reference) if side and job.is_first]
         with digests_beside(sides) as digests:
             samples = measure(config, job, plan.samples, plan.from_samples)
+            return_freed_memory()  # what the other side adds would come on top of it
             weights = find_weights(config.weights)[1] if plan.needs_weights and job.is_first else ""
             protocol = config.protocol(weights) if weights else plan.samples.protocol
             if config.save_stats and job.is_first:
