@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.errors import ConfigError
-from spiralrope_cli.core.models.layers import Attention, Mlp, PatchEmbed, gelu_tanh, no_autocast
+from spiralrope_cli.core.models.layers import Attention, Linear, Mlp, PatchEmbed, no_autocast
 from spiralrope_cli.core.rope import Grid, SpiralRoPE, as_pair
 
 INIT_STD = 0.02
@@ -31,7 +31,7 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(NUM_SINUSOIDS, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.mlp = nn.Sequential(Linear(NUM_SINUSOIDS, dim), nn.SiLU(), Linear(dim, dim))
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """[B] steps of the 1000 -> [B, C]. The phases are formed in float32 or better."""
@@ -54,25 +54,12 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
-class FewRows(nn.Linear):
-    """Linear layer for an input of few rows, [B, C] -> [B, out].
-
-    With the weight as its left side the CPU's product takes a half to a quarter of the time.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[B, C] -> [B, out]."""
-        if input.device.type != "cpu":
-            return super().forward(input)
-        return torch.addmm(self.bias[:, None], self.weight, input.t()).t().contiguous()
-
-
 def modulation(dim: int, num_signals: int) -> nn.Sequential:
     """Linear layer from the condition to shifts, scales and gates, [B, C] -> [B, signals * C].
 
     Its SiLU is taken once for all blocks, in `DiT.forward`; index 1 is the published name.
     """
-    return nn.Sequential(nn.Identity(), FewRows(dim, num_signals * dim))
+    return nn.Sequential(nn.Identity(), Linear(dim, num_signals * dim))
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -89,7 +76,7 @@ class DiTBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qk_norm: bool) -> None:
         super().__init__()
         self.attn = Attention(dim, num_heads, qk_norm)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), activation=gelu_tanh)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), gelu="tanh")
         self.adaLN_modulation = modulation(dim, 6)
 
     def forward(self, x: Tensor, turns: Tensor | None, condition: Tensor) -> Tensor:
@@ -106,7 +93,7 @@ class FinalLayer(nn.Module):
 
     def __init__(self, dim: int, patch_size: int, out_chans: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(dim, patch_size * patch_size * out_chans)
+        self.linear = Linear(dim, patch_size * patch_size * out_chans)
         self.adaLN_modulation = modulation(dim, 2)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:

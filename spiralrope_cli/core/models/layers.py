@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,40 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()  # Such as "meta".
+
+
+Gelu = Literal["none", "tanh"]
+"""Exact or approximated, in the words of `F.gelu(approximate=)`."""
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` that infers with oneDNN on a CPU, as torch.compile does there.
+
+    Its product in fp32 takes half the time of MKL's on AMD's CPUs and a quarter to a half for few
+    rows, and GELU is taken on the way out. It has no gradient.
+    """
+
+    def forward(self, input: Tensor, gelu: Gelu | None = None) -> Tensor:
+        """[..., in] -> [..., out], under autocast in its dtype; then GELU where it is named."""
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
+        if input.device.type == "cpu" and input.numel() and _onednn_infers_in(dtype):
+            given = (each.to(dtype) for each in (input, self.weight, self.bias))
+            after = "none" if gelu is None else "gelu"
+            return torch.ops.mkldnn._linear_pointwise(*given, after, [], gelu or "")
+        out = super().forward(input)
+        if gelu is None:
+            return out
+        return gelu_tanh(out) if gelu == "tanh" else F.gelu(out)
+
+
+def _onednn_infers_in(dtype: torch.dtype) -> bool:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
 
 
 class RMSNorm(nn.Module):
@@ -45,10 +78,10 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, qk_norm: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = Linear(dim, 3 * dim)
         self.q_norm = RMSNorm(dim // num_heads) if qk_norm else None
         self.k_norm = RMSNorm(dim // num_heads) if qk_norm else None
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, turns: Tensor | None) -> Tensor:
         """[B, N, C] and [N, D/2, 2] cosines and sines -> [B, N, C]."""
@@ -104,19 +137,17 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 
 class Mlp(nn.Module):
-    """Linear, activation, linear."""
+    """Linear, GELU, linear."""
 
-    def __init__(
-        self, dim: int, hidden_dim: int, activation: Callable[[Tensor], Tensor] = F.gelu
-    ) -> None:
+    def __init__(self, dim: int, hidden_dim: int, gelu: Gelu = "none") -> None:
         super().__init__()
-        self.activation = activation
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.gelu = gelu
+        self.fc1 = Linear(dim, hidden_dim)
+        self.fc2 = Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, C] -> [B, N, C]."""
-        return self.fc2(self.activation(self.fc1(x)))
+        return self.fc2(self.fc1(x, self.gelu))
 
 
 class PatchEmbed(nn.Module):

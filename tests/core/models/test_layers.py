@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from spiralrope_cli.core.models.layers import Attention, RMSNorm, gelu_tanh
+from spiralrope_cli.core.models.layers import Attention, Linear, RMSNorm, gelu_tanh
 
 
 def test_the_small_constant_of_rms_norm_lies_outside_the_root():
@@ -46,3 +46,30 @@ def test_normalised_heads_have_length_one_per_channel():
     for heads in seen:
         assert heads.shape == (2, 3, 2, 8)
         torch.testing.assert_close(heads.square().mean(-1), torch.ones(2, 3, 2))
+
+
+@pytest.mark.parametrize("gelu", [None, "none", "tanh"])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_a_linear_layer_infers_what_it_trains(gelu, dtype, rtol):
+    torch.manual_seed(0)
+    layer, x = Linear(48, 32), torch.randn(2, 5, 48)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+        trained = layer(x, gelu)
+        with torch.no_grad():
+            inferred = layer(x, gelu)
+    assert trained.requires_grad
+    assert inferred.shape == trained.shape
+    assert inferred.dtype == trained.dtype == dtype
+    torch.testing.assert_close(inferred, trained.detach(), rtol=rtol, atol=rtol)
+
+
+def test_a_linear_layer_infers_without_onednn_too(monkeypatch):
+    torch.manual_seed(0)
+    layer, x = Linear(48, 32), torch.randn(7, 48)
+    with torch.no_grad():
+        fast = layer(x, "tanh")
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        torch.testing.assert_close(layer(x, "tanh"), fast)
+        layer, x = layer.double(), x.double()
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+        assert layer(x[:0]).shape == (0, 32)
