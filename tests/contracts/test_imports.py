@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "spiralrope_cli"
-ALWAYS = {"errors", "config"}
+ALWAYS = {"errors", "config", "atomic"}
 # Room -> the rooms it may import. Jobs tell the stories and may enter every room.
 MAY_IMPORT = {
     "errors": set(),
+    "atomic": set(),
     "config": {"errors"},
     "runtime": ALWAYS,
     "rope": ALWAYS,
@@ -31,7 +32,7 @@ MAY_IMPORT = {
     | {"hub", "weights", "load", "jobs"},
     "commands": ALWAYS | {"runtime", "commands"},
 }
-LIGHT = {"commands", "config", "errors"}
+LIGHT = {"commands", "config", "errors", "atomic"}
 LIGHT_FILES = {
     "catalog.py",
     "source.py",

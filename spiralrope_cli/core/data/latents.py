@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from spiralrope_cli.core.atomic import atomic_write, write_whole
 from spiralrope_cli.core.config.latents import (
     MANIFEST_FILE,
     CachePlan,
@@ -44,7 +45,7 @@ from spiralrope_cli.core.runtime import distributed
 from spiralrope_cli.core.runtime.progress import counted
 from spiralrope_cli.core.runtime.threads import cores_per_process
 
-UNFINISHED, PLAN_FILE, BESIDE = "unfinished", "plan.json", ".new"
+UNFINISHED, PLAN_FILE = "unfinished", "plan.json"
 PLAIN, MIRRORED, LABELS = "plain", "mirrored", "labels"
 CHUNK = 1 << 22
 AHEAD = 2
@@ -92,10 +93,8 @@ def begin(folder: Path, plan: CachePlan, kept: Iterable[Shard]) -> None:
     records.mkdir(parents=True, exist_ok=True)
     for shard in kept:
         _record(folder, shard)
-    _replace(records / PLAN_FILE, json.dumps(dataclasses.asdict(plan)))
+    write_whole(records / PLAN_FILE, json.dumps(dataclasses.asdict(plan)), durable=True)
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
-    for leftover in folder.glob(f"*{BESIDE}"):
-        leftover.unlink()
 
 
 def write_shard(
@@ -125,23 +124,20 @@ def write_shard(
             f"latents of shard {number} are not finite", "try --precision fp32, or another --vae"
         )
     path = folder / shard_file(number)
-    beside = path.with_suffix(BESIDE)
     tensors = {PLAIN: plain, MIRRORED: mirrored, LABELS: labels}
-    try:
-        save_file({name: each.contiguous() for name, each in tensors.items()}, beside)
-    except SafetensorError as error:
-        raise OSError(*_os_error(error), str(beside)) from error
-    shutil.copymode(folder / UNFINISHED / PLAN_FILE, beside)  # else it is for its owner alone
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
-    shard = Shard(
-        file=path.name,
-        count=len(labels),
-        size=beside.stat().st_size,
-        crc32=crc32_of(beside),
-        unreadable=unreadable,
-    )
-    os.replace(beside, path)
+    with atomic_write(path, sole=True, durable=True) as beside:
+        try:
+            save_file({name: each.contiguous() for name, each in tensors.items()}, beside)
+        except SafetensorError as error:
+            raise OSError(*_os_error(error), str(beside)) from error
+        shutil.copymode(folder / UNFINISHED / PLAN_FILE, beside)  # else it is for its owner alone
+        shard = Shard(
+            file=path.name,
+            count=len(labels),
+            size=beside.stat().st_size,
+            crc32=crc32_of(beside),
+            unreadable=unreadable,
+        )
     _record(folder, shard)
     return shard
 
@@ -155,23 +151,15 @@ def finish(folder: Path, plan: CachePlan, shards: Sequence[Shard]) -> Manifest:
     manifest = Manifest(folder, plan, tuple(shards))
     if not manifest.count:
         raise DataError(f"none of the {plan.num_files} images in {plan.data} can be read")
-    _replace(folder / MANIFEST_FILE, manifest.to_json())
+    write_whole(folder / MANIFEST_FILE, manifest.to_json(), durable=True)
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
     return manifest
 
 
 def _record(folder: Path, shard: Shard) -> None:
     name = Path(shard.file).with_suffix(".json")
-    _replace(folder / UNFINISHED / name, json.dumps(dataclasses.asdict(shard)))
-
-
-def _replace(path: Path, text: str) -> None:
-    beside = path.with_suffix(BESIDE)
-    with beside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    text = json.dumps(dataclasses.asdict(shard))
+    write_whole(folder / UNFINISHED / name, text, durable=True)
 
 
 def _os_error(error: SafetensorError) -> tuple[int, str]:

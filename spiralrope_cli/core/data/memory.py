@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import gzip
 import math
-import os
 import shutil
 from dataclasses import dataclass
 from importlib import resources
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spiralrope_cli.core.atomic import atomic_write
 from spiralrope_cli.core.config.folders import cache_folder
 from spiralrope_cli.core.config.runs import AugmentConfig
 from spiralrope_cli.core.errors import DataError
@@ -116,10 +116,12 @@ def load_fashion_mnist() -> tuple[MemorySplit, MemorySplit]:
 
 
 def _unpack(packed: Path, target: Path) -> None:
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    with gzip.open(packed) as source, beside.open("wb") as sink:
+    with (
+        atomic_write(target) as beside,
+        gzip.open(packed) as source,
+        beside.open("wb") as sink,
+    ):
         shutil.copyfileobj(source, sink)
-    os.replace(beside, target)
 
 
 @functools.lru_cache(maxsize=2)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing
 
+from spiralrope_cli.core.atomic import atomic_write
 from spiralrope_cli.core.config.fid import statistics_folder
 from spiralrope_cli.core.data.inputs import FolderInput, Side
 from spiralrope_cli.core.data.npz import read_array, read_headers
@@ -90,10 +91,5 @@ class ReferenceCache:
 def write_npz(path: Path, **arrays: np.typing.ArrayLike) -> None:
     """Writes arrays under their names; the file has its name only when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as stream:
-            np.savez(stream, **arrays)  # type: ignore[arg-type]
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with atomic_write(path) as beside, beside.open("wb") as stream:
+        np.savez(stream, **arrays)  # type: ignore[arg-type]

@@ -24,10 +24,11 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
+from spiralrope_cli.core.atomic import atomic_write, write_whole
 from spiralrope_cli.core.data.grid import picture_grid
 from spiralrope_cli.core.data.npz import read_headers, stream_rows
 from spiralrope_cli.core.errors import CheckpointError
-from spiralrope_cli.core.runtime.run_folder import SAMPLES_FILE, write_whole
+from spiralrope_cli.core.runtime.run_folder import SAMPLES_FILE
 
 FACTS_FILE, PART_FILE, DONE_FILE = "samples.json", "samples.part.npy", "samples.done"
 NPZ_FILE, PNG_FOLDER = "samples.npz", "png"
@@ -114,8 +115,10 @@ class SampleFiles:
             (self.folder / name).unlink(missing_ok=True)
 
     def _write_npz(self, facts: dict[str, Any]) -> None:
-        beside = self.npz.with_suffix(".new")
-        with zipfile.ZipFile(beside, "w", zipfile.ZIP_STORED) as archive:
+        with (
+            atomic_write(self.npz, sole=True, durable=True) as beside,
+            zipfile.ZipFile(beside, "w", zipfile.ZIP_STORED) as archive,
+        ):
             archive.comment = json.dumps(facts).encode()[:65535]
             entry = zipfile.ZipInfo("arr_0.npy")  # its date is fixed: equal images, equal files
             with (
@@ -123,9 +126,6 @@ class SampleFiles:
                 (self.folder / PART_FILE).open("rb") as source,
             ):
                 shutil.copyfileobj(source, sink, CHUNK)
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, self.npz)
 
     def _images(self, part: range, at_once: int) -> Iterator[np.ndarray]:
         """Finished images, [B, H, W, 3] uint8 at a time."""
@@ -181,6 +181,5 @@ def read_facts(folder: Path) -> dict[str, Any] | None:
 def _save_png(picture: Image.Image, path: Path, facts: dict[str, Any]) -> None:
     text = PngImagePlugin.PngInfo()
     text.add_text("spiralrope", json.dumps(facts))
-    beside = path.with_suffix(".new")
-    picture.save(beside, "png", pnginfo=text)
-    os.replace(beside, path)
+    with atomic_write(path) as beside:
+        picture.save(beside, "png", pnginfo=text)

@@ -11,9 +11,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spiralrope_cli.core.atomic import write_whole
 from spiralrope_cli.core.config.plots import FORMATS
 from spiralrope_cli.core.errors import ConfigError, DataError
-from spiralrope_cli.core.runtime.run_folder import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from spiralrope_cli.core.atomic import write_whole
 from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.pipelines import FINETUNE, PRETRAIN, SAMPLE, TRAIN
 from spiralrope_cli.core.config.resolve import RUN_KINDS, build, read_config
@@ -34,7 +35,6 @@ from spiralrope_cli.core.runtime.run_folder import (
     SOURCES_FILE,
     SWEEP_FILE,
     read_json,
-    write_whole,
 )
 from spiralrope_cli.version import __version__
 

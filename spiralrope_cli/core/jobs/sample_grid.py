@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from spiralrope_cli.core.atomic import atomic_write
 from spiralrope_cli.core.config.dit_runs import DiTRun
 from spiralrope_cli.core.config.latents import VAE_NAMES
 from spiralrope_cli.core.data.grid import picture_grid, to_levels
@@ -50,9 +50,8 @@ def draw_grid(config: DiTRun, job: Job, state: TrainState, vae: Vae | None) -> s
         images = torch.cat([vae.decode(part) for part in images.split(DECODED_AT_ONCE)])
     grid = picture_grid(to_levels(images), columns=len(images) // ROWS)
     for path in (target, folder / run_folder.SAMPLES_FILE):
-        beside = path.with_suffix(".new")
-        grid.save(beside, "png")
-        os.replace(beside, path)
+        with atomic_write(path) as beside:
+            grid.save(beside, "png")
     return f"samples: {target}"
 
 

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from spiralrope_cli.core.atomic import write_whole
 from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.errors import LaunchError, SpiralRopeError
 
@@ -200,7 +201,7 @@ def _leave_error(error: SpiralRopeError) -> None:
         "is_bug": isinstance(error, LaunchError),
     }
     with contextlib.suppress(OSError):
-        path.write_text(json.dumps(told))
+        write_whole(path, json.dumps(told))  # the parent may end this process at any moment
 
 
 def _raise_first(folder: Path, failed: Any) -> None:

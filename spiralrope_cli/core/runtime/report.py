@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -21,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from spiralrope_cli.core.atomic import write_whole
 from spiralrope_cli.core.runtime.run_folder import CURVES_FILE, REPORT_FILE, SAMPLES_FILE
 from spiralrope_cli.core.runtime.tracker import open_tracker
 
@@ -256,7 +256,4 @@ def accuracy_rows(validations: list[dict[str, Any]]) -> list[list[str]]:
 def forget_after(folder: Path, step: int) -> None:
     """Drops what was logged beyond a checkpoint: the resumed run will log it again."""
     lines = [line for line in read_metrics(folder) if line["step"] <= step]
-    path = folder / METRICS_FILE
-    beside = path.with_suffix(".new")
-    beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    os.replace(beside, path)
+    write_whole(folder / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in lines))

@@ -14,13 +14,13 @@ import os
 import shutil
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from spiralrope_cli.core.atomic import flush, write_whole
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.runtime.run_folder import (
     CHECKPOINTS,
@@ -52,14 +52,14 @@ def save(
             unfinished.mkdir()
             _write(unfinished, state, metadata)
             os.rename(unfinished, final)
-            _flush(final.parent)
+            flush(final.parent)
         except (OSError, RuntimeError, SafetensorError) as error:
             refusal = _cannot_write(final, error)  # looks at the disk while it is still full
             shutil.rmtree(unfinished, ignore_errors=True)
             raise refusal from error
-    _point(run_folder / CHECKPOINTS / "last.json", {"step": state.step})
+    write_whole(final.with_name("last.json"), json.dumps({"step": state.step}), durable=True)
     if state.best:
-        _point(run_folder / CHECKPOINTS / "best.json", state.best)
+        write_whole(final.with_name("best.json"), json.dumps(state.best), durable=True)
     prune(run_folder, keep_last, keep_every, state.best.get("step"))
     return final
 
@@ -76,23 +76,8 @@ def _write(folder: Path, state: TrainState, metadata: dict[str, str]) -> None:
     }
     torch.save(trainer, folder / TRAINER_FILE)
     for path in folder.iterdir():
-        _flush(path)
-    _flush(folder)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _point(path: Path, content: dict[str, Any]) -> None:
-    beside = path.with_suffix(".new")
-    beside.write_text(json.dumps(content))
-    _flush(beside)
-    os.replace(beside, path)
+        flush(path)
+    flush(folder)
 
 
 def _cannot_write(path: Path, error: Exception) -> CheckpointError:

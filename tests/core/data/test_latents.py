@@ -202,11 +202,13 @@ def test_a_shard_that_is_not_finite_is_not_written(tmp_path):
     assert not list(tmp_path.glob("*.safetensors"))
 
 
-def test_beginning_again_clears_what_a_kill_left(tmp_path):
-    latents.begin(tmp_path, PLAN, [])
-    (tmp_path / "00000.new").write_bytes(b"half a shard")
-    latents.begin(tmp_path, PLAN, [])
-    assert not (tmp_path / "00000.new").exists()
+def test_what_a_kill_left_is_written_over(tmp_path):
+    (tmp_path / ".00000.safetensors.new").write_bytes(b"half a shard")
+    make(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "00000.safetensors",
+        *("00001.safetensors", "00002.safetensors", "manifest.json"),
+    ]
 
 
 def test_other_people_may_read_the_shards(tmp_path):
