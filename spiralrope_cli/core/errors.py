@@ -42,6 +42,10 @@ class CheckpointError(SpiralRopeError):
     """A checkpoint or run folder that cannot be read, written or continued."""
 
 
+class DiskError(SpiralRopeError):
+    """A disk that cannot hold what would be written."""
+
+
 class FetchError(SpiralRopeError):
     """Published weights that cannot be had, or that are not what they should be."""
 

@@ -24,7 +24,7 @@ from spiralrope_cli.core.data.adm import cropped_array
 from spiralrope_cli.core.data.latents import LatentCache
 from spiralrope_cli.core.diffusion.vae import draw, load_vae
 from spiralrope_cli.core.errors import DataError
-from spiralrope_cli.core.jobs import encode_latents, encode_plan
+from spiralrope_cli.core.jobs import encode_latents
 from spiralrope_cli.core.runtime.job import StopRequest
 
 CPU = torch.device("cpu")
@@ -308,10 +308,10 @@ def test_bad_input_is_one_line(call, photos, words, message):
 
 def test_a_disk_that_is_too_small_is_told_first(call, photos, tiny_vae, monkeypatch):
     usage = shutil.disk_usage("/")._replace(free=100_000)
-    monkeypatch.setattr(encode_plan.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     result, launched = call("--data", photos, "--vae", tiny_vae, "--image-size", 64)
     assert not launched
-    assert "has 100 kB free, and the latents need 164 kB" in result.exception.message
+    assert "has 100 kB free, and 164 kB are needed for the latents" in result.exception.message
 
 
 def test_a_folder_of_other_latents_is_refused(made, call, photos, tiny_vae):

@@ -17,7 +17,7 @@ from safetensors.torch import save_model
 from typer.testing import CliRunner
 
 from spiralrope_cli import RopeConfig, create_model, load_model, main
-from spiralrope_cli.core.errors import CheckpointError, ConfigError, FetchError
+from spiralrope_cli.core.errors import CheckpointError, ConfigError, DiskError, FetchError
 from spiralrope_cli.core.hub.catalog import WEIGHTS_REPO, find
 from spiralrope_cli.core.hub.published import read_published
 
@@ -299,7 +299,7 @@ def test_a_full_disk_leaves_nothing(spiralrope, runs, layout):
 def test_too_little_space_is_told_before_anything_is_written(export, runs, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
-    with pytest.raises(FetchError, match=r"1 kB free, and 2\.\d+ MB are needed"):
+    with pytest.raises(DiskError, match=r"1 kB free, and 2\.\d+ MB are needed"):
         export(GOLDEN / DEIT, "--layout", "published")
     assert not (runs / "exports").exists()
 

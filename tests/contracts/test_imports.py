@@ -41,6 +41,7 @@ LIGHT_FILES = {
     "run_folder.py",
     "tracker.py",
     "progress.py",
+    "threads.py",
 }
 STANDARD_AND = set(sys.stdlib_module_names) | {"typer", "rich", "spiralrope_cli"}
 HEAVY = [

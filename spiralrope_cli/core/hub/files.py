@@ -15,7 +15,9 @@ from pathlib import Path
 from rich.console import Console
 from safetensors import SafetensorError
 
+from spiralrope_cli.core.atomic import flush
 from spiralrope_cli.core.errors import FetchError
+from spiralrope_cli.core.runtime.disk import human_size
 
 CHUNK = 1 << 20
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -27,15 +29,6 @@ DISK_REFUSED = re.compile(r"\(os error (27|28|122)\)|unexpected pos|file write f
 def say(line: str, console: Console | None = None) -> None:
     """One plain line on stderr; a console that shows a bar is given, for the bar to make way."""
     (console or Console(stderr=True)).print(line, highlight=False, soft_wrap=True, markup=False)
-
-
-def human_size(size: float) -> str:
-    """Bytes in decimal units, as download pages show them."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:,.3f} TB" if size < 10 else f"{size:,.0f} TB"
 
 
 def digest_like(path: Path, expected: str) -> tuple[str, str]:
@@ -73,26 +66,6 @@ def is_right(path: Path, expected: str, owner: str) -> bool:
     outcome = f"as {owner} says" if comparable else f"{owner} gives none to compare with"
     say(f"  {path.name}: {human_size(path.stat().st_size)}, {kind} {found}, {outcome}")
     return True
-
-
-def check_space(*needs: tuple[Path, int]) -> None:
-    """Refuses a download that the disks cannot hold.
-
-    Raises:
-        FetchError: says where there is too little.
-    """
-    by_disk: dict[int, tuple[Path, int]] = {}
-    for folder, size in needs:
-        absolute = folder.absolute()
-        there = next(path for path in (absolute, *absolute.parents) if path.exists())
-        disk = there.stat().st_dev
-        by_disk[disk] = (there, by_disk.get(disk, (there, 0))[1] + size)
-    for folder, size in by_disk.values():
-        if size > (free := shutil.disk_usage(folder).free):
-            raise FetchError(
-                f"{folder} has {human_size(free)} free, and {human_size(size)} are needed",
-                OTHER_DISK,
-            )
 
 
 @contextlib.contextmanager
@@ -176,15 +149,6 @@ def place_copy(source: Path, folder: Path) -> Path:
     with whole(target) as beside:
         shutil.copyfile(source, beside)
     return target
-
-
-def flush(path: Path) -> None:
-    """Waits until a file or folder is on the disk, so that a rename never shows less of it."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _other_file(target: Path) -> FetchError:

@@ -13,13 +13,13 @@ from typing import NamedTuple
 from spiralrope_cli.core.errors import FetchError, NoRouteError
 from spiralrope_cli.core.hub.catalog import Row
 from spiralrope_cli.core.hub.files import (
-    check_space,
+    OTHER_DISK,
     disk_error,
-    human_size,
     is_right,
     refuse_other_file,
     say,
 )
+from spiralrope_cli.core.runtime.disk import check_space, human_size
 
 
 class Remote(NamedTuple):
@@ -110,7 +110,7 @@ def fetch_files(row: Row, *, revision: str | None, offline: bool, out: Path | No
         for file, remote in zip(row.files, remotes, strict=True):
             refuse_other_file(out / Path(file).name, remote.size)
         needs.append((out, sum(remote.size for remote in remotes)))
-    check_space(*needs)
+    check_space(*needs, what="the download", hint=OTHER_DISK)
     if missing:
         say(f"{row.name}: {human_size(missing)} from {constants.ENDPOINT}/{row.repo}")
     else:

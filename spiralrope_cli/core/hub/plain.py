@@ -22,19 +22,19 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from spiralrope_cli.core.atomic import flush
 from spiralrope_cli.core.config.folders import cache_folder
 from spiralrope_cli.core.errors import ConfigError, FetchError, NoRouteError
 from spiralrope_cli.core.hub.catalog import Row
 from spiralrope_cli.core.hub.files import (
     CHUNK,
-    check_space,
-    flush,
-    human_size,
+    OTHER_DISK,
     is_right,
     refuse_other_file,
     say,
     writing,
 )
+from spiralrope_cli.core.runtime.disk import check_space, human_size
 from spiralrope_cli.version import __version__
 
 TIMEOUT_SECONDS = 30.0
@@ -120,7 +120,7 @@ def _download(row: Row, target: Path, out: Path | None) -> None:
     if out:
         refuse_other_file(out / target.name, remote.size)
         needs.append((out, remote.size))
-    check_space(*needs)
+    check_space(*needs, what="the download", hint=OTHER_DISK)
     at = f", going on at {human_size(have)}" if have else ""
     say(f"{row.name}: {human_size(remote.size)} from {row.source_url}{at}")
     _bring(row, part, remote)

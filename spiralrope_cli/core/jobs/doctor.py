@@ -33,13 +33,13 @@ from spiralrope_cli.core.errors import CheckpointError, DataError, FetchError, S
 from spiralrope_cli.core.hub import from_hub
 from spiralrope_cli.core.hub.catalog import ROWS, find
 from spiralrope_cli.core.hub.download import damaged_files, local_files
-from spiralrope_cli.core.hub.files import human_size
 from spiralrope_cli.core.jobs import doctor_report
 from spiralrope_cli.core.jobs.doctor_advice import advice, npz_bytes
 from spiralrope_cli.core.runtime import environment
 from spiralrope_cli.core.runtime.device import pick_device, pick_precision, prepare
-from spiralrope_cli.core.runtime.launch import usable_cores
+from spiralrope_cli.core.runtime.disk import human_size, nearest_folder
 from spiralrope_cli.core.runtime.rate import matrix_rate
+from spiralrope_cli.core.runtime.threads import usable_cores
 from spiralrope_cli.version import __version__
 
 PACKAGE = "spiralrope"
@@ -216,7 +216,7 @@ def look_at_disk(checkup: Checkup, planned: Facts, findings: list[Finding]) -> F
         CheckpointError: it cannot be written.
     """
     folder = Path(checkup.runs).expanduser().absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    there = nearest_folder(folder)
     try:
         with tempfile.TemporaryFile(dir=there) as file:
             file.write(b"1")

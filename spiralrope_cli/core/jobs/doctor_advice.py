@@ -17,7 +17,8 @@ from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.jobs.plan import model_cost
 from spiralrope_cli.core.models.build import create_model
 from spiralrope_cli.core.runtime.device import pick_device, pick_precision
-from spiralrope_cli.core.runtime.launch import num_local_workers, usable_cores
+from spiralrope_cli.core.runtime.launch import num_local_workers
+from spiralrope_cli.core.runtime.threads import usable_cores
 from spiralrope_cli.core.training.checkpoint import needed_bytes
 
 BYTES_PER_PARAMETER = 20

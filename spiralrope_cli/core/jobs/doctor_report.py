@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from spiralrope_cli.core.hub.files import human_size
+from spiralrope_cli.core.runtime.disk import human_size
 
 Facts = dict[str, Any]
 

@@ -16,9 +16,9 @@ from spiralrope_cli.core.data import files, latents
 from spiralrope_cli.core.data.adm import cropped_array
 from spiralrope_cli.core.data.validation import BadImages
 from spiralrope_cli.core.diffusion.vae import Vae, load_vae
-from spiralrope_cli.core.hub.files import human_size
 from spiralrope_cli.core.jobs.encode_plan import Work, look_up
 from spiralrope_cli.core.runtime import distributed
+from spiralrope_cli.core.runtime.disk import human_size
 from spiralrope_cli.core.runtime.job import Job, open_job
 from spiralrope_cli.core.runtime.progress import counted
 from spiralrope_cli.core.runtime.report import say_unreadable

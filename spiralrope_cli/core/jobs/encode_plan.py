@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +13,9 @@ from spiralrope_cli.core.config.datasets import class_names, list_images
 from spiralrope_cli.core.config.dit_runs import full_vae_name
 from spiralrope_cli.core.config.latents import CachePlan, EncodeRun, class_folder, shard_size_for
 from spiralrope_cli.core.data import latents
-from spiralrope_cli.core.errors import DataError
-from spiralrope_cli.core.hub.files import human_size
 from spiralrope_cli.core.hub.vae import VaeFiles, find_vae
 from spiralrope_cli.core.runtime.device import pick_device, pick_precision
+from spiralrope_cli.core.runtime.disk import check_space, human_size
 from spiralrope_cli.core.runtime.launch import world_size
 
 
@@ -69,19 +67,16 @@ def check_and_tell(config: EncodeRun, *, speak: bool) -> None:
     """Refuses what cannot work before any worker starts, and says what will be done.
 
     Raises:
-        DataError: the folder holds other latents, or the disk is too small.
+        DataError: the folder holds other latents.
+        DiskError: the disk is too small.
     """
     work, out = look_up(config), Path(config.out)
     plan = work.plan
     here = latents.finished_shards(out, plan)
     total = plan.num_files * plan.bytes_per_image
     needed = total - sum(shard.size for shard in here.values())
-    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    if needed > (free := shutil.disk_usage(there).free):
-        raise DataError(
-            f"{there} has {human_size(free)} free, and the latents need {human_size(needed)}",
-            "free some, or name another disk by --out",
-        )
+    hint = "free some, or name another disk by --out"
+    check_space((out, needed), what="the latents", hint=hint)
     if not speak:
         return
     height, width = plan.image_size

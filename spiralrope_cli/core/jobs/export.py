@@ -16,9 +16,8 @@ from safetensors.torch import save_file
 from spiralrope_cli.core.config.models import deit_size, dit_size, is_dit
 from spiralrope_cli.core.hub.catalog import ROWS
 from spiralrope_cli.core.hub.files import (
-    check_space,
+    OTHER_DISK,
     digest_like,
-    human_size,
     refuse_existing,
     say,
     whole,
@@ -34,6 +33,7 @@ from spiralrope_cli.core.hub.write_published import (
 from spiralrope_cli.core.load import create, fitted
 from spiralrope_cli.core.models.dit import DiT
 from spiralrope_cli.core.rope import as_pair
+from spiralrope_cli.core.runtime.disk import check_space, human_size
 from spiralrope_cli.core.runtime.run_folder import CONFIG_FILE, EVAL_FILE, MODEL_FILE
 from spiralrope_cli.core.weights import Weights, here, read_weights
 
@@ -155,7 +155,8 @@ def _write_published(
         network, raw, averaged, progress=_progress(weights), ema=weights.ema
     )
     sets = [raw] if averaged is raw else [raw, averaged]
-    check_space((target.parent, _bytes(value for state in sets for value in state.values())))
+    needed = _bytes(value for state in sets for value in state.values())
+    check_space((target.parent, needed), what=target.name, hint=OTHER_DISK)
     with whole(target) as beside:
         torch.save(content, beside)
     return [target]
@@ -163,7 +164,7 @@ def _write_published(
 
 def _write_safetensors(target: Path, weights: Weights, state: StateDict) -> list[Path]:
     refuse_existing(target)
-    check_space((target.parent, _bytes(state.values())))
+    check_space((target.parent, _bytes(state.values())), what=target.name, hint=OTHER_DISK)
     config = {
         **weights.config,
         "arch": weights.arch,

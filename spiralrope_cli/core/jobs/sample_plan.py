@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import platform
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,10 @@ from spiralrope_cli.core.config.samples import (
 )
 from spiralrope_cli.core.data.sample_files import FACTS_FILE, PART_FILE, SampleFiles, read_facts
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
-from spiralrope_cli.core.hub.files import digest_like, human_size
+from spiralrope_cli.core.hub.files import digest_like
 from spiralrope_cli.core.hub.source import Source, find_source
 from spiralrope_cli.core.hub.vae import find_vae
+from spiralrope_cli.core.runtime import disk
 from spiralrope_cli.core.runtime.device import pick_device, pick_precision
 from spiralrope_cli.core.weights import Weights, here, read_weights
 from spiralrope_cli.version import __version__
@@ -199,22 +199,17 @@ def check_space(run: SampleRun) -> None:
     """Refuses a run whose files would not fit on the disk.
 
     Raises:
-        CheckpointError: too little is free.
+        DiskError: too little is free.
     """
-    folder = Path(run.out).absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    begun = Path(run.out) / PART_FILE
+    folder = Path(run.out)
+    begun = folder / PART_FILE
     here_already = begun.stat().st_blocks * 512 if begun.exists() else 0
     drawn = SampleFiles(folder, run.num, run.image_size).npz.exists()
     needed = 0 if drawn else 2 * run.num_bytes - here_already
     needed += run.num_bytes if run.png else 0
-    if free < needed:
-        raise CheckpointError(
-            f"no space left in {there}: {run.num} images and what is made of them take "
-            f"{human_size(needed)}, {human_size(free)} are free",
-            "use fewer images (--num), or another --out",
-        )
+    what = f"{run.num} images and what is made of them"
+    hint = "use fewer images (--num), or another --out"
+    disk.check_space((folder, needed), what=what, hint=hint)
 
 
 def say_plan(run: SampleRun, weights: Weights, world_size: int) -> None:

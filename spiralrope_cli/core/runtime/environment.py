@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from spiralrope_cli.core.runtime.job import Job
-from spiralrope_cli.core.runtime.launch import usable_cores
 from spiralrope_cli.core.runtime.run_folder import ENVIRONMENT_FILE, write_json
+from spiralrope_cli.core.runtime.threads import usable_cores
 from spiralrope_cli.version import __version__
 
 CHECKOUT = Path(__file__).parents[3]

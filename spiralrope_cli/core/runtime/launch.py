@@ -21,6 +21,7 @@ from typing import Any
 from spiralrope_cli.core.atomic import write_whole
 from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.errors import LaunchError, SpiralRopeError
+from spiralrope_cli.core.runtime.threads import usable_cores
 
 SHUTDOWN_SECONDS = 600
 """How long workers may take to write a checkpoint after a signal."""
@@ -166,13 +167,6 @@ def _launch_elastic(job: str, run: Any, num_workers: int) -> None:
 def _limit_threads(num_workers: int) -> None:
     """Cores are shared out, unless the user set the number; torchrun would give each one thread."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // num_workers)))
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _work(job: str, run: Any) -> None:

@@ -11,11 +11,16 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS does not tell which cores a process may use.
+
+
 def cores_per_process() -> int:
-    """Cores that this process may use, shared with the other processes of this machine's job."""
-    # macOS does not tell which cores a process may use.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    """This process's share of the cores, beside the others of this machine's job."""
+    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def in_order(

@@ -22,6 +22,7 @@ from torch import nn
 
 from spiralrope_cli.core.atomic import flush, write_whole
 from spiralrope_cli.core.errors import CheckpointError
+from spiralrope_cli.core.runtime import disk
 from spiralrope_cli.core.runtime.run_folder import (
     CHECKPOINTS,
     EMA_FILE,
@@ -148,12 +149,7 @@ def check_space(run_folder: Path, model: nn.Module) -> None:
     """Refuses a run whose first checkpoint would not fit on the disk.
 
     Raises:
-        CheckpointError: too little is free.
+        DiskError: too little is free.
     """
-    free, needed = shutil.disk_usage(run_folder).free, needed_bytes(model)
-    if free < needed:
-        raise CheckpointError(
-            f"no space left in {run_folder}: a checkpoint takes {needed / 2**20:.0f} MiB, "
-            f"{free / 2**20:.0f} MiB are free",
-            "free some, or choose another --out",
-        )
+    hint = "free some, or choose another --out"
+    disk.check_space((run_folder, needed_bytes(model)), what="a checkpoint", hint=hint)

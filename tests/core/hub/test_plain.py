@@ -10,7 +10,7 @@ import threading
 import pytest
 from hub_server import HubServer
 
-from spiralrope_cli.core.errors import ConfigError, FetchError, NoRouteError
+from spiralrope_cli.core.errors import ConfigError, DiskError, FetchError, NoRouteError
 from spiralrope_cli.core.hub import plain
 from spiralrope_cli.core.hub.catalog import find
 from spiralrope_cli.core.hub.download import fetch, local_path, remote_size
@@ -153,7 +153,7 @@ def test_a_mirror_must_be_a_web_address(monkeypatch, server):
 
 def test_too_little_disk_is_told_before_a_byte_comes(row, server, tmp_path):
     server.announce[NAME] = 10**18
-    with pytest.raises(FetchError, match="free, and 1,000,000 TB are needed"):
+    with pytest.raises(DiskError, match="free, and 1,000,000 TB are needed for the download"):
         fetch(row)
     assert not parts(tmp_path)
 

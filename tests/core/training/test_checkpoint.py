@@ -11,7 +11,7 @@ from comparing import read_pointer, same_tensors
 from torch import nn
 
 from spiralrope_cli.core.config.optim import OptimConfig
-from spiralrope_cli.core.errors import CheckpointError
+from spiralrope_cli.core.errors import CheckpointError, DiskError
 from spiralrope_cli.core.runtime.run_folder import steps_on_disk
 from spiralrope_cli.core.training import checkpoint
 from spiralrope_cli.core.training.state import TrainState
@@ -144,5 +144,5 @@ def test_a_damaged_file_is_named(tmp_path, state, name):
 def test_a_run_that_cannot_be_saved_is_refused_at_once(tmp_path, state, monkeypatch):
     checkpoint.check_space(tmp_path, state.model)
     monkeypatch.setattr(checkpoint, "needed_bytes", lambda model: 2**60)
-    with pytest.raises(CheckpointError, match="a checkpoint takes"):
+    with pytest.raises(DiskError, match="are needed for a checkpoint"):
         checkpoint.check_space(tmp_path, state.model)
