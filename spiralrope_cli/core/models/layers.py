@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 from spiralrope_cli.core.rope import turn
 
@@ -34,7 +35,7 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor, gelu: Gelu | None = None) -> Tensor:
         """[..., in] -> [..., out], under autocast in its dtype; then GELU where it is named."""
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
-        if input.device.type == "cpu" and input.numel() and _onednn_infers_in(dtype):
+        if input.device.type == "cpu" and _onednn_infers_in(dtype) and input.numel():
             given = (each.to(dtype) for each in (input, self.weight, self.bias))
             after = "none" if gelu is None else "gelu"
             return torch.ops.mkldnn._linear_pointwise(*given, after, [], gelu or "")
@@ -45,13 +46,21 @@ class Linear(nn.Linear):
 
 
 def _onednn_infers_in(dtype: torch.dtype) -> bool:
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     if not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return dtype == torch.float32
+
+
+if torch.backends.mkldnn.is_available():
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _flops(x: list[int], weight: list[int], *_: Any, **__: Any) -> int:
+        """What `FlopCounterMode` counts for it, as for any other linear layer."""
+        return 2 * math.prod(x) * weight[0]
 
 
 class RMSNorm(nn.Module):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from spiralrope_cli.core.models.layers import Attention, Linear, RMSNorm, gelu_tanh
 
@@ -35,6 +36,19 @@ def test_our_gelu_is_pytorchs_tanh_gelu(dtype, atol):
     theirs.backward(torch.ones_like(theirs))
     assert torch.equal(x.grad, same.grad)
     assert torch.equal(gelu_tanh(x.detach()), ours)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
+def test_what_inference_computes_can_be_counted_and_traced():
+    layer, x = Linear(48, 32).eval(), torch.randn(2, 5, 48)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        wanted = layer(x, "tanh")
+    assert counter.get_total_flops() == 2 * (2 * 5) * 48 * 32
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, x)
+        exported = torch.export.export(layer, (x, "tanh")).module()
+        torch.testing.assert_close(traced(x), layer(x))
+        torch.testing.assert_close(exported(x, "tanh"), wanted)
 
 
 def test_normalised_heads_have_length_one_per_channel():
