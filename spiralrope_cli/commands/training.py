@@ -10,6 +10,7 @@ import typer
 
 from spiralrope_cli.commands import options as o
 from spiralrope_cli.core.config.dit_runs import DiTRun
+from spiralrope_cli.core.config.latents import VAE_NAMES
 from spiralrope_cli.core.config.resolve import Resolved, StartingPoint, resolve_classifier
 from spiralrope_cli.core.config.resolve_dit import resolve_dit
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, world_size
@@ -58,21 +59,23 @@ def train(
         from spiralrope_cli.core.jobs.plan import print_plan
 
         print_plan(resolved, first_step=step, every_value=dry_run, notes=notes)
+    if isinstance(run, DiTRun):
+        check_vae(run, dry_run=dry_run)
     if not dry_run:
-        if isinstance(run, DiTRun):
-            check_vae(run)
         if is_first_process():
             write_sources(Path(run.out), resolved.sources)
         launch(job, run)
 
 
-def check_vae(run: DiTRun) -> None:
-    """Refuses a VAE that no worker could use; one that is published is fetched meanwhile.
+def check_vae(run: DiTRun, *, dry_run: bool) -> None:
+    """Refuses a VAE that no worker could use; one that is published is fetched, if it is to run.
 
     Raises:
         ConfigError, CheckpointError, FetchError: no such VAE, or none that fits.
     """
-    if run.pictures.in_latents and not run.pictures.latents and is_first_process():
+    given = run.pictures.vae
+    needed = run.pictures.in_latents and not run.pictures.latents and is_first_process()
+    if needed and not (dry_run and given in VAE_NAMES):
         from spiralrope_cli.core.hub.vae import find_vae
 
-        find_vae(run.pictures.vae)
+        find_vae(given)

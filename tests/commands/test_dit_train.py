@@ -219,6 +219,14 @@ def test_options_that_cannot_act_are_a_note(options, told):
     assert [told in warning for warning in resolve_dit(options).warnings] == [True]
 
 
+def test_a_dry_run_looks_at_a_vaes_folder_and_fetches_none(resolved, monkeypatch):
+    with pytest.raises(ConfigError, match="--vae nowhere is neither"):
+        resolved("--vae", "nowhere", "--image-size", 16, "--dry-run")
+    monkeypatch.setattr("spiralrope_cli.core.hub.vae.fetch", lambda row: pytest.fail("fetched"))
+    words = ["dit-train", "--vae", "ema", "--image-size", "16", "--dry-run"]
+    assert "through the VAE ema" in CliRunner().invoke(cli.app, words).stderr
+
+
 def test_the_plan_says_what_was_settled_and_why(spiralrope, runs):
     done = spiralrope("dit-train", "--steps", 30, "--dry-run")
     for part in (

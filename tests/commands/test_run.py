@@ -335,6 +335,11 @@ def test_dit_measures_where_reference_and_weights_are(
     run("dit", *DIT, *with_weights)
     assert launched[3:] == ["score_images"]
     assert json.loads((folder / "fid.json").read_text())["fid"] == facts["fid"]
+    other = Path("other.pth")
+    torch.save(torch.load(inception_weights), other)
+    run("dit", *DIT, *reference, "--weights", other)
+    assert launched[4:] == ["score_images"]
+    assert json.loads((folder / "fid.json").read_text())["protocol"]["weights"] == str(other)
 
 
 def test_an_interrupted_sampling_goes_on(run, launched, monkeypatch):

@@ -143,6 +143,6 @@ def check_divides(image_size: tuple[int, int], patch_size: int) -> None:
         if patch_size < 1 or side < patch_size or side % patch_size:
             near = max(1, round(side / patch_size)) * patch_size if patch_size >= 1 else 0
             raise ConfigError(
-                f"--image-size {side} is not a multiple of --patch-size {patch_size}",
+                f"--image-size {side} is not a multiple of the patch size, {patch_size}",
                 f"the nearest that is: {near}" if near else "--patch-size must be 1 or more",
             )

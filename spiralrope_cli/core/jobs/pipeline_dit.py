@@ -98,12 +98,16 @@ def fid_stage(pipeline: DiTPipeline) -> Stage:
     )
 
     def facts() -> dict[str, Any]:
-        """What was measured of these samples against this reference, if anything."""
+        """What was measured of these samples, against this reference, with these weights."""
         if not samples.exists() or not (found := read_json(result)):
             return {}
-        measured_against = (found.get("reference") or {}).get("path")
-        same = measured_against == str(Path(pipeline.reference).expanduser())
-        return found if same and result.stat().st_mtime >= samples.stat().st_mtime else {}
+        if result.stat().st_mtime < samples.stat().st_mtime:
+            return {}
+        reference, protocol = (found.get(part) or {} for part in ("reference", "protocol"))
+        measured = reference.get("path"), protocol.get("weights_sha256")
+        _, sha256 = score_plan.find_weights(pipeline.weights)
+        wanted = str(Path(pipeline.reference).expanduser()), sha256
+        return found if measured == wanted else {}
 
     def done() -> str:
         return f"{result} is there" if facts() else ""

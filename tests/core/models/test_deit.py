@@ -345,7 +345,7 @@ def test_an_architecture_like_none_lists_them_all():
 )
 def test_an_image_that_is_no_whole_number_of_patches_is_refused(image_size, patch_size, nearest):
     with pytest.raises(
-        ConfigError, match=rf"not a multiple of --patch-size {patch_size}"
+        ConfigError, match=rf"not a multiple of the patch size, {patch_size}"
     ) as caught:
         create_model("deit-ti", image_size=image_size, patch_size=patch_size)
     assert str(nearest) in caught.value.hint
