@@ -34,8 +34,7 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor, gelu: Gelu | None = None) -> Tensor:
         """[..., in] -> [..., out], under autocast in its dtype; then GELU where it is named."""
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
-        if input.device.type == "cpu" and _onednn_infers_in(dtype) and input.numel():
+        if (dtype := _onednn_dtype(input, self.weight)) is not None:
             given = (each.to(dtype) for each in (input, self.weight, self.bias))
             after = "none" if gelu is None else "gelu"
             return torch.ops.mkldnn._linear_pointwise(*given, after, [], gelu or "")
@@ -45,14 +44,18 @@ class Linear(nn.Linear):
         return gelu_tanh(out) if gelu == "tanh" else F.gelu(out)
 
 
-def _onednn_infers_in(dtype: torch.dtype) -> bool:
+def _onednn_dtype(input: Tensor, weight: Tensor) -> torch.dtype | None:
+    """What oneDNN computes such a product in, None where it is not for oneDNN."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return dtype == torch.float32
+        return None
+    if input.device.type != "cpu" or not input.numel() or not torch.backends.mkldnn.is_available():
+        return None
+    dtypes = {input.dtype, weight.dtype}
+    if torch.is_autocast_enabled("cpu") and torch.float64 not in dtypes:
+        dtypes = {torch.get_autocast_dtype("cpu")}
+    if dtypes == {torch.bfloat16}:
+        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+    return torch.float32 if dtypes == {torch.float32} else None
 
 
 if torch.backends.mkldnn.is_available():

@@ -77,13 +77,18 @@ def test_a_linear_layer_infers_what_it_trains(gelu, dtype, rtol):
     torch.testing.assert_close(inferred, trained.detach(), rtol=rtol, atol=rtol)
 
 
-def test_a_linear_layer_infers_without_onednn_too(monkeypatch):
+def test_a_linear_layer_infers_without_onednn_and_in_float64_too(monkeypatch):
     torch.manual_seed(0)
     layer, x = Linear(48, 32), torch.randn(7, 48)
     with torch.no_grad():
         fast = layer(x, "tanh")
-        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-        torch.testing.assert_close(layer(x, "tanh"), fast)
+        with monkeypatch.context() as without:
+            without.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+            torch.testing.assert_close(layer(x, "tanh"), fast)
         layer, x = layer.double(), x.double()
         assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.float64
+        with pytest.raises(RuntimeError, match="dtype"):
+            layer(x.float())
         assert layer(x[:0]).shape == (0, 32)
