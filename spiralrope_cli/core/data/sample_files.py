@@ -181,5 +181,5 @@ def read_facts(folder: Path) -> dict[str, Any] | None:
 def _save_png(picture: Image.Image, path: Path, facts: dict[str, Any]) -> None:
     text = PngImagePlugin.PngInfo()
     text.add_text("spiralrope", json.dumps(facts))
-    with atomic_write(path) as beside:
+    with atomic_write(path, sole=True) as beside:
         picture.save(beside, "png", pnginfo=text)

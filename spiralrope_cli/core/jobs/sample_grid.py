@@ -50,7 +50,7 @@ def draw_grid(config: DiTRun, job: Job, state: TrainState, vae: Vae | None) -> s
         images = torch.cat([vae.decode(part) for part in images.split(DECODED_AT_ONCE)])
     grid = picture_grid(to_levels(images), columns=len(images) // ROWS)
     for path in (target, folder / run_folder.SAMPLES_FILE):
-        with atomic_write(path) as beside:
+        with atomic_write(path, sole=True) as beside:
             grid.save(beside, "png")
     return f"samples: {target}"
 
