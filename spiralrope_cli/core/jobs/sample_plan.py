@@ -33,6 +33,7 @@ from spiralrope_cli.core.hub.source import Source, find_source
 from spiralrope_cli.core.hub.vae import find_vae
 from spiralrope_cli.core.runtime import disk
 from spiralrope_cli.core.runtime.device import pick_device, pick_precision
+from spiralrope_cli.core.runtime.run_folder import differences
 from spiralrope_cli.core.weights import Weights, here, read_weights
 from spiralrope_cli.version import __version__
 
@@ -181,15 +182,9 @@ def check_same(run: SampleRun, facts: dict[str, Any]) -> bool:
                 "give this run another --name or --out",
             )
         return False
-    differing = [
-        f"{name} was {before.get(name)}, now {value}"
-        for name, value in facts.items()
-        if name not in FREE_TO_DIFFER and before.get(name) != value
-    ]
-    if differing:
-        more = f" (and {len(differing) - 2} more)" if len(differing) > 2 else ""
+    if differing := differences(before, facts, FREE_TO_DIFFER):
         raise CheckpointError(
-            f"{folder} holds other samples: {'; '.join(differing[:2])}{more}",
+            f"{folder} holds other samples: {differing}",
             "repeat those options, or give this run another --name or --out",
         )
     return files.finished(run.png)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,17 +134,34 @@ def check_same(run: TrainingRun, folder: Path) -> None:
         )
     before = read_config(folder / CONFIG_FILE, type(run))
     now = flatten(to_nested(run), type(run))
-    differing = [
-        f"{_option(name)} was {before.get(name)}, now {value}"
-        for name, value in now.items()
-        if name not in MAY_CHANGE and before.get(name) != value
-    ]
-    if differing:
-        more = f" (and {len(differing) - 3} more)" if len(differing) > 3 else ""
+    if differing := differences(before, now, MAY_CHANGE, _option):
         raise CheckpointError(
-            f"{folder} holds a run with other options: {'; '.join(differing[:3])}{more}",
+            f"{folder} holds a run with other options: {differing}",
             "repeat those, or give this run another --name or --out",
         )
+
+
+def differences(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    free: Collection[str],
+    word: Callable[[str], str] = str,
+) -> str:
+    """The first values that differ, with what they were and are; empty where none do.
+
+    Args:
+        before: name -> value, as found.
+        now: the same, as wanted.
+        free: names that may differ.
+        word: what a name is called.
+    """
+    told = [
+        f"{word(name)} was {before.get(name)}, now {value}"
+        for name, value in now.items()
+        if name not in free and before.get(name) != value
+    ]
+    more = f" (and {len(told) - 3} more)" if len(told) > 3 else ""
+    return "; ".join(told[:3]) + more
 
 
 def _option(name: str) -> str:
