@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import signal
 import zipfile
@@ -87,11 +89,14 @@ def test_the_result_is_an_npz_a_grid_and_what_made_them(sample, pixels, runs):
 
 
 @pytest.mark.parametrize("words", [(), ("--cfg-scale", 3, "--cfg-channels", "all")])
-def test_an_image_is_the_same_in_any_batch_and_process(spiralrope, sample, pixels, words):
+def test_an_image_is_the_same_in_any_batch_and_process(spiralrope, sample, pixels, runs, words):
     sample(pixels, "--num", 7, *FAST, *words, "--batch-size", 7, "--out", "one")
     sample(pixels, "--num", 7, *FAST, *words, "--batch-size", 2, "--out", "parts")
     two = ("--nproc", 2, "--batch-size", 2, "--out", "two")
-    spiralrope("dit-sample", pixels, "--num", 7, *FAST[:-2], *words, *two)
+    (runs / "temporary").mkdir()
+    env = {"TMPDIR": str(runs / "temporary")}
+    spiralrope("dit-sample", pixels, "--num", 7, *FAST[:-2], *words, *two, env=env)
+    assert not list((runs / "temporary").iterdir()), "workers leave nothing"
     sample(pixels, "--num", 4, *FAST, *words, "--out", "fewer")
     whole = images("one").astype(int)
     for other in ("parts", "two", "fewer"):
@@ -122,6 +127,23 @@ def test_an_interrupted_run_goes_on_with_the_missing_images(sample, pixels, monk
     assert "is finished: 9 images" in sample(*words, "--out", "parts")
 
 
+@pytest.mark.parametrize("at", ["shutil.copyfileobj", "flush"])
+def test_ended_while_the_archive_is_made_nothing_is_lost(sample, pixels, monkeypatch, runs, at):
+    def end(*streams):
+        if len(streams) > 1:  # amid the images
+            streams[1].write(streams[0].read(100))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "samples.npz.part")
+
+    words = (pixels, "--num", 3, *FAST)
+    sample(*words, "--out", "whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(f"spiralrope_cli.core.data.sample_files.{at}", end)
+        assert "no space left on the disk" in sample(*words, "--out", "parts", expect=1)
+    sample(*words, "--out", "parts")
+    assert (runs / "parts/samples.npz").read_bytes() == (runs / "whole/samples.npz").read_bytes()
+    assert not (runs / "parts/samples.npz.part").exists()
+
+
 def test_a_signal_within_a_batch_ends_it_at_once(sample, pixels, monkeypatch, runs):
     def ask(self):
         self.signal_number = signal.SIGINT
@@ -129,7 +151,7 @@ def test_a_signal_within_a_batch_ends_it_at_once(sample, pixels, monkeypatch, ru
     monkeypatch.setattr(StopRequest, "listen", ask)
     told = sample(pixels, "--num", 3, *FAST, "--out", "here", expect=130)
     assert "stopped with 0 of 3 images; the same command goes on" in told
-    assert (runs / "here" / "samples.part.npy").exists()
+    assert (runs / "here" / "samples.npz.part").exists()
 
 
 def test_a_finished_run_makes_what_is_asked_for_later(sample, pixels, monkeypatch, runs):

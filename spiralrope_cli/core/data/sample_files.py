@@ -1,9 +1,9 @@
 """Where samples lie while they are made, and the files that they become.
 
 OUT/samples.json        what makes them, written before the first
-OUT/samples.part.npy    all images, each at its place, while not all are there
+OUT/samples.npz.part    all images, each at its place, while not all are there
 OUT/samples.done        one byte per image, 1 where it is there
-OUT/samples.npz         `arr_0`, uint8 [N, H, W, 3], when all are there
+OUT/samples.npz         `arr_0`, uint8 [N, H, W, 3]: the same file, when all are there
 OUT/samples.png         the first ones as a grid
 OUT/png/000000.png      every image, where that is wanted
 """
@@ -17,20 +17,20 @@ import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from spiralrope_cli.core.atomic import atomic_write, write_whole
+from spiralrope_cli.core.atomic import atomic_write, flush, write_whole
 from spiralrope_cli.core.data.grid import picture_grid
 from spiralrope_cli.core.data.npz import read_headers, stream_rows
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.runtime.run_folder import SAMPLES_FILE
 
-FACTS_FILE, PART_FILE, DONE_FILE = "samples.json", "samples.part.npy", "samples.done"
+FACTS_FILE, PART_FILE, DONE_FILE = "samples.json", "samples.npz.part", "samples.done"
 NPZ_FILE, PNG_FOLDER = "samples.npz", "png"
 GRID_IMAGES = 64
 CHUNK = 1 << 22
@@ -48,10 +48,16 @@ class SampleFiles:
     def __init__(self, folder: Path, num: int, size: tuple[int, int]) -> None:
         self.folder, self.num, self.size = folder, num, size
         self._bytes = 3 * size[0] * size[1]
-        self._head = io.BytesIO()
+        self._array_head = io.BytesIO()
         np.lib.format.write_array_header_1_0(
-            self._head, {"descr": "|u1", "fortran_order": False, "shape": (num, *size, 3)}
+            self._array_head, {"descr": "|u1", "fortran_order": False, "shape": (num, *size, 3)}
         )
+        with zipfile.ZipFile(head := io.BytesIO(), "w") as archive, _entry(archive):
+            self._start = head.tell() + len(self._array_head.getvalue())
+
+    @property
+    def _end(self) -> int:
+        return self._start + self.num * self._bytes
 
     @property
     def npz(self) -> Path:
@@ -80,8 +86,7 @@ class SampleFiles:
         write_whole(self.folder / FACTS_FILE, json.dumps(facts, indent=2))
         if not done.exists() or done.stat().st_size != self.num or not part.exists():
             with part.open("wb") as file:
-                file.write(self._head.getvalue())
-                file.truncate(len(self._head.getvalue()) + self.num * self._bytes)
+                file.truncate(self._end)
             write_whole(done, bytes(self.num))
 
     def missing(self) -> list[int]:
@@ -94,11 +99,10 @@ class SampleFiles:
     def put(self, indices: Sequence[int], levels: Tensor) -> None:
         """Writes images at their places: [B, 3, H, W] uint8."""
         pixels = levels.permute(0, 2, 3, 1).contiguous().numpy()
-        start = len(self._head.getvalue())
         # Plain writes: pages of a mapped file would count as this process's memory.
         with (self.folder / PART_FILE).open("r+b") as file:
             for index, image in zip(indices, pixels, strict=True):
-                file.seek(start + index * self._bytes)
+                file.seek(self._start + index * self._bytes)
                 file.write(image.tobytes())
             file.flush()
             os.fsync(file.fileno())  # whatever happens, what is marked as done is there
@@ -108,24 +112,25 @@ class SampleFiles:
                 file.write(b"\x01")
 
     def finish(self, facts: dict[str, Any]) -> None:
-        """Streams all images into the `.npz`, which then takes the place of the parts."""
+        """Makes the file of the parts the `.npz`: the disk never holds the images twice."""
+        part = self.folder / PART_FILE
         if not self.npz.exists():
-            self._write_npz(facts)
-        for name in (PART_FILE, DONE_FILE):
-            (self.folder / name).unlink(missing_ok=True)
+            self._write_frame(part, facts)
+            flush(part)
+            os.replace(part, self.npz)
+        for path in (part, self.folder / DONE_FILE):
+            path.unlink(missing_ok=True)
 
-    def _write_npz(self, facts: dict[str, Any]) -> None:
-        with (
-            atomic_write(self.npz, sole=True, durable=True) as beside,
-            zipfile.ZipFile(beside, "w", zipfile.ZIP_STORED) as archive,
-        ):
-            archive.comment = json.dumps(facts).encode()[:65535]
-            entry = zipfile.ZipInfo("arr_0.npy")  # its date is fixed: equal images, equal files
-            with (
-                archive.open(entry, "w", force_zip64=True) as sink,
-                (self.folder / PART_FILE).open("rb") as source,
-            ):
-                shutil.copyfileobj(source, sink, CHUNK)
+    def _write_frame(self, part: Path, facts: dict[str, Any]) -> None:
+        """Writes what an archive has before and after its images, which are read for their sum."""
+        os.truncate(part, self._end)  # a killed run may have come to what follows them
+        with _Around(part, range(self._start, self._end)) as file, part.open("rb") as images:
+            images.seek(self._start)
+            with zipfile.ZipFile(file, "w") as archive:
+                archive.comment = json.dumps(facts).encode()[:65535]
+                with _entry(archive) as sink:
+                    sink.write(self._array_head.getvalue())
+                    shutil.copyfileobj(images, sink, CHUNK)
 
     def _images(self, part: range, at_once: int) -> Iterator[np.ndarray]:
         """Finished images, [B, H, W, 3] uint8 at a time."""
@@ -152,6 +157,29 @@ class SampleFiles:
             if not path.exists():
                 _save_png(Image.fromarray(image[0]), path, {**facts, "index": index})
                 yield index
+
+
+class _Around(io.BufferedRandom):
+    """A file that keeps a range of its bytes: what is written from within it is passed over.
+
+    Archives end themselves where an error finds them, which may be amid the images.
+    """
+
+    def __init__(self, path: Path, kept: range) -> None:
+        super().__init__(io.FileIO(path, "r+"))
+        self._kept = kept
+
+    def write(self, data: Any) -> int:
+        if self.tell() not in self._kept:
+            return super().write(data)
+        size = memoryview(data).nbytes
+        self.seek(size, os.SEEK_CUR)
+        return size
+
+
+def _entry(archive: zipfile.ZipFile) -> IO[bytes]:
+    """The array's place in a new archive; its date is fixed: equal images, equal files."""
+    return archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True)
 
 
 def facts_in(npz: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
+from rich.text import Text
 
 from spiralrope_cli.core.config.diffusion import GuidanceConfig
 from spiralrope_cli.core.config.dit_runs import NO_VAE, input_size
@@ -32,6 +32,7 @@ from spiralrope_cli.core.hub.files import digest_like
 from spiralrope_cli.core.hub.source import Source, find_source
 from spiralrope_cli.core.hub.vae import find_vae
 from spiralrope_cli.core.runtime import disk
+from spiralrope_cli.core.runtime.console import console, say
 from spiralrope_cli.core.runtime.device import pick_device, pick_precision
 from spiralrope_cli.core.runtime.run_folder import differences
 from spiralrope_cli.core.weights import Weights, here, read_weights
@@ -200,7 +201,7 @@ def check_space(run: SampleRun) -> None:
     begun = folder / PART_FILE
     here_already = begun.stat().st_blocks * 512 if begun.exists() else 0
     drawn = SampleFiles(folder, run.num, run.image_size).npz.exists()
-    needed = 0 if drawn else 2 * run.num_bytes - here_already
+    needed = 0 if drawn else run.num_bytes - here_already
     needed += run.num_bytes if run.png else 0
     what = f"{run.num} images and what is made of them"
     hint = "use fewer images (--num), or another --out"
@@ -209,7 +210,7 @@ def check_space(run: SampleRun) -> None:
 
 def say_plan(run: SampleRun, weights: Weights, world_size: int) -> None:
     """What will be drawn, on stderr."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    shown_on = console(stderr=True)
     guidance = run.guidance
     height, width = run.image_size
     guided = "none"
@@ -225,9 +226,9 @@ def say_plan(run: SampleRun, weights: Weights, world_size: int) -> None:
         ("sampler", f"{run.sampler}, {run.steps} steps, guidance {guided}, seed {run.seed}"),
         ("batch", f"{run.batch_size} at a time in {world_size} process(es)"),
     ):
-        console.print(f" [bold]{name:<8}[/] {text}")
+        shown_on.print(Text.assemble(" ", (f"{name:<8}", "bold"), " ", text), soft_wrap=True)
     notes = list(weights.notes)
     if guidance.cfg_scale == 1 and guidance != GuidanceConfig():
         notes.append("--cfg-channels and --cfg-interval have no effect: --cfg-scale is 1")
     for note in notes:
-        console.print(f"note: {note}", markup=False)
+        say(f"note: {note}")

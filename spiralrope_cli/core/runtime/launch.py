@@ -126,7 +126,7 @@ def _adopt_slurm() -> None:
 def _launch_elastic(job: str, run: Any, num_workers: int) -> None:
     import logging
 
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -149,6 +149,7 @@ def _launch_elastic(job: str, run: Any, num_workers: int) -> None:
             max_restarts=0,
             monitor_interval=0.1,
             shutdown_timeout=SHUTDOWN_SECONDS,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),  # by default a folder that stays
         )
         try:
             elastic_launch(settings, _work)(job, run)
