@@ -360,6 +360,17 @@ def test_the_plan_says_what_was_settled_and_why(spiralrope, runs):
     assert not (runs / "runs").exists()
 
 
+def test_names_are_shown_as_they_are_however_long(spiralrope, runs):
+    name = f"{'deep/' * 20}a [red] and [/b] name"
+    words = ("pretrain", "--arch", "deit-32x1x1", "--steps", 1, "--out", name)
+    narrow = {"COLUMNS": "80"}
+    for done in (spiralrope(*words, env=narrow), spiralrope(*words, env=narrow)):  # then finished
+        assert f"report: {name}/report.html" in done.stdout
+        assert "…" not in done.stderr
+    plan = spiralrope(*words, "--dry-run", env={"COLUMNS": "300"})
+    assert name in plan.stderr
+
+
 def test_help_is_grouped_and_shows_examples():
     said = CliRunner().invoke(cli.app, ["pretrain", "--help"], env={"COLUMNS": "80"}).output
     for panel in ("Model", "Spiral RoPE", "Data and augmentation", "Recipe", "Run", "Machine"):

@@ -40,6 +40,7 @@ LIGHT_FILES = {
     "report.py",
     "run_folder.py",
     "tracker.py",
+    "console.py",
     "progress.py",
     "threads.py",
 }

@@ -177,7 +177,7 @@ def test_the_command_of_samples_is_one_that_dit_sample_takes(sample_folder):
 
 def test_the_command_of_a_run_repeats_it(trained_once, runs):
     words = report_command.command(trained_once).split()[1:]
-    result = CliRunner().invoke(cli.app, [*words, "--dry-run"])
+    result = CliRunner().invoke(cli.app, [*words, "--dry-run"], env={"COLUMNS": "300"})
     assert result.exit_code == 0, result.output
     assert "deit-64x2x2" in result.output
     assert "tiny-again" in result.output

@@ -1,4 +1,4 @@
-"""What every download needs: free disk, digests, whole copies, and words on stderr."""
+"""What every download needs: free disk, digests and whole copies."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console
 from safetensors import SafetensorError
 
 from spiralrope_cli.core.atomic import flush
 from spiralrope_cli.core.errors import FetchError
+from spiralrope_cli.core.runtime.console import say
 from spiralrope_cli.core.runtime.disk import human_size
 
 CHUNK = 1 << 20
@@ -24,11 +24,6 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OTHER_DISK = "free some, or name another disk with --out (for downloads HF_HOME, SPIRALROPE_CACHE)"
 DISK_REFUSED = re.compile(r"\(os error (27|28|122)\)|unexpected pos|file write failed")
 """How safetensors and torch word a write that the disk cut short."""
-
-
-def say(line: str, console: Console | None = None) -> None:
-    """One plain line on stderr; a console that shows a bar is given, for the bar to make way."""
-    (console or Console(stderr=True)).print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def digest_like(path: Path, expected: str) -> tuple[str, str]:

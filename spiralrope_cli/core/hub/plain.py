@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -31,9 +30,9 @@ from spiralrope_cli.core.hub.files import (
     OTHER_DISK,
     is_right,
     refuse_other_file,
-    say,
     writing,
 )
+from spiralrope_cli.core.runtime.console import console, say
 from spiralrope_cli.core.runtime.disk import check_space, human_size
 from spiralrope_cli.version import __version__
 
@@ -148,15 +147,15 @@ def _part_of(row: Row, target: Path, remote: Remote) -> Path:
 
 def _bring(row: Row, part: Path, remote: Remote) -> None:
     """Appends to the part until it has its size, over broken connections."""
-    console = Console(stderr=True)
+    shown_on = console(stderr=True)
     bar = Progress(
         TextColumn(row.file_name[:30]),
         BarColumn(None),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
+        console=shown_on,
+        disable=not shown_on.is_terminal,
     )
     with writing(part.parent):
         part.touch()
@@ -175,7 +174,7 @@ def _bring(row: Row, part: Path, remote: Remote) -> None:
                     "the same command goes on from there",
                 )
             if have < remote.size:
-                say(f"  broken off at {human_size(have)} ({why}), going on", console)
+                say(f"  broken off at {human_size(have)} ({why}), going on", shown_on)
                 time.sleep(RETRY_SECONDS)
     if have > remote.size:
         part.unlink()

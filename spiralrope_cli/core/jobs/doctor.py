@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from packaging.requirements import Requirement
-from rich.console import Console
 
 from spiralrope_cli.core.config.datasets import (
     DataSet,
@@ -36,6 +35,7 @@ from spiralrope_cli.core.hub.download import damaged_files, local_files
 from spiralrope_cli.core.jobs import doctor_report
 from spiralrope_cli.core.jobs.doctor_advice import advice, npz_bytes
 from spiralrope_cli.core.runtime import environment
+from spiralrope_cli.core.runtime.console import console
 from spiralrope_cli.core.runtime.device import pick_device, pick_precision, prepare
 from spiralrope_cli.core.runtime.disk import human_size, nearest_folder
 from spiralrope_cli.core.runtime.rate import matrix_rate
@@ -67,7 +67,7 @@ def run(checkup: Checkup) -> bool:
         "hub": lambda: look_at_hub(checkup),
         "cache": lambda: look_at_cache(findings),
     }
-    with Console(stderr=True).status("") as status:
+    with console(stderr=True).status("") as status:
         for name, look in parts.items():
             status.update(f"looking at: {name}")
             facts[name] = None

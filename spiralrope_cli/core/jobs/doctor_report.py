@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from spiralrope_cli.core.runtime.console import console
 from spiralrope_cli.core.runtime.disk import human_size
 
 Facts = dict[str, Any]
@@ -19,7 +19,7 @@ def show(facts: Facts, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts, indent=2))  # noqa: T201 - rich would wrap it
         return
-    console = Console(highlight=False)
+    out = console()
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -35,15 +35,15 @@ def show(facts: Facts, *, as_json: bool) -> None:
     for name, lines in words.items():
         for title, text in lines(facts[name]) if facts[name] else [(name, "see below")]:
             table.add_row(title, escape(text))
-    console.print(table)
+    out.print(table)
     for note in facts["notes"]:
-        console.print(f"note: {note}", markup=False)
+        out.print(f"note: {note}")
     for finding in facts["findings"]:
-        console.print(f"problem ({finding['subject']}): {finding['problem']}", markup=False)
+        out.print(f"problem ({finding['subject']}): {finding['problem']}")
         if finding["hint"]:
-            console.print(f"  {finding['hint']}", markup=False)
+            out.print(f"  {finding['hint']}")
     count = len(facts["findings"])
-    console.print(f"{count} problem(s) found" if count else "all is well")
+    out.print(f"{count} problem(s) found" if count else "all is well")
 
 
 def version_lines(facts: Facts) -> list[tuple[str, str]]:

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from spiralrope_cli.core.config.latents import CachePlan, EncodeRun, Manifest, Shard
@@ -18,6 +17,7 @@ from spiralrope_cli.core.data.validation import BadImages
 from spiralrope_cli.core.diffusion.vae import Vae, load_vae
 from spiralrope_cli.core.jobs.encode_plan import Work, look_up
 from spiralrope_cli.core.runtime import distributed
+from spiralrope_cli.core.runtime.console import console, say, say_result
 from spiralrope_cli.core.runtime.disk import human_size
 from spiralrope_cli.core.runtime.job import Job, open_job
 from spiralrope_cli.core.runtime.progress import counted
@@ -33,6 +33,7 @@ def run(config: EncodeRun) -> None:
     """
     out = Path(config.out)
     with open_job(config.machine, out) as job:
+        shown_on = console(stderr=True, quiet=not job.is_first)
         with distributed.first_alone():  # it may have to fetch the VAE
             work = look_up(config)
         plan = work.plan
@@ -41,10 +42,10 @@ def run(config: EncodeRun) -> None:
         shards = {number: shard for number, shard in there.items() if shard.file not in wrong}
         missing = [number for number in range(plan.num_shards) if number not in shards]
         if not missing and (out / latents.MANIFEST_FILE).is_file():
-            say(job, f"{out} is finished: all {plan.num_shards} shards are as they should be")
+            say(f"{out} is finished: all {plan.num_shards} shards are as they should be", shown_on)
             return
         for file, what in wrong.items():
-            say(job, f"{out / file} {what}; its images are encoded again")
+            say(f"{out / file} {what}; its images are encoded again", shown_on)
         if job.is_first:
             latents.begin(out, plan, shards.values())
         distributed.barrier()
@@ -81,7 +82,8 @@ def encode(config: EncodeRun, job: Job, work: Work, missing: list[int]) -> dict[
             met = distributed.gathered((number, shard))
             shards.update({n: each for n, each in met if n is not None and each is not None})
             if stop := job.stop.agreed(job.device, ask_all=True):
-                say(job, "stopped; the shards that are done stay, the same command goes on")
+                if job.is_first:
+                    say("stopped; the shards that are done stay, the same command goes on")
                 sys.exit(128 + stop)
     return shards
 
@@ -142,21 +144,11 @@ def encode_shard(
     return latents.write_shard(Path(config.out), number, plain, mirrored, every_label, bad.reasons)
 
 
-def say(job: Job, line: str) -> None:
-    """One plain line from the first process."""
-    Console(stderr=True, quiet=not job.is_first).print(
-        line, highlight=False, soft_wrap=True, markup=False
-    )
-
-
 def print_result(manifest: Manifest) -> None:
     """What was left out, and on stdout what there is now."""
     say_unreadable({p: why for shard in manifest.shards for p, why in shard.unreadable.items()})
     size = human_size(sum(shard.size for shard in manifest.shards))
-    Console().print(
+    say_result(
         f"{manifest.folder}: {manifest.count} images of {len(manifest.plan.class_names)} classes, "
-        f"{size} in {len(manifest.shards)} shards",
-        highlight=False,
-        soft_wrap=True,
-        markup=False,
+        f"{size} in {len(manifest.shards)} shards"
     )

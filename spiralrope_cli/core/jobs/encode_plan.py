@@ -7,13 +7,12 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from spiralrope_cli.core.config.datasets import class_names, list_images
 from spiralrope_cli.core.config.dit_runs import full_vae_name
 from spiralrope_cli.core.config.latents import CachePlan, EncodeRun, class_folder, shard_size_for
 from spiralrope_cli.core.data import latents
 from spiralrope_cli.core.hub.vae import VaeFiles, find_vae
+from spiralrope_cli.core.runtime.console import say
 from spiralrope_cli.core.runtime.device import pick_device, pick_precision
 from spiralrope_cli.core.runtime.disk import check_space, human_size
 from spiralrope_cli.core.runtime.launch import world_size
@@ -90,6 +89,5 @@ def check_and_tell(config: EncodeRun, *, speak: bool) -> None:
         f"{channels}x{rows}x{columns} latents, mean and deviation in float32",
         f"work   {world_size(config.machine)} process(es) x {config.batch_size} images at a time",
     )
-    console = Console(stderr=True)
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        say(line)

@@ -15,13 +15,13 @@ from typing import Any, Literal
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from spiralrope_cli.core.config.evals import EvalProtocol, EvalRow, EvalRun
-from spiralrope_cli.core.hub.files import digest_like, say
+from spiralrope_cli.core.hub.files import digest_like
 from spiralrope_cli.core.jobs.plot import draw_sizes
 from spiralrope_cli.core.metrics.accuracy import Accuracy
+from spiralrope_cli.core.runtime.console import console, say, say_result
 from spiralrope_cli.core.runtime.environment import versions
 from spiralrope_cli.core.runtime.job import Job
 from spiralrope_cli.core.runtime.run_folder import EVAL_FILE, SIZES_FILE, write_json
@@ -199,9 +199,8 @@ def print_table(rows: tuple[EvalRow, ...], figures: list[Accuracy], precision: s
     for number, found in enumerate(figures):
         measured = (f"{found.acc1:.2f}", f"{found.acc5:.2f}", f"{found.loss:.4f}")
         table.add_row(*(told[number] for _, _, told in columns), *measured, str(found.count))
-    console = Console(highlight=False)
-    console.print(", ".join([*title, precision]), soft_wrap=True, markup=False)
-    console.print(table)
+    say_result(", ".join([*title, precision]))
+    console().print(table)
 
 
 def size_words(size: tuple[int, int]) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import yaml
-from rich.console import Console
 from safetensors.torch import save_file
 
 from spiralrope_cli.core.config.models import deit_size, dit_size, is_dit
@@ -19,7 +18,6 @@ from spiralrope_cli.core.hub.files import (
     OTHER_DISK,
     digest_like,
     refuse_existing,
-    say,
     whole,
 )
 from spiralrope_cli.core.hub.model_card import eval_rows, model_card
@@ -33,6 +31,7 @@ from spiralrope_cli.core.hub.write_published import (
 from spiralrope_cli.core.load import create, fitted
 from spiralrope_cli.core.models.dit import DiT
 from spiralrope_cli.core.rope import as_pair
+from spiralrope_cli.core.runtime.console import say, say_result
 from spiralrope_cli.core.runtime.disk import check_space, human_size
 from spiralrope_cli.core.runtime.run_folder import CONFIG_FILE, EVAL_FILE, MODEL_FILE
 from spiralrope_cli.core.weights import Weights, here, read_weights
@@ -84,7 +83,7 @@ def export(
     say(f"{source.given}: {weights.what(sets)}, {layout} layout")
     for path in written:
         say(f"  {path.name}: {human_size(path.stat().st_size)}")
-    Console().print(str(target), highlight=False, soft_wrap=True, markup=False)
+    say_result(str(target))
 
 
 def _whole_state(weights: Weights) -> tuple[Described, StateDict]:

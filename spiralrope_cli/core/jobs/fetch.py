@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.hub.catalog import ALIASES, ROWS, Row, find
 from spiralrope_cli.core.hub.download import fetch, local_files, local_path
 from spiralrope_cli.core.hub.files import human_size
+from spiralrope_cli.core.runtime.console import say_result
 
 LINE = "{:<15} {:>5}  {:>7}  {:<4}  {}"
 
@@ -100,4 +99,4 @@ def _short(steps: int | None) -> str:
 
 
 def _print(line: str) -> None:
-    Console().print(line, highlight=False, soft_wrap=True, markup=False)
+    say_result(line)

@@ -19,11 +19,11 @@ from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions, Eval
 from spiralrope_cli.core.config.pipelines import EVALUATE, DeiTPipeline
 from spiralrope_cli.core.config.resolve import Resolved
 from spiralrope_cli.core.config.runs import MachineConfig
-from spiralrope_cli.core.hub import files
 from spiralrope_cli.core.jobs import eval_plan, eval_report
 from spiralrope_cli.core.jobs.plan import print_plan
 from spiralrope_cli.core.jobs.report import leave_report
 from spiralrope_cli.core.metrics.accuracy import Accuracy
+from spiralrope_cli.core.runtime import console
 from spiralrope_cli.core.runtime import device as devices
 from spiralrope_cli.core.runtime.launch import is_first_process, launch
 from spiralrope_cli.core.runtime.run_folder import (
@@ -184,4 +184,4 @@ def record(folder: Path, command: str, stage: str, seconds: float | None) -> Non
 def say(line: str) -> None:
     """One line on stderr, from the process that speaks for all."""
     if is_first_process():
-        files.say(line)
+        console.say(line)

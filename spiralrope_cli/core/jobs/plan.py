@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,6 +17,7 @@ from spiralrope_cli.core.config.resolve import Resolved, flatten, to_nested
 from spiralrope_cli.core.jobs.start import starting_weights
 from spiralrope_cli.core.models.build import create_model
 from spiralrope_cli.core.rope import clamped_share
+from spiralrope_cli.core.runtime.console import console, say
 from spiralrope_cli.core.runtime.launch import joined_world_size, world_size
 
 CLAMP_HINT_SHARE = 0.15
@@ -38,18 +38,17 @@ def print_plan(
         every_value: also those that are nobody's choice.
         notes: further lines for the user.
     """
-    console = Console(stderr=True, highlight=False)
     table = Table(show_header=False, box=None, padding=(0, 1))
     table.add_column(style="bold", no_wrap=True)
-    table.add_column()
+    table.add_column(overflow="fold")
     for name, text in plan_lines(resolved.run, first_step):
         table.add_row(name, text)
     for source in SOURCES if every_value else SOURCES[:-1]:
         if values := values_from(resolved, source):
             table.add_row(f"by {source}", values, style="dim")
-    console.print(table)
+    console(stderr=True).print(table)
     for warning in [*notes, *resolved.warnings, *hints(resolved.run)]:
-        console.print(f"note: {warning}", soft_wrap=True)
+        say(f"note: {warning}")
 
 
 def plan_lines(run: TrainingRun, first_step: int) -> list[tuple[str, str]]:

@@ -15,12 +15,12 @@ from spiralrope_cli.core.data.files import ImageFiles, eval_transform
 from spiralrope_cli.core.errors import CheckpointError, DataError
 from spiralrope_cli.core.figures.attention import attention
 from spiralrope_cli.core.figures.style import save
-from spiralrope_cli.core.hub.files import say
 from spiralrope_cli.core.hub.source import Source
 from spiralrope_cli.core.jobs.eval_plan import colours
 from spiralrope_cli.core.jobs.start import at_size
 from spiralrope_cli.core.load import build
 from spiralrope_cli.core.models.attention_maps import attention_from
+from spiralrope_cli.core.runtime.console import say
 from spiralrope_cli.core.weights import Weights, here, read_weights
 
 

@@ -17,11 +17,11 @@ from spiralrope_cli.core.config.resolve import RUN_KINDS, build, read_config
 from spiralrope_cli.core.data.sample_files import FACTS_FILE, NPZ_FILE, read_facts
 from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.figures.curves import curves
-from spiralrope_cli.core.hub.files import say
 from spiralrope_cli.core.jobs import report_page as html
 from spiralrope_cli.core.jobs.plan import data_line, rope_line
 from spiralrope_cli.core.jobs.report_command import command
 from spiralrope_cli.core.jobs.report_results import results
+from spiralrope_cli.core.runtime.console import say
 from spiralrope_cli.core.runtime.report import METRICS_FILE, read_metrics
 from spiralrope_cli.core.runtime.run_folder import (
     CONFIG_FILE,

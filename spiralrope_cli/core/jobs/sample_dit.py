@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from spiralrope_cli.core.config.dit_runs import NO_VAE
@@ -27,6 +26,7 @@ from spiralrope_cli.core.jobs.start import at_size
 from spiralrope_cli.core.load import build
 from spiralrope_cli.core.models.dit import DiT
 from spiralrope_cli.core.runtime import distributed, environment
+from spiralrope_cli.core.runtime.console import say, say_result
 from spiralrope_cli.core.runtime.device import autocast
 from spiralrope_cli.core.runtime.job import Job, open_job
 from spiralrope_cli.core.runtime.progress import counted
@@ -162,9 +162,7 @@ def leave_if_asked(job: Job, files: SampleFiles) -> None:
     distributed.barrier()
     if job.is_first:
         there = files.num - len(files.missing())
-        Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"stopped with {there} of {files.num} images; the same command goes on"
-        )
+        say(f"stopped with {there} of {files.num} images; the same command goes on")
     sys.exit(128 + stop)
 
 
@@ -183,9 +181,8 @@ def write_pngs(job: Job, files: SampleFiles, facts: dict[str, Any]) -> None:
 
 def say_results(config: SampleRun, files: SampleFiles) -> None:
     """Where the results are."""
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(f"{config.num} images: {files.npz}", markup=False)
-    console.print(f"grid: {files.grid}", markup=False)
-    console.print(f"report: {files.folder / REPORT_FILE}", markup=False)
+    say_result(f"{config.num} images: {files.npz}")
+    say_result(f"grid: {files.grid}")
+    say_result(f"report: {files.folder / REPORT_FILE}")
     if config.png:
-        console.print(f"files: {files.png(0).parent}", markup=False)
+        say_result(f"files: {files.png(0).parent}")

@@ -9,7 +9,6 @@ import torch
 from spiralrope_cli.core.config.fid import FidRun
 from spiralrope_cli.core.data.reference_cache import ReferenceCache, digests_beside, write_npz
 from spiralrope_cli.core.errors import SpiralRopeError
-from spiralrope_cli.core.hub.files import say
 from spiralrope_cli.core.jobs.score_measure import Measured, measure, measure_reference
 from spiralrope_cli.core.jobs.score_plan import (
     FEATURES,
@@ -24,6 +23,7 @@ from spiralrope_cli.core.metrics.bootstrap import fid_spread
 from spiralrope_cli.core.metrics.frechet import frechet_distance
 from spiralrope_cli.core.metrics.kid import kernel_distance
 from spiralrope_cli.core.metrics.manifold import precision_recall
+from spiralrope_cli.core.runtime.console import say
 from spiralrope_cli.core.runtime.device import forbid_tf32, return_freed_memory
 from spiralrope_cli.core.runtime.job import open_job
 from spiralrope_cli.core.runtime.run_folder import write_json

@@ -23,7 +23,6 @@ from spiralrope_cli.core.data.inputs import (
 )
 from spiralrope_cli.core.data.reference_cache import ReferenceCache
 from spiralrope_cli.core.errors import CheckpointError, DataError
-from spiralrope_cli.core.hub.files import say
 from spiralrope_cli.core.hub.published import load_safely
 from spiralrope_cli.core.jobs.score_plan import NOTHING, Wanted
 from spiralrope_cli.core.metrics.inception import (
@@ -35,6 +34,7 @@ from spiralrope_cli.core.metrics.inception import (
 from spiralrope_cli.core.metrics.inception_score import InceptionScore
 from spiralrope_cli.core.metrics.moments import Moments
 from spiralrope_cli.core.runtime import distributed, report
+from spiralrope_cli.core.runtime.console import say
 from spiralrope_cli.core.runtime.device import autocast
 from spiralrope_cli.core.runtime.job import Job
 from spiralrope_cli.core.runtime.progress import counted

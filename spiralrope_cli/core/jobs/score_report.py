@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from spiralrope_cli.core.config.fid import EXTRACTOR, FidRun
 from spiralrope_cli.core.data.inputs import POOL_SIZE
 from spiralrope_cli.core.hub.catalog import find
-from spiralrope_cli.core.hub.files import say
 from spiralrope_cli.core.jobs.score_measure import Measured
 from spiralrope_cli.core.jobs.score_plan import NEIGHBOURHOOD, Plan
 from spiralrope_cli.core.metrics.inception_score import SPLIT_SIZE
+from spiralrope_cli.core.runtime.console import console, say, say_result
 from spiralrope_cli.version import __version__
 
 USUAL_COUNT = 50_000
@@ -124,21 +123,18 @@ def show(config: FidRun, facts: Facts) -> None:
     if config.as_json:
         print(json.dumps(facts, indent=2))  # noqa: T201 - rich would wrap it
         return
-    out = Console(highlight=False, soft_wrap=True)
     for role in ("samples", "reference"):
         side = facts[role]
         if side:
-            out.print(f"{role.upper():<9}  {side['path']}", markup=False)
+            say_result(f"{role.upper():<9}  {side['path']}")
             bad = f", {side['unreadable']:,} left out as unreadable" if side["unreadable"] else ""
-            out.print(
-                f"           {side['holds']}{bad}, sha256 {side['sha256'][:16]}", markup=False
-            )
+            say_result(f"           {side['holds']}{bad}, sha256 {side['sha256'][:16]}")
             if side["from_cache"]:
-                out.print("           its statistics were computed by an earlier run", markup=False)
+                say_result("           its statistics were computed by an earlier run")
     protocol = facts["protocol"]
     weights = protocol["weights_sha256"]
     if weights:
-        out.print(f"FEATURES   {EXTRACTOR}, {protocol['precision']}, sha256 {weights[:16]}")
+        say_result(f"FEATURES   {EXTRACTOR}, {protocol['precision']}, sha256 {weights[:16]}")
     table = Table()
     for column in ("figure", "value", "±", ""):
         table.add_column(column, justify="left" if column in ("figure", "") else "right")
@@ -149,6 +145,6 @@ def show(config: FidRun, facts: Facts) -> None:
         spread_shown = "" if spread is None else f"{spread:.{digits}f}"
         note = facts["left_out"].get(name, better)
         table.add_row(label, shown, spread_shown, note)
-    out.print(table, soft_wrap=False)
+    console().print(table)
     for line in facts["warnings"]:
         say(f"warning: {line}")

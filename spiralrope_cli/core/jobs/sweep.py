@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from spiralrope_cli.core.config.datasets import find_held_out
@@ -17,6 +16,7 @@ from spiralrope_cli.core.jobs.eval_report import read_rows
 from spiralrope_cli.core.jobs.pipeline import run_deit, say
 from spiralrope_cli.core.jobs.report import leave_report
 from spiralrope_cli.core.jobs.report_results import with_spread
+from spiralrope_cli.core.runtime.console import console, say_result
 from spiralrope_cli.core.runtime.launch import is_first_process
 from spiralrope_cli.core.runtime.run_folder import (
     EVAL_FILE,
@@ -116,11 +116,9 @@ def print_table(records: Sequence[Record]) -> None:
             for weights, figure, _ in SHOWN
         ]
         table.add_row(*words, str(len(by_weights["raw"]["seeds"])), *figures)
-    console = Console(highlight=False)
     images = rows[0]["images"]
-    console.print(
+    say_result(
         f"last checkpoint, crop ratio {rows[0]['crop_ratio']:g}, {images} held-out images; "
-        "mean ± standard deviation over seeds",
-        soft_wrap=True,
+        "mean ± standard deviation over seeds"
     )
-    console.print(table)
+    console().print(table)

@@ -10,6 +10,8 @@ from datetime import timedelta
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from spiralrope_cli.core.runtime.console import console, say
+
 SECONDS = 30.0
 """Between lines in a log."""
 
@@ -27,16 +29,16 @@ def counted(
         done: those that an earlier run did; they say nothing about the pace.
         unit: of the pace.
     """
-    console = Console(stderr=True, quiet=not shown)
+    shown_on = console(stderr=True, quiet=not shown)
     pace = Pace(total, done)
-    if not console.is_terminal:
-        yield _lines(console, what, pace, unit)
+    if not shown_on.is_terminal:
+        yield _lines(shown_on, what, pace, unit)
         return
     columns = (
         *(TextColumn(what), BarColumn(None), MofNCompleteColumn()),
         *(TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("left")),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=shown_on, transient=True) as progress:
         task = progress.add_task("", total=total, completed=done, rate="")
 
         def advance(more: int) -> None:
@@ -68,7 +70,7 @@ class Pace:
         return timedelta(seconds=round((self.total - self.done) / max(self.rate, 1e-9)))
 
 
-def _lines(console: Console, what: str, pace: Pace, unit: str) -> Callable[[int], None]:
+def _lines(to: Console, what: str, pace: Pace, unit: str) -> Callable[[int], None]:
     said = time.monotonic()
 
     def advance(more: int) -> None:
@@ -78,8 +80,8 @@ def _lines(console: Console, what: str, pace: Pace, unit: str) -> Callable[[int]
         now = time.monotonic()
         if now - said >= SECONDS or before < pace.done == pace.total:
             said = now
-            line = f"{what}  {pace.done}/{pace.total}  {_short(pace.rate)} {unit}  left {pace.left}"
-            console.print(line, highlight=False, soft_wrap=True, markup=False)
+            rate = f"{_short(pace.rate)} {unit}"
+            say(f"{what}  {pace.done}/{pace.total}  {rate}  left {pace.left}", to)
 
     return advance
 

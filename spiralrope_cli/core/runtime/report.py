@@ -14,13 +14,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from spiralrope_cli.core.atomic import write_whole
+from spiralrope_cli.core.runtime.console import console, say, say_result
 from spiralrope_cli.core.runtime.run_folder import CURVES_FILE, REPORT_FILE, SAMPLES_FILE
 from spiralrope_cli.core.runtime.tracker import open_tracker
 
@@ -61,7 +62,7 @@ class Reporter:
     ) -> None:
         self.first = first
         self.folder = folder
-        self.console = Console(stderr=True, quiet=not first)
+        self.console = console(stderr=True, quiet=not first)
         self._total_steps, self._steps_per_epoch = total_steps, steps_per_epoch
         self._best, self._parts = "", list[str]()
         self._live: Live | None = None
@@ -138,7 +139,7 @@ class Reporter:
 
     def say(self, line: str) -> None:
         """One plain line."""
-        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+        say(line, self.console)
 
     def _record(self, step: int, values: dict[str, float]) -> None:
         if not self.first:
@@ -201,26 +202,25 @@ def say_unreadable(reasons: dict[str, str]) -> None:
     """How many images were left out, and the first of them."""
     if not reasons:
         return
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(f"{len(reasons)} image(s) could not be read and were left out:", markup=False)
+    say(f"{len(reasons)} image(s) could not be read and were left out:")
     for path, reason in sorted(reasons.items())[:10]:
-        console.print(f"  {path}: {reason}", markup=False)
+        say(f"  {path}: {reason}")
 
 
 def print_results(folder: Path) -> None:
     """The final figures of a run, on stdout; the last line is for scripts to find."""
-    console, lines = Console(), read_metrics(folder)
+    lines = read_metrics(folder)
     validations = [line for line in lines if "acc1" in line]
     if validations:
-        console.print(accuracy_table(folder, validations))
+        console().print(accuracy_table(folder, validations))
     pictures = (("curves", CURVES_FILE), ("samples", SAMPLES_FILE), ("report", REPORT_FILE))
     for name, file in pictures:
         if (folder / file).exists():
-            console.print(f"{name}: {folder / file}", soft_wrap=True, highlight=False)
+            say_result(f"{name}: {folder / file}")
     if validations:
-        console.print(f"held-out acc@1 {validations[-1]['acc1']:.2f} %", highlight=False)
+        say_result(f"held-out acc@1 {validations[-1]['acc1']:.2f} %")
     elif lines:
-        console.print(f"training loss {lines[-1]['loss']:.4f}", highlight=False)
+        say_result(f"training loss {lines[-1]['loss']:.4f}")
 
 
 def accuracy_table(folder: Path, validations: list[dict[str, Any]]) -> Table:
