@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from spiralrope_cli.core.runtime.console import console
@@ -34,7 +33,7 @@ def show(facts: Facts, *, as_json: bool) -> None:
     }
     for name, lines in words.items():
         for title, text in lines(facts[name]) if facts[name] else [(name, "see below")]:
-            table.add_row(title, escape(text))
+            table.add_row(title, text)
     out.print(table)
     for note in facts["notes"]:
         out.print(f"note: {note}")
