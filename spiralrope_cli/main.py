@@ -22,7 +22,7 @@ from spiralrope_cli.commands import (
     pretrain,
     run,
 )
-from spiralrope_cli.core.errors import SpiralRopeError, UnreadableImageError
+from spiralrope_cli.core.errors import SpiralRopeError, UnreadableImageError, refused_path
 from spiralrope_cli.core.runtime.launch import is_first_process, share_the_machine
 from spiralrope_cli.version import __version__
 
@@ -73,8 +73,9 @@ def main() -> None:
     share_the_machine()
     try:
         app(prog_name="spiralrope")
-    except SpiralRopeError as error:
-        if os.environ.get(DEBUG_VARIABLE):
+    except (SpiralRopeError, OSError) as caught:
+        error = refused_path(caught) if isinstance(caught, OSError) else caught
+        if error is None or os.environ.get(DEBUG_VARIABLE):
             raise
         # Under torchrun or srun all processes meet the same error, but for a damaged image.
         if is_first_process() or isinstance(error, UnreadableImageError):

@@ -13,7 +13,8 @@ import typer
 
 from spiralrope_cli.core.config.datasets import BUILT_IN
 from spiralrope_cli.core.config.models import DEIT_SIZES, DIT_SIZES
-from spiralrope_cli.core.config.resolve import RUN_KINDS, RUNS_FOLDER
+from spiralrope_cli.core.config.nested import RUN_KINDS
+from spiralrope_cli.core.config.resolve import RUNS_FOLDER
 from spiralrope_cli.core.runtime.run_folder import run_configs
 
 Offer = list[str] | list[tuple[str, str]]

@@ -10,7 +10,8 @@ from spiralrope_cli.commands import options as o
 from spiralrope_cli.commands import recipe_options as r
 from spiralrope_cli.commands.options import DATA, MACHINE, RUN, choice, option
 from spiralrope_cli.core.config.latents import VAE_NAMES, EncodeRun, class_folder
-from spiralrope_cli.core.config.resolve import DATA_VARIABLE, build
+from spiralrope_cli.core.config.nested import build
+from spiralrope_cli.core.config.resolve import DATA_VARIABLE
 from spiralrope_cli.core.config.runs import PRECISIONS
 from spiralrope_cli.core.errors import DataError
 from spiralrope_cli.core.runtime.launch import is_first_process, launch

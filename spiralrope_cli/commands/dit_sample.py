@@ -17,7 +17,7 @@ from spiralrope_cli.core.config.diffusion import (
 )
 from spiralrope_cli.core.config.dit_runs import NO_VAE
 from spiralrope_cli.core.config.latents import VAE_NAMES
-from spiralrope_cli.core.config.resolve import build
+from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.config.samples import DEFAULTS, check_chain
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, world_size

@@ -7,7 +7,8 @@ import typer
 from spiralrope_cli.commands import options as o
 from spiralrope_cli.commands.options import DATA, MODEL, RUN, option
 from spiralrope_cli.core.config.doctor import Checkup
-from spiralrope_cli.core.config.resolve import RUNS_FOLDER, build
+from spiralrope_cli.core.config.nested import build
+from spiralrope_cli.core.config.resolve import RUNS_FOLDER
 from spiralrope_cli.core.config.runs import MachineConfig
 
 SHOW = "What to show"

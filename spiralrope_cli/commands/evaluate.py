@@ -11,7 +11,7 @@ from spiralrope_cli.commands import completion
 from spiralrope_cli.commands import options as o
 from spiralrope_cli.commands import recipe_options as r
 from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions
-from spiralrope_cli.core.config.resolve import build
+from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.runtime.launch import is_first_process, launch

@@ -74,6 +74,10 @@ def fetch(
     from spiralrope_cli.core.jobs import fetch as job
 
     if show_list:
+        if names:
+            raise typer.BadParameter(
+                "it shows all that is published; leave NAME out", param_hint="--list"
+            )
         job.show_list(as_json=json)
         return
     job.fetch_all(names or [], revision=revision, offline=offline, out=out, as_json=json)

@@ -39,9 +39,24 @@ ROPE_FIELDS = tuple(RopeConfig.__dataclass_fields__)
 def option(*names: str, panel: str, text: str, metavar: str | None = None, **more: Any) -> Any:
     """A typer option without a default of its own: the recipe and the data set know it."""
     more = {"autocompletion": completion.paths, **more}
+    if "--out" in names:
+        more = {"callback": expanded, **more}
     return typer.Option(
         *names, rich_help_panel=panel, help=text, metavar=metavar, show_default=False, **more
     )
+
+
+def expanded(path: str | Path | None) -> str | Path | None:
+    """A path without `~`, which no shell expands in `--out=~/runs`.
+
+    Raises:
+        typer.BadParameter: an empty word, as an unset variable leaves it.
+    """
+    if path is None:
+        return None
+    if not str(path).strip():
+        raise typer.BadParameter("it is empty")
+    return type(path)(Path(path).expanduser())
 
 
 def choice(text: str, allowed: tuple[str, ...]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from spiralrope_cli.commands import completion
 from spiralrope_cli.commands import options as o
 from spiralrope_cli.commands.options import choice, option
 from spiralrope_cli.core.config.checks import one_of
+from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.plots import (
     FORMATS,
     OVER,
@@ -20,7 +21,6 @@ from spiralrope_cli.core.config.plots import (
     published_sizes,
     target,
 )
-from spiralrope_cli.core.config.resolve import build
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.errors import ConfigError
 

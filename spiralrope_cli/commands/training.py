@@ -14,7 +14,7 @@ from spiralrope_cli.core.config.latents import VAE_NAMES
 from spiralrope_cli.core.config.resolve import Resolved, StartingPoint, resolve_classifier
 from spiralrope_cli.core.config.resolve_dit import resolve_dit
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, world_size
-from spiralrope_cli.core.runtime.run_folder import first_step, is_finished, write_sources
+from spiralrope_cli.core.runtime.run_folder import first_step, is_finished, prepare
 from spiralrope_cli.core.runtime.tracker import check_tracker
 
 CLASSIFIER_JOB = "spiralrope_cli.core.jobs.train_classifier:run"
@@ -63,7 +63,7 @@ def train(
         check_vae(run, dry_run=dry_run)
     if not dry_run:
         if is_first_process():
-            write_sources(Path(run.out), resolved.sources)
+            prepare(run, resolved.sources)
         launch(job, run)
 
 

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
+DENIED = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR),
+    *(errno.ELOOP, errno.EDQUOT, errno.ENOSPC),
+}
+"""What the system refuses about a path that the user chose."""
+
 
 class SpiralRopeError(Exception):
     """What went wrong, and in the hint what to do about it.
@@ -60,3 +69,13 @@ class TrainingError(SpiralRopeError):
 
 class LaunchError(SpiralRopeError):
     """Workers that could not be started, or that died."""
+
+
+def refused_path(error: OSError) -> SpiralRopeError | None:
+    """What the system said about a path, for the user; None where no path was refused."""
+    if error.errno not in DENIED or error.filename is None:
+        return None
+    path, why = os.fsdecode(error.filename), os.strerror(error.errno)
+    if error.errno in (errno.EDQUOT, errno.ENOSPC):
+        return DiskError(f"{path}: {why}", "free some; the same command then goes on")
+    return SpiralRopeError(f"{path}: {why}")

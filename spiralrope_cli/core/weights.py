@@ -232,12 +232,20 @@ def _override(
 ) -> tuple[RopeConfig, tuple[str, ...]]:
     """The options with the user's in place, and a warning for each that contradicts."""
     against = [
-        f"--{'rope' if name == 'enabled' else name.replace('_', '-')} {value} contradicts "
-        f"{source.given}, which was trained with {getattr(trained, name)}"
+        f"{_as_given(name, value)} contradicts {source.given}, which was trained with "
+        f"{_as_given(name, getattr(trained, name))}"
         for name, value in chosen.items()
         if getattr(trained, name) != value and name != "scaling"
     ]
     return dataclasses.replace(trained, **chosen), tuple(against)
+
+
+def _as_given(name: str, value: Any) -> str:
+    """An option and its value as they are typed."""
+    option = "rope" if name == "enabled" else name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{option}" if value else f"--no-{option}"
+    return f"--{option} {value}"
 
 
 def _side(tokens: int, given: Any) -> tuple[int, int]:

@@ -16,7 +16,8 @@ from spiralrope_cli.commands import training
 from spiralrope_cli.core.config import recipes
 from spiralrope_cli.core.config.dit_runs import DiTRun
 from spiralrope_cli.core.config.models import DIT_SIZES
-from spiralrope_cli.core.config.resolve import leaf_types, resolve_classifier, to_nested
+from spiralrope_cli.core.config.nested import leaf_types, to_nested
+from spiralrope_cli.core.config.resolve import resolve_classifier
 from spiralrope_cli.core.config.resolve_dit import resolve_dit
 from spiralrope_cli.core.errors import ConfigError, SpiralRopeError
 

@@ -76,6 +76,25 @@ def test_best_and_ema_choose_the_file(planned):
     assert Path(row.file).parts[-2:] == ("0000004", "ema.safetensors")
 
 
+@pytest.mark.parametrize("way", [".", "link", "copy", "inside"])
+def test_a_checkpoint_is_whole_by_whatever_path(planned, monkeypatch, way):
+    place = Path("runs/tiny/checkpoints/0000008").resolve()
+    inside = place.parent / "backup"
+    if way == ".":
+        monkeypatch.chdir(place)
+    elif way == "link":
+        Path("link").symlink_to(place)
+    else:
+        shutil.copytree(place, {"copy": Path("copy"), "inside": inside}[way])
+    try:
+        run, said = planned(str(inside) if way == "inside" else way, "--ema", "--data", "digits")
+    finally:
+        shutil.rmtree(inside, ignore_errors=True)
+    (row,) = run.rows
+    assert (row.weights, row.step) == ("EMA", 8 if way in (".", "link") else None)
+    assert "raw weights alone" not in said
+
+
 def test_all_gives_eight_rows_in_order(planned):
     run, said = planned("--all")
     assert [(row.checkpoint, row.protocol.crop_ratio, row.weights) for row in run.rows] == [

@@ -296,6 +296,13 @@ def test_a_full_disk_leaves_nothing(spiralrope, runs, layout):
     assert not list((runs / "exports").iterdir())
 
 
+@pytest.mark.parametrize(("layout", "name"), [("published", "x.pth"), ("safetensors", "x")])
+def test_a_file_where_a_folder_would_be_is_told(export, runs, layout, name):
+    (runs / "file").touch()
+    with pytest.raises(FetchError, match=f"file/{name} cannot be written"):
+        export(GOLDEN / DEIT, "--layout", layout, "--out", f"file/{name}")
+
+
 def test_too_little_space_is_told_before_anything_is_written(export, runs, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)

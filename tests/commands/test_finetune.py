@@ -22,6 +22,7 @@ from spiralrope_cli.core.hub.catalog import WEIGHTS_REPO
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.jobs import train_classifier
 from spiralrope_cli.core.jobs.start import starting_point
+from spiralrope_cli.core.runtime import run_folder
 from spiralrope_cli.core.runtime.job import StopRequest
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoints"
@@ -112,6 +113,30 @@ def test_a_rope_option_that_contradicts_the_source_is_said(finetune):
     run, said = finetune(DEIT, "--rotate", 4, "--steps", 1)
     assert run.rope.rotate == 4
     assert "--rotate 4 contradicts" in said
+
+
+def test_a_file_of_another_run_does_not_decide_how_the_weights_are_read(finetune, pretrained, runs):
+    """Its recipe is repeated on these weights, which were trained with their own options."""
+    (runs / "first").mkdir()
+    first = small(DEIT, out=str(runs / "first"), lr=0.125)
+    run_folder.write_config(first)
+    run, _ = finetune(pretrained, "--config", runs / "first" / "config.yaml")
+    assert (first.rope.rotate, run.rope.rotate, run.optim.lr) == (2, 3, 0.125)
+
+
+def test_a_slash_at_the_end_names_the_same_weights(finetune, pretrained):
+    plain, _ = finetune(pretrained, "--steps", 1)
+    completed, _ = finetune(f"{pretrained}/", "--steps", 1)
+    assert plain == completed
+
+
+def test_grey_weights_on_colour_pictures_take_the_mean_of_the_colours(
+    finetune, pretrained, image_folder
+):
+    words = ("--batch-size", 16, "--warmup-epochs", 0, "--mixup", 0, "--cutmix", 0)
+    run, _ = finetune(pretrained, "--data", image_folder, "--image-size", 16, *words)
+    assert run.model.in_chans == 1
+    assert run.augment.mean == pytest.approx(((0.485 + 0.456 + 0.406) / 3,), abs=1e-4)
 
 
 @pytest.mark.parametrize(

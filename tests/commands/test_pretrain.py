@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from spiralrope_cli import main as cli
 from spiralrope_cli.commands import finetune, pretrain, training
 from spiralrope_cli.core.config import datasets, recipes
-from spiralrope_cli.core.config.resolve import leaf_types, resolve_classifier, to_nested
+from spiralrope_cli.core.config.nested import leaf_types, to_nested
+from spiralrope_cli.core.config.resolve import resolve_classifier
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.errors import ConfigError, DataError, SpiralRopeError
@@ -196,6 +197,11 @@ def test_a_config_file_repeats_a_run_and_options_win(runs, resolved):
     assert other.out == "runs/pretrain-deit-ti-digits-r1"
 
 
+def test_names_in_any_script_make_folders_of_their_own(resolved, runs):
+    assert resolved("--name", "猫").out.endswith("-猫")
+    assert resolved("--name", "a/b c").out.endswith("-a-b-c")
+
+
 def test_epochs_win_over_the_steps_of_a_file(runs, resolved):
     path = runs / "kept.yaml"
     path.write_text(yaml.safe_dump(to_nested(resolved("--steps", 4))))
@@ -215,6 +221,11 @@ def test_a_short_run_has_a_short_warm_up(resolved):
     [
         ("optim: {epochz: 3}", "did you mean 'epochs'"),
         ("rope: {rotate: two}", "rotate is 'two'; it must be of type int"),
+        ("arch: 5", "arch is 5; it must be of type str"),
+        ("augment: {mean: 0.5}", "mean is 0.5; it must be a list of values of type float"),
+        ("model: {image_size: 8}", "image_size is 8; it must be a list of 2 values of type int"),
+        ("image_size: [8, 8]", "it belongs below model:"),
+        ("source: runs/before", "spiralrope finetune runs/before --config"),
         ("optim: 3", "must hold a group"),
         ("- a", "holds no config"),
         ("a: [", "is no YAML"),
@@ -245,6 +256,8 @@ def test_a_config_file_is_read_strictly(runs, resolved, text, told):
         (["--mixup", "1", "--micro-batch-size", "4"], "whole mixing groups of 8"),
         (["--drop-path", "1"], "--drop-path is 1.0"),
         (["--smoothing", "-0.1"], "--smoothing is -0.1"),
+        (["--lr", "inf"], "--lr is inf; it must be 0 or more, and finite"),
+        (["--out", "x", "--name", "y"], "--name y and --out x both name the folder"),
         (["--schedule", "linear"], "must be cosine or constant or published"),
         (["--epochs", "0"], "--epochs is 0"),
         (["--warmup-epochs", "400"], "leaves nothing"),
@@ -358,6 +371,26 @@ def test_the_plan_says_what_was_settled_and_why(spiralrope, runs):
     ):
         assert part in plan
     assert not (runs / "runs").exists()
+
+
+@pytest.mark.parametrize(("option", "code"), [("--name", 1), ("--data", 1), ("--config", 2)])
+def test_what_the_system_refuses_about_a_path_is_one_line(spiralrope, option, code):
+    said = spiralrope("pretrain", option, "x" * 300, "--steps", 1, expect=code).stderr
+    assert "File name too long" in said
+    assert "Traceback" not in said
+
+
+def test_the_folder_of_a_run_is_as_a_shell_would_read_it(resolved, monkeypatch, runs):
+    monkeypatch.setenv("HOME", str(runs))
+    assert resolved("--out=~/kept").out == str(runs / "kept")
+    with pytest.raises(AssertionError, match="it is empty"):
+        resolved("--out", "")
+
+
+def test_a_rate_that_only_rises_is_told(resolved):
+    run = resolved("--lr", 1e-5)
+    assert "rises to the end: its peak of 6.25e-07 is below --min-lr 1e-05" in " ".join(hints(run))
+    assert not hints(resolved())
 
 
 def test_names_are_shown_as_they_are_however_long(spiralrope, runs):

@@ -16,11 +16,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from spiralrope_cli import main as cli
-from spiralrope_cli.core.config.resolve import read_config
+from spiralrope_cli.core.config.nested import read_config
 from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.jobs import report, report_command
 from spiralrope_cli.core.jobs.report import leave_report, write_report
-from spiralrope_cli.core.runtime.run_folder import write_json, write_sources
+from spiralrope_cli.core.runtime.run_folder import SOURCES_FILE, write_json
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), ""
@@ -70,7 +70,7 @@ def run_folder(trained_once, runs):
         for side in (8, 12)
     ]
     (folder / "eval.json").write_text(json.dumps({"decoded": 1, "rows": rows}))
-    write_sources(folder, {"lr": "option", "batch_size": "data set"})
+    write_json(folder / SOURCES_FILE, {"lr": "option", "batch_size": "data set"})
     return folder
 
 

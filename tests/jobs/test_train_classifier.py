@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from spiralrope_cli.core.errors import CheckpointError, SpiralRopeError, TrainingError
 from spiralrope_cli.core.jobs import train_classifier
 from spiralrope_cli.core.runtime import launch, run_folder
-from spiralrope_cli.core.runtime.job import StopRequest, hold_folder
+from spiralrope_cli.core.runtime.job import StopRequest
 from spiralrope_cli.core.runtime.report import read_metrics
 
 EVERYTHING_RANDOM = {
@@ -240,8 +240,10 @@ def test_the_same_command_on_a_finished_run_says_so(on_pictures, spiralrope, run
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_two_runs_in_one_folder_the_second_is_refused(on_pictures, spiralrope, runs, nproc):
     words = (*on_pictures, "--epochs", 1, "--nproc", nproc, "--micro-batch-size", 2, "--out", "run")
-    with hold_folder(runs / "run"):
+    with run_folder.hold_folder(runs / "run"):
+        (runs / "run" / "sources.json").write_text('{"of": "the first"}')
         said = spiralrope(*words, expect=1).stderr
+    assert "the first" in (runs / "run" / "sources.json").read_text()
     assert said.count("error:") == 1
     assert f"another run is writing to run (process {os.getpid()})" in said
     assert_quiet(said)

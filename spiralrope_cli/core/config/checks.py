@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from spiralrope_cli.core.errors import ConfigError
 
 
@@ -16,9 +18,10 @@ def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def at_least(name: str, value: float, lowest: float) -> None:
-    """Refuses a number below the lowest, and none at all."""
-    if not value >= lowest:
-        raise ConfigError(f"{_option(name)} is {value}; it must be {lowest} or more")
+    """Refuses a number below the lowest, an infinite one, and none at all."""
+    if not lowest <= value < math.inf:
+        finite = ", and finite" if value == math.inf else ""
+        raise ConfigError(f"{_option(name)} is {value}; it must be {lowest} or more{finite}")
 
 
 def in_range(name: str, value: float, low: float, high: float, closed: bool = False) -> None:

@@ -160,7 +160,7 @@ def target(out: str | None, form: str | None, name: str) -> Path:
     if form is not None:
         one_of("format", form, FORMATS)
     if out is None:
-        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+        stem = re.sub(r"[^\w.-]+", "-", name)
         return Path(PLOTS_FOLDER) / f"{stem}.{form or FORMATS[0]}"
     path = Path(out).expanduser()
     suffix = path.suffix.lower().lstrip(".")

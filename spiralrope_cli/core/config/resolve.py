@@ -6,12 +6,8 @@ Standard library only (and PyYAML, where a file is read).
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
-import types
-import typing
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -20,6 +16,7 @@ from spiralrope_cli.core.config import inert, recipes
 from spiralrope_cli.core.config.datasets import DataSet, find_data_set
 from spiralrope_cli.core.config.dit_runs import DiTModelConfig, DiTRun, TrainingRun
 from spiralrope_cli.core.config.models import deit_size
+from spiralrope_cli.core.config.nested import build, read_config
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.runs import ClassifierRun, ModelConfig
 from spiralrope_cli.core.errors import ConfigError
@@ -33,12 +30,11 @@ Run = TypeVar("Run", bound=TrainingRun)
 Layer = tuple[str, dict[str, Any]]
 """Where values come from, and field name -> value."""
 
-RUN_KINDS: dict[str, type[TrainingRun]] = {
-    **dict.fromkeys(("pretrain", "finetune"), ClassifierRun),
-    "dit-train": DiTRun,
-}
 
-FIXED_BY_SOURCE = {"arch", "patch_size", "in_chans", "pretrain_grid", "qk_norm", "source"}
+FIXED_BY_SOURCE = {
+    *("arch", "patch_size", "in_chans", "pretrain_grid", "qk_norm", "source"),
+    *(RopeConfig.__dataclass_fields__.keys() - {"scaling"}),
+}
 """Fields that the weights to start from decide, whatever a config file says."""
 
 
@@ -144,8 +140,18 @@ def chosen_layers(
     config_file: Path | None,
     start: StartingPoint | None,
 ) -> list[Layer]:
-    """What the user settled on, from weak to strong: starting weights, config file, options."""
+    """What the user settled on, from weak to strong: starting weights, config file, options.
+
+    Raises:
+        ConfigError: the file is of a run that starts from weights, and there are none.
+    """
     from_file = read_config(config_file, kind) if config_file else {}
+    if from_file.get("source") and not start:
+        again = "dit-train --init" if kind is DiTRun else "finetune"
+        raise ConfigError(
+            f"--config {config_file} is of a run that starts from {from_file['source']}",
+            f"spiralrope {again} {from_file['source']} --config {config_file}",
+        )
     fixed = NOT_FROM_FILE | (FIXED_BY_SOURCE if start else set())
     from_file = {key: value for key, value in from_file.items() if key not in fixed}
     of_start = start.fields() if start else {}
@@ -168,10 +174,13 @@ def options_in(sources: dict[str, str]) -> set[str]:
 
 
 def fit_channels(values: dict[str, Any]) -> None:
-    """Gives a network for colour pictures the grey set's mean and std for each channel."""
+    """Fits mean and std to the network's channels: the grey one for each, or the colours' mean."""
     for name in ("mean", "std"):
-        if len(values[name]) == 1:
-            values[name] = tuple(values[name]) * values["in_chans"]
+        given = tuple(values[name])
+        if len(given) == 1:
+            values[name] = given * values["in_chans"]
+        elif values["in_chans"] == 1:
+            values[name] = (round(sum(given) / len(given), 4),)
 
 
 def fit_positions(
@@ -215,8 +224,12 @@ def fit_name(
     turned = f"r{rope.rotate}" if rope.enabled else "norope"
     name = values.pop("name", None)
     sources.pop("name", None)
+    if name and "out" in values:
+        raise ConfigError(
+            f"--name {name} and --out {values['out']} both name the folder", "give one"
+        )
     parts = [values["command"], values["arch"], data_set.slug, turned, *([name] if name else [])]
-    folder = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts))
+    folder = re.sub(r"[^\w.-]+", "-", "-".join(parts))
     values.setdefault("out", str(Path(RUNS_FOLDER) / folder))
 
 
@@ -235,116 +248,3 @@ def choose(
         if layer.get(key) is not None:
             return layer[key], source
     return default, default_source
-
-
-def build(kind: type, values: dict[str, Any]) -> Any:
-    """Builds a nested frozen config from flat values by field name."""
-    hints = typing.get_type_hints(kind)
-    arguments: dict[str, Any] = {}
-    for name in _fields_of(kind):
-        if dataclasses.is_dataclass(hints[name]):
-            arguments[name] = build(typing.cast(type, hints[name]), values)
-        elif name in values:
-            arguments[name] = _coerced(name, values[name], hints[name])
-    return kind(**arguments)
-
-
-def _fields_of(kind: type) -> list[str]:
-    return [each.name for each in dataclasses.fields(kind)]
-
-
-def leaf_types(kind: type) -> dict[str, Any]:
-    """Field name -> type of every value below a config."""
-    leaves: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(kind).items():
-        nested = isinstance(hint, type) and dataclasses.is_dataclass(hint)
-        leaves.update(leaf_types(hint) if nested else {name: hint})
-    return leaves
-
-
-def _coerced(name: str, value: Any, hint: Any) -> Any:
-    """The value in its field's type; YAML knows no tuples, and writes 1e-3 as a word."""
-    try:
-        if typing.get_origin(hint) is types.UnionType:
-            return None if value is None else _coerced(name, value, typing.get_args(hint)[0])
-        if typing.get_origin(hint) is tuple:
-            inner = typing.get_args(hint)
-            if not isinstance(value, (list, tuple)):
-                raise TypeError
-            if Ellipsis not in inner and len(value) != len(inner):
-                raise ValueError
-            return tuple(_coerced(name, item, inner[0]) for item in value)
-        if hint is float and not isinstance(value, bool):
-            return float(value)
-        if hint is int and float(value) == int(value) and not isinstance(value, bool):
-            return int(value)
-        if isinstance(value, hint):
-            return value
-    except (TypeError, ValueError):
-        pass
-    wanted = getattr(hint, "__name__", str(hint))
-    raise ConfigError(f"{name} is {value!r}; it must be of type {wanted}")
-
-
-def to_nested(run: TrainingRun) -> dict[str, Any]:
-    """Plain nested dicts and lists, as `config.yaml` holds them."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, tuple) else value
-
-    return typing.cast(dict[str, Any], plain(dataclasses.asdict(run)))
-
-
-def flatten(
-    nested: dict[str, Any], kind: type, known: Collection[str] | None = None
-) -> dict[str, Any]:
-    """Flat values by field name, strictly: an unknown key suggests the nearest known one.
-
-    Raises:
-        ConfigError: an unknown key.
-    """
-    hints = typing.get_type_hints(kind)
-    known = known or list(leaf_types(kind))
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), [*known, *hints], n=1)
-            raise ConfigError(
-                f"config key {key!r} is not known", f"did you mean {near[0]!r}?" if near else ""
-            )
-        if dataclasses.is_dataclass(hints[key]):
-            if not isinstance(value, dict):
-                raise ConfigError(f"config key {key!r} must hold a group of values")
-            flat.update(flatten(value, typing.cast(type, hints[key]), known))
-        else:
-            flat[key] = value
-    return flat
-
-
-def read_config(path: Path, kind: type[TrainingRun] | None = None) -> dict[str, Any]:
-    """Flat values of a `config.yaml`.
-
-    Args:
-        path: the file, of any training command.
-        kind: the run that it must be of, where that matters.
-
-    Raises:
-        ConfigError: no such file, no YAML, an unknown key, or another kind of run.
-    """
-    import yaml
-
-    try:
-        nested = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is no YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(nested, dict):
-        raise ConfigError(f"--config {path} holds no config")
-    command = nested.get("command")
-    of_file = RUN_KINDS.get(str(command), kind or ClassifierRun)
-    if kind is not None and of_file is not kind:
-        raise ConfigError(f"--config {path} is of another kind of run, {command}")
-    return flatten(nested, of_file)

@@ -10,10 +10,10 @@ from spiralrope_cli.core.config.datasets import DataSet, find_pictures, slug_of
 from spiralrope_cli.core.config.dit_runs import DiTRun, PictureConfig, full_vae_name, input_size
 from spiralrope_cli.core.config.latents import LATENT_CHANNELS, Manifest, read_manifest
 from spiralrope_cli.core.config.models import dit_name, dit_size
+from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.resolve import (
     Resolved,
     StartingPoint,
-    build,
     choose,
     choose_data,
     chosen_layers,

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from spiralrope_cli.core.config.nested import leaf_types
 from spiralrope_cli.core.config.pipelines import DeiTPipeline
-from spiralrope_cli.core.config.resolve import leaf_types
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.errors import ConfigError

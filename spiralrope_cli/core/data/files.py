@@ -83,7 +83,10 @@ class ImageFiles(Dataset[Any]):
 
 
 def _flattened(image: Image.Image) -> Image.Image:
-    """Transparency over black, as a palette or an alpha channel would otherwise lose it."""
+    """Transparency over black, and 16 bits of grey as 8: a plain conversion would lose both."""
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        levels = np.asarray(image).clip(0, 65535) / 257  # else all but the darkest become white
+        return Image.fromarray(levels.round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)

@@ -116,7 +116,8 @@ def whole(target: Path) -> Iterator[Path]:
         if beside.is_dir():
             shutil.rmtree(beside, ignore_errors=True)
         else:
-            beside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                beside.unlink()
 
 
 def refuse_other_file(target: Path, size: int) -> None:

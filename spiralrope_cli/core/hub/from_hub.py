@@ -123,9 +123,12 @@ def fetch_files(row: Row, *, revision: str | None, offline: bool, out: Path | No
 
 def _take(row: Row, here: list[Path | None]) -> list[Path]:
     """The cached files, checked against the digests that the cache names them by."""
+    from huggingface_hub import constants
+
     found = [path for path in here if path is not None]
     if len(found) < len(here):
-        raise FetchError(f"{row.name} is not here", "fetch it once without --offline")
+        barred = "HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "--offline"
+        raise FetchError(f"{row.name} is not here", f"fetch it once without {barred}")
     say(f"{row.name} is here")
     for path in found:
         if not is_right(path, named_digest(path), "the cache"):

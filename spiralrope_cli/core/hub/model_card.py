@@ -98,8 +98,8 @@ def _front_matter(name: str, arch: str, data: str, rows: list[dict[str, Any]]) -
     results = [
         EvalResult(
             task_type="image-classification",
-            dataset_type=row["data"],
-            dataset_name=row["data"],
+            dataset_type=_data(row),
+            dataset_name=_data(row),
             metric_type="accuracy",
             metric_name=f"{label}, {_pixels(row['image_size'])} px, crop {row['crop_ratio']}",
             metric_value=row[key],
@@ -123,12 +123,17 @@ def _figures(rows: list[dict[str, Any]]) -> str:
     head = ("data", "pixels", "crop ratio", "acc@1 %", "acc@5 %", "loss", "images")
     lines = [
         (
-            *(row["data"], _pixels(row["image_size"]), row["crop_ratio"]),
+            *(_data(row), _pixels(row["image_size"]), row["crop_ratio"]),
             *(f"{row['acc1']:.2f}", f"{row['acc5']:.2f}", f"{row['loss']:.4f}", row["count"]),
         )
         for row in rows
     ]
     return _table([head, *lines])
+
+
+def _data(row: dict[str, Any]) -> str:
+    """The data set's name; where a folder lies means nothing elsewhere."""
+    return Path(row["data"]).name
 
 
 def _pixels(size: Any) -> str:

@@ -216,4 +216,8 @@ def _refusal(row: Row, code: int) -> FetchError:
 
 
 def _mirror(row: Row) -> str:
-    return f"{row.url_variable} can name a mirror" if row.url_variable else ""
+    if not row.url_variable:
+        return ""
+    return (
+        f"{row.url_variable} can name {'another' if row.url_variable in os.environ else 'a'} mirror"
+    )

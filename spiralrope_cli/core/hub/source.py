@@ -9,7 +9,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from spiralrope_cli.core.config.resolve import RUNS_FOLDER, read_config
+from spiralrope_cli.core.config.nested import read_config
+from spiralrope_cli.core.config.resolve import RUNS_FOLDER
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.hub.catalog import Row, find
 from spiralrope_cli.core.runtime.run_folder import (
@@ -46,9 +47,10 @@ class Source:
         """Where the raw or the averaged weights are; one published file may hold both."""
         if self.place is None:
             raise CheckpointError(f"{self.given} is not here", f"spiralrope fetch {self.given}")
-        if self.run is None or self.place.is_file():
+        if self.place.is_file():
             return self.place
-        return self.place / (EMA_FILE if ema else MODEL_FILE)
+        averaged = self.place / EMA_FILE
+        return averaged if ema and averaged.is_file() else self.place / MODEL_FILE
 
 
 def find_source(given: str, *, best: bool = False) -> Source:
@@ -79,9 +81,9 @@ def find_source(given: str, *, best: bool = False) -> Source:
 
 def _in_folder(given: str, folder: Path, best: bool) -> Source:
     if (folder / MODEL_FILE).is_file() and not (folder / CHECKPOINTS).is_dir():
-        inside_run = folder.parent.name == CHECKPOINTS
-        run = folder.parent.parent if inside_run else None
-        return Source(given, folder if run else folder / MODEL_FILE, run=run)
+        real = folder.resolve()
+        of_run = real.parent.name == CHECKPOINTS and real.name.isdigit()
+        return Source(given, real, run=real.parent.parent if of_run else None)
     steps = steps_on_disk(folder)
     if not steps:
         raise CheckpointError(

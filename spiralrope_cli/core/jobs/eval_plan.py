@@ -18,11 +18,7 @@ from spiralrope_cli.core.config.evals import (
     EvalRun,
 )
 from spiralrope_cli.core.config.models import is_dit
-from spiralrope_cli.core.config.resolve import (
-    DATA_VARIABLE,
-    RUNS_FOLDER,
-    fit_channels,
-)
+from spiralrope_cli.core.config.resolve import DATA_VARIABLE, RUNS_FOLDER, fit_channels
 from spiralrope_cli.core.config.runs import MachineConfig, ModelConfig
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.hub.source import Source, find_source
@@ -69,7 +65,7 @@ def plan(
 def checkpoints(given: str, options: EvalOptions, notes: list[str]) -> Iterator[tuple[str, Source]]:
     """The checkpoints of one source that are asked for: word and place."""
     last = find_source(given)
-    is_run = last.run is not None and last.place != Path(given).expanduser()
+    is_run = last.run is not None and last.place != Path(given).expanduser().resolve()
     if not is_run:
         if options.every:
             notes.append(f"{given} has no best and last checkpoint: its own rows alone")

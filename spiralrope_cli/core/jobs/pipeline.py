@@ -31,10 +31,10 @@ from spiralrope_cli.core.runtime.run_folder import (
     REPORT_FILE,
     first_step,
     is_finished,
+    prepare,
     read_json,
     steps_on_disk,
     write_json,
-    write_sources,
 )
 from spiralrope_cli.version import __version__
 
@@ -117,7 +117,7 @@ def training_stage(resolved: Resolved[Any]) -> Stage:
 
     def work() -> None:
         if is_first_process():
-            write_sources(Path(run.out), resolved.sources)
+            prepare(run, resolved.sources)
         launch(job, run)
 
     return Stage(run.command, done, plan, work)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from spiralrope_cli.core.config.nested import build, flatten, read_config, to_nested
 from spiralrope_cli.core.config.optim import OptimConfig
 from spiralrope_cli.core.config.pipelines import (
     FINETUNE,
@@ -21,16 +22,7 @@ from spiralrope_cli.core.config.pipelines import (
     DeiTPipeline,
     DiTPipeline,
 )
-from spiralrope_cli.core.config.resolve import (
-    Resolved,
-    Run,
-    StartingPoint,
-    build,
-    flatten,
-    read_config,
-    resolve_classifier,
-    to_nested,
-)
+from spiralrope_cli.core.config.resolve import Resolved, Run, StartingPoint, resolve_classifier
 from spiralrope_cli.core.config.resolve_dit import resolve_dit
 from spiralrope_cli.core.config.runs import ClassifierRun, MachineConfig
 from spiralrope_cli.core.config.samples import decoder_of

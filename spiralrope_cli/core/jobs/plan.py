@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
 from spiralrope_cli.core.config.models import deit_size, dit_size
+from spiralrope_cli.core.config.nested import flatten, to_nested
 from spiralrope_cli.core.config.optim import LINEAR_RULE_BATCH
-from spiralrope_cli.core.config.resolve import Resolved, flatten, to_nested
+from spiralrope_cli.core.config.resolve import Resolved
 from spiralrope_cli.core.jobs.start import starting_weights
 from spiralrope_cli.core.models.build import create_model
 from spiralrope_cli.core.rope import clamped_share
@@ -208,6 +209,12 @@ def hints(run: TrainingRun) -> list[str]:
     told = []
     if joined_world_size() is not None and (machine.nproc or machine.nnodes > 1):
         told.append("--nproc and --nnodes have no effect: another launcher started the processes")
+    optim = run.optim
+    if optim.schedule == "cosine" and optim.peak_lr < optim.min_lr:
+        told.append(
+            f"the learning rate rises to the end: its peak of {optim.peak_lr:g} is below --min-lr "
+            f"{optim.min_lr:g}"
+        )
     if not rope.enabled or rope.rotate <= 1 or rope.projection == "exact":
         return told
     size = dit_size(run.arch) if isinstance(run, DiTRun) else deit_size(run.arch)

@@ -12,8 +12,8 @@ from typing import Any
 
 from spiralrope_cli.core.atomic import write_whole
 from spiralrope_cli.core.config.dit_runs import TrainingRun
+from spiralrope_cli.core.config.nested import RUN_KINDS, build, read_config
 from spiralrope_cli.core.config.pipelines import FINETUNE, PRETRAIN, SAMPLE, TRAIN
-from spiralrope_cli.core.config.resolve import RUN_KINDS, build, read_config
 from spiralrope_cli.core.data.sample_files import FACTS_FILE, NPZ_FILE, read_facts
 from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.figures.curves import curves

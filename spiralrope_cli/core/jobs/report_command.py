@@ -6,7 +6,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from spiralrope_cli.core.config.resolve import read_config
+from spiralrope_cli.core.config.nested import read_config
+from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.samples import DEFAULTS
 from spiralrope_cli.core.data.sample_files import read_facts
 from spiralrope_cli.core.runtime.run_folder import CONFIG_FILE, SOURCES_FILE, read_json
@@ -23,8 +24,11 @@ def command(folder: Path) -> str:
     words = ["spiralrope", config["command"]]
     if source := config.get("source"):
         words += ["--init", source] if config["command"] == "dit-train" else [source]
-    out = f"{config['out']}-{ANOTHER}"
-    return shlex.join([*words, "--config", f"{config['out']}/{CONFIG_FILE}", "--out", out])
+    given = {"config": folder / CONFIG_FILE, "out": f"{folder}-{ANOTHER}"}
+    if source:  # the file's own are those of the weights
+        origins, rope = read_json(folder / SOURCES_FILE), RopeConfig.__dataclass_fields__
+        given |= {name: config[name] for name in rope if origins.get(name) == "option"}
+    return shlex.join([*words, *_options(given)])
 
 
 def _sampling(facts: dict[str, Any], folder: Path) -> str:
@@ -42,11 +46,16 @@ def _sampling(facts: dict[str, Any], folder: Path) -> str:
         **{name: facts["rope"][name] for name in read_json(folder / SOURCES_FILE)},
         "out": f"{folder}-{ANOTHER}",
     }
-    words = ["spiralrope", "dit-sample", facts["source"]]
+    return shlex.join(["spiralrope", "dit-sample", facts["source"], *_options(given)])
+
+
+def _options(given: dict[str, Any]) -> list[str]:
+    """Words for field name -> value."""
+    words: list[str] = []
     for name, value in given.items():
         option = "rope" if name == "enabled" else name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
         elif value != "":
             words += [f"--{option}", str(value)]
-    return shlex.join(words)
+    return words

@@ -30,7 +30,7 @@ from spiralrope_cli.core.runtime.console import say, say_result
 from spiralrope_cli.core.runtime.device import autocast
 from spiralrope_cli.core.runtime.job import Job, open_job
 from spiralrope_cli.core.runtime.progress import counted
-from spiralrope_cli.core.runtime.run_folder import REPORT_FILE, write_sources
+from spiralrope_cli.core.runtime.run_folder import REPORT_FILE, SOURCES_FILE, write_json
 from spiralrope_cli.core.runtime.seeds import NoisePerImage, generator_for
 from spiralrope_cli.core.weights import Weights
 
@@ -49,7 +49,7 @@ def run(config: SampleRun) -> None:
         if job.is_first:
             files.begin(facts)
             environment.write(out, job)
-            write_sources(out, dict.fromkeys(config.rope, "option"))
+            write_json(out / SOURCES_FILE, dict.fromkeys(config.rope, "option"))
         missing = distributed.gathered(files.missing() if job.is_first else [])[0]
         if missing:
             draw_all(config, job, Drawer(config, job, weights), files, missing)

@@ -131,7 +131,7 @@ def _folder(
     parts += [f"cfg{guidance.cfg_scale:g}"] if guidance.cfg_scale != 1 else []
     parts += [] if ema else ["raw"]
     parts += [name] if name else []
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts))
+    return re.sub(r"[^\w.-]+", "-", "-".join(parts))
 
 
 def facts_of(run: SampleRun, weights: Weights) -> dict[str, Any]:

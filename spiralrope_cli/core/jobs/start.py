@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -73,7 +74,7 @@ def starting_point(
 def described(weights: Weights) -> StartingPoint:
     """What weights are, without what made them."""
     return StartingPoint(
-        source=weights.source.given,
+        source=str(Path(weights.source.given)),  # the same with a slash at its end
         arch=weights.arch,
         rope=weights.rope,
         model=DiTModelConfig(label_dropout=0.0, **weights.options)

@@ -72,7 +72,7 @@ def deit_sweep(
 
 def _name(run: ClassifierRun, name: str | None) -> str:
     parts = ["sweep-deit", run.arch, Path(run.data).name, *([name] if name else [])]
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts))
+    return re.sub(r"[^\w.-]+", "-", "-".join(parts))
 
 
 def _computed(pipeline: DeiTPipeline) -> list[Any]:

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from spiralrope_cli.core.config.runs import MachineConfig
-from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.runtime import device as devices
 from spiralrope_cli.core.runtime import distributed
+from spiralrope_cli.core.runtime.run_folder import hold_folder
 
 REPEAT_SECONDS = 2.0
 """One Ctrl-C reaches a worker twice, from the terminal and from the launcher."""
@@ -124,35 +124,3 @@ def _leave(number: int, frame: FrameType | None) -> None:
 def _restore(number: int, old: Any) -> None:
     if signal.getsignal(number) == _leave:
         signal.signal(number, old)
-
-
-@contextlib.contextmanager
-def hold_folder(folder: Path) -> Iterator[IO[str]]:
-    """Keeps a run folder for this process until it ends, however it ends.
-
-    Raises:
-        CheckpointError: somebody else holds it, or it cannot be made.
-    """
-    import fcntl
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a+")
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written: {error.strerror}") from error
-    with lock:
-        try:
-            # A record lock: loader processes do not inherit it, so it ends with this process.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            lock.seek(0)
-            raise CheckpointError(
-                f"another run is writing to {folder} (process {lock.read().strip() or 'unknown'})",
-                "wait for it, or give this one another --name or --out",
-            ) from error
-        except OSError as error:
-            raise CheckpointError(f"{folder} cannot be locked: {error.strerror}") from error
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield lock

@@ -20,7 +20,7 @@ from typing import Any
 
 from spiralrope_cli.core.atomic import write_whole
 from spiralrope_cli.core.config.runs import MachineConfig
-from spiralrope_cli.core.errors import LaunchError, SpiralRopeError
+from spiralrope_cli.core.errors import LaunchError, SpiralRopeError, refused_path
 from spiralrope_cli.core.runtime.threads import usable_cores
 
 SHUTDOWN_SECONDS = 600
@@ -101,12 +101,14 @@ def _call(job: str, run: Any) -> None:
     try:
         getattr(importlib.import_module(module), name)(run)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise SpiralRopeError(
-            f"no space left on the disk of {error.filename or run.out}",
-            "free some; the same command then resumes",
-        ) from error
+        if error.errno == errno.ENOSPC:
+            raise SpiralRopeError(
+                f"no space left on the disk of {error.filename or run.out}",
+                "free some; the same command then resumes",
+            ) from error
+        if refused := refused_path(error):
+            raise refused from error
+        raise
 
 
 def _adopt_slurm() -> None:

@@ -8,18 +8,15 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from spiralrope_cli.core.atomic import write_whole
 from spiralrope_cli.core.config.dit_runs import TrainingRun
-from spiralrope_cli.core.config.resolve import (
-    RUNS_FOLDER,
-    flatten,
-    read_config,
-    to_nested,
-)
+from spiralrope_cli.core.config.nested import flatten, read_config, to_nested
+from spiralrope_cli.core.config.resolve import RUNS_FOLDER
 from spiralrope_cli.core.errors import CheckpointError
 
 CONFIG_FILE = "config.yaml"
@@ -41,6 +38,16 @@ MAY_CHANGE = frozenset(
     )
 )
 """Fields that a resumed run may have other values of: they do not change what is computed."""
+
+
+NOT_NAMED_AS_OPTIONS = {
+    "enabled": "--rope",
+    "source": "the source of its weights",
+    "num_train": "the number of training images",
+    "num_val": "the number of held-out images",
+    "num_classes": "the number of classes",
+}
+"""What users call the fields that are no option of the same name."""
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -165,7 +172,7 @@ def differences(
 
 
 def _option(name: str) -> str:
-    return "--" + ("rope" if name == "enabled" else name).replace("_", "-")
+    return NOT_NAMED_AS_OPTIONS.get(name) or "--" + name.replace("_", "-")
 
 
 def write_config(run: TrainingRun) -> None:
@@ -175,12 +182,47 @@ def write_config(run: TrainingRun) -> None:
     write_whole(Path(run.out) / CONFIG_FILE, yaml.safe_dump(to_nested(run), sort_keys=False))
 
 
-def write_sources(folder: Path, sources: dict[str, str]) -> None:
-    """Leaves where each value of the config came from, for the report.
+@contextlib.contextmanager
+def hold_folder(folder: Path) -> Iterator[IO[str]]:
+    """Keeps a run folder for this process until it ends, however it ends.
 
-    It comes before the run holds its folder: a folder that cannot be written is told there.
+    Raises:
+        CheckpointError: somebody else holds it, or it cannot be made.
     """
-    with contextlib.suppress(OSError):
+    import fcntl
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error.strerror}") from error
+    with lock:
+        try:
+            # A record lock: loader processes do not inherit it, so it ends with this process.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            lock.seek(0)
+            raise CheckpointError(
+                f"another run is writing to {folder} (process {lock.read().strip() or 'unknown'})",
+                "wait for it, or give this one another --name or --out",
+            ) from error
+        except OSError as error:
+            raise CheckpointError(f"{folder} cannot be locked: {error.strerror}") from error
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield lock
+
+
+def prepare(run: TrainingRun, sources: dict[str, str]) -> None:
+    """Before any worker starts: leaves where each value of the config came from, for the report.
+
+    Raises:
+        CheckpointError: somebody else is writing there, or nobody can.
+    """
+    folder = Path(run.out)
+    # Where several machines share the folder, one may be here while the other works already.
+    with hold_folder(folder) if run.machine.nnodes == 1 else contextlib.nullcontext():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / SOURCES_FILE, sources)
 

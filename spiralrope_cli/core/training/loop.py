@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from spiralrope_cli.core.config.dit_runs import TrainingRun
-from spiralrope_cli.core.config.resolve import to_nested
+from spiralrope_cli.core.config.nested import to_nested
 from spiralrope_cli.core.errors import CheckpointError, TrainingError
 from spiralrope_cli.core.runtime import distributed, environment, report, run_folder
 from spiralrope_cli.core.runtime.job import Job

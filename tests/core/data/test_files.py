@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from spiralrope_cli.core.config.datasets import PHOTOGRAPHS, find_data_set, list_images
+from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.recipes import PRETRAIN
-from spiralrope_cli.core.config.resolve import build
 from spiralrope_cli.core.config.runs import AugmentConfig
 from spiralrope_cli.core.data import files
 from spiralrope_cli.core.data.files import (
@@ -186,6 +186,14 @@ def test_what_is_transparent_is_black(tmp_path, kind):
     path = save(tmp_path / "x.png", image, **more)
     array = ImageFiles([(path, 0)], eval_transform((16, 16), 1.0), grey=False)[0, None][0]
     assert not array.any()
+
+
+def test_sixteen_bits_of_grey_are_scaled_not_cut(tmp_path):
+    levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    path = save(tmp_path / "x.png", Image.fromarray(levels * 257))
+    assert Image.open(path).mode == "I;16"
+    array = ImageFiles([(path, 0)], eval_transform((16, 16), 1.0), grey=False)[0, None][0]
+    assert np.array_equal(array, np.broadcast_to(levels, (3, 16, 16)))
 
 
 @pytest.mark.parametrize("name", ["größe.png", "画像.png", "with space.png"])

@@ -11,8 +11,8 @@ import torch
 import torchvision.datasets
 
 from spiralrope_cli.core.config.datasets import DIGITS
+from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.recipes import PRETRAIN
-from spiralrope_cli.core.config.resolve import build
 from spiralrope_cli.core.config.runs import AugmentConfig
 from spiralrope_cli.core.data import memory
 from spiralrope_cli.core.data.memory import (

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from spiralrope_cli.core.config.datasets import PHOTOGRAPHS
+from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.recipes import PRETRAIN
-from spiralrope_cli.core.config.resolve import build
 from spiralrope_cli.core.config.runs import MIX_GROUP, AugmentConfig
 from spiralrope_cli.core.data.mixing import erase, mix
 
