@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Annotated
@@ -71,6 +72,9 @@ def spiralrope(
 def main() -> None:
     """Entry point of the console script."""
     share_the_machine()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # else it is closed, or a test's
+            stream.reconfigure(errors="replace")  # figures are not lost for want of a letter
     try:
         app(prog_name="spiralrope")
     except (SpiralRopeError, OSError) as caught:

@@ -14,6 +14,9 @@ from spiralrope_cli.core.runtime.launch import is_first_process, launch
 MACHINE_OPTIONS = (
     *("nproc", "nnodes", "rdzv_endpoint", "device", "precision", "workers", "skip_bad"),
 )
+OF_FEATURES = {"weights", "batch_size", "skip_bad", "nproc", "device", "precision", "workers"}
+"""Options without effect where both sides hold statistics alone."""
+
 IMAGES, SCORES, RESULT = "Images and features", "Figures", "Result"
 
 EXAMPLES = """
@@ -145,7 +148,12 @@ def fid(
             typer.echo(line, err=True)
     from spiralrope_cli.core.jobs.score_plan import prepare
 
-    launch("spiralrope_cli.core.jobs.score_images:run", prepare(run))
+    ready = prepare(run)
+    if not ready.weights and is_first_process():
+        for name in sorted(OF_FEATURES & given.keys()):
+            option = name.replace("_", "-")
+            typer.echo(f"note: --{option} has no effect: no image is looked at", err=True)
+    launch("spiralrope_cli.core.jobs.score_images:run", ready)
 
 
 def _run(given: dict[str, Any]) -> FidRun:
@@ -153,5 +161,6 @@ def _run(given: dict[str, Any]) -> FidRun:
     options = {name: value for name, value in given.items() if name not in machine}
     options["as_json"] = options.pop("json")
     if "select" in options:
-        options["select"] = tuple(name.strip() for name in options["select"].split(","))
+        chosen = (name.strip().lower() for name in options["select"].split(","))
+        options["select"] = tuple(dict.fromkeys(chosen))
     return FidRun(**options, machine=MachineConfig(**{"precision": PRECISIONS[0], **machine}))

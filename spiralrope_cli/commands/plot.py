@@ -48,7 +48,7 @@ Examples:
 
   spiralrope plot run pretrain-deit-ti-digits-r1 pretrain-deit-ti-digits-r2    compared
 
-  spiralrope plot run runs/* --over epoch --out all.svg
+  spiralrope plot run runs/pretrain-* --over epoch --out all.svg
 """
 
 
@@ -73,10 +73,15 @@ def plot_run(
 
     Several runs share the panels. Prints the path of the picture.
     """
+    from spiralrope_cli.core.runtime.report import METRICS_FILE
     from spiralrope_cli.core.runtime.run_folder import find_run
 
     one_of("over", over, OVER)
-    folders = list(dict.fromkeys(find_run(given) for given in runs))
+    named = list(dict.fromkeys(find_run(given) for given in runs))
+    folders = [folder for folder in named if (folder / METRICS_FILE).is_file()] or named
+    for folder in named:
+        if folder not in folders:
+            typer.echo(f"note: {folder} is left out: it has no {METRICS_FILE}", err=True)
     more = f"-and-{len(folders) - 1}-more" if len(folders) > 1 else ""
     path = target(out, format, f"run-{folders[0].resolve().name}{more}")
 

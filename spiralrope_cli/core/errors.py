@@ -6,7 +6,15 @@ import errno
 import os
 
 DENIED = {
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR),
+    *(
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENAMETOOLONG,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.EEXIST,
+    ),
     *(errno.ELOOP, errno.EDQUOT, errno.ENOSPC),
 }
 """What the system refuses about a path that the user chose."""
@@ -79,3 +87,15 @@ def refused_path(error: OSError) -> SpiralRopeError | None:
     if error.errno in (errno.EDQUOT, errno.ENOSPC):
         return DiskError(f"{path}: {why}", "free some; the same command then goes on")
     return SpiralRopeError(f"{path}: {why}")
+
+
+def dead_loader(error: Exception) -> DataError | None:
+    """What torch, or a closed pipe, says of a loader process that was killed; None of all else.
+
+    torch says it from a signal handler, so that it may come out of any line.
+    """
+    told = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(error, RuntimeError) and "DataLoader worker" not in told:
+        return None
+    hint = "often the system ran out of memory: try fewer --workers"
+    return DataError(f"a loader process died: {told}", hint)

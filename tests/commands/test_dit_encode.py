@@ -239,10 +239,64 @@ def test_unreadable_images_are_left_out_and_told(make, with_bad, capfd):
     assert sorted(cache.labels.tolist()) == sorted(n % 3 for n in left)
 
 
+STRICT = MachineConfig(nproc=1, device="cpu", precision="fp32", workers=0)
+
+
 def test_an_unreadable_image_ends_the_run_otherwise(make, with_bad):
-    machine = MachineConfig(nproc=1, device="cpu", precision="fp32", workers=0)
     with pytest.raises(DataError, match=r"00\.png cannot be read"):
-        encode_latents.run(make(data=str(with_bad), machine=machine))
+        encode_latents.run(make(data=str(with_bad), machine=STRICT))
+
+
+def test_images_that_can_be_read_by_now_are_encoded(make, with_bad, photos, capfd):
+    config = make(data=str(with_bad))
+    encode_latents.run(config)
+    encode_latents.run(config)
+    assert "is finished: all 3 shards" in capfd.readouterr().err
+    with pytest.raises(DataError, match=r"00\.png cannot be read"):
+        encode_latents.run(make(data=str(with_bad), machine=STRICT))
+    shutil.copy(photos / "class0" / "33.png", with_bad / "class0")
+    encode_latents.run(config)
+    assert len(LatentCache(Path(config.out))) == 39
+    shutil.copy(photos / "class0" / "00.png", with_bad / "class0")
+    encode_latents.run(make(data=str(with_bad), machine=STRICT))
+    assert len(LatentCache(Path(config.out))) == 40
+
+
+def test_damaged_records_have_a_way_out(make, made, tmp_path, capfd):
+    config = make()
+    shutil.copytree(made, config.out)
+    manifest, records = Path(config.out, "manifest.json"), Path(config.out, "unfinished")
+    encode_latents.latents.begin(Path(config.out), LatentCache(made).manifest.plan, [])
+    (records / "00000.json").touch()
+    encode_latents.run(config)  # a shard without a record is made anew
+    assert len(LatentCache(Path(config.out))) == 40
+    manifest.write_text("{")
+    with pytest.raises(DataError, match="is damaged") as refused:
+        encode_latents.run(config)
+    assert "remove it" in refused.value.hint
+    manifest.unlink()
+    records.mkdir()
+    (records / "plan.json").write_text("{")
+    with pytest.raises(DataError, match="cannot be read") as refused:
+        encode_latents.run(config)
+    assert f"remove {records}" in refused.value.hint
+
+
+def test_a_cache_is_kept_from_classes_and_runs(call, photos, tiny_vae, runs):
+    words = ("--data", photos, "--vae", tiny_vae, "--image-size", 64, "--dry-run")
+    result, _ = call(*words, "--out", photos / "cache")
+    assert "lies among the class folders" in result.exception.message
+    (runs / "run" / "checkpoints").mkdir(parents=True)
+    result, _ = call(*words, "--out", "run")
+    assert "is the folder of a training run" in result.exception.message
+
+
+def test_a_vae_without_a_scale_is_told(call, photos, tiny_vae, tmp_path):
+    vae = shutil.copytree(tiny_vae, tmp_path / "vae")
+    config = json.loads((vae / "config.json").read_text())
+    (vae / "config.json").write_text(json.dumps({**config, "scaling_factor": None}))
+    result, _ = call("--data", photos, "--vae", vae)
+    assert "is no config of a VAE" in result.exception.message
 
 
 @pytest.fixture

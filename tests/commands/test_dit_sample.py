@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hub_server import HubServer
 from PIL import Image
 from typer.testing import CliRunner
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 from spiralrope_cli import main as cli
 from spiralrope_cli.commands import dit_sample
 from spiralrope_cli.core.config.resolve_dit import resolve_dit
+from spiralrope_cli.core.data import sample_files
 from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.hub.catalog import WEIGHTS_REPO
 from spiralrope_cli.core.jobs import sample_dit, train_dit
@@ -154,6 +156,47 @@ def test_a_signal_within_a_batch_ends_it_at_once(sample, pixels, monkeypatch, ru
     assert (runs / "here" / "samples.npz.part").exists()
 
 
+@pytest.mark.parametrize("lost", ["samples.npz.part", "samples.json", "samples.done"])
+def test_parts_that_are_not_whole_are_drawn_again(sample, pixels, monkeypatch, runs, lost):
+    words = (pixels, "--num", 5, *FAST, "--steps", 2, "--batch-size", 2)
+    sample(*words, "--out", "whole")
+    answers = iter([0, signal.SIGTERM])
+    with monkeypatch.context() as patched:
+        patched.setattr(StopRequest, "agreed", lambda *_, **__: next(answers))
+        sample(*words, "--out", "parts", expect=143)
+        assert "4 are there" in sample(*words, "--out", "parts", "--dry-run")
+    if lost == "samples.npz.part":
+        os.truncate(runs / "parts" / lost, 200)
+    else:
+        (runs / "parts" / lost).unlink()
+    sample(*words, "--out", "parts")
+    assert (runs / "parts/samples.npz").read_bytes() == (runs / "whole/samples.npz").read_bytes()
+
+
+def test_what_does_not_fit_the_folder_is_told(sample, pixels, runs):
+    run = shutil.copytree(pixels, runs / "trained")
+    words = ("--num", 2, *FAST)
+    assert "is the folder of a training run" in sample(run, *words, "--out", run, expect=1)
+    (runs / "file").touch()
+    assert "it is a file" in sample(run, *words, "--out", "file", expect=1)
+    sample(run, *words, "--out", "here")
+    last = run / "checkpoints" / "0000120"
+    shutil.copyfile(last / "model.safetensors", last / "ema.safetensors")
+    told = sample(run, *words, "--out", "here", expect=1)
+    assert "holds samples of other weights" in told
+    (runs / "here" / "samples.json").write_text("[1]")
+    assert "cannot be read" in sample(run, *words, "--out", "here", expect=1)
+
+
+def test_what_made_the_samples_is_told_whatever_its_length(tmp_path):
+    files = sample_files.SampleFiles(tmp_path, 1, (2, 2))
+    facts = {"seed": 3, "classes": list(range(20_000))}
+    files.begin(facts)
+    files.put([0], torch.zeros(1, 3, 2, 2, dtype=torch.uint8))
+    files.finish(facts)
+    assert sample_files.facts_in(files.npz) == {"seed": 3, "classes": "20000 classes"}
+
+
 def test_a_finished_run_makes_what_is_asked_for_later(sample, pixels, monkeypatch, runs):
     words = (pixels, "--num", 5, *FAST, "--out", "here")
     sample(*words)
@@ -273,6 +316,8 @@ def test_a_published_file_draws_through_a_vae_in_any_rectangle(sample, tiny_vae)
         (["--steps", "1"], 2, "--steps 1"),
         (["--sampler", "euler"], 2, "--sampler is euler"),
         (["--sampler", "dpm++", "--steps", "1000"], 2, "dpm++ takes at most 999"),
+        (["--sampler", "dpm++", "--steps", "10,15"], 2, "dpm++ spaces its steps itself"),
+        (["--out", ""], 2, "it is empty"),
     ],
 )
 def test_bad_input_has_its_own_line(sample, pixels, words, code, told):

@@ -340,6 +340,16 @@ def test_options_that_change_nothing_are_told(fid, sets):
     assert "note: --kid-subsets has no effect: --select lacks kid" in found["stderr"]
 
 
+def test_options_of_features_are_told_where_none_are_made(fid, sets, tmp_path):
+    kept = tmp_path / "kept.npz"
+    fid(sets / "a.npz", "--select", "fid", "--save-stats", kept, sets / "b.npz")
+    words = ("--select", "FID,fid", "--weights", "none.pth", "--batch-size", 3)
+    found = fid(kept, kept, *words, weights=False)
+    assert "note: --weights has no effect: no image is looked at" in found["stderr"]
+    assert "note: --batch-size has no effect" in found["stderr"]
+    assert abs(found["fid"]) < 1e-6
+
+
 def test_a_missing_reference_is_a_usage_error(fid, sets):
     error = fid(sets / "a.npz")
     assert "REFERENCE is missing" in error.message

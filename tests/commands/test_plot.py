@@ -112,7 +112,7 @@ def test_curves_come_without_torch(run):
         (["attention", DEIT, "digit.png", "--patch", "1"], 2, "not ROW,COL"),
         (["attention", DEIT, "digit.png", "--image-size", "33"], 2, "33"),
         (["attention", DEIT, "digit.png", "--out", "digit.png"], 2, "is IMAGE itself"),
-        (["samples", "gone"], 1, "there is no run gone"),
+        (["samples", "gone"], 1, "gone is no .npz, no folder of images and no run"),
         (["samples", "gone.npz"], 1, "SOURCE gone.npz does not exist"),
         (["samples", "runs/one", "--num", "0"], 2, "--num is 0"),
         (["samples", "runs/one", "--columns", "-1"], 2, "--columns is -1"),

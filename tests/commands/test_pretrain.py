@@ -347,6 +347,11 @@ def test_elongated_grids_are_told_of_the_exact_projection():
     assert not hints(resolve_classifier("pretrain", {}).run)
 
 
+def test_more_directions_than_channels_are_told(resolved):
+    assert "heads of 64 channels have room for 8 at most" in hints(resolved("--rotate", 9))[0]
+    assert not hints(resolved("--rotate", 8, "--projection", "exact"))
+
+
 def test_notes_and_plan_go_to_stderr_and_the_world_stays_as_it_was(spiralrope, runs):
     done = spiralrope("pretrain", "--max-freq", 5, "--dry-run")
     assert "note: --max-freq has no effect" in done.stderr

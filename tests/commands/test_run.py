@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -335,11 +336,22 @@ def test_dit_measures_where_reference_and_weights_are(
     run("dit", *DIT, *with_weights)
     assert launched[3:] == ["score_images"]
     assert json.loads((folder / "fid.json").read_text())["fid"] == facts["fid"]
+    replaced = shutil.copytree(image_folder / "val", Path("reference"))
+    shutil.copytree(replaced / "dark", replaced / "once-more")
+    replacing = ("--reference", replaced, "--weights", inception_weights)
+    run("dit", *DIT, *replacing)
+    shutil.rmtree(replaced / "once-more")
+    run("dit", *DIT, *replacing)
+    assert launched[4:] == ["score_images"] * 2
+    assert json.loads((folder / "fid.json").read_text())["fid"] == facts["fid"]
     other = Path("other.pth")
     torch.save(torch.load(inception_weights), other)
     run("dit", *DIT, *reference, "--weights", other)
-    assert launched[4:] == ["score_images"]
+    assert launched[6:] == ["score_images"]
     assert json.loads((folder / "fid.json").read_text())["protocol"]["weights"] == str(other)
+    _, told = run("dit", *DIT, "--num", 3, expect=1)
+    assert "num was" in told
+    assert "remove runs/run-dit-dit-32x2x2-2-digits-r0/dit-sample to draw again" in told
 
 
 def test_an_interrupted_sampling_goes_on(run, launched, monkeypatch):
@@ -400,6 +412,9 @@ def test_an_old_line_becomes_a_command(run, kind, line, options):
         ("deit", "- 2", "word 2, TRUNCATE_PERCENTAGE, cannot be: --truncate-percentage is 2.0"),
         ("deit", "- - - - - - - - -", "has 9 words; the script took 8 at most"),
         ("deit", "'", "is no line of a shell"),
+        ("deit", "4 - 1.5 2.0", "--min-freq-lang is 2.0"),
+        ("deit", "4 - - - - -8", "word 6, NPROC_PER_NODE, is -8; it must be a whole number, 1 or"),
+        ("dit", "- - - - - - - - - -3", "word 10, SEED, is -3; it must be a whole number, 0 or"),
         ("dit", "- - - sound", "word 4, FREQS_FOR, is sound; it must be lang or pixel"),
         ("dit", "- - - - - - - - - - DiT-Z/2", "word 11, MODEL, is DiT-Z/2"),
     ],

@@ -319,12 +319,7 @@ def list_images(folder: Path) -> list[tuple[str, int]]:
     """
     images = []
     for number, name in enumerate(class_names(folder)):
-        paths = sorted(
-            os.path.join(where, file)
-            for where, _, files in os.walk(folder / name, followlinks=True)
-            for file in files
-            if file.lower().endswith(IMAGE_SUFFIXES) and file[0] != "."
-        )
+        paths = images_below(folder / name)
         if not paths:
             raise DataError(
                 f"class folder {folder / name} holds no images",
@@ -332,3 +327,20 @@ def list_images(folder: Path) -> list[tuple[str, int]]:
             )
         images += [(path, number) for path in paths]
     return images
+
+
+def images_below(folder: Path) -> list[str]:
+    """Image files at any depth, in the order of their paths."""
+    found: list[str] = []
+    for where, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not _leads_back(where, name)]
+        images = (name for name in files if name.lower().endswith(IMAGE_SUFFIXES))
+        found += [os.path.join(where, name) for name in images if name[0] != "."]
+    return sorted(found)
+
+
+def _leads_back(where: str, name: str) -> bool:
+    """Whether a link leads to a folder that it lies in, and so on forever."""
+    path = os.path.join(where, name)
+    inside = Path(os.path.realpath(where))
+    return os.path.islink(path) and inside.is_relative_to(os.path.realpath(path))

@@ -256,7 +256,8 @@ def load_manifest(folder: Path) -> Manifest:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged, or of another version: {error}") from error
+        hint = "remove it; the same spiralrope dit-encode command then encodes all images again"
+        raise DataError(f"{path} is damaged, or of another version: {error}", hint) from error
 
 
 def plan_from(content: dict[str, Any]) -> CachePlan:

@@ -39,6 +39,15 @@ def _truth(word: str) -> bool:
     return {"true": True, "false": False}[word.lower()]
 
 
+def _whole(lowest: int) -> Callable[[str], int]:
+    def read(word: str) -> int:
+        if (value := int(word)) < lowest:
+            raise ValueError
+        return value
+
+    return read
+
+
 def _series(word: str) -> str:
     return FREQS_FOR[FREQS_FOR.index(word)]
 
@@ -54,7 +63,7 @@ _FREQUENCIES = (
 DEIT_WORDS = (
     Word(*_ROTATE, "2"),
     *_FREQUENCIES,
-    Word("NPROC_PER_NODE", "--nproc", int, WHOLE, "4"),
+    Word("NPROC_PER_NODE", "--nproc", _whole(1), f"{WHOLE}, 1 or more", "4"),
     Word("EVAL_ONLY", "--eval-only", _truth, TRUTH, "False"),
     Word("SKIP_TRAINING", "--skip-training", _truth, TRUTH, "False"),
 )
@@ -65,7 +74,7 @@ DIT_WORDS = (
     Word("FREQS_FOR", "--freqs-for", _series, " or ".join(FREQS_FOR), "lang"),
     Word("MAX_FREQ", "--max-freq", float, NUMBER, "10"),
     *_FREQUENCIES,
-    Word("SEED", "--seed", int, WHOLE, "0"),
+    Word("SEED", "--seed", _whole(0), f"{WHOLE}, 0 or more", "0"),
     Word("MODEL", "--arch", dit_name, "a DiT, as DiT-B/4", "DiT-B/4"),
 )
 WORDS = {"deit": DEIT_WORDS, "dit": DIT_WORDS}
@@ -95,6 +104,7 @@ def translate(line: str, kind: str) -> tuple[str, list[str]]:
         for place, (word, given) in enumerate(zip(known, words, strict=False), 1)
         if given != KEEP
     }
+    _check_together(known, values)
     options = [part for word in known if word.name in values for part in _option(word, values)]
     if "--eval-only" in options and "--skip-training" in options:
         options.remove("--skip-training")  # the script looked at EVAL_ONLY first
@@ -123,13 +133,27 @@ def _value(place: int, word: Word, given: str) -> Any:
             f"{where} is {given}; it must be {word.allowed}",
             f"{KEEP} keeps the default, {word.default}",
         ) from error
-    field = word.option.removeprefix("--").replace("-", "_")
-    if field in RopeConfig.__dataclass_fields__ and field != "min_freq_lang":
+    if (field := _field(word)) and field != "min_freq_lang":
         try:
             RopeConfig(**{field: value})
         except ConfigError as error:
             raise ConfigError(f"{where} cannot be: {error.message}", error.hint) from error
     return value
+
+
+def _field(word: Word) -> str:
+    """The RoPE option's name, empty for other words."""
+    field = word.option.removeprefix("--").replace("-", "_")
+    return field if field in RopeConfig.__dataclass_fields__ else ""
+
+
+def _check_together(known: tuple[Word, ...], values: dict[str, tuple[str, Any]]) -> None:
+    given = {_field(word): values[word.name][1] for word in known if word.name in values}
+    given.pop("", None)
+    try:
+        RopeConfig(**given)
+    except ConfigError as error:
+        raise ConfigError(f"--from-legacy: {error.message}", error.hint) from error
 
 
 def _option(word: Word, values: dict[str, tuple[str, Any]]) -> list[str]:

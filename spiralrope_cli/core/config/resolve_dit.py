@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def resolve_dit(
     chosen = chosen_layers(DiTRun, options, config_file, start)
     latents, _ = choose("latents", chosen, "")
     if latents:
-        cache = read_manifest(Path(str(latents)).expanduser())
+        latents = os.path.normpath(os.path.expanduser(latents))  # `lat` and `lat/` are one
+        cache = read_manifest(Path(latents))
         data_set, data_source = of_cache(cache), "latents"
         plan = cache.plan
         chosen.insert(1, ("latents", {"image_size": plan.image_size, "vae": plan.vae}))
@@ -57,6 +59,7 @@ def resolve_dit(
         *chosen,
         ("data set", {"num_classes": data_set.num_classes}),
     )
+    values["latents"] = latents
     values.update(command="dit-train", arch=arch, data=data_set.data, num_train=data_set.num_train)
     sources.update(data=data_source, arch=arch_source)
     values["vae"] = full_vae_name(values["vae"])

@@ -42,7 +42,10 @@ def check_chain(sampler: str, steps: str) -> None:
         ConfigError: names the option and what is allowed.
     """
     one_of("sampler", sampler, SAMPLERS)
-    if len(spaced_timesteps(steps)) >= NUM_TRAIN_STEPS and sampler == "dpm++":
+    count = len(spaced_timesteps(steps))
+    if sampler == "dpm++" and not steps.isdecimal():
+        raise ConfigError(f"--steps {steps}: dpm++ spaces its steps itself", "give their number")
+    if sampler == "dpm++" and count >= NUM_TRAIN_STEPS:
         raise ConfigError(f"--steps {steps}: dpm++ takes at most {NUM_TRAIN_STEPS - 1}")
 
 

@@ -5,6 +5,7 @@ Legend: B images at a time per process, L channels, (H, W) of the picture or the
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -112,12 +113,13 @@ class DiTData:
         keys = (
             [(number, None) for number in places.numbers.tolist()] for places in self._places(steps)
         )
-        loaded = files.load(self._files, keys, machine.workers, self.device.type == "cuda")
-        batches = self.bad.passed_over(loaded, machine.skip_bad, self.micro)
-        for places, batch in zip(self._places(steps), batches, strict=False):
-            images = batch.images.to(self.device, non_blocking=True).float() / 127.5 - 1
-            labels = batch.labels.to(self.device, non_blocking=True)
-            yield mirror(images, self._mirrored(places)), None, labels
+        loader = files.load(self._files, keys, machine.workers, self.device.type == "cuda")
+        with contextlib.closing(loader) as loaded:
+            batches = self.bad.passed_over(loaded, machine.skip_bad, self.micro)
+            for places, batch in zip(self._places(steps), batches, strict=False):
+                images = batch.images.to(self.device, non_blocking=True).float() / 127.5 - 1
+                labels = batch.labels.to(self.device, non_blocking=True)
+                yield mirror(images, self._mirrored(places)), None, labels
 
     def _from_cache(self, steps: range) -> Iterator[Loaded]:
         keys = ((places.numbers, self._mirrored(places)) for places in self._places(steps))

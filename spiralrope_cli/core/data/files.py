@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from spiralrope_cli.core.config.datasets import list_images, val_folder
 from spiralrope_cli.core.config.runs import AugmentConfig
 from spiralrope_cli.core.data.pictures import Unreadable, open_picture
-from spiralrope_cli.core.errors import ConfigError, DataError
+from spiralrope_cli.core.errors import ConfigError, DataError, dead_loader
 from spiralrope_cli.core.runtime.seeds import seed_everything
 from spiralrope_cli.core.runtime.threads import cores_per_process
 
@@ -179,8 +179,12 @@ def val_files(root: Path, size: tuple[int, int], crop_ratio: float, grey: bool) 
 
 def load(
     files: ImageFiles, batches: Iterable[list[tuple[int, Any]]], workers: int, pin_memory: bool
-) -> Iterator[Loaded]:
-    """Batches by lists of keys, read ahead by loader processes."""
+) -> Generator[Loaded, None, None]:
+    """Batches by lists of keys, read ahead by loader processes, which end when it is closed.
+
+    Raises:
+        DataError: a loader process was killed.
+    """
     if workers < 0:
         workers = min(4, cores_per_process())
     loader = DataLoader(
@@ -192,7 +196,18 @@ def load(
         prefetch_factor=4 if workers else None,
         worker_init_fn=_one_thread if workers else None,
     )
-    return iter(loader)
+    loading = iter(loader)
+    try:
+        yield from loading
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if died := dead_loader(error):
+            raise died from error
+        raise
+    finally:
+        # Traceback or not: an iterator that lives on keeps its processes until the very end,
+        # where they take a SIGTERM for one that the trainer answers.
+        if workers:
+            loading._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def _one_thread(worker: int) -> None:

@@ -5,7 +5,6 @@ Standard library and numpy alone, so that what is wrong with them shows before t
 
 from __future__ import annotations
 
-import os
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from spiralrope_cli.core.config.datasets import IMAGE_SUFFIXES
+from spiralrope_cli.core.config.datasets import IMAGE_SUFFIXES, images_below
 from spiralrope_cli.core.data.npz import Header, read_array, read_headers
 from spiralrope_cli.core.errors import DataError
 
@@ -122,6 +121,8 @@ def images_in(path: Path, role: str) -> ImageInput:
     images, *_ = _contents(path, role)
     if images is None:
         raise DataError(f"{role} {path} holds statistics, and no images")
+    if not len(images):
+        raise DataError(f"{role} {path} holds no images: arr_0 is empty")
     return images
 
 
@@ -154,12 +155,7 @@ def list_images(folder: Path) -> list[str]:
     Raises:
         DataError: there are none.
     """
-    found = sorted(
-        os.path.join(where, file)
-        for where, _, files in os.walk(folder, followlinks=True)
-        for file in files
-        if file.lower().endswith(IMAGE_SUFFIXES) and file[0] != "."
-    )
+    found = images_below(folder)
     if not found:
         raise DataError(f"{folder} holds no images", f"known suffixes: {' '.join(IMAGE_SUFFIXES)}")
     return found

@@ -74,9 +74,9 @@ def finished_shards(folder: Path, plan: CachePlan) -> dict[int, Shard]:
         manifest = load_manifest(folder)
         before, shards = manifest.plan, manifest.shards
     elif (records / PLAN_FILE).is_file():
-        before = plan_from(json.loads((records / PLAN_FILE).read_text()))
-        found = sorted(records.glob("[0-9]*.json"))
-        shards = tuple(Shard(**json.loads(path.read_text())) for path in found)
+        before = _plan_in(records / PLAN_FILE)
+        found = map(_shard_in, sorted(records.glob("[0-9]*.json")))
+        shards = tuple(shard for shard in found if shard)
     else:
         return {}
     if difference := before.difference(plan):
@@ -85,6 +85,22 @@ def finished_shards(folder: Path, plan: CachePlan) -> dict[int, Shard]:
             "choose another --out, or remove that folder",
         )
     return {int(Path(shard.file).stem): shard for shard in shards}
+
+
+def _plan_in(path: Path) -> CachePlan:
+    try:
+        return plan_from(json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        hint = f"remove {path.parent}; all images are then encoded again"
+        raise DataError(f"{path} cannot be read, or is of another version", hint) from error
+
+
+def _shard_in(path: Path) -> Shard | None:
+    """The record of a shard; a damaged one counts as none, and its images are encoded again."""
+    try:
+        return Shard(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def begin(folder: Path, plan: CachePlan, kept: Iterable[Shard]) -> None:

@@ -5,6 +5,7 @@ Legend: B images at a time per process, (h, w) pixels, K classes.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,11 +114,12 @@ class ClassifierData:
 
         machine = self.run.machine
         on_gpu = self.device.type == "cuda"
-        loaded = files.load(self._train_files, keys(), machine.workers, on_gpu)
-        batches = self.bad.passed_over(loaded, machine.skip_bad, self.micro)
-        for step in steps:
-            for _, part, _, numbers in self._places(step):
-                yield *next(batches).on(self.device), part, numbers
+        loader = files.load(self._train_files, keys(), machine.workers, on_gpu)
+        with contextlib.closing(loader) as loaded:
+            batches = self.bad.passed_over(loaded, machine.skip_bad, self.micro)
+            for step in steps:
+                for _, part, _, numbers in self._places(step):
+                    yield *next(batches).on(self.device), part, numbers
 
     def _finish(
         self, step: int, images: Tensor, labels: Tensor, part: slice, numbers: Tensor

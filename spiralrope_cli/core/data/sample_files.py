@@ -83,8 +83,10 @@ class SampleFiles:
         if self.npz.exists():
             return
         part, done = self.folder / PART_FILE, self.folder / DONE_FILE
+        known = (self.folder / FACTS_FILE).exists()  # else nobody knows what the parts are of
+        whole = part.is_file() and part.stat().st_size >= self._end
         write_whole(self.folder / FACTS_FILE, json.dumps(facts, indent=2))
-        if not done.exists() or done.stat().st_size != self.num or not part.exists():
+        if not (known and whole and done.is_file() and done.stat().st_size == self.num):
             with part.open("wb") as file:
                 file.truncate(self._end)
             write_whole(done, bytes(self.num))
@@ -93,7 +95,10 @@ class SampleFiles:
         """Images that are not there yet, in order."""
         if self.npz.exists():
             return []
-        done = np.frombuffer((self.folder / DONE_FILE).read_bytes(), dtype=np.uint8)
+        path = self.folder / DONE_FILE
+        if not path.is_file():
+            return list(range(self.num))
+        done = np.frombuffer(path.read_bytes(), dtype=np.uint8)
         return np.flatnonzero(done == 0).tolist()
 
     def put(self, indices: Sequence[int], levels: Tensor) -> None:
@@ -127,7 +132,7 @@ class SampleFiles:
         with _Around(part, range(self._start, self._end)) as file, part.open("rb") as images:
             images.seek(self._start)
             with zipfile.ZipFile(file, "w") as archive:
-                archive.comment = json.dumps(facts).encode()[:65535]
+                archive.comment = _comment(facts)
                 with _entry(archive) as sink:
                     sink.write(self._array_head.getvalue())
                     shutil.copyfileobj(images, sink, CHUNK)
@@ -182,6 +187,14 @@ def _entry(archive: zipfile.ZipFile) -> IO[bytes]:
     return archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True)
 
 
+def _comment(facts: dict[str, Any]) -> bytes:
+    """The facts as an archive can carry them, without a list of classes that is too long for it."""
+    whole = json.dumps(facts).encode()
+    if len(whole) < zipfile.ZIP_MAX_COMMENT:
+        return whole
+    return json.dumps({**facts, "classes": f"{len(facts['classes'])} classes"}).encode()
+
+
 def facts_in(npz: Path) -> dict[str, Any]:
     """What made the samples of an `.npz`, empty where it does not tell."""
     try:
@@ -202,7 +215,7 @@ def read_facts(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         return dict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read", "choose another --out") from error
 
 

@@ -5,6 +5,7 @@ Legend: B images at a time per process, (h, w) pixels.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,10 +108,12 @@ class ValidationImages:
     def _from_files(self) -> Iterator[tuple[Tensor, Tensor]]:
         keys = [[(n, None) for n in range(span.start, span.stop)] for span in self._spans]
         on_gpu = self.device.type == "cuda"
-        for loaded in files.load(self._files, keys, self.machine.workers, on_gpu):
-            self.bad.meet(loaded.unreadable, self.machine.skip_bad)
-            if len(loaded.labels):
-                yield loaded.on(self.device)
+        loader = files.load(self._files, keys, self.machine.workers, on_gpu)
+        with contextlib.closing(loader) as batches:
+            for loaded in batches:
+                self.bad.meet(loaded.unreadable, self.machine.skip_bad)
+                if len(loaded.labels):
+                    yield loaded.on(self.device)
 
     def normalised(self, images: Tensor) -> Tensor:
         """[..., channels, h, w] pixels in [0, 255] as the network takes them."""

@@ -72,8 +72,12 @@ def grid_of_axes(figure: Figure, count: int, columns: int) -> list[Axes]:
 
 def finish(axis: Axes, title: str, xlabel: str, *, legend: bool = False) -> None:
     """Title, grid lines and legend of a panel of lines."""
+    from matplotlib.ticker import MaxNLocator
+
     axis.set_title(title, fontsize=TITLE, loc="left")
     axis.set_xlabel(xlabel)
+    if xlabel == "step":
+        axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     if legend:

@@ -76,6 +76,7 @@ def _check(files: VaeFiles) -> None:
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
         kind, channels, factor = _shape(config)
+        float(config.get("scaling_factor", LATENT_SCALE))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"--vae {files.given}: {folder / CONFIG_FILE} is no config of a VAE", layout

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from spiralrope_cli.core.config.latents import CachePlan, EncodeRun, Manifest, Shard
 from spiralrope_cli.core.data import files, latents
 from spiralrope_cli.core.data.adm import cropped_array
+from spiralrope_cli.core.data.pictures import Unreadable, open_picture
 from spiralrope_cli.core.data.validation import BadImages
 from spiralrope_cli.core.diffusion.vae import Vae, load_vae
 from spiralrope_cli.core.jobs.encode_plan import Work, look_up
@@ -39,6 +41,9 @@ def run(config: EncodeRun) -> None:
         plan = work.plan
         there = latents.finished_shards(out, plan)
         wrong = latents.wrong_shards(out, list(there.values()))
+        for shard in there.values():
+            if readable_now(shard, config.machine.skip_bad):
+                wrong[shard.file] = "was made when some images could not be read that now can"
         shards = {number: shard for number, shard in there.items() if shard.file not in wrong}
         missing = [number for number in range(plan.num_shards) if number not in shards]
         if not missing and (out / latents.MANIFEST_FILE).is_file():
@@ -55,6 +60,19 @@ def run(config: EncodeRun) -> None:
             print_result(manifest)
 
 
+def readable_now(shard: Shard, skip_bad: bool) -> bool:
+    """Whether an image that was left out of a shard can be read by now.
+
+    Raises:
+        UnreadableImageError: one still cannot, and without --skip-bad none is left out.
+    """
+    still = [open_picture(path, lambda image: image.copy()) for path in shard.unreadable]
+    bad = [each for each in still if isinstance(each, Unreadable)]
+    if bad and not skip_bad:
+        raise bad[0].error()
+    return len(bad) < len(still)
+
+
 def encode(config: EncodeRun, job: Job, work: Work, missing: list[int]) -> dict[int, Shard]:
     """The missing shards, one per process at a time; in the end all processes know of all.
 
@@ -62,14 +80,13 @@ def encode(config: EncodeRun, job: Job, work: Work, missing: list[int]) -> dict[
     """
     vae = load_vae(work.vae.folder, job.device, job.dtype)
     mine = missing[job.rank :: job.world_size]
-    batches = image_batches(config, job, work, mine)
     to_do = sum(len(work.plan.files_of(number)) for number in missing)
     done = work.plan.num_files - to_do
     shards: dict[int, Shard] = {}
     progress = counted(
         "encoded", work.plan.num_files, shown=job.is_first, done=done, unit="images/s"
     )
-    with progress as advance:
+    with progress as advance, contextlib.closing(image_batches(config, job, work, mine)) as batches:
         for first in range(0, len(missing), job.world_size):
             busy = len(missing[first : first + job.world_size])
             number = missing[first + job.rank] if job.rank < busy else None
@@ -94,7 +111,7 @@ def _times(advance: Callable[[int], None], processes: int, images: int) -> None:
 
 def image_batches(
     config: EncodeRun, job: Job, work: Work, mine: list[int]
-) -> Iterator[files.Loaded]:
+) -> Generator[files.Loaded, None, None]:
     """The images of this process's shards, read ahead; no batch reaches into the next shard."""
     size = config.batch_size
     keys = (

@@ -11,11 +11,13 @@ from spiralrope_cli.core.config.datasets import class_names, list_images
 from spiralrope_cli.core.config.dit_runs import full_vae_name
 from spiralrope_cli.core.config.latents import CachePlan, EncodeRun, class_folder, shard_size_for
 from spiralrope_cli.core.data import latents
+from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.hub.vae import VaeFiles, find_vae
 from spiralrope_cli.core.runtime.console import say
 from spiralrope_cli.core.runtime.device import pick_device, pick_precision
 from spiralrope_cli.core.runtime.disk import check_space, human_size
 from spiralrope_cli.core.runtime.launch import world_size
+from spiralrope_cli.core.runtime.run_folder import refuse_run
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,12 @@ def check_and_tell(config: EncodeRun, *, speak: bool) -> None:
     """
     work, out = look_up(config), Path(config.out)
     plan = work.plan
+    refuse_run(out)
+    if out.resolve().is_relative_to(plan.data):
+        raise ConfigError(
+            f"--out {out} lies among the class folders of {plan.data}",
+            "as one of them it would be taken for a class",
+        )
     here = latents.finished_shards(out, plan)
     total = plan.num_files * plan.bytes_per_image
     needed = total - sum(shard.size for shard in here.values())

@@ -10,7 +10,10 @@ from spiralrope_cli.core.config.fid import PRECISIONS, FidRun
 from spiralrope_cli.core.config.pipelines import SAMPLE, DiTPipeline
 from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.config.samples import DEFAULTS, SampleRun, num_samples
+from spiralrope_cli.core.data.inputs import look_at
+from spiralrope_cli.core.data.reference_cache import digest_of
 from spiralrope_cli.core.data.sample_files import NPZ_FILE
+from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.jobs import sample_plan, score_plan, score_report
 from spiralrope_cli.core.jobs.pipeline import Stage, carry_out, say, training_stage
@@ -63,7 +66,11 @@ def sample_stage(pipeline: DiTPipeline) -> Stage:
         if not is_finished(train, first_step(train)):
             return ""
         run, weights = settled()
-        there = sample_plan.check_same(run, sample_plan.facts_of(run, weights))
+        try:
+            there = sample_plan.check_same(run, sample_plan.facts_of(run, weights))
+        except CheckpointError as error:
+            hint = f"remove {out} to draw again, or draw others: spiralrope dit-sample {train.out}"
+            raise CheckpointError(error.message, hint) from error
         return f"{out} is finished, {run.num} images" if there else ""
 
     def plan(dry_run: bool) -> None:
@@ -97,6 +104,10 @@ def fid_stage(pipeline: DiTPipeline) -> Stage:
         machine=MachineConfig(**machine, precision=PRECISIONS[0]),
     )
 
+    @functools.cache
+    def reference_digest() -> str:
+        return digest_of(look_at(Path(pipeline.reference).expanduser(), "REFERENCE"))
+
     def facts() -> dict[str, Any]:
         """What was measured of these samples, against this reference, with these weights."""
         if not samples.exists() or not (found := read_json(result)):
@@ -104,10 +115,9 @@ def fid_stage(pipeline: DiTPipeline) -> Stage:
         if result.stat().st_mtime < samples.stat().st_mtime:
             return {}
         reference, protocol = (found.get(part) or {} for part in ("reference", "protocol"))
-        measured = reference.get("path"), protocol.get("weights_sha256")
+        measured = reference.get("sha256"), protocol.get("weights_sha256")
         _, sha256 = score_plan.find_weights(pipeline.weights)
-        wanted = str(Path(pipeline.reference).expanduser()), sha256
-        return found if measured == wanted else {}
+        return found if measured == (reference_digest(), sha256) else {}
 
     def done() -> str:
         return f"{result} is there" if facts() else ""

@@ -37,6 +37,7 @@ from spiralrope_cli.core.runtime.run_folder import (
     check_same,
     first_step,
     is_finished,
+    refuse_run,
     steps_on_disk,
 )
 from spiralrope_cli.core.runtime.tracker import check_tracker
@@ -174,7 +175,9 @@ def fetch_vaes(pipeline: DiTPipeline) -> None:
 def folder_of(out: str | None, training: str, command: str, pipeline: str) -> Path:
     """The pipeline's folder: as given, or named as its training's but for the command."""
     usual = Path(training)
-    return Path(out) if out else usual.with_name(pipeline + usual.name.removeprefix(command))
+    folder = Path(out) if out else usual.with_name(pipeline + usual.name.removeprefix(command))
+    refuse_run(folder)
+    return folder
 
 
 def placed(resolved: Resolved[Run], folder: Path) -> Resolved[Run]:

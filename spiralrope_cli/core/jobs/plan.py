@@ -215,10 +215,16 @@ def hints(run: TrainingRun) -> list[str]:
             f"the learning rate rises to the end: its peak of {optim.peak_lr:g} is below --min-lr "
             f"{optim.min_lr:g}"
         )
+    size = dit_size(run.arch) if isinstance(run, DiTRun) else deit_size(run.arch)
+    head_dim = size.head_dim
+    if rope.enabled and rope.rotate > (most := max(head_dim // 8, 1)):
+        told.append(
+            f"--rotate {rope.rotate}: heads of {head_dim} channels have room for {most} at most; "
+            "of more, each direction turns with one of its axes or with none"
+        )
     if not rope.enabled or rope.rotate <= 1 or rope.projection == "exact":
         return told
-    size = dit_size(run.arch) if isinstance(run, DiTRun) else deit_size(run.arch)
-    share = clamped_share(run.grid, rope, size.head_dim)
+    share = clamped_share(run.grid, rope, head_dim)
     if share < CLAMP_HINT_SHARE:
         return told
     return [

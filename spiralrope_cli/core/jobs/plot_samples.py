@@ -10,12 +10,13 @@ from torch import Tensor
 
 from spiralrope_cli.core.config.pipelines import SAMPLE
 from spiralrope_cli.core.config.plots import SamplesPlot
+from spiralrope_cli.core.config.resolve import RUNS_FOLDER
 from spiralrope_cli.core.data.class_names import names_of
 from spiralrope_cli.core.data.image_sets import image_batches
 from spiralrope_cli.core.data.inputs import ImageInput, NpzImages, images_in
 from spiralrope_cli.core.data.npz import read_array, read_headers
 from spiralrope_cli.core.data.sample_files import FACTS_FILE, NPZ_FILE, facts_in
-from spiralrope_cli.core.errors import DataError
+from spiralrope_cli.core.errors import CheckpointError, DataError
 from spiralrope_cli.core.figures.samples import samples
 from spiralrope_cli.core.figures.style import save
 from spiralrope_cli.core.jobs.sample_dit import drawn_class
@@ -51,7 +52,11 @@ def place_of(given: str) -> Path:
     """
     path = Path(given).expanduser()
     if not path.exists() and path.suffix != ".npz":
-        path = find_run(given)
+        try:
+            path = find_run(given)
+        except CheckpointError as error:
+            message = f"{given} is no .npz, no folder of images and no run below {RUNS_FOLDER}/"
+            raise CheckpointError(message, error.hint) from error
     if (path / PIPELINE_FILE).is_file():
         path = path / SAMPLE
     if (path / NPZ_FILE).is_file():

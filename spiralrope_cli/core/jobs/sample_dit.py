@@ -34,6 +34,9 @@ from spiralrope_cli.core.runtime.run_folder import REPORT_FILE, SOURCES_FILE, wr
 from spiralrope_cli.core.runtime.seeds import NoisePerImage, generator_for
 from spiralrope_cli.core.weights import Weights
 
+SAY_ABOVE = 1 << 30
+"""Bytes of images whose checksum takes long enough to be told of."""
+
 
 def run(config: SampleRun) -> None:
     """Draws what is missing, then writes the results; executed by every worker.
@@ -54,6 +57,8 @@ def run(config: SampleRun) -> None:
         if missing:
             draw_all(config, job, Drawer(config, job, weights), files, missing)
         if job.is_first:
+            if missing and config.num_bytes > SAY_ABOVE:
+                say("all are drawn; their checksum is taken, for the archive")
             files.finish(facts)
             files.write_grid(facts)
         distributed.barrier()

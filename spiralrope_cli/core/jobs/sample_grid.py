@@ -14,7 +14,7 @@ from spiralrope_cli.core.config.latents import VAE_NAMES
 from spiralrope_cli.core.data.grid import picture_grid, to_levels
 from spiralrope_cli.core.diffusion.process import GaussianDiffusion
 from spiralrope_cli.core.diffusion.vae import Vae, load_vae
-from spiralrope_cli.core.errors import CheckpointError, ConfigError
+from spiralrope_cli.core.errors import CheckpointError, SpiralRopeError
 from spiralrope_cli.core.hub.catalog import find
 from spiralrope_cli.core.hub.download import local_path
 from spiralrope_cli.core.hub.vae import find_vae
@@ -39,9 +39,10 @@ def draw_grid(config: DiTRun, job: Job, state: TrainState, vae: Vae | None) -> s
     """
     if config.pictures.latents and vae is None:
         # Training needs none: it is loaded for the picture alone, if it is here.
-        vae = local_vae(config.pictures.vae, job.device)
-        if vae is None:
-            return f"no samples: the VAE {config.pictures.vae} is not here to decode them"
+        try:
+            vae = local_vae(config.pictures.vae, job.device)
+        except SpiralRopeError as error:
+            return f"no samples: {error.message}"
     folder = Path(config.out)
     target = run_folder.sample_file(folder, state.step)
     target.parent.mkdir(exist_ok=True)
@@ -55,14 +56,15 @@ def draw_grid(config: DiTRun, job: Job, state: TrainState, vae: Vae | None) -> s
     return f"samples: {target}"
 
 
-def local_vae(given: str, device: torch.device) -> Vae | None:
-    """A VAE that can be had without a network, else None."""
+def local_vae(given: str, device: torch.device) -> Vae:
+    """A VAE that can be had without a network.
+
+    Raises:
+        CheckpointError, ConfigError: it is not here, or it cannot be read.
+    """
     if given in VAE_NAMES and local_path(find(f"vae-{given}")) is None:
-        return None
-    try:
-        return load_vae(find_vae(given).folder, device)
-    except (ConfigError, CheckpointError):
-        return None
+        raise CheckpointError(f"the VAE {given} is not here to decode them")
+    return load_vae(find_vae(given).folder, device)
 
 
 @torch.no_grad()

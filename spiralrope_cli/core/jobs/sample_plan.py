@@ -14,7 +14,7 @@ from rich.text import Text
 
 from spiralrope_cli.core.config.diffusion import GuidanceConfig
 from spiralrope_cli.core.config.dit_runs import NO_VAE, input_size
-from spiralrope_cli.core.config.latents import LATENT_CHANNELS, VAE_FACTOR
+from spiralrope_cli.core.config.latents import LATENT_CHANNELS, VAE_FACTOR, VAE_NAMES
 from spiralrope_cli.core.config.models import is_dit
 from spiralrope_cli.core.config.resolve import RUNS_FOLDER
 from spiralrope_cli.core.config.rope import RopeConfig
@@ -34,7 +34,7 @@ from spiralrope_cli.core.hub.vae import find_vae
 from spiralrope_cli.core.runtime import disk
 from spiralrope_cli.core.runtime.console import console, say
 from spiralrope_cli.core.runtime.device import pick_device, pick_precision
-from spiralrope_cli.core.runtime.run_folder import differences
+from spiralrope_cli.core.runtime.run_folder import differences, refuse_run
 from spiralrope_cli.core.weights import Weights, here, read_weights
 from spiralrope_cli.version import __version__
 
@@ -69,6 +69,11 @@ def settle(source: Source, options: Mapping[str, Any]) -> tuple[SampleRun, Weigh
     channels = weights.options["in_chans"]
     trained_vae = pictures.get("vae", SAMPLING_VAE if channels == LATENT_CHANNELS else NO_VAE)
     vae = chosen.pop("vae", decoder_of(trained_vae))
+    if vae == trained_vae and vae not in (NO_VAE, *VAE_NAMES) and not Path(vae).is_dir():
+        raise ConfigError(
+            f"{source.given} was trained through the VAE {vae}, which is not there",
+            "--vae names its folder, or one like it",
+        )
     if (vae == NO_VAE) and channels not in (1, 3):
         raise ConfigError(
             f"--vae none: {source.given} draws {channels} channels, which only "
@@ -174,6 +179,7 @@ def check_same(run: SampleRun, facts: dict[str, Any]) -> bool:
         CheckpointError: the folder holds other images.
     """
     folder = Path(run.out)
+    refuse_run(folder)
     files = SampleFiles(folder, run.num, run.image_size)
     before = read_facts(folder)
     if before is None:
@@ -183,6 +189,12 @@ def check_same(run: SampleRun, facts: dict[str, Any]) -> bool:
                 "give this run another --name or --out",
             )
         return False
+    digests = [str(each.get("sha256"))[:12] for each in (before, facts)]
+    if digests[0] != digests[1]:
+        raise CheckpointError(
+            f"{folder} holds samples of other weights: sha256 {digests[0]}, now {digests[1]}",
+            "give this run another --name or --out",
+        )
     if differing := differences(before, facts, FREE_TO_DIFFER):
         raise CheckpointError(
             f"{folder} holds other samples: {differing}",
@@ -218,11 +230,14 @@ def say_plan(run: SampleRun, weights: Weights, world_size: int) -> None:
         low, high = guidance.cfg_interval
         channels = "all channels" if guidance.cfg_channels == "all" else "3 channels"
         guided = f"{guidance.cfg_scale:g} on {channels}, timesteps {low} to {high}"
+    files = SampleFiles(Path(run.out), run.num, run.image_size)
+    drawn = run.num - len(files.missing()) if (files.folder / FACTS_FILE).exists() else 0
+    there = f"; {drawn} are there" if drawn else ""
     classes = ",".join(map(str, run.classes)) if run.classes else f"drawn from {run.num_classes}"
     for name, text in (
         ("samples", f"{run.out}"),
         ("weights", weights.summary()),
-        ("images", f"{run.num} of {height}x{width} px, VAE {run.vae}; classes {classes}"),
+        ("images", f"{run.num} of {height}x{width} px, VAE {run.vae}; classes {classes}{there}"),
         ("sampler", f"{run.sampler}, {run.steps} steps, guidance {guided}, seed {run.seed}"),
         ("batch", f"{run.batch_size} at a time in {world_size} process(es)"),
     ):

@@ -127,7 +127,8 @@ def show(config: FidRun, facts: Facts) -> None:
         side = facts[role]
         if side:
             say_result(f"{role.upper():<9}  {side['path']}")
-            bad = f", {side['unreadable']:,} left out as unreadable" if side["unreadable"] else ""
+            bad = side["unreadable"]
+            bad = f", {side['count']:,} measured and {bad:,} unreadable" if bad else ""
             say_result(f"           {side['holds']}{bad}, sha256 {side['sha256'][:16]}")
             if side["from_cache"]:
                 say_result("           its statistics were computed by an earlier run")

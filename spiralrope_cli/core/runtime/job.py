@@ -17,6 +17,7 @@ import torch
 from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.runtime import device as devices
 from spiralrope_cli.core.runtime import distributed
+from spiralrope_cli.core.runtime.console import say
 from spiralrope_cli.core.runtime.run_folder import hold_folder
 
 REPEAT_SECONDS = 2.0
@@ -118,6 +119,8 @@ def open_job(machine: MachineConfig, folder: Path | None) -> Iterator[Job]:
 def _leave(number: int, frame: FrameType | None) -> None:
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)  # the repetition would break into the clean-up
+    if distributed.rank() == 0:
+        say(f"ended by {signal.Signals(number).name}")
     raise SystemExit(128 + number)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from spiralrope_cli.core.atomic import write_whole
 from spiralrope_cli.core.config.runs import MachineConfig
-from spiralrope_cli.core.errors import LaunchError, SpiralRopeError, refused_path
+from spiralrope_cli.core.errors import LaunchError, SpiralRopeError, dead_loader, refused_path
 from spiralrope_cli.core.runtime.threads import usable_cores
 
 SHUTDOWN_SECONDS = 600
@@ -108,6 +108,10 @@ def _call(job: str, run: Any) -> None:
             ) from error
         if refused := refused_path(error):
             raise refused from error
+        raise
+    except RuntimeError as error:
+        if died := dead_loader(error):
+            raise died from error
         raise
 
 

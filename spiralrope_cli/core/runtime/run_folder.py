@@ -98,6 +98,18 @@ def find_run(given: str) -> Path:
     )
 
 
+def refuse_run(folder: Path) -> None:
+    """Refuses to put something else into the folder of a training run.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    if (folder / CONFIG_FILE).exists() or (folder / CHECKPOINTS).is_dir():
+        raise CheckpointError(
+            f"--out {folder} is the folder of a training run", "name another, perhaps one in it"
+        )
+
+
 def first_step(run: TrainingRun) -> int:
     """The step at which the run goes on in its folder, 0 to start.
 
@@ -195,7 +207,8 @@ def hold_folder(folder: Path) -> Iterator[IO[str]]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("a+")
     except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written: {error.strerror}") from error
+        why = "it is a file" if folder.is_file() else error.strerror
+        raise CheckpointError(f"{folder} cannot be written: {why}") from error
     with lock:
         try:
             # A record lock: loader processes do not inherit it, so it ends with this process.

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -287,6 +289,27 @@ def test_the_same_keys_give_the_same_bytes_for_any_number_of_workers(root):
             assert torch.equal(ours.labels, expected.labels)
     assert alone[0].images.shape == (6, 3, *SIZE)
     assert alone[0].labels.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_closing_ends_the_workers_while_an_error_is_on_its_way(root):
+    keys = [[(n % 12, None)] for n in range(1000)]
+    batches = load(val_files(root, SIZE, 0.875, grey=False), keys, 2, pin_memory=False)
+    next(batches)
+    workers = multiprocessing.active_children()
+    assert len(workers) >= 2
+    with pytest.raises(ValueError, match="on its way"), contextlib.closing(batches):
+        raise ValueError("on its way")
+    assert not any(worker.is_alive() for worker in workers)
+
+
+def test_a_worker_that_was_killed_is_one_line(root):
+    keys = [[(n % 12, None)] for n in range(1000)]
+    batches = load(val_files(root, SIZE, 0.875, grey=False), keys, 1, pin_memory=False)
+    next(batches)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    with pytest.raises(DataError, match="a loader process died"):
+        list(batches)
 
 
 def test_workers_name_unreadable_images(root):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from spiralrope_cli.core.data import image_sets
 from spiralrope_cli.core.data.image_sets import image_batches
-from spiralrope_cli.core.data.inputs import look_at
+from spiralrope_cli.core.data.inputs import list_images, look_at
 
 SIZES = [(8, 8), (6, 9), (8, 8), (8, 8), (6, 9), (5, 5), (8, 8)]
 
@@ -43,6 +43,15 @@ def test_a_folder_of_any_depth_comes_in_batches_with_sizes_together(folder):
         assert [f"{value // 10}.png" for value in values.tolist()] == [
             files[number].rpartition("/")[2] for number in batch.numbers
         ]
+
+
+def test_links_are_followed_but_not_in_circles(folder, tmp_path_factory):
+    there = list_images(folder)
+    (folder / "again").symlink_to(folder, target_is_directory=True)
+    assert list_images(folder) == there
+    beside = tmp_path_factory.mktemp("beside")
+    (beside / "linked").symlink_to(folder, target_is_directory=True)
+    assert len(list_images(beside)) == len(there)
 
 
 def test_no_threads_beside_is_one(folder):
