@@ -24,7 +24,12 @@ from spiralrope_cli.commands import (
     run,
 )
 from spiralrope_cli.core.errors import SpiralRopeError, UnreadableImageError, refused_path
-from spiralrope_cli.core.runtime.launch import is_first_process, share_the_machine
+from spiralrope_cli.core.runtime.launch import (
+    is_first_process,
+    joined_world_size,
+    leave_at_once,
+    share_the_machine,
+)
 from spiralrope_cli.version import __version__
 
 DEBUG_VARIABLE = "SPIRALROPE_DEBUG"
@@ -77,6 +82,7 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # figures are not lost for want of a letter
     try:
         app(prog_name="spiralrope")
+        return
     except (SpiralRopeError, OSError) as caught:
         error = refused_path(caught) if isinstance(caught, OSError) else caught
         if error is None or os.environ.get(DEBUG_VARIABLE):
@@ -86,10 +92,14 @@ def main() -> None:
             typer.echo(f"error: {error.message}", err=True)
             if error.hint:
                 typer.echo(f"  {error.hint}", err=True)
-        sys.exit(error.exit_code)
+        code = error.exit_code
+        del error
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
-        sys.exit(130)
+        code = 130
+    if joined_world_size() is not None:
+        leave_at_once(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,6 +196,8 @@ def load(
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
         worker_init_fn=_one_thread if workers else None,
+        # Processes that a launcher spawned would spawn in turn, and load torch for each anew.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
     loading = iter(loader)
     try:

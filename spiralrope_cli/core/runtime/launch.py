@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import importlib
 import json
 import os
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from spiralrope_cli.core.atomic import write_whole
 from spiralrope_cli.core.config.runs import MachineConfig
@@ -180,16 +181,30 @@ def _work(job: str, run: Any) -> None:
     """What a worker process executes; its error is left in a file for the parent."""
     try:
         _call(job, run)
+        return
     except SpiralRopeError as error:
         _leave_error(error)
-        sys.exit(error.exit_code)
+        code = error.exit_code
     except (KeyboardInterrupt, SystemExit):
         raise
     except Exception:  # noqa: BLE001 - the parent shows the traceback of a bug, once
         import traceback
 
         _leave_error(LaunchError(f"worker {os.environ.get('RANK')} failed", traceback.format_exc()))
-        sys.exit(1)
+        code = 1
+    leave_at_once(code)
+
+
+def leave_at_once(code: int) -> NoReturn:
+    """Ends a worker after an error, when the group is still there for the others to be told.
+
+    The interpreter's own end would meet threads of the group, which then abort the process with a
+    dump of its state, now and then.
+    """
+    gc.collect()  # what the error held, as queues to loader processes, leaves nothing behind
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _leave_error(error: SpiralRopeError) -> None:
