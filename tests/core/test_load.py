@@ -74,7 +74,7 @@ def test_an_option_wins_over_the_file_and_contradiction_is_told():
     assert weights.rope.rotate == 4
     told = weights.notes[0]
     assert told.startswith("--rotate 4 contradicts")
-    assert told.endswith("trained with 2")
+    assert told.endswith("trained with --rotate 2")
     # R changes the directions alone: with the file's theta the frequencies stay the same.
     assert len(weights.notes) == 1
 

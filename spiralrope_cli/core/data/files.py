@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -210,7 +211,8 @@ def load(
         # Traceback or not: an iterator that lives on keeps its processes until the very end,
         # where they take a SIGTERM for one that the trainer answers.
         if workers:
-            loading._shutdown_workers()  # type: ignore[attr-defined]
+            with contextlib.suppress(RuntimeError):  # one that was killed is told above
+                loading._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def _one_thread(worker: int) -> None:
