@@ -34,6 +34,8 @@ def main(
     source: str = "runs/dit-train-dit-ti2-digits-r0", out: str = "digits.png", steps: str = "50"
 ) -> None:
     images = draw(source, steps)
+    if images.shape[1] not in (1, 3):
+        sys.exit(f"{source} draws latents; spiralrope dit-sample takes them through the VAE")
     picture_grid(to_levels(images), columns=len(images) // ROWS).save(out)
     print(out)
 

@@ -5,18 +5,8 @@ from __future__ import annotations
 import errno
 import os
 
-DENIED = {
-    *(
-        errno.EACCES,
-        errno.EPERM,
-        errno.EROFS,
-        errno.ENAMETOOLONG,
-        errno.ENOTDIR,
-        errno.EISDIR,
-        errno.EEXIST,
-    ),
-    *(errno.ELOOP, errno.EDQUOT, errno.ENOSPC),
-}
+PLACE, SPACE = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST), (errno.EDQUOT, errno.ENOSPC)
+RIGHTS, NAME = (errno.EACCES, errno.EPERM, errno.EROFS), (errno.ENAMETOOLONG, errno.ELOOP)
 """What the system refuses about a path that the user chose."""
 
 
@@ -81,10 +71,10 @@ class LaunchError(SpiralRopeError):
 
 def refused_path(error: OSError) -> SpiralRopeError | None:
     """What the system said about a path, for the user; None where no path was refused."""
-    if error.errno not in DENIED or error.filename is None:
+    if error.errno not in (*PLACE, *SPACE, *RIGHTS, *NAME) or error.filename is None:
         return None
     path, why = os.fsdecode(error.filename), os.strerror(error.errno)
-    if error.errno in (errno.EDQUOT, errno.ENOSPC):
+    if error.errno in SPACE:
         return DiskError(f"{path}: {why}", "free some; the same command then goes on")
     return SpiralRopeError(f"{path}: {why}")
 
