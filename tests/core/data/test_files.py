@@ -293,10 +293,11 @@ def test_the_same_keys_give_the_same_bytes_for_any_number_of_workers(root):
 
 def test_closing_ends_the_workers_while_an_error_is_on_its_way(root):
     keys = [[(n % 12, None)] for n in range(1000)]
+    before = set(multiprocessing.active_children())
     batches = load(val_files(root, SIZE, 0.875, grey=False), keys, 2, pin_memory=False)
     next(batches)
-    workers = multiprocessing.active_children()
-    assert len(workers) >= 2
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
     with pytest.raises(ValueError, match="on its way"), contextlib.closing(batches):
         raise ValueError("on its way")
     assert not any(worker.is_alive() for worker in workers)
@@ -304,10 +305,11 @@ def test_closing_ends_the_workers_while_an_error_is_on_its_way(root):
 
 def test_a_worker_that_was_killed_is_one_line(root):
     keys = [[(n % 12, None)] for n in range(1000)]
+    before = set(multiprocessing.active_children())
     batches = load(val_files(root, SIZE, 0.875, grey=False), keys, 1, pin_memory=False)
     next(batches)
-    for worker in multiprocessing.active_children():
-        worker.kill()
+    [worker] = set(multiprocessing.active_children()) - before
+    worker.kill()
     with pytest.raises(DataError, match="a loader process died"):
         list(batches)
 
