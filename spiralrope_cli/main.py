@@ -9,20 +9,7 @@ from typing import Annotated
 
 import typer
 
-from spiralrope_cli.commands import (
-    dit_encode,
-    dit_sample,
-    dit_train,
-    doctor,
-    evaluate,
-    export,
-    fetch,
-    fid,
-    finetune,
-    plot,
-    pretrain,
-    run,
-)
+from spiralrope_cli.commands.command import commands
 from spiralrope_cli.core.errors import SpiralRopeError, UnreadableImageError, refused_path
 from spiralrope_cli.core.runtime.launch import (
     is_first_process,
@@ -34,25 +21,23 @@ from spiralrope_cli.version import __version__
 
 DEBUG_VARIABLE = "SPIRALROPE_DEBUG"
 
-app = typer.Typer(
-    name="spiralrope",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.command("pretrain", epilog=pretrain.EXAMPLES)(pretrain.pretrain)
-app.command("finetune", epilog=finetune.EXAMPLES)(finetune.finetune)
-app.command("eval", cls=evaluate.CropRatioCommand, epilog=evaluate.EXAMPLES)(evaluate.evaluate)
-app.add_typer(run.app, name="run")
-app.command("dit-train", epilog=dit_train.EXAMPLES)(dit_train.dit_train)
-app.command("dit-encode", epilog=dit_encode.EXAMPLES)(dit_encode.dit_encode)
-app.command("dit-sample", epilog=dit_sample.EXAMPLES)(dit_sample.dit_sample)
-app.command("fetch", epilog=fetch.EXAMPLES)(fetch.fetch)
-app.command("export", epilog=export.EXAMPLES)(export.export)
-app.command("fid", epilog=fid.EXAMPLES)(fid.fid)
-app.add_typer(plot.app, name="plot")
-app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
+COMMANDS = {
+    "pretrain": "Train a DeiT with Spiral RoPE from scratch.",
+    "finetune": "Finetune a DeiT from a run, a checkpoint file or published weights.",
+    "eval": "Measure acc@1, acc@5 and loss on the held-out images.",
+    "run": "Whole pipelines, from the first training to the last figure, in one folder.",
+    "dit-train": "Train a DiT with Spiral RoPE: a diffusion transformer, by class.",
+    "dit-encode": "Encode images by a VAE once, so that DiT trains from cached latents.",
+    "dit-sample": "Draw images with a DiT: a run, a checkpoint file or published weights.",
+    "fetch": "Fetch published weights, the VAEs, Inception's weights or reference batches.",
+    "export": "Write weights to hand on: a file as the published ones, or safetensors with a model card.",
+    "fid": "FID, sFID, Inception Score, KID, Precision and Recall of generated images.",
+    "plot": "Draw runs, what a Spiral RoPE does, attention maps, or generated images.",
+    "doctor": "Look at this machine: versions, devices, data, disk, Hub, cache, and what a run would need.",
+}
+"""Name of a command -> the first line of its help."""
+
+app = commands(COMMANDS, name="spiralrope", add_completion=True)
 
 
 def _print_version(wanted: bool) -> None:

@@ -142,7 +142,7 @@ def inception_weights(tmp_path_factory, digit_pictures):
 @pytest.fixture
 def tiny(runs):
     """Builds small runs on the digits: a few steps, fp32, no warm-up."""
-    from spiralrope_cli.core.config.resolve import resolve_classifier
+    from spiralrope_cli.core.config.resolve import resolve
 
     def make(**options):
         base = {
@@ -155,7 +155,7 @@ def tiny(runs):
             "nproc": 1,
             "out": str(runs / "run"),
         }
-        return resolve_classifier("pretrain", {**base, **options}).run
+        return resolve("pretrain", {**base, **options}).run
 
     return make
 
@@ -166,13 +166,13 @@ def trained_once(tmp_path_factory):
     from safetensors.torch import load_file, save_file
 
     from spiralrope_cli.core.config.nested import to_nested
-    from spiralrope_cli.core.config.resolve import resolve_classifier
+    from spiralrope_cli.core.config.resolve import resolve
     from spiralrope_cli.core.jobs import train_classifier
 
     out = tmp_path_factory.mktemp("trained") / "tiny"
     fast = {"lr": 1e-2, "lr_rule": "none", "schedule": "constant", "warmup_epochs": 0}
     options = {"arch": "deit-64x2x2", "steps": 8, "precision": "fp32", "nproc": 1, "ema_decay": 0.9}
-    run = resolve_classifier("pretrain", {**options, **fast, "out": str(out)}).run
+    run = resolve("pretrain", {**options, **fast, "out": str(out)}).run
     train_classifier.run(run)
     last, best = (out / "checkpoints" / f"{step:07d}" for step in (8, 4))
     best.mkdir()
@@ -188,10 +188,10 @@ def trained_once(tmp_path_factory):
 @pytest.fixture(scope="session")
 def drawn_once(tmp_path_factory):
     """A run of dit-train of 2 steps on the digits."""
-    from spiralrope_cli.core.config.resolve_dit import resolve_dit
+    from spiralrope_cli.core.config.resolve import resolve
     from spiralrope_cli.core.jobs import train_dit
 
     out = tmp_path_factory.mktemp("drawn") / "tiny"
     options = {"arch": "dit-64x2x2-2", "steps": 2, "nproc": 1, "precision": "fp32"}
-    train_dit.run(resolve_dit({**options, "out": str(out), "warmup_epochs": 0}).run)
+    train_dit.run(resolve("dit-train", {**options, "out": str(out), "warmup_epochs": 0}).run)
     return out

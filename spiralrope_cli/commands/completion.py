@@ -12,6 +12,8 @@ from pathlib import Path
 import typer
 
 from spiralrope_cli.core.config.datasets import BUILT_IN
+from spiralrope_cli.core.config.dit_runs import NO_VAE
+from spiralrope_cli.core.config.latents import VAE_NAMES
 from spiralrope_cli.core.config.models import DEIT_SIZES, DIT_SIZES
 from spiralrope_cli.core.config.nested import RUN_KINDS
 from spiralrope_cli.core.config.resolve import RUNS_FOLDER
@@ -64,6 +66,11 @@ def archs(incomplete: str) -> Offer:
 def data_sets() -> Offer:
     """The built-in ones."""
     return list(BUILT_IN)
+
+
+def vaes() -> Offer:
+    """Names of VAEs; a folder is one too."""
+    return [*VAE_NAMES, NO_VAE]
 
 
 def published() -> Offer:

@@ -5,14 +5,16 @@ from typing import Any
 
 import typer
 
-from spiralrope_cli.commands import dit_options as d
 from spiralrope_cli.commands import dit_sample
-from spiralrope_cli.commands import options as o
-from spiralrope_cli.commands import recipe_options as r
-from spiralrope_cli.commands import run_options as p
+from spiralrope_cli.commands.command import SETTINGS, command
+from spiralrope_cli.core.config.dit_runs import DIT_WORDS, DiTRun
 from spiralrope_cli.core.config.legacy import translate
-from spiralrope_cli.core.config.pipelines import deit_stages
-from spiralrope_cli.core.config.sweeps import parse_seeds, points
+from spiralrope_cli.core.config.nested import build
+from spiralrope_cli.core.config.option import leaves
+from spiralrope_cli.core.config.pipelines import DeiTStages, DiTStages, deit_stages
+from spiralrope_cli.core.config.recipes import shown_defaults
+from spiralrope_cli.core.config.runs import AugmentConfig, ClassifierRun, TrainOptions
+from spiralrope_cli.core.config.sweeps import points
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.runtime.launch import is_first_process, joined_world_size
 
@@ -44,7 +46,12 @@ Examples:
   spiralrope run dit --from-legacy "- 4"                an old line
 """
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
+app = typer.Typer(no_args_is_help=True, **SETTINGS)
+NOT_HERE = (
+    *("source", "config", "resume", "keep_every", "min_lr", "lr_rule", "schedule", "freeze"),
+    *("weight_decay", "clip_grad", "ema_decay"),
+)
+"""Options that the trainings of a pipeline have at their recipe's values."""
 
 
 @app.callback()
@@ -52,61 +59,17 @@ def run() -> None:
     """Whole pipelines, from the first training to the last figure, in one folder."""
 
 
-@app.command(epilog=DEIT_EXAMPLES)
-def deit(
-    context: typer.Context,
-    eval_only: p.EvalOnly = False,
-    skip_training: p.SkipTraining = False,
-    with_finetune: p.Finetune = True,
-    dry_run: p.DryRun = False,
-    from_legacy: p.FromLegacy = None,
-    sweep: p.Sweep = None,
-    seeds: p.Seeds = None,
-    arch: r.Arch = None,
-    image_size: r.ImageSize = None,
-    patch_size: r.PatchSize = None,
-    drop_path: r.DropPath = None,
-    rope: o.Rope = None,
-    rotate: o.Rotate = None,
-    theta: o.Theta = None,
-    freqs_for: o.FreqsFor = None,
-    max_freq: o.MaxFreq = None,
-    truncate_percentage: o.TruncatePercentage = None,
-    max_freq_lang: o.MaxFreqLang = None,
-    min_freq_lang: o.MinFreqLang = None,
-    same_theta: o.SameTheta = None,
-    projection: o.Projection = None,
-    scaling: o.Scaling = None,
-    data: r.Data = None,
-    skip_bad: r.SkipBad = None,
-    epochs: o.Epochs = None,
-    steps: r.Steps = None,
-    lr: r.Lr = None,
-    warmup_epochs: r.WarmupEpochs = None,
-    batch_size: o.BatchSize = None,
-    finetune_epochs: p.FinetuneEpochs = None,
-    finetune_steps: p.FinetuneSteps = None,
-    finetune_lr: p.FinetuneLr = None,
-    finetune_warmup_epochs: p.FinetuneWarmupEpochs = None,
-    finetune_batch_size: p.FinetuneBatchSize = None,
-    out: p.Out = None,
-    name: o.Name = None,
-    seed: o.Seed = None,
-    micro_batch_size: o.MicroBatchSize = None,
-    tracker: o.Tracker = None,
-    log_every: o.LogEvery = None,
-    validate_every: o.ValidateEvery = None,
-    save_every: o.SaveEvery = None,
-    keep_last: o.KeepLast = None,
-    nproc: o.Nproc = None,
-    nnodes: o.Nnodes = None,
-    rdzv_endpoint: o.RdzvEndpoint = None,
-    device: o.Device = None,
-    precision: o.Precision = None,
-    compile: o.Compile = None,
-    grad_checkpointing: o.GradCheckpointing = None,
-    workers: o.Workers = None,
-) -> None:
+@command(
+    app,
+    "deit",
+    ClassifierRun,
+    TrainOptions,
+    DeiTStages,
+    examples=DEIT_EXAMPLES,
+    leave_out=(*NOT_HERE, *leaves(AugmentConfig)),
+    defaults=shown_defaults("pretrain"),
+)
+def deit(given: dict[str, Any]) -> None:
     """Pretrain a DeiT, finetune it, and measure it eight times.
 
     Without options: DeiT-Ti with four directions on the bundled digits, in minutes on two cores.
@@ -115,83 +78,46 @@ def deit(
 
     The same command again skips what is done and goes on with what is not.
     """
-    if from_legacy is not None:
-        say_translated(context, from_legacy, "deit")
+    if "from_legacy" in given:
+        say_translated(given, "deit")
         return
-    chosen = given(context)
+    own: DeiTStages = build(DeiTStages, given)
+    chosen = options_of_training(given, DeiTStages, "finetune_")
     check_not_joined()
-    grid, numbers = points(sweep or ()), parse_seeds(seeds) if seeds is not None else []
-    stages = deit_stages(eval_only=eval_only, skip_training=skip_training, finetune=with_finetune)
-    if sweep or numbers:
+    grid = points(own.sweep)
+    stages = deit_stages(
+        eval_only=own.eval_only, skip_training=own.skip_training, finetune=own.with_finetune
+    )
+    if own.sweep or own.seeds:
         from spiralrope_cli.core.jobs.sweep_plan import deit_sweep
 
-        planned = deit_sweep(chosen, grid, numbers, stages, finetune=with_finetune)
+        planned = deit_sweep(chosen, grid, own.seeds, stages, finetune=own.with_finetune)
 
         from spiralrope_cli.core.jobs.sweep import run_sweep
 
-        run_sweep(planned, dry_run=dry_run)
+        run_sweep(planned, dry_run=own.dry_run)
         return
     from spiralrope_cli.core.jobs.pipeline_plan import deit_pipeline
 
-    pipeline = deit_pipeline(chosen, stages, finetune=with_finetune)
+    pipeline = deit_pipeline(chosen, stages, finetune=own.with_finetune)
 
     from spiralrope_cli.core.jobs.pipeline import run_deit
 
-    run_deit(pipeline, dry_run=dry_run)
+    run_deit(pipeline, dry_run=own.dry_run)
 
 
-@app.command(epilog=DIT_EXAMPLES)
-def dit(
-    context: typer.Context,
-    dry_run: p.DryRun = False,
-    from_legacy: p.FromLegacy = None,
-    arch: d.Arch = None,
-    image_size: r.ImageSize = None,
-    rope: o.Rope = None,
-    rotate: d.Rotate = None,
-    theta: o.Theta = None,
-    freqs_for: o.FreqsFor = None,
-    max_freq: o.MaxFreq = None,
-    truncate_percentage: o.TruncatePercentage = None,
-    max_freq_lang: o.MaxFreqLang = None,
-    min_freq_lang: o.MinFreqLang = None,
-    same_theta: o.SameTheta = None,
-    projection: o.Projection = None,
-    scaling: o.Scaling = None,
-    data: d.Data = None,
-    vae: d.Vae = None,
-    latents: d.Latents = None,
-    skip_bad: r.SkipBad = None,
-    epochs: o.Epochs = None,
-    steps: r.Steps = None,
-    lr: d.Lr = None,
-    warmup_epochs: r.WarmupEpochs = None,
-    batch_size: o.BatchSize = None,
-    num: p.Num = None,
-    sampler: p.Sampler = None,
-    sampling_steps: p.SamplingSteps = None,
-    cfg_scale: p.CfgScale = None,
-    sampling_seed: p.SamplingSeed = None,
-    reference: p.Reference = None,
-    weights: p.Weights = None,
-    out: p.Out = None,
-    name: o.Name = None,
-    seed: d.Seed = None,
-    micro_batch_size: o.MicroBatchSize = None,
-    tracker: o.Tracker = None,
-    log_every: o.LogEvery = None,
-    sample_every: d.SampleEvery = None,
-    save_every: d.SaveEvery = None,
-    keep_last: d.KeepLast = None,
-    nproc: o.Nproc = None,
-    nnodes: o.Nnodes = None,
-    rdzv_endpoint: o.RdzvEndpoint = None,
-    device: o.Device = None,
-    precision: o.Precision = None,
-    compile: o.Compile = None,
-    grad_checkpointing: o.GradCheckpointing = None,
-    workers: o.Workers = None,
-) -> None:
+@command(
+    app,
+    "dit",
+    DiTRun,
+    TrainOptions,
+    DiTStages,
+    examples=DIT_EXAMPLES,
+    leave_out=(*NOT_HERE, "qk_norm", "hflip", "label_dropout"),
+    words=DIT_WORDS,
+    defaults=shown_defaults("dit-train"),
+)
+def dit(given: dict[str, Any]) -> None:
     """Train a DiT, draw images with it, and measure them.
 
     Without options: DiT-Ti/2 on the bundled digits, in minutes on two cores.
@@ -200,25 +126,25 @@ def dit(
 
     The same command again skips what is done and goes on with what is not.
     """
-    if from_legacy is not None:
-        say_translated(context, from_legacy, "dit")
+    if "from_legacy" in given:
+        say_translated(given, "dit")
         return
-    chosen = given(context)
+    own: DiTStages = build(DiTStages, given)
+    chosen = options_of_training(given, DiTStages)
     check_not_joined()
-    sampling = {field: chosen.pop(name) for name, field in OF_SAMPLING.items() if name in chosen}
+    sampling = {field: given[name] for name, field in OF_SAMPLING.items() if name in given}
     try:
         dit_sample.check_words(sampling)
     except ConfigError as error:
         told = (OF_SAMPLES.sub(r"--sampling-\1", text) for text in (error.message, error.hint))
         raise ConfigError(*told) from error
-    measured = {name: chosen.pop(name, "") for name in ("reference", "weights")}
     from spiralrope_cli.core.jobs.pipeline_plan import dit_pipeline
 
-    pipeline = dit_pipeline(chosen, sampling, **measured)
+    pipeline = dit_pipeline(chosen, sampling, reference=own.reference, weights=own.weights)
 
     from spiralrope_cli.core.jobs.pipeline_dit import run_dit
 
-    run_dit(pipeline, dry_run=dry_run)
+    run_dit(pipeline, dry_run=own.dry_run)
 
 
 OF_SAMPLING = {
@@ -229,12 +155,11 @@ OF_SAMPLING = {
 OF_SAMPLES = re.compile(r"--(steps|seed)\b")
 """Those of them that training has too, as errors of `dit-sample` call them."""
 
-OWN = ("eval_only", "skip_training", "with_finetune", "dry_run", "from_legacy", "sweep", "seeds")
 
-
-def given(context: typer.Context) -> dict[str, Any]:
-    """The options that the user gave for the stages, by the name of the field they set."""
-    return {name: value for name, value in o.given(context).items() if name not in OWN}
+def options_of_training(given: dict[str, Any], own: type, but: str = "-") -> dict[str, Any]:
+    """The given options without the pipeline's own, but with those that begin with a word."""
+    mine = {name for name in leaves(own) if not name.startswith(but)} - {"out"}
+    return {name: value for name, value in given.items() if name not in mine}
 
 
 def check_not_joined() -> None:
@@ -251,20 +176,18 @@ def check_not_joined() -> None:
         )
 
 
-def say_translated(context: typer.Context, line: str, kind: str) -> None:
+def say_translated(given: dict[str, Any], kind: str) -> None:
     """Prints the command for an old line on stdout, and what to know about it on stderr.
 
     Raises:
         ConfigError: a word that cannot be, or other options beside the line.
     """
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    typed = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
-    if typed != ["from_legacy"]:
+    if list(given) != ["from_legacy"]:
         raise ConfigError(
             "--from-legacy stands alone", "add the other options to the command that it prints"
         )
-    command, notes = translate(line, kind)
+    command_line, notes = translate(given["from_legacy"], kind)
     if is_first_process():
         for note in notes:
             typer.echo(f"note: {note}", err=True)
-        typer.echo(command)
+        typer.echo(command_line)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from spiralrope_cli.commands import options as o
 from spiralrope_cli.core.config.dit_runs import DiTRun
 from spiralrope_cli.core.config.latents import VAE_NAMES
-from spiralrope_cli.core.config.resolve import Resolved, StartingPoint, resolve_classifier
-from spiralrope_cli.core.config.resolve_dit import resolve_dit
+from spiralrope_cli.core.config.resolve import resolve
+from spiralrope_cli.core.config.rope import given_rope
+from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, world_size
 from spiralrope_cli.core.runtime.run_folder import first_step, is_finished, prepare
 from spiralrope_cli.core.runtime.tracker import check_tracker
@@ -21,29 +20,23 @@ CLASSIFIER_JOB = "spiralrope_cli.core.jobs.train_classifier:run"
 DIT_JOB = "spiralrope_cli.core.jobs.train_dit:run"
 
 
-def train(
-    command: str,
-    context: typer.Context,
-    start: StartingPoint | None = None,
-    notes: Iterable[str] = (),
-) -> None:
+def train(command: str, given: dict[str, Any]) -> None:
     """Resolves, checks, shows and launches a run, or says that it is finished.
 
     Args:
         command: `pretrain`, `finetune` or `dit-train`.
-        context: of the command, with what the user gave.
-        start: the weights to start from.
-        notes: what reading them brought up, one line each.
+        given: field name -> value of the options that the user gave.
     """
-    chosen = o.given(context)
-    dry_run, config = chosen.pop("dry_run"), chosen.pop("config", None)
-    for of_start in ("source", "init"):
-        chosen.pop(of_start, None)
-    resolved: Resolved[Any]
-    if command == "dit-train":
-        job, resolved = DIT_JOB, resolve_dit(chosen, config, start)
-    else:
-        job, resolved = CLASSIFIER_JOB, resolve_classifier(command, chosen, config, start)
+    dry_run, config = given.pop("dry_run", False), given.pop("config", "")
+    source = given.pop("source", "")
+    start, notes = None, ()
+    if source:
+        rope, found = given_rope(given), find_source(source)
+        from spiralrope_cli.core.jobs.start import starting_point
+
+        start, notes = starting_point(found, rope, dit=command == "dit-train")
+    job = DIT_JOB if command == "dit-train" else CLASSIFIER_JOB
+    resolved = resolve(command, given, config, start)
     run = resolved.run
     check_tracker(run.machine.tracker)
     step = first_step(run)

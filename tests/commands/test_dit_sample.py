@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from spiralrope_cli import main as cli
 from spiralrope_cli.commands import dit_sample
-from spiralrope_cli.core.config.resolve_dit import resolve_dit
+from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.data import sample_files
 from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.hub.catalog import WEIGHTS_REPO
@@ -40,7 +40,7 @@ def pixels(tmp_path_factory):
         **{"ema_decay": 0.9, "precision": "fp32", "nproc": 1, "out": str(folder)},
         **{"schedule": "constant", "sample_every": 0},
     }
-    train_dit.run(resolve_dit(options).run)
+    train_dit.run(resolve("dit-train", options).run)
     return folder
 
 

@@ -16,9 +16,9 @@ from spiralrope_cli.commands import training
 from spiralrope_cli.core.config import recipes
 from spiralrope_cli.core.config.dit_runs import DiTRun
 from spiralrope_cli.core.config.models import DIT_SIZES
-from spiralrope_cli.core.config.nested import leaf_types, to_nested
-from spiralrope_cli.core.config.resolve import resolve_classifier
-from spiralrope_cli.core.config.resolve_dit import resolve_dit
+from spiralrope_cli.core.config.nested import to_nested
+from spiralrope_cli.core.config.option import leaves
+from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.errors import ConfigError, SpiralRopeError
 
 # One value per option, other than what digits would have by default.
@@ -100,7 +100,7 @@ def flat(run):
 
 @pytest.mark.parametrize("name", VALUES)
 def test_every_option_reaches_the_config(resolved, name):
-    before = flat(resolve_dit({}).run)[name]
+    before = flat(resolve("dit-train", {}).run)[name]
     after = flat(resolved(f"--{name.replace('_', '-')}", VALUES[name]))[name]
     assert after != before
     text = "x".join(map(str, after)) if isinstance(after, list) else str(after)
@@ -110,7 +110,7 @@ def test_every_option_reaches_the_config(resolved, name):
 @pytest.mark.parametrize("name", FLAGS)
 def test_every_flag_reaches_the_config(resolved, name):
     word, value = FLAGS[name]
-    assert flat(resolve_dit({}).run)[name] is not value
+    assert flat(resolve("dit-train", {}).run)[name] is not value
     assert flat(resolved(word))[name] is value
 
 
@@ -119,11 +119,11 @@ def test_options_and_fields_have_the_same_names():
         "enabled" if name == "rope" else name
         for name in inspect.signature(command.dit_train).parameters
     }
-    fields = set(leaf_types(DiTRun))
+    fields = set(leaves(DiTRun))
     assert options - fields == NOT_FIELDS
     assert options - NOT_FIELDS == VALUES.keys() | FLAGS.keys() | ELSEWHERE
     groups = [g for g in typing.get_type_hints(DiTRun).values() if is_dataclass(g)]
-    names = [name for group in groups for name in leaf_types(group)]
+    names = [name for group in groups for name in leaves(group)]
     assert len(names) == len(set(names)) > 50
 
 
@@ -137,7 +137,7 @@ def test_without_options_digits_are_trained_on_as_pixels(resolved):
     assert resolved("--rotate", 4, "--name", "b").out == "runs/dit-train-dit-ti2-digits-r4-b"
     # An architecture beside digits keeps their recipe.
     assert resolved("--arch", "DiT-S/2").optim == run.optim
-    assert resolve_dit({"data": "fashion-mnist"}).run.arch == "dit-ti4"
+    assert resolve("dit-train", {"data": "fashion-mnist"}).run.arch == "dit-ti4"
 
 
 def test_the_published_recipe_on_photographs(resolved, image_folder, tiny_vae):
@@ -150,21 +150,21 @@ def test_the_published_recipe_on_photographs(resolved, image_folder, tiny_vae):
     assert (run.checkpoint.log_every, run.checkpoint.save_every) == (100, 50_000)
     assert recipes.DIT["vae"] == "ema"
     assert recipes.DIT["epochs"] * (1281167 // recipes.DIT["batch_size"]) == 400_320
-    plain = resolve_dit({"data": str(image_folder / "train"), "batch_size": 8}).run
+    plain = resolve("dit-train", {"data": str(image_folder / "train"), "batch_size": 8}).run
     assert (plain.num_train, plain.model.num_classes, plain.out) == (16, 2, run.out)
-    pixels = resolve_dit({"data": str(image_folder), "batch_size": 8, "vae": "none"}).run
+    pixels = resolve("dit-train", {"data": str(image_folder), "batch_size": 8, "vae": "none"}).run
     assert (pixels.model.input_size, pixels.model.in_chans) == ((256, 256), 3)
 
 
 @pytest.mark.parametrize("arch", DIT_SIZES)
 def test_every_architecture_is_taken(arch):
-    assert resolve_dit({"arch": arch, "image_size": (16, 16)}).run.arch == arch
+    assert resolve("dit-train", {"arch": arch, "image_size": (16, 16)}).run.arch == arch
 
 
 def test_a_vaes_folder_is_known_by_its_whole_path(runs, image_folder, tiny_vae):
     (runs / "vae").symlink_to(tiny_vae)
     options = {"data": str(image_folder), "image_size": (32, 32), "batch_size": 8, "vae": "vae"}
-    assert resolve_dit(options).run.pictures.vae == str(tiny_vae.resolve())
+    assert resolve("dit-train", options).run.pictures.vae == str(tiny_vae.resolve())
 
 
 def test_a_config_file_repeats_a_run_and_options_win(runs, resolved):
@@ -173,7 +173,7 @@ def test_a_config_file_repeats_a_run_and_options_win(runs, resolved):
     path.write_text(yaml.safe_dump(to_nested(first)))
     assert resolved("--config", path) == first
     assert resolved("--config", path, "--rotate", 1).optim == first.optim
-    path.write_text(yaml.safe_dump(to_nested(resolve_classifier("pretrain", {}).run)))
+    path.write_text(yaml.safe_dump(to_nested(resolve("pretrain", {}).run)))
     with pytest.raises(ConfigError, match="is of another kind of run, pretrain"):
         resolved("--config", path)
 
@@ -217,7 +217,7 @@ def test_what_cannot_work_is_told(resolved, words, told):
     ],
 )
 def test_options_that_cannot_act_are_a_note(options, told):
-    assert [told in warning for warning in resolve_dit(options).warnings] == [True]
+    assert [told in warning for warning in resolve("dit-train", options).warnings] == [True]
 
 
 def test_a_dry_run_looks_at_a_vaes_folder_and_fetches_none(resolved, monkeypatch):

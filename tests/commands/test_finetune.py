@@ -16,7 +16,7 @@ from spiralrope_cli import load_model
 from spiralrope_cli import main as cli
 from spiralrope_cli.commands import training
 from spiralrope_cli.core.config import recipes
-from spiralrope_cli.core.config.resolve import resolve_classifier
+from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.hub.catalog import WEIGHTS_REPO
 from spiralrope_cli.core.hub.source import find_source
@@ -55,7 +55,7 @@ def pretrained(tmp_path_factory):
         **{"arch": "deit-32x2x2", "rotate": 3, "out": str(folder), "lr": 0.05, "steps": 4},
         **{"warmup_epochs": 0, "precision": "fp32", "nproc": 1},
     }
-    train_classifier.run(resolve_classifier("pretrain", options).run)
+    train_classifier.run(resolve("pretrain", options).run)
     return folder
 
 
@@ -66,7 +66,7 @@ def small(source, **more):
         **{"log_every": 2, "nproc": 1, "warmup_epochs": 0, "out": "after", **more},
     }
     start, _ = starting_point(find_source(str(source)), {})
-    return resolve_classifier("finetune", chosen, None, start).run
+    return resolve("finetune", chosen, None, start).run
 
 
 def weights(folder, kind="model"):

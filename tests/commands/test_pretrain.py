@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 from spiralrope_cli import main as cli
 from spiralrope_cli.commands import finetune, pretrain, training
 from spiralrope_cli.core.config import datasets, recipes
-from spiralrope_cli.core.config.nested import leaf_types, to_nested
-from spiralrope_cli.core.config.resolve import resolve_classifier
+from spiralrope_cli.core.config.nested import to_nested
+from spiralrope_cli.core.config.option import leaves
+from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.errors import ConfigError, DataError, SpiralRopeError
@@ -128,7 +129,7 @@ def test_every_flag_reaches_the_config(resolved, name):
 
 def test_options_and_fields_have_the_same_names():
     options = set(inspect.signature(pretrain.pretrain).parameters)
-    fields = set(leaf_types(ClassifierRun))
+    fields = set(leaves(ClassifierRun))
     assert {("enabled" if name == "rope" else name) for name in options} - fields <= NOT_FIELDS
     tested = VALUES.keys() | FLAGS.keys() | NOT_ON_DIGITS | {"nnodes", "rdzv_endpoint"}
     assert {("enabled" if n == "rope" else n) for n in options} - NOT_FIELDS == tested
@@ -143,7 +144,7 @@ def test_finetune_has_the_options_of_pretrain_but_for_what_its_source_decides():
 
 def test_field_names_are_unique_over_all_groups():
     groups = [g for g in typing.get_type_hints(ClassifierRun).values() if is_dataclass(g)]
-    names = [name for group in groups for name in leaf_types(group)]
+    names = [name for group in groups for name in leaves(group)]
     assert len(names) == len(set(names)) > 50
 
 
@@ -336,15 +337,15 @@ def test_an_unreadable_image_is_named_or_skipped_and_counted(tmp_path, image_fol
     ],
 )
 def test_options_that_cannot_act_are_a_note(options, told):
-    assert [told in warning for warning in resolve_classifier("pretrain", options).warnings] == [
+    assert [told in warning for warning in resolve("pretrain", options).warnings] == [
         True
     ]
 
 
 def test_elongated_grids_are_told_of_the_exact_projection():
-    long = resolve_classifier("pretrain", {"image_size": (14, 56)}).run
+    long = resolve("pretrain", {"image_size": (14, 56)}).run
     assert "try --projection exact" in hints(long)[0]
-    assert not hints(resolve_classifier("pretrain", {}).run)
+    assert not hints(resolve("pretrain", {}).run)
 
 
 def test_more_directions_than_channels_are_told(resolved):
@@ -425,7 +426,7 @@ def test_usage_errors_keep_typers_panel_and_code(spiralrope):
 
 def test_every_data_set_has_a_complete_recipe():
     for data_set in datasets.BUILT_IN.values():
-        run = resolve_classifier("pretrain", {"data": data_set.data}).run
+        run = resolve("pretrain", {"data": data_set.data}).run
         assert run.model.num_classes == data_set.num_classes
         assert run.augment.hflip == 0 or data_set.data != "digits", "a mirrored digit is another"
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from spiralrope_cli import main as cli
 from spiralrope_cli.core.config.legacy import DEIT_WORDS, DIT_WORDS
 from spiralrope_cli.core.config.pipelines import deit_stages
-from spiralrope_cli.core.config.resolve import resolve_classifier
+from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.sweeps import KINDS, acting, points
 from spiralrope_cli.core.errors import DataError, SpiralRopeError
@@ -125,7 +125,7 @@ def test_what_finetuning_starts_from_is_what_pretraining_left(run):
     # The plan knows before what reading the weights would tell afterwards.
     start, _ = starting_point(find_source("here/pretrain"), {})
     single = {"lr": 3e-3, "steps": 2, "precision": "fp32", "seed": 3, "out": second.out}
-    read = resolve_classifier("finetune", single, None, start).run
+    read = resolve("finetune", single, None, start).run
     assert replace(read, source=second.source) == second
 
 

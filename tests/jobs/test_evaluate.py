@@ -15,7 +15,7 @@ from PIL import Image
 
 from spiralrope_cli import load_model
 from spiralrope_cli.core.config.evals import EvalOptions
-from spiralrope_cli.core.config.resolve import resolve_classifier
+from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.data.memory import load_digits
 from spiralrope_cli.core.jobs import eval_report, evaluate, train_classifier
@@ -99,7 +99,7 @@ def test_pictures_are_opened_once_per_crop_ratio(image_folder, runs, rows_of, mo
     size = {"image_size": (16, 16), "patch_size": 8, "batch_size": 4, "micro_batch_size": 4}
     plain = {"mixup": 0.0, "cutmix": 0.0, "workers": 0, "steps": 2, "warmup_epochs": 0, "nproc": 1}
     options = {"arch": "deit-64x2x2", "data": str(image_folder), "out": "photos", **size, **plain}
-    train_classifier.run(resolve_classifier("pretrain", options).run)
+    train_classifier.run(resolve("pretrain", options).run)
     capsys.readouterr()
     out = runs / "photos"
     opened = []

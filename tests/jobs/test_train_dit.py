@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from spiralrope_cli import load_model
 from spiralrope_cli.core.config.latents import EncodeRun
-from spiralrope_cli.core.config.resolve_dit import resolve_dit
+from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.data.dit_loader import DiTData
 from spiralrope_cli.core.diffusion.process import GaussianDiffusion
@@ -46,7 +46,7 @@ def tiny(runs):
         }
         if start is not None:
             del base["arch"]
-        return resolve_dit({**base, **options}, start=start).run
+        return resolve("dit-train", {**base, **options}, start=start).run
 
     return make
 

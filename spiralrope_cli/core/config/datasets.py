@@ -50,6 +50,12 @@ class DataSet:
     dit: dict[str, Any] = field(default_factory=dict)
     num_samples: int = 50_000
 
+    def defaults_of(self, command: str) -> dict[str, Any]:
+        """Field name -> value, over the recipe of a training command."""
+        if command == "dit-train":
+            return self.dit
+        return {**self.defaults, **(self.finetune if command == "finetune" else {})}
+
 
 # What the memory sets have in common: grey pictures that augmentation must not mirror or mix
 # as strongly as photographs.

@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
 
-from spiralrope_cli.core.config.checks import at_least, one_of
+from spiralrope_cli.core.config.option import SAMPLING, Opt, check_fields, pair
 from spiralrope_cli.core.errors import ConfigError
 
 NUM_TRAIN_STEPS = 1000
-SAMPLERS = ("ddpm", "ddim", "dpm++")
-CFG_CHANNELS = ("3", "all")
+Sampler = Literal["ddpm", "ddim", "dpm++"]
+SAMPLERS: tuple[str, ...] = get_args(Sampler)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuidanceConfig:
-    """Classifier-free guidance, e = e_null + scale * (e_label - e_null).
+    """Classifier-free guidance, e = e_null + scale * (e_label - e_null)."""
 
-    Attributes:
-        cfg_scale: 1 is no guidance, and costs half as much.
-        cfg_channels: `3` guides the first three noise channels, as the published figures were
-            made; `all` guides every one.
-        cfg_interval: guides where low <= original timestep < high (arXiv 2404.07724).
-    """
-
-    cfg_scale: float = 1.0
-    cfg_channels: str = "3"
-    cfg_interval: tuple[int, int] = (0, NUM_TRAIN_STEPS)
+    cfg_scale: Annotated[float, Opt("Guidance; 1 is none, and twice as fast.", SAMPLING, ge=1)] = (
+        1.0
+    )
+    cfg_channels: Annotated[
+        Literal["3", "all"],
+        Opt("Noise channels that are guided; published figures: 3.", SAMPLING),
+    ] = "3"
+    # arXiv 2404.07724
+    cfg_interval: Annotated[
+        tuple[int, int],
+        Opt(
+            "Guide where LO <= timestep < HI alone, of 0 to 1000.",
+            SAMPLING,
+            metavar="LO,HI",
+            read=pair,
+            expects="LO,HI, as 0,600",
+        ),
+    ] = (0, NUM_TRAIN_STEPS)
 
     def __post_init__(self) -> None:
-        at_least("cfg_scale", self.cfg_scale, 1)
-        if math.isinf(self.cfg_scale):
-            raise ConfigError("--cfg-scale is inf; it must be a number")
-        one_of("cfg_channels", self.cfg_channels, CFG_CHANNELS)
+        check_fields(self)
         low, high = self.cfg_interval
         if not 0 <= low < high <= NUM_TRAIN_STEPS:
             raise ConfigError(

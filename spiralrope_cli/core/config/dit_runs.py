@@ -7,42 +7,50 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-from spiralrope_cli.core.config.checks import at_least, in_range, one_of
 from spiralrope_cli.core.config.latents import VAE_FACTOR, VAE_NAMES
 from spiralrope_cli.core.config.models import dit_size
 from spiralrope_cli.core.config.optim import OptimConfig
+from spiralrope_cli.core.config.option import (
+    DATA,
+    MODEL,
+    PATH,
+    RECIPE,
+    RUN,
+    SIZE,
+    Opt,
+    check_fields,
+)
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.runs import ClassifierRun, MachineConfig
 from spiralrope_cli.core.errors import ConfigError
 
 NO_VAE = "none"
 DIT_SCHEDULES = ("cosine", "constant")
+DIT_WORDS = {
+    "rotate": "Half the number of directions; as published: 0, plain axial RoPE.",
+    "lr": "Learning rate.",
+    "schedule": "Per step, or flat.",
+}
+"""Help of shared options where a diffusion transformer's differs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiTModelConfig:
-    """The network's sizes beyond its architecture.
+    """The network's sizes beyond its architecture."""
 
-    Attributes:
-        input_size: (height, width) of the latents, or of the pixels without a VAE.
-        in_chans: their channels.
-        num_classes: classes, without the null class of guidance.
-        label_dropout: share of labels that are made null in training.
-        qk_norm: normalises queries and keys.
-        pretrain_grid: patches as (rows, columns) that positions refer to, where it is not the
-            model's own grid.
-    """
-
-    input_size: tuple[int, int]
+    input_size: tuple[int, int]  # of the latents, or of the pixels without a VAE
     in_chans: int
-    num_classes: int
-    label_dropout: float
-    qk_norm: bool
-    pretrain_grid: tuple[int, int] | None = None
+    num_classes: Annotated[int, "the number of classes"]  # without the null class of guidance
+    label_dropout: Annotated[
+        float, Opt("Share of labels made null, for guidance.", RECIPE, ge=0, lt=1)
+    ]
+    qk_norm: Annotated[bool, Opt("Normalise queries and keys.", MODEL)]
+    pretrain_grid: tuple[int, int] | None = None  # patches that positions refer to, if not its own
 
     def __post_init__(self) -> None:
-        in_range("label_dropout", self.label_dropout, 0, 1)
+        check_fields(self)
 
     def grid(self, arch: str) -> tuple[int, int]:
         """Patches as (rows, columns) of an architecture, which knows their side."""
@@ -52,22 +60,27 @@ class DiTModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PictureConfig:
-    """From a picture to what is noised.
+    """From a picture to what is noised."""
 
-    Attributes:
-        image_size: (height, width) in pixels.
-        hflip: probability of mirroring.
-        vae: `ema`, `mse`, a folder, or `none` for pixels as they are, in [-1, 1].
-        latents: folder of cached latents that replaces pictures and VAE, empty for none.
-    """
-
-    image_size: tuple[int, int]
-    hflip: float
-    vae: str
-    latents: str = ""
+    image_size: Annotated[
+        tuple[int, int], Opt("Side, or height x width, in pixels.", MODEL, **SIZE)
+    ]
+    hflip: Annotated[float, Opt("Probability of mirroring.", DATA, ge=0, le=1)]
+    vae: Annotated[
+        str,
+        Opt(
+            "ema, mse, a folder in diffusers' layout, or none: pixels.",
+            DATA,
+            metavar="NAME|FOLDER",
+            complete="vaes",
+        ),
+    ]
+    latents: Annotated[
+        str, Opt("Train from a folder of dit-encode, in place of --data.", DATA, metavar="FOLDER")
+    ] = ""
 
     def __post_init__(self) -> None:
-        in_range("hflip", self.hflip, 0, 1, closed=True)
+        check_fields(self)
 
     @property
     def in_latents(self) -> bool:
@@ -77,50 +90,64 @@ class PictureConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DiTCheckpointConfig:
-    """When a run reports, draws samples and saves; all in steps.
+    """When a run reports, draws samples and saves; all in steps."""
 
-    Attributes:
-        log_every: steps between log points; the only moments that wait for the device.
-        sample_every: steps between sample grids of the averaged weights; 0: at the end alone.
-        save_every: steps between checkpoints.
-        keep_last: newest checkpoints that are kept.
-        keep_every: steps whose multiples are kept for good, 0 for none.
-    """
-
-    log_every: int
-    sample_every: int
-    save_every: int
-    keep_last: int
-    keep_every: int
+    # Log points are the only moments that wait for the device.
+    log_every: Annotated[int, Opt("Steps between log points.", RUN, ge=1, free=True)]
+    sample_every: Annotated[
+        int, Opt("Steps between sample grids; 0: at the end alone.", RUN, ge=0, free=True)
+    ]
+    save_every: Annotated[int, Opt("Steps between checkpoints.", RUN, ge=1, free=True)]
+    keep_last: Annotated[int, Opt("Newest checkpoints kept.", RUN, ge=1, free=True)]
+    keep_every: Annotated[
+        int, Opt("Steps whose multiples are kept for good; 0: none.", RUN, ge=0, free=True)
+    ]
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "save_every", "keep_last"):
-            at_least(name, getattr(self, name), 1)
-        for name in ("sample_every", "keep_every"):
-            at_least(name, getattr(self, name), 0)
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiTRun:
-    """A training run of a diffusion transformer, complete.
-
-    Attributes:
-        command: the command that made it.
-        arch: a row of the table of architectures, which says the patch side too.
-        data: a built-in name or a folder of class folders.
-        out: the run folder.
-        seed: of initial weights, data order, mirroring, timesteps, noise and label dropout.
-        num_train: training images, which fixes the steps of an epoch.
-        source: whose weights it starts from, empty for fresh ones.
-    """
+    """A training run of a diffusion transformer, complete."""
 
     command: str
-    arch: str
-    data: str
-    out: str
-    seed: int
-    num_train: int
-    source: str = ""
+    arch: Annotated[
+        str,
+        Opt(
+            "dit-ti2 to dit-xl8 (the digit is the patch side), DiT-XL/2, "
+            "or by numbers: dit-WIDTHxDEPTHxHEADS-PATCH.",
+            MODEL,
+            metavar="NAME",
+            complete="dit_archs",
+        ),
+    ]
+    data: Annotated[
+        str,
+        Opt(
+            "digits, fashion-mnist, or a folder of class folders, or one with train/. "
+            "Without it: $SPIRALROPE_DATA, else the bundled digits.",
+            DATA,
+            metavar="NAME|FOLDER",
+            complete="data_sets",
+        ),
+    ]
+    out: Annotated[
+        str,
+        Opt("Run folder; by default runs/COMMAND-ARCH-DATA-rROTATE[-NAME].", RUN, **PATH, free=True),
+    ]
+    seed: Annotated[int, Opt("Of initial weights, data order, timesteps and noise.", RUN, ge=0)]
+    num_train: Annotated[int, "the number of training images"]
+    source: Annotated[
+        str,
+        Opt(
+            "Start from the EMA weights of a run, a file or a published name.",
+            MODEL,
+            flag="--init",
+            metavar="SOURCE",
+            complete="sources",
+        ),
+    ] = ""
     rope: RopeConfig
     model: DiTModelConfig
     pictures: PictureConfig
@@ -129,16 +156,26 @@ class DiTRun:
     machine: MachineConfig = field(default_factory=MachineConfig)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         self.rope.check_head_dim(dit_size(self.arch).head_dim)
-        at_least("seed", self.seed, 0)
-        one_of("schedule", self.optim.schedule, DIT_SCHEDULES)
-        one_of("freeze", self.optim.freeze, ("none",))
+        if self.optim.schedule not in DIT_SCHEDULES:
+            raise ConfigError(
+                f"--schedule is {self.optim.schedule}; it must be {' or '.join(DIT_SCHEDULES)}"
+            )
+        if self.optim.freeze != "none":
+            raise ConfigError(f"--freeze is {self.optim.freeze}; it must be none")
         self.optim.check_length(self.num_train, self.data)
 
     @property
     def grid(self) -> tuple[int, int]:
         """Patches as (rows, columns)."""
         return self.model.grid(self.arch)
+
+    def inert_options(self) -> list[tuple[str, str]]:
+        """Fields of a diffusion transformer that cannot act in this run, each with the reason."""
+        if not self.pictures.latents:
+            return []
+        return [(name, "--latents is given") for name in ("data", "workers", "skip_bad")]
 
     @property
     def steps_per_epoch(self) -> int:

@@ -3,51 +3,72 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from spiralrope_cli.core.config.checks import at_least
 from spiralrope_cli.core.config.models import deit_size, dit_size, is_dit
+from spiralrope_cli.core.config.option import (
+    DATA,
+    MODEL,
+    PATH,
+    RUN,
+    SHOW,
+    Opt,
+    check_fields,
+)
+from spiralrope_cli.core.config.resolve import RUNS_FOLDER
 from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkup:
-    """A look at this machine, with one kind of run in mind.
+    """A look at this machine, with one kind of run in mind."""
 
-    Attributes:
-        options: field name -> value, the given options of a training command: `arch`, `data`,
-            `batch_size` and so on.
-        runs: folder of the run folders.
-        num: images that `dit-sample` would draw, 0 for its default.
-        offline: asks nobody outside this machine.
-        as_json: JSON in place of a table.
-        machine: device and precision.
-    """
-
-    options: dict[str, Any] = field(default_factory=dict)
-    runs: str
-    num: int = 0
-    offline: bool = False
-    as_json: bool = False
+    arch: Annotated[
+        str,
+        Opt(
+            "A deit-... or dit-... whose needs are looked at; by default the data set's.",
+            MODEL,
+            metavar="NAME",
+            complete="archs",
+        ),
+    ] = ""
+    data: Annotated[
+        str,
+        Opt(
+            "Built-in name or folder; by default SPIRALROPE_DATA, else digits.",
+            DATA,
+            metavar="NAME|FOLDER",
+            complete="data_sets",
+        ),
+    ] = ""
+    runs: Annotated[str, Opt("Folder of the run folders.", RUN, **PATH)] = RUNS_FOLDER
+    num: Annotated[
+        int, Opt("Images of dit-sample; 50000, or 200 of a built-in set.", RUN, ge=0)
+    ] = 0
+    batch_size: Annotated[int | None, Opt("Images per optimizer step, in all.", RUN, ge=1)] = None
+    micro_batch_size: Annotated[
+        int | None, Opt("Images at a time per process, at most.", RUN, ge=1)
+    ] = None
+    offline: Annotated[bool, Opt("Do not ask the Hub.", SHOW)] = False
+    as_json: Annotated[bool, Opt("JSON on stdout, nothing else.", SHOW, flag="--json")] = False
+    options: dict[str, Any] = field(default_factory=dict)  # those of a training command, as given
     machine: MachineConfig = field(default_factory=MachineConfig)
 
     def __post_init__(self) -> None:
-        at_least("num", self.num, 0)
-        for name in ("batch_size", "micro_batch_size"):
-            at_least(name, self.options.get(name, 1), 1)
+        check_fields(self)
         if self.num and not self.dit:
             raise ConfigError(
                 f"--num {self.num} has no effect: it counts the images that a DiT draws",
                 "name it by --arch, or leave --num out",
             )
-        if arch := self.options.get("arch"):
-            dit_size(arch) if self.dit else deit_size(arch)
+        if self.arch:
+            dit_size(self.arch) if self.dit else deit_size(self.arch)
 
     @property
     def dit(self) -> bool:
         """Whether the run in mind is that of a diffusion transformer."""
-        return is_dit(self.options.get("arch", ""))
+        return is_dit(self.arch)
 
 
 @dataclass(frozen=True)

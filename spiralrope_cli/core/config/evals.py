@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from spiralrope_cli.core.config.checks import share
 from spiralrope_cli.core.config.models import check_divides
-from spiralrope_cli.core.config.rope import RopeConfig, check_given
+from spiralrope_cli.core.config.option import (
+    DATA,
+    OUTPUT,
+    PATH,
+    SIZE,
+    WHICH,
+    Opt,
+    check_fields,
+)
+from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.runs import MachineConfig, ModelConfig
 from spiralrope_cli.core.errors import ConfigError
 
 BOTH_CROP_RATIOS = (0.875, 1.0)
-FORMATS = ("table", "json", "csv")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,38 +54,81 @@ class EvalProtocol:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """What the user asks for; the sources say the rest.
+    """What the user asks for; the sources say the rest."""
 
-    Attributes:
-        sources: run folders, files or published names.
-        ema: averaged weights.
-        best: the best checkpoint in place of the last.
-        every: both checkpoints, both crop ratios, raw and averaged weights.
-        crop_ratios: one row each; empty for the data set's own.
-        image_sizes: one row each; empty for the weights' own.
-        data: a built-in name or a folder, None for the run's own.
-        rope: field name -> value, RoPE options that win over the source's.
-        out: folder of `eval.json`, None for beside the checkpoint.
-        output: `table`, `json` or `csv`.
-    """
-
-    sources: tuple[str, ...]
-    ema: bool = False
-    best: bool = False
-    every: bool = False
-    crop_ratios: tuple[float, ...] = ()
-    image_sizes: tuple[tuple[int, int], ...] = ()
-    data: str | None = None
-    rope: dict[str, Any] = field(default_factory=dict)
-    out: str | None = None
-    output: str = "table"
+    sources: Annotated[
+        tuple[str, ...],
+        Opt(
+            "Run folders, checkpoint files or published names; by default the newest run.",
+            metavar="SOURCE",
+            complete="sources",
+            argument=True,
+            many=True,
+        ),
+    ] = ()
+    ema: Annotated[
+        bool, Opt("Averaged weights, not the raw.", WHICH, flag="--ema/--no-ema")
+    ] = False
+    best: Annotated[bool, Opt("A run's best checkpoint, not its last.", WHICH)] = False
+    every: Annotated[
+        bool,
+        Opt(
+            "Eight rows: best and last, crop ratios 0.875 and 1.0, raw and EMA weights.",
+            WHICH,
+            flag="--all",
+        ),
+    ] = False
+    data: Annotated[
+        str | None,
+        Opt(
+            "digits, fashion-mnist, or a folder with train/ and val/ of class folders. "
+            "Without it: the run's own, else $SPIRALROPE_DATA, else digits.",
+            DATA,
+            metavar="NAME|FOLDER",
+            complete="data_sets",
+        ),
+    ] = None
+    crop_ratios: Annotated[
+        tuple[float, ...],
+        Opt(
+            "Resize to image size / this, then crop the centre; repeatable. Without a value: "
+            "0.875 and 1.0.",
+            DATA,
+            flag="--crop-ratio",
+            metavar="[R]",
+            gt=0,
+            le=1,
+            many=True,
+        ),
+    ] = ()
+    image_sizes: Annotated[
+        tuple[tuple[int, int], ...],
+        Opt(
+            "Side, or height x width, in pixels; repeatable. By default the weights' own.",
+            DATA,
+            flag="--image-size",
+            many=True,
+            **SIZE,
+        ),
+    ] = ()
+    rope: dict[str, Any] = field(default_factory=dict)  # options that win over the source's
+    json: Annotated[bool, Opt("JSON on stdout.", OUTPUT)] = False
+    csv: Annotated[bool, Opt("CSV on stdout.", OUTPUT)] = False
+    out: Annotated[
+        str | None, Opt("Folder of eval.json; by default the run's or the file's.", OUTPUT, **PATH)
+    ] = None
 
     def __post_init__(self) -> None:
-        for ratio in self.crop_ratios:
-            share("crop_ratio", ratio)
+        check_fields(self)
+        if self.json and self.csv:
+            raise ConfigError("--json and --csv exclude each other", "leave one of them out")
         for size in self.image_sizes:
             check_divides(size, 1)
-        check_given(self.rope)
+
+    @property
+    def output(self) -> str:
+        """`table`, `json` or `csv`."""
+        return "json" if self.json else "csv" if self.csv else "table"
 
 
 @dataclass(frozen=True, kw_only=True)

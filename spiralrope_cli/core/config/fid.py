@@ -7,9 +7,18 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
-from spiralrope_cli.core.config.checks import at_least, one_of
 from spiralrope_cli.core.config.folders import cache_folder
+from spiralrope_cli.core.config.option import (
+    IMAGES,
+    MACHINE,
+    OUTPUT,
+    SCORES,
+    Opt,
+    check_fields,
+    words,
+)
 from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
 
@@ -21,54 +30,62 @@ PRECISIONS = ("fp32", "bf16")
 
 @dataclass(frozen=True, kw_only=True)
 class FidRun:
-    """Figures of one set of images, measured against another.
+    """Figures of one set of images, measured against another."""
 
-    Attributes:
-        samples: a folder of images, an `.npz` of images, or an `.npz` of statistics.
-        reference: the same; empty where nothing of it is needed.
-        select: what is computed, of `FIGURES`.
-        num: how many images of the samples count, the first ones; 0 takes all.
-        weights: file with the extractor's weights; empty for those that `fetch inception` brought.
-        save_stats: file for the statistics of the samples; empty for none.
-        bootstrap: how many times the samples are drawn anew for the error bar of the FID; 0 for
-            none.
-        kid_subsets: how many subsets the KID averages over.
-        kid_subset_size: images of each side in one subset.
-        seed: of KID's subsets and of the bootstrap.
-        batch_size: images at a time per process; it changes no figure.
-        as_json: prints JSON in place of the table.
-        facts_file: where that JSON goes too; empty for nowhere.
-        machine: where and how.
-    """
-
-    samples: str
-    reference: str = ""
-    select: tuple[str, ...] = FIGURES
-    num: int = 0
-    weights: str = ""
-    save_stats: str = ""
-    bootstrap: int = 0
-    kid_subsets: int = 100
-    kid_subset_size: int = 1000
-    seed: int = 2020
-    batch_size: int = 32
-    as_json: bool = False
-    facts_file: str = ""
+    samples: Annotated[
+        str, Opt("Generated images: a folder, or an .npz.", metavar="SAMPLES", argument=True)
+    ]
+    reference: Annotated[
+        str,
+        Opt(
+            "Real images or their statistics: a folder, an .npz.",
+            metavar="REFERENCE",
+            argument=True,
+        ),
+    ] = ""
+    num: Annotated[
+        int, Opt("The first NUM of SAMPLES count; fewer are an error. 0: all.", IMAGES, ge=0)
+    ] = 0
+    weights: Annotated[
+        str, Opt("Inception's, if not those fetched.", IMAGES, metavar="FILE")
+    ] = ""
+    select: Annotated[
+        tuple[str, ...],
+        Opt(f"Of {','.join(FIGURES)}.", SCORES, metavar="NAMES", read=words, expects="names"),
+    ] = FIGURES
+    kid_subsets: Annotated[int, Opt("KID's subsets.", SCORES, ge=1)] = 100
+    kid_subset_size: Annotated[int, Opt("Images in each of them.", SCORES, ge=2)] = 1000
+    bootstrap: Annotated[
+        int, Opt("Error bar of the FID from N draws of SAMPLES.", SCORES, ge=0)
+    ] = 0
+    seed: Annotated[int, Opt("Of KID's subsets and of the bootstrap.", SCORES, ge=0)] = 2020
+    as_json: Annotated[bool, Opt("The result as JSON on stdout.", OUTPUT, flag="--json")] = False
+    save_stats: Annotated[
+        str,
+        Opt(
+            "Keep the statistics of SAMPLES as a REFERENCE for later (.npz).",
+            OUTPUT,
+            metavar="FILE",
+        ),
+    ] = ""
+    facts_file: str = ""  # where the JSON goes too
+    batch_size: Annotated[
+        int, Opt("Images at a time per process; it changes no figure.", MACHINE, ge=1)
+    ] = 32
     machine: MachineConfig = field(default_factory=partial(MachineConfig, precision=PRECISIONS[0]))
 
     def __post_init__(self) -> None:
+        check_fields(self)
         unknown = [name for name in self.select if name not in FIGURES]
         if unknown or not self.select:
             raise ConfigError(
                 f"--select {','.join(self.select)}: there is no {unknown[0] if unknown else ''!r}",
                 f"there are {', '.join(FIGURES)}",
             )
-        one_of("precision", self.machine.precision, PRECISIONS)
-        for name in ("num", "bootstrap", "seed"):
-            at_least(name, getattr(self, name), 0)
-        for name in ("kid_subsets", "batch_size"):
-            at_least(name, getattr(self, name), 1)
-        at_least("kid_subset_size", self.kid_subset_size, 2)
+        if self.machine.precision not in PRECISIONS:
+            raise ConfigError(
+                f"--precision is {self.machine.precision}; it must be {' or '.join(PRECISIONS)}"
+            )
         if self.seed >= 2**32:
             raise ConfigError(f"--seed is {self.seed}; it must be below 2^32")
         if self.bootstrap == 1:

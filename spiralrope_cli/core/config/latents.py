@@ -10,10 +10,18 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from spiralrope_cli.core.config.checks import at_least
 from spiralrope_cli.core.config.datasets import BUILT_IN, class_folders, class_names
+from spiralrope_cli.core.config.option import (
+    DATA,
+    MACHINE,
+    PATH,
+    RUN,
+    SIZE,
+    Opt,
+    check_fields,
+)
 from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.errors import ConfigError, DataError
 
@@ -35,25 +43,35 @@ FREE_TO_CHANGE = ("data", "vae")
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeRun:
-    """A run of `dit-encode`.
+    """A run of `dit-encode`."""
 
-    Attributes:
-        data: folder of class folders, or one with such a folder `train/`.
-        out: folder of the cache.
-        vae: `ema`, `mse`, or a folder in the layout of diffusers.
-        image_size: (height, width) in pixels, after the crop.
-        batch_size: images at a time per process.
-    """
-
-    data: str
-    out: str = "latents"
-    vae: str = "ema"
-    image_size: tuple[int, int] = (256, 256)
-    batch_size: int = 16
+    data: Annotated[
+        str,
+        Opt(
+            "Folder with one folder of images per class, or with such a folder train/. "
+            "Without it: $SPIRALROPE_DATA.",
+            DATA,
+            metavar="FOLDER",
+        ),
+    ]
+    out: Annotated[str, Opt("Folder of the cache.", RUN, **PATH)] = "latents"
+    vae: Annotated[
+        str,
+        Opt(
+            "The VAE: ema, mse, or a folder as diffusers saves it.",
+            DATA,
+            metavar="ema|mse|FOLDER",
+            complete="vaes",
+        ),
+    ] = "ema"
+    image_size: Annotated[
+        tuple[int, int], Opt("Side, or height x width, after the centre crop.", DATA, **SIZE)
+    ] = (256, 256)
+    batch_size: Annotated[int, Opt("Images at a time per process.", MACHINE, ge=1)] = 16
     machine: MachineConfig = field(default_factory=MachineConfig)
 
     def __post_init__(self) -> None:
-        at_least("batch_size", self.batch_size, 1)
+        check_fields(self)
         check_image_size(self.image_size)
 
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from spiralrope_cli.core.config.checks import at_least, in_range, one_of
+from spiralrope_cli.core.config.option import RECIPE, RUN, Opt, check_fields
 from spiralrope_cli.core.errors import ConfigError
-
-SCHEDULES = ("cosine", "constant", "published")
-LR_RULES = ("linear", "none")
-FREEZES = ("none", "attn-only", "head-only")
 
 LINEAR_RULE_BATCH = 512
 """The linear rule multiplies the base learning rate by total batch / this."""
@@ -17,53 +14,39 @@ LINEAR_RULE_BATCH = 512
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Optimizer, schedule and averages.
+    """Optimizer, schedule and averages."""
 
-    Attributes:
-        epochs: length in passes over the training set.
-        steps: length in optimizer steps in place of epochs, 0 to go by epochs.
-        batch_size: images per optimizer step, over all processes and accumulation.
-        micro_batch_size: images at a time per process, at most.
-        lr: base learning rate.
-        lr_rule: `linear` multiplies lr by batch_size / 512, `none` takes it as it is.
-        min_lr: where the cosine ends.
-        warmup_lr: where the warm-up starts.
-        warmup_epochs: length of the linear warm-up.
-        schedule: `cosine` per step, `constant`, or `published`, per epoch as the old code.
-        betas: of AdamW.
-        weight_decay: on matrices alone.
-        clip_grad: largest gradient norm, 0 for none.
-        ema_decay: of the averaged weights, per optimizer step.
-        freeze: what is trained: all, or `attn-only` (with head, position), or `head-only`.
-    """
-
-    epochs: int
-    steps: int
-    batch_size: int
-    micro_batch_size: int
-    lr: float
-    lr_rule: str
-    min_lr: float
-    warmup_lr: float
-    warmup_epochs: int
-    schedule: str
-    betas: tuple[float, float]
-    weight_decay: float
-    clip_grad: float
-    ema_decay: float
-    freeze: str
+    epochs: Annotated[int, Opt("Length in epochs.", RUN, ge=1)]
+    steps: Annotated[int, Opt("Length in optimizer steps, in place of epochs.", RECIPE, ge=0)]
+    batch_size: Annotated[int, Opt("Images per optimizer step, in all.", RUN, ge=1)]
+    micro_batch_size: Annotated[
+        int, Opt("Images at a time per process, at most.", RUN, ge=1, free=True)
+    ]
+    lr: Annotated[float, Opt("Base learning rate, before the rule.", RECIPE, ge=0)]
+    lr_rule: Annotated[
+        Literal["linear", "none"],
+        Opt(f"linear: times total batch / {LINEAR_RULE_BATCH}; none: as given.", RECIPE),
+    ]
+    min_lr: Annotated[float, Opt("Where the cosine ends.", RECIPE, ge=0)]
+    warmup_lr: float  # where the warm-up starts
+    warmup_epochs: Annotated[int, Opt("Length of the linear warm-up.", RECIPE, ge=0)]
+    schedule: Annotated[
+        Literal["cosine", "constant", "published"],
+        Opt("Per step, flat, or per epoch as the published code.", RECIPE),
+    ]
+    betas: tuple[float, float]  # of AdamW
+    weight_decay: Annotated[float, Opt("Of AdamW, on matrices alone.", RECIPE, ge=0)]
+    clip_grad: Annotated[float, Opt("Largest gradient norm, 0 for none.", RECIPE, ge=0)]
+    ema_decay: Annotated[float, Opt("Of the averaged weights, per step.", RECIPE, ge=0, lt=1)]
+    freeze: Annotated[
+        Literal["none", "attn-only", "head-only"],
+        Opt("Train the attention and the head alone, or the head alone.", RECIPE),
+    ]
 
     def __post_init__(self) -> None:
-        one_of("schedule", self.schedule, SCHEDULES)
-        one_of("lr_rule", self.lr_rule, LR_RULES)
-        one_of("freeze", self.freeze, FREEZES)
-        for name in ("epochs", "batch_size", "micro_batch_size"):
-            at_least(name, getattr(self, name), 1)
-        for name in ("steps", "warmup_epochs", "lr", "min_lr", "weight_decay", "clip_grad"):
-            at_least(name, getattr(self, name), 0)
-        for beta in self.betas:
-            in_range("betas", beta, 0, 1)
-        in_range("ema_decay", self.ema_decay, 0, 1)
+        check_fields(self)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas are {self.betas}; each must be in [0, 1)")
 
     @property
     def peak_lr(self) -> float:

@@ -5,16 +5,25 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from spiralrope_cli.core.config.checks import at_least, one_of
 from spiralrope_cli.core.config.models import deit_size, dit_size, is_dit
+from spiralrope_cli.core.config.option import (
+    LOOK,
+    MODEL,
+    PATH,
+    PICTURE,
+    ROPE,
+    SIZE,
+    Opt,
+    check_fields,
+    pair,
+)
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.errors import ConfigError, DataError
 
 FORMATS = ("png", "svg")
 PLOTS_FOLDER = "plots"
-OVER = ("step", "epoch")
 ROPE_PANELS = ("rose", "frequencies", "clamp", "score")
 PUBLISHED_GRID = {False: 14, True: 32}
 """Of a DeiT in patches (224 px of 16 px), and of a DiT in latents (256 px), before its patches."""
@@ -23,26 +32,90 @@ MOST_IMAGES = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class RopePlot:
-    """What a Spiral RoPE does, drawn for one or several sets of options.
+class PictureFile:
+    """Where a picture goes."""
 
-    Attributes:
-        ropes: the options; several are drawn beside each other.
-        head_dim: channels per head.
-        grid: patches as (rows, columns).
-        pretrain_grid: patches that the model was trained at.
-        panels: some of `ROPE_PANELS`.
-    """
-
-    ropes: tuple[RopeConfig, ...]
-    head_dim: int
-    grid: tuple[int, int]
-    pretrain_grid: tuple[int, int]
-    panels: tuple[str, ...] = ROPE_PANELS
+    out: Annotated[
+        str,
+        Opt("A .png or .svg; by default below plots/.", PICTURE, **{**PATH, "metavar": "FILE"}),
+    ] = ""
+    format: Annotated[
+        Literal["png", "svg"] | None, Opt("Where --out is not given; png.", PICTURE)
+    ] = None
 
     def __post_init__(self) -> None:
-        for word in self.panels:
-            one_of("show", word, ROPE_PANELS)
+        check_fields(self)
+        suffix = Path(self.out).suffix.lower().lstrip(".")
+        if self.out and suffix not in FORMATS:
+            raise ConfigError(
+                f"--out {self.out} must end in {' or '.join('.' + word for word in FORMATS)}"
+            )
+        if self.out and self.format not in (None, suffix):
+            raise ConfigError(
+                f"--format {self.format} contradicts --out {self.out}", "leave one of them out"
+            )
+
+    def named(self, name: str) -> Path:
+        """The file; a name without suffix counts where the user gave none."""
+        stem = re.sub(r"[^\w.-]+", "-", name)
+        return Path(self.out or f"{PLOTS_FOLDER}/{stem}.{self.format or FORMATS[0]}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlot:
+    """Curves of training runs."""
+
+    runs: Annotated[
+        tuple[str, ...],
+        Opt(
+            "Run folders, or their names.",
+            metavar="RUN",
+            complete="training_runs",
+            argument=True,
+            many=True,
+        ),
+    ]
+    over: Annotated[Literal["step", "epoch"], Opt("Below the curves.", PICTURE)] = "step"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopePlot:
+    """What a Spiral RoPE does, drawn for one or several sets of options."""
+
+    rotates: Annotated[
+        tuple[int, ...],
+        Opt(
+            "Half the number of directions; repeat it to compare.",
+            ROPE,
+            flag="--rotate",
+            metavar="N",
+            ge=0,
+            expects="0 or more; it is half the number of directions",
+            many=True,
+        ),
+    ] = (RopeConfig.rotate,)
+    arch: Annotated[
+        str, Opt("Whose heads and grid; deit-s, dit-xl2, ...", MODEL, complete="archs")
+    ] = "deit-s"
+    head_dim: Annotated[int, Opt("Channels per head; or by --arch.", MODEL)]
+    grid: Annotated[
+        tuple[int, int], Opt("Patches, a side or rows x columns; or by --arch.", MODEL, **SIZE)
+    ]
+    pretrain_grid: Annotated[
+        tuple[int, int],
+        Opt("Patches that the model was trained at; by default --grid.", MODEL, **SIZE),
+    ]
+    panels: Annotated[
+        tuple[Literal["rose", "frequencies", "clamp", "score"], ...],
+        Opt("Panels, repeatable; all.", PICTURE, flag="--show", many=True),
+    ] = ROPE_PANELS  # type: ignore[assignment]
+    ropes: tuple[RopeConfig, ...]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("grid", "pretrain_grid"):
             rows, columns = getattr(self, name)
             if not 1 <= min(rows, columns) <= max(rows, columns) <= LARGEST_SIDE:
@@ -55,32 +128,46 @@ class RopePlot:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionPlot:
-    """Where a token of a DeiT looks in one picture.
+    """Where a token of a DeiT looks in one picture."""
 
-    Attributes:
-        source: as the user named the weights.
-        image: the picture's file.
-        ema: averaged weights.
-        rope: field name -> value, RoPE options that win over the source's.
-        image_size: (height, width) in pixels, None for the weights' own.
-        patch: (row, column) of the query, None for the class token.
-        layers: numbers from 0, none for the last one.
-        heads: numbers from 0, none for all.
-    """
-
-    source: str
-    image: str
-    ema: bool = False
-    rope: dict[str, Any] = field(default_factory=dict)
-    image_size: tuple[int, int] | None = None
-    patch: tuple[int, int] | None = None
-    layers: tuple[int, ...] = ()
-    heads: tuple[int, ...] = ()
+    source: Annotated[
+        str,
+        Opt(
+            "Run folder, checkpoint file, or published name.",
+            metavar="SOURCE",
+            complete="sources",
+            argument=True,
+        ),
+    ]
+    image: Annotated[str, Opt("A picture's file.", metavar="IMAGE", argument=True)]
+    patch: Annotated[
+        tuple[int, int] | None,
+        Opt(
+            "Patch that looks, counted from 0; by default the class token.",
+            LOOK,
+            metavar="ROW,COL",
+            read=pair,
+            expects="ROW,COL, as 7,3",
+        ),
+    ] = None
+    layers: Annotated[
+        tuple[int, ...],
+        Opt("From 0, repeatable; by default the last.", LOOK, flag="--layer", ge=0, many=True),
+    ] = ()
+    heads: Annotated[
+        tuple[int, ...],
+        Opt("From 0, repeatable; by default all.", LOOK, flag="--head", ge=0, many=True),
+    ] = ()
+    ema: Annotated[bool, Opt("Averaged weights, not raw ones.", LOOK)] = False
+    best: Annotated[bool, Opt("A run's best checkpoint.", LOOK)] = False
+    image_size: Annotated[
+        tuple[int, int] | None,
+        Opt("Side, or height x width, in pixels; by default as trained.", LOOK, **SIZE),
+    ] = None
+    rope: dict[str, Any] = field(default_factory=dict)  # options that win over the source's
 
     def __post_init__(self) -> None:
-        for name, numbers in (("layer", self.layers), ("head", self.heads)):
-            for number in numbers:
-                at_least(name, number, 0)
+        check_fields(self)
         if not Path(self.image).is_file():
             raise DataError(f"IMAGE {self.image} is no file")
 
@@ -104,23 +191,29 @@ class AttentionPlot:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplesPlot:
-    """A grid of images.
+    """A grid of images."""
 
-    Attributes:
-        source: an `.npz`, a folder of images, or the folder of a dit-sample run.
-        num: how many, the first ones, at most.
-        columns: per row; 0 for a square.
-        labels: writes the class below each image where it is known.
-    """
-
-    source: str
-    num: int = 64
-    columns: int = 0
-    labels: bool = True
+    source: Annotated[
+        str,
+        Opt(
+            "Folder of dit-sample, .npz of images, or folder of images.",
+            metavar="SOURCE",
+            argument=True,
+        ),
+    ]
+    num: Annotated[int, Opt("The first so many images, at most.", PICTURE, ge=1)] = 64
+    columns: Annotated[int, Opt("Images per row; by default a square.", PICTURE, ge=0)] = 0
+    labels: Annotated[
+        bool,
+        Opt(
+            "Classes below the images, where they are known.",
+            PICTURE,
+            flag="--labels/--no-labels",
+        ),
+    ] = True
 
     def __post_init__(self) -> None:
-        at_least("num", self.num, 1)
-        at_least("columns", self.columns, 0)
+        check_fields(self)
         if self.num > MOST_IMAGES:
             raise ConfigError(f"--num is {self.num}; a picture takes {MOST_IMAGES} at most")
 
@@ -144,28 +237,3 @@ def notes(plot: RopePlot, given: set[str]) -> list[str]:
     if "scaling" in given and plot.grid == plot.pretrain_grid:
         told["scaling"] = "--grid is that of --pretrain-grid"
     return [f"--{name.replace('_', '-')} has no effect: {why}" for name, why in told.items()]
-
-
-def target(out: str | None, form: str | None, name: str) -> Path:
-    """Where a picture goes.
-
-    Args:
-        out: the file that the user named.
-        form: the format that the user named.
-        name: of the file without its suffix, where the user named none.
-
-    Raises:
-        ConfigError: an unknown format, or one that contradicts the suffix of the file.
-    """
-    if form is not None:
-        one_of("format", form, FORMATS)
-    if out is None:
-        stem = re.sub(r"[^\w.-]+", "-", name)
-        return Path(PLOTS_FOLDER) / f"{stem}.{form or FORMATS[0]}"
-    path = Path(out).expanduser()
-    suffix = path.suffix.lower().lstrip(".")
-    if suffix not in FORMATS:
-        raise ConfigError(f"--out {out} must end in {' or '.join('.' + word for word in FORMATS)}")
-    if form not in (None, suffix):
-        raise ConfigError(f"--format {form} contradicts --out {out}", "leave one of them out")
-    return path

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from spiralrope_cli.core.config.datasets import DIGITS, PHOTOGRAPHS
+from spiralrope_cli.core.config.optim import LINEAR_RULE_BATCH
+from spiralrope_cli.core.config.option import in_words
+from spiralrope_cli.core.config.rope import BY_WEIGHTS
+
 # DeiT stage 1 on ImageNet-1K at 224 px, as the published DeiT-B run had it. The run itself was not
 # repeated here: its parts are tested one by one.
 PRETRAIN: dict[str, Any] = {
@@ -97,7 +102,29 @@ DROP_PATH = {"deit-ti": 0.0, "deit-s": 0.05, "deit-b": 0.1, "deit-l": 0.4}
 
 
 def recipe(command: str, arch: str) -> dict[str, Any]:
-    """The recipe of a classifier command for an architecture."""
-    if command == "finetune":
-        return FINETUNE
-    return {**PRETRAIN, "drop_path": DROP_PATH.get(arch, 0.0)}
+    """The recipe of a training command for an architecture."""
+    if command == "pretrain":
+        return {**PRETRAIN, "drop_path": DROP_PATH.get(arch, 0.0)}
+    return {"finetune": FINETUNE, "dit-train": DIT}[command]
+
+
+def shown_defaults(command: str) -> dict[str, str]:
+    """Field name -> its default as the help shows it: the recipe's, and the digits' where it differs."""
+    dit = command == "dit-train"
+    usual: dict[str, Any] = {"arch": "dit-b4", **DIT} if dit else {"arch": "deit-b", **PHOTOGRAPHS}
+    usual |= recipe(command, usual["arch"])
+    digits: dict[str, Any] = {"arch": DIGITS.default_dit if dit else DIGITS.default_arch}
+    digits |= DIGITS.defaults_of(command)
+    of_weights = {**BY_WEIGHTS, "image_size": ""} if command == "finetune" else {}
+    shown: dict[str, str] = {}
+    for name, value in usual.items():
+        if value is False or name == "steps":
+            continue
+        words = in_words(value)
+        if name == "lr" and usual["lr_rule"] == "linear":
+            words += f" × batch/{LINEAR_RULE_BATCH}"
+        here = in_words(digits.get(name, value))
+        if here != in_words(value):
+            words += f"; digits {here}"
+        shown[name] = words
+    return {**shown, **of_weights}

@@ -13,10 +13,18 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from spiralrope_cli.core.config import inert, recipes
-from spiralrope_cli.core.config.datasets import DataSet, find_data_set
-from spiralrope_cli.core.config.dit_runs import DiTModelConfig, DiTRun, TrainingRun
-from spiralrope_cli.core.config.models import deit_size
-from spiralrope_cli.core.config.nested import build, read_config
+from spiralrope_cli.core.config.datasets import DataSet, find_data_set, find_pictures, slug_of
+from spiralrope_cli.core.config.dit_runs import (
+    DiTModelConfig,
+    DiTRun,
+    PictureConfig,
+    TrainingRun,
+    full_vae_name,
+    input_size,
+)
+from spiralrope_cli.core.config.latents import LATENT_CHANNELS, Manifest, read_manifest
+from spiralrope_cli.core.config.models import deit_size, dit_name, dit_size
+from spiralrope_cli.core.config.nested import RUN_KINDS, build, read_config
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.runs import ClassifierRun, ModelConfig
 from spiralrope_cli.core.errors import ConfigError
@@ -90,54 +98,89 @@ class Resolved(Generic[Run]):
     warnings: tuple[str, ...]
 
 
-def resolve_classifier(
+def resolve(
     command: str,
     options: dict[str, Any],
-    config_file: Path | None = None,
+    config_file: str | Path = "",
     start: StartingPoint | None = None,
-) -> Resolved[ClassifierRun]:
-    """A classifier's training run from what the user gave.
+) -> Resolved[Any]:
+    """A training run from what the user gave: recipe, data set, weights, file, options.
 
     Args:
-        command: `pretrain` or `finetune`.
+        command: `pretrain`, `finetune` or `dit-train`.
         options: field name -> value, given options alone.
-        config_file: a `config.yaml` of an earlier run.
-        start: the weights to start from, where the command takes some.
+        config_file: a `config.yaml` of an earlier run, empty for none.
+        start: the weights to start from, where there are some.
 
     Raises:
         ConfigError: an unknown key, or a value that cannot work.
         DataError: no such data set.
     """
-    chosen = chosen_layers(ClassifierRun, options, config_file, start)
-    data, data_source = choose_data(chosen)
-    data_set = find_data_set(data)
-    arch, arch_source = choose("arch", chosen, data_set.default_arch)
-    head_dim = deit_size(arch).head_dim
-
-    of_data = {**data_set.defaults, **(data_set.finetune if command == "finetune" else {})}
+    kind, dit = RUN_KINDS[command], command == "dit-train"
+    chosen = chosen_layers(kind, options, config_file, start)
+    data_set, data_source = find_data(chosen, dit=dit)
+    arch, arch_source = choose("arch", chosen, data_set.default_dit if dit else data_set.default_arch)
+    arch = dit_name(arch) if dit else arch
+    size = dit_size(arch) if dit else deit_size(arch)
     values, sources = merged(
         ("recipe", recipes.recipe(command, arch)),
-        ("data set", of_data),
+        ("data set", data_set.defaults_of(command)),
         *chosen,
         ("data set", {"num_classes": data_set.num_classes}),
     )
-    fit_channels(values)
-    if start:
-        fit_positions(values, sources, start, "image_size")
     values.update(command=command, arch=arch, data=data_set.data)
     values.update(num_train=data_set.num_train, num_val=data_set.num_val)
     sources.update(data=data_source, arch=arch_source)
+    if dit:
+        fit_input(values, data_set)
+        if start:
+            check_start(values, start)
+    else:
+        fit_channels(values)
+    if start:
+        fit_positions(values, sources, start, "input_size" if dit else "image_size")
     fit_length(values, sources, options)
-    fit_name(values, sources, data_set, head_dim)
-    run: ClassifierRun = build(ClassifierRun, values)
-    inert.check_fits(run.augment, data_set)
-    return Resolved(run, sources, tuple(inert.notes(run, data_set, options_in(sources))))
+    fit_name(values, sources, data_set, size.head_dim)
+    run = build(kind, values)
+    if not dit:
+        inert.check_fits(run.augment, data_set)
+    return Resolved(run, sources, tuple(inert.notes(run, data_set, set(options))))
+
+
+def find_data(chosen: list[Layer], *, dit: bool) -> tuple[DataSet, str]:
+    """The data set that the layers name, and where that came from.
+
+    Cached latents name it themselves; their sizes become a layer, below the user's own.
+    """
+    latents, _ = choose("latents", chosen, "")
+    if dit and latents:
+        folder = Path(os.path.normpath(os.path.expanduser(latents)))  # `lat` and `lat/` are one
+        cache = read_manifest(folder)
+        of_cache = {"image_size": cache.plan.image_size, "vae": cache.plan.vae}
+        chosen.insert(1, ("latents", of_cache))
+        chosen.append((choose("latents", chosen, "")[1], {"latents": str(folder)}))
+        return of_latents(cache), "latents"
+    data, source = choose_data(chosen)
+    return find_pictures(data) if dit else find_data_set(data), source
+
+
+def of_latents(cache: Manifest) -> DataSet:
+    """Cached latents as a data set."""
+    return DataSet(
+        data=cache.plan.data,
+        slug=slug_of(Path(cache.plan.data)),
+        kind="latents",
+        default_arch="",
+        num_classes=len(cache.plan.class_names),
+        num_train=cache.count,
+        num_val=0,
+    )
 
 
 def chosen_layers(
     kind: type[TrainingRun],
     options: dict[str, Any],
-    config_file: Path | None,
+    config_file: str | Path,
     start: StartingPoint | None,
 ) -> list[Layer]:
     """What the user settled on, from weak to strong: starting weights, config file, options.
@@ -145,7 +188,7 @@ def chosen_layers(
     Raises:
         ConfigError: the file is of a run that starts from weights, and there are none.
     """
-    from_file = read_config(config_file, kind) if config_file else {}
+    from_file = read_config(Path(config_file), kind) if config_file else {}
     if from_file.get("source") and not start:
         again = "dit-train --init" if kind is DiTRun else "finetune"
         raise ConfigError(
@@ -168,11 +211,6 @@ def merged(*layers: Layer) -> tuple[dict[str, Any], dict[str, str]]:
     return values, sources
 
 
-def options_in(sources: dict[str, str]) -> set[str]:
-    """The fields that an option set."""
-    return {name for name, source in sources.items() if source == "option"}
-
-
 def fit_channels(values: dict[str, Any]) -> None:
     """Fits mean and std to the network's channels: the grey one for each, or the colours' mean."""
     for name in ("mean", "std"):
@@ -181,6 +219,44 @@ def fit_channels(values: dict[str, Any]) -> None:
             values[name] = given * values["in_chans"]
         elif values["in_chans"] == 1:
             values[name] = (round(sum(given) / len(given), 4),)
+
+
+def fit_input(values: dict[str, Any], data_set: DataSet) -> None:
+    """What a diffusion transformer is given, by pictures and VAE.
+
+    Raises:
+        ConfigError: a size that does not split into patches, or latents of other pictures.
+    """
+    values["vae"] = full_vae_name(values["vae"])
+    pictures: PictureConfig = build(PictureConfig, values)
+    if pictures.latents:
+        read_manifest(Path(pictures.latents)).check_fits(pictures.image_size, pictures.vae)
+    values["input_size"] = input_size(values["arch"], pictures.image_size, pictures.vae)
+    of_pictures = 1 if data_set.kind == "memory" else 3
+    values["in_chans"] = LATENT_CHANNELS if pictures.in_latents else of_pictures
+
+
+def check_start(values: dict[str, Any], start: StartingPoint) -> None:
+    """Refuses options that contradict the weights to start from.
+
+    Raises:
+        ConfigError: names both.
+    """
+    if values["arch"] != dit_name(start.arch):
+        raise ConfigError(
+            f"--arch is {values['arch']}, --init {start.source} is {start.arch}",
+            "leave --arch out",
+        )
+    if values["in_chans"] != start.model.in_chans:
+        raise ConfigError(
+            f"--init {start.source} takes {start.model.in_chans} channels; {values['data']} "
+            f"with --vae {values['vae']} has {values['in_chans']}",
+            "choose another --vae, or --data of the kind that it was trained on",
+        )
+    if values["qk_norm"] != getattr(start.model, "qk_norm", None):
+        raise ConfigError(
+            f"--qk-norm does not fit --init {start.source}", "leave it out: the weights decide"
+        )
 
 
 def fit_positions(

@@ -2,74 +2,78 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from spiralrope_cli.core.config.option import ROPE, Opt, check_fields, document
 from spiralrope_cli.core.errors import ConfigError
 
-FREQS_FOR = ("lang", "pixel")
-PROJECTIONS = ("clamped", "exact")
-SCALINGS = ("interpolate", "extrapolate")
 MIN_FREQ_IS_SET = 1e-6
 """`min_freq_lang` below this means "not given": the lowest frequency then follows from theta."""
 
 
+@document
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Options of Spiral RoPE (arXiv 2602.03227) under their published names.
+    """Options of Spiral RoPE (arXiv 2602.03227) under their published names."""
 
-    Attributes:
-        enabled: False trains the baseline without rotary embedding.
-        rotate: half the number of directions, K = 2 * rotate; 0 and 1 are plain axial RoPE.
-        theta: ratio that spans the geometric series of the frequencies (`lang`).
-        freqs_for: `lang`, a geometric series, or `pixel`, a linear one.
-        max_freq: highest frequency of `pixel`, in half turns per unit.
-        truncate_percentage: share of the lowest frequencies set to 0, in [0, 1).
-        max_freq_lang: highest frequency of `lang`, in radians per patch.
-        min_freq_lang: lowest frequency of `lang`, in radians per patch; 0 takes it from theta.
-        same_theta: all directions share one short series instead of dealing out a long one.
-        projection: `clamped` cuts projected positions off at the grid's border, as the
-            published models were trained; `exact` is the paper's formula.
-        scaling: `interpolate` squeezes a larger grid into the trained range of positions,
-            `extrapolate` counts on.
-    """
-
-    enabled: bool = True
-    rotate: int = 2
-    theta: float = 10000.0
-    freqs_for: str = "lang"
-    max_freq: float = 10.0
-    truncate_percentage: float = 0.0
-    max_freq_lang: float = 1.5
-    min_freq_lang: float = 0.0
-    same_theta: bool = False
-    projection: str = "clamped"
-    scaling: str = "interpolate"
+    enabled: Annotated[
+        bool, Opt("Rotary embedding, or the baseline without.", ROPE, flag="--rope/--no-rope")
+    ] = True
+    rotate: Annotated[
+        int,
+        Opt(
+            "Half the number of directions, K = 2 * rotate; 0 and 1 are plain axial RoPE.",
+            ROPE,
+            ge=0,
+            expects="0 or more; it is half the number of directions",
+        ),
+    ] = 2
+    theta: Annotated[
+        float, Opt("Ratio that spans the geometric series of frequencies (lang).", ROPE, gt=1)
+    ] = 10000.0
+    freqs_for: Annotated[
+        Literal["lang", "pixel"], Opt("Geometric or linear series of frequencies.", ROPE)
+    ] = "lang"
+    max_freq: Annotated[
+        float, Opt("Highest frequency (pixel), in half turns per unit.", ROPE, gt=0)
+    ] = 10.0
+    truncate_percentage: Annotated[
+        float, Opt("Share of the lowest frequencies set to 0, in [0, 1).", ROPE, ge=0, lt=1)
+    ] = 0.0
+    max_freq_lang: Annotated[
+        float, Opt("Highest frequency in radians per patch (lang).", ROPE, gt=0)
+    ] = 1.5
+    min_freq_lang: Annotated[
+        float, Opt("Lowest frequency (lang); 0 takes it from theta.", ROPE)
+    ] = 0.0
+    same_theta: Annotated[
+        bool,
+        Opt(
+            "All directions share one short series of frequencies.",
+            ROPE,
+            flag="--same-theta/--no-same-theta",
+        ),
+    ] = False
+    projection: Annotated[
+        Literal["clamped", "exact"],
+        Opt(
+            "Positions cut off at the grid's border, as the published models have it, or the "
+            "paper's formula.",
+            ROPE,
+        ),
+    ] = "clamped"
+    scaling: Annotated[
+        Literal["interpolate", "extrapolate"],
+        Opt("Positions on larger grids: squeezed into the trained range, or counted on.", ROPE),
+    ] = "interpolate"
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("freqs_for", FREQS_FOR),
-            ("projection", PROJECTIONS),
-            ("scaling", SCALINGS),
-        ):
-            if getattr(self, name) not in allowed:
-                raise _refused(name, getattr(self, name), " or ".join(allowed))
-        if self.rotate < 0:
-            raise _refused("rotate", self.rotate, "0 or more; it is half the number of directions")
-        if not 0 <= self.truncate_percentage < 1:
-            raise _refused("truncate_percentage", self.truncate_percentage, "in [0, 1)")
-        if not 1 < self.theta < math.inf:
-            raise _refused("theta", self.theta, "above 1")
-        if not 0 < self.max_freq < math.inf:
-            raise _refused("max_freq", self.max_freq, "above 0")
-        if not 0 < self.max_freq_lang < math.inf:
-            raise _refused("max_freq_lang", self.max_freq_lang, "above 0")
+        check_fields(self)
         if not 0 <= self.min_freq_lang <= self.max_freq_lang:
-            raise _refused(
-                "min_freq_lang",
-                self.min_freq_lang,
-                f"between 0 and --max-freq-lang, which is {self.max_freq_lang}",
+            raise ConfigError(
+                f"--min-freq-lang is {self.min_freq_lang}; it must be between 0 and "
+                f"--max-freq-lang, which is {self.max_freq_lang}"
             )
         if self.freqs_for == "pixel" and self.same_theta and self.rotate >= 2:
             raise ConfigError(
@@ -123,18 +127,20 @@ class RopeConfig:
         return [(name, why) for name, inert, why in reasons if inert and name in given]
 
 
-def check_given(options: dict[str, Any]) -> None:
-    """Refuses given options that cannot work whatever the weights say; the rest is theirs.
+BY_WEIGHTS = dict.fromkeys(RopeConfig.__dataclass_fields__, "")
+"""What the help shows as defaults where the weights decide: nothing."""
+
+
+def given_rope(given: dict[str, Any]) -> dict[str, Any]:
+    """The RoPE options among those that the user gave, refused where no weights could have them.
 
     Args:
-        options: field name -> value.
+        given: field name -> value.
 
     Raises:
         ConfigError: names the option and what is allowed.
     """
-    together = {"same_theta", "max_freq_lang", "min_freq_lang"}
-    RopeConfig(**{name: value for name, value in options.items() if name not in together})
-
-
-def _refused(name: str, value: object, allowed: str) -> ConfigError:
-    return ConfigError(f"--{name.replace('_', '-')} is {value}; it must be {allowed}")
+    chosen = {name: given[name] for name in RopeConfig.__dataclass_fields__ if name in given}
+    together = {"same_theta", "max_freq_lang", "min_freq_lang"}  # the weights may say the other one
+    RopeConfig(**{name: value for name, value in chosen.items() if name not in together})
+    return chosen

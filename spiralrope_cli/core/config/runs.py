@@ -5,21 +5,23 @@ Every field name is unique over all groups, and the command line option is that 
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
-from spiralrope_cli.core.config.checks import at_least, in_range, one_of, share
 from spiralrope_cli.core.config.models import check_divides, deit_size
 from spiralrope_cli.core.config.optim import OptimConfig
+from spiralrope_cli.core.config.option import (
+    DATA,
+    MACHINE,
+    MODEL,
+    PATH,
+    RUN,
+    SIZE,
+    Opt,
+    check_fields,
+)
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.errors import ConfigError
-
-PRECISIONS = ("auto", "fp32", "bf16")
-RESUME_MODES = ("auto", "must", "never")
-TRACKERS = ("none", "tensorboard", "wandb")
-DEVICES = ("auto", "cpu", "cuda", "mps")
-GEOMETRIES = ("crop", "shift")
-AUTO_AUGMENT_NAMES = r"none|3a|(rand|augmix|original|originalr|v0|v0r)(-.+)?"
 
 MIX_GROUP = 8
 """Images that share one mixup or cutmix draw; fixed, so that it is the same for any split."""
@@ -27,27 +29,20 @@ MIX_GROUP = 8
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The classifier's sizes beyond its architecture; pixels and counts.
+    """The classifier's sizes beyond its architecture; pixels and counts."""
 
-    Attributes:
-        image_size: (height, width).
-        patch_size: side of a patch.
-        in_chans: channels of the images.
-        num_classes: outputs.
-        drop_path: stochastic depth rate, the same in every block.
-        pretrain_grid: (rows, columns) that positions refer to, where it is not the own grid.
-    """
-
-    image_size: tuple[int, int]
-    patch_size: int
+    image_size: Annotated[
+        tuple[int, int], Opt("Side, or height x width, in pixels.", MODEL, **SIZE)
+    ]
+    patch_size: Annotated[int, Opt("Side of a patch in pixels.", MODEL)]
     in_chans: int
-    num_classes: int
-    drop_path: float
-    pretrain_grid: tuple[int, int] | None = None
+    num_classes: Annotated[int, "the number of classes"]
+    drop_path: Annotated[float, Opt("Stochastic depth rate in [0, 1).", MODEL, ge=0, lt=1)]
+    pretrain_grid: tuple[int, int] | None = None  # patches that positions refer to, if not its own
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_divides(self.image_size, self.patch_size)
-        in_range("drop_path", self.drop_path, 0, 1)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -57,59 +52,48 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """From a decoded picture to what the network sees, in training and in evaluation.
+    """From a decoded picture to what the network sees, in training and in evaluation."""
 
-    Attributes:
-        mean: per channel, of pixels in [0, 1].
-        std: per channel, of pixels in [0, 1].
-        crop_ratio: evaluation resizes the shorter side to image size / crop_ratio.
-        geometry: `crop`, random resized crop, or `shift`, small shifts and rotations.
-        crop_scale: smallest share of the area that `crop` keeps.
-        hflip: probability of mirroring.
-        max_shift: `shift` moves by up to this many pixels.
-        max_rotation: `shift` turns by up to this many degrees.
-        auto_augment: timm's name, such as `3a` or `rand-m9-mstd0.5-inc1`, or `none`.
-        color_jitter: strength, 0 for none.
-        random_erasing: probability.
-        repeated_aug: how often a step's epoch holds each picture; 1 is plain shuffling.
-        mixup: alpha, 0 for none.
-        cutmix: alpha, 0 for none.
-        mixup_switch_prob: probability of cutmix where both are on.
-        smoothing: label smoothing.
-    """
-
-    mean: tuple[float, ...]
+    mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
     std: tuple[float, ...]
-    crop_ratio: float
-    geometry: str
-    crop_scale: float
-    hflip: float
-    max_shift: float
-    max_rotation: float
-    auto_augment: str
-    color_jitter: float
-    random_erasing: float
-    repeated_aug: int
-    mixup: float
-    cutmix: float
-    mixup_switch_prob: float
-    smoothing: float
+    crop_ratio: Annotated[
+        float,
+        Opt("Validation resizes to image size / this, then crops the centre.", DATA, gt=0, le=1),
+    ]
+    geometry: Annotated[
+        Literal["crop", "shift"], Opt("Random resized crop, or small shifts and rotations.", DATA)
+    ]
+    crop_scale: Annotated[
+        float, Opt("Smallest share of the area that crop keeps.", DATA, gt=0, le=1)
+    ]
+    hflip: Annotated[float, Opt("Probability of mirroring.", DATA, ge=0, le=1)]
+    max_shift: Annotated[float, Opt("Pixels that shift moves by, at most.", DATA, ge=0)]
+    max_rotation: Annotated[float, Opt("Degrees that shift turns by, at most.", DATA, ge=0)]
+    auto_augment: Annotated[
+        str,
+        Opt(
+            "timm's name: 3a (3-Augment), rand-m9-mstd0.5-inc1 (RandAugment), ...; or none.",
+            DATA,
+            metavar="NAME",
+            pattern=r"none|3a|(rand|augmix|original|originalr|v0|v0r)(-.+)?",
+            expects="none, 3a, rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, original or v0, as timm "
+            "names them",
+        ),
+    ]
+    color_jitter: Annotated[float, Opt("Strength, 0 for none.", DATA, ge=0)]
+    random_erasing: Annotated[float, Opt("Probability, 0 for none.", DATA, ge=0, le=1)]
+    repeated_aug: Annotated[int, Opt("Times each picture stands in a row; 1 is off.", DATA, ge=1)]
+    mixup: Annotated[float, Opt("Alpha, 0 for none.", DATA, ge=0)]
+    cutmix: Annotated[float, Opt("Alpha, 0 for none.", DATA, ge=0)]
+    mixup_switch_prob: float  # probability of cutmix where both are on
+    smoothing: Annotated[float, Opt("Label smoothing in [0, 1).", DATA, ge=0, lt=1)]
 
     def __post_init__(self) -> None:
-        one_of("geometry", self.geometry, GEOMETRIES)
-        for name in ("hflip", "random_erasing", "mixup_switch_prob"):
-            in_range(name, getattr(self, name), 0, 1, closed=True)
-        for name in ("color_jitter", "mixup", "cutmix", "max_shift", "max_rotation"):
-            at_least(name, getattr(self, name), 0)
-        in_range("smoothing", self.smoothing, 0, 1)
-        at_least("repeated_aug", self.repeated_aug, 1)
-        if not re.fullmatch(AUTO_AUGMENT_NAMES, self.auto_augment):
+        check_fields(self)
+        if not 0 <= self.mixup_switch_prob <= 1:
             raise ConfigError(
-                f"--auto-augment {self.auto_augment} is no policy of timm",
-                "there are none, 3a, rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, original and v0",
+                f"mixup_switch_prob is {self.mixup_switch_prob}; it must be in [0, 1]"
             )
-        share("crop_scale", self.crop_scale)
-        share("crop_ratio", self.crop_ratio)
 
     @property
     def mixes(self) -> bool:
@@ -119,68 +103,79 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When a run reports, validates and saves.
+    """When a run reports, validates and saves."""
 
-    Attributes:
-        log_every: steps between log points; the only moments that wait for the device.
-        validate_every: epochs between validations.
-        save_every: epochs between checkpoints.
-        keep_last: newest checkpoints that are kept beside the best one.
-        keep_every: steps whose multiples are kept for good, 0 for none.
-    """
-
-    log_every: int
-    validate_every: int
-    save_every: int
-    keep_last: int
-    keep_every: int
+    # Log points are the only moments that wait for the device.
+    log_every: Annotated[int, Opt("Steps between log points.", RUN, ge=1, free=True)]
+    validate_every: Annotated[int, Opt("Epochs between validations.", RUN, ge=1, free=True)]
+    save_every: Annotated[int, Opt("Epochs between checkpoints.", RUN, ge=1, free=True)]
+    keep_last: Annotated[int, Opt("Newest checkpoints kept beside the best.", RUN, ge=1, free=True)]
+    keep_every: Annotated[
+        int, Opt("Steps whose multiples are kept for good; 0: none.", RUN, ge=0, free=True)
+    ]
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "validate_every", "save_every", "keep_last"):
-            at_least(name, getattr(self, name), 1)
-        at_least("keep_every", self.keep_every, 0)
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MachineConfig:
-    """Where and how a run is executed. Of these only `precision` changes its numbers.
+    """Where and how a run is executed. Of these only `precision` changes its numbers."""
 
-    Attributes:
-        nproc: worker processes on this machine; 0 takes one per GPU, and one on CPU.
-        nnodes: machines.
-        rdzv_endpoint: host:port where several machines meet.
-        device: `auto`, `cpu`, `cuda` or `mps`.
-        precision: `auto`, `fp32` or `bf16`.
-        compile: through torch.compile.
-        grad_checkpointing: computes activations twice in place of keeping them.
-        workers: loader processes per process, for image folders; -1 takes up to 4, by cores.
-        skip_bad: goes on without images that cannot be decoded, and counts them.
-        resume: `auto`, `must` or `never`.
-        tracker: `none`, `tensorboard` or `wandb`.
-    """
-
-    nproc: int = 0
-    nnodes: int = 1
-    rdzv_endpoint: str = ""
-    device: str = "auto"
-    precision: str = "auto"
-    compile: bool = False
-    grad_checkpointing: bool = False
-    workers: int = -1
-    skip_bad: bool = False
-    resume: str = "auto"
-    tracker: str = "none"
+    nproc: Annotated[
+        int, Opt("Processes here; by default one per GPU, one on CPU.", MACHINE, ge=0, free=True)
+    ] = 0
+    nnodes: Annotated[int, Opt("Machines.", MACHINE, ge=1, free=True)] = 1
+    rdzv_endpoint: Annotated[
+        str,
+        Opt(
+            "Where several machines meet.",
+            MACHINE,
+            metavar="HOST:PORT",
+            pattern=r"(.+:\d+)?",
+            expects="HOST:PORT",
+            free=True,
+        ),
+    ] = ""
+    device: Annotated[
+        Literal["auto", "cpu", "cuda", "mps"],
+        Opt("By default a GPU, else the CPU.", MACHINE, free=True),
+    ] = "auto"
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"], Opt("auto: bf16 where the device computes it.", MACHINE)
+    ] = "auto"
+    compile: Annotated[
+        bool, Opt("Through torch.compile.", MACHINE, flag="--compile/--no-compile", free=True)
+    ] = False
+    grad_checkpointing: Annotated[
+        bool, Opt("Less memory: compute activations twice.", MACHINE, free=True)
+    ] = False
+    workers: Annotated[
+        int,
+        Opt(
+            "Loader processes per process, for image folders; -1: up to 4, by cores.",
+            MACHINE,
+            ge=-1,
+            free=True,
+        ),
+    ] = -1
+    skip_bad: Annotated[
+        bool, Opt("Go on without unreadable images, and count them.", DATA, free=True)
+    ] = False
+    resume: Annotated[
+        Literal["auto", "must", "never"],
+        Opt(
+            "Go on from the newest checkpoint if there is one, insist on it, or never.",
+            RUN,
+            free=True,
+        ),
+    ] = "auto"
+    tracker: Annotated[
+        Literal["none", "tensorboard", "wandb"], Opt("Log to this one too.", RUN, free=True)
+    ] = "none"
 
     def __post_init__(self) -> None:
-        one_of("precision", self.precision, PRECISIONS)
-        one_of("resume", self.resume, RESUME_MODES)
-        one_of("tracker", self.tracker, TRACKERS)
-        one_of("device", self.device, DEVICES)
-        at_least("nproc", self.nproc, 0)
-        at_least("nnodes", self.nnodes, 1)
-        at_least("workers", self.workers, -1)
-        if self.rdzv_endpoint and not re.fullmatch(r".+:\d+", self.rdzv_endpoint):
-            raise ConfigError(f"--rdzv-endpoint is {self.rdzv_endpoint}; it must be HOST:PORT")
+        check_fields(self)
         if self.nnodes > 1 and not self.rdzv_endpoint:
             raise ConfigError(
                 f"--nnodes is {self.nnodes} without --rdzv-endpoint",
@@ -189,28 +184,58 @@ class MachineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierRun:
-    """A training run of a classifier, complete.
+class TrainOptions:
+    """What a training command takes beside its config."""
 
-    Attributes:
-        command: the command that made it.
-        arch: a row of the table of architectures.
-        data: a built-in name or a folder.
-        out: the run folder.
-        seed: of initial weights, data order, augmentation and stochastic depth.
-        num_train: training images, which fixes the steps of an epoch.
-        num_val: validation images.
-        source: whose weights it starts from, empty for fresh ones.
-    """
+    name: Annotated[str, Opt("Word at the end of the run folder's name.", RUN)] = ""
+    config: Annotated[
+        str,
+        Opt("config.yaml of a run to repeat; options win over it.", RUN, **{**PATH, "metavar": "FILE"}),
+    ] = ""
+    dry_run: Annotated[bool, Opt("Print the resolved plan and stop.", RUN)] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierRun:
+    """A training run of a classifier, complete."""
 
     command: str
-    arch: str
-    data: str
-    out: str
-    seed: int
-    num_train: int
-    num_val: int
-    source: str = ""
+    arch: Annotated[
+        str,
+        Opt(
+            "deit-ti, deit-s, deit-b, deit-l, or by numbers: deit-WIDTHxDEPTHxHEADS.",
+            MODEL,
+            metavar="NAME",
+            complete="deit_archs",
+        ),
+    ]
+    data: Annotated[
+        str,
+        Opt(
+            "digits, fashion-mnist, or a folder with train/ and val/ of class folders. "
+            "Without it: $SPIRALROPE_DATA, else the bundled digits.",
+            DATA,
+            metavar="NAME|FOLDER",
+            complete="data_sets",
+        ),
+    ]
+    out: Annotated[
+        str,
+        Opt("Run folder; by default runs/COMMAND-ARCH-DATA-rROTATE[-NAME].", RUN, **PATH, free=True),
+    ]
+    seed: Annotated[int, Opt("Of initial weights, data order and augmentation.", RUN, ge=0)]
+    num_train: Annotated[int, "the number of training images"]
+    num_val: Annotated[int, "the number of held-out images"]
+    source: Annotated[
+        str,
+        Opt(
+            "Run folder, checkpoint file, or published name.",
+            metavar="SOURCE",
+            complete="sources",
+            argument=True,
+            required=True,
+        ),
+    ] = ""
     rope: RopeConfig
     model: ModelConfig
     augment: AugmentConfig
@@ -219,8 +244,8 @@ class ClassifierRun:
     machine: MachineConfig = field(default_factory=MachineConfig)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         self.rope.check_head_dim(deit_size(self.arch).head_dim)
-        at_least("seed", self.seed, 0)
         if not len(self.augment.mean) == len(self.augment.std) == self.model.in_chans:
             raise ConfigError(
                 f"mean {self.augment.mean} and std {self.augment.std} need one value for each of "
@@ -232,6 +257,17 @@ class ClassifierRun:
     def grid(self) -> tuple[int, int]:
         """Patches as (rows, columns)."""
         return self.model.grid
+
+    def inert_options(self) -> list[tuple[str, str]]:
+        """Fields of a classifier that cannot act in this run, each with the reason."""
+        augment, inert = self.augment, []
+        if augment.geometry == "crop":
+            inert += [(name, "--geometry is crop") for name in ("max_shift", "max_rotation")]
+        else:
+            inert += [("crop_scale", "--geometry is shift")]
+        if augment.auto_augment not in ("none", "3a") and augment.color_jitter:
+            inert += [("color_jitter", f"timm leaves it out beside {augment.auto_augment}")]
+        return inert
 
     @property
     def steps_per_epoch(self) -> int:

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from spiralrope_cli.core.config.checks import at_least, one_of
 from spiralrope_cli.core.config.datasets import BUILT_IN, DataSet
 from spiralrope_cli.core.config.diffusion import (
     NUM_TRAIN_STEPS,
-    SAMPLERS,
     GuidanceConfig,
+    Sampler,
     spaced_timesteps,
 )
 from spiralrope_cli.core.config.dit_runs import NO_VAE
 from spiralrope_cli.core.config.latents import VAE_FACTOR
+from spiralrope_cli.core.config.option import (
+    PATH,
+    PICTURES,
+    RUN,
+    SAMPLING,
+    SIZE,
+    Opt,
+    check_fields,
+    numbers,
+)
 from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
-
-DEFAULTS: dict[str, Any] = {"steps": "250", "sampler": "ddpm", "seed": 100}
-"""As the published figures were made."""
 
 SAMPLING_VAE = "mse"
 
@@ -41,7 +47,6 @@ def check_chain(sampler: str, steps: str) -> None:
     Raises:
         ConfigError: names the option and what is allowed.
     """
-    one_of("sampler", sampler, SAMPLERS)
     count = len(spaced_timesteps(steps))
     if sampler == "dpm++" and not steps.isdecimal():
         raise ConfigError(f"--steps {steps}: dpm++ spaces its steps itself", "give their number")
@@ -51,54 +56,64 @@ def check_chain(sampler: str, steps: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRun:
-    """Images from one set of weights, complete.
+    """Images from one set of weights, complete."""
 
-    Attributes:
-        source: as the user named the weights.
-        file: that holds them.
-        ema: averaged in place of raw ones.
-        rope: field name -> value, options of the user over those of the weights.
-        out: folder of the results.
-        num: images.
-        steps: of the chain, such as `250`, `10,15,20` or `ddim25`.
-        sampler: `ddpm`, `ddim` or `dpm++`.
-        guidance: scale, channels and interval.
-        classes: dealt out in turn over the images; empty draws one for each.
-        num_classes: classes of the weights.
-        seed: of noise and drawn classes; image i follows from (seed, i) alone.
-        vae: `mse`, `ema`, a folder, or `none` where the network draws pixels.
-        image_size: (height, width) in pixels.
-        batch_size: images at a time per process.
-        png: writes every image as a file too.
-        sha256: of the file that holds the weights.
-        vae_sha256: of the VAE's, empty without one.
-    """
-
-    source: str
-    file: str
-    ema: bool
-    rope: dict[str, Any]
-    out: str
-    num: int
-    steps: str
-    sampler: str
+    source: Annotated[
+        str,
+        Opt(
+            "Run folder, checkpoint file, or published name.",
+            metavar="SOURCE",
+            complete="sources",
+            argument=True,
+        ),
+    ]
+    file: str  # that holds the weights
+    sha256: str  # of it
+    vae_sha256: str  # empty without a VAE
+    rope: dict[str, Any]  # options of the user over those of the weights
+    num_classes: Annotated[int, "the number of classes"]
+    num: Annotated[int, Opt("Images; 50000, or 200 of a run on a built-in set.", SAMPLING, ge=1)]
+    steps: Annotated[
+        str, Opt("250, counts per section as 10,15,20, or ddim25.", SAMPLING)
+    ] = "250"  # this and the next: as the published figures were made
+    sampler: Annotated[Sampler, Opt("How noise is taken away.", SAMPLING)] = "ddpm"
     guidance: GuidanceConfig
-    classes: tuple[int, ...]
-    num_classes: int
-    seed: int
-    vae: str
-    image_size: tuple[int, int]
-    batch_size: int
-    png: bool
-    sha256: str
-    vae_sha256: str
+    classes: Annotated[
+        tuple[int, ...],
+        Opt(
+            "Dealt out in turn over the images; by default drawn for each.",
+            SAMPLING,
+            metavar="N,N,...",
+            read=numbers,
+            expects="a list of class numbers, as 207,88",
+        ),
+    ] = ()
+    ema: Annotated[bool, Opt("Averaged weights, or raw.", SAMPLING, flag="--ema/--no-ema")] = True
+    image_size: Annotated[
+        tuple[int, int],
+        Opt("Side, or height x width, in pixels; by default as trained.", PICTURES, **SIZE),
+    ]
+    vae: Annotated[
+        str,
+        Opt(
+            "mse, ema, a folder in diffusers' layout, or none: pixels.",
+            PICTURES,
+            metavar="NAME|FOLDER",
+            complete="vaes",
+        ),
+    ]
+    png: Annotated[bool, Opt("Write every image as a file too.", PICTURES)] = False
+    out: Annotated[
+        str,
+        Opt("Folder of samples.npz and samples.png; by default runs/dit-sample-...", RUN, **PATH),
+    ]
+    seed: Annotated[int, Opt("Image i follows from it and i alone.", RUN, ge=0)] = 100
+    batch_size: Annotated[int, Opt("Images at a time per process.", RUN, ge=1)]
     machine: MachineConfig = field(default_factory=MachineConfig)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_chain(self.sampler, self.steps)
-        for name in ("num", "batch_size"):
-            at_least(name, getattr(self, name), 1)
-        at_least("seed", self.seed, 0)
         wrong = [label for label in self.classes if not 0 <= label < self.num_classes]
         if wrong:
             raise ConfigError(
@@ -124,3 +139,7 @@ class SampleRun:
     def label(self, index: int) -> int | None:
         """The class of an image where classes were given, else None."""
         return self.classes[index % len(self.classes)] if self.classes else None
+
+
+DEFAULTS = {name: getattr(SampleRun, name) for name in ("steps", "sampler", "seed")}
+"""As the published figures were made."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from spiralrope_cli.core.config.nested import leaf_types
+from spiralrope_cli.core.config.option import Leaf, leaves
 from spiralrope_cli.core.config.pipelines import DeiTPipeline
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.runs import ClassifierRun
@@ -17,17 +17,14 @@ from spiralrope_cli.core.errors import ConfigError
 OFF = "none"
 """`rotate=none` is the baseline without rotary embedding."""
 
-_OF_RUN = leaf_types(ClassifierRun)
+_OF_RUN = leaves(ClassifierRun)
 _OF_TRAINING = ("epochs", "steps", "lr", "warmup_epochs", "batch_size")
-KINDS: dict[str, type] = {
-    **{
-        ("rope" if name == "enabled" else name): kind
-        for name, kind in leaf_types(RopeConfig).items()
-    },
+KINDS: dict[str, Leaf] = {
+    **{("rope" if n == "enabled" else n): leaf for n, leaf in leaves(RopeConfig).items()},
     **{name: _OF_RUN[name] for name in ("arch", "drop_path", *_OF_TRAINING)},
     **{f"finetune_{name}": _OF_RUN[name] for name in _OF_TRAINING},
 }
-"""What can be swept: name of the option -> type of its values."""
+"""What can be swept: name of the option -> its field."""
 
 
 @dataclass(frozen=True)
@@ -117,27 +114,13 @@ def _value(text: str, name: str, word: str) -> tuple[str, Any]:
     """Field and value of an option in words."""
     if name == "rotate" and word == OFF:
         return "enabled", False
-    kind = KINDS[name]
+    leaf = KINDS[name]
     try:
-        value = {"true": True, "false": False}[word.lower()] if kind is bool else kind(word)
-    except (ValueError, KeyError) as error:
-        wanted = "true or false" if kind is bool else f"of type {kind.__name__}"
-        raise ConfigError(f"--sweep {text}: {word} must be {wanted}") from error
+        value = {"true": True, "false": False}.get(word.lower(), word)
+        value = leaf.read(value if leaf.hint is bool else word)
+    except ConfigError as error:
+        raise ConfigError(f"--sweep {text}: {word} must be {leaf.allowed()}") from error
     return ("enabled" if name == "rope" else name), value
-
-
-def parse_seeds(text: str) -> list[int]:
-    """`0,1,2` as numbers.
-
-    Raises:
-        ConfigError: no list of different numbers.
-    """
-    if not re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*", text):
-        raise ConfigError(f"--seeds {text} is no list of numbers", "such as --seeds 0,1,2")
-    seeds = [int(word) for word in text.split(",")]
-    if len(set(seeds)) < len(seeds):
-        raise ConfigError(f"--seeds {text} holds a number twice")
-    return seeds
 
 
 def acting(rope: RopeConfig) -> RopeConfig:

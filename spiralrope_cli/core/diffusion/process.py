@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spiralrope_cli.core.config.checks import one_of
 from spiralrope_cli.core.config.diffusion import SAMPLERS
 from spiralrope_cli.core.diffusion import samplers
 from spiralrope_cli.core.diffusion.schedule import Constants, Schedule
+from spiralrope_cli.core.errors import ConfigError
 
 HALF_BIN = 1 / 255
 OPEN_BEYOND = 0.999
@@ -168,7 +168,8 @@ class GaussianDiffusion:
         Raises:
             ConfigError: an unknown sampler, or one that cannot take so many steps.
         """
-        one_of("sampler", sampler, SAMPLERS)
+        if sampler not in SAMPLERS:
+            raise ConfigError(f"sampler is {sampler}; it must be {' or '.join(SAMPLERS)}")
         if noise is None:
             device = next(model.parameters()).device if isinstance(model, nn.Module) else None
             noise = torch.randn(*shape, device=device)

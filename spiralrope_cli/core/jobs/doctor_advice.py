@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
 from spiralrope_cli.core.config.doctor import Checkup
 from spiralrope_cli.core.config.models import deit_size, dit_size
-from spiralrope_cli.core.config.resolve import resolve_classifier
-from spiralrope_cli.core.config.resolve_dit import resolve_dit
+from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.jobs.plan import model_cost
 from spiralrope_cli.core.models.build import create_model
@@ -33,7 +32,7 @@ def advice(checkup: Checkup) -> dict[str, Any]:
         DataError: no such data set.
     """
     options = {"nproc": 1, **checkup.options}
-    resolved: Any = resolve_dit(options) if checkup.dit else resolve_classifier("pretrain", options)
+    resolved: Any = resolve("dit-train" if checkup.dit else "pretrain", options)
     run: TrainingRun = resolved.run
     nproc = num_local_workers(checkup.machine)
     micro, accumulation = run.split_batch(nproc)

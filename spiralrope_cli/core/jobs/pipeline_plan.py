@@ -13,6 +13,7 @@ from typing import Any
 
 from spiralrope_cli.core.config.nested import build, flatten, read_config, to_nested
 from spiralrope_cli.core.config.optim import OptimConfig
+from spiralrope_cli.core.config.option import free_fields
 from spiralrope_cli.core.config.pipelines import (
     FINETUNE,
     OF_BOTH_TRAININGS,
@@ -22,8 +23,7 @@ from spiralrope_cli.core.config.pipelines import (
     DeiTPipeline,
     DiTPipeline,
 )
-from spiralrope_cli.core.config.resolve import Resolved, Run, StartingPoint, resolve_classifier
-from spiralrope_cli.core.config.resolve_dit import resolve_dit
+from spiralrope_cli.core.config.resolve import Resolved, Run, StartingPoint, resolve
 from spiralrope_cli.core.config.runs import ClassifierRun, MachineConfig
 from spiralrope_cli.core.config.samples import decoder_of
 from spiralrope_cli.core.data.inputs import look_at
@@ -33,7 +33,6 @@ from spiralrope_cli.core.jobs.score_plan import find_weights
 from spiralrope_cli.core.runtime.launch import world_size
 from spiralrope_cli.core.runtime.run_folder import (
     CONFIG_FILE,
-    MAY_CHANGE,
     check_same,
     first_step,
     is_finished,
@@ -73,7 +72,7 @@ def deit_pipeline(
             "leave one of them out",
         )
     out = given.pop("out", None)
-    first = resolve_classifier(PRETRAIN, given)
+    first = resolve(PRETRAIN, given)
     folder = folder_of(out, first.run.out, PRETRAIN, "run-deit")
     before, after = folder / PRETRAIN, folder / FINETUNE
     trainings: list[Resolved[ClassifierRun]] = []
@@ -85,7 +84,7 @@ def deit_pipeline(
     if FINETUNE in stages:
         own |= {name: value for name, value in given.items() if name in OF_BOTH_TRAININGS}
         try:
-            trainings.append(placed(resolve_classifier(FINETUNE, own, None, start), after))
+            trainings.append(placed(resolve(FINETUNE, own, None, start), after))
         except ConfigError as error:
             message, hint = of_finetune(error)
             raise ConfigError(f"finetune: {message}", hint) from error
@@ -121,7 +120,7 @@ def dit_pipeline(
     """
     given = dict(options)
     out = given.pop("out", None)
-    training = resolve_dit(given)
+    training = resolve("dit-train", given)
     folder = folder_of(out, training.run.out, training.run.command, "run-dit")
     training = placed(training, folder / TRAIN)
     if reference:
@@ -214,7 +213,7 @@ def saved_run(folder: Path, option: str, given: dict[str, Any]) -> ClassifierRun
     path = folder / CONFIG_FILE
     values = read_config(path, ClassifierRun)
     run: ClassifierRun = build(ClassifierRun, {**values, "out": str(folder)})
-    changes = {k: v for k, v in given.items() if k in values and k not in MAY_CHANGE}
+    changes = {k: v for k, v in given.items() if k in values and k not in free_fields(ClassifierRun)}
     changes.pop("precision", None)
     if "data" in changes and (root := Path(str(changes["data"])).expanduser()).is_dir():
         changes["data"] = str(root.resolve())

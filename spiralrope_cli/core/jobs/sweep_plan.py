@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spiralrope_cli.core.config.pipelines import PRETRAIN, DeiTPipeline
-from spiralrope_cli.core.config.resolve import RUNS_FOLDER, resolve_classifier
+from spiralrope_cli.core.config.resolve import RUNS_FOLDER, resolve
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.sweeps import Member, Point, Sweep, acting
 from spiralrope_cli.core.errors import ConfigError
@@ -48,7 +48,7 @@ def deit_sweep(
             )
     if seeds and "seed" in given:
         raise ConfigError("--seed and --seeds exclude each other", "use --seeds alone")
-    first = resolve_classifier(PRETRAIN, {**given, **dict(grid[0].options)}).run
+    first = resolve(PRETRAIN, {**given, **dict(grid[0].options)}).run
     folder = Path(out) if out else Path(RUNS_FOLDER) / _name(first, name)
     members: list[Member] = []
     swept = {value for point in grid for field, value in point.options if field == "rotate"}

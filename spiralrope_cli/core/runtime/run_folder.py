@@ -16,6 +16,7 @@ from typing import IO, Any
 from spiralrope_cli.core.atomic import write_whole
 from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.nested import flatten, read_config, to_nested
+from spiralrope_cli.core.config.option import free_fields, leaves
 from spiralrope_cli.core.config.resolve import RUNS_FOLDER
 from spiralrope_cli.core.errors import CheckpointError
 
@@ -28,27 +29,6 @@ EVAL_FILE, SIZES_FILE = "eval.json", "eval-sizes.png"
 SAMPLES_FILE, SAMPLES = "samples.png", "samples"
 MODEL_FILE, EMA_FILE, TRAINER_FILE = "model.safetensors", "ema.safetensors", "trainer.pt"
 STEP_DIGITS = 7
-
-MAY_CHANGE = frozenset(
-    (
-        *("out", "resume", "tracker", "skip_bad", "workers", "micro_batch_size"),
-        *("nproc", "nnodes", "rdzv_endpoint", "device", "compile", "grad_checkpointing"),
-        *("log_every", "validate_every", "save_every", "keep_last", "keep_every"),
-        "sample_every",
-    )
-)
-"""Fields that a resumed run may have other values of: they do not change what is computed."""
-
-
-NOT_NAMED_AS_OPTIONS = {
-    "enabled": "--rope",
-    "source": "the source of its weights",
-    "num_train": "the number of training images",
-    "num_val": "the number of held-out images",
-    "num_classes": "the number of classes",
-}
-"""What users call the fields that are no option of the same name."""
-
 
 def step_folder(folder: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
@@ -153,7 +133,10 @@ def check_same(run: TrainingRun, folder: Path) -> None:
         )
     before = read_config(folder / CONFIG_FILE, type(run))
     now = flatten(to_nested(run), type(run))
-    if differing := differences(before, now, MAY_CHANGE, _option):
+    known = leaves(type(run))
+    if differing := differences(
+        before, now, free_fields(type(run)), lambda name: known[name].called
+    ):
         raise CheckpointError(
             f"{folder} holds a run with other options: {differing}",
             "repeat those, or give this run another --name or --out",
@@ -181,10 +164,6 @@ def differences(
     ]
     more = f" (and {len(told) - 3} more)" if len(told) > 3 else ""
     return "; ".join(told[:3]) + more
-
-
-def _option(name: str) -> str:
-    return NOT_NAMED_AS_OPTIONS.get(name) or "--" + name.replace("_", "-")
 
 
 def write_config(run: TrainingRun) -> None:

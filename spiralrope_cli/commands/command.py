@@ -1,0 +1,136 @@
+"""A Typer command from a config: its fields are the options.
+
+Imports nothing heavy: the shell's completion and every help page wait for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING
+from types import MappingProxyType
+from typing import Annotated, Any, get_args, get_origin
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from spiralrope_cli.commands import completion
+from spiralrope_cli.core.config.option import PANELS, Leaf, Opt, in_words, leaves
+
+SETTINGS: dict[str, Any] = {
+    "add_completion": False,
+    "rich_markup_mode": "rich",
+    "pretty_exceptions_enable": False,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
+NONE: Mapping[str, str] = MappingProxyType({})
+PLACEHOLDERS = {bool: " ", int: "N", float: "X"}
+
+
+def commands(lines: Mapping[str, str], **more: Any) -> typer.Typer:
+    """Commands of which only the one that was typed is imported and built.
+
+    Args:
+        lines: name -> the first line of its help. `dit-train` is the `app` of
+            commands/dit_train.py.
+        more: settings of the group.
+    """
+
+    class Group(TyperGroup):
+        def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+            if args and args[0] in lines:
+                module = f"spiralrope_cli.commands.{args[0].replace('-', '_')}"
+                built = typer.main.get_command(importlib.import_module(module).app)
+                self.commands[args[0]] = built
+            return super().resolve_command(ctx, args)
+
+    app = typer.Typer(cls=Group, no_args_is_help=True, **{**SETTINGS, **more})
+    for name, line in lines.items():
+        app.command(name, help=line)(lambda: None)
+    return app
+
+
+def command(
+    app: typer.Typer,
+    name: str,
+    *kinds: type,
+    examples: str,
+    leave_out: Iterable[str] = (),
+    words: Mapping[str, str] = NONE,
+    defaults: Mapping[str, str] = NONE,
+    cls: type[TyperCommand] | None = None,
+) -> Callable[[Callable[[dict[str, Any]], None]], Callable[[dict[str, Any]], None]]:
+    """Registers `function(given)`, with an option for every field of the configs that has one.
+
+    Args:
+        app: where to.
+        name: of the command.
+        kinds: configs.
+        examples: lines for the end of its help.
+        leave_out: fields that are no option of this command.
+        words: field -> help, where it differs from the field's own.
+        defaults: field -> what the help shows as its default, where that is not the field's own.
+        cls: of the command.
+
+    The function gets field name -> value of those that the user gave.
+    """
+    known = {n: leaf for kind in kinds for n, leaf in leaves(kind).items() if n not in leave_out}
+    with_option = [(leaf, leaf.opt) for leaf in known.values() if leaf.opt]
+    arguments = [pair for pair in with_option if pair[1].argument]
+    options = sorted(
+        (pair for pair in with_option if not pair[1].argument),
+        key=lambda pair: PANELS.index(pair[1].panel),
+    )
+
+    def register(function: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+        def call(ctx: typer.Context, **values: Any) -> None:
+            sources = {name: ctx.get_parameter_source(name) for name in values}
+            typed = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+            given = {name: known[name].read(values[name]) for name in typed}
+            for name, value in given.items():
+                known[name].check(value)
+            function(given)
+
+        context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+        said = [
+            _parameter(leaf, opt, words.get(leaf.name, opt.help), defaults.get(leaf.name))
+            for leaf, opt in [*arguments, *options]
+        ]
+        call.__signature__ = inspect.Signature([context, *said])  # type: ignore[attr-defined]
+        call.__annotations__ = {}  # Typer would evaluate these too
+        app.command(name, help=inspect.getdoc(function), epilog=examples, cls=cls)(call)
+        return function
+
+    return register
+
+
+def _parameter(leaf: Leaf, opt: Opt, words: str, default: str | None) -> inspect.Parameter:
+    """What Typer is told of a field: texts, so that all values are read in one place."""
+    kind: Any = bool if leaf.hint is bool else list[str] if opt.many else str
+    usual = "WORD" if leaf.item.choices else PLACEHOLDERS.get(leaf.item.hint)
+    complete = getattr(completion, opt.complete or "paths")
+    if leaf.item.choices:
+        words += f" ({', '.join(leaf.item.choices)})"
+        complete = completion.words(*leaf.item.choices)
+    required = opt.required or (opt.argument and leaf.default is MISSING)
+    said: dict[str, Any] = {"metavar": opt.metavar or usual, "show_default": False, "autocompletion": complete}
+    if opt.argument:
+        parameter = typer.Argument(help=words, **said)
+    else:
+        shown = _default(leaf) if default is None else default
+        words += f" [dim]\\[{shown}][/dim]" if shown else ""
+        flag = opt.flag or "--" + leaf.name.replace("_", "-")
+        parameter = typer.Option(flag, help=words, rich_help_panel=opt.panel, **said)
+    return inspect.Parameter(
+        leaf.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if required else None,
+        annotation=Annotated[kind if required else kind | None, parameter],
+    )
+
+
+def _default(leaf: Leaf) -> str:
+    """The field's own default for the help; nothing where there is none worth a word."""
+    return "" if leaf.default in (MISSING, None, False, "", ()) else in_words(leaf.default)
+

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+from spiralrope_cli.commands.command import SETTINGS, command
+from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions
+from spiralrope_cli.core.config.nested import build
+from spiralrope_cli.core.config.rope import BY_WEIGHTS, RopeConfig, given_rope
+from spiralrope_cli.core.config.runs import MachineConfig
+from spiralrope_cli.core.runtime.launch import is_first_process, launch
+
+EXAMPLES = """
+Examples:
+
+  spiralrope eval                              the newest run's last weights
+
+  spiralrope eval --ema --crop-ratio           its EMA weights, ratios 0.875 and 1.0
+
+  spiralrope eval runs/x --all                 best and last, both ratios, raw and EMA
+
+  spiralrope eval deit-b --data ~/imagenet     published weights, fetched if need be
+
+  spiralrope eval deit-b --data ~/imagenet --image-size 160 --image-size 224 --image-size 384
+
+  spiralrope eval runs/x runs/y --json         several at once, for scripts
+"""
+
+
+class CropRatioCommand(TyperCommand):
+    """A command whose `--crop-ratio` may stand without a value and then means both."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Puts the two values in where none is given."""
+        return super().parse_args(ctx, with_both_ratios(args))
+
+
+def with_both_ratios(words: list[str]) -> list[str]:
+    """The words with both values after each `--crop-ratio` that no number follows."""
+    filled: list[str] = []
+    for place, word in enumerate(words):
+        if word == "--":
+            return filled + words[place:]
+        following = words[place + 1] if place + 1 < len(words) else ""
+        if word == "--crop-ratio" and not _is_number(following):
+            filled += [f"{word}={ratio}" for ratio in BOTH_CROP_RATIOS]
+        else:
+            filled.append(word)
+    return filled
+
+
+def _is_number(word: str) -> bool:
+    try:
+        return math.isfinite(float(word))
+    except ValueError:
+        return False
+
+
+app = typer.Typer(**SETTINGS)
+
+
+@command(
+    app,
+    "eval",
+    EvalOptions,
+    RopeConfig,
+    MachineConfig,
+    examples=EXAMPLES,
+    leave_out=("grad_checkpointing", "resume", "tracker"),
+    defaults=BY_WEIGHTS,
+    cls=CropRatioCommand,
+)
+def evaluate(given: dict[str, Any]) -> None:
+    """Measure acc@1, acc@5 and loss on the held-out images.
+
+    Without options: the last weights of the newest classifier run, raw, at the crop ratio of its
+    data set. Sizes and RoPE options are the source's; options here win, with a warning.
+
+    The table goes to stdout, and into eval.json beside the weights with what produced it.
+    """
+    machine: MachineConfig = build(MachineConfig, given)
+    options: EvalOptions = build(EvalOptions, {**given, "rope": given_rope(given)})
+    if options.every:
+        idle = {"ema": "--ema", "best": "--best", "crop_ratios": "--crop-ratio"}
+        if names := [word for name, word in idle.items() if name in given]:
+            say(f"note: {', '.join(names)} without effect: --all has all of those rows")
+    options = replace(
+        options,
+        sources=tuple(options.sources or (newest(),)),
+        crop_ratios=tuple(dict.fromkeys(options.crop_ratios)),
+        image_sizes=tuple(dict.fromkeys(options.image_sizes)),
+    )
+    check_words(options)
+    from spiralrope_cli.core.jobs.eval_plan import plan
+
+    run, notes = plan(options, machine, set(given))
+    for note in notes:
+        say(f"note: {note}")
+    launch("spiralrope_cli.core.jobs.evaluate:run", run)
+
+
+def say(line: str) -> None:
+    """One line on stderr, from the process that speaks for all."""
+    if is_first_process():
+        typer.echo(line, err=True)
+
+
+def newest() -> str:
+    """The newest classifier run, which is told."""
+    from spiralrope_cli.core.hub.source import newest_run
+
+    run = newest_run()
+    say(f"newest run: {run}")
+    return str(run)
+
+
+def check_words(options: EvalOptions) -> None:
+    """Refuses what names nothing, before anything heavy is loaded."""
+    from spiralrope_cli.core.config.datasets import find_held_out
+    from spiralrope_cli.core.hub.source import find_source
+
+    for given in options.sources:
+        find_source(given, best=options.best)
+    if options.data is not None:
+        find_held_out(options.data)

@@ -1,0 +1,94 @@
+"""What `fetch` and `export` are asked. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from spiralrope_cli.core.config.option import PATH, SHOW, WHERE, WRITE, Opt, check_fields
+from spiralrope_cli.core.errors import ConfigError
+
+FILE_SUFFIXES = (".pth", ".pt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchRun:
+    """Published files that come here, or a list of them."""
+
+    names: Annotated[
+        tuple[str, ...],
+        Opt(
+            "What to fetch; --list shows the names.",
+            metavar="NAME",
+            complete="published",
+            argument=True,
+            many=True,
+        ),
+    ] = ()
+    show_list: Annotated[
+        bool, Opt("Show all names and what is here.", SHOW, flag="--list")
+    ] = False
+    as_json: Annotated[bool, Opt("The result as JSON on stdout.", SHOW, flag="--json")] = False
+    out: Annotated[
+        str, Opt("Folder for a copy under the file's own name.", WHERE, **PATH)
+    ] = ""
+    revision: Annotated[str | None, Opt("Branch, tag or commit on the Hub.", WHERE)] = None
+    offline: Annotated[bool, Opt("Take what is here and ask nobody.", WHERE)] = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.show_list and self.names:
+            raise ConfigError("--list shows all that is published", "leave NAME out")
+        if not self.show_list and not self.names:
+            raise ConfigError("nothing to fetch", "name what to fetch; --list shows what there is")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRun:
+    """Weights to write in another layout."""
+
+    source: Annotated[
+        str,
+        Opt(
+            "Run folder, checkpoint file, or published name.",
+            metavar="SOURCE",
+            complete="sources",
+            argument=True,
+        ),
+    ]
+    layout: Annotated[
+        Literal["published", "safetensors"],
+        Opt("A file as the published ones, or a folder with a model card.", WRITE, required=True),
+    ]
+    ema: Annotated[
+        bool | None,
+        Opt(
+            "Averaged or raw weights alone. Without: raw ones, and both in a published file.",
+            WRITE,
+            flag="--ema/--no-ema",
+        ),
+    ] = None
+    best: Annotated[bool, Opt("A run's best checkpoint, not its last.", WRITE)] = False
+    out: Annotated[
+        str,
+        Opt(
+            "File (published) or folder (safetensors); by default below exports/.",
+            WRITE,
+            **{**PATH, "metavar": "PATH"},
+        ),
+    ] = ""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        suffix = Path(self.out).suffix
+        if self.out and self.layout == "published" and suffix not in FILE_SUFFIXES:
+            raise ConfigError(
+                f"--out {self.out} does not end with {' or '.join(FILE_SUFFIXES)}",
+                "the published layout is one file",
+            )
+        if self.layout == "safetensors" and suffix in (*FILE_SUFFIXES, ".safetensors"):
+            raise ConfigError(
+                f"--out {self.out} names a file",
+                "the safetensors layout is a folder: model.safetensors, config.yaml, README.md",
+            )

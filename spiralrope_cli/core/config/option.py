@@ -1,0 +1,289 @@
+"""What a config field says about its option, and how its value is read and checked.
+
+The field is the only place of an option:
+
+    epochs: Annotated[int, Opt("Length in epochs.", RUN, ge=1)]
+
+Command line, YAML and Python share its name, type, bounds and messages. A field without `Opt` is
+set by no option; a word in its place, `Annotated[int, "the number of images"]`, is its name in
+messages. Standard library only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+import re
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass
+from typing import Any
+
+from spiralrope_cli.core.errors import ConfigError
+
+STAGES, WHICH, LOOK, WRITE = "Stages", "Which weights", "What to look at", "What to write"
+WHERE, SHOW, SAMPLING, PICTURES = "Where from and to", "What to show", "Sampling", "Pictures"
+IMAGES, SCORES, MODEL, ROPE = "Images and features", "Figures", "Model", "Spiral RoPE"
+DATA, RECIPE, SAMPLES = "Data and augmentation", "Recipe", "Samples and figures"
+RUN, PICTURE, OUTPUT, MACHINE = "Run", "Picture", "Output", "Machine"
+PANELS = (
+    *(STAGES, WHICH, LOOK, WRITE, WHERE, SHOW, SAMPLING, PICTURES, IMAGES, SCORES),
+    *(MODEL, ROPE, DATA, RECIPE, SAMPLES, PICTURE, RUN, OUTPUT, MACHINE),
+)
+"""Headings of the help, in this order."""
+
+
+@dataclass(frozen=True)
+class Opt:
+    """The option of a field.
+
+    Attributes:
+        help: one sentence.
+        panel: heading that it stands below in the help.
+        flag: its spelling, where that is not the field's name.
+        metavar: placeholder of its value, where the type's name would say too little.
+        ge, gt, le, lt: bounds of a number.
+        pattern: regular expression of a text.
+        expects: what a value must be, in words, where type and bounds do not say it.
+        read: gives the value of a text, or raises ValueError.
+        complete: name of the completion in commands/completion.py.
+        free: a resumed run may have another value, as it changes no result.
+        many: the option can be repeated; the field is a tuple.
+        argument: it is no option but a word without a name.
+        required: the command does not work without it.
+    """
+
+    help: str
+    panel: str = ""
+    _: dataclasses.KW_ONLY
+    flag: str = ""
+    metavar: str = ""
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+    pattern: str = ""
+    expects: str = ""
+    read: Callable[[str], Any] | None = None
+    complete: str = ""
+    free: bool = False
+    many: bool = False
+    argument: bool = False
+    required: bool = False
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One value below a config: its name, type and default, and its option if it has one."""
+
+    name: str
+    hint: Any
+    optional: bool
+    default: Any
+    opt: Opt | None
+    called: str
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The words that it can be, none where it is something else."""
+        return typing.get_args(self.hint) if typing.get_origin(self.hint) is typing.Literal else ()
+
+    @property
+    def item(self) -> Leaf:
+        """One of the values of an option that can be repeated."""
+        if not (self.opt and self.opt.many):
+            return self
+        one = dataclasses.replace(self.opt, many=False)
+        return dataclasses.replace(self, hint=typing.get_args(self.hint)[0], opt=one)
+
+    def allowed(self) -> str:
+        """What the value must be, in words."""
+        opt = self.opt or Opt("")
+        if self.choices or opt.expects:
+            return opt.expects or " or ".join(self.choices)
+        low, high = _first(opt.ge, opt.gt), _first(opt.le, opt.lt)
+        if low is not None and high is not None:
+            left, right = "[" if opt.gt is None else "(", "]" if opt.lt is None else ")"
+            return f"in {left}{low:g}, {high:g}{right}"
+        if low is not None:
+            return f"{low:g} or more" if opt.gt is None else f"above {low:g}"
+        return _TYPES.get(self.hint, "") or f"a list, as {self.hint}"
+
+    def read(self, value: Any) -> Any:
+        """A word of the command line, or a value of YAML, in the field's type.
+
+        Raises:
+            ConfigError: names the option and what is allowed.
+        """
+        if value is None and self.optional:
+            return None
+        if self.item is not self and isinstance(value, (list, tuple)):
+            return tuple(self.item.read(each) for each in value)
+        try:
+            if isinstance(value, str) and self.opt and self.opt.read:
+                return self.opt.read(value)
+            return _as(self.hint, value)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise self._refused(value) from error
+
+    def check(self, value: Any) -> None:
+        """Refuses a value out of its bounds, with the message that `read` has.
+
+        Raises:
+            ConfigError: names the option and what is allowed.
+        """
+        for each in value if self.opt and self.opt.many else (value,):
+            if each is not None and not self.item._fits(each):
+                raise self._refused(each)
+
+    def _fits(self, value: Any) -> bool:
+        if self.choices:
+            return value in self.choices
+        if (opt := self.opt) is None:
+            return True
+        if isinstance(value, str):
+            return not opt.pattern or re.fullmatch(opt.pattern, value) is not None
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return True
+        low, high = _first(opt.ge, opt.gt), _first(opt.le, opt.lt)
+        above = low is None or value > low or (value == low and opt.gt is None)
+        below = high is None or value < high or (value == high and opt.lt is None)
+        return above and below and (low is high is None or math.isfinite(value))
+
+    def _refused(self, value: Any) -> ConfigError:
+        finite = ", and finite" if value in (math.inf, "inf") else ""
+        return ConfigError(f"{self.called} is {value}; it must be {self.item.allowed()}{finite}")
+
+
+def _first(*bounds: float | None) -> float | None:
+    return next((bound for bound in bounds if bound is not None), None)
+
+
+_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def _as(hint: Any, value: Any) -> Any:
+    """YAML knows no tuples, and writes 1e-3 as a word."""
+    if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)
+        if isinstance(value, str) or (Ellipsis not in inner and len(value) != len(inner)):
+            raise ValueError
+        return tuple(_as(inner[0], each) for each in value)
+    kind = str if typing.get_origin(hint) is typing.Literal else typing.get_origin(hint) or hint
+    if isinstance(value, bool) is not (kind is bool):
+        raise ValueError
+    if kind is float or (kind is int and isinstance(value, str)):
+        return kind(value)
+    if kind is int and float(value) == int(value):
+        return int(value)
+    if not isinstance(value, kind):
+        raise ValueError
+    return value
+
+
+@functools.cache
+def leaves(kind: type) -> dict[str, Leaf]:
+    """Every value below a config by its name, which is unique over all groups."""
+    found: dict[str, Leaf] = {}
+    hints = typing.get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        hint, opt, called = hints[field.name], None, ""
+        if typing.get_origin(hint) is typing.Annotated:
+            hint, said = typing.get_args(hint)
+            opt, called = (said, "") if isinstance(said, Opt) else (None, said)
+        if dataclasses.is_dataclass(hint):
+            inner = leaves(typing.cast(type, hint))
+        else:
+            optional = typing.get_origin(hint) in (types.UnionType, typing.Union)
+            hint = typing.get_args(hint)[0] if optional else hint
+            called = called or (opt.flag if opt else "").partition("/")[0]
+            if opt and opt.argument:
+                called = opt.metavar
+            called = called or "--" + field.name.replace("_", "-")
+            leaf = Leaf(field.name, hint, optional, field.default, opt, called)
+            inner = {field.name: leaf}
+        if twice := found.keys() & inner.keys():
+            raise TypeError(f"{kind.__name__}: {', '.join(twice)} stands in two groups")
+        found.update(inner)
+    return found
+
+
+def check_fields(config: Any) -> None:
+    """Checks the own values of a config as its fields say; for `__post_init__`.
+
+    Raises:
+        ConfigError: names the option and what is allowed.
+    """
+    for name, leaf in leaves(type(config)).items():
+        if name in vars(config):
+            leaf.check(vars(config)[name])
+
+
+def free_fields(kind: type) -> frozenset[str]:
+    """Fields that a resumed run may have other values of: they change no result."""
+    return frozenset(n for n, leaf in leaves(kind).items() if leaf.opt and leaf.opt.free)
+
+
+def document(kind: type) -> type:
+    """Adds the fields of a public config, as its options describe them, to its docstring."""
+    lines = [
+        f"    {name} ({leaf.default!r}): {leaf.opt.help}"
+        for name, leaf in leaves(kind).items()
+        if leaf.opt and leaf.default is not MISSING
+    ]
+    kind.__doc__ = "\n".join([(kind.__doc__ or "").rstrip(), "", "Attributes:", *lines])
+    return kind
+
+
+def in_words(value: Any) -> str:
+    """A value as it would be typed, or nearly so."""
+    if isinstance(value, tuple):
+        return "x".join(map(in_words, dict.fromkeys(value)))
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# --- Readers of texts that are no single number, and what they expect.
+def size(text: str) -> tuple[int, int]:
+    """`224` or `224x448` (height x width) as (height, width)."""
+    found = re.fullmatch(r"(\d+)(?:[xX](\d+))?", text.strip())
+    if not found:
+        raise ValueError
+    return int(found[1]), int(found[2] or found[1])
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """`207,88` as (207, 88)."""
+    if not re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*", text):
+        raise ValueError
+    return tuple(int(number) for number in text.split(","))
+
+
+def pair(text: str) -> tuple[int, ...]:
+    """`0,600` as (0, 600)."""
+    if len(found := numbers(text)) != 2:
+        raise ValueError
+    return found
+
+
+def words(text: str) -> tuple[str, ...]:
+    """`fid, IS` as ("fid", "is"), each once."""
+    return tuple(dict.fromkeys(word.strip().lower() for word in text.split(",")))
+
+
+def path(text: str) -> str:
+    """A path without `~`, which no shell expands in `--out=~/runs`; an empty one is refused."""
+    if not text.strip():
+        raise ValueError
+    return os.path.expanduser(text)
+
+
+SIZE: dict[str, Any] = {
+    **{"metavar": "N|HxW", "read": size},
+    "expects": "a side, as 224, or HxW, as 224x448",
+}
+PATH: dict[str, Any] = {"read": path, "expects": "a path", "metavar": "FOLDER"}
