@@ -33,6 +33,18 @@ def no_network(monkeypatch):
     monkeypatch.delenv("SPIRALROPE_DATA", raising=False)
 
 
+def options_of(command, *inner):
+    """Names of the fields that a command's options and arguments set."""
+    import typer
+
+    from spiralrope_cli import main
+
+    group = typer.main.get_command(main.app)
+    for word in (command, *inner):
+        _, group, _ = group.resolve_command(typer.Context(group), [word])
+    return {parameter.name for parameter in group.params} - {"help"}
+
+
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
     """An empty working folder, where `runs/` goes."""

@@ -47,8 +47,10 @@ def read_config(path: Path, kind: type[TrainingRun] | None = None) -> dict[str, 
     of_file = RUN_KINDS.get(str(command), kind or ClassifierRun)
     if kind is not None and of_file is not kind:
         raise ConfigError(f"--config {path} is of another kind of run, {command}")
-    known = leaves(of_file)
-    return {name: known[name].read(value) for name, value in flatten(nested, of_file).items()}
+    flat = flatten(nested, of_file)
+    for name, value in flat.items():
+        leaves(of_file)[name].read(value)
+    return flat
 
 
 def flatten(

@@ -109,8 +109,10 @@ class Leaf:
             left, right = "[" if opt.gt is None else "(", "]" if opt.lt is None else ")"
             return f"in {left}{low:g}, {high:g}{right}"
         if low is not None:
-            return f"{low:g} or more" if opt.gt is None else f"above {low:g}"
-        return _TYPES.get(self.hint, "") or f"a list, as {self.hint}"
+            whole = "a whole number, " if self.hint is int else ""
+            return whole + (f"{low:g} or more" if opt.gt is None else f"above {low:g}")
+        inner = typing.get_args(self.hint)
+        return f"a list, each {_TYPES[inner[0]]}" if inner else _TYPES[self.hint]
 
     def read(self, value: Any) -> Any:
         """A word of the command line, or a value of YAML, in the field's type.
@@ -123,8 +125,8 @@ class Leaf:
         if self.item is not self and isinstance(value, (list, tuple)):
             return tuple(self.item.read(each) for each in value)
         try:
-            if isinstance(value, str) and self.opt and self.opt.read:
-                return self.opt.read(value)
+            if isinstance(value, (str, int)) and self.opt and self.opt.read:
+                return self.opt.read(str(value))
             return _as(self.hint, value)
         except (TypeError, ValueError, OverflowError) as error:
             raise self._refused(value) from error
@@ -155,7 +157,8 @@ class Leaf:
 
     def _refused(self, value: Any) -> ConfigError:
         finite = ", and finite" if value in (math.inf, "inf") else ""
-        return ConfigError(f"{self.called} is {value}; it must be {self.item.allowed()}{finite}")
+        told = "empty" if value == "" else value
+        return ConfigError(f"{self.called} is {told}; it must be {self.item.allowed()}{finite}")
 
 
 def _first(*bounds: float | None) -> float | None:
@@ -199,11 +202,10 @@ def leaves(kind: type) -> dict[str, Leaf]:
         else:
             optional = typing.get_origin(hint) in (types.UnionType, typing.Union)
             hint = typing.get_args(hint)[0] if optional else hint
-            called = called or (opt.flag if opt else "").partition("/")[0]
-            if opt and opt.argument:
-                called = opt.metavar
-            called = called or "--" + field.name.replace("_", "-")
-            leaf = Leaf(field.name, hint, optional, field.default, opt, called)
+            if opt:
+                flag = opt.flag.partition("/")[0] or "--" + field.name.replace("_", "-")
+                called = opt.metavar if opt.argument else flag
+            leaf = Leaf(field.name, hint, optional, field.default, opt, called or field.name)
             inner = {field.name: leaf}
         if twice := found.keys() & inner.keys():
             raise TypeError(f"{kind.__name__}: {', '.join(twice)} stands in two groups")
