@@ -18,6 +18,7 @@ from spiralrope_cli import GaussianDiffusion, create_model
 from spiralrope_cli.core.config.diffusion import GuidanceConfig
 from spiralrope_cli.core.diffusion.guidance import guided
 from spiralrope_cli.core.diffusion.samplers import ddpm
+from spiralrope_cli.core.kernels import cast_blocks
 from spiralrope_cli.core.runtime.device import autocast, pick_precision
 from spiralrope_cli.core.runtime.seeds import NoisePerImage
 
@@ -40,7 +41,7 @@ class NoDecoder(torch.nn.Module):
 def ours(dtype: torch.dtype) -> Call:
     model = create_model("dit-s2").eval()
     if dtype != torch.float32:
-        model.cast_blocks(dtype)  # as dit-sample does
+        cast_blocks(model.blocks, dtype)  # as dit-sample does
     diffusion, guidance = GaussianDiffusion(str(STEPS)), GuidanceConfig(cfg_scale=SCALE)
 
     @torch.inference_mode()

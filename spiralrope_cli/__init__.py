@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from spiralrope_cli.core.config.rope import RopeConfig
     from spiralrope_cli.core.diffusion.process import GaussianDiffusion
     from spiralrope_cli.core.load import load_model
-    from spiralrope_cli.core.models.build import create_model
+    from spiralrope_cli.core.models.factory import create_model
     from spiralrope_cli.core.rope import SpiralRoPE
 
 __all__ = [
@@ -31,7 +31,7 @@ _HOME_OF = {
     "GaussianDiffusion": "spiralrope_cli.core.diffusion.process",
     "RopeConfig": "spiralrope_cli.core.config.rope",
     "SpiralRoPE": "spiralrope_cli.core.rope",
-    "create_model": "spiralrope_cli.core.models.build",
+    "create_model": "spiralrope_cli.core.models.factory",
     "load_model": "spiralrope_cli.core.load",
 }
 

@@ -15,9 +15,9 @@ from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.published import StateDict
 from spiralrope_cli.core.hub.source import find_source
-from spiralrope_cli.core.models.build import create_model
 from spiralrope_cli.core.models.deit import DeiT, resize_pos_embed
 from spiralrope_cli.core.models.dit import DiT
+from spiralrope_cli.core.models.factory import create_model
 from spiralrope_cli.core.weights import SHOWN_KEYS, Weights, here, read_weights
 
 ALIGNMENT = 64

@@ -18,13 +18,13 @@ arXiv 2602.03227.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spiralrope_cli.core.config.rope import MIN_FREQ_IS_SET, RopeConfig
 from spiralrope_cli.core.errors import ConfigError
+from spiralrope_cli.core.kernels import complex_turn
 
 Grid = int | tuple[int, int]
 
@@ -50,14 +50,10 @@ def frequencies(config: RopeConfig, head_dim: int) -> Tensor:
     if config.same_theta:
         num //= config.rotate
     lowest = config.min_freq_lang
-    if lowest < MIN_FREQ_IS_SET:
+    if lowest < MIN_FREQ_IS_SET or num == 1:  # The only frequency is the highest.
         lowest = highest / config.theta ** ((num - 1) / num)
     falling = torch.arange(num - 1, -1, -1, dtype=torch.float64) / max(num - 1, 1)
-    series = (
-        lowest * (highest / lowest) ** falling
-        if num > 1
-        else torch.tensor([highest], dtype=torch.float64)
-    )
+    series = lowest * (highest / lowest) ** falling
     num_cut = int(num * config.truncate_percentage)
     series[num - num_cut :] = 0.0
     return series
@@ -149,39 +145,6 @@ def clamped_share(grid: tuple[int, int], config: RopeConfig, head_dim: int) -> f
     return leaves_grid(grid, config, head_dim).double().mean().item()
 
 
-class _Turn(torch.autograd.Function):
-    """Complex multiplication in one pass each way; autograd's own would keep x and copy twice."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, turns: Tensor) -> Tensor:
-        ctx.save_for_backward(turns)
-        return _turned(x, torch.view_as_complex(turns))
-
-    @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None]:
-        # A rotation's gradient is the gradient turned back.
-        return _turned(grad[0], torch.view_as_complex(ctx.saved_tensors[0]).conj()), None
-
-
-def _turned(x: Tensor, turns: Tensor) -> Tensor:
-    if x.dtype in (torch.float32, torch.float64):
-        return _as_real(_as_complex(x) * turns)
-    # The widened copy is ours, so the product can take its place.
-    wide = x.to(torch.float32, memory_format=torch.contiguous_format)
-    return _as_real(_as_complex(wide).mul_(turns)).to(x.dtype)
-
-
-def _as_complex(x: Tensor) -> Tensor:
-    # A pair must lie side by side at an even place to be read as one complex number.
-    if x.stride(-1) != 1 or any(n % 2 for n in (*x.stride()[:-1], x.storage_offset())):
-        x = x.clone(memory_format=torch.contiguous_format)
-    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-
-
-def _as_real(pairs: Tensor) -> Tensor:
-    return torch.view_as_real(pairs).flatten(-2)
-
-
 def turn(x: Tensor, turns: Tensor) -> Tensor:
     """Turns each channel pair (a, b) by its angle: a' = a cos - b sin, b' = b cos + a sin.
 
@@ -195,8 +158,8 @@ def turn(x: Tensor, turns: Tensor) -> Tensor:
         [..., D] in the dtype of x.
     """
     if not torch.compiler.is_compiling():
-        return _Turn.apply(x, turns)
-    # The compiler fuses the plain formula, and knows no complex numbers.
+        return complex_turn(x, turns)
+    # The compiler fuses the formula, and knows no complex numbers.
     wide = x if x.dtype == torch.float64 else x.float()
     (a, b), (cos, sin) = wide.unflatten(-1, (-1, 2)).unbind(-1), turns.unbind(-1)
     return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x.dtype)

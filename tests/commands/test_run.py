@@ -27,7 +27,7 @@ from spiralrope_cli.core.jobs.pipeline_plan import deit_pipeline
 from spiralrope_cli.core.jobs.start import starting_point
 from spiralrope_cli.core.jobs.sweep import spread
 from spiralrope_cli.core.jobs.sweep_plan import deit_sweep
-from spiralrope_cli.core.models.build import create_model
+from spiralrope_cli.core.models.factory import create_model
 from spiralrope_cli.core.runtime.job import StopRequest
 from spiralrope_cli.core.runtime.seeds import seed_everything
 

@@ -17,8 +17,9 @@ MAY_IMPORT = {
     "atomic": set(),
     "config": {"errors"},
     "runtime": ALWAYS,
-    "rope": ALWAYS,
-    "models": ALWAYS | {"rope"},
+    "kernels": set(),
+    "rope": ALWAYS | {"kernels"},
+    "models": ALWAYS | {"rope", "kernels"},
     "data": ALWAYS | {"runtime"},
     "diffusion": ALWAYS,
     "training": ALWAYS | {"runtime"},
@@ -29,7 +30,7 @@ MAY_IMPORT = {
     "figures": ALWAYS | {"runtime", "rope", "data"},
     "jobs": ALWAYS
     | {"runtime", "rope", "models", "data", "diffusion", "training", "metrics", "figures"}
-    | {"hub", "weights", "load", "jobs"},
+    | {"hub", "weights", "load", "kernels", "jobs"},
     "commands": ALWAYS | {"runtime", "commands"},
 }
 LIGHT = {"commands", "config", "errors", "atomic"}

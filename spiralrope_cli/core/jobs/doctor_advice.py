@@ -14,7 +14,7 @@ from spiralrope_cli.core.config.models import deit_size, dit_size
 from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.jobs.plan import model_cost
-from spiralrope_cli.core.models.build import create_model
+from spiralrope_cli.core.models.factory import create_model
 from spiralrope_cli.core.runtime.device import pick_device, pick_precision
 from spiralrope_cli.core.runtime.launch import num_local_workers
 from spiralrope_cli.core.runtime.threads import usable_cores

@@ -16,7 +16,7 @@ from spiralrope_cli.core.config.nested import flatten, to_nested
 from spiralrope_cli.core.config.optim import LINEAR_RULE_BATCH
 from spiralrope_cli.core.config.resolve import Resolved
 from spiralrope_cli.core.jobs.start import starting_weights
-from spiralrope_cli.core.models.build import create_model
+from spiralrope_cli.core.models.factory import create_model
 from spiralrope_cli.core.rope import clamped_share
 from spiralrope_cli.core.runtime.console import console, say
 from spiralrope_cli.core.runtime.launch import joined_world_size, world_size

@@ -23,6 +23,7 @@ from spiralrope_cli.core.hub.vae import find_vae
 from spiralrope_cli.core.jobs.report import leave_report
 from spiralrope_cli.core.jobs.sample_plan import facts_of, weights_of
 from spiralrope_cli.core.jobs.start import at_size
+from spiralrope_cli.core.kernels import cast_blocks
 from spiralrope_cli.core.load import build
 from spiralrope_cli.core.models.dit import DiT
 from spiralrope_cli.core.runtime import distributed, environment
@@ -122,7 +123,7 @@ class Drawer:
         if not isinstance(model, DiT):
             raise TypeError(f"{weights.arch} is no diffusion transformer")
         if job.dtype != torch.float32:
-            model.cast_blocks(job.dtype)
+            cast_blocks(model.blocks, job.dtype)
         if config.machine.compile:
             model.compile()
         self.model, self.diffusion = model, GaussianDiffusion(config.steps)

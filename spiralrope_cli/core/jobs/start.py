@@ -16,7 +16,7 @@ from spiralrope_cli.core.config.runs import ModelConfig
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.source import Source, find_source
 from spiralrope_cli.core.load import start_from
-from spiralrope_cli.core.models.build import create_model
+from spiralrope_cli.core.models.factory import create_model
 from spiralrope_cli.core.runtime.job import Job
 from spiralrope_cli.core.runtime.seeds import seed_everything
 from spiralrope_cli.core.training import loop

@@ -8,6 +8,7 @@ Source: "Scalable Diffusion Models with Transformers", arXiv 2212.09748 (adaLN-Z
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -17,13 +18,21 @@ from torch.utils.checkpoint import checkpoint
 
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.errors import ConfigError
-from spiralrope_cli.core.models.layers import Attention, Linear, Mlp, PatchEmbed, no_autocast
+from spiralrope_cli.core.kernels import Linear, layer_norm
+from spiralrope_cli.core.models.layers import Attention, Mlp, PatchEmbed
 from spiralrope_cli.core.rope import Grid, SpiralRoPE, as_pair
 
 INIT_STD = 0.02
 NORM_EPS = 1e-6
 NUM_SINUSOIDS = 256
 MAX_PERIOD = 10000.0
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """What is computed inside keeps the dtype of its inputs."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()  # Such as "meta".
 
 
 class TimestepEmbedder(nn.Module):
@@ -64,10 +73,7 @@ def modulation(dim: int, num_signals: int) -> nn.Sequential:
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm without parameters, scaled and shifted: [B, N, C] and [B, 1, C] -> [B, N, C]."""
-    # The CPU's kernel takes twice as long where it is given no weight and bias.
-    channels, on_cpu = x.shape[-1:], x.device.type == "cpu"
-    one, zero = (x.new_ones(channels), x.new_zeros(channels)) if on_cpu else (None, None)
-    return torch.addcmul(shift, F.layer_norm(x, channels, one, zero, NORM_EPS), 1 + scale)
+    return torch.addcmul(shift, layer_norm(x, NORM_EPS), 1 + scale)
 
 
 class DiTBlock(nn.Module):
@@ -84,6 +90,7 @@ class DiTBlock(nn.Module):
         with no_autocast(x.device):
             signals = self.adaLN_modulation(condition).unflatten(-1, (6, 1, -1))
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = signals.unbind(1)  # [B, 1, C]
+        # x + gate * branch, in one pass.
         x = torch.addcmul(x, gate_1, self.attn(modulated(x, shift_1, scale_1), turns))
         return torch.addcmul(x, gate_2, self.mlp(modulated(x, shift_2, scale_2)))
 
@@ -240,15 +247,6 @@ class DiT(nn.Module):
                 x = block(x, turns, condition)
         with no_autocast(x.device):
             return self.unpatchify(self.final_layer(x, condition), grid)
-
-    def cast_blocks(self, dtype: torch.dtype) -> None:
-        """Casts the blocks' matrices once for inference under autocast.
-
-        It gives the same numbers, and spares autocast the cast of every weight in every call.
-        """
-        for name, module in self.blocks.named_modules():
-            if isinstance(module, nn.Linear) and "adaLN" not in name:
-                module.to(dtype)
 
     def unpatchify(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """[B, h*w, p*p*channels] -> [B, channels, H, W]."""

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from spiralrope_cli import RopeConfig, create_model
 from spiralrope_cli.core.config.models import DIT_SIZES
 from spiralrope_cli.core.errors import ConfigError
+from spiralrope_cli.core.kernels import cast_blocks
 from spiralrope_cli.core.models.dit import DiT, sincos_pos_embed
 from spiralrope_cli.core.rope import angle_table, frequencies
 
@@ -316,7 +317,7 @@ def test_blocks_that_are_cast_once_give_autocasts_numbers():
     given = inputs(model)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         expected = model(*given)
-        model.cast_blocks(torch.bfloat16)
+        cast_blocks(model.blocks, torch.bfloat16)
         assert torch.equal(model(*given), expected)
     halves = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
     assert all(".attn." in name or ".mlp." in name for name in halves)

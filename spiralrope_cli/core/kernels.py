@@ -1,0 +1,175 @@
+"""Faster forms of plain expressions. Each says what it equals, and where and why it is faster.
+
+No other file of the networks knows of devices or libraries for the sake of speed: read
+`models/deit.py`, `models/dit.py`, `models/layers.py` and `rope.py` with the plain expressions in
+mind. The file lies beside the rooms because `rope.py` and `models/` both use it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
+
+Gelu = Literal["none", "tanh"]
+"""Exact or approximated, in the words of `F.gelu(approximate=)`."""
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, then `F.gelu(approximate=gelu)` where it is named.
+
+    On a CPU it infers with oneDNN, as torch.compile does there: in fp32 that takes half the time
+    of MKL on AMD's CPUs, a quarter to a half for few rows, and GELU is taken on the way out.
+    oneDNN's product has no gradient, so training takes PyTorch's.
+    """
+
+    def forward(self, input: Tensor, gelu: Gelu | None = None) -> Tensor:
+        """[..., in] -> [..., out], under autocast in its dtype."""
+        if (dtype := _onednn_dtype(input, self.weight)) is not None:
+            given = (each.to(dtype) for each in (input, self.weight, self.bias))
+            after = "none" if gelu is None else "gelu"
+            return torch.ops.mkldnn._linear_pointwise(*given, after, [], gelu or "")
+        out = super().forward(input)
+        if gelu is None:
+            return out
+        return gelu_tanh(out) if gelu == "tanh" else F.gelu(out)
+
+
+def _onednn_dtype(input: Tensor, weight: Tensor) -> torch.dtype | None:
+    """What oneDNN computes such a product in, None where it is not for oneDNN."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    if input.device.type != "cpu" or not input.numel() or not torch.backends.mkldnn.is_available():
+        return None
+    dtypes = {input.dtype, weight.dtype}
+    if torch.is_autocast_enabled("cpu") and torch.float64 not in dtypes:
+        dtypes = {torch.get_autocast_dtype("cpu")}
+    if dtypes == {torch.bfloat16}:
+        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+    return torch.float32 if dtypes == {torch.float32} else None
+
+
+if torch.backends.mkldnn.is_available():
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _flops(x: list[int], weight: list[int], *_: Any, **__: Any) -> int:
+        """What `FlopCounterMode` counts for it, as for any other linear layer."""
+        return 2 * math.prod(x) * weight[0]
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """`F.gelu(x, approximate="tanh")`, which takes twice as long on a CPU.
+
+    Computed in chunks whose copies stay in the cache.
+    """
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _GeluTanh.apply(x.contiguous())
+    return F.gelu(x, approximate="tanh")
+
+
+class _GeluTanh(torch.autograd.Function):
+    """x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)), which is the tanh form in other words."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        out, slope = torch.empty_like(x), 2 * math.sqrt(2 / math.pi)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        first = torch.tensor(slope, dtype=exact)
+        size = torch.get_num_threads() << 18
+        chunks = zip(x.reshape(-1).split(size), out.view(-1).split(size), strict=True)
+        for part, into in chunks:
+            wide = part.to(exact)
+            inner = into if x.dtype == exact else torch.empty_like(wide)
+            torch.addcmul(first, wide, wide, value=slope * 0.044715, out=inner)
+            torch.mul(inner.mul_(wide).sigmoid_(), wide, out=into)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> Tensor:
+        return torch.ops.aten.gelu_backward(grad[0], *ctx.saved_tensors, approximate="tanh")
+
+
+def layer_norm(x: Tensor, eps: float) -> Tensor:
+    """`F.layer_norm(x, x.shape[-1:], eps=eps)`: [..., C] -> [..., C], without parameters.
+
+    A CPU gets a weight of ones and a bias of zeros: without them its kernel takes twice as long.
+    """
+    channels, on_cpu = x.shape[-1:], x.device.type == "cpu"
+    one, zero = (x.new_ones(channels), x.new_zeros(channels)) if on_cpu else (None, None)
+    return F.layer_norm(x, channels, one, zero, eps)
+
+
+def fp32_on_cpu(qkv: Tensor) -> Tensor:
+    """`qkv` itself; bf16 on a CPU as float32, for `attention` below.
+
+    The CPU's attention in bf16 has a slower backward than in fp32: 1.3 x at 197 tokens, 7 x at
+    17. And what is rotated in fp32 need not be rounded in between.
+    """
+    return qkv.float() if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 else qkv
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`F.scaled_dot_product_attention(q, k, v)`: [B, H, N, D] -> [B, H, N, D].
+
+    On a CPU in the dtype of q, k and v even under autocast, which would take `fp32_on_cpu` back.
+    """
+    on_cpu = q.device.type == "cpu"
+    with torch.autocast("cpu", enabled=False) if on_cpu else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def complex_turn(x: Tensor, turns: Tensor) -> Tensor:
+    """The formula of `rope.turn`: a' = a cos - b sin, b' = b cos + a sin for each channel pair.
+
+    Without a compiler the formula takes six passes over the memory and autograd keeps x. As a
+    product of complex numbers it takes one pass each way and keeps nothing, on any device.
+
+    Args:
+        x: [..., D] floating point, in any memory layout.
+        turns: cosines and sines, broadcastable to [..., D/2, 2].
+    """
+    return _Turn.apply(x, turns)
+
+
+class _Turn(torch.autograd.Function):
+    """A rotation's gradient is the gradient turned back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, turns: Tensor) -> Tensor:
+        ctx.save_for_backward(turns)
+        return _complex_product(x, torch.view_as_complex(turns))
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None]:
+        turns = torch.view_as_complex(ctx.saved_tensors[0])
+        return _complex_product(grad[0], turns.conj()), None
+
+
+def _complex_product(x: Tensor, turns: Tensor) -> Tensor:
+    dtype, ours = x.dtype, x.dtype not in (torch.float32, torch.float64)
+    if ours:
+        x = x.to(torch.float32, memory_format=torch.contiguous_format)
+    elif x.stride(-1) != 1 or any(n % 2 for n in (*x.stride()[:-1], x.storage_offset())):
+        # A pair must lie side by side at an even place to be read as one complex number.
+        x = x.clone(memory_format=torch.contiguous_format)
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    # The widened copy is ours, so the product can take its place.
+    product = pairs.mul_(turns) if ours else pairs * turns
+    return torch.view_as_real(product).flatten(-2).to(dtype)
+
+
+def cast_blocks(blocks: nn.Module, dtype: torch.dtype) -> None:
+    """Casts the matrices of a DiT's blocks once, for inference under autocast.
+
+    Autocast gives the same bits without it, but casts every weight in every call. The modulation
+    is computed outside autocast and keeps its dtype.
+    """
+    for name, module in blocks.named_modules():
+        if isinstance(module, nn.Linear) and "adaLN" not in name:
+            module.to(dtype)

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from spiralrope_cli.core.config.models import deit_size, dit_size, is_dit
+from spiralrope_cli.core.config.rope import RopeConfig
+from spiralrope_cli.core.errors import ConfigError
+from spiralrope_cli.core.models.deit import DeiT
+from spiralrope_cli.core.models.dit import DiT
+
+OF_BOTH = ("rope", "num_classes")
+OF_DEIT = ("image_size", "patch_size", "in_chans", "pretrain_grid", "drop_path")
+OF_DIT = ("input_size", "in_chans", "pretrain_grid", "label_dropout", "qk_norm")
+
+
+def create_model(
+    arch: str, *, rope: RopeConfig | None = None, num_classes: int = 1000, **options: Any
+) -> DeiT | DiT:
+    """A freshly initialised network by name.
+
+    Args:
+        arch: `deit-ti` to `deit-l`, or `dit-ti2` to `dit-xl8`, which may be written `DiT-XL/8`;
+            the digit of a DiT is the patch side.
+        rope: options of the rotary embedding, by default `RopeConfig()`.
+        num_classes: outputs of a DeiT; classes of a DiT, without the null class.
+        options: of `DeiT`: image_size, patch_size, in_chans, pretrain_grid, drop_path;
+            or of `DiT`: input_size, in_chans, pretrain_grid, label_dropout, qk_norm.
+
+    Raises:
+        ConfigError: an unknown name (the nearest is suggested), another network's option, or
+            sizes that do not fit.
+    """
+    rope = rope if rope is not None else RopeConfig()
+    if is_dit(arch):
+        _check_options(arch, options, OF_DIT)
+        dim, depth, heads, patch = dit_size(arch)
+        return DiT(
+            dim, depth, heads, rope=rope, patch_size=patch, num_classes=num_classes, **options
+        )
+    _check_options(arch, options, OF_DEIT)
+    return DeiT(*deit_size(arch), rope=rope, num_classes=num_classes, **options)
+
+
+def _check_options(arch: str, options: Iterable[str], known: tuple[str, ...]) -> None:
+    for name in options:
+        if name not in known:
+            raise ConfigError(
+                f"{arch} has no option {name}", f"it has {', '.join(OF_BOTH + known)}"
+            )

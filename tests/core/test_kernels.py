@@ -1,0 +1,157 @@
+"""Every kernel beside the plain expression that it equals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from spiralrope_cli.core.kernels import (
+    Linear,
+    attention,
+    complex_turn,
+    fp32_on_cpu,
+    gelu_tanh,
+    layer_norm,
+)
+
+
+def gaussian(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+# ---- linear layers and GELU
+
+
+@pytest.mark.parametrize("gelu", [None, "none", "tanh"])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_a_linear_layer_infers_what_it_trains(gelu, dtype, rtol):
+    torch.manual_seed(0)
+    layer, x = Linear(48, 32), torch.randn(2, 5, 48)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+        trained = layer(x, gelu)
+        plain = F.linear(x, layer.weight, layer.bias)
+        plain = plain if gelu is None else F.gelu(plain, approximate=gelu)
+        with torch.no_grad():
+            inferred = layer(x, gelu)
+    assert trained.requires_grad
+    assert inferred.shape == trained.shape
+    assert inferred.dtype == trained.dtype == dtype
+    torch.testing.assert_close(inferred, trained.detach(), rtol=rtol, atol=rtol)
+    torch.testing.assert_close(trained, plain, rtol=rtol, atol=rtol)
+
+
+def test_a_linear_layer_infers_without_onednn_and_in_float64_too(monkeypatch):
+    torch.manual_seed(0)
+    layer, x = Linear(48, 32), torch.randn(7, 48)
+    with torch.no_grad():
+        fast = layer(x, "tanh")
+        with monkeypatch.context() as without:
+            without.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+            torch.testing.assert_close(layer(x, "tanh"), fast)
+        layer, x = layer.double(), x.double()
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.float64
+        with pytest.raises(RuntimeError, match="dtype"):
+            layer(x.float())
+        assert layer(x[:0]).shape == (0, 32)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
+def test_what_inference_computes_can_be_counted_and_traced():
+    layer, x = Linear(48, 32).eval(), torch.randn(2, 5, 48)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        wanted = layer(x, "tanh")
+    assert counter.get_total_flops() == 2 * (2 * 5) * 48 * 32
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, x)
+        exported = torch.export.export(layer, (x, "tanh")).module()
+        torch.testing.assert_close(traced(x), layer(x))
+        torch.testing.assert_close(exported(x, "tanh"), wanted)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "atol"), [(torch.float64, 1e-14), (torch.float32, 2e-6), (torch.bfloat16, 0.02)]
+)
+def test_our_gelu_is_pytorchs_tanh_gelu(dtype, atol):
+    grid = torch.cat((torch.linspace(-12, 12, 2001), torch.tensor([-1e4, -100.0, 0.0, 100.0, 1e4])))
+    x, same = (grid.to(dtype).requires_grad_() for _ in range(2))
+    ours, theirs = gelu_tanh(x), F.gelu(same, approximate="tanh")
+    assert ours.dtype == dtype
+    torch.testing.assert_close(
+        ours, theirs, rtol=0.005 if dtype == torch.bfloat16 else 0, atol=atol
+    )
+    ours.backward(torch.ones_like(ours))
+    theirs.backward(torch.ones_like(theirs))
+    assert torch.equal(x.grad, same.grad)
+    assert torch.equal(gelu_tanh(x.detach()), ours)
+
+
+# ---- norm and attention
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_layer_norm_is_pytorchs_without_parameters(dtype):
+    x, same = (gaussian(2, 5, 32).to(dtype).requires_grad_() for _ in range(2))
+    ours, theirs = layer_norm(x, 1e-6), F.layer_norm(same, (32,), eps=1e-6)
+    torch.testing.assert_close(ours, theirs)
+    weight = gaussian(2, 5, 32, seed=1).to(dtype)
+    (ours * weight).sum().backward()
+    (theirs * weight).sum().backward()
+    torch.testing.assert_close(x.grad, same.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_only_bf16_is_widened_for_attention(dtype):
+    qkv = gaussian(2, 5, 3, 2, 8).to(dtype)
+    assert fp32_on_cpu(qkv) is qkv
+    assert torch.equal(fp32_on_cpu(qkv.bfloat16()), qkv.bfloat16().float())
+    assert fp32_on_cpu(qkv.bfloat16().to("meta")).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_is_pytorchs_and_keeps_fp32_under_autocast(dtype):
+    q, k, v = (gaussian(2, 3, 5, 8, seed=seed).to(dtype) for seed in range(3))
+    plain = F.scaled_dot_product_attention(q, k, v)
+    assert torch.equal(attention(q, k, v), plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        wide = attention(*(fp32_on_cpu(each) for each in (q, k, v)))
+    assert wide.dtype == torch.float32
+    torch.testing.assert_close(
+        wide, plain.float(), rtol=0, atol=0 if dtype == torch.float32 else 0.02
+    )
+
+
+# ---- rotation
+
+
+def rotated(x, turns):
+    """The formula, in the dtype of the turns."""
+    (a, b), (cos, sin) = x.to(turns.dtype).unflatten(-1, (-1, 2)).unbind(-1), turns.unbind(-1)
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x.dtype)
+
+
+def layouts(x):
+    yield x
+    yield x.transpose(1, 2).contiguous().transpose(1, 2)
+    yield x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    yield torch.cat((x[..., :1], x), dim=-1)[..., 1:]
+    yield x[:1, :1].expand_as(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_complex_products_are_the_formula_of_the_rotation(dtype):
+    angle = gaussian(5, 4, seed=3, dtype=torch.float64)
+    turns = torch.stack((angle.cos(), angle.sin()), dim=-1)
+    turns = turns if dtype == torch.float64 else turns.float()
+    weight = gaussian(2, 3, 5, 8, seed=4).to(dtype)
+    for x in layouts(gaussian(2, 3, 5, 8, dtype=torch.float64).to(dtype)):
+        x, same = (x.detach().requires_grad_() for _ in range(2))
+        ours, plain = complex_turn(x, turns), rotated(same, turns)
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours, plain)
+        (ours * weight).sum().backward()
+        (plain * weight).sum().backward()
+        torch.testing.assert_close(x.grad, same.grad)
