@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -14,13 +13,9 @@ from spiralrope_cli.core.config.plots import (
     RopePlot,
     RunPlot,
     SamplesPlot,
-    notes,
     published_sizes,
 )
 from spiralrope_cli.core.config.rope import BY_WEIGHTS, RopeConfig, given_rope
-from spiralrope_cli.core.errors import ConfigError
-from spiralrope_cli.core.hub.source import find_source
-from spiralrope_cli.core.runtime.run_folder import find_run
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -45,22 +40,9 @@ def plot_run(given: dict[str, Any]) -> None:
 
     Several runs share the panels. Prints the path of the picture.
     """
-    from spiralrope_cli.core.runtime.report import METRICS_FILE
+    from spiralrope_cli.core.jobs.plot import draw_run
 
-    file: PictureFile = build(PictureFile, given)
-    plot: RunPlot = build(RunPlot, given)
-    named = list(dict.fromkeys(find_run(each) for each in plot.runs))
-    folders = [folder for folder in named if (folder / METRICS_FILE).is_file()] or named
-    for folder in named:
-        if folder not in folders:
-            typer.echo(f"note: {folder} is left out: it has no {METRICS_FILE}", err=True)
-    more = f"-and-{len(folders) - 1}-more" if len(folders) > 1 else ""
-    path = file.named(f"run-{folders[0].resolve().name}{more}")
-
-    from spiralrope_cli.core.jobs import plot as job
-
-    job.draw_curves(folders, path, plot.over)
-    typer.echo(path)
+    draw_run(build(RunPlot, given), build(PictureFile, given))
 
 
 ROPE_EXAMPLES = """
@@ -102,14 +84,10 @@ def plot_rope(given: dict[str, Any]) -> None:
     panels = tuple(dict.fromkeys(given.get("panels", ROPE_PANELS)))
     plot: RopePlot = build(RopePlot, {**values, "ropes": ropes, "panels": panels})
     file: PictureFile = build(PictureFile, given)
-    path = file.named("rope-" + "-".join(f"r{rotate}" for rotate in rotates))
-    for note in notes(plot, set(chosen)):
-        typer.echo(f"note: {note}", err=True)
 
-    from spiralrope_cli.core.jobs import plot as job
+    from spiralrope_cli.core.jobs.plot import draw_rope
 
-    job.draw_rope(plot, path)
-    typer.echo(path)
+    draw_rope(plot, set(chosen), file)
 
 
 ATTENTION_EXAMPLES = """
@@ -139,15 +117,10 @@ def plot_attention(given: dict[str, Any]) -> None:
     """
     plot: AttentionPlot = build(AttentionPlot, {**given, "rope": given_rope(given)})
     file: PictureFile = build(PictureFile, given)
-    path = file.named(f"attention-{Path(plot.source).resolve().stem}-{Path(plot.image).stem}")
-    if path.resolve() == Path(plot.image).resolve():
-        raise ConfigError(f"--out {file.out} is IMAGE itself", "name another file")
-    found = find_source(plot.source, best=plot.best)
 
-    from spiralrope_cli.core.jobs.plot_attention import draw_attention
+    from spiralrope_cli.core.jobs.plot import draw_attention
 
-    draw_attention(found, plot, path)
-    typer.echo(path)
+    draw_attention(plot, file)
 
 
 SAMPLES_EXAMPLES = """
@@ -166,9 +139,7 @@ def plot_samples(given: dict[str, Any]) -> None:
     """A grid of generated images, or of any others, with their classes where known."""
     plot: SamplesPlot = build(SamplesPlot, given)
     file: PictureFile = build(PictureFile, given)
-    path = file.named(f"samples-{Path(plot.source).resolve().stem}")
 
-    from spiralrope_cli.core.jobs.plot_samples import draw_samples
+    from spiralrope_cli.core.jobs.plot import draw_samples
 
-    draw_samples(plot, path)
-    typer.echo(path)
+    draw_samples(plot, file)

@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 from spiralrope_cli import main
 from spiralrope_cli.core.errors import SpiralRopeError
-from spiralrope_cli.core.jobs import plot_attention, plot_samples
+from spiralrope_cli.core.jobs.plot import look_at
 from spiralrope_cli.core.jobs.sample_dit import drawn_class
+from spiralrope_cli.core.plots import attention, samples
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoints"
 DEIT, DIT = GOLDEN / "deit_tiny_checkpoint.pth", GOLDEN / "dit_tiny_0000007.pt"
@@ -147,7 +148,7 @@ def test_a_pipeline_stands_for_its_samples_and_names_its_runs(plot, run, digit_p
 def test_options_reach_the_rope(plot, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "spiralrope_cli.core.jobs.plot.draw_rope", lambda plot, to: seen.append(plot)
+        "spiralrope_cli.core.jobs.plot.draw_rope", lambda plot, *more: seen.append(plot)
     )
     words = ("--rotate", 1, "--rotate", 4, "--theta", 100, "--arch", "dit-xl2", "--grid", "7x28")
     CliRunner().invoke(main.app, ["plot", "rope", *map(str, words)])
@@ -168,9 +169,9 @@ def test_a_rope_is_drawn_and_idle_options_are_told(plot):
 
 def test_attention_of_a_run_of_a_file_and_of_a_patch(plot, source, picture, monkeypatch):
     seen = []
-    draw = plot_attention.attention
+    draw = attention.attention
     monkeypatch.setattr(
-        plot_attention,
+        attention,
         "attention",
         lambda shown, maps, **more: (seen.append((shown, maps, more)), draw(shown, maps, **more))[
             1
@@ -200,7 +201,7 @@ def test_what_a_network_sees_is_what_eval_shows_it(source, digit_pictures):
     _, val = load_digits()
     path = source / "digit.png"
     Image.fromarray(val.images[0, 0].numpy()).save(path)
-    _, images = plot_attention.look_at(str(path), read_weights(find_source(str(source))), (8, 8))
+    _, images = look_at(str(path), read_weights(find_source(str(source))), (8, 8))
     expected = (val.images[:1].float() / 255 - 0.3054) / 0.3760
     assert images.numpy() == pytest.approx(expected.numpy(), abs=1e-5)
 
@@ -219,9 +220,9 @@ def test_a_bare_state_dict_takes_rope_options(plot, picture, runs):
 def labels_of(plot, monkeypatch):
     """The labels that `plot samples` writes."""
     seen = []
-    draw = plot_samples.samples
+    draw = samples.samples
     monkeypatch.setattr(
-        plot_samples,
+        samples,
         "samples",
         lambda levels, labels, *more: (seen.append((levels, labels)), draw(levels, labels, *more))[
             1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,14 +23,15 @@ MAY_IMPORT = {
     "models": ALWAYS | {"rope", "kernels"},
     "data": ALWAYS | {"runtime"},
     "diffusion": ALWAYS,
-    "training": ALWAYS | {"runtime"},
+    "training": ALWAYS | {"runtime", "models", "jobs"},
     "metrics": {"runtime", "errors"},
     "hub": ALWAYS | {"runtime", "rope"},
     "weights": ALWAYS | {"hub", "rope"},
     "load": ALWAYS | {"hub", "models", "rope", "weights"},
-    "figures": ALWAYS | {"runtime", "rope", "data"},
+    "plots": ALWAYS | {"runtime", "rope", "data"},
+    "report": ALWAYS | {"runtime", "data", "plots", "jobs"},
     "jobs": ALWAYS
-    | {"runtime", "rope", "models", "data", "diffusion", "training", "metrics", "figures"}
+    | {"runtime", "rope", "models", "data", "diffusion", "training", "metrics", "plots", "report"}
     | {"hub", "weights", "load", "kernels", "jobs"},
     "commands": ALWAYS | {"runtime", "commands"},
 }
@@ -48,7 +50,7 @@ LIGHT_FILES = {
 STANDARD_AND = set(sys.stdlib_module_names) | {"typer", "rich", "spiralrope_cli"}
 HEAVY = [
     *("torch", "torchvision", "timm", "diffusers", "torch_fidelity", "scipy", "matplotlib"),
-    "huggingface_hub",
+    *("huggingface_hub", "jinja2"),
 ]
 
 
@@ -179,6 +181,15 @@ def test_no_file_outgrows_a_screenful_of_thought():
         if (count := len(path.read_text().splitlines())) > 350
     }
     assert not long
+
+
+def test_files_other_than_python_are_installed_too():
+    pyproject = (PACKAGE.parent / "pyproject.toml").read_text()
+    [patterns] = re.findall(r"^spiralrope_cli = \[(.*)\]$", pyproject, re.MULTILINE)
+    others = [path for path in PACKAGE.rglob("*.*") if path.suffix not in (".py", ".pyc")]
+    assert len(others) >= 4
+    installed = re.findall(r'"([^"]+)"', patterns)
+    assert [path for path in others if not any(map(path.match, installed))] == []
 
 
 def test_inits_below_the_top_stay_empty():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image
 
+from spiralrope_cli.core.config.datasets import list_images
 from spiralrope_cli.core.errors import UnreadableImageError
 
 BROKEN_IMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error)
@@ -41,3 +43,18 @@ def open_picture(
         return Unreadable(path, reason)
     except Image.DecompressionBombError:
         return Unreadable(path, "it is too large")
+
+
+def decode_some(folders: Iterable[Path | None], most: int) -> tuple[int, list[Unreadable]]:
+    """Decodes some pictures of each folder of classes, evenly spread, and at most so many.
+
+    Returns:
+        how many, and those of them that cannot be decoded.
+    """
+    chosen: list[str] = []
+    for folder in folders:
+        paths = [path for path, _ in list_images(folder)] if folder else []
+        count = min(most, len(paths))
+        chosen += [paths[number * len(paths) // count] for number in range(count)]
+    opened = [open_picture(path, lambda image: image.convert("RGB")) for path in chosen]
+    return len(chosen), [each for each in opened if isinstance(each, Unreadable)]

@@ -1,25 +1,26 @@
-"""A look at this machine: each part is looked at whatever another one found."""
+"""A look at this machine: each part is looked at whatever another one found.
+
+Every `look_at_...` gives what it found twice: as values for JSON, and as rows of the table.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Any
 
 import torch
-from packaging.requirements import Requirement
+from rich.table import Table
 
 from spiralrope_cli.core.config.datasets import (
-    DataSet,
     class_folders,
     find_data_set,
     find_pictures,
-    list_images,
     val_folder,
 )
 from spiralrope_cli.core.config.doctor import Checkup, Finding
@@ -27,27 +28,27 @@ from spiralrope_cli.core.config.folders import cache_folder
 from spiralrope_cli.core.config.resolve import choose_data
 from spiralrope_cli.core.config.samples import num_samples
 from spiralrope_cli.core.data import memory
-from spiralrope_cli.core.data.pictures import Unreadable, open_picture
+from spiralrope_cli.core.data.pictures import decode_some
 from spiralrope_cli.core.errors import CheckpointError, DataError, FetchError, SpiralRopeError
 from spiralrope_cli.core.hub import from_hub
 from spiralrope_cli.core.hub.catalog import ROWS, find
 from spiralrope_cli.core.hub.download import damaged_files, local_files
-from spiralrope_cli.core.jobs import doctor_report
-from spiralrope_cli.core.jobs.doctor_advice import advice, npz_bytes
 from spiralrope_cli.core.runtime import environment
 from spiralrope_cli.core.runtime.console import console
 from spiralrope_cli.core.runtime.device import pick_device, pick_precision, prepare
 from spiralrope_cli.core.runtime.disk import human_size, nearest_folder
 from spiralrope_cli.core.runtime.rate import matrix_rate
 from spiralrope_cli.core.runtime.threads import usable_cores
+from spiralrope_cli.core.training.needs import advice, memory_notes
 from spiralrope_cli.version import __version__
 
-PACKAGE = "spiralrope"
 SAMPLE = 48
 """Pictures of each split that are decoded."""
 HUB_SECONDS = 3.0
 HUB_ROW = "dit-s2"
 Facts = dict[str, Any]
+Rows = list[tuple[str, str]]
+"""Of the table: a title and a text."""
 
 
 def run(checkup: Checkup) -> bool:
@@ -58,11 +59,12 @@ def run(checkup: Checkup) -> bool:
     """
     findings: list[Finding] = []
     facts: Facts = {}
+    rows: Rows = []
     parts = {
         "versions": lambda: look_at_versions(findings),
         "machine": lambda: look_at_machine(checkup),
         "data": lambda: look_at_data(checkup, findings),
-        "run": lambda: advice(checkup),
+        "run": lambda: look_at_run(checkup),
         "disk": lambda: look_at_disk(checkup, facts.get("run") or {}, findings),
         "hub": lambda: look_at_hub(checkup),
         "cache": lambda: look_at_cache(findings),
@@ -70,17 +72,38 @@ def run(checkup: Checkup) -> bool:
     with console(stderr=True).status("") as status:
         for name, look in parts.items():
             status.update(f"looking at: {name}")
-            facts[name] = None
+            facts[name], of_part = None, [(name, "see below")]
             # What keeps a run from being planned is told once.
-            if name == "run" and None in (facts["machine"], facts["data"]):
-                continue
-            with told(name, findings):
-                facts[name] = look()
+            if name != "run" or None not in (facts["machine"], facts["data"]):
+                with told(name, findings):
+                    facts[name], of_part = look()
+            rows += of_part
     facts["notes"] = memory_notes(facts["machine"], facts["run"])
     facts["findings"] = [vars(each) for each in findings]
     facts["ok"] = not findings
-    doctor_report.show(facts, as_json=checkup.as_json)
+    if checkup.as_json:
+        print(json.dumps(facts, indent=2))  # noqa: T201 - rich would wrap it
+    else:
+        report(rows, facts["notes"], findings)
     return not findings
+
+
+def report(rows: Rows, notes: list[str], findings: list[Finding]) -> None:
+    """Everything on stdout, in a table that fits 80 columns; findings last."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for title, text in rows:
+        table.add_row(title, text)
+    out = console()
+    out.print(table)
+    for note in notes:
+        out.print(f"note: {note}")
+    for finding in findings:
+        out.print(f"problem ({finding.subject}): {finding.problem}")
+        if finding.hint:
+            out.print(f"  {finding.hint}")
+    out.print(f"{len(findings)} problem(s) found" if findings else "all is well")
 
 
 @contextlib.contextmanager
@@ -92,24 +115,13 @@ def told(subject: str, findings: list[Finding]) -> Iterator[None]:
         findings.append(Finding(subject, error.message, error.hint))
 
 
-def look_at_versions(findings: list[Finding]) -> Facts:
+def look_at_versions(findings: list[Finding]) -> tuple[Facts, Rows]:
     """Installed versions of what is required, and of what is optional and there."""
     facts: Facts = {
         "spiralrope": {"installed": __version__, "needed": ""},
         "python": {"installed": environment.versions()["python"], "needed": ""},
     }
-    try:
-        lines = requires(PACKAGE) or []
-    except PackageNotFoundError:
-        lines = []  # run from a checkout that was never installed
-    for line in lines:
-        wanted = Requirement(line)
-        optional = wanted.marker is not None and not wanted.marker.evaluate({"extra": ""})
-        if wanted.marker is not None and wanted.marker.evaluate({"extra": "dev"}) and optional:
-            continue
-        installed = environment.version_of(wanted.name)
-        if installed is None and optional:
-            continue
+    for wanted, installed, optional in environment.dependencies():
         fits = installed is not None and wanted.specifier.contains(installed, prereleases=True)
         if not fits and not optional:
             there = f"is {installed}" if installed else "is not installed"
@@ -121,10 +133,11 @@ def look_at_versions(findings: list[Finding]) -> Facts:
                 )
             )
         facts[wanted.name] = {"installed": installed, "needed": str(wanted.specifier)}
-    return facts
+    here = (f"{name} {each['installed'] or 'missing'}" for name, each in facts.items())
+    return facts, [("versions", ", ".join(here))]
 
 
-def look_at_machine(checkup: Checkup) -> Facts:
+def look_at_machine(checkup: Checkup) -> tuple[Facts, Rows]:
     """Devices, precision, cores and how fast matrices are multiplied.
 
     Raises:
@@ -133,12 +146,12 @@ def look_at_machine(checkup: Checkup) -> Facts:
     device = pick_device(checkup.machine)
     prepare(device)
     dtype, reason = pick_precision(checkup.machine.precision, device)
-    gpus = [
-        {"name": torch.cuda.get_device_name(n), "memory": _gpu_memory(n)}
-        for n in range(torch.cuda.device_count())
+    gpus: list[Facts] = [
+        {"name": gpu.name, "memory": int(gpu.total_memory)}
+        for gpu in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     ]
     rates = {_name(kind): matrix_rate(device, kind) for kind in {torch.float32: 0, dtype: 0}}
-    return {
+    facts: Facts = {
         "device": device.type,
         "name": environment.device_name(device),
         "gpus": gpus,
@@ -150,17 +163,23 @@ def look_at_machine(checkup: Checkup) -> Facts:
         "flops_per_second": rates,
         "commit": environment.commit(),
     }
-
-
-def _gpu_memory(number: int) -> int:
-    return int(torch.cuda.get_device_properties(number).total_memory)
+    gpu_words = "; ".join(f"{gpu['name']}, {human_size(gpu['memory'])}" for gpu in gpus)
+    rate_words = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in rates.items())
+    cores = f"{facts['cores']}, {facts['threads']} thread(s)"
+    return facts, [
+        ("device", f"{facts['device']}: {facts['name']}"),
+        ("GPUs", gpu_words or "none"),
+        ("precision", f"{facts['precision']}: {facts['precision_reason']}"),
+        ("cores", f"{cores}; {human_size(facts['memory'])} memory"),
+        ("products", f"{rate_words} GFLOP/s"),
+    ]
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def look_at_data(checkup: Checkup, findings: list[Finding]) -> Facts:
+def look_at_data(checkup: Checkup, findings: list[Finding]) -> tuple[Facts, Rows]:
     """Classes, counts, and whether a sample of the pictures can be decoded.
 
     Raises:
@@ -168,7 +187,7 @@ def look_at_data(checkup: Checkup, findings: list[Finding]) -> Facts:
     """
     data, source = choose_data([("option", checkup.options)])
     data_set = find_pictures(data) if checkup.dit else find_data_set(data)
-    facts = {
+    facts: Facts = {
         "data": data_set.data,
         "chosen_by": source,
         "classes": data_set.num_classes,
@@ -178,13 +197,13 @@ def look_at_data(checkup: Checkup, findings: list[Finding]) -> Facts:
         "unreadable": [],
     }
     if data_set.kind == "folder":
-        paths = sampled(data_set, dit=checkup.dit)
-        opened = [open_picture(path, lambda image: image.convert("RGB")) for path in paths]
-        bad = [each for each in opened if isinstance(each, Unreadable)]
-        facts |= {"decoded": len(paths) - len(bad), "unreadable": [vars(each) for each in bad]}
+        root = Path(data_set.data)
+        folders = [class_folders(root)] if checkup.dit else [root / "train", val_folder(root)]
+        count, bad = decode_some(folders, SAMPLE)
+        facts |= {"decoded": count - len(bad), "unreadable": [vars(each) for each in bad]}
         if bad:
             error = bad[0].error()
-            more = f" ({len(bad)} of {len(paths)} looked at)" if len(bad) > 1 else ""
+            more = f" ({len(bad)} of {count} looked at)" if len(bad) > 1 else ""
             findings.append(Finding("data", error.message + more, error.hint))
     elif memory.is_here(data):
         splits = memory.load_memory_set(data)
@@ -194,22 +213,63 @@ def look_at_data(checkup: Checkup, findings: list[Finding]) -> Facts:
         facts["decoded"] = sum(counts)
     else:
         facts["note"] = "not here yet: the first run brings it"
-    return facts
+    chosen = "" if source == "default" else f" (by {source})"
+    held_out = f" and {data_set.num_val} held-out" if data_set.num_val else ""
+    looked = facts["decoded"] + len(facts["unreadable"])
+    seen = facts.get("note") or f"{facts['decoded']} of {looked} looked at could be decoded"
+    return facts, [
+        (
+            "data",
+            f"{data_set.data}{chosen}: {data_set.num_classes} classes, {data_set.num_train} "
+            f"training{held_out} images; {seen}",
+        )
+    ]
 
 
-def sampled(data_set: DataSet, *, dit: bool) -> list[str]:
-    """Paths of pictures, evenly spread over each split."""
-    root = Path(data_set.data)
-    folders = [class_folders(root)] if dit else [root / "train", val_folder(root)]
-    found: list[str] = []
-    for folder in folders:
-        paths = [path for path, _ in list_images(folder)] if folder else []
-        count = min(SAMPLE, len(paths))
-        found += [paths[number * len(paths) // count] for number in range(count)]
-    return found
+def look_at_run(checkup: Checkup) -> tuple[Facts, Rows]:
+    """What a training run would need here, and which values it could have.
+
+    Raises:
+        ConfigError: no such run exists.
+        DataError: no such data set.
+    """
+    facts = advice(checkup)
+    needs, nproc, rotates = facts["memory"], facts["nproc"], facts["valid_rotate"]
+    whole = len(rotates) > 2 and rotates == list(range(len(rotates)))
+    rotate_words = f"0 to {rotates[-1]}" if whole else _few(rotates)
+    return facts, [
+        (
+            "model",
+            f"{facts['arch']}: {facts['parameters'] / 1e6:.2f} M parameters, "
+            f"{facts['flops_per_image'] / 1e9:.3g} GFLOPs per image",
+        ),
+        (
+            "batch",
+            f"{facts['batch_size']} = {nproc} process(es) x {facts['micro_batch_size']} "
+            f"x {facts['accumulation']}",
+        ),
+        ("  --nproc", f"{_few(facts['valid_nproc'])} split it"),
+        (
+            "  --batch-size",
+            f"{_few(facts['valid_batch_sizes'])} split over {nproc} process(es)",
+        ),
+        (
+            "  --rotate",
+            f"{rotate_words}; with --same-theta {_few(facts['valid_rotate_same_theta'])}",
+        ),
+        (
+            "memory",
+            f"about {human_size(needs['total'])} per process: {human_size(needs['fixed'])} for "
+            f"weights and optimizer, {human_size(needs['per_image'])} per image",
+        ),
+    ]
 
 
-def look_at_disk(checkup: Checkup, planned: Facts, findings: list[Finding]) -> Facts:
+def _few(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers)) or "none"
+
+
+def look_at_disk(checkup: Checkup, planned: Facts, findings: list[Finding]) -> tuple[Facts, Rows]:
     """Whether the runs folder can be written, and holds what a run leaves there.
 
     Raises:
@@ -231,7 +291,8 @@ def look_at_disk(checkup: Checkup, planned: Facts, findings: list[Finding]) -> F
     if checkup.dit and planned:
         data, _ = choose_data([("option", checkup.options)])
         num = checkup.num or num_samples(data)
-        needs["samples"] = npz_bytes(num, planned["picture_size"])
+        height, width = planned["picture_size"]
+        needs["samples"] = 2 * 3 * num * height * width  # while they gather, and as .npz
     if sum(needs.values()) > free:
         words = " and ".join(f"{human_size(size)} of {name}" for name, size in needs.items())
         findings.append(
@@ -241,56 +302,41 @@ def look_at_disk(checkup: Checkup, planned: Facts, findings: list[Finding]) -> F
                 "free some, or name a folder on another disk with --runs and --out",
             )
         )
-    return {"folder": str(folder), "free": free, "needs": needs}
+    facts: Facts = {"folder": str(folder), "free": free, "needs": needs}
+    needed = ", ".join(f"{human_size(size)} {name}" for name, size in needs.items() if size)
+    more = f"; a run takes {needed}" if needed else ""
+    return facts, [("disk", f"{folder}: {human_size(free)} free{more}")]
 
 
-def memory_notes(machine: Facts | None, planned: Facts | None) -> list[str]:
-    """Whether a run is likely to need more memory than there is; an estimate, so no finding."""
-    if not machine or not planned:
-        return []
-    needs, sharing = planned["memory"], planned["nproc"]
-    there = machine["memory"] / sharing
-    if machine["device"] == "cuda":
-        there = min(gpu["memory"] for gpu in machine["gpus"])
-    if needs["total"] <= there:
-        return []
-    most = int((there - needs["fixed"]) // needs["per_image"])
-    advised = (
-        f"--micro-batch-size {most} or less, or --grad-checkpointing"
-        if most > 0
-        else "a smaller --arch"
-    )
-    return [
-        f"about {human_size(needs['total'])} per process may be needed, {human_size(there)} are "
-        f"there: {advised}"
-    ]
-
-
-def look_at_hub(checkup: Checkup) -> Facts:
+def look_at_hub(checkup: Checkup) -> tuple[Facts, Rows]:
     """Whether the Hub answers; nobody is asked offline."""
     from huggingface_hub import constants
 
     facts: Facts = {"endpoint": constants.ENDPOINT, "asked": False, "answers": False, "words": ""}
     if checkup.offline or constants.HF_HUB_OFFLINE:
         why = "--offline" if checkup.offline else "HF_HUB_OFFLINE"
-        return {**facts, "words": f"not asked: {why}"}
-    try:
-        from_hub.look_up(find(HUB_ROW), None, timeout=HUB_SECONDS)
-    except FetchError as error:
-        return {**facts, "asked": True, "words": error.message, "hint": error.hint}
-    return {**facts, "asked": True, "answers": True, "words": "answers"}
+        facts |= {"words": f"not asked: {why}"}
+    else:
+        try:
+            from_hub.look_up(find(HUB_ROW), None, timeout=HUB_SECONDS)
+            facts |= {"asked": True, "answers": True, "words": "answers"}
+        except FetchError as error:
+            facts |= {"asked": True, "words": error.message, "hint": error.hint}
+    return facts, [("Hub", f"{facts['endpoint']}: {facts['words']}")]
 
 
-def look_at_cache(findings: list[Finding]) -> Facts:
+def look_at_cache(findings: list[Finding]) -> tuple[Facts, Rows]:
     """Published files that are here, each compared with its digest."""
     from huggingface_hub import constants
 
-    rows = []
+    facts: Facts = {"hub": constants.HF_HUB_CACHE, "own": str(cache_folder()), "files": []}
+    words = []
     for row in ROWS:
         if files := local_files(row):
             bad = damaged_files(row)
             size = sum(path.stat().st_size for path in files)
-            rows.append({"name": row.name, "size": size, "whole": not bad})
+            facts["files"].append({"name": row.name, "size": size, "whole": not bad})
+            words.append(f"{row.name} {human_size(size)}" + (" (damaged)" if bad else ""))
             findings += [
                 Finding(
                     "cache",
@@ -299,4 +345,5 @@ def look_at_cache(findings: list[Finding]) -> Facts:
                 )
                 for path in bad
             ]
-    return {"hub": constants.HF_HUB_CACHE, "own": str(cache_folder()), "files": rows}
+    there = ", ".join(words) or "nothing published is here"
+    return facts, [("cache", there), ("", facts["hub"]), ("", facts["own"])]

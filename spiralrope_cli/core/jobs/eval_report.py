@@ -19,8 +19,8 @@ from rich.table import Table
 
 from spiralrope_cli.core.config.evals import EvalProtocol, EvalRow, EvalRun
 from spiralrope_cli.core.hub.files import digest_like
-from spiralrope_cli.core.jobs.plot import draw_sizes
 from spiralrope_cli.core.metrics.accuracy import Accuracy
+from spiralrope_cli.core.plots.curves import draw_sizes
 from spiralrope_cli.core.runtime.console import console, say, say_result
 from spiralrope_cli.core.runtime.environment import versions
 from spiralrope_cli.core.runtime.job import Job

@@ -16,9 +16,9 @@ from spiralrope_cli.core.data.validation import ValidationImages
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.source import Source
 from spiralrope_cli.core.jobs import eval_report
-from spiralrope_cli.core.jobs.report import is_stage, leave_report
 from spiralrope_cli.core.load import build
 from spiralrope_cli.core.metrics.accuracy import Accuracy, evaluate
+from spiralrope_cli.core.report.page import is_stage, leave_report
 from spiralrope_cli.core.runtime import distributed, report
 from spiralrope_cli.core.runtime.device import autocast
 from spiralrope_cli.core.runtime.job import Job, open_job

@@ -21,8 +21,8 @@ from spiralrope_cli.core.config.resolve import Resolved
 from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.jobs import eval_plan, eval_report
 from spiralrope_cli.core.jobs.plan import print_plan
-from spiralrope_cli.core.jobs.report import leave_report
 from spiralrope_cli.core.metrics.accuracy import Accuracy
+from spiralrope_cli.core.report.page import leave_report
 from spiralrope_cli.core.runtime import console
 from spiralrope_cli.core.runtime import device as devices
 from spiralrope_cli.core.runtime.launch import is_first_process, launch

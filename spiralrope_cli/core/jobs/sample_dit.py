@@ -20,12 +20,12 @@ from spiralrope_cli.core.diffusion.process import GaussianDiffusion
 from spiralrope_cli.core.diffusion.samplers import BY_NAME
 from spiralrope_cli.core.diffusion.vae import Vae, load_vae
 from spiralrope_cli.core.hub.vae import find_vae
-from spiralrope_cli.core.jobs.report import leave_report
 from spiralrope_cli.core.jobs.sample_plan import facts_of, weights_of
 from spiralrope_cli.core.jobs.start import at_size
 from spiralrope_cli.core.kernels import cast_blocks
 from spiralrope_cli.core.load import build
 from spiralrope_cli.core.models.dit import DiT
+from spiralrope_cli.core.report.page import leave_report
 from spiralrope_cli.core.runtime import distributed, environment
 from spiralrope_cli.core.runtime.console import say, say_result
 from spiralrope_cli.core.runtime.device import autocast

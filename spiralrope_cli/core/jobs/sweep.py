@@ -14,8 +14,8 @@ from spiralrope_cli.core.config.datasets import find_held_out
 from spiralrope_cli.core.config.sweeps import Member, Sweep
 from spiralrope_cli.core.jobs.eval_report import read_rows
 from spiralrope_cli.core.jobs.pipeline import run_deit, say
-from spiralrope_cli.core.jobs.report import leave_report
-from spiralrope_cli.core.jobs.report_results import with_spread
+from spiralrope_cli.core.report.page import leave_report
+from spiralrope_cli.core.report.results import with_spread
 from spiralrope_cli.core.runtime.console import console, say_result
 from spiralrope_cli.core.runtime.launch import is_first_process
 from spiralrope_cli.core.runtime.run_folder import (

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.data.loaders import Batch, ClassifierData
-from spiralrope_cli.core.jobs.plot import draw_curves
-from spiralrope_cli.core.jobs.report import leave_report
 from spiralrope_cli.core.jobs.start import build
 from spiralrope_cli.core.metrics.accuracy import evaluate
 from spiralrope_cli.core.models.deit import DeiT
+from spiralrope_cli.core.plots.curves import draw_curves
+from spiralrope_cli.core.report.page import leave_report
 from spiralrope_cli.core.runtime import distributed, report, run_folder
 from spiralrope_cli.core.runtime.device import autocast
 from spiralrope_cli.core.runtime.job import Job, open_job

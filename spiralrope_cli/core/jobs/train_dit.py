@@ -19,10 +19,10 @@ from spiralrope_cli.core.diffusion.process import GaussianDiffusion
 from spiralrope_cli.core.diffusion.vae import Vae, draw, load_vae
 from spiralrope_cli.core.hub.vae import find_vae
 from spiralrope_cli.core.jobs import sample_grid
-from spiralrope_cli.core.jobs.plot import draw_curves
-from spiralrope_cli.core.jobs.report import leave_report
 from spiralrope_cli.core.jobs.start import build
 from spiralrope_cli.core.models.dit import DiT
+from spiralrope_cli.core.plots.curves import draw_curves
+from spiralrope_cli.core.report.page import leave_report
 from spiralrope_cli.core.runtime import distributed, report, run_folder
 from spiralrope_cli.core.runtime.device import autocast
 from spiralrope_cli.core.runtime.job import Job, open_job

@@ -5,17 +5,20 @@ from __future__ import annotations
 import functools
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.requirements import Requirement
 
 from spiralrope_cli.core.runtime.job import Job
 from spiralrope_cli.core.runtime.run_folder import ENVIRONMENT_FILE, write_json
 from spiralrope_cli.core.runtime.threads import usable_cores
 from spiralrope_cli.version import __version__
 
+PACKAGE = "spiralrope"
 CHECKOUT = Path(__file__).parents[3]
 GIT_SECONDS = 5
 
@@ -33,6 +36,25 @@ def version_of(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def dependencies() -> Iterator[tuple[Requirement, str | None, bool]]:
+    """What this package needs, the version that is installed, and whether it is optional.
+
+    Optional packages only where they are installed, those of developers never.
+    """
+    try:
+        lines = requires(PACKAGE) or []
+    except PackageNotFoundError:
+        lines = []  # run from a checkout that was never installed
+    for line in lines:
+        wanted = Requirement(line)
+        optional = wanted.marker is not None and not wanted.marker.evaluate({"extra": ""})
+        if wanted.marker is not None and wanted.marker.evaluate({"extra": "dev"}) and optional:
+            continue
+        installed = version_of(wanted.name)
+        if installed is not None or not optional:
+            yield wanted, installed, optional
 
 
 def device_name(device: torch.device) -> str:

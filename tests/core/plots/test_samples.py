@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from spiralrope_cli.core.figures.samples import samples
-from spiralrope_cli.core.figures.style import render
+from spiralrope_cli.core.plots.samples import samples
+from spiralrope_cli.core.plots.style import render
 
 
 @pytest.mark.parametrize("labels", [[], [str(n) for n in range(5)]])

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from spiralrope_cli import main as cli
 from spiralrope_cli.core.config.nested import read_config
 from spiralrope_cli.core.errors import SpiralRopeError
-from spiralrope_cli.core.jobs import report, report_command
-from spiralrope_cli.core.jobs.report import leave_report, write_report
+from spiralrope_cli.core.report.command import command
+from spiralrope_cli.core.report.page import leave_report, stages, write_report
 from spiralrope_cli.core.runtime.run_folder import SOURCES_FILE, write_json
 
 BROWSER = next(
@@ -166,17 +166,17 @@ def test_samples_are_embedded_and_large_grids_made_smaller(sample_folder):
 
 
 def test_the_command_of_samples_is_one_that_dit_sample_takes(sample_folder):
-    command = report_command.command(sample_folder)
-    assert "--cfg-scale 4 " in command
-    assert "--no-ema" in command
-    assert "--classes 1,2" in command
-    words = [*command.split()[1:], "--dry-run", "--rotate", "-1"]
+    line = command(sample_folder)
+    assert "--cfg-scale 4 " in line
+    assert "--no-ema" in line
+    assert "--classes 1,2" in line
+    words = [*line.split()[1:], "--dry-run", "--rotate", "-1"]
     result = CliRunner().invoke(cli.app, words)
     assert "--rotate is -1" in str(result.exception)  # everything before it was understood
 
 
 def test_the_command_of_a_run_repeats_it(trained_once, runs):
-    words = report_command.command(trained_once).split()[1:]
+    words = command(trained_once).split()[1:]
     result = CliRunner().invoke(cli.app, [*words, "--dry-run"], env={"COLUMNS": "300"})
     assert result.exit_code == 0, result.output
     assert "deit-64x2x2" in result.output
@@ -192,7 +192,7 @@ def test_stages_make_one_page(run_folder, sample_folder, runs):
     (whole / "fid.json").write_text(json.dumps(fid))
     (whole / "finetune" / "report.html").unlink()
     page = Page(write_report(whole).read_text())
-    assert [stage.name for stage in report.stages(whole)] == ["pretrain", "finetune", "dit-sample"]
+    assert [stage.name for stage in stages(whole)] == ["pretrain", "finetune", "dit-sample"]
     hrefs = [each["href"] for each in page.all("a")]
     assert hrefs[:3] == ["#pretrain", "#finetune", "#dit-sample"]
     assert "pretrain/report.html" in hrefs

@@ -9,8 +9,8 @@ import torch
 
 from spiralrope_cli import RopeConfig, SpiralRoPE
 from spiralrope_cli.core.config.plots import ROPE_PANELS, RopePlot
-from spiralrope_cli.core.figures.rope import measure, rope
-from spiralrope_cli.core.figures.style import render
+from spiralrope_cli.core.plots.rope import measure, rope
+from spiralrope_cli.core.plots.style import render
 from spiralrope_cli.core.rope import clamped_share
 
 VARIANTS = (

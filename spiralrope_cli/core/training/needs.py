@@ -16,6 +16,7 @@ from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.jobs.plan import model_cost
 from spiralrope_cli.core.models.factory import create_model
 from spiralrope_cli.core.runtime.device import pick_device, pick_precision
+from spiralrope_cli.core.runtime.disk import human_size
 from spiralrope_cli.core.runtime.launch import num_local_workers
 from spiralrope_cli.core.runtime.threads import usable_cores
 from spiralrope_cli.core.training.checkpoint import needed_bytes
@@ -122,6 +123,23 @@ def turns(run: TrainingRun, head_dim: int, rotate: int, same_theta: bool) -> boo
     return True
 
 
-def npz_bytes(num: int, size: list[int]) -> int:
-    """Bytes that `dit-sample` needs for its images: while they gather, and as `.npz`."""
-    return 2 * 3 * num * size[0] * size[1]
+def memory_notes(machine: dict[str, Any] | None, planned: dict[str, Any] | None) -> list[str]:
+    """Whether a run is likely to need more memory than there is; an estimate, so no finding."""
+    if not machine or not planned:
+        return []
+    needs, sharing = planned["memory"], planned["nproc"]
+    there = machine["memory"] / sharing
+    if machine["device"] == "cuda":
+        there = min(gpu["memory"] for gpu in machine["gpus"])
+    if needs["total"] <= there:
+        return []
+    most = int((there - needs["fixed"]) // needs["per_image"])
+    advised = (
+        f"--micro-batch-size {most} or less, or --grad-checkpointing"
+        if most > 0
+        else "a smaller --arch"
+    )
+    return [
+        f"about {human_size(needs['total'])} per process may be needed, {human_size(there)} are "
+        f"there: {advised}"
+    ]

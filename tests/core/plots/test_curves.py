@@ -7,8 +7,8 @@ import json
 import pytest
 
 from spiralrope_cli.core.errors import ConfigError, DataError
-from spiralrope_cli.core.figures.curves import curves
-from spiralrope_cli.core.figures.style import save
+from spiralrope_cli.core.plots.curves import curves
+from spiralrope_cli.core.plots.style import save
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""How all figures look, and how they become files.
+"""How all figures look, and how they become files or drawings inside a page.
 
 Colours are Okabe and Ito's, which colour-blind eyes tell apart. Nothing is told by colour alone:
 lines differ in style or marker too, and maps grow brighter with their values.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spiralrope_cli.core.atomic import write_whole
 from spiralrope_cli.core.config.plots import FORMATS
@@ -59,6 +60,65 @@ def save(figure: Figure, path: Path) -> None:
         write_whole(path, content)
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+class Drawing(NamedTuple):
+    """One axis of a figure, to be an `<svg>` element of a page.
+
+    Attributes:
+        view_box: of the element.
+        label: what it shows, in words.
+        inside: what stands in the element, as SVG; its lines and words have the colour of the text
+            around it.
+    """
+
+    view_box: str
+    label: str
+    inside: str
+
+
+def drawings(figure: Figure, name: str) -> list[Drawing]:
+    """The axes of a figure, each one a drawing of its own.
+
+    Side by side where there is room and below each other on a phone, so that their words stay
+    large enough to read.
+
+    Args:
+        figure: as the functions that draw make it; it is of no use afterwards.
+        name: different for each figure of a page.
+    """
+    import matplotlib
+
+    name = name.encode().hex()  # what it holds may not be part of an element's name
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for of_all in (*figure.texts, *figure.legends):
+        of_all.set_visible(False)
+    drawn = []
+    for number, axis in enumerate(figure.axes):
+        for other in figure.axes:
+            other.set_visible(other is axis)
+        around = axis.get_tightbbox()  # of what is visible
+        box = around.padded(4).transformed(figure.dpi_scale_trans.inverted()) if around else None
+        sink = io.StringIO()
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+            figure.savefig(
+                sink, format="svg", transparent=True, bbox_inches=box, metadata={"Date": None}
+            )
+        title = axis.get_title("left") or axis.get_title()
+        label = " against ".join(word for word in (title, axis.get_xlabel()) if word)
+        view_box, inside = _inside(sink.getvalue(), f"d{name}-{number}")
+        drawn.append(Drawing(view_box, label, inside))
+    return drawn
+
+
+def _inside(svg: str, prefix: str) -> tuple[str, str]:
+    """View box and content of an SVG file: no names in common with others, black is the ink."""
+    [(view_box, svg)] = re.findall(r'<svg[^>]* viewBox="([^"]*)"[^>]*>(.*)</svg>', svg, re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
+    svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}-", svg.replace("xlink:href", "href"))
+    return view_box, svg.replace("stroke: #000000", "stroke: currentColor").strip()
 
 
 def grid_of_axes(figure: Figure, count: int, columns: int) -> list[Axes]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spiralrope_cli.core.figures.attention import attention
+from spiralrope_cli.core.plots.attention import attention
 
 
 def drawn(**changes):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spiralrope_cli.core.figures.style import COLOR_MAP, SMALL, grid_of_axes
+from spiralrope_cli.core.plots.style import COLOR_MAP, SMALL, grid_of_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

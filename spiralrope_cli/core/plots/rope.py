@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spiralrope_cli.core.config.plots import RopePlot
 from spiralrope_cli.core.config.rope import RopeConfig
-from spiralrope_cli.core.figures.style import (
+from spiralrope_cli.core.plots.style import (
     COLOR_MAP,
     COLORS,
     MARKERS,

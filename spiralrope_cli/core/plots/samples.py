@@ -7,11 +7,12 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from spiralrope_cli.core.data.grid import SMALLEST_SIDE, picture_grid
-from spiralrope_cli.core.figures.style import DPI, SMALL, TITLE
+from spiralrope_cli.core.plots.style import DPI, SMALL, TITLE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,3 +63,16 @@ def samples(
         text = label if len(label) <= most else f"{label[: most - 1]}…"
         axis.text(wide * (column + 0.5), below, text, fontsize=SMALL, ha="center", va="center")
     return figure
+
+
+def fitted(picture: Tensor, like: Tensor) -> Tensor:
+    """[3, h, w] uint8 within the size of another picture, on white."""
+    (height, width), (tall, wide) = picture.shape[1:], like.shape[1:]
+    if (height, width) == (tall, wide):
+        return picture
+    scale = min(tall / height, wide / width)
+    size = (max(1, round(height * scale)), max(1, round(width * scale)))
+    smooth = F.interpolate(picture[None].float(), size, mode="bilinear", antialias=True)[0]
+    left, top = (wide - size[1]) // 2, (tall - size[0]) // 2
+    around = (left, wide - size[1] - left, top, tall - size[0] - top)
+    return F.pad(smooth.round().to(torch.uint8), around, value=255)

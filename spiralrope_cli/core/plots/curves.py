@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spiralrope_cli.core.errors import DataError
-from spiralrope_cli.core.figures.style import COLORS, MARKERS, SMALL, TITLE, finish, grid_of_axes
+from spiralrope_cli.core.plots.style import (
+    COLORS,
+    MARKERS,
+    SMALL,
+    TITLE,
+    finish,
+    grid_of_axes,
+    save,
+)
 from spiralrope_cli.core.runtime.report import METRICS_FILE, read_metrics
 from spiralrope_cli.core.runtime.run_folder import inner_runs
 
@@ -39,6 +47,16 @@ PANELS = (
 )
 NUM_MARKERS = 8
 """On one line, where markers tell the runs apart."""
+
+
+def draw_curves(runs: Sequence[Path], target: Path, over: str = "step") -> None:
+    """Loss, accuracy or bound, learning rate and speed of training runs, as a .png or .svg."""
+    save(curves(runs, over), target)
+
+
+def draw_sizes(records: list[Line], target: Path) -> None:
+    """Accuracy against the image size, from rows of `eval.json`, as a .png or .svg."""
+    save(sizes(records), target)
 
 
 def curves(runs: Sequence[Path], over: str = "step") -> Figure:

@@ -6,9 +6,13 @@ A folder that holds the folders of several stages gets one page with a part for 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from spiralrope_cli.core.atomic import write_whole
 from spiralrope_cli.core.config.dit_runs import TrainingRun
@@ -16,11 +20,11 @@ from spiralrope_cli.core.config.nested import RUN_KINDS, build, read_config
 from spiralrope_cli.core.config.pipelines import FINETUNE, PRETRAIN, SAMPLE, TRAIN
 from spiralrope_cli.core.data.sample_files import FACTS_FILE, NPZ_FILE, read_facts
 from spiralrope_cli.core.errors import SpiralRopeError
-from spiralrope_cli.core.figures.curves import curves
-from spiralrope_cli.core.jobs import report_page as html
 from spiralrope_cli.core.jobs.plan import data_line, rope_line
-from spiralrope_cli.core.jobs.report_command import command
-from spiralrope_cli.core.jobs.report_results import results
+from spiralrope_cli.core.plots.curves import curves
+from spiralrope_cli.core.plots.style import Drawing, drawings
+from spiralrope_cli.core.report.command import command
+from spiralrope_cli.core.report.results import Result, results
 from spiralrope_cli.core.runtime.console import say
 from spiralrope_cli.core.runtime.report import METRICS_FILE, read_metrics
 from spiralrope_cli.core.runtime.run_folder import (
@@ -38,8 +42,41 @@ from spiralrope_cli.core.runtime.run_folder import (
 )
 from spiralrope_cli.version import __version__
 
+TEMPLATE, STYLE = "page.html.j2", "report.css"
 STAGES = (PRETRAIN, FINETUNE, TRAIN, SAMPLE)
 """Folders of a pipeline in their order; others come after them, by name."""
+
+Groups = dict[str, list[tuple[str, str, str]]]
+"""Caption -> rows of (name, value, where it came from)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What the page says of one folder, in this order; what is empty is left out.
+
+    Attributes:
+        name: of the folder.
+        page: address of the page of a stage alone.
+        lead: what was done, in one sentence.
+        tiles: the few numbers that matter most, as (name, value).
+        results: what came out.
+        curves: of a training run.
+        configuration: every value.
+        environment: where it happened.
+        command: command line that does the same into another folder.
+        files: that are there, as (name, address).
+    """
+
+    name: str
+    page: str = ""
+    lead: str = ""
+    tiles: Sequence[tuple[str, str]] = ()
+    results: Sequence[Result] = ()
+    curves: Sequence[Drawing] = ()
+    configuration: Groups | None = None
+    environment: Groups | None = None
+    command: str = ""
+    files: Sequence[tuple[str, str]] = ()
 
 
 def leave_report(folder: Path) -> None:
@@ -68,23 +105,22 @@ def write_report(folder: Path) -> Path:
     recorded = any((folder / name).is_file() for name in (PIPELINE_FILE, SWEEP_FILE))
     if not (inside or members or recorded or is_stage(folder)):
         raise SpiralRopeError(f"{folder} holds no run", f"a run folder has a {CONFIG_FILE}")
-    parts = [part(folder, folder, level=2)] if is_stage(folder) else [*results(folder, 2)]
-    for stage in inside:
-        name = stage.name
-        more = html.links([(f"{name} alone", f"{name}/{REPORT_FILE}")], f"page of {name}")
-        has_page = (stage / REPORT_FILE).exists()
-        inner = part(stage, folder, level=3)
-        parts.append(html.section(2, name, more if has_page else "", inner, anchor=name))
-    pages = [(member.name, f"{member.name}/{REPORT_FILE}") for member in members]
-    parts.append(html.section(2, "Members", html.links(pages, "pages of the members")))
-    content = html.page(
-        folder.name,
-        f"<header><h1>{html.escape(folder.name)}</h1>",
-        html.links([(stage.name, f"#{stage.name}") for stage in inside], "stages"),
-        "</header>\n<main>",
-        *parts,
-        "</main>",
-        f"<footer>Made by spiralrope {__version__} from the files in this folder.</footer>",
+    template = Environment(
+        loader=PackageLoader("spiralrope_cli.core", "report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    ).get_template(TEMPLATE, globals={"zip": zip})
+    content = template.render(
+        style=(resources.files("spiralrope_cli") / "data" / STYLE).read_text(),
+        version=__version__,
+        contents=[(stage.name, f"#{stage.name}") for stage in inside],
+        whole=part(folder, folder)
+        if is_stage(folder)
+        else Part(name=folder.name, results=results(folder)),
+        stages=[part(stage, folder) for stage in inside],
+        members=[(member.name, f"{member.name}/{REPORT_FILE}") for member in members],
     )
     target = folder / REPORT_FILE
     write_whole(target, content)
@@ -109,29 +145,37 @@ def pipelines(folder: Path) -> list[Path]:
     return [entry for entry in entries if (entry / REPORT_FILE).is_file() and stages(entry)]
 
 
-def part(folder: Path, page: Path, level: int) -> str:
+def part(folder: Path, page: Path) -> Part:
     """Everything about one run.
 
     Args:
         folder: of the run.
         page: where the page will be, for links.
-        level: of its headings.
     """
     training = (folder / CONFIG_FILE).is_file()
-    return "\n".join(
-        [
-            *(about_training(folder) if training else about_samples(folder)),
-            *results(folder, level),
-            *(drawn_curves(folder, level) if training else ()),
-            html.section(level, "Configuration", configuration(folder)),
-            html.section(level, "Environment", surroundings(folder)),
-            html.section(level, "Do it again", *repeating(folder, page)),
-        ]
+    lead, tiles = about_training(folder) if training else (about_samples(folder), [])
+    logged = training and read_metrics(folder)
+    names = (
+        *(CONFIG_FILE, SOURCES_FILE, ENVIRONMENT_FILE, METRICS_FILE, CURVES_FILE),
+        *(EVAL_FILE, SAMPLES_FILE, FACTS_FILE, NPZ_FILE, FID_FILE),
+    )
+    inside = folder.relative_to(page)
+    return Part(
+        name=folder.name,
+        page=f"{inside}/{REPORT_FILE}" if (folder / REPORT_FILE).exists() else "",
+        lead=lead,
+        tiles=tiles,
+        results=results(folder),
+        curves=drawings(curves([folder]), folder.name) if logged else (),
+        configuration=configuration(folder),
+        environment=environment(folder),
+        command=re.sub(r" --", " \\\\\n  --", command(folder)),
+        files=[(name, (inside / name).as_posix()) for name in names if (folder / name).is_file()],
     )
 
 
-def about_training(folder: Path) -> list[str]:
-    """What was trained, and the figures that matter most."""
+def about_training(folder: Path) -> tuple[str, list[tuple[str, str]]]:
+    """What was trained, and the numbers that matter most."""
     config = read_config(folder / CONFIG_FILE)
     run: TrainingRun = build(RUN_KINDS[config["command"]], config)
     lines = read_metrics(folder)
@@ -153,81 +197,51 @@ def about_training(folder: Path) -> list[str]:
             ("images per second", f"{logged[-1]['images_per_s']:,.0f}"),
         ]
     what = f"{run.command} of {run.arch}" + (f", from {run.source}" if run.source else "")
-    return [
-        html.paragraph(f"{what}. Data: {data_line(run)}. Positions: {rope}.", "lead"),
-        html.tiles(found),
-    ]
+    return f"{what}. Data: {data_line(run)}. Positions: {rope}.", found
 
 
-def about_samples(folder: Path) -> list[str]:
+def about_samples(folder: Path) -> str:
     """What was drawn, and from which weights."""
     facts = read_facts(folder) or {}
     height, width = facts["image_size"]
-    words = (
+    return (
         f"dit-sample of {facts['arch']} from {facts['source']}: {facts['num']:,} images of "
         f"{height}x{width} px, {facts['sampler']} in {facts['steps']} steps, guidance "
         f"{facts['cfg_scale']:g}, {facts['weights']} weights."
     )
-    return [html.paragraph(words, "lead")]
 
 
-def drawn_curves(folder: Path, level: int) -> Iterable[str]:
-    """The curves of a training run."""
-    if read_metrics(folder):
-        yield html.section(level, "Curves", html.drawing(curves([folder]), folder.name))
-
-
-def configuration(folder: Path) -> str:
+def configuration(folder: Path) -> Groups:
     """Every value, by group, and where it came from."""
     if not (folder / CONFIG_FILE).is_file():
         facts = read_facts(folder) or {}
         facts.pop("versions", None)  # stand with the environment
         rope = facts.pop("rope", {})
-        both = {"samples": facts, "rope": rope}
-        return html.groups(
-            (group, ((name, _short(value), "") for name, value in values.items()))
-            for group, values in both.items()
-        )
+        return _groups({"samples": facts, "rope": rope}, {})
     import yaml
 
     nested = yaml.safe_load((folder / CONFIG_FILE).read_text())
-    origins = read_json(folder / SOURCES_FILE)
     plain = {name: value for name, value in nested.items() if not isinstance(value, dict)}
-    grouped = {"run": plain, **{n: value for n, value in nested.items() if isinstance(value, dict)}}
-    return html.groups(
-        (
-            group,
-            ((name, _short(value), origins.get(name, "")) for name, value in values.items()),
-        )
-        for group, values in grouped.items()
-    )
+    grouped = {name: value for name, value in nested.items() if isinstance(value, dict)}
+    return _groups({"run": plain, **grouped}, read_json(folder / SOURCES_FILE))
 
 
-def surroundings(folder: Path) -> str:
+def environment(folder: Path) -> Groups:
     """Where it happened."""
-    told = read_json(folder / ENVIRONMENT_FILE)
-    if not told and (facts := read_facts(folder)):
-        told = {"precision": facts["precision"], "versions": facts["versions"]}
-    packages = told.pop("versions", {})
-    return html.groups(
-        [
-            ("machine", ((n.replace("_", " "), _short(v), "") for n, v in told.items() if v != "")),
-            ("versions", ((name, version, "") for name, version in packages.items())),
-        ]
-    )
+    found = read_json(folder / ENVIRONMENT_FILE)
+    if not found and (facts := read_facts(folder)):
+        found = {"precision": facts["precision"], "versions": facts["versions"]}
+    versions = found.pop("versions", {})
+    machine = {name.replace("_", " "): value for name, value in found.items() if value != ""}
+    return _groups({"machine": machine, "versions": versions}, {})
 
 
-def repeating(folder: Path, page: Path) -> list[str]:
-    """The command that does the same into another folder, and the files that are there."""
-    names = (
-        *(CONFIG_FILE, SOURCES_FILE, ENVIRONMENT_FILE, METRICS_FILE, CURVES_FILE),
-        *(EVAL_FILE, SAMPLES_FILE, FACTS_FILE, NPZ_FILE, FID_FILE),
-    )
-    here = [name for name in dict.fromkeys(names) if (folder / name).is_file()]
-    inside = folder.relative_to(page)
-    files = [(name, (inside / name).as_posix()) for name in here]
-    lines = re.sub(r" --", " \\\\\n  --", command(folder))
-    return [html.code(lines), html.links(files, f"files of {folder.name}")]
+def _groups(tables: Mapping[str, Mapping[str, Any]], origins: Mapping[str, str]) -> Groups:
+    return {
+        caption: [(name, _short(value), origins.get(name, "")) for name, value in values.items()]
+        for caption, values in tables.items()
+        if values
+    }
 
 
 def _short(value: Any) -> str:
