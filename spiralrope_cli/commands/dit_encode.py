@@ -11,8 +11,8 @@ from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.resolve import DATA_VARIABLE
 from spiralrope_cli.core.config.runs import TrainOptions
 from spiralrope_cli.core.errors import DataError
-from spiralrope_cli.core.hub.vae import find_vae
-from spiralrope_cli.core.runtime.launch import is_first_process, launch
+from spiralrope_cli.core.hub.vae import local_vae
+from spiralrope_cli.core.runtime.launch import launch
 
 EXACT = "fp32"
 """Latents are made once and used for a whole training, so that the exact ones are worth it."""
@@ -60,9 +60,9 @@ def dit_encode(given: dict[str, Any]) -> None:
         )
     run: EncodeRun = build(EncodeRun, values)
     class_folder(run.data)
-    find_vae(run.vae)
-    from spiralrope_cli.core.jobs.encode_plan import check_and_tell  # from here on with torch
+    local_vae(run.vae)
+    from spiralrope_cli.core.jobs import encode as job  # from here on with torch
 
-    check_and_tell(run, speak=is_first_process())
+    job.plan(run, dry_run=dry_run)
     if not dry_run:
-        launch("spiralrope_cli.core.jobs.encode_latents:run", run)
+        launch("spiralrope_cli.core.jobs.encode:work", run)

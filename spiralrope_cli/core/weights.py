@@ -92,11 +92,15 @@ class Weights:
         return f"{self.source.given}: {self.what()}"
 
 
-def here(source: Source, *, offline: bool = False) -> Source:
+def here(source: Source, *, download: bool = True) -> Source:
     """The source on this machine; what is published is fetched, after its size was said.
 
+    Args:
+        source: as `find_source` gave it.
+        download: whether it may be fetched; a dry run takes only what is here.
+
     Raises:
-        CheckpointError: published, but no network's weights.
+        CheckpointError: published, but no network's weights, or not here and not to be fetched.
         FetchError: it cannot be had.
     """
     if source.row is None or source.place is not None:
@@ -106,8 +110,13 @@ def here(source: Source, *, offline: bool = False) -> Source:
             f"{source.given} is {source.row.what}, and no weights of a DeiT or DiT",
             "spiralrope fetch --list shows what is what",
         )
-    path = local_path(source.row) or fetch(source.row, offline=offline)
-    return dataclasses.replace(source, place=path)
+    path = local_path(source.row)
+    if path is None and not download:
+        raise CheckpointError(
+            f"the weights of {source.given} are not here, and --dry-run fetches none",
+            f"spiralrope fetch {source.given} brings them",
+        )
+    return dataclasses.replace(source, place=path or fetch(source.row))
 
 
 def read_weights(

@@ -24,7 +24,7 @@ from spiralrope_cli.core.data.adm import cropped_array
 from spiralrope_cli.core.data.latents import LatentCache
 from spiralrope_cli.core.diffusion.vae import draw, load_vae
 from spiralrope_cli.core.errors import DataError
-from spiralrope_cli.core.jobs import encode_latents
+from spiralrope_cli.core.jobs import encode
 from spiralrope_cli.core.runtime.job import StopRequest
 
 CPU = torch.device("cpu")
@@ -77,7 +77,7 @@ def make(photos, tiny_vae, tmp_path):
 def made(photos, tiny_vae, tmp_path_factory):
     """A finished cache, not to be changed."""
     out = tmp_path_factory.mktemp("made") / "latents"
-    encode_latents.run(config_of(photos, tiny_vae, out))
+    encode.work(config_of(photos, tiny_vae, out))
     return out
 
 
@@ -95,7 +95,7 @@ def test_training_from_the_cache_is_training_with_the_vae(made, photos, tiny_vae
     files = sorted(photos.glob("*/*.png"))
     assert len(cache) == len(files) == 40
     assert cache.labels.tolist() == [int(path.parent.name[-1]) for path in files]
-    assert cache.class_names == ("class0", "class1", "class2")
+    assert cache.manifest.plan.class_names == ("class0", "class1", "class2")
 
     numbers = torch.tensor([3, 39, 17, 16, 0, 25])
     mirrored = torch.tensor([True, False, True, False, False, True])
@@ -145,7 +145,7 @@ def test_two_processes_write_what_one_does(made, spiralrope, photos, tiny_vae, t
 
 def test_an_interrupted_run_goes_on(make, made, monkeypatch, capfd):
     config = make()
-    write, written = encode_latents.latents.write_shard, []
+    write, written = encode.latents.write_shard, []
 
     def write_and_stop(folder, number, *rest):
         written.append(number)
@@ -153,15 +153,15 @@ def test_an_interrupted_run_goes_on(make, made, monkeypatch, capfd):
             signal.raise_signal(signal.SIGTERM)
         return write(folder, number, *rest)
 
-    monkeypatch.setattr(encode_latents.latents, "write_shard", write_and_stop)
+    monkeypatch.setattr(encode.latents, "write_shard", write_and_stop)
     with pytest.raises(SystemExit) as left:
-        encode_latents.run(config)
+        encode.work(config)
     assert left.value.code == 143
     assert "the same command goes on" in capfd.readouterr().err
     with pytest.raises(DataError, match="manifest"):
         LatentCache(Path(config.out))
     assert written == [0, 1]
-    encode_latents.run(config)
+    encode.work(config)
     assert written == [0, 1, 2]
     same_caches(config.out, made)
 
@@ -170,7 +170,7 @@ def test_a_signal_within_a_shard_ends_it_at_once(make, monkeypatch, tmp_path):
     config = make()
     monkeypatch.setattr(StopRequest, "listen", lambda self: setattr(self, "signal_number", 2))
     with pytest.raises(SystemExit) as left:
-        encode_latents.run(config)
+        encode.work(config)
     assert left.value.code == 130
     assert not list(tmp_path.glob("latents/*.safetensors"))
 
@@ -187,7 +187,7 @@ def test_a_kill_leaves_whole_shards_alone(make, started, photos, tiny_vae, tmp_p
     config = make(out=str(out), image_size=(64, 64))
     there = {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
     assert 1 <= len(there) < 3
-    encode_latents.run(config)
+    encode.work(config)
     LatentCache(out).verify()
     assert there["00000.safetensors"] == (out / "00000.safetensors").read_bytes()
 
@@ -205,7 +205,7 @@ def test_what_is_damaged_is_encoded_again_and_only_that(make, made, capfd):
     (out / "00001.safetensors").write_bytes(content)
     (out / "00002.safetensors").unlink()
     capfd.readouterr()
-    encode_latents.run(config)
+    encode.work(config)
     told = capfd.readouterr().err
     assert "00001.safetensors is damaged" in told
     assert "00002.safetensors is missing" in told
@@ -215,7 +215,7 @@ def test_what_is_damaged_is_encoded_again_and_only_that(make, made, capfd):
     after = cache.mean_std(torch.arange(40), torch.arange(40) % 2 == 0)
     torch.testing.assert_close(after[0], before[0], rtol=0, atol=1e-5)
 
-    encode_latents.run(config)
+    encode.work(config)
     assert "is finished: all 3 shards are as they should be" in capfd.readouterr().err
 
 
@@ -229,7 +229,7 @@ def with_bad(photos, tmp_path):
 
 def test_unreadable_images_are_left_out_and_told(make, with_bad, capfd):
     config = make(data=str(with_bad))
-    encode_latents.run(config)
+    encode.work(config)
     assert "2 image(s) could not be read" in capfd.readouterr().err
     cache = LatentCache(Path(config.out))
     assert len(cache) == 38
@@ -244,21 +244,21 @@ STRICT = MachineConfig(nproc=1, device="cpu", precision="fp32", workers=0)
 
 def test_an_unreadable_image_ends_the_run_otherwise(make, with_bad):
     with pytest.raises(DataError, match=r"00\.png cannot be read"):
-        encode_latents.run(make(data=str(with_bad), machine=STRICT))
+        encode.work(make(data=str(with_bad), machine=STRICT))
 
 
 def test_images_that_can_be_read_by_now_are_encoded(make, with_bad, photos, capfd):
     config = make(data=str(with_bad))
-    encode_latents.run(config)
-    encode_latents.run(config)
+    encode.work(config)
+    encode.work(config)
     assert "is finished: all 3 shards" in capfd.readouterr().err
     with pytest.raises(DataError, match=r"00\.png cannot be read"):
-        encode_latents.run(make(data=str(with_bad), machine=STRICT))
+        encode.work(make(data=str(with_bad), machine=STRICT))
     shutil.copy(photos / "class0" / "33.png", with_bad / "class0")
-    encode_latents.run(config)
+    encode.work(config)
     assert len(LatentCache(Path(config.out))) == 39
     shutil.copy(photos / "class0" / "00.png", with_bad / "class0")
-    encode_latents.run(make(data=str(with_bad), machine=STRICT))
+    encode.work(make(data=str(with_bad), machine=STRICT))
     assert len(LatentCache(Path(config.out))) == 40
 
 
@@ -266,19 +266,19 @@ def test_damaged_records_have_a_way_out(make, made, tmp_path, capfd):
     config = make()
     shutil.copytree(made, config.out)
     manifest, records = Path(config.out, "manifest.json"), Path(config.out, "unfinished")
-    encode_latents.latents.begin(Path(config.out), LatentCache(made).manifest.plan, [])
+    encode.latents.begin(Path(config.out), LatentCache(made).manifest.plan, [])
     (records / "00000.json").touch()
-    encode_latents.run(config)  # a shard without a record is made anew
+    encode.work(config)  # a shard without a record is made anew
     assert len(LatentCache(Path(config.out))) == 40
     manifest.write_text("{")
     with pytest.raises(DataError, match="is damaged") as refused:
-        encode_latents.run(config)
+        encode.work(config)
     assert "remove it" in refused.value.hint
     manifest.unlink()
     records.mkdir()
     (records / "plan.json").write_text("{")
     with pytest.raises(DataError, match="cannot be read") as refused:
-        encode_latents.run(config)
+        encode.work(config)
     assert f"remove {records}" in refused.value.hint
 
 
@@ -332,6 +332,31 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(call, runs, photos, tiny_v
     assert list(runs.iterdir()) == []
 
 
+@pytest.fixture
+def no_download(monkeypatch, tmp_path):
+    """An empty cache, and a download that fails the test."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("spiralrope_cli.core.hub.vae.fetch", lambda row: pytest.fail("fetched"))
+
+
+def test_a_dry_run_fetches_no_vae(call, photos, no_download):
+    words = ("--data", photos, "--image-size", "32x24", "--device", "cpu")
+    result, launched = call(*words, "--vae", "mse", "--dry-run")
+    assert result.exit_code == 0
+    assert not launched
+    assert "VAE    mse: not here (it would be fetched), float32" in result.stderr
+    assert "in 3 shards; 4x4x3 latents" in result.stderr
+
+
+def test_a_dry_run_without_the_vae_knows_a_cache_again(call, made, photos, no_download):
+    words = ("--data", photos, "--out", made, "--device", "cpu", "--dry-run")
+    result, _ = call(*words, "--image-size", "32x24")
+    assert "3 are there" in result.stderr
+    result, _ = call(*words, "--image-size", "32")
+    assert "image_size was (32, 24), now (32, 32)" in result.exception.message
+    assert "vae" not in result.exception.message
+
+
 def test_a_folder_with_train_is_taken_by_its_train(image_folder):
     assert class_folder(str(image_folder)) == (image_folder / "train").resolve()
     assert class_folder(str(image_folder / "val")) == (image_folder / "val").resolve()
@@ -372,7 +397,7 @@ def test_a_folder_of_other_latents_is_refused(made, call, photos, tiny_vae):
     words = ("--data", photos, "--vae", tiny_vae, "--out", made, "--device", "cpu")
     result, launched = call(*words, "--image-size", 32)
     assert not launched
-    assert "image_size (32, 24), not (32, 32)" in result.exception.message
+    assert "image_size was (32, 24), now (32, 32)" in result.exception.message
     result, launched = call(*words, "--image-size", "32x24")
     assert launched
     assert "3 are there" in result.stderr

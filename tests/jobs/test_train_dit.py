@@ -21,7 +21,7 @@ from spiralrope_cli.core.diffusion.process import GaussianDiffusion
 from spiralrope_cli.core.diffusion.vae import load_vae
 from spiralrope_cli.core.errors import CheckpointError, DataError, TrainingError
 from spiralrope_cli.core.hub.source import find_source
-from spiralrope_cli.core.jobs import encode_latents, train_dit
+from spiralrope_cli.core.jobs import encode, train_dit
 from spiralrope_cli.core.jobs.plan import plan_lines
 from spiralrope_cli.core.jobs.start import starting_point
 from spiralrope_cli.core.models.dit import sincos_pos_embed
@@ -283,14 +283,14 @@ def on_photographs(tiny, image_folder, tiny_vae):
 def test_cached_latents_train_as_the_vae_in_the_loop_does(
     on_photographs, tiny, runs, image_folder, tiny_vae
 ):
-    encode = EncodeRun(
+    of_encode = EncodeRun(
         data=str(image_folder),
         vae=str(tiny_vae),
         image_size=(32, 32),
         machine=MachineConfig(precision="fp32", workers=0),
         out=str(runs / "latents"),
     )
-    encode_latents.run(encode)
+    encode.work(of_encode)
     live = on_photographs(out="live")
     cached = tiny(out="cached", latents="latents", steps=4, schedule="constant")
     assert cached.model == live.model

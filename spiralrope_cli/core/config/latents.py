@@ -35,10 +35,7 @@ LATENT_SCALE = 0.18215
 
 CROP = "adm-centre"
 MANIFEST_FILE = "manifest.json"
-FORMAT = 1
 LARGEST_SHARD, SMALLEST_SHARD, WANTED_SHARDS = 1024, 16, 64
-FREE_TO_CHANGE = ("data", "vae")
-"""Names of what is known better by its digest: the folders may have moved."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +120,7 @@ class CachePlan:
         image_size: (height, width) in pixels.
         crop: how they are brought to that size.
         vae: `ema`, `mse`, or the whole path of its folder.
-        vae_sha256: of its weights file.
+        vae_sha256: of its weights file; empty for a published VAE that is not here yet.
         scale: what latents are multiplied by.
         precision: the VAE computed in.
         shard_size: images in a shard, but for the last and for unreadable ones.
@@ -163,17 +160,6 @@ class CachePlan:
         first = shard * self.shard_size
         return range(first, min(first + self.shard_size, self.num_files))
 
-    def difference(self, other: CachePlan) -> str:
-        """The first thing in which another plan would make other latents, or nothing."""
-        for each in dataclasses.fields(self):
-            mine, theirs = getattr(self, each.name), getattr(other, each.name)
-            if each.name not in FREE_TO_CHANGE and mine != theirs:
-                if each.name == "class_names":
-                    return "other class folders"
-                mine, theirs = (str(value)[:16] for value in (mine, theirs))
-                return f"{each.name} {mine}, not {theirs}"
-        return ""
-
 
 def shard_size_for(num_files: int) -> int:
     """Images per shard: large ones for large sets, and enough of them to share out."""
@@ -211,12 +197,6 @@ class Manifest:
     def count(self) -> int:
         """Images."""
         return sum(shard.count for shard in self.shards)
-
-    def to_json(self) -> str:
-        """What `manifest.json` holds."""
-        content = {"format": FORMAT, "count": self.count, **dataclasses.asdict(self.plan)}
-        content["shards"] = [dataclasses.asdict(shard) for shard in self.shards]
-        return json.dumps(content, indent=1)
 
     def check_fits(self, image_size: tuple[int, int], vae: str) -> None:
         """Refuses latents that are not those of the run.

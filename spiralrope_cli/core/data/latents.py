@@ -12,7 +12,9 @@ Legend: B batch, n images of a shard, L latent channels, (h, w) latent pixels.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -43,9 +45,11 @@ from spiralrope_cli.core.config.latents import (
 from spiralrope_cli.core.errors import DataError
 from spiralrope_cli.core.runtime import distributed
 from spiralrope_cli.core.runtime.progress import counted
+from spiralrope_cli.core.runtime.run_folder import differences
 from spiralrope_cli.core.runtime.threads import cores_per_process
 
 UNFINISHED, PLAN_FILE = "unfinished", "plan.json"
+FORMAT = 1
 PLAIN, MIRRORED, LABELS = "plain", "mirrored", "labels"
 CHUNK = 1 << 22
 AHEAD = 2
@@ -54,10 +58,8 @@ AHEAD = 2
 SAY_ABOVE = 1 << 30
 """Bytes whose check takes long enough to show its progress."""
 
-
-def shard_file(number: int) -> str:
-    """Name of a shard."""
-    return f"{number:05d}.safetensors"
+FREE_TO_CHANGE = {"data", "vae"}
+"""Names of what is known better by its digest: the folders may have moved."""
 
 
 # --- Writing
@@ -74,33 +76,42 @@ def finished_shards(folder: Path, plan: CachePlan) -> dict[int, Shard]:
         manifest = load_manifest(folder)
         before, shards = manifest.plan, manifest.shards
     elif (records / PLAN_FILE).is_file():
-        before = _plan_in(records / PLAN_FILE)
-        found = map(_shard_in, sorted(records.glob("[0-9]*.json")))
-        shards = tuple(shard for shard in found if shard)
+        before, shards = _unfinished(records)
     else:
         return {}
-    if difference := before.difference(plan):
+    if differing := _differences(before, plan):
         raise DataError(
-            f"{folder} holds latents of other options: {difference}",
+            f"{folder} holds latents of other options: {differing}",
             "choose another --out, or remove that folder",
         )
     return {int(Path(shard.file).stem): shard for shard in shards}
 
 
-def _plan_in(path: Path) -> CachePlan:
+def _unfinished(records: Path) -> tuple[CachePlan, tuple[Shard, ...]]:
+    """Plan and shards of an interrupted run; a damaged record's images are encoded again."""
+    path = records / PLAN_FILE
     try:
-        return plan_from(json.loads(path.read_text()))
+        plan = plan_from(json.loads(path.read_text()))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        hint = f"remove {path.parent}; all images are then encoded again"
+        hint = f"remove {records}; all images are then encoded again"
         raise DataError(f"{path} cannot be read, or is of another version", hint) from error
+    shards = []
+    for record in sorted(records.glob("[0-9]*.json")):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            shards.append(Shard(**json.loads(record.read_text())))
+    return plan, tuple(shards)
 
 
-def _shard_in(path: Path) -> Shard | None:
-    """The record of a shard; a damaged one counts as none, and its images are encoded again."""
-    try:
-        return Shard(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
+def _differences(before: CachePlan, plan: CachePlan) -> str:
+    """In what another plan would make other latents, or nothing."""
+    if before.class_names != plan.class_names:
+        return "other class folders"
+    free = FREE_TO_CHANGE if plan.vae_sha256 else {*FREE_TO_CHANGE, "vae_sha256"}
+    was, now = map(dataclasses.asdict, (before, plan))
+    for values in (was, now):
+        for name in ("files_sha256", "vae_sha256"):
+            values[name] = str(values[name])[:16]
+    return differences(was, now, free)
 
 
 def begin(folder: Path, plan: CachePlan, kept: Iterable[Shard]) -> None:
@@ -139,13 +150,16 @@ def write_shard(
         raise DataError(
             f"latents of shard {number} are not finite", "try --precision fp32, or another --vae"
         )
-    path = folder / shard_file(number)
+    path = folder / f"{number:05d}.safetensors"
     tensors = {PLAIN: plain, MIRRORED: mirrored, LABELS: labels}
     with atomic_write(path, sole=True, durable=True) as beside:
         try:
             save_file({name: each.contiguous() for name, each in tensors.items()}, beside)
         except SafetensorError as error:
-            raise OSError(*_os_error(error), str(beside)) from error
+            # It tells the system's error as text alone.
+            full = "No space left" in str(error) or "os error 28" in str(error)
+            number_of = errno.ENOSPC if full else errno.EIO
+            raise OSError(number_of, str(error), str(beside)) from error
         shutil.copymode(folder / UNFINISHED / PLAN_FILE, beside)  # else it is for its owner alone
         shard = Shard(
             file=path.name,
@@ -167,7 +181,9 @@ def finish(folder: Path, plan: CachePlan, shards: Sequence[Shard]) -> Manifest:
     manifest = Manifest(folder, plan, tuple(shards))
     if not manifest.count:
         raise DataError(f"none of the {plan.num_files} images in {plan.data} can be read")
-    write_whole(folder / MANIFEST_FILE, manifest.to_json(), durable=True)
+    content = {"format": FORMAT, "count": manifest.count, **dataclasses.asdict(plan)}
+    content["shards"] = [dataclasses.asdict(shard) for shard in shards]
+    write_whole(folder / MANIFEST_FILE, json.dumps(content, indent=1), durable=True)
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
     return manifest
 
@@ -176,14 +192,6 @@ def _record(folder: Path, shard: Shard) -> None:
     name = Path(shard.file).with_suffix(".json")
     text = json.dumps(dataclasses.asdict(shard))
     write_whole(folder / UNFINISHED / name, text, durable=True)
-
-
-def _os_error(error: SafetensorError) -> tuple[int, str]:
-    """Number and words of the system's error that safetensors tells as text."""
-    import errno
-
-    full = "No space left" in str(error) or "os error 28" in str(error)
-    return (errno.ENOSPC if full else errno.EIO), str(error)
 
 
 # --- Checking
@@ -251,11 +259,6 @@ class LatentCache:
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """By class number."""
-        return self.manifest.plan.class_names
 
     @property
     def scale(self) -> float:

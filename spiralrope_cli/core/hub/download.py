@@ -35,17 +35,6 @@ def local_path(row: Row, *, revision: str | None = None) -> Path | None:
     return _one_path(files) if files else None
 
 
-def remote_size(row: Row, *, revision: str | None = None) -> int:
-    """Bytes that a download would bring, asked from the server.
-
-    Raises:
-        FetchError: the server cannot be reached, or does not have it.
-    """
-    if row.repo:
-        return sum(remote.size for remote in from_hub.look_up(row, revision))
-    return plain.look_up(row).size
-
-
 def fetch(
     row: Row, *, revision: str | None = None, offline: bool = False, out: Path | None = None
 ) -> Path:

@@ -55,14 +55,24 @@ def find_vae(given: str) -> VaeFiles:
         CheckpointError: no VAE in it, or one that DiT cannot work with.
         FetchError: it cannot be had.
     """
+    files = local_vae(given)
+    if files is None:
+        files = VaeFiles(given, fetch(find(f"vae-{given}")))
+        _check(files)
+    return files
+
+
+def local_vae(given: str) -> VaeFiles | None:
+    """The same without asking anyone; None for a published VAE that is not here yet."""
     if given in VAE_NAMES:
-        row = find(f"vae-{given}")
-        files = VaeFiles(given, local_path(row) or fetch(row))
+        folder = local_path(find(f"vae-{given}"))
+        if folder is None:
+            return None
     else:
         folder = Path(given).expanduser()
         if not folder.is_dir():
             raise ConfigError(f"--vae {given} is neither {' nor '.join(VAE_NAMES)} nor a folder")
-        files = VaeFiles(given, folder)
+    files = VaeFiles(given, folder)
     _check(files)
     return files
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,11 @@ from safetensors.torch import save_file
 
 from spiralrope_cli.core.config.models import deit_size, dit_size, is_dit
 from spiralrope_cli.core.hub.catalog import ROWS
-from spiralrope_cli.core.hub.files import (
-    OTHER_DISK,
-    digest_like,
-    refuse_existing,
-    whole,
-)
+from spiralrope_cli.core.hub.files import OTHER_DISK, digest_like, refuse_existing, whole
 from spiralrope_cli.core.hub.model_card import eval_rows, model_card
 from spiralrope_cli.core.hub.published import StateDict
 from spiralrope_cli.core.hub.source import Source
-from spiralrope_cli.core.hub.write_published import (
-    Described,
-    not_expressed,
-    published_content,
-)
+from spiralrope_cli.core.hub.write_published import Described, not_expressed, published_content
 from spiralrope_cli.core.load import create, fitted
 from spiralrope_cli.core.models.dit import DiT
 from spiralrope_cli.core.rope import as_pair
@@ -41,6 +32,24 @@ CARD_FILE = "README.md"
 HEADROOM = 1 << 20
 """Bytes for names, args and the card beside the tensors."""
 SPEAKS_OF_NOTHING = ("model", "ema", "checkpoint", "best_checkpoint")
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is written, and where.
+
+    Attributes:
+        weights: the first set of weights.
+        network: what it belongs to.
+        sets: name -> tensor of each set, none missing, in the network's order: one set, or the
+            raw and the averaged one.
+        target: file or folder.
+    """
+
+    weights: Weights
+    network: Described
+    sets: tuple[StateDict, ...]
+    target: Path
 
 
 def export(
@@ -60,38 +69,36 @@ def export(
         ConfigError: a bare state dict without RoPE options.
         FetchError: something lies at `out`, or the disk cannot hold it.
     """
-    source = here(source)
+    settled = settle(here(source), layout, ema=ema, out=out, rope=rope)
+    refuse_existing(settled.target)
+    needed = HEADROOM + sum(tensor.nbytes for state in settled.sets for tensor in state.values())
+    check_space((settled.target.parent, needed), what=settled.target.name, hint=OTHER_DISK)
+    write = write_published if layout == "published" else write_safetensors
+    write(settled)
+    report(settled, layout)
+
+
+def settle(
+    source: Source, layout: str, *, ema: bool | None, out: Path | None, rope: dict[str, Any]
+) -> Export:
+    """Reads the weights, all of them, and finds where they go."""
     weights = read_weights(source, ema=bool(ema), rope=rope)
-    network, state = _whole_state(weights)
-    notes = weights.notes
-    if layout == "published":
-        averaged, chosen = state, "ema" if weights.ema else "raw"
-        if ema is None:
-            other = read_weights(source, ema=True, rope=rope)
-            if other.ema and not weights.ema:
-                averaged, chosen = _whole_state(other)[1], ""
-        sets = "raw and averaged (EMA)" if averaged is not state else ""
-        notes = (*notes, *not_expressed(network))
-        target = out or _default_target(weights, layout, chosen)
-        written = _write_published(target, network, weights, state, averaged)
-    else:
-        sets = ""
-        target = out or _default_target(weights, layout, "ema" if weights.ema else "")
-        written = _write_safetensors(target, weights, state)
-    for note in notes:
-        say(f"note: {note}")
-    say(f"{source.given}: {weights.what(sets)}, {layout} layout")
-    for path in written:
-        say(f"  {path.name}: {human_size(path.stat().st_size)}")
-    say_result(str(target))
+    network, state = whole_state(weights)
+    sets: tuple[StateDict, ...] = (state,)
+    word = "ema" if weights.ema else "raw" if layout == "published" else ""
+    if layout == "published" and ema is None:
+        other = read_weights(source, ema=True, rope=rope)
+        if other.ema and not weights.ema:
+            sets, word = (state, whole_state(other)[1]), ""
+    return Export(weights, network, sets, out or default_target(weights, layout, word))
 
 
-def _whole_state(weights: Weights) -> tuple[Described, StateDict]:
+def whole_state(weights: Weights) -> tuple[Described, StateDict]:
     """What the weights belong to, and their tensors, none missing, in the network's order."""
     with torch.device("meta"):
         model = create(weights)
     found = fitted(weights, model)
-    state = {name: _apart(found[name]) for name in model.state_dict()}
+    state = {name: apart(found[name]) for name in model.state_dict()}
     size = dit_size(weights.arch) if is_dit(weights.arch) else deit_size(weights.arch)
     network = Described(
         arch=weights.arch,
@@ -107,14 +114,15 @@ def _whole_state(weights: Weights) -> tuple[Described, StateDict]:
     return network, state
 
 
-def _apart(tensor: torch.Tensor) -> torch.Tensor:
+def apart(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor with memory of its own; a view would write all that it looks at."""
     if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _default_target(weights: Weights, layout: str, word: str) -> Path:
+def default_target(weights: Weights, layout: str, word: str) -> Path:
+    """A name below `exports/` that says which weights they are."""
     source, file = weights.source, weights.file.resolve()
     if source.row:
         name = source.row.name.replace("@", "-")
@@ -128,7 +136,48 @@ def _default_target(weights: Weights, layout: str, word: str) -> Path:
     return Path(EXPORTS_FOLDER) / ("-".join(filter(None, (name, word))) + suffix)
 
 
-def _progress(weights: Weights) -> dict[str, int]:
+def write_published(export: Export) -> None:
+    """One file as the published ones."""
+    weights, raw, averaged = export.weights, export.sets[0], export.sets[-1]
+    content = published_content(
+        export.network, raw, averaged, progress=progress_of(weights), ema=weights.ema
+    )
+    with whole(export.target) as beside:
+        torch.save(content, beside)
+
+
+def write_safetensors(export: Export) -> None:
+    """A folder of safetensors, the config to be read, and the model card."""
+    weights, target = export.weights, export.target
+    config = json.dumps(
+        {
+            **weights.config,
+            "arch": weights.arch,
+            "rope": dataclasses.asdict(weights.rope),
+            "model": {**weights.config.get("model", {}), **weights.options},
+        }
+    )
+    metadata = {
+        "config": config,
+        **{unit: str(number) for unit, number in progress_of(weights).items()},
+        "weights": "ema" if weights.ema else "model",
+        "format": "pt",
+    }
+    # Of the `eval.json` beside the weights or in their run folder, the rows that are theirs.
+    folders = [weights.file.parent, *([weights.source.run] if weights.source.run else [])]
+    rows: list[dict[str, Any]] = []
+    if any((folder / EVAL_FILE).is_file() for folder in folders):
+        rows = eval_rows(folders, digest_like(weights.file, "")[1], weights.ema)
+    of_network = (weights.arch, weights.rope, weights.options)
+    card = model_card(target.name, weights.what(), *of_network, training_set(weights), rows)
+    with whole(target) as beside:
+        beside.mkdir()
+        save_file(export.sets[0], beside / MODEL_FILE, metadata)
+        (beside / CONFIG_FILE).write_text(yaml.safe_dump(json.loads(config), sort_keys=False))
+        (beside / CARD_FILE).write_text(card)
+
+
+def progress_of(weights: Weights) -> dict[str, int]:
     """The step or epoch of the weights, for DeiT runs of ours both."""
     unit, _, number = weights.progress.partition(" ")
     known = {unit: int(number)} if number.isdigit() else {}
@@ -142,59 +191,7 @@ def _progress(weights: Weights) -> dict[str, int]:
     return {**known, "epoch": max(epoch, 0)}
 
 
-def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors) + HEADROOM
-
-
-def _write_published(
-    target: Path, network: Described, weights: Weights, raw: StateDict, averaged: StateDict
-) -> list[Path]:
-    refuse_existing(target)
-    content = published_content(
-        network, raw, averaged, progress=_progress(weights), ema=weights.ema
-    )
-    sets = [raw] if averaged is raw else [raw, averaged]
-    needed = _bytes(value for state in sets for value in state.values())
-    check_space((target.parent, needed), what=target.name, hint=OTHER_DISK)
-    with whole(target) as beside:
-        torch.save(content, beside)
-    return [target]
-
-
-def _write_safetensors(target: Path, weights: Weights, state: StateDict) -> list[Path]:
-    refuse_existing(target)
-    check_space((target.parent, _bytes(state.values())), what=target.name, hint=OTHER_DISK)
-    config = {
-        **weights.config,
-        "arch": weights.arch,
-        "rope": dataclasses.asdict(weights.rope),
-        "model": {**weights.config.get("model", {}), **weights.options},
-    }
-    as_json = json.dumps(config)
-    metadata = {
-        "config": as_json,
-        **{unit: str(number) for unit, number in _progress(weights).items()},
-        "weights": "ema" if weights.ema else "model",
-        "format": "pt",
-    }
-    card = model_card(
-        target.name,
-        weights.what(),
-        weights.arch,
-        weights.rope,
-        weights.options,
-        _data(weights),
-        _figures(weights),
-    )
-    with whole(target) as beside:
-        beside.mkdir()
-        save_file(state, beside / MODEL_FILE, metadata)
-        (beside / CONFIG_FILE).write_text(yaml.safe_dump(json.loads(as_json), sort_keys=False))
-        (beside / CARD_FILE).write_text(card)
-    return [target / name for name in (MODEL_FILE, CONFIG_FILE, CARD_FILE)]
-
-
-def _data(weights: Weights) -> str:
+def training_set(weights: Weights) -> str:
     """The training set by its name on the Hub; a folder's path means nothing elsewhere."""
     if weights.source.row in ROWS:
         return "imagenet-1k"
@@ -205,10 +202,15 @@ def _data(weights: Weights) -> str:
     return data if not name and not Path(data).exists() else ""
 
 
-def _figures(weights: Weights) -> list[dict[str, Any]]:
-    """Rows of the `eval.json` beside the weights or in their run folder that are theirs."""
-    folders = [weights.file.parent, *([weights.source.run] if weights.source.run else [])]
-    if not any((folder / EVAL_FILE).is_file() for folder in folders):
-        return []
-    _, sha256 = digest_like(weights.file, "")
-    return eval_rows(folders, sha256, weights.ema)
+def report(export: Export, layout: str) -> None:
+    """Notes and what was written, and on stdout where it is."""
+    weights, target = export.weights, export.target
+    of_layout = not_expressed(export.network) if layout == "published" else ()
+    for note in (*weights.notes, *of_layout):
+        say(f"note: {note}")
+    sets = "raw and averaged (EMA)" if len(export.sets) > 1 else ""
+    say(f"{weights.source.given}: {weights.what(sets)}, {layout} layout")
+    in_folder = [target / name for name in (MODEL_FILE, CONFIG_FILE, CARD_FILE)]
+    for path in in_folder if target.is_dir() else [target]:
+        say(f"  {path.name}: {human_size(path.stat().st_size)}")
+    say_result(str(target))

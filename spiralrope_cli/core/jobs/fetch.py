@@ -9,8 +9,8 @@ from typing import Any
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.hub.catalog import ALIASES, ROWS, Row, find
 from spiralrope_cli.core.hub.download import fetch, local_files, local_path
-from spiralrope_cli.core.hub.files import human_size
 from spiralrope_cli.core.runtime.console import say_result
+from spiralrope_cli.core.runtime.disk import human_size
 
 LINE = "{:<15} {:>5}  {:>7}  {:<4}  {}"
 
@@ -19,27 +19,34 @@ def fetch_all(
     names: list[str], *, revision: str | None, offline: bool, out: Path | None, as_json: bool
 ) -> None:
     """Fetches rows by name and prints where each one is."""
-    rows = list(dict.fromkeys(find(name).name for name in names))
-    if not rows:
-        raise ConfigError("nothing to fetch", "name what to fetch; --list shows what there is")
-    chosen = [find(name) for name in rows]
+    rows = settle(names, flat=out is not None)
     if out:
         out = out.expanduser()
-        _check_names(chosen)
     found = []
-    for row in chosen:
-        path = fetch(row, revision=revision, offline=offline, out=out)
-        found.append({"name": row.name, "path": str(path)})
-        if not as_json:
-            _print(str(path))
-    if as_json:
-        _print(json.dumps(found, indent=2))
-
-
-def _check_names(rows: list[Row]) -> None:
-    """Refuses rows whose files have the same name, for one flat folder."""
-    owner: dict[str, str] = {}
     for row in rows:
+        path = str(fetch(row, revision=revision, offline=offline, out=out))
+        found.append({"name": row.name, "path": path})
+        if not as_json:
+            say_result(path)
+    if as_json:
+        say_result(json.dumps(found, indent=2))
+
+
+def settle(names: list[str], *, flat: bool) -> list[Row]:
+    """The rows of some names, each once.
+
+    Args:
+        names: as the user gave them.
+        flat: whether all files go into one folder, under their own names.
+
+    Raises:
+        ConfigError: no name, an unknown one, or files of the same name for one folder.
+    """
+    rows = list({row.name: row for row in map(find, names)}.values())
+    if not rows:
+        raise ConfigError("nothing to fetch", "name what to fetch; --list shows what there is")
+    owner: dict[str, str] = {}
+    for row in rows if flat else ():
         for file in row.files:
             name = Path(file).name
             if owner.setdefault(name, row.name) != row.name:
@@ -47,28 +54,34 @@ def _check_names(rows: list[Row]) -> None:
                     f"{owner[name]} and {row.name} both have a file {name}",
                     "fetch them into different --out folders",
                 )
+    return rows
 
 
 def show_list(*, as_json: bool) -> None:
     """Prints all rows and what of them is here."""
+    listed = [facts_of(row) for row in ROWS]
     if as_json:
-        _print(json.dumps([_facts(row) for row in ROWS], indent=2))
+        say_result(json.dumps(listed, indent=2))
         return
-    _print(LINE.format("name", "steps", "size", "here", "what and where from"))
-    for row in ROWS:
-        facts = _facts(row)
+    say_result(LINE.format("name", "steps", "size", "here", "what and where from"))
+    for row, facts in zip(ROWS, listed, strict=True):
         size = human_size(facts["size"]) if facts["size"] else "-"
         here = "yes" if facts["here"] else "-"
-        _print(LINE.format(row.name, _short(row.steps), size, here, row.what))
+        say_result(LINE.format(row.name, short(row.steps), size, here, row.what))
         where = f"{row.repo}: " if row.repo and row.kind == "vae" else ""
-        _print(f"  {where}{', '.join(row.files)}")
+        say_result(f"  {where}{', '.join(row.files)}")
         if row.rope:
-            _print(f"  RoPE: {', '.join(map(_option, row.rope.items()))}")
+            options = (
+                f"{name} {('off', 'on')[value] if isinstance(value, bool) else value}"
+                for name, value in row.rope.items()
+            )
+            say_result(f"  RoPE: {', '.join(options)}")
         if facts["aliases"]:
-            _print(f"  also called {', '.join(facts['aliases'])}")
+            say_result(f"  also called {', '.join(facts['aliases'])}")
 
 
-def _facts(row: Row) -> dict[str, Any]:
+def facts_of(row: Row) -> dict[str, Any]:
+    """What `--list --json` tells of a row."""
     files = local_files(row)
     here = local_path(row)
     return {
@@ -87,16 +100,8 @@ def _facts(row: Row) -> dict[str, Any]:
     }
 
 
-def _option(pair: tuple[str, Any]) -> str:
-    name, value = pair
-    return f"{name} {'on' if value else 'off'}" if isinstance(value, bool) else f"{name} {value}"
-
-
-def _short(steps: int | None) -> str:
+def short(steps: int | None) -> str:
+    """A number of steps in thousands or millions."""
     if steps is None:
         return "-"
     return f"{steps // 1_000_000}M" if steps % 1_000_000 == 0 else f"{steps // 1000}K"
-
-
-def _print(line: str) -> None:
-    say_result(line)

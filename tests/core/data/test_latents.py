@@ -69,7 +69,7 @@ def test_any_image_is_found_in_any_order(folder):
         assert torch.equal(std[place], every[side, number, 1])
     assert len(cache) == 23
     assert cache.labels.tolist() == [n % 3 for n in range(23)]
-    assert cache.class_names == ("a", "b", "c")
+    assert cache.manifest.plan.class_names == ("a", "b", "c")
     assert cache.scale == 0.18215
 
 
@@ -177,10 +177,10 @@ def test_finished_shards_are_known_again(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"image_size": (32, 24)}, r"image_size \(16, 24\), not \(32, 24\)"),
-        ({"vae_sha256": "d" * 64}, "vae_sha256 e{16}, not d{16}"),
-        ({"precision": "bfloat16"}, "precision float32, not bfloat16"),
-        ({"files_sha256": "0" * 64}, "files_sha256 f{16}, not 0{16}"),
+        ({"image_size": (32, 24)}, r"image_size was \(16, 24\), now \(32, 24\)"),
+        ({"vae_sha256": "d" * 64}, "vae_sha256 was e{16}, now d{16}"),
+        ({"precision": "bfloat16"}, "precision was float32, now bfloat16"),
+        ({"files_sha256": "0" * 64}, "files_sha256 was f{16}, now 0{16}"),
         ({"class_names": ("a", "b", "d")}, "other class folders"),
     ],
 )

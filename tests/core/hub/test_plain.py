@@ -13,7 +13,7 @@ from hub_server import HubServer
 from spiralrope_cli.core.errors import ConfigError, DiskError, FetchError, NoRouteError
 from spiralrope_cli.core.hub import plain
 from spiralrope_cli.core.hub.catalog import find
-from spiralrope_cli.core.hub.download import fetch, local_path, remote_size
+from spiralrope_cli.core.hub.download import fetch, local_path
 
 NAME = "VIRTUAL_imagenet512.npz"
 CONTENT = random.Random(0).randbytes(3_000_000)
@@ -46,7 +46,7 @@ def parts(tmp_path):
 
 def test_a_file_comes_whole_and_is_then_here(row, server, capsys):
     assert local_path(row) is None
-    assert remote_size(row) == len(CONTENT)
+    assert plain.look_up(row).size == len(CONTENT)
     path = fetch(row)
     assert path.read_bytes() == CONTENT
     assert path.name == NAME

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import os
 import sys
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
@@ -11,22 +13,115 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spiralrope_cli.core.config.latents import CachePlan, EncodeRun, Manifest, Shard
+from spiralrope_cli.core.config.datasets import class_names, list_images
+from spiralrope_cli.core.config.dit_runs import full_vae_name
+from spiralrope_cli.core.config.latents import (
+    LATENT_SCALE,
+    CachePlan,
+    EncodeRun,
+    Manifest,
+    Shard,
+    class_folder,
+    shard_size_for,
+)
 from spiralrope_cli.core.data import files, latents
 from spiralrope_cli.core.data.adm import cropped_array
 from spiralrope_cli.core.data.pictures import Unreadable, open_picture
 from spiralrope_cli.core.data.validation import BadImages
 from spiralrope_cli.core.diffusion.vae import Vae, load_vae
-from spiralrope_cli.core.jobs.encode_plan import Work, look_up
+from spiralrope_cli.core.errors import ConfigError
+from spiralrope_cli.core.hub.vae import find_vae, local_vae
 from spiralrope_cli.core.runtime import distributed
 from spiralrope_cli.core.runtime.console import console, say, say_result
-from spiralrope_cli.core.runtime.disk import human_size
+from spiralrope_cli.core.runtime.device import pick_device, pick_precision
+from spiralrope_cli.core.runtime.disk import check_space, human_size
 from spiralrope_cli.core.runtime.job import Job, open_job
+from spiralrope_cli.core.runtime.launch import is_first_process, world_size
 from spiralrope_cli.core.runtime.progress import counted
 from spiralrope_cli.core.runtime.report import say_unreadable
+from spiralrope_cli.core.runtime.run_folder import refuse_run
+
+Images = list[tuple[str, int]]
+"""(path, class number) of every image."""
 
 
-def run(config: EncodeRun) -> None:
+def settle(config: EncodeRun, *, fetch: bool = True) -> tuple[CachePlan, Images]:
+    """What the cache of a run will be of, and the images.
+
+    Args:
+        config: the run.
+        fetch: a published VAE, unless it is here; otherwise the plan lacks its digest.
+
+    Raises:
+        DataError: no images.
+        ConfigError, CheckpointError, FetchError: no such VAE, or none that fits.
+    """
+    folder = class_folder(config.data)
+    images = list_images(folder)
+    digest = hashlib.sha256()
+    for path, _ in images:
+        digest.update(os.fsencode(os.path.relpath(path, folder)) + b"\0")
+    vae = find_vae(config.vae) if fetch else local_vae(config.vae)
+    dtype, _ = pick_precision(config.machine.precision, pick_device(config.machine))
+    cache = CachePlan(
+        data=str(folder),
+        class_names=tuple(class_names(folder)),
+        num_files=len(images),
+        files_sha256=digest.hexdigest(),
+        image_size=config.image_size,
+        vae=full_vae_name(config.vae),
+        vae_sha256=vae.sha256() if vae else "",
+        scale=vae.scale if vae else LATENT_SCALE,
+        precision=str(dtype).removeprefix("torch."),
+        shard_size=shard_size_for(len(images)),
+    )
+    return cache, images
+
+
+def plan(config: EncodeRun, *, dry_run: bool) -> None:
+    """Refuses what cannot work before any worker starts, and says what will be done.
+
+    Args:
+        config: the run.
+        dry_run: fetches nothing.
+
+    Raises:
+        DataError: the folder holds other latents.
+        DiskError: the disk is too small.
+    """
+    (cache, _), out = settle(config, fetch=not dry_run), Path(config.out)
+    refuse_run(out)
+    if out.resolve().is_relative_to(cache.data):
+        raise ConfigError(
+            f"--out {out} lies among the class folders of {cache.data}",
+            "as one of them it would be taken for a class",
+        )
+    there = latents.finished_shards(out, cache)
+    total = cache.num_files * cache.bytes_per_image
+    needed = total - sum(shard.size for shard in there.values())
+    hint = "free some, or name another disk by --out"
+    check_space((out, needed), what="the latents", hint=hint)
+    if not is_first_process():
+        return
+    vae = local_vae(config.vae)
+    found = (
+        f"{vae.folder}, sha256 {cache.vae_sha256[:16]}" if vae else "not here (it would be fetched)"
+    )
+    height, width = cache.image_size
+    channels, rows, columns = cache.latent_shape
+    goes_on = f", {len(there)} are there" if there else ""
+    for line in (
+        f"data   {cache.data}: {cache.num_files} images, {len(cache.class_names)} classes",
+        f"crop   {height}x{width} px, ADM's centre crop, plain and mirrored",
+        f"VAE    {config.vae}: {found}, {cache.precision}",
+        f"cache  {out}: {human_size(total)} in {cache.num_shards} shards{goes_on}; "
+        f"{channels}x{rows}x{columns} latents, mean and deviation in float32",
+        f"work   {world_size(config.machine)} process(es) x {config.batch_size} images at a time",
+    ):
+        say(line)
+
+
+def work(config: EncodeRun) -> None:
     """Encodes what is missing or damaged, and writes the manifest; executed by every worker.
 
     Raises:
@@ -37,27 +132,25 @@ def run(config: EncodeRun) -> None:
     with open_job(config.machine, out) as job:
         shown_on = console(stderr=True, quiet=not job.is_first)
         with distributed.first_alone():  # it may have to fetch the VAE
-            work = look_up(config)
-        plan = work.plan
-        there = latents.finished_shards(out, plan)
+            cache, images = settle(config)
+        there = latents.finished_shards(out, cache)
         wrong = latents.wrong_shards(out, list(there.values()))
         for shard in there.values():
             if readable_now(shard, config.machine.skip_bad):
                 wrong[shard.file] = "was made when some images could not be read that now can"
         shards = {number: shard for number, shard in there.items() if shard.file not in wrong}
-        missing = [number for number in range(plan.num_shards) if number not in shards]
+        missing = [number for number in range(cache.num_shards) if number not in shards]
         if not missing and (out / latents.MANIFEST_FILE).is_file():
-            say(f"{out} is finished: all {plan.num_shards} shards are as they should be", shown_on)
+            say(f"{out} is finished: all {cache.num_shards} shards are as they should be", shown_on)
             return
         for file, what in wrong.items():
             say(f"{out / file} {what}; its images are encoded again", shown_on)
         if job.is_first:
-            latents.begin(out, plan, shards.values())
+            latents.begin(out, cache, shards.values())
         distributed.barrier()
-        shards.update(encode(config, job, work, missing))
+        shards.update(encode(config, job, cache, images, missing))
         if job.is_first:
-            manifest = latents.finish(out, plan, [shards[n] for n in range(plan.num_shards)])
-            print_result(manifest)
+            report(latents.finish(out, cache, [shards[n] for n in range(cache.num_shards)]))
 
 
 def readable_now(shard: Shard, skip_bad: bool) -> bool:
@@ -73,20 +166,20 @@ def readable_now(shard: Shard, skip_bad: bool) -> bool:
     return len(bad) < len(still)
 
 
-def encode(config: EncodeRun, job: Job, work: Work, missing: list[int]) -> dict[int, Shard]:
+def encode(
+    config: EncodeRun, job: Job, cache: CachePlan, images: Images, missing: list[int]
+) -> dict[int, Shard]:
     """The missing shards, one per process at a time; in the end all processes know of all.
 
     Where a signal asks for it, everybody leaves with its exit code; shards that are done stay.
     """
-    vae = load_vae(work.vae.folder, job.device, job.dtype)
+    vae = load_vae(find_vae(config.vae).folder, job.device, job.dtype)
     mine = missing[job.rank :: job.world_size]
-    to_do = sum(len(work.plan.files_of(number)) for number in missing)
-    done = work.plan.num_files - to_do
+    done = cache.num_files - sum(len(cache.files_of(number)) for number in missing)
     shards: dict[int, Shard] = {}
-    progress = counted(
-        "encoded", work.plan.num_files, shown=job.is_first, done=done, unit="images/s"
-    )
-    with progress as advance, contextlib.closing(image_batches(config, job, work, mine)) as batches:
+    progress = counted("encoded", cache.num_files, shown=job.is_first, done=done, unit="images/s")
+    reading = contextlib.closing(image_batches(config, job, cache, images, mine))
+    with progress as advance, reading as batches:
         for first in range(0, len(missing), job.world_size):
             busy = len(missing[first : first + job.world_size])
             number = missing[first + job.rank] if job.rank < busy else None
@@ -94,7 +187,7 @@ def encode(config: EncodeRun, job: Job, work: Work, missing: list[int]) -> dict[
             if number is not None:
                 # The others are about as far as this process.
                 pace = partial(_times, advance, busy)
-                shard = encode_shard(config, job, work.plan, vae, batches, number, pace)
+                shard = encode_shard(config, job, cache, vae, batches, number, pace)
             # A meeting in every round: nobody waits for long, and all stop together.
             met = distributed.gathered((number, shard))
             shards.update({n: each for n, each in met if n is not None and each is not None})
@@ -105,29 +198,29 @@ def encode(config: EncodeRun, job: Job, work: Work, missing: list[int]) -> dict[
     return shards
 
 
-def _times(advance: Callable[[int], None], processes: int, images: int) -> None:
-    advance(images * processes)
+def _times(advance: Callable[[int], None], processes: int, count: int) -> None:
+    advance(count * processes)
 
 
 def image_batches(
-    config: EncodeRun, job: Job, work: Work, mine: list[int]
+    config: EncodeRun, job: Job, cache: CachePlan, images: Images, mine: list[int]
 ) -> Generator[files.Loaded, None, None]:
     """The images of this process's shards, read ahead; no batch reaches into the next shard."""
     size = config.batch_size
     keys = (
         [(number, None) for number in numbers[first : first + size]]
-        for numbers in map(work.plan.files_of, mine)
+        for numbers in map(cache.files_of, mine)
         for first in range(0, len(numbers), size)
     )
     crop = partial(cropped_array, size=config.image_size)
-    source = files.ImageFiles(work.images, crop, grey=False)
+    source = files.ImageFiles(images, crop, grey=False)
     return files.load(source, keys, config.machine.workers, job.device.type == "cuda")
 
 
 def encode_shard(
     config: EncodeRun,
     job: Job,
-    plan: CachePlan,
+    cache: CachePlan,
     vae: Vae,
     batches: Iterator[files.Loaded],
     number: int,
@@ -138,9 +231,9 @@ def encode_shard(
     Raises:
         UnreadableImageError: without --skip-bad.
     """
-    num_files = len(plan.files_of(number))
+    num_files = len(cache.files_of(number))
     # They stay on the device until the shard is full: no batch waits for a copy.
-    sides = torch.empty(2, num_files, 2, *plan.latent_shape, device=job.device)
+    sides = torch.empty(2, num_files, 2, *cache.latent_shape, device=job.device)
     labels: list[Tensor] = []
     bad, count = BadImages(), 0
     for first in range(0, num_files, config.batch_size):
@@ -149,9 +242,9 @@ def encode_shard(
         loaded = next(batches)
         bad.meet(loaded.unreadable, config.machine.skip_bad)
         if len(loaded.labels):
-            images = loaded.images.to(job.device, non_blocking=True).float() / 127.5 - 1
-            rows = slice(count, count + len(images))
-            for side, seen in enumerate((images, images.flip(-1))):
+            pictures = loaded.images.to(job.device, non_blocking=True).float() / 127.5 - 1
+            rows = slice(count, count + len(pictures))
+            for side, seen in enumerate((pictures, pictures.flip(-1))):
                 sides[side, rows] = torch.stack(vae.encode(seen), dim=1)
             labels.append(loaded.labels)
             count = rows.stop
@@ -161,7 +254,7 @@ def encode_shard(
     return latents.write_shard(Path(config.out), number, plain, mirrored, every_label, bad.reasons)
 
 
-def print_result(manifest: Manifest) -> None:
+def report(manifest: Manifest) -> None:
     """What was left out, and on stdout what there is now."""
     say_unreadable({p: why for shard in manifest.shards for p, why in shard.unreadable.items()})
     size = human_size(sum(shard.size for shard in manifest.shards))

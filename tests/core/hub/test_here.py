@@ -1,0 +1,76 @@
+"""What a dry run finds of published weights and VAEs: that which is here, and no download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hub_server import HubServer
+
+from spiralrope_cli.core.errors import CheckpointError, ConfigError
+from spiralrope_cli.core.hub.catalog import WEIGHTS_REPO, find
+from spiralrope_cli.core.hub.source import find_source
+from spiralrope_cli.core.hub.vae import CONFIG_FILE, WEIGHTS_FILE, find_vae, local_vae
+from spiralrope_cli.core.weights import here
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A server that has a VAE and DiT-S/2, and an empty cache."""
+    server = HubServer()
+    config = b'{"_class_name": "AutoencoderKL", "block_out_channels": [1, 1, 1, 1]}'
+    server.repos[find("vae-ema").repo] = {CONFIG_FILE: config, WEIGHTS_FILE: b"weights"}
+    server.repos[WEIGHTS_REPO] = {find("dit-s2").file: b"weights"}
+    constants = "huggingface_hub.constants"
+    monkeypatch.setattr(f"{constants}.ENDPOINT", server.url)
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(tmp_path / "hub"))
+    yield server
+    server.close()
+
+
+def test_a_vae_is_taken_where_it_is_here(hub):
+    assert local_vae("ema") is None
+    assert not hub.asked
+    assert find_vae("ema").weights.read_bytes() == b"weights"
+    asked = len(hub.asked)
+    assert local_vae("ema") == find_vae("ema")
+    assert len(hub.asked) == asked
+
+
+def test_a_folder_that_holds_no_vae_is_told_without_a_download(tmp_path):
+    with pytest.raises(ConfigError, match="--vae nowhere is neither ema nor mse nor a folder"):
+        local_vae("nowhere")
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        local_vae(str(tmp_path))
+
+
+def test_weights_are_taken_where_they_are_here(hub):
+    source = find_source("dit-s2")
+    with pytest.raises(CheckpointError, match="the weights of dit-s2 are not here") as refused:
+        here(source, download=False)
+    assert refused.value.hint == "spiralrope fetch dit-s2 brings them"
+    assert refused.value.exit_code == 1
+    assert len(str(refused.value).splitlines()) == 2
+    assert not hub.asked
+    fetched = here(source)
+    assert fetched.place is not None
+    assert fetched.place.read_bytes() == b"weights"
+    asked = len(hub.asked)
+    assert here(source, download=False) == fetched
+    assert len(hub.asked) == asked
+
+
+@pytest.mark.parametrize("download", [False, True])
+def test_what_is_no_network_is_told_before_that(hub, download):
+    with pytest.raises(CheckpointError, match="no weights of a DeiT or DiT"):
+        here(find_source("vae-ema"), download=download)
+    assert not hub.asked
+
+
+def test_a_file_needs_no_download(tmp_path):
+    (tmp_path / "weights.pth").touch()
+    source = find_source(str(tmp_path / "weights.pth"))
+    assert here(source, download=False) is source
+    assert source.place == Path(tmp_path / "weights.pth")
