@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING
 from types import MappingProxyType
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -86,7 +86,9 @@ def command(
     def register(function: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
         def call(ctx: typer.Context, **values: Any) -> None:
             sources = {name: ctx.get_parameter_source(name) for name in values}
-            typed = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+            typed = [
+                name for name, source in sources.items() if source and source.name == "COMMANDLINE"
+            ]
             given = {name: known[name].read(values[name]) for name in typed}
             for name, value in given.items():
                 known[name].check(value)
@@ -114,7 +116,11 @@ def _parameter(leaf: Leaf, opt: Opt, words: str, default: str | None) -> inspect
         words += f" ({', '.join(leaf.item.choices)})"
         complete = completion.words(*leaf.item.choices)
     required = opt.required or (opt.argument and leaf.default is MISSING)
-    said: dict[str, Any] = {"metavar": opt.metavar or usual, "show_default": False, "autocompletion": complete}
+    said: dict[str, Any] = {
+        "metavar": opt.metavar or usual,
+        "show_default": False,
+        "autocompletion": complete,
+    }
     if opt.argument:
         parameter = typer.Argument(help=words, **said)
     else:
@@ -133,4 +139,3 @@ def _parameter(leaf: Leaf, opt: Opt, words: str, default: str | None) -> inspect
 def _default(leaf: Leaf) -> str:
     """The field's own default for the help; nothing where there is none worth a word."""
     return "" if leaf.default in (MISSING, None, False, "", ()) else in_words(leaf.default)
-

@@ -8,10 +8,12 @@ import typer
 from typer.core import TyperCommand
 
 from spiralrope_cli.commands.command import SETTINGS, command
+from spiralrope_cli.core.config.datasets import find_held_out
 from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.rope import BY_WEIGHTS, RopeConfig, given_rope
 from spiralrope_cli.core.config.runs import MachineConfig
+from spiralrope_cli.core.hub.source import find_source, newest_run
 from spiralrope_cli.core.runtime.launch import is_first_process, launch
 
 EXAMPLES = """
@@ -94,12 +96,13 @@ def evaluate(given: dict[str, Any]) -> None:
         crop_ratios=tuple(dict.fromkeys(options.crop_ratios)),
         image_sizes=tuple(dict.fromkeys(options.image_sizes)),
     )
-    check_words(options)
-    from spiralrope_cli.core.jobs.eval_plan import plan
+    # What names nothing is refused before torch is loaded.
+    sources = [find_source(each, best=options.best) for each in options.sources]
+    data_set = None if options.data is None else find_held_out(options.data)
+    from spiralrope_cli.core.jobs.evaluate import plan, settle
 
-    run, notes = plan(options, machine, set(given))
-    for note in notes:
-        say(f"note: {note}")
+    run, notes = settle(options, sources, data_set, machine, set(given))
+    plan(notes)
     launch("spiralrope_cli.core.jobs.evaluate:run", run)
 
 
@@ -111,19 +114,6 @@ def say(line: str) -> None:
 
 def newest() -> str:
     """The newest classifier run, which is told."""
-    from spiralrope_cli.core.hub.source import newest_run
-
     run = newest_run()
     say(f"newest run: {run}")
     return str(run)
-
-
-def check_words(options: EvalOptions) -> None:
-    """Refuses what names nothing, before anything heavy is loaded."""
-    from spiralrope_cli.core.config.datasets import find_held_out
-    from spiralrope_cli.core.hub.source import find_source
-
-    for given in options.sources:
-        find_source(given, best=options.best)
-    if options.data is not None:
-        find_held_out(options.data)

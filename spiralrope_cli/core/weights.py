@@ -25,6 +25,7 @@ from spiralrope_cli.core.config.models import (
     dit_size,
     is_dit,
 )
+from spiralrope_cli.core.config.resolve import fit_channels
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.hub.download import fetch, local_path
@@ -142,6 +143,14 @@ def read_weights(
     else:
         content = read_published(file)
     return _of_published(source, file, ema, content, rope)
+
+
+def colours(weights: Weights, defaults: dict[str, Any], in_chans: int) -> dict[str, Any]:
+    """Mean and std that the weights were trained with, else those of the data set's defaults."""
+    known = {**defaults, **weights.config.get("augment", {})}
+    values = {"mean": tuple(known["mean"]), "std": tuple(known["std"]), "in_chans": in_chans}
+    fit_channels(values)
+    return {name: values[name] for name in ("mean", "std")}
 
 
 def _read_safetensors(file: Path) -> tuple[StateDict, dict[str, str]]:

@@ -9,9 +9,8 @@ from dataclasses import is_dataclass
 
 import pytest
 import yaml
-from typer.testing import CliRunner
-
 from conftest import options_of
+from typer.testing import CliRunner
 
 from spiralrope_cli import main as cli
 from spiralrope_cli.commands import training
@@ -336,9 +335,7 @@ def test_an_unreadable_image_is_named_or_skipped_and_counted(tmp_path, image_fol
     ],
 )
 def test_options_that_cannot_act_are_a_note(options, told):
-    assert [told in warning for warning in resolve("pretrain", options).warnings] == [
-        True
-    ]
+    assert [told in warning for warning in resolve("pretrain", options).warnings] == [True]
 
 
 def test_elongated_grids_are_told_of_the_exact_projection():
@@ -420,7 +417,9 @@ def test_usage_errors_have_their_code(spiralrope):
     assert "No such option" in spiralrope("pretrain", "--rotat", 1, expect=2).stderr
     told = spiralrope("pretrain", "--image-size", "big", expect=2).stderr
     assert told == "error: --image-size is big; it must be a side, as 224, or HxW, as 224x448\n"
-    assert spiralrope("pretrain", "--rotate", "x", expect=2).stderr.startswith("error: --rotate is x;")
+    assert spiralrope("pretrain", "--rotate", "x", expect=2).stderr.startswith(
+        "error: --rotate is x;"
+    )
     assert "error: --arch x" in spiralrope("pretrain", "--arch", "x", expect=2).stderr
     assert spiralrope("--version").stdout.startswith("spiralrope 0.")
 

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ from spiralrope_cli.core.config.evals import EvalOptions
 from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.data.memory import load_digits
-from spiralrope_cli.core.jobs import eval_report, evaluate, train_classifier
-from spiralrope_cli.core.jobs.eval_plan import plan
+from spiralrope_cli.core.hub.files import digest_like
+from spiralrope_cli.core.hub.source import find_source
+from spiralrope_cli.core.jobs import evaluate, train_classifier
 from spiralrope_cli.core.metrics import accuracy
 
 FIGURES = ("acc1", "acc5", "loss", "count")
@@ -32,14 +34,18 @@ def source(trained_once, runs):
     return Path(shutil.copytree(trained_once, runs / "runs" / "tiny"))
 
 
+def settled(options, machine=FP32):
+    sources = [find_source(given, best=options.best) for given in options.sources]
+    return evaluate.settle(options, sources, None, machine, set())[0]
+
+
 @pytest.fixture
 def rows_of(capsys):
     """Runs an evaluation here; gives what `--json` says."""
 
     def call(*sources, machine=FP32, **options):
         options = EvalOptions(sources=tuple(map(str, sources)), output="json", **options)
-        run, _ = plan(options, machine, set())
-        evaluate.run(run)
+        evaluate.run(settled(options, machine))
         return json.loads(capsys.readouterr().out)
 
     return call
@@ -87,8 +93,10 @@ def test_all_decodes_every_image_once_per_crop_ratio(source, rows_of):
 def test_equal_checkpoints_are_measured_once_and_shown_twice(source, rows_of, monkeypatch):
     (source / "checkpoints/best.json").write_text('{"step": 8}')
     loaded = []
-    load = evaluate.load
-    monkeypatch.setattr(evaluate, "load", lambda *of: loaded.append(of) or load(*of))
+    build = evaluate.build
+    monkeypatch.setattr(
+        evaluate, "build", lambda *of, **size: loaded.append(of) or build(*of, **size)
+    )
     rows = rows_of(source, every=True)["rows"]
     assert len(rows) == 8
     assert len(loaded) == 4
@@ -146,11 +154,28 @@ def test_eval_json_says_what_produced_the_figures_and_keeps_other_rows(source, r
     row = rows[0]
     file = source / "checkpoints/0000008/ema.safetensors"
     assert Path(row["file"]) == file
-    assert row["sha256"] == eval_report.digest_like(file, "")[1]
+    assert row["sha256"] == digest_like(file, "")[1]
     assert (row["arch"], row["data"], row["precision"]) == ("deit-64x2x2", "digits", "fp32")
     assert (row["image_size"], row["crop_ratio"], row["interpolation"]) == ([8, 8], 1.0, "bicubic")
     assert row["rope"]["rotate"] == 2
     assert row["versions"].keys() == {"spiralrope", "torch", "torchvision", "timm", "python"}
+
+
+def test_what_is_measured_is_known_and_shown(source, rows_of, capsys):
+    run = settled(EvalOptions(sources=(str(source),), every=True))
+    assert not evaluate.is_measured(run)
+    rows_of(source, ema=True)
+    assert not evaluate.is_measured(run)
+    rows_of(source, every=True)
+    assert evaluate.is_measured(run)
+    assert capsys.readouterr().out == ""
+    assert evaluate.is_measured(run, show=True)
+    assert "best, EMA" in capsys.readouterr().out
+    in_bf16 = replace(run, machine=replace(FP32, precision="bf16"))
+    assert not evaluate.is_measured(in_bf16)
+    turned = settled(EvalOptions(sources=(str(source),), every=True, rope={"theta": 5.0}))
+    assert not evaluate.is_measured(turned, show=True)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_damaged_eval_json_is_set_aside(source, rows_of):
@@ -163,7 +188,7 @@ def test_a_damaged_eval_json_is_set_aside(source, rows_of):
 def test_a_folder_that_cannot_be_written_is_a_note(source, runs, capsys):
     (runs / "file").write_text("")
     options = EvalOptions(sources=(str(source),), out=str(runs / "file"))
-    evaluate.run(plan(options, FP32, set())[0])
+    evaluate.run(settled(options))
     told = capsys.readouterr()
     assert "was not written" in told.err
     assert "last, raw" in told.out
@@ -192,7 +217,7 @@ def test_several_image_sizes_are_drawn(source, rows_of):
 
 def test_csv_is_one_line_per_row(source, capsys):
     options = EvalOptions(sources=(str(source),), crop_ratios=(0.875, 1.0), output="csv")
-    evaluate.run(plan(options, FP32, set())[0])
+    evaluate.run(settled(options))
     lines = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [line["crop_ratio"] for line in lines] == ["0.875", "1.0"]
     assert {(line["count"], line["image_size"], line["rope_rotate"]) for line in lines} == {

@@ -134,7 +134,9 @@ class DiTRun:
     ]
     out: Annotated[
         str,
-        Opt("Run folder; by default runs/COMMAND-ARCH-DATA-rROTATE[-NAME].", RUN, **PATH, free=True),
+        Opt(
+            "Run folder; by default runs/COMMAND-ARCH-DATA-rROTATE[-NAME].", RUN, **PATH, free=True
+        ),
     ]
     seed: Annotated[int, Opt("Of initial weights, data order, timesteps and noise.", RUN, ge=0)]
     num_train: Annotated[int, "the number of training images"]

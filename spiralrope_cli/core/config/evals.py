@@ -66,9 +66,9 @@ class EvalOptions:
             many=True,
         ),
     ] = ()
-    ema: Annotated[
-        bool, Opt("Averaged weights, not the raw.", WHICH, flag="--ema/--no-ema")
-    ] = False
+    ema: Annotated[bool, Opt("Averaged weights, not the raw.", WHICH, flag="--ema/--no-ema")] = (
+        False
+    )
     best: Annotated[bool, Opt("A run's best checkpoint, not its last.", WHICH)] = False
     every: Annotated[
         bool,

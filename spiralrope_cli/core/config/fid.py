@@ -46,9 +46,7 @@ class FidRun:
     num: Annotated[
         int, Opt("The first NUM of SAMPLES count; fewer are an error. 0: all.", IMAGES, ge=0)
     ] = 0
-    weights: Annotated[
-        str, Opt("Inception's, if not those fetched.", IMAGES, metavar="FILE")
-    ] = ""
+    weights: Annotated[str, Opt("Inception's, if not those fetched.", IMAGES, metavar="FILE")] = ""
     select: Annotated[
         tuple[str, ...],
         Opt(f"Of {','.join(FIGURES)}.", SCORES, metavar="NAMES", read=words, expects="names"),

@@ -26,13 +26,9 @@ class FetchRun:
             many=True,
         ),
     ] = ()
-    show_list: Annotated[
-        bool, Opt("Show all names and what is here.", SHOW, flag="--list")
-    ] = False
+    show_list: Annotated[bool, Opt("Show all names and what is here.", SHOW, flag="--list")] = False
     as_json: Annotated[bool, Opt("The result as JSON on stdout.", SHOW, flag="--json")] = False
-    out: Annotated[
-        str, Opt("Folder for a copy under the file's own name.", WHERE, **PATH)
-    ] = ""
+    out: Annotated[str, Opt("Folder for a copy under the file's own name.", WHERE, **PATH)] = ""
     revision: Annotated[str | None, Opt("Branch, tag or commit on the Hub.", WHERE)] = None
     offline: Annotated[bool, Opt("Take what is here and ask nobody.", WHERE)] = False
 

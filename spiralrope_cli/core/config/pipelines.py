@@ -39,9 +39,7 @@ FROM_LEGACY = Opt(
     "Print the command for the words of an old run_all.sh line, and stop.", STAGES, metavar="WORDS"
 )
 DRY_RUN = Opt("Print the plans of all stages and stop.", STAGES)
-FOLDER = Opt(
-    "Folder of all stages; by default runs/run-...-ARCH-DATA-rROTATE[-NAME].", RUN, **PATH
-)
+FOLDER = Opt("Folder of all stages; by default runs/run-...-ARCH-DATA-rROTATE[-NAME].", RUN, **PATH)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +81,9 @@ class DeiTStages:
     finetune_steps: Annotated[
         int | None, Opt("Finetuning in steps, in place of epochs.", RECIPE, ge=0)
     ] = None
-    finetune_lr: Annotated[
-        float | None, Opt("Base learning rate of finetuning.", RECIPE, ge=0)
-    ] = None
+    finetune_lr: Annotated[float | None, Opt("Base learning rate of finetuning.", RECIPE, ge=0)] = (
+        None
+    )
     finetune_warmup_epochs: Annotated[int | None, Opt("Warm-up of finetuning.", RECIPE, ge=0)] = (
         None
     )
@@ -110,9 +108,9 @@ class DiTStages:
         int | None, Opt("Images to draw; 50000, or 200 for a built-in set.", SAMPLES, ge=1)
     ] = None
     sampler: Annotated[Sampler, Opt("As dit-sample --sampler.", SAMPLES)] = "ddpm"
-    sampling_steps: Annotated[
-        str, Opt("250, or ddim25, ..., as dit-sample --steps.", SAMPLES)
-    ] = "250"
+    sampling_steps: Annotated[str, Opt("250, or ddim25, ..., as dit-sample --steps.", SAMPLES)] = (
+        "250"
+    )
     cfg_scale: Annotated[float, Opt("Guidance; 1 is none.", SAMPLES, ge=1)] = 1.0
     sampling_seed: Annotated[int, Opt("Of the samples, whatever --seed is.", SAMPLES, ge=0)] = 100
     reference: Annotated[
@@ -123,9 +121,7 @@ class DiTStages:
             metavar="FILE",
         ),
     ] = ""
-    weights: Annotated[
-        str, Opt("Inception's, if not those fetched.", SAMPLES, metavar="FILE")
-    ] = ""
+    weights: Annotated[str, Opt("Inception's, if not those fetched.", SAMPLES, metavar="FILE")] = ""
     out: Annotated[str, FOLDER] = ""
 
     def __post_init__(self) -> None:

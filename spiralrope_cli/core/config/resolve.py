@@ -26,7 +26,7 @@ from spiralrope_cli.core.config.latents import LATENT_CHANNELS, Manifest, read_m
 from spiralrope_cli.core.config.models import deit_size, dit_name, dit_size
 from spiralrope_cli.core.config.nested import RUN_KINDS, build, read_config
 from spiralrope_cli.core.config.rope import RopeConfig
-from spiralrope_cli.core.config.runs import ClassifierRun, ModelConfig
+from spiralrope_cli.core.config.runs import ModelConfig
 from spiralrope_cli.core.errors import ConfigError
 
 DATA_VARIABLE = "SPIRALROPE_DATA"
@@ -119,7 +119,9 @@ def resolve(
     kind, dit = RUN_KINDS[command], command == "dit-train"
     chosen = chosen_layers(kind, options, config_file, start)
     data_set, data_source = find_data(chosen, dit=dit)
-    arch, arch_source = choose("arch", chosen, data_set.default_dit if dit else data_set.default_arch)
+    arch, arch_source = choose(
+        "arch", chosen, data_set.default_dit if dit else data_set.default_arch
+    )
     arch = dit_name(arch) if dit else arch
     size = dit_size(arch) if dit else deit_size(arch)
     values, sources = merged(

@@ -190,7 +190,11 @@ class TrainOptions:
     name: Annotated[str, Opt("Word at the end of the run folder's name.", RUN)] = ""
     config: Annotated[
         str,
-        Opt("config.yaml of a run to repeat; options win over it.", RUN, **{**PATH, "metavar": "FILE"}),
+        Opt(
+            "config.yaml of a run to repeat; options win over it.",
+            RUN,
+            **{**PATH, "metavar": "FILE"},
+        ),
     ] = ""
     dry_run: Annotated[bool, Opt("Print the resolved plan and stop.", RUN)] = False
 
@@ -221,7 +225,9 @@ class ClassifierRun:
     ]
     out: Annotated[
         str,
-        Opt("Run folder; by default runs/COMMAND-ARCH-DATA-rROTATE[-NAME].", RUN, **PATH, free=True),
+        Opt(
+            "Run folder; by default runs/COMMAND-ARCH-DATA-rROTATE[-NAME].", RUN, **PATH, free=True
+        ),
     ]
     seed: Annotated[int, Opt("Of initial weights, data order and augmentation.", RUN, ge=0)]
     num_train: Annotated[int, "the number of training images"]

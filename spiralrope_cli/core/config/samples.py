@@ -73,9 +73,9 @@ class SampleRun:
     rope: dict[str, Any]  # options of the user over those of the weights
     num_classes: Annotated[int, "the number of classes"]
     num: Annotated[int, Opt("Images; 50000, or 200 of a run on a built-in set.", SAMPLING, ge=1)]
-    steps: Annotated[
-        str, Opt("250, counts per section as 10,15,20, or ddim25.", SAMPLING)
-    ] = "250"  # this and the next: as the published figures were made
+    steps: Annotated[str, Opt("250, counts per section as 10,15,20, or ddim25.", SAMPLING)] = (
+        "250"  # this and the next: as the published figures were made
+    )
     sampler: Annotated[Sampler, Opt("How noise is taken away.", SAMPLING)] = "ddpm"
     guidance: GuidanceConfig
     classes: Annotated[

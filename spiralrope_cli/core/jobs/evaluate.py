@@ -1,33 +1,211 @@
-"""Measures weights on held-out images: one pass over the images for all rows that share them."""
+"""`eval`: accuracy of weights on held-out images, one pass over the images for each protocol.
+
+From the options to explicit rows, all checked (`settle`); what the user should know of them
+(`plan`); the work of every worker (`run`); a table, JSON or CSV, `eval.json` and a plot (`report`).
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import json
+import os
+import sys
 from collections import ChainMap
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from spiralrope_cli.core.config.evals import EvalProtocol, EvalRow, EvalRun
+from spiralrope_cli.core.config.datasets import BUILT_IN, DataSet, find_held_out
+from spiralrope_cli.core.config.evals import (
+    BOTH_CROP_RATIOS,
+    EvalOptions,
+    EvalProtocol,
+    EvalRow,
+    EvalRun,
+)
+from spiralrope_cli.core.config.models import is_dit
+from spiralrope_cli.core.config.resolve import DATA_VARIABLE, RUNS_FOLDER
+from spiralrope_cli.core.config.runs import MachineConfig, ModelConfig
 from spiralrope_cli.core.data.validation import ValidationImages
-from spiralrope_cli.core.errors import CheckpointError
-from spiralrope_cli.core.hub.source import Source
-from spiralrope_cli.core.jobs import eval_report
+from spiralrope_cli.core.errors import CheckpointError, ConfigError
+from spiralrope_cli.core.hub.files import digest_like
+from spiralrope_cli.core.hub.source import Source, find_source
+from spiralrope_cli.core.jobs.start import at_size
 from spiralrope_cli.core.load import build
+from spiralrope_cli.core.metrics import records
 from spiralrope_cli.core.metrics.accuracy import Accuracy, evaluate
+from spiralrope_cli.core.plots.curves import sizes
+from spiralrope_cli.core.plots.style import save
 from spiralrope_cli.core.report.page import is_stage, leave_report
-from spiralrope_cli.core.runtime import distributed, report
-from spiralrope_cli.core.runtime.device import autocast
+from spiralrope_cli.core.runtime import distributed
+from spiralrope_cli.core.runtime.console import say
+from spiralrope_cli.core.runtime.device import PRECISIONS, autocast, pick_device, pick_precision
+from spiralrope_cli.core.runtime.environment import versions
 from spiralrope_cli.core.runtime.job import Job, open_job
+from spiralrope_cli.core.runtime.launch import is_first_process
 from spiralrope_cli.core.runtime.progress import counted
-from spiralrope_cli.core.weights import read_weights
+from spiralrope_cli.core.runtime.report import say_unreadable
+from spiralrope_cli.core.runtime.run_folder import EVAL_FILE, SIZES_FILE
+from spiralrope_cli.core.weights import Weights, colours, here, read_weights
 
-Batches = Iterator[tuple[Tensor, Tensor]]
+
+# ---- settle
+def settle(
+    options: EvalOptions,
+    sources: Sequence[Source],
+    data_set: DataSet | None,
+    machine: MachineConfig,
+    given: set[str],
+) -> tuple[EvalRun, list[str]]:
+    """All rows of an evaluation, and notes for the user.
+
+    Args:
+        options: what was asked for.
+        sources: its sources, looked up.
+        data_set: that of `--data`, looked up; None for the weights' own.
+        machine: where it will run.
+        given: names of the options that the user gave.
+
+    Raises:
+        CheckpointError: no weights there, or not a classifier's.
+        ConfigError: an image size or data set that does not fit the weights.
+        DataError: no such data set.
+        FetchError: published weights that cannot be had.
+    """
+    notes: list[str] = []
+    rows: list[EvalRow] = []
+    held_out = cache(find_held_out)
+    ratios = BOTH_CROP_RATIOS if options.every else options.crop_ratios or (None,)
+    for each in sources:
+        for checkpoint, source in checkpoints(each, options, notes):
+            sets = [
+                (weights, data_set or held_out(data_of(weights, notes)))
+                for weights in weight_sets(source, options, notes)
+            ]
+            rows += [
+                settled_row(weights, checkpoint, data, size, ratio, options)
+                for size in options.image_sizes or (None,)
+                for ratio in ratios
+                for weights, data in sets
+            ]
+    if all(each.protocol.data in BUILT_IN for each in rows):
+        notes += [
+            f"--{name.replace('_', '-')} has no effect: {rows[0].protocol.data} lives in memory"
+            for name in ("workers", "skip_bad")
+            if name in given
+        ]
+    run = EvalRun(rows=tuple(rows), output=options.output, out=rows[0].folder, machine=machine)
+    return run, list(dict.fromkeys(notes))
 
 
+def checkpoints(
+    source: Source, options: EvalOptions, notes: list[str]
+) -> Iterator[tuple[str, Source]]:
+    """The checkpoints of one source that are asked for: word and place."""
+    given = source.given
+    if source.run is None or source.place == Path(given).expanduser().resolve():
+        if options.every:
+            notes.append(f"{given} has no best and last checkpoint: its own rows alone")
+        elif options.best:
+            notes.append(f"--best without effect: {given} has no best and last checkpoint")
+        yield "", here(source)
+    elif options.every:
+        try:
+            yield "best", find_source(given, best=True)
+        except CheckpointError as error:
+            notes.append(f"{error.message}: the rows of the last checkpoint alone")
+        yield "last", find_source(given)
+    else:
+        yield "best" if options.best else "last", source
+
+
+def weight_sets(source: Source, options: EvalOptions, notes: list[str]) -> list[Weights]:
+    """The sets of weights of one checkpoint that are asked for: raw, averaged, or both."""
+    wanted = (False, True) if options.every else (options.ema,)
+    sets = [read_weights(source, ema=ema, rope=options.rope) for ema in wanted]
+    if len(sets) == 2 and (sets[0].file, sets[0].ema) == (sets[1].file, sets[1].ema):
+        sets = sets[:1]
+        notes.append(f"{source.given} holds one set of weights: no separate EMA rows")
+    else:
+        notes += [note for each in sets for note in each.notes]
+    notes += [
+        f"--{'rope' if name == 'enabled' else name.replace('_', '-')} has no effect: {why}"
+        for name, why in sets[0].rope.inert_options(set(options.rope))
+    ]
+    return sets
+
+
+def data_of(weights: Weights, notes: list[str]) -> str:
+    """Without `--data`: the run's own, then the environment, then the bundled digits."""
+    if named := weights.config.get("data") or os.environ.get(DATA_VARIABLE):
+        return str(named)
+    notes.append(f"no --data and no {DATA_VARIABLE}: digits")
+    return "digits"
+
+
+def settled_row(
+    weights: Weights,
+    checkpoint: str,
+    data_set: DataSet,
+    size: tuple[int, int] | None,
+    ratio: float | None,
+    options: EvalOptions,
+) -> EvalRow:
+    """One row, checked; without size and ratio, those of the weights and of the data set."""
+    source = weights.source
+    if is_dit(weights.arch):
+        raise CheckpointError(
+            f"{source.given} holds {weights.arch}, a diffusion transformer, and no classifier",
+            "dit-sample draws images from it, and fid measures those",
+        )
+    trained = ModelConfig(drop_path=0.0, **weights.options)
+    if trained.num_classes != data_set.num_classes:
+        raise ConfigError(
+            f"{source.given} has {trained.num_classes} classes, {data_set.data} has "
+            f"{data_set.num_classes}",
+            "name the data set that it was trained on by --data",
+        )
+    size = size or trained.image_size
+    placed = at_size(weights, size, options.rope)
+    rows, columns = placed["pretrain_grid"] or trained.grid
+    # Beside the weights, but not into the cache of published ones.
+    beside = Path(RUNS_FOLDER) / f"eval-{source.row.name}" if source.row else source.run
+    folder = Path(options.out or beside or weights.file.parent)
+    return EvalRow(
+        source=source.given,
+        file=str(weights.file.resolve()),
+        checkpoint=checkpoint,
+        step=int(source.place.name) if source.run and source.place else None,
+        ema=weights.ema,
+        arch=weights.arch,
+        rope=placed["rope"],
+        model=replace(trained, image_size=size, pretrain_grid=placed["pretrain_grid"]),
+        trained_size=(rows * trained.patch_size, columns * trained.patch_size),
+        protocol=EvalProtocol(
+            data=data_set.data,
+            num_val=data_set.num_val,
+            image_size=size,
+            in_chans=trained.in_chans,
+            crop_ratio=ratio or data_set.defaults["crop_ratio"],
+            **colours(weights, data_set.defaults, trained.in_chans),
+        ),
+        folder=str(folder.resolve()),
+    )
+
+
+# ---- plan
+def plan(notes: Sequence[str]) -> None:
+    """What the user should know before it starts, from the process that speaks for all."""
+    if is_first_process():
+        for note in notes:
+            say(f"note: {note}")
+
+
+# ---- work
 def run(config: EvalRun) -> None:
     """Measures all rows and reports them from the first process; executed by every worker.
 
@@ -35,7 +213,8 @@ def run(config: EvalRun) -> None:
         CheckpointError: weights that do not fit, or that are gone since they were looked at.
         DataError: the data set is missing or damaged.
     """
-    with open_job(config.machine, None) as job:
+    machine = config.machine
+    with open_job(machine, None) as job:
         if len(set(distributed.gathered(config.rows))) > 1:
             raise CheckpointError(
                 "the machines see different weights or data sets",
@@ -46,60 +225,125 @@ def run(config: EvalRun) -> None:
         decoded = 0
         for protocol in dict.fromkeys(row.protocol for row in config.rows):
             rows = [row for row in config.rows if row.protocol == protocol]
-            images = ValidationImages(
-                protocol, config.machine, job.device, job.rank, job.world_size
-            )
-            figures.update(measure(rows, images, job, compiled=config.machine.compile))
+            images = ValidationImages(protocol, machine, job.device, job.rank, job.world_size)
+            figures.update(measure(rows, images, job))
             decoded += images.decoded
             bad.update(images.bad.reasons)
         decoded = int(distributed.total(torch.tensor(decoded, device=job.device)).item())
         unreadable = distributed.gathered(bad)
         if job.is_first:
-            report.say_unreadable(dict(ChainMap(*unreadable)))
-            eval_report.finish(config, [figures[row] for row in config.rows], decoded, job)
-            for folder in {Path(row.folder) for row in config.rows}:
-                if is_stage(folder):
-                    leave_report(folder)
+            say_unreadable(dict(ChainMap(*unreadable)))
+            report(config, [figures[row] for row in config.rows], decoded, job)
 
 
-def measure(
-    rows: list[EvalRow], images: ValidationImages, job: Job, *, compiled: bool
-) -> dict[EvalRow, Accuracy]:
+def measure(rows: list[EvalRow], images: ValidationImages, job: Job) -> dict[EvalRow, Accuracy]:
     """Figures of rows of one protocol, in one pass; equal networks are asked once."""
-    networks = list(dict.fromkeys(row.network for row in rows))
     by_network = {row.network: row for row in rows}
     models: dict[str, nn.Module] = {}
-    for number, network in enumerate(networks):
-        models[str(number)] = load(by_network[network], job.device)
-        if compiled:
+    for number, row in enumerate(by_network.values()):
+        source, size = Source(row.source, Path(row.file)), row.model.image_size
+        weights = read_weights(source, ema=row.ema, rope=asdict(row.rope))
+        grid = row.model.pretrain_grid
+        models[str(number)] = build(weights, job.device, image_size=size, pretrain_grid=grid)
+        if images.machine.compile:
             models[str(number)].compile()
-    what = f"{eval_report.protocol_words(images.protocol)}, {len(models)} network(s), images"
-    with counted(what, images.protocol.num_val, shown=job.is_first) as advance:
-        found = evaluate(
-            models,
-            counting(images.batches(), advance, job.world_size, images.protocol),
-            job.device,
-            partial(autocast, job.device, job.dtype),
-        )
-    return {row: found[str(networks.index(row.network))] for row in rows}
+    protocol, in_precision = images.protocol, partial(autocast, job.device, job.dtype)
+    what = f"{Path(protocol.data).name} at {records.size_words(protocol.image_size)} px"
+    what += f", crop ratio {protocol.crop_ratio:g}, {len(models)} network(s), images"
+    with counted(what, protocol.num_val, shown=job.is_first) as advance:
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            for pixels, labels in images.batches():
+                yield pixels, labels
+                advance(len(labels) * job.world_size)  # the others are as far
+
+        found = evaluate(models, batches(), job.device, in_precision)
+    of_network = dict(zip(by_network, found.values(), strict=True))
+    return {row: of_network[row.network] for row in rows}
 
 
-def load(row: EvalRow, device: torch.device) -> nn.Module:
-    """The network of a row with its weights, exactly as planned."""
-    file = Path(row.file)
-    rope = dataclasses.asdict(row.rope)
-    weights = read_weights(Source(row.source, file), ema=row.ema, rope=rope)
-    model = row.model
-    return build(weights, device, image_size=model.image_size, pretrain_grid=model.pretrain_grid)
+# ---- report
+def report(config: EvalRun, figures: list[Accuracy], decoded: int, job: Job) -> None:
+    """Writes and prints everything, from the first process alone."""
+    rows: list[records.Record] = [
+        {
+            **described_row(row),
+            **asdict(found),
+            "precision": PRECISIONS[job.dtype],
+            "device": job.device.type,
+            "processes": job.world_size,
+            "versions": versions(),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+        for row, found in zip(config.rows, figures, strict=True)
+    ]
+    folders: dict[Path, list[records.Record]] = {}
+    for row, each in zip(config.rows, rows, strict=True):
+        folders.setdefault(Path(row.folder), []).append(each)
+    for folder, mine in folders.items():
+        write(folder, mine, decoded)
+    say(f"decoded {decoded} images for {len(rows)} row(s)")
+    if config.output == "json":
+        sys.stdout.write(json.dumps({"decoded": decoded, "rows": rows}, indent=2) + "\n")
+    elif config.output == "csv":
+        records.print_csv(rows)
+    else:
+        records.print_table(rows)
+    for folder in filter(is_stage, folders):
+        leave_report(folder)
 
 
-def counting(
-    batches: Batches, advance: Callable[[int], None], world_size: int, protocol: EvalProtocol
-) -> Batches:
-    """The same batches; what all processes have done by now follows from this one."""
-    done = 0
-    for images, labels in batches:
-        yield images, labels
-        more = min(len(labels) * world_size, protocol.num_val - done)
-        done += more
-        advance(more)
+def write(folder: Path, rows: list[records.Record], decoded: int) -> None:
+    """Merges rows into a folder's `eval.json`, and draws accuracy over image sizes."""
+    path = folder / EVAL_FILE
+    try:
+        records.add_rows(path, rows, decoded)
+        say(f"figures: {path}")
+        if len({tuple(row["image_size"]) for row in rows}) > 1:
+            save(sizes(rows), folder / SIZES_FILE)
+            say(f"plot: {folder / SIZES_FILE}")
+    except OSError as error:
+        say(f"note: {path} was not written: {error.strerror or error}; --out names a folder")
+
+
+def is_measured(config: EvalRun, *, show: bool = False) -> bool:
+    """Whether `eval.json` has figures of all rows, of these very weights; shows them if asked."""
+    device = pick_device(config.machine)
+    precision = PRECISIONS[pick_precision(config.machine.precision, device)[0]]
+    rows = []
+    for row in config.rows:
+        now = {**described_row(row), "precision": precision}
+        there = records.read_rows(Path(row.folder) / EVAL_FILE)
+        if not (same := [old for old in there if records.is_same(old, now)]):
+            return False
+        rows.append({**same[0], **now})
+    if show and is_first_process():
+        records.print_table(rows)
+    return True
+
+
+def described_row(row: EvalRow) -> records.Record:
+    """What a row of `eval.json` says before its figures, as plain values."""
+    return {
+        "source": row.source,
+        "checkpoint": row.checkpoint,
+        "step": row.step,
+        "weights": row.weights,
+        "file": row.file,
+        "sha256": sha256(row.file),
+        "arch": row.arch,
+        "rope": asdict(row.rope),
+        "trained_size": list(row.trained_size),
+        "data": row.protocol.data,
+        "image_size": list(row.protocol.image_size),
+        "crop_ratio": row.protocol.crop_ratio,
+        "interpolation": "bicubic",
+        "mean": list(row.protocol.mean),
+        "std": list(row.protocol.std),
+    }
+
+
+@cache
+def sha256(file: str) -> str:
+    """Digest of a whole file, read piece by piece, once for all rows."""
+    return digest_like(Path(file), "")[1]

@@ -18,13 +18,11 @@ from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
 from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions, EvalRun
 from spiralrope_cli.core.config.pipelines import EVALUATE, DeiTPipeline
 from spiralrope_cli.core.config.resolve import Resolved
-from spiralrope_cli.core.config.runs import MachineConfig
-from spiralrope_cli.core.jobs import eval_plan, eval_report
+from spiralrope_cli.core.hub.source import find_source
+from spiralrope_cli.core.jobs import evaluate
 from spiralrope_cli.core.jobs.plan import print_plan
-from spiralrope_cli.core.metrics.accuracy import Accuracy
 from spiralrope_cli.core.report.page import leave_report
 from spiralrope_cli.core.runtime import console
-from spiralrope_cli.core.runtime import device as devices
 from spiralrope_cli.core.runtime.launch import is_first_process, launch
 from spiralrope_cli.core.runtime.run_folder import (
     PIPELINE_FILE,
@@ -129,18 +127,12 @@ def eval_stage(pipeline: DeiTPipeline) -> Stage:
     @functools.cache  # asked for the first time when the last training is done
     def planned() -> tuple[EvalRun, list[str]]:
         options = EvalOptions(sources=(pipeline.evaluated,), every=True)
-        return eval_plan.plan(options, pipeline.machine, set())
-
-    def measured() -> list[Accuracy]:
-        return eval_report.already(planned()[0], precision_of(pipeline.machine))
+        source = find_source(pipeline.evaluated)
+        return evaluate.settle(options, [source], None, pipeline.machine, set())
 
     def done() -> str:
-        there = steps_on_disk(Path(pipeline.evaluated)) and measured()
-        return f"{pipeline.evaluated} is measured, {len(there)} rows" if there else ""
-
-    def show() -> None:
-        if is_first_process():
-            eval_report.print_table(planned()[0].rows, measured(), precision_of(pipeline.machine))
+        there = steps_on_disk(Path(pipeline.evaluated)) and evaluate.is_measured(planned()[0])
+        return f"{pipeline.evaluated} is measured, {len(planned()[0].rows)} rows" if there else ""
 
     def plan(dry_run: bool) -> None:
         if dry_run:
@@ -149,16 +141,12 @@ def eval_stage(pipeline: DeiTPipeline) -> Stage:
                 f"{' and '.join(map(str, BOTH_CROP_RATIOS))}, raw and EMA weights"
             )
             return
-        for note in planned()[1]:
-            say(f"note: {note}")
+        evaluate.plan(planned()[1])
+
+    def show() -> None:
+        evaluate.is_measured(planned()[0], show=True)
 
     return Stage(EVALUATE, done, plan, lambda: launch(EVAL_JOB, planned()[0]), show)
-
-
-def precision_of(machine: MachineConfig) -> str:
-    """The precision that an evaluation will have."""
-    device = devices.pick_device(machine)
-    return eval_report.precision_word(devices.pick_precision(machine.precision, device)[0])
 
 
 def record(folder: Path, command: str, stage: str, seconds: float | None) -> None:

@@ -213,7 +213,9 @@ def saved_run(folder: Path, option: str, given: dict[str, Any]) -> ClassifierRun
     path = folder / CONFIG_FILE
     values = read_config(path, ClassifierRun)
     run: ClassifierRun = build(ClassifierRun, {**values, "out": str(folder)})
-    changes = {k: v for k, v in given.items() if k in values and k not in free_fields(ClassifierRun)}
+    changes = {
+        k: v for k, v in given.items() if k in values and k not in free_fields(ClassifierRun)
+    }
     changes.pop("precision", None)
     if "data" in changes and (root := Path(str(changes["data"])).expanduser()).is_dir():
         changes["data"] = str(root.resolve())

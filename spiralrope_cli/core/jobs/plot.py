@@ -139,7 +139,7 @@ def look_at(image: str, weights: Weights, size: tuple[int, int]) -> tuple[np.nda
     import torch
 
     from spiralrope_cli.core.data.files import ImageFiles, eval_transform
-    from spiralrope_cli.core.jobs.eval_plan import colours
+    from spiralrope_cli.core.weights import colours
 
     channels = weights.options["in_chans"]
     files = ImageFiles([(image, 0)], eval_transform(size, 1.0), grey=channels == 1)

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from spiralrope_cli.core.config.datasets import find_held_out
 from spiralrope_cli.core.config.sweeps import Member, Sweep
-from spiralrope_cli.core.jobs.eval_report import read_rows
 from spiralrope_cli.core.jobs.pipeline import run_deit, say
+from spiralrope_cli.core.metrics.records import read_rows
 from spiralrope_cli.core.report.page import leave_report
 from spiralrope_cli.core.report.results import with_spread
 from spiralrope_cli.core.runtime.console import console, say_result

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from spiralrope_cli.core.jobs.eval_report import read_rows
 from spiralrope_cli.core.jobs.score_report import LABELS
+from spiralrope_cli.core.metrics.records import read_rows
 from spiralrope_cli.core.runtime.report import ACCURACY_COLUMNS, accuracy_rows, read_metrics
 from spiralrope_cli.core.runtime.run_folder import (
     EVAL_FILE,

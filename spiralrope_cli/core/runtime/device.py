@@ -13,6 +13,9 @@ from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.runtime.launch import joined_world_size
 
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+"""As `--precision` calls them."""
+
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8  # of malloc.h
 
 

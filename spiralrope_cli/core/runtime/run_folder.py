@@ -30,6 +30,7 @@ SAMPLES_FILE, SAMPLES = "samples.png", "samples"
 MODEL_FILE, EMA_FILE, TRAINER_FILE = "model.safetensors", "ema.safetensors", "trainer.pt"
 STEP_DIGITS = 7
 
+
 def step_folder(folder: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
     return folder / CHECKPOINTS / f"{step:0{STEP_DIGITS}d}"
