@@ -23,9 +23,8 @@ from torch_fidelity.metric_fid import fid_statistics_to_metric
 
 from spiralrope_cli.core.data.image_sets import ImageBatch
 from spiralrope_cli.core.data.memory import load_digits
-from spiralrope_cli.core.jobs.score_measure import in_features
-from spiralrope_cli.core.jobs.score_plan import Wanted
-from spiralrope_cli.core.metrics.frechet import frechet_distance
+from spiralrope_cli.core.metrics.features import in_features
+from spiralrope_cli.core.metrics.fid import frechet_distance
 from spiralrope_cli.core.metrics.inception import build_extractor
 from spiralrope_cli.core.runtime.job import Job, StopRequest
 
@@ -39,7 +38,6 @@ def feature_sides(weights: Path) -> dict[str, Callable[[], object]]:
     images = torch.randint(0, 256, (BATCH * BATCHES, SIZE, SIZE, 3), dtype=torch.uint8)
     job = Job(0, 1, CPU, torch.float32, "", StopRequest())
     extractor = build_extractor(torch.load(weights), weights)
-    wanted = Wanted(fid=True, sfid=False, inception_score=False, features=False)
     piece = -(-BATCH // torch.get_num_threads())
 
     def ours() -> None:
@@ -47,7 +45,7 @@ def feature_sides(weights: Path) -> dict[str, Callable[[], object]]:
             ImageBatch(list(range(len(part))), [part.permute(0, 3, 1, 2)])
             for part in images.split(piece)
         ]
-        for _ in in_features(batches, extractor, wanted, job):
+        for _ in in_features(batches, extractor, ["fid"], job):
             pass
 
     original = FeatureExtractorInceptionV3("inception", ["2048"], str(weights))

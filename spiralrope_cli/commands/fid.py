@@ -9,9 +9,6 @@ from spiralrope_cli.core.config.fid import PRECISIONS, FidRun, notes
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.runtime.launch import is_first_process, launch
 
-OF_FEATURES = {"weights", "batch_size", "skip_bad", "nproc", "device", "precision", "workers"}
-"""Options without effect where both sides hold statistics alone."""
-
 EXAMPLES = """
 Examples:
 
@@ -53,11 +50,10 @@ def fid(given: dict[str, Any]) -> None:
     if is_first_process():
         for line in notes(run, given):
             typer.echo(line, err=True)
-    from spiralrope_cli.core.jobs.score_plan import prepare
+    from spiralrope_cli.core.jobs import score
 
-    ready = prepare(run)
-    if not ready.weights and is_first_process():
-        for name in sorted(OF_FEATURES & given.keys()):
-            option = name.replace("_", "-")
-            typer.echo(f"note: --{option} has no effect: no image is looked at", err=True)
-    launch("spiralrope_cli.core.jobs.score_images:run", ready)
+    plan = score.settle(run)
+    if is_first_process():
+        for line in score.notes(plan, given):
+            typer.echo(line, err=True)
+    launch("spiralrope_cli.core.jobs.score:work", plan)

@@ -63,7 +63,7 @@ def launched(monkeypatch):
         plain = module.launch
 
         def noted(job, config, plain=plain):
-            jobs.append(job.split(".")[-1].removesuffix(":run"))
+            jobs.append(job.split(".")[-1].split(":")[0])
             plain(job, config)
 
         monkeypatch.setattr(module, "launch", noted)
@@ -325,7 +325,7 @@ def test_dit_measures_where_reference_and_weights_are(
     assert "fid is left out: the weights of Inception are not here" in told
     with_weights = (*reference, "--weights", inception_weights)
     said, _ = run("dit", *DIT, *with_weights)
-    assert launched == ["train_dit", "sample_dit", "score_images"]
+    assert launched == ["train_dit", "sample_dit", "score"]
     folder = Path("runs/run-dit-dit-32x2x2-2-digits-r0")
     facts = json.loads((folder / "fid.json").read_text())
     assert f"{facts['fid']:.4f}" in said
@@ -334,7 +334,7 @@ def test_dit_measures_where_reference_and_weights_are(
     assert len(launched) == 3
     (folder / "fid.json").write_text("{")
     run("dit", *DIT, *with_weights)
-    assert launched[3:] == ["score_images"]
+    assert launched[3:] == ["score"]
     assert json.loads((folder / "fid.json").read_text())["fid"] == facts["fid"]
     replaced = shutil.copytree(image_folder / "val", Path("reference"))
     shutil.copytree(replaced / "dark", replaced / "once-more")
@@ -342,12 +342,12 @@ def test_dit_measures_where_reference_and_weights_are(
     run("dit", *DIT, *replacing)
     shutil.rmtree(replaced / "once-more")
     run("dit", *DIT, *replacing)
-    assert launched[4:] == ["score_images"] * 2
+    assert launched[4:] == ["score"] * 2
     assert json.loads((folder / "fid.json").read_text())["fid"] == facts["fid"]
     other = Path("other.pth")
     torch.save(torch.load(inception_weights), other)
     run("dit", *DIT, *reference, "--weights", other)
-    assert launched[6:] == ["score_images"]
+    assert launched[6:] == ["score"]
     assert json.loads((folder / "fid.json").read_text())["protocol"]["weights"] == str(other)
     _, told = run("dit", *DIT, "--num", 3, expect=1)
     assert "num was" in told

@@ -22,7 +22,16 @@ from spiralrope_cli.core.config.option import (
 from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
 
-FIGURES = ("fid", "sfid", "is", "kid", "precision", "recall")
+LABELS = {
+    "fid": ("FID", "lower is better", 4),
+    "sfid": ("sFID", "lower is better", 4),
+    "is": ("Inception Score", "higher is better", 4),
+    "kid": ("KID", "lower is better", 6),
+    "precision": ("Precision", "higher is better", 4),
+    "recall": ("Recall", "higher is better", 4),
+}
+"""Figure -> its name in a table, which way is better, and its decimals."""
+FIGURES = tuple(LABELS)
 EXTRACTOR = "inception-v3-compat 2015-12-05"
 PRECISIONS = ("fp32", "bf16")
 """The first is that of papers, and the default."""

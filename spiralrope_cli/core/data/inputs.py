@@ -67,6 +67,7 @@ class Side:
         stored: figures whose statistics it holds.
         num: images that count; None where nobody knows.
         protocol: by which its statistics were made, empty if unknown.
+        needed: what its images must be looked at for: of `fid`, `sfid`, `is`, `features`.
     """
 
     role: str
@@ -75,6 +76,7 @@ class Side:
     stored: tuple[str, ...]
     num: int | None
     protocol: str = ""
+    needed: tuple[str, ...] = ()
 
     @property
     def words(self) -> str:

@@ -1,6 +1,6 @@
-"""Statistics of references, kept by what they were computed from.
+"""Statistics as files: of references, kept by what they were computed from, and as references.
 
-Standard library and numpy alone.
+No torch.
 """
 
 from __future__ import annotations
@@ -9,18 +9,20 @@ import contextlib
 import hashlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing
 
 from spiralrope_cli.core.atomic import atomic_write
 from spiralrope_cli.core.config.fid import statistics_folder
-from spiralrope_cli.core.data.inputs import FolderInput, Side
+from spiralrope_cli.core.data.inputs import STATISTICS, FolderInput, Side
 from spiralrope_cli.core.data.npz import read_array, read_headers
-from spiralrope_cli.core.errors import DataError
+from spiralrope_cli.core.errors import DataError, SpiralRopeError
+from spiralrope_cli.core.runtime.console import say
 
 CHUNK = 1 << 20
 LAYOUT = 1
@@ -36,17 +38,13 @@ def digests_beside(sides: list[Side]) -> Iterator[list[Future[str]]]:
     stop = threading.Event()
     with ThreadPoolExecutor(1, "digest") as pool:
         try:
-            yield [pool.submit(_digest, side, stop) for side in sides]
+            yield [pool.submit(digest_of, side, stop) for side in sides]
         finally:
             stop.set()  # who leaves early does not wait for gigabytes
 
 
-def digest_of(side: Side) -> str:
-    """SHA-256 of an input, as its figures tell it."""
-    return _digest(side, threading.Event())
-
-
-def _digest(side: Side, stop: threading.Event) -> str:
+def digest_of(side: Side, stop: threading.Event | None = None) -> str:
+    """SHA-256 of an input, as its figures tell it; anything once it is told to stop."""
     state = hashlib.sha256()
     files = side.images.files if isinstance(side.images, FolderInput) else [side.path]
     for file in files:
@@ -54,7 +52,7 @@ def _digest(side: Side, stop: threading.Event) -> str:
             state.update(os.fsencode(os.path.relpath(file, side.path)) + b"\0")
         # Who cannot read a file learns so where it is decoded.
         with contextlib.suppress(OSError), open(file, "rb") as stream:
-            while (chunk := stream.read(CHUNK)) and not stop.is_set():
+            while (chunk := stream.read(CHUNK)) and not (stop and stop.is_set()):
                 state.update(chunk)
     return state.hexdigest()
 
@@ -91,6 +89,28 @@ class ReferenceCache:
         except OSError as error:
             return f"statistics of REFERENCE cannot be kept in {self._stem.parent}: {error}"
         return ""
+
+
+def save_statistics(
+    path: Path, stats: Mapping[str, tuple[Any, ...]], num: int, protocol: str
+) -> None:
+    """Writes mean and covariance under the names that pytorch-fid and ADM read.
+
+    Args:
+        path: of the file.
+        stats: `fid`, perhaps `sfid` -> mean [D] and covariance [D, D].
+        num: of how many images they are, 0 if unknown.
+        protocol: by which they were made, empty if unknown.
+    """
+    arrays = {}
+    for name, (mean, covariance, _) in STATISTICS.items():
+        if name in stats:
+            arrays[mean], arrays[covariance] = (np.asarray(each) for each in stats[name])
+    try:
+        write_npz(path, num_images=num, protocol=protocol, **arrays)
+    except OSError as error:
+        raise SpiralRopeError(f"--save-stats {path} cannot be written: {error}") from error
+    say(f"statistics of SAMPLES, {num or 'an unknown number of'} images, are in {path}")
 
 
 def write_npz(path: Path, **arrays: np.typing.ArrayLike) -> None:

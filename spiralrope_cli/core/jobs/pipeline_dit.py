@@ -10,12 +10,10 @@ from spiralrope_cli.core.config.fid import PRECISIONS, FidRun
 from spiralrope_cli.core.config.pipelines import SAMPLE, DiTPipeline
 from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.config.samples import DEFAULTS, SampleRun, num_samples
-from spiralrope_cli.core.data.inputs import look_at
-from spiralrope_cli.core.data.reference_cache import digest_of
 from spiralrope_cli.core.data.sample_files import NPZ_FILE
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.source import find_source
-from spiralrope_cli.core.jobs import sample_plan, score_plan, score_report
+from spiralrope_cli.core.jobs import sample_plan, score
 from spiralrope_cli.core.jobs.pipeline import Stage, carry_out, say, training_stage
 from spiralrope_cli.core.jobs.pipeline_plan import fetch_vaes, why_no_figures
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, world_size
@@ -24,12 +22,11 @@ from spiralrope_cli.core.runtime.run_folder import (
     SAMPLES_FILE,
     first_step,
     is_finished,
-    read_json,
 )
 from spiralrope_cli.core.weights import Weights
 
 SAMPLE_JOB = "spiralrope_cli.core.jobs.sample_dit:run"
-SCORE_JOB = "spiralrope_cli.core.jobs.score_images:run"
+SCORE_JOB = "spiralrope_cli.core.jobs.score:work"
 OF_SAMPLING = ("nproc", "nnodes", "rdzv_endpoint", "device", "precision", "compile")
 OF_FIGURES = ("nproc", "nnodes", "rdzv_endpoint", "device", "workers", "skip_bad")
 
@@ -104,20 +101,7 @@ def fid_stage(pipeline: DiTPipeline) -> Stage:
         machine=MachineConfig(**machine, precision=PRECISIONS[0]),
     )
 
-    @functools.cache
-    def reference_digest() -> str:
-        return digest_of(look_at(Path(pipeline.reference).expanduser(), "REFERENCE"))
-
-    def facts() -> dict[str, Any]:
-        """What was measured of these samples, against this reference, with these weights."""
-        if not samples.exists() or not (found := read_json(result)):
-            return {}
-        if result.stat().st_mtime < samples.stat().st_mtime:
-            return {}
-        reference, protocol = (found.get(part) or {} for part in ("reference", "protocol"))
-        measured = reference.get("sha256"), protocol.get("weights_sha256")
-        _, sha256 = score_plan.find_weights(pipeline.weights)
-        return found if measured == (reference_digest(), sha256) else {}
+    facts = functools.cache(functools.partial(score.already, run))
 
     def done() -> str:
         return f"{result} is there" if facts() else ""
@@ -127,9 +111,9 @@ def fid_stage(pipeline: DiTPipeline) -> Stage:
 
     def show() -> None:
         if is_first_process():
-            score_report.show(run, facts())
+            score.report(run, facts())
 
-    return Stage("fid", done, plan, lambda: launch(SCORE_JOB, score_plan.prepare(run)), show)
+    return Stage("fid", done, plan, lambda: launch(SCORE_JOB, score.settle(run)), show)
 
 
 def machine_part(machine: MachineConfig, names: tuple[str, ...]) -> dict[str, Any]:

@@ -28,8 +28,8 @@ from spiralrope_cli.core.config.runs import ClassifierRun, MachineConfig
 from spiralrope_cli.core.config.samples import decoder_of
 from spiralrope_cli.core.data.inputs import look_at
 from spiralrope_cli.core.errors import CheckpointError, ConfigError, FetchError, SpiralRopeError
+from spiralrope_cli.core.hub.inception import find_inception
 from spiralrope_cli.core.hub.vae import find_vae
-from spiralrope_cli.core.jobs.score_plan import find_weights
 from spiralrope_cli.core.runtime.launch import world_size
 from spiralrope_cli.core.runtime.run_folder import (
     CONFIG_FILE,
@@ -152,7 +152,7 @@ def why_no_figures(pipeline: DiTPipeline) -> str:
     if not pipeline.reference:
         return "there is no --reference to measure against"
     try:
-        find_weights(pipeline.weights)
+        find_inception(pipeline.weights)
     except FetchError as error:
         return f"{error.message}; {error.hint}"
     return ""

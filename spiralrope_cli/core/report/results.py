@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from spiralrope_cli.core.jobs.score_report import LABELS
+from spiralrope_cli.core.config.fid import LABELS
 from spiralrope_cli.core.metrics.records import read_rows
 from spiralrope_cli.core.runtime.report import ACCURACY_COLUMNS, accuracy_rows, read_metrics
 from spiralrope_cli.core.runtime.run_folder import (

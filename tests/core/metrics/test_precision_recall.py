@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 
-from spiralrope_cli.core.metrics.manifold import precision_recall
+from spiralrope_cli.core.metrics.precision_recall import precision_recall
 
 
 def cloud(count, seed, spread=1.0):

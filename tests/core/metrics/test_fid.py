@@ -2,10 +2,59 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from spiralrope_cli.core.metrics.frechet import frechet_distance
+from spiralrope_cli.core.metrics import fid
+from spiralrope_cli.core.metrics.fid import Moments, fid_spread, frechet_distance
+
+CPU = torch.device("cpu")
+ROWS = torch.rand(50, 7, generator=torch.Generator().manual_seed(0)) + 1000
+
+
+def moments_of(*batches):
+    moments = Moments(7, CPU)
+    for batch in batches:
+        moments.add(batch)
+    return moments
+
+
+@pytest.mark.parametrize("sizes", [[50], [1] * 50, [49, 1], [1, 49], [20, 0, 30]])
+def test_any_batches_give_what_numpy_gives_for_all_rows(sizes):
+    moments = moments_of(*ROWS.split(sizes))
+    assert moments.count == 50
+    np.testing.assert_allclose(moments.mean, ROWS.double().numpy().mean(0), rtol=1e-12)
+    expected = np.cov(ROWS.double().numpy(), rowvar=False)
+    np.testing.assert_allclose(moments.covariance(), expected, rtol=1e-9, atol=1e-13)
+
+
+def test_a_far_origin_loses_no_digits():
+    near, far = moments_of(ROWS[:25].double(), ROWS[25:].double()), Moments(7, CPU)
+    for batch in ROWS.double().split(10):
+        far.add(batch + 1e6)
+    np.testing.assert_allclose(far.covariance(), near.covariance(), rtol=1e-6)
+
+
+def test_processes_merge_to_the_whole(monkeypatch):
+    """Every process sums up its part; the sums over processes are played by hand."""
+    from spiralrope_cli.core.runtime import distributed
+
+    parts = [moments_of(*ROWS[:30].split(7)), moments_of(), moments_of(ROWS[30:])]
+    whole = moments_of(ROWS)
+    mean = sum(part.mean * part.count for part in parts) / 50
+    products = sum(
+        part.products + part.count * torch.outer(part.mean - mean, part.mean - mean)
+        for part in parts
+    )
+    totals = iter([torch.tensor(50.0), mean * 50, products])
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    monkeypatch.setattr(distributed, "total", lambda mine: mine.copy_(next(totals)))
+    parts[0].merge_processes()
+    assert parts[0].count == 50
+    torch.testing.assert_close(parts[0].mean, whole.mean, rtol=1e-12, atol=0)
+    torch.testing.assert_close(parts[0].covariance(), whole.covariance(), rtol=1e-9, atol=1e-13)
+
 
 D = 60
 ZERO = torch.zeros(D, dtype=torch.float64)
@@ -83,3 +132,22 @@ def test_statistics_that_were_stored_in_float32():
     expected = (one.sqrt() - other.sqrt()).square().sum().item()
     found = frechet_distance(ZERO, turned(one).float(), ZERO, turned(other).float())
     assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_spread_is_that_of_samples_drawn_again(monkeypatch):
+    """In one dimension, against the spread over truly new samples."""
+    monkeypatch.setattr(fid, "BLOCK", 64)
+    draw = torch.Generator().manual_seed(0)
+    mean, covariance = torch.tensor([1.0]), torch.tensor([[1.0]])
+    fresh = torch.randn(400, 200, 1, generator=draw, dtype=torch.float64)
+    distances = (fresh.mean(1) - 1).square() + (fresh.std(1) - 1).square()
+    spread = fid_spread(fresh[0].float(), mean, covariance, times=400, seed=0)
+    assert spread == pytest.approx(distances.std().item(), rel=0.2)
+
+
+def test_the_seed_decides():
+    features = torch.rand(30, 4, generator=torch.Generator().manual_seed(0))
+    one, same, other = (
+        fid_spread(features, torch.zeros(4), torch.eye(4), times=3, seed=seed) for seed in (0, 0, 1)
+    )
+    assert one == same != other

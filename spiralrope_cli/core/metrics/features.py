@@ -1,0 +1,295 @@
+"""Measures one side of a comparison: features of its images in batches, summed over processes.
+
+Legend: N images, D features.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Generator, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from spiralrope_cli.core.config.fid import FidRun
+from spiralrope_cli.core.data.image_sets import ImageBatch, image_batches
+from spiralrope_cli.core.data.inputs import (
+    POOL_SIZE,
+    SPATIAL_SIZE,
+    ImageInput,
+    Side,
+    read_statistics,
+)
+from spiralrope_cli.core.data.reference_cache import ReferenceCache
+from spiralrope_cli.core.errors import CheckpointError, DataError
+from spiralrope_cli.core.metrics.fid import Moments, fid_spread, frechet_distance
+from spiralrope_cli.core.metrics.inception import NUM_CLASSES, Features, InceptionFeatures
+from spiralrope_cli.core.metrics.inception_score import InceptionScore
+from spiralrope_cli.core.metrics.kid import kernel_distance
+from spiralrope_cli.core.metrics.precision_recall import precision_recall
+from spiralrope_cli.core.runtime import distributed, report
+from spiralrope_cli.core.runtime.console import say
+from spiralrope_cli.core.runtime.device import autocast
+from spiralrope_cli.core.runtime.job import Job
+from spiralrope_cli.core.runtime.progress import counted
+from spiralrope_cli.core.runtime.threads import in_order
+
+ARRAYS = {
+    "fid": ("mean", "covariance"),
+    "sfid": ("mean", "covariance"),
+    "features": ("features",),
+}
+"""Part of the statistics of a side -> what it consists of; so the cache names them too."""
+
+
+@dataclass
+class Measured:
+    """What is known of one side; on all but the first process it is not complete.
+
+    Attributes:
+        num: images that were measured; None where nobody knows.
+        num_unreadable: images that were left out.
+        stats: `fid` and `sfid` -> mean [D] and covariance [D, D], float64, on the CPU;
+            `features` -> pool features [N, 2048] float32 in the order of the images.
+        inception_score: mean and standard deviation.
+        from_cache: parts that an earlier run had computed.
+    """
+
+    num: int | None
+    num_unreadable: int = 0
+    stats: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    inception_score: tuple[float, float | None] | None = None
+    from_cache: tuple[str, ...] = ()
+
+
+def measure(
+    run: FidRun,
+    job: Job,
+    side: Side,
+    network: Callable[[], InceptionFeatures],
+    cache: ReferenceCache | None = None,
+) -> Measured:
+    """Statistics of a side: those in its file, those that an earlier run kept, and the others.
+
+    Args:
+        run: with the settings.
+        job: this process; all of them call this.
+        side: with what is needed of its images.
+        network: gives the extractor; called only if images must be looked at.
+        cache: on the first process, where parts are kept for another run.
+
+    Raises:
+        UnreadableImageError: an image cannot be decoded, and `skip_bad` is off.
+        DataError: an input is damaged, or holds too little.
+        CheckpointError: the weights are damaged, or of another network.
+    """
+    cached = {part: kept for part in side.needed if cache and (kept := cache.load(part))}
+    from_cache = distributed.gathered(tuple(cached))[0]  # what the first process has
+    missing = [part for part in side.needed if part not in from_cache]
+    if missing and side.images is not None:
+        result = _measure_images(run, job, side, side.images, missing, network())
+    else:
+        result = Measured(side.num)
+    result.from_cache = from_cache
+    if cache:
+        for part in missing:
+            arrays = (each.cpu().numpy() for each in result.stats[part])
+            named = dict(zip(ARRAYS[part], arrays, strict=True))
+            if problem := cache.store(
+                part, num=result.num or 0, bad=result.num_unreadable, **named
+            ):
+                say(f"warning: {problem}")
+    for part, kept in cached.items():
+        result.num, result.num_unreadable = int(kept["num"]), int(kept["bad"])
+        result.stats[part] = tuple(torch.from_numpy(kept[name]) for name in ARRAYS[part])
+    stored = [part for part in side.stored if part in run.select or run.save_stats]
+    for part in stored if job.is_first else ():
+        mean, covariance = read_statistics(side.path, part)
+        result.stats[part] = torch.from_numpy(mean), torch.from_numpy(covariance)
+    return result
+
+
+def _measure_images(
+    run: FidRun,
+    job: Job,
+    side: Side,
+    images: ImageInput,
+    parts: Collection[str],
+    network: InceptionFeatures,
+) -> Measured:
+    num = side.num or 0
+    mine = range(num * job.rank // job.world_size, num * (job.rank + 1) // job.world_size)
+    sums = Sums(parts, mine, num, job.device)
+    cores = torch.get_num_threads() if job.device.type == "cpu" else 1
+    opened = image_batches(
+        images,
+        mine,
+        -(-run.batch_size // cores),
+        threads=run.machine.workers,
+        pin_memory=job.device.type == "cuda",
+    )
+    unreadable: dict[str, str] = {}
+    with (
+        contextlib.closing(opened) as batches,
+        contextlib.closing(in_features(batches, network, parts, job)) as measured,
+        counted(side.role, num, shown=job.is_first) as advance,
+        torch.inference_mode(),
+    ):
+        for batch, features in measured:
+            for bad in batch.unreadable:
+                if not run.machine.skip_bad:
+                    raise bad.error()
+                unreadable[bad.path] = bad.reason
+            if features:
+                sums.add(batch.numbers, features)
+            advance((len(batch.numbers) + len(batch.unreadable)) * job.world_size)
+        result = sums.merged()
+    reasons = {path: why for each in distributed.gathered(unreadable) for path, why in each.items()}
+    if job.is_first:
+        report.say_unreadable(reasons)
+    _check(run, side, result)
+    return result
+
+
+def in_features(
+    batches: Iterable[ImageBatch], network: InceptionFeatures, parts: Collection[str], job: Job
+) -> Generator[tuple[ImageBatch, Features | None], None, None]:
+    """Batches with their features; None where nothing of a batch could be read.
+
+    On a CPU every core works on batches of its own: that is faster than to share each layer out,
+    and rounding does not depend on how many cores there are.
+    """
+
+    @torch.inference_mode()
+    def compute(batch: ImageBatch) -> tuple[ImageBatch, Features | None]:
+        if not batch.numbers:
+            return batch, None
+        groups = [group.to(job.device, non_blocking=True) for group in batch.groups]
+        with autocast(job.device, job.dtype):
+            features = network(
+                groups,
+                pool="fid" in parts or "features" in parts,
+                spatial="sfid" in parts,
+                logits="is" in parts,
+            )
+        return batch, features
+
+    if job.device.type != "cpu":
+        yield from map(compute, batches)
+        return
+    cores = torch.get_num_threads()
+    tasks = (partial(compute, batch) for batch in batches)
+    try:
+        yield from in_order(tasks, cores, cores, partial(torch.set_num_threads, 1))
+    finally:
+        torch.set_num_threads(cores)  # a part of the setting is the process's, not the thread's
+
+
+class Sums:
+    """What one process gathers from its images.
+
+    Args:
+        parts: what of them.
+        mine: their places in the set.
+        num_images: of all processes.
+        device: where features are computed.
+    """
+
+    def __init__(
+        self, parts: Collection[str], mine: range, num_images: int, device: torch.device
+    ) -> None:
+        self.mine = mine
+        sizes = {"fid": POOL_SIZE, "sfid": SPATIAL_SIZE}
+        self.moments = {name: Moments(sizes[name], device) for name in sizes if name in parts}
+        self.score = InceptionScore(num_images, NUM_CLASSES, device) if "is" in parts else None
+        self.features = (
+            torch.empty(len(mine), POOL_SIZE, device=device) if "features" in parts else None
+        )
+        self.read = torch.zeros(len(mine), dtype=torch.bool)
+
+    def add(self, numbers: list[int], features: Features) -> None:
+        """Takes in the features of some images, by their places in the set."""
+        places = torch.tensor(numbers)
+        self.read[places - self.mine.start] = True
+        if "fid" in self.moments and features.pool is not None:
+            self.moments["fid"].add(features.pool)
+        if "sfid" in self.moments and features.spatial is not None:
+            self.moments["sfid"].add(features.spatial)
+        if self.score and features.logits is not None:
+            self.score.add(places, features.logits)
+        if self.features is not None and features.pool is not None:
+            places = (places - self.mine.start).to(self.features.device, non_blocking=True)
+            self.features[places] = features.pool
+
+    def merged(self) -> Measured:
+        """The sums over all processes."""
+        num = sum(distributed.gathered(int(self.read.sum())))
+        result = Measured(num, num_unreadable=sum(distributed.gathered(len(self.mine))) - num)
+        for name, moments in self.moments.items():
+            moments.merge_processes()
+            if moments.count >= 2:
+                result.stats[name] = moments.mean.cpu(), moments.covariance().cpu()
+        result.inception_score = self.score.result() if self.score else None
+        if self.features is not None:
+            whole = bool(self.read.all())
+            read = self.features if whole else self.features[self.read.to(self.features.device)]
+            features = distributed.gathered_rows(read)
+            if features is not None:
+                result.stats["features"] = (features,)
+        return result
+
+
+def _check(run: FidRun, side: Side, result: Measured) -> None:
+    """Refuses too few images, and features that are no numbers."""
+    if (result.num or 0) < max(2, run.num if side.role == "SAMPLES" else 0):
+        asked = f"--num {run.num}: " if run.num else ""
+        raise DataError(
+            f"{asked}only {result.num} image(s) of {side.role} {side.path} could be read",
+            "2 or more are needed" if not asked else "make more, or ask for fewer",
+        )
+    checked = [result.stats[name][0].sum() for name in result.stats]
+    checked += [torch.tensor(result.inception_score[0])] if result.inception_score else []
+    if not all(bool(each.isfinite()) for each in checked):
+        raise CheckpointError(
+            f"features of {side.role} are not finite",
+            f"the weights in {run.weights} are damaged, or are not those of this network",
+        )
+
+
+@torch.inference_mode()
+def compare(
+    run: FidRun, figures: Collection[str], samples: Measured, reference: Measured | None
+) -> dict[str, float | None]:
+    """The figures of one side against the other, by their names in the JSON."""
+    values: dict[str, float | None] = {}
+    if samples.inception_score:
+        values["is"], values["is_std"] = samples.inception_score
+    if reference is None:
+        return values
+    for name in ("fid", "sfid"):
+        if name in figures:
+            values[name] = frechet_distance(*samples.stats[name], *reference.stats[name])
+    if run.bootstrap:
+        values["fid_std"] = fid_spread(
+            *samples.stats["features"],
+            *reference.stats["fid"],
+            times=run.bootstrap,
+            seed=run.seed,
+        )
+    if "features" not in samples.stats or "features" not in reference.stats:
+        return values
+    (features,), (features2,) = (side.stats["features"] for side in (samples, reference))
+    pair = features, features2.to(features.device)
+    if "kid" in figures:
+        values["kid"], values["kid_std"] = kernel_distance(
+            *pair,
+            num_subsets=run.kid_subsets,
+            subset_size=run.kid_subset_size,
+            seed=run.seed,
+        )
+    if "precision" in figures or "recall" in figures:
+        both = dict(zip(("precision", "recall"), precision_recall(*pair), strict=True))
+        values.update({name: both[name] for name in both if name in figures})
+    return values
