@@ -30,10 +30,10 @@ COMMANDS = {
     "dit-encode": "Encode images by a VAE once, so that DiT trains from cached latents.",
     "dit-sample": "Draw images with a DiT: a run, a checkpoint file or published weights.",
     "fetch": "Fetch published weights, the VAEs, Inception's weights or reference batches.",
-    "export": "Write weights to hand on: a file as the published ones, or safetensors with a model card.",
+    "export": "Write weights to hand on, in the published layout or as safetensors.",
     "fid": "FID, sFID, Inception Score, KID, Precision and Recall of generated images.",
     "plot": "Draw runs, what a Spiral RoPE does, attention maps, or generated images.",
-    "doctor": "Look at this machine: versions, devices, data, disk, Hub, cache, and what a run would need.",
+    "doctor": "Look at this machine and at what a run would need.",
 }
 """Name of a command -> the first line of its help."""
 

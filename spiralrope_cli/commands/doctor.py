@@ -35,7 +35,9 @@ OF_TRAINING = ("arch", "data", "batch_size", "micro_batch_size", "nproc", "devic
     ),
 )
 def doctor(given: dict[str, Any]) -> None:
-    """Look at this machine: versions, devices, data, disk, Hub, cache, and what a run would need.
+    """Look at this machine and at what a run would need.
+
+    Versions, devices, data, disk, Hub and cache.
 
     Exit code 0: all is well. 1: something was found that would make a run fail.
 

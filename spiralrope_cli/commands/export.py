@@ -29,7 +29,9 @@ app = typer.Typer(**SETTINGS)
 
 @command(app, "export", ExportRun, RopeConfig, examples=EXAMPLES, defaults=BY_WEIGHTS)
 def export(given: dict[str, Any]) -> None:
-    """Write weights to hand on: a file as the published ones, or safetensors with a model card.
+    """Write weights to hand on, in the published layout or as safetensors.
+
+    That is a file as the published ones, or a folder with a model card.
 
     RoPE options come from the source; a bare state dict has none, and needs --rotate at least.
 

@@ -9,7 +9,7 @@ import typer
 
 from spiralrope_cli.core.config.dit_runs import DiTRun
 from spiralrope_cli.core.config.latents import VAE_NAMES
-from spiralrope_cli.core.config.resolve import resolve
+from spiralrope_cli.core.config.resolve import StartingPoint, resolve
 from spiralrope_cli.core.config.rope import given_rope
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, world_size
@@ -29,7 +29,8 @@ def train(command: str, given: dict[str, Any]) -> None:
     """
     dry_run, config = given.pop("dry_run", False), given.pop("config", "")
     source = given.pop("source", "")
-    start, notes = None, ()
+    start: StartingPoint | None = None
+    notes: tuple[str, ...] = ()
     if source:
         rope, found = given_rope(given), find_source(source)
         from spiralrope_cli.core.jobs.start import starting_point

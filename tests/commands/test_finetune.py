@@ -66,7 +66,7 @@ def small(source, **more):
         **{"log_every": 2, "nproc": 1, "warmup_epochs": 0, "out": "after", **more},
     }
     start, _ = starting_point(find_source(str(source)), {})
-    return resolve("finetune", chosen, None, start).run
+    return resolve("finetune", chosen, start=start).run
 
 
 def weights(folder, kind="model"):

@@ -125,7 +125,7 @@ def test_what_finetuning_starts_from_is_what_pretraining_left(run):
     # The plan knows before what reading the weights would tell afterwards.
     start, _ = starting_point(find_source("here/pretrain"), {})
     single = {"lr": 3e-3, "steps": 2, "precision": "fp32", "seed": 3, "out": second.out}
-    read = resolve("finetune", single, None, start).run
+    read = resolve("finetune", single, start=start).run
     assert replace(read, source=second.source) == second
 
 

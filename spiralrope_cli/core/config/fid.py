@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from spiralrope_cli.core.config.folders import cache_folder
 from spiralrope_cli.core.config.option import (
@@ -33,7 +33,7 @@ LABELS = {
 """Figure -> its name in a table, which way is better, and its decimals."""
 FIGURES = tuple(LABELS)
 EXTRACTOR = "inception-v3-compat 2015-12-05"
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS: tuple[Literal["fp32"], Literal["bf16"]] = ("fp32", "bf16")
 """The first is that of papers, and the default."""
 
 

@@ -187,8 +187,7 @@ def _as(hint: Any, value: Any) -> Any:
     return value
 
 
-@functools.cache
-def leaves(kind: type) -> dict[str, Leaf]:
+def _leaves(kind: type) -> dict[str, Leaf]:
     """Every value below a config by its name, which is unique over all groups."""
     found: dict[str, Leaf] = {}
     hints = typing.get_type_hints(kind, include_extras=True)
@@ -211,6 +210,9 @@ def leaves(kind: type) -> dict[str, Leaf]:
             raise TypeError(f"{kind.__name__}: {', '.join(twice)} stands in two groups")
         found.update(inner)
     return found
+
+
+leaves: Callable[[type], dict[str, Leaf]] = functools.cache(_leaves)
 
 
 def check_fields(config: Any) -> None:

@@ -109,7 +109,7 @@ def recipe(command: str, arch: str) -> dict[str, Any]:
 
 
 def shown_defaults(command: str) -> dict[str, str]:
-    """Field name -> its default as the help shows it: the recipe's, and the digits' where it differs."""
+    """Field name -> its default in words: the recipe's, and the digits' where it differs."""
     dit = command == "dit-train"
     usual: dict[str, Any] = {"arch": "dit-b4", **DIT} if dit else {"arch": "deit-b", **PHOTOGRAPHS}
     usual |= recipe(command, usual["arch"])

@@ -84,7 +84,7 @@ def deit_pipeline(
     if FINETUNE in stages:
         own |= {name: value for name, value in given.items() if name in OF_BOTH_TRAININGS}
         try:
-            trainings.append(placed(resolve(FINETUNE, own, None, start), after))
+            trainings.append(placed(resolve(FINETUNE, own, start=start), after))
         except ConfigError as error:
             message, hint = of_finetune(error)
             raise ConfigError(f"finetune: {message}", hint) from error
