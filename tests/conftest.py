@@ -179,13 +179,13 @@ def trained_once(tmp_path_factory):
 
     from spiralrope_cli.core.config.nested import to_nested
     from spiralrope_cli.core.config.resolve import resolve
-    from spiralrope_cli.core.jobs import train_classifier
+    from spiralrope_cli.core.jobs import train
 
     out = tmp_path_factory.mktemp("trained") / "tiny"
     fast = {"lr": 1e-2, "lr_rule": "none", "schedule": "constant", "warmup_epochs": 0}
     options = {"arch": "deit-64x2x2", "steps": 8, "precision": "fp32", "nproc": 1, "ema_decay": 0.9}
     run = resolve("pretrain", {**options, **fast, "out": str(out)}).run
-    train_classifier.run(run)
+    train.work(run)
     last, best = (out / "checkpoints" / f"{step:07d}" for step in (8, 4))
     best.mkdir()
     for kind in ("model", "ema"):
@@ -201,9 +201,9 @@ def trained_once(tmp_path_factory):
 def drawn_once(tmp_path_factory):
     """A run of dit-train of 2 steps on the digits."""
     from spiralrope_cli.core.config.resolve import resolve
-    from spiralrope_cli.core.jobs import train_dit
+    from spiralrope_cli.core.jobs import train
 
     out = tmp_path_factory.mktemp("drawn") / "tiny"
     options = {"arch": "dit-64x2x2-2", "steps": 2, "nproc": 1, "precision": "fp32"}
-    train_dit.run(resolve("dit-train", {**options, "out": str(out), "warmup_epochs": 0}).run)
+    train.work(resolve("dit-train", {**options, "out": str(out), "warmup_epochs": 0}).run)
     return out

@@ -14,10 +14,8 @@ from spiralrope_cli.core.config.rope import given_rope
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, world_size
 from spiralrope_cli.core.runtime.run_folder import first_step, is_finished, prepare
-from spiralrope_cli.core.runtime.tracker import check_tracker
 
-CLASSIFIER_JOB = "spiralrope_cli.core.jobs.train_classifier:run"
-DIT_JOB = "spiralrope_cli.core.jobs.train_dit:run"
+JOB = "spiralrope_cli.core.jobs.train:work"
 
 
 def train(command: str, given: dict[str, Any]) -> None:
@@ -36,29 +34,28 @@ def train(command: str, given: dict[str, Any]) -> None:
         from spiralrope_cli.core.jobs.start import starting_point
 
         start, notes = starting_point(found, rope, dit=command == "dit-train")
-    job = DIT_JOB if command == "dit-train" else CLASSIFIER_JOB
     resolved = resolve(command, given, config, start)
     run = resolved.run
+    from spiralrope_cli.core.runtime.report import check_tracker, print_results
+
     check_tracker(run.machine.tracker)
     step = first_step(run)
     if is_finished(run, step) and not dry_run:
         if is_first_process():
-            from spiralrope_cli.core.runtime.report import print_results
-
             typer.echo(f"{run.out} is finished: {step} steps", err=True)
             print_results(Path(run.out))
         return
     run.split_batch(world_size(run.machine))
     if is_first_process():
-        from spiralrope_cli.core.jobs.plan import print_plan
+        from spiralrope_cli.core.jobs.train import plan
 
-        print_plan(resolved, first_step=step, every_value=dry_run, notes=notes)
+        plan(resolved, first_step=step, every_value=dry_run, notes=notes)
     if isinstance(run, DiTRun):
         check_vae(run, dry_run=dry_run)
     if not dry_run:
         if is_first_process():
             prepare(run, resolved.sources)
-        launch(job, run)
+        launch(JOB, run)
 
 
 def check_vae(run: DiTRun, *, dry_run: bool) -> None:

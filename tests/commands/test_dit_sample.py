@@ -23,7 +23,7 @@ from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.data import sample_files
 from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.hub.catalog import WEIGHTS_REPO
-from spiralrope_cli.core.jobs import sample_dit, train_dit
+from spiralrope_cli.core.jobs import sample_dit, train
 from spiralrope_cli.core.runtime.job import StopRequest
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoints"
@@ -40,7 +40,7 @@ def pixels(tmp_path_factory):
         **{"ema_decay": 0.9, "precision": "fp32", "nproc": 1, "out": str(folder)},
         **{"schedule": "constant", "sample_every": 0},
     }
-    train_dit.run(resolve("dit-train", options).run)
+    train.work(resolve("dit-train", options).run)
     return folder
 
 

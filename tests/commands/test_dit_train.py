@@ -85,7 +85,7 @@ def resolved(runs, monkeypatch):
             raise result.exception
         assert result.exit_code == 0, result.output
         job, run = launched[0]
-        assert job == "spiralrope_cli.core.jobs.train_dit:run"
+        assert job == "spiralrope_cli.core.jobs.train:work"
         return run
 
     return call

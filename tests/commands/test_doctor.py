@@ -14,15 +14,15 @@ from typer.testing import CliRunner
 from spiralrope_cli import main as cli
 from spiralrope_cli.core.hub import catalog, download
 from spiralrope_cli.core.jobs import doctor
-from spiralrope_cli.core.runtime import environment, rate
+from spiralrope_cli.core.runtime import device, environment
 
 TINY = ("--arch", "deit-64x2x2")
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
-    monkeypatch.setattr(rate, "SECONDS", 0.0)
-    monkeypatch.setitem(rate.SIDE, "cpu", 64)
+    monkeypatch.setattr(device, "RATE_SECONDS", 0.0)
+    monkeypatch.setitem(device.RATE_SIDE, "cpu", 64)
     monkeypatch.setenv("SPIRALROPE_CACHE", str(tmp_path / "cache"))
 
 

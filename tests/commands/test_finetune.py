@@ -20,7 +20,7 @@ from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.hub.catalog import WEIGHTS_REPO
 from spiralrope_cli.core.hub.source import find_source
-from spiralrope_cli.core.jobs import train_classifier
+from spiralrope_cli.core.jobs import train
 from spiralrope_cli.core.jobs.start import starting_point
 from spiralrope_cli.core.runtime import run_folder
 from spiralrope_cli.core.runtime.job import StopRequest
@@ -55,7 +55,7 @@ def pretrained(tmp_path_factory):
         **{"arch": "deit-32x2x2", "rotate": 3, "out": str(folder), "lr": 0.05, "steps": 4},
         **{"warmup_epochs": 0, "precision": "fp32", "nproc": 1},
     }
-    train_classifier.run(resolve("pretrain", options).run)
+    train.work(resolve("pretrain", options).run)
     return folder
 
 
@@ -162,21 +162,21 @@ def test_bad_input_has_its_own_line(finetune, words, code, told):
 def test_it_starts_from_the_averaged_weights(runs, pretrained):
     run = small(pretrained, lr=0.0, min_lr=0.0, weight_decay=0.0)
     assert (run.rope.rotate, run.data) == (3, "digits")
-    train_classifier.run(run)
+    train.work(run)
     # At a learning rate of 0 the raw weights are still those it started from.
     assert same_tensors(weights("after"), weights(pretrained, "ema"))
     assert not same_tensors(weights("after"), weights(pretrained, "model"))
 
 
 def test_a_stopped_and_resumed_finetune_equals_an_uninterrupted_one(runs, pretrained, monkeypatch):
-    train_classifier.run(small(pretrained, out="whole", mixup=0.8, drop_path=0.1))
+    train.work(small(pretrained, out="whole", mixup=0.8, drop_path=0.1))
     parts = small(pretrained, out="parts", mixup=0.8, drop_path=0.1)
     answers = iter([0, signal.SIGTERM])
     with monkeypatch.context() as patched:
         patched.setattr(StopRequest, "agreed", lambda *_, **__: next(answers))
         with pytest.raises(SystemExit):
-            train_classifier.run(parts)
-    train_classifier.run(parts)
+            train.work(parts)
+    train.work(parts)
     for kind in ("model", "ema"):
         assert same_tensors(weights("parts", kind), weights("whole", kind))
 
@@ -186,14 +186,14 @@ def test_a_stopped_and_resumed_finetune_equals_an_uninterrupted_one(runs, pretra
     [("attn-only", ("attn.", "head.", "pos_embed")), ("head-only", ("head.",))],
 )
 def test_what_is_frozen_stays_bit_for_bit(runs, pretrained, freeze, trained):
-    train_classifier.run(small(pretrained, freeze=freeze, lr=1e-2))
+    train.work(small(pretrained, freeze=freeze, lr=1e-2))
     before, after = weights(pretrained, "ema"), weights("after")
     moved = {name for name in after if not torch.equal(before[name], after[name])}
     assert moved == {name for name in after if any(part in name for part in trained)}
 
 
 def test_a_finetuned_run_is_a_source_again(runs, pretrained):
-    train_classifier.run(small(pretrained, image_size=(12, 12)))
+    train.work(small(pretrained, image_size=(12, 12)))
     model = load_model("after", ema=True)
     assert model.rope.pretrain_grid == (4, 4)
     assert model.grid == (6, 6)

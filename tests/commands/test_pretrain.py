@@ -21,7 +21,7 @@ from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.errors import ConfigError, DataError, SpiralRopeError
-from spiralrope_cli.core.jobs.plan import hints
+from spiralrope_cli.core.jobs.train import hints
 
 # One value per option, other than what digits would have by default.
 VALUES = {

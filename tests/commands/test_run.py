@@ -22,7 +22,7 @@ from spiralrope_cli.core.config.sweeps import KINDS, acting, points
 from spiralrope_cli.core.errors import DataError, SpiralRopeError
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.jobs import pipeline as pipelines
-from spiralrope_cli.core.jobs import pipeline_dit, sample_dit, train_classifier
+from spiralrope_cli.core.jobs import pipeline_dit, sample_dit
 from spiralrope_cli.core.jobs.pipeline_plan import deit_pipeline
 from spiralrope_cli.core.jobs.start import starting_point
 from spiralrope_cli.core.jobs.sweep import spread
@@ -30,6 +30,7 @@ from spiralrope_cli.core.jobs.sweep_plan import deit_sweep
 from spiralrope_cli.core.models.factory import create_model
 from spiralrope_cli.core.runtime.job import StopRequest
 from spiralrope_cli.core.runtime.seeds import seed_everything
+from spiralrope_cli.core.training import classification
 
 FAST = ("--precision", "fp32", "--nproc", "1", "--log-every", "2")
 SMALL = ("--arch", "deit-32x2x2", "--steps", "4", *FAST)
@@ -63,7 +64,7 @@ def launched(monkeypatch):
         plain = module.launch
 
         def noted(job, config, plain=plain):
-            jobs.append(job.split(".")[-1].split(":")[0])
+            jobs.append(job.split(".")[-1].partition(":")[0])
             plain(job, config)
 
         monkeypatch.setattr(module, "launch", noted)
@@ -81,7 +82,7 @@ def marks(folder):
 def test_deit_runs_every_stage_once(run, launched):
     folder = Path("runs/run-deit-deit-32x2x2-digits-r2")
     said, _ = run("deit", *DEIT)
-    assert launched == ["train_classifier", "train_classifier", "evaluate"]
+    assert launched == ["train", "train", "evaluate"]
     assert marks(folder) == ["pretrain", "finetune", "eval"]
     assert len(rows(folder / "finetune")) == 8
     assert "0.875" in said
@@ -137,20 +138,20 @@ def test_a_stage_that_stops_or_fails_ends_the_command_with_its_code(run, launche
             lambda self, device, ask_all: signal.SIGTERM if ask_all else 0,
         )
         run("deit", *DEIT, "--out", "here", expect=143)
-    assert launched == ["train_classifier"]
+    assert launched == ["train"]
     assert not Path("here/finetune").exists()
     run("deit", *DEIT, "--out", "here", "--skip-training")
-    assert launched == ["train_classifier", "train_classifier", "evaluate"]
+    assert launched == ["train", "train", "evaluate"]
     _, told = run("deit", *DEIT, "--out", "here", expect=1)
     assert "was trained from weights that here/pretrain does not hold yet" in told
 
     def broken(*words):
         raise DataError("the disk is on fire")
 
-    monkeypatch.setattr(train_classifier, "validate", broken)
+    monkeypatch.setattr(classification, "validate", broken)
     _, told = run("deit", *DEIT, "--out", "there", expect=1)
     assert told == "the disk is on fire"
-    assert launched[3:] == ["train_classifier"]
+    assert launched[3:] == ["train"]
     assert not Path("there/pipeline.json").exists()
 
 
@@ -238,7 +239,7 @@ def test_a_sweep_runs_the_grid_and_sums_it_up(run, launched):
     said, told = run(*words)
     # Without RoPE, and in two directions, same_theta changes nothing.
     assert "rotate=none same_theta=false is the same as rotate=none same_theta=true" in told
-    assert launched == ["train_classifier", "evaluate"] * 8
+    assert launched == ["train", "evaluate"] * 8
     folder = Path("runs/sweep-deit-deit-32x2x2-digits")
     found = json.loads((folder / "sweep.json").read_text())["rows"]
     assert len(found) == 4 * 8
@@ -304,7 +305,7 @@ def test_options_that_cannot_act_make_no_other_network():
 def test_dit_runs_every_stage_once(run, launched):
     _, told = run("dit", *DIT)
     folder = Path("runs/run-dit-dit-32x2x2-2-digits-r0")
-    assert launched == ["train_dit", "sample_dit"]
+    assert launched == ["train", "sample_dit"]
     assert marks(folder) == ["dit-train", "dit-sample"]
     assert (folder / "dit-sample" / "samples.npz").is_file()
     assert "fid is left out: there is no --reference" in told
@@ -325,7 +326,7 @@ def test_dit_measures_where_reference_and_weights_are(
     assert "fid is left out: the weights of Inception are not here" in told
     with_weights = (*reference, "--weights", inception_weights)
     said, _ = run("dit", *DIT, *with_weights)
-    assert launched == ["train_dit", "sample_dit", "score"]
+    assert launched == ["train", "sample_dit", "score"]
     folder = Path("runs/run-dit-dit-32x2x2-2-digits-r0")
     facts = json.loads((folder / "fid.json").read_text())
     assert f"{facts['fid']:.4f}" in said
@@ -368,7 +369,7 @@ def test_an_interrupted_sampling_goes_on(run, launched, monkeypatch):
     folder = Path("runs/run-dit-dit-32x2x2-2-digits-r0")
     assert marks(folder) == ["dit-train"]
     run("dit", *DIT)
-    assert launched == ["train_dit", "sample_dit", "sample_dit"]
+    assert launched == ["train", "sample_dit", "sample_dit"]
 
 
 LEGACY = [

@@ -21,7 +21,7 @@ from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.data.memory import load_digits
 from spiralrope_cli.core.hub.files import digest_like
 from spiralrope_cli.core.hub.source import find_source
-from spiralrope_cli.core.jobs import evaluate, train_classifier
+from spiralrope_cli.core.jobs import evaluate, train
 from spiralrope_cli.core.metrics import accuracy
 
 FIGURES = ("acc1", "acc5", "loss", "count")
@@ -107,7 +107,7 @@ def test_pictures_are_opened_once_per_crop_ratio(image_folder, runs, rows_of, mo
     size = {"image_size": (16, 16), "patch_size": 8, "batch_size": 4, "micro_batch_size": 4}
     plain = {"mixup": 0.0, "cutmix": 0.0, "workers": 0, "steps": 2, "warmup_epochs": 0, "nproc": 1}
     options = {"arch": "deit-64x2x2", "data": str(image_folder), "out": "photos", **size, **plain}
-    train_classifier.run(resolve("pretrain", options).run)
+    train.work(resolve("pretrain", options).run)
     capsys.readouterr()
     out = runs / "photos"
     opened = []

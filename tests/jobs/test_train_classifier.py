@@ -15,10 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from spiralrope_cli.core.errors import CheckpointError, SpiralRopeError, TrainingError
-from spiralrope_cli.core.jobs import train_classifier
+from spiralrope_cli.core.jobs import train
 from spiralrope_cli.core.runtime import launch, run_folder
 from spiralrope_cli.core.runtime.job import StopRequest
 from spiralrope_cli.core.runtime.report import read_metrics
+from spiralrope_cli.core.training import classification, loop
 
 EVERYTHING_RANDOM = {
     "mixup": 0.8,
@@ -31,7 +32,7 @@ EVERYTHING_RANDOM = {
     "schedule": "cosine",
 }
 SMALL_PICTURES = ("--image-size", 16, "--patch-size", 8, "--batch-size", 4, "--warmup-epochs", 0)
-JOB = "spiralrope_cli.core.jobs.train_classifier:run"
+JOB = "spiralrope_cli.core.jobs.train:work"
 
 
 def weights(folder: Path, kind: str = "model", step: int | None = None) -> dict[str, torch.Tensor]:
@@ -51,7 +52,7 @@ def logged(folder: Path) -> list[tuple]:
 
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tiny, runs, monkeypatch):
     whole, parts = tiny(out="whole", **EVERYTHING_RANDOM), tiny(out="parts", **EVERYTHING_RANDOM)
-    train_classifier.run(whole)
+    train.work(whole)
     calls = []
 
     def stop_at_six(self, device, ask_all):
@@ -61,10 +62,10 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tiny,
     with monkeypatch.context() as patched:
         patched.setattr(StopRequest, "agreed", stop_at_six)
         with pytest.raises(SystemExit) as left:
-            train_classifier.run(parts)
+            train.work(parts)
     assert left.value.code == 143
     assert run_folder.steps_on_disk(runs / "parts") == [6]
-    train_classifier.run(parts)
+    train.work(parts)
 
     for kind in ("model", "ema"):
         assert same_tensors(weights(runs / "parts", kind), weights(runs / "whole", kind))
@@ -187,7 +188,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_good(tiny, ru
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(StopRequest, "agreed", lambda self, device, ask_all: signal.SIGTERM)
         with pytest.raises(SystemExit):
-            train_classifier.run(good)
+            train.work(good)
     assert run_folder.steps_on_disk(runs / "run") == [1]
     spoiled = weights(runs / "run")
 
@@ -196,11 +197,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_good(tiny, ru
             state.model.head.weight.fill_(float("inf" if state.step == 6 else 0.01))
         return step(state, forward, *rest, **more)
 
-    step = train_classifier.train_step
+    step = loop.train_step
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(train_classifier, "train_step", explode)
+        patched.setattr(loop, "train_step", explode)
         with pytest.raises(TrainingError, match="not finite at step 7; step 1 is the last good"):
-            train_classifier.run(good)
+            train.work(good)
     assert run_folder.steps_on_disk(runs / "run") == [1]
     assert same_tensors(weights(runs / "run"), spoiled)
     (offending,) = (runs / "run" / "checkpoints").glob("nonfinite-*")
@@ -214,7 +215,7 @@ def test_weights_that_are_not_finite_are_never_saved(tiny, runs):
     # One huge step: its loss is still finite, what it leaves behind is not.
     run = tiny(steps=1, lr=1e38, lr_rule="none", schedule="constant", weight_decay=1e3)
     with pytest.raises(TrainingError, match="not finite"):
-        train_classifier.run(run)
+        train.work(run)
     assert run_folder.steps_on_disk(runs / "run") == []
 
 
@@ -262,7 +263,7 @@ def test_resuming_with_other_options_is_refused_with_both_values(tiny, runs, opt
     (runs / "run" / "checkpoints" / "0000002").mkdir(parents=True)
     run_folder.write_config(tiny())
     with pytest.raises(CheckpointError) as refused:
-        train_classifier.run(tiny(**options))
+        train.work(tiny(**options))
     assert told in refused.value.message
     assert run_folder.first_step(tiny(workers=1, tracker="none", keep_last=7)) == 2
 
@@ -279,7 +280,7 @@ def test_resume_modes(tiny, runs):
 
 
 def test_what_a_run_writes_can_be_read_without_pickle(tiny, runs):
-    train_classifier.run(tiny(steps=45, log_every=44))
+    train.work(tiny(steps=45, log_every=44))
     folder = runs / "run"
     assert (folder / "curves.png").stat().st_size > 10_000
     assert (folder / "config.yaml").exists()
@@ -303,19 +304,19 @@ def test_the_best_is_remembered_across_a_resume(tiny, runs, monkeypatch):
     run = tiny(steps=88, log_every=44, validate_every=1, save_every=1, keep_last=1)
     given = iter([50.0, 40.0])
 
-    def validate(config, job, state, data, reporter):
+    def validate(config, job, data, state, reporter):
         acc1 = next(given)
         if not state.best or acc1 > state.best["acc1"]:
             state.best = {"step": state.step, "acc1": acc1}
         if acc1 == 50.0:
             job.stop.signal_number = signal.SIGTERM
 
-    monkeypatch.setattr(train_classifier, "validate", validate)
+    monkeypatch.setattr(classification, "validate", validate)
     with pytest.raises(SystemExit):
-        train_classifier.run(run)
+        train.work(run)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(StopRequest, "agreed", lambda self, device, ask_all: 0)
-        train_classifier.run(run)
+        train.work(run)
     # The best one stays although only the last is to be kept.
     assert run_folder.steps_on_disk(runs / "run") == [44, 88]
     assert read_pointer(runs / "run", "best") == {"step": 44, "acc1": 50.0}
@@ -325,14 +326,14 @@ def test_the_best_is_on_disk_however_seldom_is_saved(tiny, runs):
     run = tiny(steps=132, log_every=44, validate_every=1, save_every=3, keep_last=1)
     given = iter([50.0, 40.0, 30.0])
 
-    def validate(config, job, state, data, reporter):
+    def validate(config, job, data, state, reporter):
         acc1 = next(given)
         if not state.best or acc1 > state.best["acc1"]:
             state.best = {"step": state.step, "acc1": acc1}
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(train_classifier, "validate", validate)
-        train_classifier.run(run)
+        patched.setattr(classification, "validate", validate)
+        train.work(run)
     assert run_folder.steps_on_disk(runs / "run") == [44, 132]
     assert read_pointer(runs / "run", "best")["step"] == 44
 
@@ -340,10 +341,8 @@ def test_the_best_is_on_disk_however_seldom_is_saved(tiny, runs):
 def test_nothing_waits_for_the_device_between_log_points(tiny, monkeypatch):
     run = tiny(steps=8, log_every=4, clip_grad=1.0, mixup=0.8, drop_path=0.1)
     waits, steps = [], []
-    step = train_classifier.train_step
-    monkeypatch.setattr(
-        train_classifier, "train_step", lambda *a, **k: (steps.append(1), step(*a, **k))[1]
-    )
+    step = loop.train_step
+    monkeypatch.setattr(loop, "train_step", lambda *a, **k: (steps.append(1), step(*a, **k))[1])
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
         method = getattr(torch.Tensor, name)
 
@@ -353,7 +352,7 @@ def test_nothing_waits_for_the_device_between_log_points(tiny, monkeypatch):
             return method(self, *rest, **more)
 
         monkeypatch.setattr(torch.Tensor, name, spy)
-    train_classifier.run(run)
+    train.work(run)
     assert {when for when, _ in waits if when} <= {4, 8}
 
 

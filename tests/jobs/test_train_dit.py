@@ -21,16 +21,16 @@ from spiralrope_cli.core.diffusion.process import GaussianDiffusion
 from spiralrope_cli.core.diffusion.vae import load_vae
 from spiralrope_cli.core.errors import CheckpointError, DataError, TrainingError
 from spiralrope_cli.core.hub.source import find_source
-from spiralrope_cli.core.jobs import encode, train_dit
-from spiralrope_cli.core.jobs.plan import plan_lines
+from spiralrope_cli.core.jobs import encode, train
 from spiralrope_cli.core.jobs.start import starting_point
 from spiralrope_cli.core.models.dit import sincos_pos_embed
 from spiralrope_cli.core.runtime import launch, run_folder
 from spiralrope_cli.core.runtime.job import StopRequest
 from spiralrope_cli.core.runtime.report import read_metrics
+from spiralrope_cli.core.training import diffusion, loop
 from spiralrope_cli.core.training.step import LossMeter
 
-JOB = "spiralrope_cli.core.jobs.train_dit:run"
+JOB = "spiralrope_cli.core.jobs.train:work"
 CPU = torch.device("cpu")
 
 
@@ -74,15 +74,15 @@ def stop_at(step):
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tiny, runs, monkeypatch):
     options = {"clip_grad": 1.0, "log_every": 3}
     whole, parts = tiny(out="whole", **options), tiny(out="parts", **options)
-    train_dit.run(whole)
+    train.work(whole)
     with monkeypatch.context() as patched:
         patched.setattr(StopRequest, "agreed", stop_at(3))
         with pytest.raises(SystemExit) as left:
-            train_dit.run(parts)
+            train.work(parts)
     assert left.value.code == 143
     assert run_folder.steps_on_disk(runs / "parts") == [3]
     assert not (runs / "parts" / "samples.png").exists()
-    train_dit.run(parts)
+    train.work(parts)
     for kind in ("model", "ema"):
         assert same_tensors(weights(runs / "parts", kind), weights(runs / "whole", kind))
     assert not same_tensors(weights(runs / "whole", "model"), weights(runs / "whole", "ema"))
@@ -97,29 +97,29 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tiny,
 @pytest.mark.parametrize(("nproc", "micro"), [(2, 4), (1, 16)])
 def test_any_split_of_a_batch_trains_the_same(tiny, runs, nproc, micro):
     same = {"steps": 4, "schedule": "constant"}
-    train_dit.run(tiny(out="one", **same))
+    train.work(tiny(out="one", **same))
     launch.launch(JOB, tiny(out="other", nproc=nproc, micro_batch_size=micro, **same))
     for kind in ("model", "ema"):
         assert relative_distance(weights(runs / "other", kind), weights(runs / "one", kind)) < 1e-5
     for mine, its in zip(logged(runs / "other"), logged(runs / "one"), strict=True):
         assert mine == pytest.approx(its, rel=1e-4)
     # The same comparison tells another seed, so that it could have failed above.
-    train_dit.run(tiny(out="control", seed=1, **same))
+    train.work(tiny(out="control", seed=1, **same))
     control = weights(runs / "control")
     assert relative_distance(control, weights(runs / "one")) > 1e-2
 
 
 def test_the_sample_grid_is_drawn_from_averaged_weights_and_fixed_noise(tiny, runs, monkeypatch):
     drawn = []
-    samples = train_dit.sample_grid.samples
+    samples = diffusion.grid_samples
 
     def spy(config, job, model):
         drawn.append(model)
         return samples(config, job, model)
 
-    monkeypatch.setattr(train_dit.sample_grid, "samples", spy)
+    monkeypatch.setattr(diffusion, "grid_samples", spy)
     # Without a learning rate the weights stay, and so must the picture.
-    train_dit.run(tiny(lr=0.0, schedule="constant"))
+    train.work(tiny(lr=0.0, schedule="constant"))
     first, last = (runs / "run" / "samples" / f"000000{step}.png" for step in (4, 6))
     assert first.read_bytes() == last.read_bytes()
     with Image.open(runs / "run" / "samples.png") as grid:
@@ -147,17 +147,17 @@ def test_what_is_random_belongs_to_the_sample_and_not_to_the_process(tiny):
 
 
 def test_a_finished_run_that_lost_its_pictures_draws_them_again(tiny, runs):
-    train_dit.run(tiny())
+    train.work(tiny())
     before = (runs / "run" / "samples.png").read_bytes()
     for name in ("samples.png", "curves.png"):
         (runs / "run" / name).unlink()
-    train_dit.run(tiny())
+    train.work(tiny())
     assert (runs / "run" / "samples.png").read_bytes() == before
     assert (runs / "run" / "curves.png").exists()
 
 
 def test_what_a_run_writes_is_read_by_load_model(tiny, runs):
-    train_dit.run(tiny(rotate=2, label_dropout=0.1, qk_norm=True))
+    train.work(tiny(rotate=2, label_dropout=0.1, qk_norm=True))
     model = load_model(runs / "run", ema=True)
     assert (model.grid, model.num_classes, model.in_chans) == ((4, 4), 10, 1)
     assert same_tensors(dict(model.state_dict()), weights(runs / "run", "ema"))
@@ -168,18 +168,18 @@ def test_what_a_run_writes_is_read_by_load_model(tiny, runs):
 
 
 def test_init_starts_from_averaged_weights_and_keeps_what_fits(tiny, runs):
-    train_dit.run(tiny(out="first", rotate=3, lr=1e-2))
+    train.work(tiny(out="first", rotate=3, lr=1e-2))
     start, notes = starting_point(find_source(str(runs / "first")), {}, dit=True)
     assert not notes
     same = tiny(start, out="same", steps=1, lr=0.0, schedule="constant")
     assert (same.arch, same.rope.rotate, same.data) == ("dit-32x2x2-2", 3, "digits")
-    train_dit.run(same)
+    train.work(same)
     assert same_tensors(weights(runs / "same"), weights(runs / "first", "ema"))
 
 
 def test_init_gives_other_classes_a_fresh_label_table(tiny, runs, image_folder):
     on_files = {"data": str(image_folder), "image_size": (8, 8), "vae": "none", "workers": 0}
-    train_dit.run(tiny(out="two", steps=1, **on_files))
+    train.work(tiny(out="two", steps=1, **on_files))
     start, _ = starting_point(find_source(str(runs / "two")), {}, dit=True)
     third = image_folder.parent / "three"
     for number in range(3):
@@ -189,8 +189,8 @@ def test_init_gives_other_classes_a_fresh_label_table(tiny, runs, image_folder):
             Image.new("RGB", (20, 20), (80 * number, 0, index)).save(folder / f"{index}.png")
     run = tiny(start, out="three", steps=1, lr=0.0, schedule="constant", data=str(third))
     assert run.model.num_classes == 3
-    assert "label table re-initialised: 2 -> 3 classes" in dict(plan_lines(run, 0))["start"]
-    train_dit.run(run)
+    assert "label table re-initialised: 2 -> 3 classes" in dict(train.plan_lines(run, 0))["start"]
+    train.work(run)
     before, after = weights(runs / "two", "ema"), weights(runs / "three")
     table = "y_embedder.embedding_table.weight"
     assert after[table].shape == (4, 32)
@@ -198,18 +198,18 @@ def test_init_gives_other_classes_a_fresh_label_table(tiny, runs, image_folder):
 
 
 def test_init_without_rope_takes_another_size_with_its_own_fixed_positions(tiny, runs):
-    train_dit.run(tiny(out="first", enabled=False, steps=1))
+    train.work(tiny(out="first", enabled=False, steps=1))
     start, _ = starting_point(find_source(str(runs / "first")), {}, dit=True)
     run = tiny(start, out="wide", steps=1, lr=0.0, schedule="constant", image_size=(8, 12))
-    assert "fixed positions made anew" in dict(plan_lines(run, 0))["start"]
-    train_dit.run(run)
+    assert "fixed positions made anew" in dict(train.plan_lines(run, 0))["start"]
+    train.work(run)
     before, after = weights(runs / "first", "ema"), weights(runs / "wide")
     assert torch.equal(after["pos_embed"], sincos_pos_embed((4, 6), 32))
     assert all(torch.equal(before[n], after[n]) for n in before if n != "pos_embed")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_batch(tiny, runs, monkeypatch):
-    step = train_dit.train_step
+    step = loop.train_step
 
     def explode(state, *rest, **more):
         if state.step == 3:
@@ -217,9 +217,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_batch(tiny, runs, 
                 state.model.final_layer.linear.weight.fill_(float("inf"))
         return step(state, *rest, **more)
 
-    monkeypatch.setattr(train_dit, "train_step", explode)
+    monkeypatch.setattr(loop, "train_step", explode)
     with pytest.raises(TrainingError, match="not finite at step 4; step 2 is the last good"):
-        train_dit.run(tiny(save_every=2, sample_every=0))
+        train.work(tiny(save_every=2, sample_every=0))
     (offending,) = (runs / "run" / "checkpoints").glob("nonfinite-*")
     assert torch.load(offending, weights_only=True)["images"].shape == (16, 1, 8, 8)
 
@@ -251,10 +251,8 @@ def test_image_folders_are_plain_or_hold_train(tiny, image_folder):
 
 def test_nothing_waits_for_the_device_between_log_points(tiny, monkeypatch):
     waits, steps = [], []
-    step = train_dit.train_step
-    monkeypatch.setattr(
-        train_dit, "train_step", lambda *a, **k: (steps.append(1), step(*a, **k))[1]
-    )
+    step = loop.train_step
+    monkeypatch.setattr(loop, "train_step", lambda *a, **k: (steps.append(1), step(*a, **k))[1])
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
         method = getattr(torch.Tensor, name)
 
@@ -264,7 +262,7 @@ def test_nothing_waits_for_the_device_between_log_points(tiny, monkeypatch):
             return method(self, *rest, **more)
 
         monkeypatch.setattr(torch.Tensor, name, spy)
-    train_dit.run(tiny(steps=8, log_every=4, sample_every=0))
+    train.work(tiny(steps=8, log_every=4, sample_every=0))
     assert {when for when, _ in waits if when} <= {4, 8}
 
 
@@ -295,8 +293,8 @@ def test_cached_latents_train_as_the_vae_in_the_loop_does(
     cached = tiny(out="cached", latents="latents", steps=4, schedule="constant")
     assert cached.model == live.model
     assert (cached.num_train, cached.pictures.vae) == (16, str(tiny_vae))
-    train_dit.run(live)
-    train_dit.run(cached)
+    train.work(live)
+    train.work(cached)
     for kind in ("model", "ema"):
         assert (
             relative_distance(weights(runs / "cached", kind), weights(runs / "live", kind)) < 1e-5
@@ -314,13 +312,13 @@ def test_cached_latents_train_as_the_vae_in_the_loop_does(
     content[-3] ^= 16
     shard.write_bytes(content)
     with pytest.raises(DataError, match=r"00000.safetensors is damaged"):
-        train_dit.run(tiny(out="damaged", latents="latents", steps=4))
+        train.work(tiny(out="damaged", latents="latents", steps=4))
 
 
 def test_the_posterior_is_drawn_anew_for_every_sample(on_photographs, tiny_vae):
     run = on_photographs()
     vae = load_vae(tiny_vae, CPU)
-    loss = train_dit.DiffusionLoss(
+    loss = diffusion.DiffusionLoss(
         run, CPU, torch.float32, vae, vae.scale, GaussianDiffusion(), LossMeter(CPU)
     )
     (first, _) = next(DiTData(run, CPU, 0, 1).train_steps(0, 1))

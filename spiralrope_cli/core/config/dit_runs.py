@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from spiralrope_cli.core.config.latents import VAE_FACTOR, VAE_NAMES
 from spiralrope_cli.core.config.models import dit_size
@@ -204,6 +204,70 @@ class DiTRun:
             ConfigError: the total batch cannot be met exactly; the nearest that can are named.
         """
         return self.optim.split_batch(world_size, self.num_train)
+
+    keeps_best = False
+    """Whether the checkpoint of the best validation stays beside the newest."""
+    num_conditions = 2
+    """Numbers per image that the network takes beside it: timestep and label."""
+    positions = "fixed sin-cos"
+    """The kind of positions beside RoPE."""
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per head."""
+        return dit_size(self.arch).head_dim
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.pictures.image_size
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the network's input."""
+        return self.model.in_chans, *self.model.input_size
+
+    @property
+    def unit(self) -> str:
+        """Of the sides of the network's input."""
+        return "latents" if self.pictures.in_latents else "px"
+
+    @property
+    def data_line(self) -> str:
+        """What it learns from, in words."""
+        pictures = self.pictures
+        seen = "as pixels, in [-1, 1]"
+        if pictures.in_latents:
+            seen = f"through the VAE {pictures.vae}"
+        if pictures.latents:
+            seen = f"as latents of the VAE {pictures.vae}, cached in {pictures.latents}"
+        mirrored = f"mirrored with p = {pictures.hflip:g}" if pictures.hflip else "never mirrored"
+        height, width = pictures.image_size
+        return (
+            f"{self.data}: {self.num_train} training images, {self.model.num_classes} classes; "
+            f"{height}x{width} px, {mirrored}, {seen}"
+        )
+
+    def misfits(self, before: dict[str, Any]) -> list[str]:
+        """What of weights with other sizes does not fit this run, in words.
+
+        Args:
+            before: name -> value, sizes of the weights that it starts from.
+        """
+        told = []
+        if before["num_classes"] != self.model.num_classes:
+            told.append(
+                f"label table re-initialised: {before['num_classes']} -> "
+                f"{self.model.num_classes} classes"
+            )
+        if not self.rope.enabled and before["input_size"] != self.model.input_size:
+            told.append("fixed positions made anew for this size")
+        return told
+
+    @property
+    def save_steps(self) -> int:
+        """Optimizer steps between checkpoints."""
+        return self.checkpoint.save_every
 
 
 TrainingRun = ClassifierRun | DiTRun

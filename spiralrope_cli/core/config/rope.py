@@ -126,6 +126,15 @@ class RopeConfig:
             return [(name, "RoPE is off") for name in sorted(given & mine)]
         return [(name, why) for name, inert, why in reasons if inert and name in given]
 
+    @property
+    def summary(self) -> str:
+        """Directions and how they are fed, in words."""
+        between = f"every {180 / self.num_directions:g} degrees"
+        return (
+            f"rotate {self.rotate}: K = {self.num_directions} directions, {between}; "
+            f"{self.freqs_for}, {self.projection}, {self.scaling}"
+        )
+
 
 BY_WEIGHTS = dict.fromkeys(RopeConfig.__dataclass_fields__, "")
 """What the help shows as defaults where the weights decide: nothing."""

@@ -6,7 +6,7 @@ Every field name is unique over all groups, and the command line option is that 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from spiralrope_cli.core.config.models import check_divides, deit_size
 from spiralrope_cli.core.config.optim import OptimConfig
@@ -302,3 +302,58 @@ class ClassifierRun:
                 f"use a multiple of {MIX_GROUP}, or --mixup 0 --cutmix 0",
             )
         return micro, accumulation
+
+    keeps_best = True
+    """Whether the checkpoint of the best validation stays beside the newest."""
+    num_conditions = 0
+    """Numbers per image that the network takes beside it."""
+    positions = "learned absolute"
+    """The kind of positions beside RoPE."""
+    unit = "px"
+    """Of the sides of the network's input."""
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per head."""
+        return deit_size(self.arch).head_dim
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.model.image_size
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the network's input."""
+        return self.model.in_chans, *self.model.image_size
+
+    @property
+    def data_line(self) -> str:
+        """What it learns from, in words."""
+        return (
+            f"{self.data}: {self.num_train} training and {self.num_val} held-out images, "
+            f"{self.model.num_classes} classes"
+        )
+
+    def misfits(self, before: dict[str, Any]) -> list[str]:
+        """What of weights with other sizes does not fit this run, in words.
+
+        Args:
+            before: name -> value, sizes of the weights that it starts from.
+        """
+        told = []
+        if before["num_classes"] != self.model.num_classes:
+            told.append(
+                f"head re-initialised: {before['num_classes']} -> {self.model.num_classes} classes"
+            )
+        if before["image_size"] != self.model.image_size:
+            was, now = (
+                "x".join(map(str, size)) for size in (before["image_size"], self.model.image_size)
+            )
+            told.append(f"position embedding resampled: {was} -> {now} px")
+        return told
+
+    @property
+    def save_steps(self) -> int:
+        """Optimizer steps between checkpoints."""
+        return self.checkpoint.save_every * self.steps_per_epoch

@@ -35,9 +35,8 @@ from spiralrope_cli.core.hub.catalog import ROWS, find
 from spiralrope_cli.core.hub.download import damaged_files, local_files
 from spiralrope_cli.core.runtime import environment
 from spiralrope_cli.core.runtime.console import console
-from spiralrope_cli.core.runtime.device import pick_device, pick_precision, prepare
+from spiralrope_cli.core.runtime.device import matrix_rate, pick_device, pick_precision, prepare
 from spiralrope_cli.core.runtime.disk import human_size, nearest_folder
-from spiralrope_cli.core.runtime.rate import matrix_rate
 from spiralrope_cli.core.runtime.threads import usable_cores
 from spiralrope_cli.core.training.needs import advice, memory_notes
 from spiralrope_cli.version import __version__

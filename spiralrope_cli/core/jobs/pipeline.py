@@ -14,13 +14,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
+from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions, EvalRun
 from spiralrope_cli.core.config.pipelines import EVALUATE, DeiTPipeline
 from spiralrope_cli.core.config.resolve import Resolved
 from spiralrope_cli.core.hub.source import find_source
-from spiralrope_cli.core.jobs import evaluate
-from spiralrope_cli.core.jobs.plan import print_plan
+from spiralrope_cli.core.jobs import evaluate, train
 from spiralrope_cli.core.report.page import leave_report
 from spiralrope_cli.core.runtime import console
 from spiralrope_cli.core.runtime.launch import is_first_process, launch
@@ -36,8 +35,7 @@ from spiralrope_cli.core.runtime.run_folder import (
 )
 from spiralrope_cli.version import __version__
 
-CLASSIFIER_JOB = "spiralrope_cli.core.jobs.train_classifier:run"
-DIT_JOB = "spiralrope_cli.core.jobs.train_dit:run"
+TRAIN_JOB = "spiralrope_cli.core.jobs.train:work"
 EVAL_JOB = "spiralrope_cli.core.jobs.evaluate:run"
 
 
@@ -99,7 +97,6 @@ def carry_out(folder: str, command: str, stages: Sequence[Stage], *, dry_run: bo
 def training_stage(resolved: Resolved[Any]) -> Stage:
     """A training, which resumes by itself."""
     run: TrainingRun = resolved.run
-    job = DIT_JOB if isinstance(run, DiTRun) else CLASSIFIER_JOB
 
     def done() -> str:
         finished = is_finished(run, first_step(run))
@@ -111,12 +108,12 @@ def training_stage(resolved: Resolved[Any]) -> Stage:
         # The weights to start from may not be there yet, and come from this very pipeline.
         notes = [f"starts from the averaged (EMA) weights of {run.source}"] if run.source else []
         here = Resolved(replace(run, source=""), resolved.sources, resolved.warnings)
-        print_plan(here, first_step(run), every_value=every_value, notes=notes)
+        train.plan(here, first_step(run), every_value=every_value, notes=notes)
 
     def work() -> None:
         if is_first_process():
             prepare(run, resolved.sources)
-        launch(job, run)
+        launch(TRAIN_JOB, run)
 
     return Stage(run.command, done, plan, work)
 

@@ -31,6 +31,7 @@ from spiralrope_cli.core.errors import CheckpointError, ConfigError, FetchError,
 from spiralrope_cli.core.hub.inception import find_inception
 from spiralrope_cli.core.hub.vae import find_vae
 from spiralrope_cli.core.runtime.launch import world_size
+from spiralrope_cli.core.runtime.report import check_tracker
 from spiralrope_cli.core.runtime.run_folder import (
     CONFIG_FILE,
     check_same,
@@ -39,7 +40,6 @@ from spiralrope_cli.core.runtime.run_folder import (
     refuse_run,
     steps_on_disk,
 )
-from spiralrope_cli.core.runtime.tracker import check_tracker
 
 OF_FINETUNE = re.compile(r"--(epochs|steps|lr|warmup-epochs|batch-size)\b")
 """Options that finetuning has of its own, as its errors call them."""

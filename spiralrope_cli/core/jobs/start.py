@@ -1,12 +1,10 @@
-"""The network that a run trains: fresh, from other weights, or from its own checkpoint."""
+"""What a run starts from: the weights of its source, and how they fit it."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from spiralrope_cli.core.config.dit_runs import DiTModelConfig, TrainingRun
 from spiralrope_cli.core.config.latents import VAE_FACTOR
@@ -15,26 +13,7 @@ from spiralrope_cli.core.config.resolve import StartingPoint, fit_positions
 from spiralrope_cli.core.config.runs import ModelConfig
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.source import Source, find_source
-from spiralrope_cli.core.load import start_from
-from spiralrope_cli.core.models.factory import create_model
-from spiralrope_cli.core.runtime.job import Job
-from spiralrope_cli.core.runtime.seeds import seed_everything
-from spiralrope_cli.core.training import loop
-from spiralrope_cli.core.training.optim import freeze_but
-from spiralrope_cli.core.training.state import TrainState
 from spiralrope_cli.core.weights import Weights, here, read_weights
-
-
-def build(config: TrainingRun, job: Job, step: int) -> tuple[TrainState, nn.Module]:
-    """Model, averages and optimizer at a step, and the model as it is called."""
-    seed_everything(config.seed, "init")
-    model = create_model(config.arch, rope=config.rope, **asdict(config.model))
-    if config.source and not step:
-        start_from(starting_weights(config), model)
-    if config.optim.freeze != "none":
-        freeze_but(model, config.optim.freeze)
-    model.grad_checkpointing = config.machine.grad_checkpointing
-    return loop.prepare(config, job, model, step)
 
 
 def starting_point(

@@ -1,8 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.models import deit_size, dit_size, is_dit
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.errors import ConfigError
@@ -48,3 +54,24 @@ def _check_options(arch: str, options: Iterable[str], known: tuple[str, ...]) ->
             raise ConfigError(
                 f"{arch} has no option {name}", f"it has {', '.join(OF_BOTH + known)}"
             )
+
+
+def on_meta(run: TrainingRun) -> DeiT | DiT:
+    """The network of a run without its numbers."""
+    with torch.device("meta"):
+        return create_model(run.arch, rope=run.rope, **asdict(run.model))
+
+
+def meta_inputs(run: TrainingRun, batch_size: int, dtype: torch.dtype) -> list[Tensor]:
+    """What that network takes: images [B, L, H, W]; of a DiT also timesteps and labels, [B]."""
+    images = torch.empty(batch_size, *run.input_shape, device="meta", dtype=dtype)
+    numbers = torch.empty(batch_size, device="meta", dtype=torch.int64)
+    return [images, *[numbers] * run.num_conditions]
+
+
+def model_cost(run: TrainingRun) -> tuple[int, int]:
+    """Parameters, and floating point operations of one forward pass on one image."""
+    network = on_meta(run)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(*meta_inputs(run, 1, torch.float32))
+    return sum(p.numel() for p in network.parameters()), counter.get_total_flops()

@@ -20,7 +20,6 @@ from spiralrope_cli.core.config.nested import RUN_KINDS, build, read_config
 from spiralrope_cli.core.config.pipelines import FINETUNE, PRETRAIN, SAMPLE, TRAIN
 from spiralrope_cli.core.data.sample_files import FACTS_FILE, NPZ_FILE, read_facts
 from spiralrope_cli.core.errors import SpiralRopeError
-from spiralrope_cli.core.jobs.plan import data_line, rope_line
 from spiralrope_cli.core.plots.curves import curves
 from spiralrope_cli.core.plots.style import Drawing, drawings
 from spiralrope_cli.core.report.command import command
@@ -180,7 +179,7 @@ def about_training(folder: Path) -> tuple[str, list[tuple[str, str]]]:
     run: TrainingRun = build(RUN_KINDS[config["command"]], config)
     lines = read_metrics(folder)
     last = lines[-1]["step"] if lines else 0
-    rope = rope_line(run) if run.rope.enabled else "no RoPE: absolute positions alone"
+    rope = run.rope.summary if run.rope.enabled else "no RoPE: absolute positions alone"
     found = [("steps", f"{last}" if last == run.total_steps else f"{last} of {run.total_steps}")]
     validations = [line for line in lines if "acc1" in line]
     logged = [line for line in lines if "loss" in line]
@@ -197,7 +196,7 @@ def about_training(folder: Path) -> tuple[str, list[tuple[str, str]]]:
             ("images per second", f"{logged[-1]['images_per_s']:,.0f}"),
         ]
     what = f"{run.command} of {run.arch}" + (f", from {run.source}" if run.source else "")
-    return f"{what}. Data: {data_line(run)}. Positions: {rope}.", found
+    return f"{what}. Data: {run.data_line}. Positions: {rope}.", found
 
 
 def about_samples(folder: Path) -> str:

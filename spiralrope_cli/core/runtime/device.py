@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import time
 
 import torch
 
@@ -17,6 +18,9 @@ PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 """As `--precision` calls them."""
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8  # of malloc.h
+
+RATE_SIDE = {"cpu": 1024, "cuda": 8192}
+RATE_SECONDS = 0.3
 
 
 def pick_device(machine: MachineConfig) -> torch.device:
@@ -110,3 +114,26 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating point operations per second of square products, the best of a short while.
+
+    It is the ceiling of every train step here.
+    """
+    side = RATE_SIDE.get(device.type, 2048)
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    best, begun = float("inf"), time.perf_counter()
+    a @ b  # the first one also sets up
+    while best == float("inf") or time.perf_counter() - begun < RATE_SECONDS:
+        _wait(device)
+        start = time.perf_counter()
+        a @ b
+        _wait(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * side**3 / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -8,7 +8,14 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from spiralrope_cli.core.runtime.console import console, say
 
@@ -34,10 +41,7 @@ def counted(
     if not shown_on.is_terminal:
         yield _lines(shown_on, what, pace, unit)
         return
-    columns = (
-        *(TextColumn(what), BarColumn(None), MofNCompleteColumn()),
-        *(TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("left")),
-    )
+    columns = bar_columns(what, MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
     with Progress(*columns, console=shown_on, transient=True) as progress:
         task = progress.add_task("", total=total, completed=done, rate="")
 
@@ -46,6 +50,11 @@ def counted(
             progress.update(task, completed=pace.done, rate=f"{_short(pace.rate)} {unit}")
 
         yield advance
+
+
+def bar_columns(what: str, *counts: ProgressColumn) -> list[ProgressColumn]:
+    """A bar as wide as there is room, what it counts, and the time that is left."""
+    return [TextColumn(what), BarColumn(None), *counts, TimeRemainingColumn(), TextColumn("left")]
 
 
 class Pace:

@@ -1,4 +1,4 @@
-"""What a run tells: a live display on a terminal, lines elsewhere, and `metrics.jsonl`.
+"""What a run tells: a live display on a terminal, lines elsewhere, `metrics.jsonl`, trackers.
 
 Everything here goes to stderr and comes from the first worker alone.
 """
@@ -6,24 +6,28 @@ Everything here goes to stderr and comes from the first worker alone.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import time
+import uuid
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rich.console import Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from spiralrope_cli.core.atomic import write_whole
+from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.runtime.console import console, say, say_result
+from spiralrope_cli.core.runtime.progress import Pace, bar_columns
 from spiralrope_cli.core.runtime.run_folder import CURVES_FILE, REPORT_FILE, SAMPLES_FILE
-from spiralrope_cli.core.runtime.tracker import open_tracker
+
+Track = Callable[[int, dict[str, float]], None]
 
 METRICS_FILE = "metrics.jsonl"
 FIGURES = (("acc1", 2), ("acc5", 2), ("val_loss", 4))
@@ -66,26 +70,18 @@ class Reporter:
         self._total_steps, self._steps_per_epoch = total_steps, steps_per_epoch
         self._best, self._parts = "", list[str]()
         self._live: Live | None = None
-        self._track: Callable[[int, dict[str, float]], None] = lambda step, values: None
-        self._close_tracker: Callable[[], None] = lambda: None
-        if first:
-            self._track, self._close_tracker = open_tracker(tracker, folder, config)
-        self._progress = Progress(
-            TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(None),
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=self.console,
-            expand=True,
+        kind = tracker if first else "none"
+        self._track, self._close_tracker = open_tracker(kind, folder, config)
+        columns = bar_columns(
+            "epoch {task.fields[epoch]}", TextColumn("step"), MofNCompleteColumn()
         )
+        self._progress = Progress(*columns, console=self.console, expand=True)
         self._task = self._progress.add_task("", total=total_steps, epoch="")
         self._status = Text()
 
     def start(self, step: int, best_acc1: float | None) -> None:
         """Opens the display at a step, with the best accuracy before it."""
-        self._started = (time.monotonic(), step)
+        self._pace = Pace(self._total_steps, step)
         self._show(best_acc1=best_acc1)
         if self.first and self.console.is_terminal:
             self._progress.reset(self._task, completed=step, epoch=self._epoch(step))
@@ -120,12 +116,10 @@ class Reporter:
         if self._live:
             self._show(parts)
             return
-        since, first_step = self._started
-        pace = (time.monotonic() - since) / max(step - first_step, 1)
-        left = timedelta(seconds=round(pace * (self._total_steps - step)))
+        self._pace.done = step
         self.say(
             f"epoch {self._epoch(step)}  step {step}/{self._total_steps}  "
-            f"{'  '.join(parts)}  left {left}"
+            f"{'  '.join(parts)}  left {self._pace.left}"
         )
 
     def validated(self, step: int, values: dict[str, float], best_acc1: float) -> None:
@@ -161,6 +155,49 @@ class Reporter:
         if self._live:
             self._live.stop()
         self._close_tracker()
+
+
+def check_tracker(kind: str) -> None:
+    """Refuses a tracker that is not installed.
+
+    Raises:
+        ConfigError: says what to install.
+    """
+    if kind != "none" and importlib.util.find_spec(kind) is None:
+        raise ConfigError(f"--tracker {kind} is not installed", f"pip install 'spiralrope[{kind}]'")
+
+
+def open_tracker(
+    kind: str, folder: Path, config: dict[str, Any]
+) -> tuple[Track, Callable[[], None]]:
+    """A function that takes (step, values), and one that closes it."""
+    if kind == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(folder / "tensorboard"))
+
+        def write(step: int, values: dict[str, float]) -> None:
+            for key, value in values.items():
+                writer.add_scalar(key, value, step)
+
+        return write, writer.close
+    if kind == "wandb":
+        import wandb
+
+        # The id lies in the folder, so that a resumed run goes on and a new one does not.
+        kept = folder / "wandb-id"
+        if not kept.exists():
+            kept.write_text(uuid.uuid4().hex)
+        session = wandb.init(
+            project="spiralrope",
+            name=folder.name,
+            id=kept.read_text(),
+            dir=str(folder),
+            config=config,
+            resume="allow",
+        )
+        return lambda step, values: session.log(values, step=step), session.finish
+    return lambda step, values: None, lambda: None
 
 
 class Clock:

@@ -31,7 +31,7 @@ from spiralrope_cli.core.runtime.run_folder import (
     step_folder,
     steps_on_disk,
 )
-from spiralrope_cli.core.training.state import TrainState
+from spiralrope_cli.core.training.step import TrainState
 
 UNFINISHED = ".unfinished-"
 

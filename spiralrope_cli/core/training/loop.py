@@ -1,10 +1,18 @@
-"""What every training loop does around its steps: build up, report, look at the loss, save."""
+"""The training loop of both networks, and what it does around its steps.
+
+What differs between them is in a `Task`: `classification.py` and `diffusion.py` make one each.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Generator
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +21,107 @@ from torch.nn.parallel import DistributedDataParallel
 from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.nested import to_nested
 from spiralrope_cli.core.errors import CheckpointError, TrainingError
+from spiralrope_cli.core.models.factory import create_model
 from spiralrope_cli.core.runtime import distributed, environment, report, run_folder
 from spiralrope_cli.core.runtime.job import Job
+from spiralrope_cli.core.runtime.seeds import seed_everything
 from spiralrope_cli.core.training import checkpoint
-from spiralrope_cli.core.training.state import TrainState
-from spiralrope_cli.core.training.step import LossMeter
+from spiralrope_cli.core.training.lr import lr_at, set_learning_rate
+from spiralrope_cli.core.training.optim import freeze_but
+from spiralrope_cli.core.training.step import LossMeter, TrainState, train_step
 
+Micro = TypeVar("Micro")
 LOWER_LR = "try a lower --lr, --clip-grad 1 or --precision fp32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(Generic[Micro]):
+    """What the loop is told about a network, its data and its loss.
+
+    Attributes:
+        train_steps: this process's micro batches of each step, from a step up to another.
+        remake: this process's batch of a step (counted from 0) again, to be kept; data order
+            and augmentation follow from the step.
+        unreadable: path -> reason, images that were left out so far.
+        loss: mean loss of one micro batch.
+        extra: further values of a log point.
+        look_at: whether weights are validated, or samples drawn, after so many steps.
+        validate: measures the weights before they are saved: the best must be on disk.
+        sample: draws from the saved weights, in the first process alone, also after the last
+            step; says where the picture is.
+    """
+
+    train_steps: Callable[[int, int], Generator[list[Micro], None, None]]
+    remake: Callable[[int], dict[str, Tensor]]
+    unreadable: dict[str, str]
+    loss: Callable[[TrainState, nn.Module, Micro], Tensor]
+    extra: Callable[[], dict[str, float]] = dict
+    look_at: Callable[[int], bool]
+    validate: Callable[[TrainState, report.Reporter], None] | None = None
+    sample: Callable[[TrainState], str] | None = None
+
+
+def training_loop(
+    config: TrainingRun,
+    job: Job,
+    task: Task[Any],
+    state: TrainState,
+    forward: nn.Module,
+    reporter: report.Reporter,
+) -> None:
+    """Trains until the last step, or until a signal.
+
+    Raises:
+        TrainingError: a loss was not finite.
+        SystemExit: a signal came; the state is saved.
+    """
+    total_steps, optim = config.total_steps, config.optim
+    meter, clock = LossMeter(job.device), report.Clock(optim.batch_size, state.step)
+    with contextlib.closing(task.train_steps(state.step, total_steps)) as batches:
+        while state.step < total_steps:
+            lr = lr_at(state.step, total_steps, config.steps_per_epoch, optim)
+            set_learning_rate(state.optimizer, lr)
+            log_now = due(state.step + 1, config.checkpoint.log_every, total_steps)
+            loss, grad_norm = train_step(
+                state,
+                forward,
+                next(batches),
+                partial(task.loss, state),
+                clip_grad=optim.clip_grad,
+                want_grad_norm=log_now,
+            )
+            meter.add(state.step, loss)
+            reporter.moved(state.step)
+            if log_now:
+                mean = read_finite(meter, config, job, task.remake)
+                values = {"loss": mean, "lr": lr, **task.extra()}
+                if grad_norm is not None:
+                    values["grad_norm"] = grad_norm.item()
+                values["images_per_s"] = clock.rate(state.step)
+                reporter.log(state.step, values)
+            stop = job.stop.agreed(job.device, ask_all=log_now)
+            look_now = task.look_at(state.step)
+            save_now = stop or due(state.step, config.save_steps, total_steps)
+            if look_now or save_now:
+                # Finite before measured, measured before saved, saved before samples are drawn.
+                with clock.pause():
+                    read_finite(meter, config, job, task.remake)
+                    if look_now and task.validate:
+                        task.validate(state, reporter)
+                    if save_now or state.best.get("step") == state.step:
+                        save_checkpoint(config, job, state)
+                    if look_now and task.sample and job.is_first:
+                        reporter.say(task.sample(state))
+            if stop and state.step < total_steps:
+                reporter.say(f"stopped at step {state.step}; the same command resumes")
+                sys.exit(128 + stop)
+    if task.sample and job.is_first:
+        reporter.say(task.sample(state))
+
+
+def due(step: int, every: int, total_steps: int) -> bool:
+    """Whether something that happens every so many steps, and at the end, happens after this."""
+    return step % every == 0 or step == total_steps
 
 
 def agreed_first_step(config: TrainingRun) -> int:
@@ -37,17 +139,24 @@ def agreed_first_step(config: TrainingRun) -> int:
     return steps.pop()
 
 
-def prepare(
-    config: TrainingRun, job: Job, model: nn.Module, step: int
+def build_state(
+    config: TrainingRun, job: Job, step: int, start_from_source: Callable[[Any], None]
 ) -> tuple[TrainState, nn.Module]:
-    """Averages and optimizer of a model at a step, and the model as it is called.
+    """Model, averages and optimizer at a step, and the model as it is called.
 
     Args:
         config: the run.
         job: this worker.
-        model: with the weights that it starts from, on the CPU.
-        step: 0 to start, else that of the checkpoint which replaces its weights.
+        step: 0 to start, else that of the checkpoint which replaces the initial weights.
+        start_from_source: puts the weights of the run's source into the fresh model.
     """
+    seed_everything(config.seed, "init")
+    model = create_model(config.arch, rope=config.rope, **asdict(config.model))
+    if config.source and not step:
+        start_from_source(model)
+    if config.optim.freeze != "none":
+        freeze_but(model, config.optim.freeze)
+    model.grad_checkpointing = config.machine.grad_checkpointing
     state = TrainState.create(model.to(job.device), config.optim)
     if step:
         checkpoint.restore(Path(config.out), step, state)
@@ -86,11 +195,6 @@ def open_report(config: TrainingRun, job: Job, state: TrainState) -> report.Repo
     return reporter
 
 
-def due(step: int, every: int, total_steps: int) -> bool:
-    """Whether something that happens every so many steps, and at the end, happens after this."""
-    return step % every == 0 or step == total_steps
-
-
 def read_finite(
     meter: LossMeter, config: TrainingRun, job: Job, remake: Callable[[int], dict[str, Tensor]]
 ) -> float:
@@ -100,8 +204,7 @@ def read_finite(
         meter: what was seen since.
         config: the run.
         job: this worker.
-        remake: this process's batch of a step (counted from 0) again, to be kept; data order
-            and augmentation follow from the step.
+        remake: as in `Task`.
 
     Raises:
         TrainingError: names the step and the checkpoint that is good.
@@ -123,7 +226,7 @@ def read_finite(
     )
 
 
-def save(config: TrainingRun, job: Job, state: TrainState) -> None:
+def save_checkpoint(config: TrainingRun, job: Job, state: TrainState) -> None:
     """Writes a checkpoint from the first process; the others wait.
 
     Raises:

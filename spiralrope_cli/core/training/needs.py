@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
+from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.doctor import Checkup
-from spiralrope_cli.core.config.models import deit_size, dit_size
 from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.errors import ConfigError
-from spiralrope_cli.core.jobs.plan import model_cost
-from spiralrope_cli.core.models.factory import create_model
+from spiralrope_cli.core.models.factory import meta_inputs, model_cost, on_meta
 from spiralrope_cli.core.runtime.device import pick_device, pick_precision
 from spiralrope_cli.core.runtime.disk import human_size
 from spiralrope_cli.core.runtime.launch import num_local_workers
@@ -37,14 +35,12 @@ def advice(checkup: Checkup) -> dict[str, Any]:
     run: TrainingRun = resolved.run
     nproc = num_local_workers(checkup.machine)
     micro, accumulation = run.split_batch(nproc)
-    head_dim = (dit_size if isinstance(run, DiTRun) else deit_size)(run.arch).head_dim
     device = pick_device(checkup.machine)
     dtype, _ = pick_precision(checkup.machine.precision, device)
     parameters, flops = model_cost(run)
     network = on_meta(run)
     fixed = BYTES_PER_PARAMETER * parameters
     each = activation_bytes(run, network.to(dtype))
-    pictures = run.pictures if isinstance(run, DiTRun) else run.model
     return {
         "arch": run.arch,
         "parameters": parameters,
@@ -53,30 +49,23 @@ def advice(checkup: Checkup) -> dict[str, Any]:
         "nproc": nproc,
         "micro_batch_size": micro,
         "accumulation": accumulation,
-        "picture_size": list(pictures.image_size),
+        "picture_size": list(run.image_size),
         "valid_nproc": [n for n in range(1, max(8, nproc, usable_cores()) + 1) if fits(run, n)],
         "valid_batch_sizes": valid_batches(run, nproc),
-        "valid_rotate": [r for r in range(head_dim // 8 + 1) if turns(run, head_dim, r, False)],
+        "valid_rotate": [r for r in range(run.head_dim // 8 + 1) if turns(run, r, False)],
         "valid_rotate_same_theta": [
-            r for r in range(2, head_dim // 8 + 1) if turns(run, head_dim, r, True)
+            r for r in range(2, run.head_dim // 8 + 1) if turns(run, r, True)
         ],
         "checkpoint_bytes": needed_bytes(on_meta(run)),
         # The newest, the best, and the one that is written before an old one goes.
-        "checkpoints": run.checkpoint.keep_last + (1 if isinstance(run, DiTRun) else 2),
+        "checkpoints": run.checkpoint.keep_last + run.keeps_best + 1,
         "memory": {"fixed": fixed, "per_image": each, "total": fixed + micro * each},
     }
-
-
-def on_meta(run: TrainingRun) -> nn.Module:
-    """The network of a run without its numbers."""
-    with torch.device("meta"):
-        return create_model(run.arch, rope=run.rope, **asdict(run.model))
 
 
 def activation_bytes(run: TrainingRun, network: nn.Module) -> int:
     """About what one image leaves behind in the forward pass for the backward pass."""
     dtype = next(network.parameters()).dtype
-    model = run.model
     own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
     kept: dict[int, int] = {}
     held = []  # so that no address is given out twice
@@ -88,13 +77,8 @@ def activation_bytes(run: TrainingRun, network: nn.Module) -> int:
             held.append(storage)
         return tensor
 
-    if isinstance(run, DiTRun):
-        size, more = run.model.input_size, [torch.zeros(2), torch.zeros(2, dtype=torch.int64)]
-    else:
-        size, more = run.model.image_size, []
-    given = torch.empty(2, model.in_chans, *size, device="meta", dtype=dtype)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        network(given, *(each.to("meta") for each in more))
+        network(*meta_inputs(run, 2, dtype))
     return sum(kept.values()) // 2
 
 
@@ -114,10 +98,10 @@ def valid_batches(run: TrainingRun, nproc: int) -> list[int]:
     return [size for size in sizes if fits(run, nproc, size)]
 
 
-def turns(run: TrainingRun, head_dim: int, rotate: int, same_theta: bool) -> bool:
-    """Whether heads of that many channels can have so many rotations."""
+def turns(run: TrainingRun, rotate: int, same_theta: bool) -> bool:
+    """Whether heads of this size can have so many rotations."""
     try:
-        replace(run.rope, rotate=rotate, same_theta=same_theta).check_head_dim(head_dim)
+        replace(run.rope, rotate=rotate, same_theta=same_theta).check_head_dim(run.head_dim)
     except ConfigError:
         return False
     return True

@@ -14,7 +14,7 @@ from spiralrope_cli.core.config.optim import OptimConfig
 from spiralrope_cli.core.errors import CheckpointError, DiskError
 from spiralrope_cli.core.runtime.run_folder import steps_on_disk
 from spiralrope_cli.core.training import checkpoint
-from spiralrope_cli.core.training.state import TrainState
+from spiralrope_cli.core.training.step import TrainState
 
 OPTIM = OptimConfig(
     **{"epochs": 1, "steps": 0, "batch_size": 1, "micro_batch_size": 1, "lr": 1e-3},

@@ -11,7 +11,7 @@ from torch import nn
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.optim import OptimConfig
 from spiralrope_cli.core.config.recipes import PRETRAIN
-from spiralrope_cli.core.training.state import TrainState
+from spiralrope_cli.core.training.step import TrainState
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 DECAYS = json.loads((GOLDEN / "manifest.json").read_text())["ema_decays"]

@@ -1,0 +1,79 @@
+"""The classifier's task: batches of images, cross entropy, validation."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spiralrope_cli.core.config.runs import ClassifierRun
+from spiralrope_cli.core.data.loaders import Batch, ClassifierData
+from spiralrope_cli.core.metrics.accuracy import evaluate
+from spiralrope_cli.core.models.deit import DeiT
+from spiralrope_cli.core.runtime.device import autocast
+from spiralrope_cli.core.runtime.job import Job
+from spiralrope_cli.core.runtime.report import Reporter
+from spiralrope_cli.core.runtime.seeds import generator_for
+from spiralrope_cli.core.training.loop import Task, due
+from spiralrope_cli.core.training.step import TrainState
+
+
+def classification(config: ClassifierRun, job: Job) -> Task[Batch]:
+    """What the training loop is told about a classifier.
+
+    Raises:
+        DataError: the data set is missing or damaged.
+    """
+    data = ClassifierData(config, job.device, job.rank, job.world_size)
+    validate_steps = config.checkpoint.validate_every * config.steps_per_epoch
+    return Task(
+        train_steps=data.train_steps,
+        remake=data.remake,
+        unreadable=data.bad.reasons,
+        loss=partial(classifier_loss, config, job),
+        look_at=lambda step: due(step, validate_steps, config.total_steps),
+        validate=partial(validate, config, job, data),
+    )
+
+
+def classifier_loss(
+    config: ClassifierRun, job: Job, state: TrainState, forward: nn.Module, batch: Batch
+) -> Tensor:
+    """Mean cross entropy of one micro batch, with this step's stochastic depth."""
+    model = cast(DeiT, state.model)
+    randomness = generator_for(config.seed, "depth", state.step)
+    keep = model.draw_keep(config.optim.batch_size, randomness)
+    if keep is not None:
+        keep = keep[..., batch.part].to(job.device, non_blocking=True)
+    with autocast(job.device, job.dtype):
+        logits = forward(batch.images, keep)
+    smoothing = 0.0 if config.augment.mixes else config.augment.smoothing
+    return F.cross_entropy(logits.float(), batch.targets, label_smoothing=smoothing)
+
+
+def validate(
+    config: ClassifierRun, job: Job, data: ClassifierData, state: TrainState, reporter: Reporter
+) -> None:
+    """Measures raw and averaged weights, and remembers the best raw ones."""
+    figures = evaluate(
+        {"raw": state.model, "ema": state.ema.module},
+        data.validation.batches(),
+        job.device,
+        partial(autocast, job.device, job.dtype),
+    )
+    raw, ema = figures["raw"], figures["ema"]
+    values = {
+        "epoch": state.step / config.steps_per_epoch,
+        "acc1": raw.acc1,
+        "acc5": raw.acc5,
+        "val_loss": raw.loss,
+        "ema_acc1": ema.acc1,
+        "ema_acc5": ema.acc5,
+        "ema_val_loss": ema.loss,
+        "count": raw.count,
+    }
+    if not state.best or raw.acc1 > state.best["acc1"]:
+        state.best = {"step": state.step, **values}
+    reporter.validated(state.step, values, state.best["acc1"])

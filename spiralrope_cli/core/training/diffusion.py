@@ -1,0 +1,174 @@
+"""The diffusion transformer's task: pictures or latents, noise prediction, sample grids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from spiralrope_cli.core.atomic import atomic_write
+from spiralrope_cli.core.config.dit_runs import DiTRun
+from spiralrope_cli.core.data.dit_loader import DiTBatch, DiTData
+from spiralrope_cli.core.data.grid import picture_grid, to_levels
+from spiralrope_cli.core.diffusion.process import GaussianDiffusion
+from spiralrope_cli.core.diffusion.vae import Vae, draw, load_vae
+from spiralrope_cli.core.errors import SpiralRopeError
+from spiralrope_cli.core.models.dit import DiT
+from spiralrope_cli.core.runtime import distributed, run_folder
+from spiralrope_cli.core.runtime.device import autocast
+from spiralrope_cli.core.runtime.job import Job
+from spiralrope_cli.core.runtime.seeds import NoisePerImage, generator_for
+from spiralrope_cli.core.training.loop import Task
+from spiralrope_cli.core.training.step import LossMeter, TrainState
+
+COLUMNS, ROWS = 10, 4
+STEPS = 50
+DECODED_AT_ONCE = 4
+
+
+def diffusion(
+    config: DiTRun,
+    job: Job,
+    find_vae: Callable[[str], Path],
+    local_vae: Callable[[str], Path],
+) -> Task[DiTBatch]:
+    """What the training loop is told about a diffusion transformer.
+
+    Args:
+        config: the run.
+        job: this worker.
+        find_vae: gives the folder of a VAE by its name, which may have to be fetched.
+        local_vae: likewise, but refuses one that is not here.
+
+    Raises:
+        DataError: the data set is missing or damaged.
+        CheckpointError: the VAE is damaged, or of another kind.
+        FetchError: it is not here and cannot be had.
+    """
+    data = DiTData(config, job.device, job.rank, job.world_size)
+    vae = None
+    if config.pictures.in_latents and not config.pictures.latents:
+        with distributed.first_alone():  # it may have to be fetched
+            folder = find_vae(config.pictures.vae)
+        # In fp32, as the cache and the published code have it.
+        vae = load_vae(folder, job.device)
+    bound = LossMeter(job.device)
+    scale = vae.scale if vae else data.scale
+    return Task(
+        train_steps=data.train_steps,
+        remake=data.remake,
+        unreadable=data.bad.reasons,
+        loss=DiffusionLoss(config, job.device, job.dtype, vae, scale, GaussianDiffusion(), bound),
+        extra=lambda: {"vb": bound.read()[0]},
+        look_at=config.samples_at,
+        sample=lambda state: draw_grid(config, job, state, vae, local_vae),
+    )
+
+
+@dataclass(frozen=True)
+class DiffusionLoss:
+    """Mean loss of a micro batch.
+
+    All that is random about a sample follows from seed, step and its place in the step, so that
+    it is the same for any number of processes and any accumulation.
+
+    Attributes:
+        config: the run.
+        device: where it computes.
+        dtype: of autocast.
+        vae: of pictures that go through one.
+        scale: of the latents.
+        diffusion: the process.
+        bound: takes the variational bound of each micro batch.
+    """
+
+    config: DiTRun
+    device: torch.device
+    dtype: torch.dtype
+    vae: Vae | None
+    scale: float
+    diffusion: GaussianDiffusion
+    bound: LossMeter
+
+    def __call__(self, state: TrainState, forward: nn.Module, batch: DiTBatch) -> Tensor:
+        """Draws timesteps, noise and dropped labels, and compares the predicted noise."""
+        seed, step, size = self.config.seed, state.step, self.config.optim.batch_size
+        x0 = self.clean(step, batch)
+        t = torch.randint(
+            self.diffusion.num_steps, (size,), generator=generator_for(seed, "timestep", step)
+        )
+        t = t[batch.part].to(self.device, non_blocking=True)
+        drop = cast(DiT, state.model).draw_drop(size, generator_for(seed, "label", step))
+        if drop is not None:
+            drop = drop[batch.part].to(self.device, non_blocking=True)
+        noise = self.noise("noise", step, batch, x0)
+        with autocast(self.device, self.dtype):
+            losses = self.diffusion.training_losses(
+                forward, x0, t, noise, y=batch.labels, drop=drop
+            )
+        self.bound.add(step, losses["vb"].detach().mean())
+        return losses["loss"].mean()
+
+    def clean(self, step: int, batch: DiTBatch) -> Tensor:
+        """What is noised: pixels, or a fresh draw from the posterior of the latents."""
+        mean, std = batch.images, batch.std
+        if self.vae is not None:
+            mean, std = self.vae.encode(batch.images)
+        if std is None:
+            return mean
+        return draw(mean, std, self.noise("posterior", step, batch, mean), self.scale)
+
+    def noise(self, purpose: str, step: int, batch: DiTBatch, like: Tensor) -> Tensor:
+        """Standard normal, as `like`, from a generator of each sample's own."""
+        first = step * self.config.optim.batch_size
+        samples = range(first + batch.part.start, first + batch.part.stop)
+        return NoisePerImage(self.config.seed, samples, like.shape[1:], self.device, purpose).draw()
+
+
+def draw_grid(
+    config: DiTRun,
+    job: Job,
+    state: TrainState,
+    vae: Vae | None,
+    local_vae: Callable[[str], Path],
+) -> str:
+    """Draws the averaged weights' samples, always from the same noise: one column per class.
+
+    Returns:
+        where the picture of this step is (`samples.png` in the run folder is the newest one), or
+        why there is none, in words.
+    """
+    if config.pictures.latents and vae is None:
+        # Training needs none: it is loaded for the picture alone, if it is here.
+        try:
+            vae = load_vae(local_vae(config.pictures.vae), job.device)
+        except SpiralRopeError as error:
+            return f"no samples: {error.message}"
+    folder = Path(config.out)
+    target = run_folder.sample_file(folder, state.step)
+    target.parent.mkdir(exist_ok=True)
+    images = grid_samples(config, job, cast(DiT, state.ema.module))
+    if vae is not None:
+        images = torch.cat([vae.decode(part) for part in images.split(DECODED_AT_ONCE)])
+    grid = picture_grid(to_levels(images), columns=len(images) // ROWS)
+    for path in (target, folder / run_folder.SAMPLES_FILE):
+        with atomic_write(path, sole=True) as beside:
+            grid.save(beside, "png")
+    return f"samples: {target}"
+
+
+@torch.no_grad()
+def grid_samples(config: DiTRun, job: Job, model: DiT) -> Tensor:
+    """[N, L, H, W] float32 on the device: DDIM without guidance."""
+    sizes = config.model
+    columns = min(COLUMNS, sizes.num_classes)
+    classes = torch.arange(columns, device=job.device) * sizes.num_classes // columns
+    labels = classes.repeat(ROWS)
+    shape = (sizes.in_chans, *sizes.input_size)
+    noise = NoisePerImage(config.seed, range(len(labels)), shape, job.device).draw()
+    with autocast(job.device, job.dtype):
+        return GaussianDiffusion(STEPS).sample(model, noise.shape, "ddim", noise=noise, y=labels)
