@@ -21,12 +21,12 @@ from spiralrope_cli.core.config.optim import LINEAR_RULE_BATCH
 from spiralrope_cli.core.config.resolve import Resolved
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.errors import CheckpointError
-from spiralrope_cli.core.figures.curves import curves
-from spiralrope_cli.core.figures.style import save
+from spiralrope_cli.core.plots.curves import curves
+from spiralrope_cli.core.plots.style import save
 from spiralrope_cli.core.hub.catalog import find
 from spiralrope_cli.core.hub.download import local_path
 from spiralrope_cli.core.hub.vae import find_vae
-from spiralrope_cli.core.jobs.report import leave_report
+from spiralrope_cli.core.report.page import leave_report
 from spiralrope_cli.core.jobs.start import starting_weights
 from spiralrope_cli.core.load import start_from
 from spiralrope_cli.core.models.factory import model_cost
