@@ -12,9 +12,9 @@ from spiralrope_cli.core.config.rope import BY_WEIGHTS, RopeConfig, given_rope
 from spiralrope_cli.core.config.runs import MachineConfig, TrainOptions
 from spiralrope_cli.core.config.samples import SampleRun, check_chain
 from spiralrope_cli.core.hub.source import find_source
-from spiralrope_cli.core.runtime.launch import is_first_process, launch, world_size
+from spiralrope_cli.core.runtime.launch import is_first_process, launch
 
-JOB = "spiralrope_cli.core.jobs.sample_dit:run"
+JOB = "spiralrope_cli.core.jobs.sample:work"
 EXAMPLES = """
 Examples:
 
@@ -55,19 +55,15 @@ def dit_sample(given: dict[str, Any]) -> None:
     check_words(given)
     found = find_source(source)
 
-    from spiralrope_cli.core.jobs import sample_plan as plan
+    from spiralrope_cli.core.jobs import sample
 
-    run, weights = plan.settle(found, given)
-    facts = plan.facts_of(run, weights)
-    finished = plan.check_same(run, facts)
-    if finished and not dry_run:
+    run, weights = sample.settle(found, given)
+    if sample.is_drawn(run, weights) and not dry_run:
         if is_first_process():
             typer.echo(f"{run.out} is finished: {run.num} images", err=True)
             typer.echo(str(Path(run.out) / "samples.npz"))
         return
-    plan.check_space(run)
-    if is_first_process():
-        plan.say_plan(run, weights, world_size(run.machine))
+    sample.plan(run, weights)
     if not dry_run:
         launch(JOB, run)
 

@@ -5,7 +5,6 @@ from typing import Any
 import typer
 
 from spiralrope_cli.commands.command import SETTINGS, command
-from spiralrope_cli.commands.training import train
 from spiralrope_cli.core.config.dit_runs import DIT_WORDS, DiTRun
 from spiralrope_cli.core.config.recipes import shown_defaults
 from spiralrope_cli.core.config.runs import TrainOptions
@@ -48,4 +47,6 @@ def dit_train(given: dict[str, Any]) -> None:
 
     The same command again goes on where the last one stopped.
     """
+    from spiralrope_cli.core.jobs.train import train
+
     train("dit-train", given)

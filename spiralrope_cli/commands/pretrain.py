@@ -5,7 +5,6 @@ from typing import Any
 import typer
 
 from spiralrope_cli.commands.command import SETTINGS, command
-from spiralrope_cli.commands.training import train
 from spiralrope_cli.core.config.recipes import shown_defaults
 from spiralrope_cli.core.config.runs import ClassifierRun, TrainOptions
 
@@ -46,4 +45,6 @@ def pretrain(given: dict[str, Any]) -> None:
 
     The same command again goes on where the last one stopped.
     """
+    from spiralrope_cli.core.jobs.train import train
+
     train("pretrain", given)

@@ -1,20 +1,24 @@
-"""Models made of weights of any origin: a run, a file, or a published name."""
+"""Models, and starting points of runs, from weights of any origin: a run, a file, a name."""
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from spiralrope_cli.core.config.dit_runs import DiTModelConfig
+from spiralrope_cli.core.config.latents import VAE_FACTOR
+from spiralrope_cli.core.config.models import is_dit
+from spiralrope_cli.core.config.resolve import StartingPoint, positions_at
 from spiralrope_cli.core.config.rope import RopeConfig
+from spiralrope_cli.core.config.runs import ModelConfig
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.published import StateDict
-from spiralrope_cli.core.hub.source import find_source
+from spiralrope_cli.core.hub.source import Source, find_source
 from spiralrope_cli.core.models.deit import DeiT, resize_pos_embed
 from spiralrope_cli.core.models.dit import DiT
 from spiralrope_cli.core.models.factory import create_model
@@ -72,7 +76,7 @@ def load_model(
         ConfigError: no such name, or a bare state dict without options.
         FetchError: published weights that cannot be had.
     """
-    chosen = dataclasses.asdict(rope) if rope is not None else {}
+    chosen = asdict(rope) if rope is not None else {}
     weights = read_weights(here(find_source(str(source))), ema=ema, rope=chosen)
     for note in weights.notes:
         warnings.warn(note, stacklevel=2)
@@ -148,3 +152,66 @@ def fitted(weights: Weights, model: DeiT | DiT, may_differ: tuple[str, ...] = ()
         told = KeyReport(missing, left.unexpected, left.reshaped)
         raise CheckpointError(f"{weights.file} does not fit {weights.arch}: {told}")
     return state
+
+
+def at_size(weights: Weights, size: tuple[int, int], rope: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `create_model` for another size, by the rule that finetuning has.
+
+    Args:
+        weights: as read with those options.
+        size: of a DeiT's image or a DiT's latent, (height, width).
+        rope: field name -> value, the options that the user gave.
+
+    Returns:
+        the size by its name, `pretrain_grid` and `rope`.
+    """
+    scaling, grid = positions_at(described(weights), size, rope.get("scaling"))
+    name = "input_size" if is_dit(weights.arch) else "image_size"
+    return {name: size, "pretrain_grid": grid, "rope": replace(weights.rope, scaling=scaling)}
+
+
+def starting_point(
+    source: Source, rope: dict[str, Any], *, dit: bool = False, download: bool = True
+) -> tuple[StartingPoint, tuple[str, ...]]:
+    """What a run starts from, for its resolution, and notes for the user.
+
+    Args:
+        source: from `find_source`; published weights are fetched if need be.
+        rope: field name -> value, options of the user, which win over the source's.
+        dit: whether they must be those of a diffusion transformer, or of a classifier.
+        download: whether published weights that are not here are fetched.
+
+    Raises:
+        CheckpointError: no weights there, or those of another kind of network.
+        ConfigError: a bare state dict without RoPE options.
+    """
+    weights = read_weights(here(source, download=download), ema=True, rope=rope)
+    if is_dit(weights.arch) != dit:
+        raise CheckpointError(
+            f"{source.given} holds {weights.arch}, "
+            + ("a classifier" if dit else "a diffusion transformer, and no classifier"),
+            "finetune starts from those" if dit else "dit-train --init starts from those",
+        )
+    of_run = weights.config if weights.source.run else {}
+    pictures = weights.config.get("pictures", {})
+    if dit and not pictures:
+        height, width = weights.options["input_size"]
+        pictures = {"image_size": (VAE_FACTOR * height, VAE_FACTOR * width)}
+    start = replace(
+        described(weights),
+        data=str(of_run.get("data", "")),
+        pictures={name: pictures[name] for name in ("image_size", "vae") if name in pictures},
+    )
+    return start, weights.notes
+
+
+def described(weights: Weights) -> StartingPoint:
+    """What weights are, without what made them."""
+    return StartingPoint(
+        source=str(Path(weights.source.given)),  # the same with a slash at its end
+        arch=weights.arch,
+        rope=weights.rope,
+        model=DiTModelConfig(label_dropout=0.0, **weights.options)
+        if is_dit(weights.arch)
+        else ModelConfig(drop_path=0.0, **weights.options),
+    )

@@ -10,7 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from spiralrope_cli import main as cli
-from spiralrope_cli.commands import eval as evaluate as command
+from spiralrope_cli.commands import eval as command
 from spiralrope_cli.core.errors import CheckpointError, ConfigError, DataError, SpiralRopeError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoints"

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from spiralrope_cli import main
 from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.jobs.plot import look_at
-from spiralrope_cli.core.jobs.sample_dit import drawn_class
 from spiralrope_cli.core.plots import attention, samples
+from spiralrope_cli.core.runtime.seeds import drawn_class
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoints"
 DEIT, DIT = GOLDEN / "deit_tiny_checkpoint.pth", GOLDEN / "dit_tiny_0000007.pt"

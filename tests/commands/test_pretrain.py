@@ -13,7 +13,6 @@ from conftest import options_of
 from typer.testing import CliRunner
 
 from spiralrope_cli import main as cli
-from spiralrope_cli.commands import training
 from spiralrope_cli.core.config import datasets, recipes
 from spiralrope_cli.core.config.nested import to_nested
 from spiralrope_cli.core.config.option import leaves
@@ -21,6 +20,7 @@ from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.errors import ConfigError, DataError, SpiralRopeError
+from spiralrope_cli.core.jobs import train as training
 from spiralrope_cli.core.jobs.train import hints
 
 # One value per option, other than what digits would have by default.

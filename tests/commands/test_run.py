@@ -22,11 +22,11 @@ from spiralrope_cli.core.config.sweeps import KINDS, acting, points
 from spiralrope_cli.core.errors import DataError, SpiralRopeError
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.jobs import pipeline as pipelines
-from spiralrope_cli.core.jobs import pipeline_dit, sample_dit
+from spiralrope_cli.core.jobs import pipeline_dit, sample
 from spiralrope_cli.core.jobs.pipeline_plan import deit_pipeline
-from spiralrope_cli.core.jobs.start import starting_point
 from spiralrope_cli.core.jobs.sweep import spread
 from spiralrope_cli.core.jobs.sweep_plan import deit_sweep
+from spiralrope_cli.core.load import starting_point
 from spiralrope_cli.core.models.factory import create_model
 from spiralrope_cli.core.runtime.job import StopRequest
 from spiralrope_cli.core.runtime.seeds import seed_everything
@@ -305,7 +305,7 @@ def test_options_that_cannot_act_make_no_other_network():
 def test_dit_runs_every_stage_once(run, launched):
     _, told = run("dit", *DIT)
     folder = Path("runs/run-dit-dit-32x2x2-2-digits-r0")
-    assert launched == ["train", "sample_dit"]
+    assert launched == ["train", "sample"]
     assert marks(folder) == ["dit-train", "dit-sample"]
     assert (folder / "dit-sample" / "samples.npz").is_file()
     assert "fid is left out: there is no --reference" in told
@@ -326,7 +326,7 @@ def test_dit_measures_where_reference_and_weights_are(
     assert "fid is left out: the weights of Inception are not here" in told
     with_weights = (*reference, "--weights", inception_weights)
     said, _ = run("dit", *DIT, *with_weights)
-    assert launched == ["train", "sample_dit", "score"]
+    assert launched == ["train", "sample", "score"]
     folder = Path("runs/run-dit-dit-32x2x2-2-digits-r0")
     facts = json.loads((folder / "fid.json").read_text())
     assert f"{facts['fid']:.4f}" in said
@@ -357,19 +357,19 @@ def test_dit_measures_where_reference_and_weights_are(
 
 def test_an_interrupted_sampling_goes_on(run, launched, monkeypatch):
     with monkeypatch.context() as patch:
-        plain = sample_dit.Drawer.__call__
+        plain = sample.Drawer.__call__
 
         def drawn(self, indices, each_step):
             images = plain(self, indices, each_step)
             self.job.stop.signal_number = signal.SIGINT
             return images
 
-        patch.setattr(sample_dit.Drawer, "__call__", drawn)
+        patch.setattr(sample.Drawer, "__call__", drawn)
         run("dit", *DIT, expect=130)
     folder = Path("runs/run-dit-dit-32x2x2-2-digits-r0")
     assert marks(folder) == ["dit-train"]
     run("dit", *DIT)
-    assert launched == ["train", "sample_dit", "sample_dit"]
+    assert launched == ["train", "sample", "sample"]
 
 
 LEGACY = [

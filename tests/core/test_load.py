@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from spiralrope_cli import RopeConfig, create_model, load_model
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.hub.source import find_source
-from spiralrope_cli.core.jobs.start import starting_point
-from spiralrope_cli.core.load import build, start_from
+from spiralrope_cli.core.load import build, start_from, starting_point
 from spiralrope_cli.core.weights import read_weights
 
 GOLDEN = Path(__file__).parents[1] / "golden"

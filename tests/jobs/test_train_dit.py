@@ -22,7 +22,7 @@ from spiralrope_cli.core.diffusion.vae import load_vae
 from spiralrope_cli.core.errors import CheckpointError, DataError, TrainingError
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.jobs import encode, train
-from spiralrope_cli.core.jobs.start import starting_point
+from spiralrope_cli.core.load import starting_point
 from spiralrope_cli.core.models.dit import sincos_pos_embed
 from spiralrope_cli.core.runtime import launch, run_folder
 from spiralrope_cli.core.runtime.job import StopRequest

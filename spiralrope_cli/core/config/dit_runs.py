@@ -189,6 +189,11 @@ class DiTRun:
         """Optimizer steps of the run."""
         return self.optim.total_steps(self.num_train)
 
+    @property
+    def vae_in_loop(self) -> str:
+        """The VAE that pictures go through in every step, empty for none."""
+        return self.pictures.vae if self.pictures.in_latents and not self.pictures.latents else ""
+
     def samples_at(self, step: int) -> bool:
         """Whether a sample grid is drawn after a step, but for the last one."""
         every = self.checkpoint.sample_every

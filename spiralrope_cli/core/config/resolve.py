@@ -25,7 +25,7 @@ from spiralrope_cli.core.config.dit_runs import (
 from spiralrope_cli.core.config.latents import LATENT_CHANNELS, Manifest, read_manifest
 from spiralrope_cli.core.config.models import deit_size, dit_name, dit_size
 from spiralrope_cli.core.config.nested import RUN_KINDS, build, read_config
-from spiralrope_cli.core.config.rope import RopeConfig
+from spiralrope_cli.core.config.rope import RopeConfig, Scaling
 from spiralrope_cli.core.config.runs import ModelConfig
 from spiralrope_cli.core.errors import ConfigError
 
@@ -65,6 +65,13 @@ class StartingPoint:
     model: ModelConfig | DiTModelConfig
     data: str = ""
     pictures: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of what the network takes."""
+        if isinstance(self.model, ModelConfig):
+            return self.model.image_size
+        return self.model.input_size
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -261,26 +268,36 @@ def check_start(values: dict[str, Any], start: StartingPoint) -> None:
         )
 
 
-def fit_positions(
-    values: dict[str, Any], sources: dict[str, str], start: StartingPoint, size: str
-) -> None:
-    """Lets another image size than the weights' keep their grid for the positions.
+def positions_at(
+    start: StartingPoint, size: tuple[int, int], scaling: Scaling | None
+) -> tuple[Scaling, tuple[int, int] | None]:
+    """How the positions of a network of some size refer to those that its weights learned.
 
-    Whatever they were trained with, their positions are then squeezed into the trained range
+    Whatever they were trained with, positions at another size are squeezed into the trained range
     unless the user wants it otherwise: published weights say `extrapolate`, which means nothing
     at their own size.
 
     Args:
-        values: changed in place.
-        sources: changed in place.
         start: the weights.
-        size: field of the network's size, `image_size` or `input_size`.
+        size: of the network, `image_size` or `input_size`.
+        scaling: that the user chose, None for no choice.
+
+    Returns:
+        scaling and `pretrain_grid`.
     """
-    if tuple(values[size]) == getattr(start.model, size):
-        return
-    if sources["scaling"] == "source":
-        values["scaling"], sources["scaling"] = "interpolate", "default"
-    values["pretrain_grid"] = start.model.pretrain_grid or start.grid
+    if size == start.size:
+        return scaling or start.rope.scaling, start.model.pretrain_grid
+    return scaling or "interpolate", start.model.pretrain_grid or start.grid
+
+
+def fit_positions(
+    values: dict[str, Any], sources: dict[str, str], start: StartingPoint, size: str
+) -> None:
+    """Fits scaling and grid, in place, to the network's size, whose field is named."""
+    chosen, now = None if sources["scaling"] == "source" else values["scaling"], tuple(values[size])
+    values["scaling"], values["pretrain_grid"] = positions_at(start, now, chosen)
+    if chosen is None and now != start.size:
+        sources["scaling"] = "default"
 
 
 def fit_length(values: dict[str, Any], sources: dict[str, str], options: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from spiralrope_cli.core.config.option import ROPE, Opt, check_fields, document
 from spiralrope_cli.core.errors import ConfigError
 
+Scaling = Literal["interpolate", "extrapolate"]
 MIN_FREQ_IS_SET = 1e-6
 """`min_freq_lang` below this means "not given": the lowest frequency then follows from theta."""
 
@@ -64,7 +65,7 @@ class RopeConfig:
         ),
     ] = "clamped"
     scaling: Annotated[
-        Literal["interpolate", "extrapolate"],
+        Scaling,
         Opt("Positions on larger grids: squeezed into the trained range, or counted on.", ROPE),
     ] = "interpolate"
 

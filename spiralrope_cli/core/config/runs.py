@@ -264,6 +264,11 @@ class ClassifierRun:
         """Patches as (rows, columns)."""
         return self.model.grid
 
+    @property
+    def vae_in_loop(self) -> str:
+        """A classifier sees pixels."""
+        return ""
+
     def inert_options(self) -> list[tuple[str, str]]:
         """Fields of a classifier that cannot act in this run, each with the reason."""
         augment, inert = self.augment, []

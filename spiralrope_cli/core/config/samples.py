@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 from spiralrope_cli.core.config.datasets import BUILT_IN, DataSet
@@ -12,8 +13,8 @@ from spiralrope_cli.core.config.diffusion import (
     Sampler,
     spaced_timesteps,
 )
-from spiralrope_cli.core.config.dit_runs import NO_VAE
-from spiralrope_cli.core.config.latents import VAE_FACTOR
+from spiralrope_cli.core.config.dit_runs import NO_VAE, input_size
+from spiralrope_cli.core.config.latents import LATENT_CHANNELS, VAE_FACTOR, VAE_NAMES
 from spiralrope_cli.core.config.option import (
     PATH,
     PICTURES,
@@ -39,6 +40,57 @@ def decoder_of(vae: str) -> str:
     """The VAE that decodes what was trained on latents of one."""
     # Trained with the encoder of `ema`, decoded by `mse`: so the published figures were made.
     return SAMPLING_VAE if vae == "ema" else vae
+
+
+def resolve_vae(source: str, channels: int, *, trained: str | None, given: str | None) -> str:
+    """The VAE that decodes: the one given, or what goes with that of the training, if known.
+
+    Raises:
+        ConfigError: it is not there, or the network draws nothing that it could decode.
+    """
+    if trained is None:
+        trained = SAMPLING_VAE if channels == LATENT_CHANNELS else NO_VAE
+    vae = decoder_of(trained) if given is None else given
+    if vae == trained and vae not in (NO_VAE, *VAE_NAMES) and not Path(vae).is_dir():
+        raise ConfigError(
+            f"{source} was trained through the VAE {vae}, which is not there",
+            "--vae names its folder, or one like it",
+        )
+    if vae == NO_VAE and channels not in (1, 3):
+        raise ConfigError(
+            f"--vae none: {source} draws {channels} channels, which only a VAE turns into pictures",
+            "use --vae mse, ema or a folder",
+        )
+    if vae != NO_VAE and channels != LATENT_CHANNELS:
+        raise ConfigError(
+            f"--vae {vae}: {source} draws pixels, {channels} channel(s)", "use --vae none"
+        )
+    return vae
+
+
+def resolve_image_size(
+    arch: str,
+    vae: str,
+    *,
+    trained: tuple[int, int],
+    given: tuple[int, int] | None,
+    rope: bool,
+) -> tuple[int, int]:
+    """(height, width) in pixels: those given, or what `trained` latents or pixels decode to.
+
+    Raises:
+        ConfigError: the network cannot draw it.
+    """
+    factor = 1 if vae == NO_VAE else VAE_FACTOR
+    own = factor * trained[0], factor * trained[1]
+    image_size = own if given is None else given
+    input_size(arch, image_size, vae)
+    if image_size != own and not rope:
+        raise ConfigError(
+            f"--image-size {'x'.join(map(str, image_size))}: without RoPE these weights draw "
+            f"{'x'.join(map(str, own))} alone",
+        )
+    return image_size
 
 
 def check_chain(sampler: str, steps: str) -> None:
@@ -135,10 +187,6 @@ class SampleRun:
     def num_bytes(self) -> int:
         """Of all images, 8 bits per channel."""
         return 3 * self.num * self.image_size[0] * self.image_size[1]
-
-    def label(self, index: int) -> int | None:
-        """The class of an image where classes were given, else None."""
-        return self.classes[index % len(self.classes)] if self.classes else None
 
 
 DEFAULTS = {name: getattr(SampleRun, name) for name in ("steps", "sampler", "seed")}

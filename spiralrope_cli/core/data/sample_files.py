@@ -13,11 +13,11 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,12 +28,14 @@ from spiralrope_cli.core.atomic import atomic_write, flush, write_whole
 from spiralrope_cli.core.data.grid import picture_grid
 from spiralrope_cli.core.data.npz import read_headers, stream_rows
 from spiralrope_cli.core.errors import CheckpointError
-from spiralrope_cli.core.runtime.run_folder import SAMPLES_FILE
+from spiralrope_cli.core.runtime.run_folder import SAMPLES_FILE, differences, refuse_run
 
 FACTS_FILE, PART_FILE, DONE_FILE = "samples.json", "samples.npz.part", "samples.done"
 NPZ_FILE, PNG_FOLDER = "samples.npz", "png"
 GRID_IMAGES = 64
 CHUNK = 1 << 22
+FREE_TO_DIFFER = ("made_by", "source", "versions", "trained", "data", "num_classes")
+"""What may change between two runs that go on with the same images, or follows from the weights."""
 
 
 class SampleFiles:
@@ -47,17 +49,30 @@ class SampleFiles:
 
     def __init__(self, folder: Path, num: int, size: tuple[int, int]) -> None:
         self.folder, self.num, self.size = folder, num, size
-        self._bytes = 3 * size[0] * size[1]
-        self._array_head = io.BytesIO()
+        self._image_bytes = 3 * size[0] * size[1]
+        array_header = io.BytesIO()
         np.lib.format.write_array_header_1_0(
-            self._array_head, {"descr": "|u1", "fortran_order": False, "shape": (num, *size, 3)}
+            array_header, {"descr": "|u1", "fortran_order": False, "shape": (num, *size, 3)}
         )
-        with zipfile.ZipFile(head := io.BytesIO(), "w") as archive, _entry(archive):
-            self._start = head.tell() + len(self._array_head.getvalue())
+        self._array_header = array_header.getvalue()
+        # 50 000 images must not be on the disk twice: they are put where the archive will have
+        # them, and finishing it writes what stands before them, as long whatever it says, and
+        # what follows them.
+        self._start = len(self._head(self._entry(checksum=0)))
+        self._end = self._start + num * self._image_bytes
 
-    @property
-    def _end(self) -> int:
-        return self._start + self.num * self._bytes
+    def _entry(self, checksum: int) -> zipfile.ZipInfo:
+        """The array as the archive lists it, as `zipfile` does but for its sizes, known before."""
+        entry = zipfile.ZipInfo("arr_0.npy")  # its date is fixed: equal images, equal files
+        entry.external_attr = 0o600 << 16
+        entry.header_offset, entry.CRC = 0, checksum
+        entry.file_size = len(self._array_header) + self.num * self._image_bytes
+        entry.compress_size = entry.file_size
+        return entry
+
+    def _head(self, entry: zipfile.ZipInfo) -> bytes:
+        """What stands before the first image."""
+        return entry.FileHeader(zip64=True) + self._array_header
 
     @property
     def npz(self) -> Path:
@@ -73,6 +88,42 @@ class SampleFiles:
         """File of one image."""
         digits = max(6, len(str(self.num - 1)))
         return self.folder / PNG_FOLDER / f"{index:0{digits}d}.png"
+
+    def bytes_needed(self, png: bool) -> int:
+        """What is still to be written, with a file for every image if asked for."""
+        all_images, part = self.num * self._image_bytes, self.folder / PART_FILE
+        here_already = part.stat().st_blocks * 512 if part.exists() else 0
+        needed = 0 if self.npz.exists() else all_images - here_already
+        return needed + (all_images if png else 0)
+
+    def check_same(self, facts: dict[str, Any]) -> None:
+        """Refuses to go on in a folder that holds other images.
+
+        Args:
+            facts: what is to make the images.
+
+        Raises:
+            CheckpointError: names the first options that differ, with both values.
+        """
+        refuse_run(self.folder)
+        another, before = "give this run another --name or --out", read_facts(self.folder)
+        if before is None:
+            if self.npz.exists():
+                message = f"{self.npz} is there, and no {FACTS_FILE} says what made it"
+                raise CheckpointError(message, another)
+            return
+        digests = [str(each.get("sha256"))[:12] for each in (before, facts)]
+        if digests[0] != digests[1]:
+            raise CheckpointError(
+                f"{self.folder} holds samples of other weights: "
+                f"sha256 {digests[0]}, now {digests[1]}",
+                another,
+            )
+        if differing := differences(before, facts, FREE_TO_DIFFER):
+            raise CheckpointError(
+                f"{self.folder} holds other samples: {differing}",
+                f"repeat those options, or {another}",
+            )
 
     def finished(self, png: bool) -> bool:
         """Whether nothing is left to do, with a file for every image if asked for."""
@@ -107,7 +158,7 @@ class SampleFiles:
         # Plain writes: pages of a mapped file would count as this process's memory.
         with (self.folder / PART_FILE).open("r+b") as file:
             for index, image in zip(indices, pixels, strict=True):
-                file.seek(self._start + index * self._bytes)
+                file.seek(self._start + index * self._image_bytes)
                 file.write(image.tobytes())
             file.flush()
             os.fsync(file.fileno())  # whatever happens, what is marked as done is there
@@ -117,25 +168,31 @@ class SampleFiles:
                 file.write(b"\x01")
 
     def finish(self, facts: dict[str, Any]) -> None:
-        """Makes the file of the parts the `.npz`: the disk never holds the images twice."""
+        """Makes the file of the parts the `.npz`; ended at any moment, it can be done again."""
         part = self.folder / PART_FILE
         if not self.npz.exists():
-            self._write_frame(part, facts)
+            os.truncate(part, self._end)  # a killed run may have come to what follows the images
+            entry = self._entry(self._checksum(part))
+            with part.open("r+b") as file:
+                file.write(self._head(entry))
+                file.seek(self._end)
+                # What it writes here, where the file is, is the list of its entries.
+                with zipfile.ZipFile(file, "w") as archive:
+                    archive.comment = _comment(facts)
+                    archive.filelist.append(entry)
             flush(part)
             os.replace(part, self.npz)
         for path in (part, self.folder / DONE_FILE):
             path.unlink(missing_ok=True)
 
-    def _write_frame(self, part: Path, facts: dict[str, Any]) -> None:
-        """Writes what an archive has before and after its images, which are read for their sum."""
-        os.truncate(part, self._end)  # a killed run may have come to what follows them
-        with _Around(part, range(self._start, self._end)) as file, part.open("rb") as images:
-            images.seek(self._start)
-            with zipfile.ZipFile(file, "w") as archive:
-                archive.comment = _comment(facts)
-                with _entry(archive) as sink:
-                    sink.write(self._array_head.getvalue())
-                    shutil.copyfileobj(images, sink, CHUNK)
+    def _checksum(self, part: Path) -> int:
+        """Of the array, its header and all images."""
+        checksum = zlib.crc32(self._array_header)
+        with part.open("rb") as file:
+            file.seek(self._start)
+            while chunk := file.read(CHUNK):
+                checksum = zlib.crc32(chunk, checksum)
+        return checksum
 
     def _images(self, part: range, at_once: int) -> Iterator[np.ndarray]:
         """Finished images, [B, H, W, 3] uint8 at a time."""
@@ -162,29 +219,6 @@ class SampleFiles:
             if not path.exists():
                 _save_png(Image.fromarray(image[0]), path, {**facts, "index": index})
                 yield index
-
-
-class _Around(io.BufferedRandom):
-    """A file that keeps a range of its bytes: what is written from within it is passed over.
-
-    Archives end themselves where an error finds them, which may be amid the images.
-    """
-
-    def __init__(self, path: Path, kept: range) -> None:
-        super().__init__(io.FileIO(path, "r+"))
-        self._kept = kept
-
-    def write(self, data: Any) -> int:
-        if self.tell() not in self._kept:
-            return super().write(data)
-        size = memoryview(data).nbytes
-        self.seek(size, os.SEEK_CUR)
-        return size
-
-
-def _entry(archive: zipfile.ZipFile) -> IO[bytes]:
-    """The array's place in a new archive; its date is fixed: equal images, equal files."""
-    return archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True)
 
 
 def _comment(facts: dict[str, Any]) -> bytes:

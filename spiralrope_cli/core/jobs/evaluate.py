@@ -34,8 +34,7 @@ from spiralrope_cli.core.data.validation import ValidationImages
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.hub.files import digest_like
 from spiralrope_cli.core.hub.source import Source, find_source
-from spiralrope_cli.core.jobs.start import at_size
-from spiralrope_cli.core.load import build
+from spiralrope_cli.core.load import at_size, build
 from spiralrope_cli.core.metrics import records
 from spiralrope_cli.core.metrics.accuracy import Accuracy, evaluate
 from spiralrope_cli.core.plots.curves import sizes

@@ -13,10 +13,10 @@ from spiralrope_cli.core.config.samples import DEFAULTS, SampleRun, num_samples
 from spiralrope_cli.core.data.sample_files import NPZ_FILE
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.source import find_source
-from spiralrope_cli.core.jobs import sample_plan, score
+from spiralrope_cli.core.jobs import sample, score
 from spiralrope_cli.core.jobs.pipeline import Stage, carry_out, say, training_stage
 from spiralrope_cli.core.jobs.pipeline_plan import fetch_vaes, why_no_figures
-from spiralrope_cli.core.runtime.launch import is_first_process, launch, world_size
+from spiralrope_cli.core.runtime.launch import is_first_process, launch
 from spiralrope_cli.core.runtime.run_folder import (
     FID_FILE,
     SAMPLES_FILE,
@@ -25,7 +25,7 @@ from spiralrope_cli.core.runtime.run_folder import (
 )
 from spiralrope_cli.core.weights import Weights
 
-SAMPLE_JOB = "spiralrope_cli.core.jobs.sample_dit:run"
+SAMPLE_JOB = "spiralrope_cli.core.jobs.sample:work"
 SCORE_JOB = "spiralrope_cli.core.jobs.score:work"
 OF_SAMPLING = ("nproc", "nnodes", "rdzv_endpoint", "device", "precision", "compile")
 OF_FIGURES = ("nproc", "nnodes", "rdzv_endpoint", "device", "workers", "skip_bad")
@@ -55,16 +55,14 @@ def sample_stage(pipeline: DiTPipeline) -> Stage:
     @functools.cache
     def settled() -> tuple[SampleRun, Weights]:
         machine = machine_part(pipeline.machine, OF_SAMPLING)
-        return sample_plan.settle(
-            find_source(train.out), {**pipeline.sampling, **machine, "out": out}
-        )
+        return sample.settle(find_source(train.out), {**pipeline.sampling, **machine, "out": out})
 
     def done() -> str:
         if not is_finished(train, first_step(train)):
             return ""
         run, weights = settled()
         try:
-            there = sample_plan.check_same(run, sample_plan.facts_of(run, weights))
+            there = sample.is_drawn(run, weights)
         except CheckpointError as error:
             hint = f"remove {out} to draw again, or draw others: spiralrope dit-sample {train.out}"
             raise CheckpointError(error.message, hint) from error
@@ -76,10 +74,7 @@ def sample_stage(pipeline: DiTPipeline) -> Stage:
             told = ", ".join(f"{name} {value}" for name, value in chosen.items())
             say(f" {out} from the averaged (EMA) weights of {train.out}: {told}")
             return
-        run, weights = settled()
-        sample_plan.check_space(run)
-        if is_first_process():
-            sample_plan.say_plan(run, weights, world_size(run.machine))
+        sample.plan(*settled())
 
     def show() -> None:
         say(f"samples: {Path(out) / NPZ_FILE}")

@@ -87,8 +87,7 @@ def draw_attention(plot: AttentionPlot, file: PictureFile) -> None:
         raise ConfigError(f"--out {file.out} is IMAGE itself", "name another file")
     source = find_source(plot.source, best=plot.best)
 
-    from spiralrope_cli.core.jobs.start import at_size
-    from spiralrope_cli.core.load import build
+    from spiralrope_cli.core.load import at_size, build
     from spiralrope_cli.core.models.attention_maps import attention_from
     from spiralrope_cli.core.plots.attention import attention
     from spiralrope_cli.core.weights import here, read_weights
@@ -215,7 +214,7 @@ def labels_of(images: ImageInput, part: range) -> list[str]:
     from spiralrope_cli.core.data.inputs import NpzImages
     from spiralrope_cli.core.data.npz import read_array, read_headers
     from spiralrope_cli.core.data.sample_files import facts_in
-    from spiralrope_cli.core.jobs.sample_dit import drawn_class
+    from spiralrope_cli.core.runtime.seeds import drawn_class
 
     if not isinstance(images, NpzImages):
         inside = [Path(images.files[number]).relative_to(images.path).parts for number in part]

@@ -1,51 +1,100 @@
 """Trains a network: the story of `pretrain`, `finetune` and `dit-train`.
 
-The command settles what the run is. Here it is told (`plan`), every worker trains (`work`), and the
-first one leaves curves, a page and figures (`report`).
+It is settled what the run is, then told; every worker trains, and the first one leaves curves, a
+page and figures. What loads torch is imported where it is needed: a refusal comes without it.
 """
 
 from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.table import Table
 
 from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
-from spiralrope_cli.core.config.latents import VAE_NAMES
 from spiralrope_cli.core.config.models import is_dit
 from spiralrope_cli.core.config.nested import flatten, to_nested
 from spiralrope_cli.core.config.optim import LINEAR_RULE_BATCH
-from spiralrope_cli.core.config.resolve import Resolved
+from spiralrope_cli.core.config.resolve import Resolved, StartingPoint, resolve
+from spiralrope_cli.core.config.rope import given_rope
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.errors import CheckpointError
-from spiralrope_cli.core.plots.curves import curves
-from spiralrope_cli.core.plots.style import save
-from spiralrope_cli.core.hub.catalog import find
-from spiralrope_cli.core.hub.download import local_path
-from spiralrope_cli.core.hub.vae import find_vae
-from spiralrope_cli.core.report.page import leave_report
-from spiralrope_cli.core.jobs.start import starting_weights
-from spiralrope_cli.core.load import start_from
-from spiralrope_cli.core.models.factory import model_cost
-from spiralrope_cli.core.rope import clamped_share
-from spiralrope_cli.core.runtime import distributed
+from spiralrope_cli.core.hub.source import find_source
+from spiralrope_cli.core.hub.vae import find_vae, local_vae
 from spiralrope_cli.core.runtime.console import console, say
-from spiralrope_cli.core.runtime.job import Job, open_job
-from spiralrope_cli.core.runtime.launch import joined_world_size, world_size
-from spiralrope_cli.core.runtime.report import print_results, say_unreadable
-from spiralrope_cli.core.runtime.run_folder import CURVES_FILE
-from spiralrope_cli.core.training import loop
-from spiralrope_cli.core.training.classification import classification
-from spiralrope_cli.core.training.diffusion import diffusion
+from spiralrope_cli.core.runtime.launch import (
+    is_first_process,
+    joined_world_size,
+    launch,
+    world_size,
+)
+from spiralrope_cli.core.runtime.report import check_tracker, print_results, say_unreadable
+from spiralrope_cli.core.runtime.run_folder import CURVES_FILE, first_step, is_finished, prepare
 
+if TYPE_CHECKING:
+    from spiralrope_cli.core.runtime.job import Job
+    from spiralrope_cli.core.training import loop
+    from spiralrope_cli.core.weights import Weights
+
+JOB = "spiralrope_cli.core.jobs.train:work"
 CLAMP_HINT_SHARE = 0.15
 ORIGINS = (
     *("option", "config file", "environment", "latents", "source", "data set"),
     *("recipe", "default"),
 )
+
+
+def train(command: str, given: dict[str, Any]) -> None:
+    """Carries out a training command, or says that its run is finished.
+
+    Args:
+        command: `pretrain`, `finetune` or `dit-train`.
+        given: field name -> value of the options that the user gave.
+    """
+    dry_run = given.pop("dry_run", False)
+    resolved, notes = settle(command, given, download=not dry_run)
+    run = resolved.run
+    check_tracker(run.machine.tracker)
+    step = first_step(run)
+    if is_finished(run, step) and not dry_run:
+        if is_first_process():
+            say(f"{run.out} is finished: {step} steps")
+            print_results(Path(run.out))
+        return
+    run.split_batch(world_size(run.machine))
+    if is_first_process():
+        plan(resolved, first_step=step, every_value=dry_run, notes=notes)
+        if run.vae_in_loop:
+            local_vae(run.vae_in_loop) if dry_run else find_vae(run.vae_in_loop)
+    if not dry_run:
+        if is_first_process():
+            prepare(run, resolved.sources)
+        launch(JOB, run)
+
+
+def settle(
+    command: str, given: dict[str, Any], *, download: bool
+) -> tuple[Resolved[Any], tuple[str, ...]]:
+    """The run, and notes for the user.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: what cannot work.
+        FetchError: published weights to start from that cannot be had.
+    """
+    options = dict(given)
+    config, source = options.pop("config", ""), options.pop("source", "")
+    start: StartingPoint | None = None
+    notes: tuple[str, ...] = ()
+    if source:
+        rope, found = given_rope(options), find_source(source)
+        from spiralrope_cli.core.load import starting_point
+
+        dit = command == "dit-train"
+        start, notes = starting_point(found, rope, dit=dit, download=download)
+    return resolve(command, options, config, start), notes
 
 
 def plan(
@@ -121,6 +170,8 @@ def start_line(run: TrainingRun) -> str:
 
 def model_line(run: TrainingRun) -> str:
     """What learns."""
+    from spiralrope_cli.core.models.factory import model_cost
+
     parameters, flops = model_cost(run)
     rows, columns = run.grid
     _, height, width = run.input_shape
@@ -169,6 +220,8 @@ def hints(run: TrainingRun) -> list[str]:
             "most; of more, each direction turns with one of its axes or with none"
         )
     if rope.enabled and rope.rotate > 1 and rope.projection != "exact":
+        from spiralrope_cli.core.rope import clamped_share
+
         share = clamped_share(run.grid, rope, run.head_dim)
         if share >= CLAMP_HINT_SHARE:
             told.append(
@@ -186,6 +239,11 @@ def work(config: TrainingRun) -> None:
         DataError: the data set is missing or damaged.
         FetchError: the VAE is not here and cannot be had.
     """
+    from spiralrope_cli.core.load import start_from
+    from spiralrope_cli.core.runtime import distributed
+    from spiralrope_cli.core.runtime.job import open_job
+    from spiralrope_cli.core.training import loop
+
     with open_job(config.machine, Path(config.out)) as job:
         step = loop.agreed_first_step(config)
         task = open_task(config, job)
@@ -202,24 +260,37 @@ def work(config: TrainingRun) -> None:
 
 def open_task(config: TrainingRun, job: Job) -> loop.Task[Any]:
     """Data and loss of the run's kind of network."""
+    from spiralrope_cli.core.training.classification import classification
+    from spiralrope_cli.core.training.diffusion import diffusion
+
     if not is_dit(config.arch):
         return classification(cast(ClassifierRun, config), job)
-    return diffusion(cast(DiTRun, config), job, lambda given: find_vae(given).folder, local_vae)
+    return diffusion(cast(DiTRun, config), job, lambda given: find_vae(given).folder, decoder_here)
 
 
-def local_vae(given: str) -> Path:
+def decoder_here(given: str) -> Path:
     """Folder of a VAE that can be had without a network.
 
     Raises:
         CheckpointError, ConfigError: it is not here, or it cannot be read.
     """
-    if given in VAE_NAMES and local_path(find(f"vae-{given}")) is None:
+    if (files := local_vae(given)) is None:
         raise CheckpointError(f"the VAE {given} is not here to decode them")
-    return find_vae(given).folder
+    return files.folder
+
+
+def starting_weights(run: TrainingRun) -> Weights:
+    """The averaged weights that a run starts from."""
+    from spiralrope_cli.core.weights import here, read_weights
+
+    return read_weights(here(find_source(run.source)), ema=True, rope=asdict(run.rope))
 
 
 def report(out: Path) -> None:
     """Leaves curves and the page of a finished run, and prints its figures."""
-    save(curves([out], "step"), out / CURVES_FILE)
+    from spiralrope_cli.core.plots.curves import draw_curves
+    from spiralrope_cli.core.report.page import leave_report
+
+    draw_curves([out], out / CURVES_FILE)
     leave_report(out)
     print_results(out)

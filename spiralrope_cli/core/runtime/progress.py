@@ -25,7 +25,7 @@ SECONDS = 30.0
 
 @contextlib.contextmanager
 def counted(
-    what: str, total: int, *, shown: bool, done: int = 0, unit: str = "per second"
+    what: str, total: int, *, shown: bool, done: int = 0, unit: str = "per second", parts: int = 1
 ) -> Iterator[Callable[[int], None]]:
     """A function that is told how many more are done.
 
@@ -35,9 +35,10 @@ def counted(
         shown: whether this process speaks.
         done: those that an earlier run did; they say nothing about the pace.
         unit: of the pace.
+        parts: of each one, where those are told; whole ones are shown.
     """
     shown_on = console(stderr=True, quiet=not shown)
-    pace = Pace(total, done)
+    pace = Pace(total, done, parts)
     if not shown_on.is_terminal:
         yield _lines(shown_on, what, pace, unit)
         return
@@ -60,13 +61,15 @@ def bar_columns(what: str, *counts: ProgressColumn) -> list[ProgressColumn]:
 class Pace:
     """How many are done, how fast, and for how long it will go on."""
 
-    def __init__(self, total: int, done: int) -> None:
+    def __init__(self, total: int, done: int, parts: int = 1) -> None:
         self.total, self.done = total, done
+        self._parts, self._parts_done = parts, 0
         self._first, self._start = done, time.monotonic()
 
     def advance(self, more: int) -> None:
-        """Counts; never beyond the total."""
-        self.done = min(self.done + more, self.total)
+        """Counts parts, and with them whole ones; never beyond the total."""
+        self._parts_done += more
+        self.done = min(self._first + self._parts_done // self._parts, self.total)
 
     @property
     def rate(self) -> float:

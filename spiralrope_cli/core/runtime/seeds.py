@@ -29,6 +29,11 @@ def seed_everything(*parts: int | str) -> None:
     torch.manual_seed(seed)
 
 
+def drawn_class(seed: int, num_classes: int, index: int) -> int:
+    """The class of a sampled image where none was asked for."""
+    return int(torch.randint(num_classes, (), generator=generator_for(seed, "label", index)))
+
+
 class NoisePerImage:
     """Normal noise of a batch in which every image has its own generator.
 

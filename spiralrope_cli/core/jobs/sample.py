@@ -1,0 +1,341 @@
+"""`dit-sample`: images that a diffusion transformer draws. Settle, plan, work, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import platform
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.text import Text
+from torch import Tensor
+
+from spiralrope_cli.core.config.diffusion import GuidanceConfig
+from spiralrope_cli.core.config.dit_runs import NO_VAE
+from spiralrope_cli.core.config.models import is_dit
+from spiralrope_cli.core.config.nested import build as build_config
+from spiralrope_cli.core.config.resolve import RUNS_FOLDER, merged
+from spiralrope_cli.core.config.rope import RopeConfig
+from spiralrope_cli.core.config.runs import MachineConfig
+from spiralrope_cli.core.config.samples import (
+    DEFAULTS,
+    SampleRun,
+    num_samples,
+    resolve_image_size,
+    resolve_vae,
+)
+from spiralrope_cli.core.data.grid import to_levels
+from spiralrope_cli.core.data.sample_files import FACTS_FILE, SampleFiles
+from spiralrope_cli.core.diffusion.guidance import guided
+from spiralrope_cli.core.diffusion.process import GaussianDiffusion
+from spiralrope_cli.core.diffusion.samplers import BY_NAME
+from spiralrope_cli.core.diffusion.vae import Vae, load_vae
+from spiralrope_cli.core.errors import CheckpointError
+from spiralrope_cli.core.hub.files import digest_like
+from spiralrope_cli.core.hub.source import Source, find_source
+from spiralrope_cli.core.hub.vae import find_vae
+from spiralrope_cli.core.kernels import cast_blocks
+from spiralrope_cli.core.load import at_size, build
+from spiralrope_cli.core.models.dit import DiT
+from spiralrope_cli.core.report.page import leave_report
+from spiralrope_cli.core.runtime import disk, distributed, environment
+from spiralrope_cli.core.runtime.console import console, say, say_result
+from spiralrope_cli.core.runtime.device import autocast, pick_device, pick_precision
+from spiralrope_cli.core.runtime.job import Job, open_job
+from spiralrope_cli.core.runtime.launch import is_first_process, world_size
+from spiralrope_cli.core.runtime.progress import counted
+from spiralrope_cli.core.runtime.run_folder import REPORT_FILE, SOURCES_FILE, write_json
+from spiralrope_cli.core.runtime.seeds import NoisePerImage, drawn_class
+from spiralrope_cli.core.weights import Weights, here, read_weights
+from spiralrope_cli.version import __version__
+
+BATCH_BYTES = 64 * 3 * 256 * 256
+"""Pixels of a batch by default: 64 images of 256 px; at most MAX_BATCH of smaller ones."""
+
+MAX_BATCH = 100
+SAY_ABOVE = 1 << 30
+"""Bytes of images whose checksum takes long enough to be told of."""
+
+
+def settle(source: Source, options: Mapping[str, Any]) -> tuple[SampleRun, Weights]:
+    """The complete run.
+
+    Args:
+        source: from `find_source`; published weights are fetched if need be.
+        options: field name -> value, given options alone.
+
+    Raises:
+        CheckpointError: no diffusion transformer.
+        ConfigError: a value that cannot work.
+    """
+    rope = {name: options[name] for name in RopeConfig.__dataclass_fields__ if name in options}
+    weights = read_weights(here(source), ema=options.get("ema", True), rope=rope)
+    if not is_dit(weights.arch):
+        raise CheckpointError(
+            f"{source.given} holds {weights.arch}, a classifier, which draws nothing",
+            "dit-sample takes a diffusion transformer; eval takes classifiers",
+        )
+    network, of_run = weights.options, weights.config
+    vae = resolve_vae(
+        source.given,
+        network["in_chans"],
+        trained=of_run.get("pictures", {}).get("vae"),
+        given=options.get("vae"),
+    )
+    image_size = resolve_image_size(
+        weights.arch,
+        vae,
+        trained=network["input_size"],
+        given=options.get("image_size"),
+        rope=weights.rope.enabled,
+    )
+    fitting = max(1, min(MAX_BATCH, BATCH_BYTES // (3 * image_size[0] * image_size[1])))
+    values, _ = merged(
+        ("default", {**DEFAULTS, "ema": True, "png": False, "classes": (), "batch_size": fitting}),
+        ("data set", {"num": num_samples(of_run.get("data", ""))}),
+        ("source", {"vae": vae, "image_size": image_size}),
+        ("option", dict(options)),
+    )
+    guidance = build_config(GuidanceConfig, values)
+    values.setdefault("out", resolve_out(source, values, guidance))
+    run = SampleRun(
+        source=source.given,
+        file=str(weights.file),
+        rope=rope,
+        guidance=guidance,
+        num_classes=network["num_classes"],
+        sha256=digest_like(weights.file, "sha256")[1],
+        vae_sha256="" if vae == NO_VAE else find_vae(vae).sha256(),
+        machine=build_config(MachineConfig, values),
+        **{name: values[name] for name in SampleRun.__dataclass_fields__ if name in values},
+    )
+    return run, weights
+
+
+def resolve_out(source: Source, values: Mapping[str, Any], guidance: GuidanceConfig) -> str:
+    """The folder where none was asked for: the same command finds its own."""
+    stem = source.run.resolve().name if source.run else Path(source.given).stem
+    parts = ["dit-sample", stem, f"{values['sampler']}{values['steps']}"]
+    parts += [f"cfg{guidance.cfg_scale:g}"] if guidance.cfg_scale != 1 else []
+    parts += [] if values["ema"] else ["raw"]
+    parts += [values["name"]] if values.get("name") else []
+    return str(Path(RUNS_FOLDER) / re.sub(r"[^\w.-]+", "-", "-".join(parts)))
+
+
+def facts_of(run: SampleRun, weights: Weights) -> dict[str, Any]:
+    """What makes the images, for every file that holds some."""
+    device = pick_device(run.machine)
+    dtype, _ = pick_precision(run.machine.precision, device)
+    return {
+        "made_by": f"spiralrope {__version__} dit-sample",
+        "source": run.source,
+        "sha256": run.sha256,
+        "weights": "ema" if weights.ema else "raw",
+        "trained": weights.progress,
+        "arch": weights.arch,
+        "data": weights.config.get("data", ""),
+        "num_classes": run.num_classes,
+        "rope": dataclasses.asdict(weights.rope),
+        "num": run.num,
+        "steps": run.steps,
+        "sampler": run.sampler,
+        **dataclasses.asdict(run.guidance),
+        "cfg_interval": list(run.guidance.cfg_interval),
+        "classes": list(run.classes),
+        "seed": run.seed,
+        "vae": run.vae,
+        "vae_sha256": run.vae_sha256,
+        "image_size": list(run.image_size),
+        "precision": str(dtype).removeprefix("torch."),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
+def is_drawn(run: SampleRun, weights: Weights) -> bool:
+    """Whether all that is asked for is there already.
+
+    Raises:
+        CheckpointError: the folder holds other images.
+    """
+    files = SampleFiles(Path(run.out), run.num, run.image_size)
+    files.check_same(facts_of(run, weights))
+    return files.finished(run.png)
+
+
+def plan(run: SampleRun, weights: Weights) -> None:
+    """Says on stderr what will be drawn.
+
+    Raises:
+        DiskError: the images would not fit on the disk.
+    """
+    files = SampleFiles(Path(run.out), run.num, run.image_size)
+    disk.check_space(
+        (files.folder, files.bytes_needed(run.png)),
+        what=f"{run.num} images and what is made of them",
+        hint="use fewer images (--num), or another --out",
+    )
+    if not is_first_process():
+        return
+    guidance, guided_by, (height, width) = run.guidance, "none", run.image_size
+    if guidance.cfg_scale != 1:
+        low, high = guidance.cfg_interval
+        channels = "all channels" if guidance.cfg_channels == "all" else "3 channels"
+        guided_by = f"{guidance.cfg_scale:g} on {channels}, timesteps {low} to {high}"
+    drawn = run.num - len(files.missing()) if (files.folder / FACTS_FILE).exists() else 0
+    there = f"; {drawn} are there" if drawn else ""
+    classes = ",".join(map(str, run.classes)) if run.classes else f"drawn from {run.num_classes}"
+    for name, text in (
+        ("samples", run.out),
+        ("weights", weights.summary()),
+        ("images", f"{run.num} of {height}x{width} px, VAE {run.vae}; classes {classes}{there}"),
+        ("sampler", f"{run.sampler}, {run.steps} steps, guidance {guided_by}, seed {run.seed}"),
+        ("batch", f"{run.batch_size} at a time in {world_size(run.machine)} process(es)"),
+    ):
+        line = Text.assemble(" ", (f"{name:<8}", "bold"), " ", text)
+        console(stderr=True).print(line, soft_wrap=True)
+    notes = list(weights.notes)
+    if guidance.cfg_scale == 1 and guidance != GuidanceConfig():
+        notes.append("--cfg-channels and --cfg-interval have no effect: --cfg-scale is 1")
+    for note in notes:
+        say(f"note: {note}")
+
+
+def work(run: SampleRun) -> None:
+    """Draws what is missing, then writes the results; executed by every worker.
+
+    Raises:
+        CheckpointError: the weights or the VAE cannot be read, or the folder is in use.
+    """
+    out, files = Path(run.out), SampleFiles(Path(run.out), run.num, run.image_size)
+    with open_job(run.machine, out) as job, torch.inference_mode():
+        # Of the very file that was settled, whatever its run has saved since.
+        source = dataclasses.replace(find_source(run.source), place=Path(run.file))
+        weights = read_weights(source, ema=run.ema, rope=run.rope)
+        facts = facts_of(run, weights)
+        if job.is_first:
+            files.begin(facts)
+            environment.write(out, job)
+            write_json(out / SOURCES_FILE, dict.fromkeys(run.rope, "option"))
+        missing = distributed.gathered(files.missing() if job.is_first else [])[0]
+        if missing:
+            draw_missing(missing, Drawer(run, job, weights), files)
+        if job.is_first:
+            if missing and run.num_bytes > SAY_ABOVE:
+                say("all are drawn; their checksum is taken, for the archive")
+            files.finish(facts)
+            files.write_grid(facts)
+        distributed.barrier()
+        if run.png:
+            write_pngs(job, files, facts)
+        if job.is_first:
+            leave_report(out)
+            report(run, files)
+
+
+class Drawer:
+    """Draws images by their numbers: (seed, number) decides noise, class and step noise.
+
+    Args:
+        run: what to draw.
+        job: where it happens.
+        weights: the network's.
+    """
+
+    def __init__(self, run: SampleRun, job: Job, weights: Weights) -> None:
+        self.run, self.job = run, job
+        model = build(weights, job.device, **at_size(weights, run.input_size, run.rope))
+        if not isinstance(model, DiT):
+            raise TypeError(f"{weights.arch} is no diffusion transformer")
+        if job.dtype != torch.float32:
+            cast_blocks(model.blocks, job.dtype)
+        if run.machine.compile:
+            model.compile()
+        self.model, self.diffusion = model, GaussianDiffusion(run.steps)
+        self.shape = (model.in_chans, *run.input_size)
+        self.vae: Vae | None = None
+        if run.vae != NO_VAE:
+            self.vae = load_vae(find_vae(run.vae).folder, job.device)
+
+    def __call__(self, numbers: Sequence[int], each_step: Callable[[], None]) -> Tensor | None:
+        """[B, 3, H, W] uint8 of the images with these numbers; None where a signal came."""
+        run, job = self.run, self.job
+        noise = NoisePerImage(run.seed, numbers, self.shape, job.device)
+        classes = [
+            run.classes[number % len(run.classes)]
+            if run.classes
+            else drawn_class(run.seed, run.num_classes, number)
+            for number in numbers
+        ]
+        labels = torch.tensor(classes, device=job.device)
+        with autocast(job.device, job.dtype):
+            predict = guided(self.model, labels, run.guidance)
+            for x in BY_NAME[run.sampler](self.diffusion, predict, noise.draw(), noise.draw):
+                if job.stop.signal_number:
+                    return None
+                latents = x
+                each_step()
+        return to_levels(self.vae.decode(latents) if self.vae else latents)
+
+
+def draw_missing(missing: Sequence[int], draw: Drawer, files: SampleFiles) -> None:
+    """Draws images and puts them at their places, until all are there or a signal comes."""
+    job, size = draw.job, draw.run.batch_size
+    at_once = size * job.world_size
+    with counted(
+        "images",
+        files.num,
+        shown=job.is_first,
+        done=files.num - len(missing),
+        unit="images/s",
+        parts=draw.diffusion.num_steps + 1,  # the last part is the picture of the latents
+    ) as advance:
+        for first in range(0, len(missing), at_once):
+            numbers = missing[first : first + at_once]
+            # At the end some processes may be without; they stay, to stop with the others.
+            mine = numbers[job.rank * size : (job.rank + 1) * size]
+            each_step = functools.partial(advance, len(numbers))  # all are about as far
+            drawn = draw(mine, each_step) if mine else None
+            if drawn is not None:
+                files.put(mine, drawn)
+                each_step()
+            leave_if_asked(job, files)
+    distributed.barrier()
+
+
+def leave_if_asked(job: Job, files: SampleFiles) -> None:
+    """Ends after a signal to any process; what is drawn stays."""
+    stop = job.stop.agreed(job.device, ask_all=True)
+    if not stop:
+        return
+    distributed.barrier()
+    if job.is_first:
+        there = files.num - len(files.missing())
+        say(f"stopped with {there} of {files.num} images; the same command goes on")
+    sys.exit(128 + stop)
+
+
+def write_pngs(job: Job, files: SampleFiles, facts: dict[str, Any]) -> None:
+    """A file for every image; each process writes its part of them."""
+    missing = distributed.gathered(files.missing_pngs() if job.is_first else 0)[0]
+    ends = [files.num * rank // job.world_size for rank in (job.rank, job.rank + 1)]
+    already = files.num - missing
+    with counted("files", files.num, shown=job.is_first, done=already, unit="files/s") as advance:
+        for _ in files.write_pngs(facts, range(*ends)):
+            advance(job.world_size)
+            if job.stop.signal_number:
+                break
+    leave_if_asked(job, files)
+
+
+def report(run: SampleRun, files: SampleFiles) -> None:
+    """Says where the results are."""
+    say_result(f"{run.num} images: {files.npz}")
+    say_result(f"grid: {files.grid}")
+    say_result(f"report: {files.folder / REPORT_FILE}")
+    if run.png:
+        say_result(f"files: {files.png(0).parent}")

@@ -1,0 +1,45 @@
+"""Which VAE and image size a network draws with."""
+
+from __future__ import annotations
+
+import pytest
+
+from spiralrope_cli.core.config.samples import resolve_image_size, resolve_vae
+from spiralrope_cli.core.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("channels", "trained", "given", "expected"),
+    [
+        (4, None, None, "mse"),
+        (4, "ema", None, "mse"),
+        (4, "ema", "ema", "ema"),
+        (1, None, None, "none"),
+        (3, "none", None, "none"),
+    ],
+)
+def test_the_vae_is_the_one_given_or_goes_with_the_training(channels, trained, given, expected):
+    assert resolve_vae("it", channels, trained=trained, given=given) == expected
+
+
+@pytest.mark.parametrize(
+    ("channels", "trained", "given", "told"),
+    [
+        (4, "gone", None, "it was trained through the VAE gone, which is not there"),
+        (4, None, "none", "it draws 4 channels, which only a VAE turns into pictures"),
+        (2, None, None, "it draws 2 channels"),
+        (3, None, "mse", "it draws pixels, 3 channel"),
+    ],
+)
+def test_a_vae_that_cannot_decode_is_refused(channels, trained, given, told):
+    with pytest.raises(ConfigError, match=told):
+        resolve_vae("it", channels, trained=trained, given=given)
+
+
+def test_the_image_size_is_the_one_given_or_as_trained():
+    trained = {"trained": (4, 6), "rope": True}
+    assert resolve_image_size("dit-s2", "none", given=None, **trained) == (4, 6)
+    assert resolve_image_size("dit-s2", "mse", given=None, **trained) == (32, 48)
+    assert resolve_image_size("dit-s2", "mse", given=(64, 64), **trained) == (64, 64)
+    with pytest.raises(ConfigError, match="8x8: without RoPE these weights draw 4x6 alone"):
+        resolve_image_size("dit-s2", "none", trained=(4, 6), given=(8, 8), rope=False)
