@@ -1,22 +1,18 @@
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import typer
 
-from spiralrope_cli.commands import dit_sample
 from spiralrope_cli.commands.command import SETTINGS, command
 from spiralrope_cli.core.config.dit_runs import DIT_WORDS, DiTRun
 from spiralrope_cli.core.config.legacy import translate
-from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.option import leaves
-from spiralrope_cli.core.config.pipelines import DeiTStages, DiTStages, deit_stages
+from spiralrope_cli.core.config.pipelines import DeiTStages, DiTStages
 from spiralrope_cli.core.config.recipes import shown_defaults
 from spiralrope_cli.core.config.runs import AugmentConfig, ClassifierRun, TrainOptions
-from spiralrope_cli.core.config.sweeps import points
 from spiralrope_cli.core.errors import ConfigError
-from spiralrope_cli.core.runtime.launch import is_first_process, joined_world_size
+from spiralrope_cli.core.runtime.launch import is_first_process
 
 DEIT_EXAMPLES = """
 Examples:
@@ -81,29 +77,14 @@ def deit(given: dict[str, Any]) -> None:
     if "from_legacy" in given:
         say_translated(given, "deit")
         return
-    own: DeiTStages = build(DeiTStages, given)
-    chosen = options_of_training(given, DeiTStages, "finetune_")
-    check_not_joined()
-    grid = points(own.sweep)
-    stages = deit_stages(
-        eval_only=own.eval_only, skip_training=own.skip_training, finetune=own.with_finetune
-    )
-    if own.sweep or own.seeds:
-        from spiralrope_cli.core.jobs.sweep_plan import deit_sweep
-
-        planned = deit_sweep(chosen, grid, own.seeds, stages, finetune=own.with_finetune)
-
+    if "sweep" in given or "seeds" in given:
         from spiralrope_cli.core.jobs.sweep import run_sweep
 
-        run_sweep(planned, dry_run=own.dry_run)
+        run_sweep(given)
         return
-    from spiralrope_cli.core.jobs.pipeline_plan import deit_pipeline
+    from spiralrope_cli.core.jobs.pipeline import carry_out, settle_deit
 
-    pipeline = deit_pipeline(chosen, stages, finetune=own.with_finetune)
-
-    from spiralrope_cli.core.jobs.pipeline import run_deit
-
-    run_deit(pipeline, dry_run=own.dry_run)
+    carry_out(settle_deit(given), dry_run=given.get("dry_run", False))
 
 
 @command(
@@ -129,51 +110,9 @@ def dit(given: dict[str, Any]) -> None:
     if "from_legacy" in given:
         say_translated(given, "dit")
         return
-    own: DiTStages = build(DiTStages, given)
-    chosen = options_of_training(given, DiTStages)
-    check_not_joined()
-    sampling = {field: given[name] for name, field in OF_SAMPLING.items() if name in given}
-    try:
-        dit_sample.check_words(sampling)
-    except ConfigError as error:
-        told = (OF_SAMPLES.sub(r"--sampling-\1", text) for text in (error.message, error.hint))
-        raise ConfigError(*told) from error
-    from spiralrope_cli.core.jobs.pipeline_plan import dit_pipeline
+    from spiralrope_cli.core.jobs.pipeline import carry_out, settle_dit
 
-    pipeline = dit_pipeline(chosen, sampling, reference=own.reference, weights=own.weights)
-
-    from spiralrope_cli.core.jobs.pipeline_dit import run_dit
-
-    run_dit(pipeline, dry_run=own.dry_run)
-
-
-OF_SAMPLING = {
-    **{name: name for name in ("num", "sampler", "cfg_scale")},
-    **{"sampling_steps": "steps", "sampling_seed": "seed"},
-}
-"""Option -> the one of `dit-sample` that it is."""
-OF_SAMPLES = re.compile(r"--(steps|seed)\b")
-"""Those of them that training has too, as errors of `dit-sample` call them."""
-
-
-def options_of_training(given: dict[str, Any], own: type, but: str = "-") -> dict[str, Any]:
-    """The given options without the pipeline's own, but with those that begin with a word."""
-    mine = {name for name in leaves(own) if not name.startswith(but)} - {"out"}
-    return {name: value for name, value in given.items() if name not in mine}
-
-
-def check_not_joined() -> None:
-    """Refuses processes that a launcher started: each stage forms a group of its own.
-
-    Raises:
-        ConfigError: says what to use in its place.
-    """
-    if (joined_world_size() or 1) > 1:
-        raise ConfigError(
-            "run starts the processes of each stage itself, and cannot join those of a launcher",
-            "use --nproc, --nnodes and --rdzv-endpoint in place of torchrun or srun's tasks; the "
-            "single commands do join",
-        )
+    carry_out(settle_dit(given), dry_run=given.get("dry_run", False))
 
 
 def say_translated(given: dict[str, Any], kind: str) -> None:

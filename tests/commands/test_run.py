@@ -15,17 +15,15 @@ from typer.testing import CliRunner
 
 from spiralrope_cli import main as cli
 from spiralrope_cli.core.config.legacy import DEIT_WORDS, DIT_WORDS
-from spiralrope_cli.core.config.pipelines import deit_stages
 from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.config.rope import RopeConfig
-from spiralrope_cli.core.config.sweeps import KINDS, acting, points
+from spiralrope_cli.core.config.sweeps import KINDS, acting
 from spiralrope_cli.core.errors import DataError, SpiralRopeError
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.jobs import pipeline as pipelines
-from spiralrope_cli.core.jobs import pipeline_dit, sample
-from spiralrope_cli.core.jobs.pipeline_plan import deit_pipeline
-from spiralrope_cli.core.jobs.sweep import spread
-from spiralrope_cli.core.jobs.sweep_plan import deit_sweep
+from spiralrope_cli.core.jobs import sample
+from spiralrope_cli.core.jobs.pipeline import settle_deit
+from spiralrope_cli.core.jobs.sweep import settle_sweep, spread
 from spiralrope_cli.core.load import starting_point
 from spiralrope_cli.core.models.factory import create_model
 from spiralrope_cli.core.runtime.job import StopRequest
@@ -59,16 +57,18 @@ def run(runs):
 @pytest.fixture
 def launched(monkeypatch):
     """The jobs that stages launch, in order."""
-    jobs = []
-    for module in (pipelines, pipeline_dit):
-        plain = module.launch
+    jobs, plain = [], pipelines.launch
 
-        def noted(job, config, plain=plain):
-            jobs.append(job.split(".")[-1].partition(":")[0])
-            plain(job, config)
+    def noted(job, config):
+        jobs.append(job.split(".")[-1].partition(":")[0])
+        plain(job, config)
 
-        monkeypatch.setattr(module, "launch", noted)
+    monkeypatch.setattr(pipelines, "launch", noted)
     return jobs
+
+
+def trainings(pipeline):
+    return [stage.config.run for stage in pipeline.stages[:-1]]
 
 
 def rows(folder):
@@ -108,7 +108,8 @@ def test_deit_runs_every_stage_once(run, launched):
     run("deit", *SMALL, "--eval-only", "--no-finetune")
     assert launched[4:] == ["evaluate"]
     _, told = run("deit", *DEIT, "--finetune-lr", 0.5, expect=1)
-    assert "finetune holds a run with other options: --finetune-lr was" in told
+    assert "finetune holds a run with other options: --lr was" in told
+    assert told.startswith("finetune: ") and "--finetune-" in told
     run("deit", "--out", folder, "--eval-only")
     _, told = run("deit", "--out", folder, "--eval-only", "--rotate", 4, expect=1)
     assert "--rotate was 2, now 4" in told
@@ -118,8 +119,7 @@ def test_what_finetuning_starts_from_is_what_pretraining_left(run):
     run("deit", *DEIT, "--rotate", 4, "--out", "here", "--drop-path", 0.1)
     given = {"arch": "deit-32x2x2", "rotate": 4, "steps": 4, "drop_path": 0.1, "seed": 3}
     own = {"finetune_lr": 3e-3, "finetune_steps": 2, "precision": "fp32", "out": "there"}
-    stages = deit_stages(eval_only=False, skip_training=False, finetune=True)
-    first, second = (each.run for each in deit_pipeline({**given, **own}, stages).trainings)
+    first, second = trainings(settle_deit({**given, **own}))
     assert (first.command, first.out, first.optim.steps) == ("pretrain", "there/pretrain", 4)
     assert (second.command, second.source) == ("finetune", "there/pretrain")
     assert (second.optim.lr, second.optim.steps, second.seed) == (3e-3, 2, 3)
@@ -163,10 +163,10 @@ def test_a_stage_that_stops_or_fails_ends_the_command_with_its_code(run, launche
         (["--skip-training", "--eval-only"], 2, "exclude each other"),
         (["--skip-training", "--no-finetune"], 2, "leave nothing to train"),
         (["--no-finetune", "--finetune-lr", 1], 2, "--finetune-lr has no effect"),
-        (["--finetune-epochs", 1], 2, "finetune: --finetune-warmup-epochs 1 leaves nothing"),
+        (["--finetune-epochs", 1], 2, "finetune: --warmup-epochs 1 leaves nothing"),
         (["--sweep", "rotate"], 2, "is not NAME=V,V"),
         (["--sweep", "seed=1,2"], 2, "seed cannot be swept"),
-        (["--sweep", "rotate=1,x"], 2, "x must be of type int"),
+        (["--sweep", "rotate=1,x"], 2, "x must be 0 or more; it is half the number of directions"),
         (["--sweep", "same_theta=1"], 2, "1 must be true or false"),
         (["--sweep", "rotate=1,1"], 2, "holds a value twice"),
         (["--sweep", "rotate=1", "--sweep", "rotate=2"], 2, "--sweep rotate is given twice"),
@@ -175,7 +175,7 @@ def test_a_stage_that_stops_or_fails_ends_the_command_with_its_code(run, launche
         (["--sweep", "rotate=none,2", "--rotate", 2], 2, "--rotate is given and swept"),
         (["--sweep", "rope=true,false", "--no-rope"], 2, "--rope is given and swept"),
         (["--sweep", "rotate=1,5", "--same-theta"], 2, "rotate=5: --rotate 5 with --same-theta"),
-        (["--seeds", "1;2"], 2, "--seeds 1;2 is no list of numbers"),
+        (["--seeds", "1;2"], 2, "--seeds is 1;2; it must be a list of numbers, such as 0,1,2"),
         (["--seeds", "1,2", "--seed", 1], 2, "exclude each other"),
         (["--from-legacy", "4", "--lr", 1], 2, "--from-legacy stands alone"),
         (["--from-legacy", "4", "--eval-only"], 2, "--from-legacy stands alone"),
@@ -191,8 +191,8 @@ def test_what_cannot_be_is_told_in_a_line(run, launched, words, code, told):
 @pytest.mark.parametrize(
     ("words", "code", "told"),
     [
-        (["--sampling-steps", 1], 2, "--sampling-steps 1: it must be 2 to 1000"),
-        (["--sampling-steps", "ddim300"], 2, "use --sampling-steps 300"),
+        (["--sampling-steps", 1], 2, "dit-sample: --steps 1: it must be 2 to 1000"),
+        (["--sampling-steps", "ddim300"], 2, "use --steps 300; here its --steps is --sampling-steps"),
         (["--sampling-seed", -1], 2, "--sampling-seed is -1"),
         (["--sampler", "dpm++", "--sampling-steps", 1000], 2, "dpm++ takes at most 999"),
         (["--sampler", "euler"], 2, "--sampler is euler"),
@@ -264,22 +264,20 @@ def test_a_sweep_runs_the_grid_and_sums_it_up(run, launched):
 
 
 def test_points_share_all_but_what_is_swept(runs):
-    stages = deit_stages(eval_only=False, skip_training=False, finetune=True)
-    grid = points(["rotate=none,1,4"])
-    sweep = deit_sweep({"arch": "deit-32x1x1", "epochs": 9}, grid, [0, 3], stages, finetune=True)
+    grid = {"sweep": ("rotate=none,1,4",), "seeds": (0, 3)}
+    sweep = settle_sweep({"arch": "deit-32x1x1", "epochs": 9, **grid})
     assert len(sweep.members) == 6
     for seed in (0, 3):
-        mine = [member.pipeline.trainings for member in sweep.members if member.seed == seed]
+        mine = [trainings(member.pipeline) for member in sweep.members if member.seed == seed]
         same = [
-            [replace(each.run, out="", source="", rope=RopeConfig()) for each in trainings]
-            for trainings in mine
+            [replace(run, out="", source="", rope=RopeConfig()) for run in runs] for runs in mine
         ]
         assert same[0] == same[1] == same[2]
         assert {run.seed for run in same[0]} == {seed}
         weights = []
         for first, _ in mine:
-            seed_everything(first.run.seed, "init")
-            model = create_model(first.run.arch, rope=first.run.rope, **asdict(first.run.model))
+            seed_everything(first.seed, "init")
+            model = create_model(first.arch, rope=first.rope, **asdict(first.model))
             weights.append(model.state_dict())
         assert all(weights[0].keys() == each.keys() for each in weights)
         assert all(torch.equal(weights[0][name], each[name]) for each in weights for name in each)

@@ -1,15 +1,17 @@
-"""What a whole pipeline is: the runs of its stages, settled before the first one starts.
+"""What a whole pipeline is: its options, and its stages.
 
 Standard library only.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from spiralrope_cli.core.config.diffusion import Sampler
-from spiralrope_cli.core.config.dit_runs import DiTRun
+from spiralrope_cli.core.config.optim import OptimConfig
 from spiralrope_cli.core.config.option import (
     PATH,
     RECIPE,
@@ -18,11 +20,11 @@ from spiralrope_cli.core.config.option import (
     STAGES,
     Opt,
     check_fields,
+    leaves,
     numbers,
 )
-from spiralrope_cli.core.config.resolve import Resolved
-from spiralrope_cli.core.config.runs import ClassifierRun, MachineConfig
-from spiralrope_cli.core.errors import ConfigError
+from spiralrope_cli.core.config.runs import MachineConfig
+from spiralrope_cli.core.errors import CheckpointError, ConfigError
 
 PRETRAIN, FINETUNE, EVALUATE = "pretrain", "finetune", "eval"
 TRAIN, SAMPLE = "dit-train", "dit-sample"
@@ -33,7 +35,15 @@ OF_BOTH_TRAININGS = MACHINE_FIELDS | {
 }
 """Options that hold for pretraining and for finetuning; of the others, those of finetuning begin
 with `finetune_`, or come with the weights."""
+OF_PRETRAINING = OptimConfig.__dataclass_fields__.keys() | {"drop_path"}
+"""Those that finetuning has values of its own for."""
 
+CALLED_HERE = {
+    FINETUNE: "here its --epochs, --steps, --lr, --warmup-epochs and --batch-size begin with "
+    "--finetune-",
+    SAMPLE: "here its --steps is --sampling-steps",
+}
+"""Stage -> which of its options have another name in `run`."""
 
 FROM_LEGACY = Opt(
     "Print the command for the words of an old run_all.sh line, and stop.", STAGES, metavar="WORDS"
@@ -96,6 +106,32 @@ class DeiTStages:
         check_fields(self)
         if len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"--seeds {','.join(map(str, self.seeds))} holds a number twice")
+        if self.eval_only and self.skip_training:
+            raise ConfigError(
+                "--eval-only and --skip-training exclude each other",
+                "--eval-only measures what is there, --skip-training finetunes it first",
+            )
+        if self.skip_training and not self.with_finetune:
+            raise ConfigError(
+                "--skip-training and --no-finetune leave nothing to train",
+                "use --eval-only --no-finetune",
+            )
+        for name, value in vars(self).items():
+            if name.startswith("finetune_") and value is not None and not self.with_finetune:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} has no effect with --no-finetune",
+                    "leave one of them out",
+                )
+
+    @property
+    def pretrains(self) -> bool:
+        """Whether the first training is wanted now."""
+        return not (self.eval_only or self.skip_training)
+
+    @property
+    def finetunes(self) -> bool:
+        """Whether the second training is wanted now."""
+        return self.with_finetune and not self.eval_only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,61 +164,61 @@ class DiTStages:
         check_fields(self)
 
 
-@dataclass(frozen=True, kw_only=True)
-class DeiTPipeline:
-    """Pretrain, finetune, the eight evaluations.
+@dataclass(frozen=True)
+class Stage:
+    """One part of a pipeline.
 
     Attributes:
-        folder: of the pipeline, with a folder for each training.
-        trainings: those that are wanted, in order.
-        evaluated: folder of the training whose checkpoints are measured.
-        machine: where the evaluations run.
+        name: for the heading and the record.
+        folder: where its results go.
+        config: what its job takes.
+        job: called as job(stage, heading, dry_run=, show=), skips what is done, and returns
+            whether it was; `show` prints the results of what was done before.
+        line: what it will do, as far as that is known before the stage ahead of it is done.
     """
 
+    name: str
     folder: str
-    trainings: tuple[Resolved[ClassifierRun], ...]
-    evaluated: str
-    machine: MachineConfig
+    config: Any
+    job: Callable[..., bool]
+    line: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DiTPipeline:
-    """Train, draw samples, measure them.
+@dataclass(frozen=True)
+class Pipeline:
+    """Stages in order.
 
     Attributes:
-        folder: of the pipeline, with a folder for the training and one for the samples.
-        training: the first stage.
-        sampling: field name -> value, given options of `dit-sample` alone.
-        reference: what the samples are measured against, empty for no figures.
-        weights: file with Inception's weights, empty for those that were fetched.
-        machine: where samples are drawn and measured.
+        command: of them all.
+        folder: with a folder for each of them.
+        stages: settled.
+        note: what is left out, and why.
     """
 
+    command: str
     folder: str
-    training: Resolved[DiTRun]
-    sampling: dict[str, Any]
-    reference: str
-    weights: str
-    machine: MachineConfig
+    stages: tuple[Stage, ...]
+    note: str = ""
 
 
-def deit_stages(*, eval_only: bool, skip_training: bool, finetune: bool) -> tuple[str, ...]:
-    """The stages that the flags leave.
+def of_training(given: dict[str, Any], own: type) -> dict[str, Any]:
+    """The given options without those of the pipeline itself."""
+    return {name: value for name, value in given.items() if name not in leaves(own)}
 
-    Raises:
-        ConfigError: flags that exclude each other.
-    """
-    if eval_only and skip_training:
-        raise ConfigError(
-            "--eval-only and --skip-training exclude each other",
-            "--eval-only measures what is there, --skip-training finetunes it first",
-        )
-    if skip_training and not finetune:
-        raise ConfigError(
-            "--skip-training and --no-finetune leave nothing to train",
-            "use --eval-only --no-finetune",
-        )
-    if eval_only:
-        return (EVALUATE,)
-    trainings = [] if skip_training else [PRETRAIN]
-    return (*trainings, *([FINETUNE] if finetune else []), EVALUATE)
+
+def of_finetuning(given: dict[str, Any]) -> dict[str, Any]:
+    """The given options of finetuning, by the names that it has for them."""
+    ahead = "finetune_"
+    return {n.removeprefix(ahead): value for n, value in given.items() if n.startswith(ahead)}
+
+
+@contextlib.contextmanager
+def refusals_of(stage: str) -> Iterator[None]:
+    """Puts a stage's name before what it refuses, and says what its options are called here."""
+    try:
+        yield
+    except (ConfigError, CheckpointError) as error:
+        if stage not in CALLED_HERE:
+            raise
+        hint = "; ".join(filter(None, (error.hint, CALLED_HERE[stage])))
+        raise type(error)(f"{stage}: {error.message}", hint) from error

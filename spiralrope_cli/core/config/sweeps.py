@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from spiralrope_cli.core.config.option import Leaf, leaves
-from spiralrope_cli.core.config.pipelines import DeiTPipeline
+from spiralrope_cli.core.config.pipelines import Pipeline
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.errors import ConfigError
@@ -50,16 +50,16 @@ class Point:
         return re.sub(r"[^A-Za-z0-9._=-]+", "-", "-".join(self.label.split()))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Member:
     """One pipeline of a sweep."""
 
     point: Point
     seed: int
-    pipeline: DeiTPipeline
+    pipeline: Pipeline
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Sweep:
     """Pipelines to run one after the other.
 

@@ -28,10 +28,15 @@ from spiralrope_cli.core.atomic import atomic_write, flush, write_whole
 from spiralrope_cli.core.data.grid import picture_grid
 from spiralrope_cli.core.data.npz import read_headers, stream_rows
 from spiralrope_cli.core.errors import CheckpointError
-from spiralrope_cli.core.runtime.run_folder import SAMPLES_FILE, differences, refuse_run
+from spiralrope_cli.core.runtime.run_folder import (
+    NPZ_FILE,
+    SAMPLES_FILE,
+    differences,
+    refuse_run,
+)
 
 FACTS_FILE, PART_FILE, DONE_FILE = "samples.json", "samples.npz.part", "samples.done"
-NPZ_FILE, PNG_FOLDER = "samples.npz", "png"
+PNG_FOLDER = "png"
 GRID_IMAGES = 64
 CHUNK = 1 << 22
 FREE_TO_DIFFER = ("made_by", "source", "versions", "trained", "data", "num_classes")

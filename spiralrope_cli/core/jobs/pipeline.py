@@ -1,172 +1,351 @@
-"""Whole pipelines: stages one after the other, in this process, each by its own job.
+"""Whole pipelines, `run deit` and `run dit`: stages in order, each by its own job.
 
-What is there is the state: a stage looks at its folder, is skipped when that is complete, and goes
-on where it stopped when it is not. `pipeline.json` records what finished when.
+What every stage is, is settled and checked before the first one starts. Then each looks at its
+folder: what is done is skipped, what was stopped goes on. `pipeline.json` says what finished when.
+No torch at module level, so that a wrong option of the last stage is told at once.
 """
 
 from __future__ import annotations
 
-import functools
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from spiralrope_cli.core.config.dit_runs import TrainingRun
-from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions, EvalRun
-from spiralrope_cli.core.config.pipelines import EVALUATE, DeiTPipeline
-from spiralrope_cli.core.config.resolve import Resolved
+from spiralrope_cli.core.config.dit_runs import NO_VAE, DiTRun, TrainingRun
+from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions
+from spiralrope_cli.core.config.fid import PRECISIONS, FidRun
+from spiralrope_cli.core.config.nested import build
+from spiralrope_cli.core.config.pipelines import (
+    EVALUATE,
+    FINETUNE,
+    MACHINE_FIELDS,
+    OF_BOTH_TRAININGS,
+    OF_PRETRAINING,
+    PRETRAIN,
+    SAMPLE,
+    TRAIN,
+    DeiTStages,
+    DiTStages,
+    Pipeline,
+    Stage,
+    of_finetuning,
+    of_training,
+    refusals_of,
+)
+from spiralrope_cli.core.config.resolve import Resolved, StartingPoint, resolve
+from spiralrope_cli.core.config.runs import ClassifierRun, MachineConfig
+from spiralrope_cli.core.config.samples import check_chain, decoder_of, num_samples
+from spiralrope_cli.core.data.inputs import look_at
+from spiralrope_cli.core.errors import CheckpointError, FetchError
+from spiralrope_cli.core.hub.inception import find_inception
 from spiralrope_cli.core.hub.source import find_source
-from spiralrope_cli.core.jobs import evaluate, train
-from spiralrope_cli.core.report.page import leave_report
-from spiralrope_cli.core.runtime import console
-from spiralrope_cli.core.runtime.launch import is_first_process, launch
+from spiralrope_cli.core.hub.vae import find_vae, local_vae
+from spiralrope_cli.core.runtime.console import say
+from spiralrope_cli.core.runtime.launch import check_not_joined, launch, world_size
+from spiralrope_cli.core.runtime.report import check_tracker
 from spiralrope_cli.core.runtime.run_folder import (
+    FID_FILE,
+    NPZ_FILE,
     PIPELINE_FILE,
     REPORT_FILE,
+    SAMPLES_FILE,
     first_step,
     is_finished,
     prepare,
     read_json,
+    refuse_run,
+    repeated_run,
     steps_on_disk,
     write_json,
 )
 from spiralrope_cli.version import __version__
 
-TRAIN_JOB = "spiralrope_cli.core.jobs.train:work"
-EVAL_JOB = "spiralrope_cli.core.jobs.evaluate:run"
 
+# ---- settle
+def settle_deit(given: dict[str, Any]) -> Pipeline:
+    """Pretrain, finetune and eight evaluations, from the options that the user gave.
 
-@dataclass(frozen=True)
-class Stage:
-    """One part of a pipeline.
+    What is not trained now is taken as its folder says; options may repeat that, not change it.
 
-    Attributes:
-        name: for the heading and the record.
-        done: what is there already in words, empty while something is missing.
-        plan: prints what it is going to do; told whether that is all that is wanted.
-        work: does it.
-        show: prints the results of work that was done before.
+    Raises:
+        ConfigError: a value that cannot work.
+        CheckpointError: a folder that holds another run, or none where one is needed.
+        DataError: no such data set.
     """
+    check_not_joined()
+    own: DeiTStages = build(DeiTStages, given)
+    options, finetuning = of_training(given, DeiTStages), of_finetuning(given)
+    first = resolve(PRETRAIN, options)
+    folder = folder_of(own.out, first.run, "run-deit")
+    before, after = folder / PRETRAIN, folder / FINETUNE
+    stages: list[Stage] = []
+    if own.pretrains:
+        stages.append(train_stage_of(first, before))
+    if own.finetunes:
+        run = stages[0].config.run if stages else saved_run(before, "--skip-training", options)
+        shared = {name: value for name, value in options.items() if name in OF_BOTH_TRAININGS}
+        start = StartingPoint(run.out, run.arch, run.rope, run.model, run.data)
+        with refusals_of(FINETUNE):
+            second = resolve(FINETUNE, finetuning | shared, start=start)
+        stages.append(train_stage_of(second, after))
+    evaluated = after if own.with_finetune else before
+    if not stages:
+        idle = OF_PRETRAINING if own.with_finetune else set()
+        repeated = {name: value for name, value in options.items() if name not in idle}
+        saved_run(evaluated, "--eval-only", repeated | finetuning)
+    check_trainings([stage.config.run for stage in stages])
+    line = (
+        f" best and last checkpoint of {evaluated}, crop ratios "
+        f"{' and '.join(map(str, BOTH_CROP_RATIOS))}, raw and EMA weights"
+    )
+    stages.append(Stage(EVALUATE, str(evaluated), build(MachineConfig, given), eval_stage, line))
+    return Pipeline("run deit", str(folder), tuple(stages))
 
-    name: str
-    done: Callable[[], str]
-    plan: Callable[[bool], None]
-    work: Callable[[], None]
-    show: Callable[[], None] = lambda: None
+
+def settle_dit(given: dict[str, Any]) -> Pipeline:
+    """Train, draw and measure, from the options that the user gave.
+
+    Raises:
+        ConfigError: a value that cannot work.
+        CheckpointError: a folder that holds another run, or a damaged VAE or Inception.
+        DataError: no such data set or reference.
+        FetchError: a VAE that cannot be had; a dry run asks for none.
+    """
+    check_not_joined()
+    own: DiTStages = build(DiTStages, given)
+    with refusals_of(SAMPLE):
+        check_chain(own.sampler, own.sampling_steps)
+    resolved = resolve("dit-train", of_training(given, DiTStages))
+    folder = folder_of(own.out, resolved.run, "run-dit")
+    training = train_stage_of(resolved, folder / TRAIN)
+    run: DiTRun = training.config.run
+    if own.reference:
+        look_at(Path(own.reference).expanduser(), "REFERENCE")
+    check_trainings([run])
+    drawn = folder / SAMPLE
+    if drawn.exists() and not is_finished(run, first_step(run)):
+        raise CheckpointError(
+            f"{drawn} was drawn from weights that {run.out} does not hold yet",
+            f"remove {drawn}, or give this pipeline another --name or --out",
+        )
+    note = why_no_figures(own)
+    decoder = decoder_of(run.pictures.vae)
+    for vae in (run.vae_in_loop, decoder):
+        if vae not in ("", NO_VAE):
+            local_vae(vae) if own.dry_run else find_vae(vae)
+    chosen = {"steps": own.sampling_steps, "sampler": own.sampler, "seed": own.sampling_seed}
+    chosen["num"] = own.num or num_samples(run.data)
+    if own.cfg_scale != 1:
+        chosen["cfg_scale"] = own.cfg_scale
+    told = ", ".join(f"{name} {value}" for name, value in chosen.items())
+    line = f" {drawn} from the averaged (EMA) weights of {run.out}: {told}"
+    machine = {name: value for name, value in given.items() if name in MACHINE_FIELDS}
+    sampling = {**machine, **chosen, "vae": decoder, "source": run.out, "out": str(drawn)}
+    stages = [training, Stage(SAMPLE, str(drawn), sampling, sample_stage, line)]
+    if not note:
+        stages.append(score_stage_of(own, folder, machine))
+    return Pipeline("run dit", str(folder), tuple(stages), note)
 
 
-def run_deit(pipeline: DeiTPipeline, *, dry_run: bool, show_again: bool = True) -> None:
-    """Pretrains, finetunes and measures eight times, or prints the plans of all that.
+def score_stage_of(own: DiTStages, folder: Path, machine: dict[str, Any]) -> Stage:
+    """Figures of the samples, on the machine that is given but in full precision."""
+    run = FidRun(
+        samples=str(folder / SAMPLE / NPZ_FILE),
+        reference=own.reference,
+        weights=own.weights,
+        facts_file=str(folder / FID_FILE),
+        machine=build(MachineConfig, {**machine, "precision": PRECISIONS[0]}),
+    )
+    line = f" {run.samples} against {run.reference}: {', '.join(run.select)}, into {run.facts_file}"
+    return Stage("fid", str(folder), run, score_stage, line)
 
-    Args:
-        pipeline: settled.
-        dry_run: plans alone.
-        show_again: prints figures of stages that were done before.
+
+def folder_of(out: str, run: TrainingRun, pipeline: str) -> Path:
+    """The pipeline's folder: as given, or named as its training's but for the command."""
+    usual = Path(run.out)
+    folder = Path(out) if out else usual.with_name(pipeline + usual.name.removeprefix(run.command))
+    refuse_run(folder)
+    return folder
+
+
+def train_stage_of(resolved: Resolved[Any], folder: Path) -> Stage:
+    """A training, in the folder that it has in the pipeline."""
+    run = replace(resolved.run, out=str(folder))
+    return Stage(run.command, run.out, replace(resolved, run=run), train_stage)
+
+
+def saved_run(folder: Path, option: str, given: dict[str, Any]) -> TrainingRun:
+    """The run in a folder, which an option wants as it is.
+
+    Raises:
+        CheckpointError: it has no checkpoint, or was made with other options than those given.
+    """
+    if not steps_on_disk(folder):
+        other = folder.with_name(PRETRAIN)
+        raise CheckpointError(
+            f"{option}: {folder} holds no checkpoint",
+            f"--no-finetune takes those of {other}"
+            if folder.name == FINETUNE and steps_on_disk(other)
+            else f"leave {option} out, or name the pipeline by the options that it was started "
+            "with, or by --out",
+        )
+    return repeated_run(ClassifierRun, folder, given)
+
+
+def check_trainings(runs: Sequence[TrainingRun]) -> None:
+    """Refuses what could not end well, before anything is computed.
+
+    Raises:
+        CheckpointError: a folder holds another run, or one from weights that are gone.
+        ConfigError: a batch that does not split over the processes, or no such tracker.
+    """
+    unfinished = ""
+    for run in runs:
+        check_tracker(run.machine.tracker)
+        with refusals_of(run.command):
+            run.split_batch(world_size(run.machine))
+            step = first_step(run)
+        if step and unfinished:
+            raise CheckpointError(
+                f"{run.out} was trained from weights that {unfinished} does not hold yet",
+                f"remove {run.out}, or give this pipeline another --name or --out",
+            )
+        unfinished = "" if is_finished(run, step) else run.out
+
+
+def why_no_figures(own: DiTStages) -> str:
+    """Why samples will not be measured, empty where they will; refuses weights that are damaged."""
+    if not own.reference:
+        return "fid is left out: there is no --reference to measure against"
+    try:
+        find_inception(own.weights)
+    except FetchError as error:
+        return f"fid is left out: {error.message}; {error.hint}"
+    return ""
+
+
+# ---- plan and work
+def carry_out(pipeline: Pipeline, *, dry_run: bool, show: bool = True) -> None:
+    """Stages in order, without those that are done, then the page of them all; or plans alone.
 
     Raises:
         SpiralRopeError: a stage failed; the next ones are left out.
     """
-    stages = [training_stage(resolved) for resolved in pipeline.trainings]
-    stages.append(eval_stage(pipeline))
-    if not show_again:
-        stages = [replace(stage, show=lambda: None) for stage in stages]
-    carry_out(pipeline.folder, "run deit", stages, dry_run=dry_run)
-
-
-def carry_out(folder: str, command: str, stages: Sequence[Stage], *, dry_run: bool) -> None:
-    """Stages in order, without those that are done; then the page of them all."""
-    for number, stage in enumerate(stages, 1):
-        done = stage.done()
-        say(f"[{number}/{len(stages)}] {stage.name}" + (f": {done}" if done else ""))
-        if not done or dry_run:
-            stage.plan(dry_run)
-        if dry_run:
+    folder, waiting = Path(pipeline.folder), False
+    for number, stage in enumerate(pipeline.stages, 1):
+        heading = f"[{number}/{len(pipeline.stages)}] {stage.name}"
+        if waiting and stage.line:
+            say(heading)
+            say(stage.line)
             continue
         start = time.monotonic()
-        (stage.show if done else stage.work)()
-        if is_first_process():
-            record(Path(folder), command, stage.name, None if done else time.monotonic() - start)
-    if not dry_run and is_first_process():
-        leave_report(Path(folder))
-        say(f"report: {Path(folder) / REPORT_FILE}")
+        done = stage.job(stage, heading, dry_run=dry_run, show=show)
+        if dry_run:
+            waiting |= not done
+        else:
+            record(pipeline, stage, None if done else time.monotonic() - start)
+    if not dry_run:
+        from spiralrope_cli.core.report.page import leave_report
+
+        leave_report(folder)
+        say(f"report: {folder / REPORT_FILE}")
+    if pipeline.note:
+        say(pipeline.note)
 
 
-def training_stage(resolved: Resolved[Any]) -> Stage:
-    """A training, which resumes by itself."""
-    run: TrainingRun = resolved.run
+def train_stage(stage: Stage, heading: str, *, dry_run: bool, show: bool) -> bool:
+    """A training of either network; `config` is a Resolved."""
+    from spiralrope_cli.core.jobs import train
 
-    def done() -> str:
-        finished = is_finished(run, first_step(run))
-        return f"{run.out} is finished, {run.total_steps} steps" if finished else ""
-
-    def plan(every_value: bool) -> None:
-        if not is_first_process():
-            return
+    resolved, run = stage.config, stage.config.run
+    step = first_step(run)
+    done = is_finished(run, step)
+    say(heading + (f": {run.out} is finished, {run.total_steps} steps" if done else ""))
+    if dry_run or not done:
         # The weights to start from may not be there yet, and come from this very pipeline.
         notes = [f"starts from the averaged (EMA) weights of {run.source}"] if run.source else []
-        here = Resolved(replace(run, source=""), resolved.sources, resolved.warnings)
-        train.plan(here, first_step(run), every_value=every_value, notes=notes)
-
-    def work() -> None:
-        if is_first_process():
-            prepare(run, resolved.sources)
-        launch(TRAIN_JOB, run)
-
-    return Stage(run.command, done, plan, work)
+        here = replace(resolved, run=replace(run, source=""))
+        train.plan(here, step, every_value=dry_run, notes=notes)
+    if not (dry_run or done):
+        prepare(run, resolved.sources)
+        launch(train.JOB, run)
+    return done
 
 
-def eval_stage(pipeline: DeiTPipeline) -> Stage:
-    """The eight evaluations of the last training: best and last, both crops, raw and EMA."""
+def eval_stage(stage: Stage, heading: str, *, dry_run: bool, show: bool) -> bool:
+    """Best and last checkpoint, both crops, raw and EMA; `config` is where that runs."""
+    from spiralrope_cli.core.jobs import evaluate
 
-    @functools.cache  # asked for the first time when the last training is done
-    def planned() -> tuple[EvalRun, list[str]]:
-        options = EvalOptions(sources=(pipeline.evaluated,), every=True)
-        source = find_source(pipeline.evaluated)
-        return evaluate.settle(options, [source], None, pipeline.machine, set())
-
-    def done() -> str:
-        there = steps_on_disk(Path(pipeline.evaluated)) and evaluate.is_measured(planned()[0])
-        return f"{pipeline.evaluated} is measured, {len(planned()[0].rows)} rows" if there else ""
-
-    def plan(dry_run: bool) -> None:
-        if dry_run:
-            say(
-                f" best and last checkpoint of {pipeline.evaluated}, crop ratios "
-                f"{' and '.join(map(str, BOTH_CROP_RATIOS))}, raw and EMA weights"
-            )
-            return
-        evaluate.plan(planned()[1])
-
-    def show() -> None:
-        evaluate.is_measured(planned()[0], show=True)
-
-    return Stage(EVALUATE, done, plan, lambda: launch(EVAL_JOB, planned()[0]), show)
+    options = EvalOptions(sources=(stage.folder,), every=True)
+    run, notes = evaluate.settle(options, [find_source(stage.folder)], None, stage.config, set())
+    done = evaluate.is_measured(run)
+    say(heading + (f": {stage.folder} is measured, {len(run.rows)} rows" if done else ""))
+    if dry_run:
+        say(stage.line)
+    elif not done:
+        evaluate.plan(notes)
+        launch("spiralrope_cli.core.jobs.evaluate:run", run)
+    elif show:
+        evaluate.is_measured(run, show=True)
+    return done
 
 
-def record(folder: Path, command: str, stage: str, seconds: float | None) -> None:
-    """Notes in `pipeline.json`, in one piece, that a stage is done.
+def sample_stage(stage: Stage, heading: str, *, dry_run: bool, show: bool) -> bool:
+    """Images from the averaged weights; `config` has options of `dit-sample`."""
+    options = dict(stage.config)
+    source, vae = options.pop("source"), options["vae"]
+    if dry_run and vae != NO_VAE and local_vae(vae) is None:
+        say(heading)
+        say(f"{stage.line}, VAE {vae} once it is fetched")
+        return False
 
-    Args:
-        folder: of the pipeline.
-        command: that the pipeline is of.
-        stage: its name.
-        seconds: that this command spent on it, None where it was done before.
-    """
-    stages = read_json(folder / PIPELINE_FILE).get("stages", {})
-    if seconds is None and stage in stages:
+    from spiralrope_cli.core.jobs import sample
+
+    run, weights = sample.settle(find_source(source), options)
+    try:
+        done = sample.is_drawn(run, weights)
+    except CheckpointError as error:
+        hint = f"remove {run.out} to draw again, or draw others: spiralrope dit-sample {source}"
+        raise CheckpointError(error.message, hint) from error
+    say(heading + (f": {run.out} is finished, {run.num} images" if done else ""))
+    if dry_run or not done:
+        sample.plan(run, weights)
+    if done and not dry_run:
+        say(f"samples: {Path(run.out) / NPZ_FILE}")
+        say(f"grid: {Path(run.out) / SAMPLES_FILE}")
+    elif not dry_run:
+        launch("spiralrope_cli.core.jobs.sample:work", run)
+    return done
+
+
+def score_stage(stage: Stage, heading: str, *, dry_run: bool, show: bool) -> bool:
+    """Figures of the samples against the reference; `config` is a FidRun."""
+    from spiralrope_cli.core.jobs import score
+
+    run: FidRun = stage.config
+    facts = score.already(run)
+    say(heading + (f": {run.facts_file} is there" if facts else ""))
+    if dry_run or not facts:
+        say(stage.line)
+    if facts and not dry_run:
+        score.report(run, facts)
+    elif not dry_run:
+        launch("spiralrope_cli.core.jobs.score:work", score.settle(run))
+    return bool(facts)
+
+
+# ---- report
+def record(pipeline: Pipeline, stage: Stage, seconds: float | None) -> None:
+    """Notes in `pipeline.json` that a stage is done, and the seconds of it, None if done before."""
+    path = Path(pipeline.folder) / PIPELINE_FILE
+    stages = read_json(path).get("stages", {})
+    if seconds is None and stage.name in stages:
         return
-    stages[stage] = {
+    stages[stage.name] = {
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": None if seconds is None else round(seconds, 1),
     }
-    content = {"command": command, "spiralrope": __version__, "stages": stages}
-    write_json(folder / PIPELINE_FILE, content)
-
-
-def say(line: str) -> None:
-    """One line on stderr, from the process that speaks for all."""
-    if is_first_process():
-        console.say(line)
+    write_json(path, {"command": pipeline.command, "spiralrope": __version__, "stages": stages})

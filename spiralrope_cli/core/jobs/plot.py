@@ -28,7 +28,7 @@ from spiralrope_cli.core.plots.curves import draw_curves
 from spiralrope_cli.core.plots.style import save
 from spiralrope_cli.core.runtime.console import say, say_result
 from spiralrope_cli.core.runtime.report import METRICS_FILE
-from spiralrope_cli.core.runtime.run_folder import CONFIG_FILE, PIPELINE_FILE, find_run
+from spiralrope_cli.core.runtime.run_folder import CONFIG_FILE, NPZ_FILE, PIPELINE_FILE, find_run
 
 if TYPE_CHECKING:
     import numpy as np
@@ -188,7 +188,7 @@ def place_of(given: str) -> Path:
         CheckpointError: no such folder and no such run.
         DataError: a run that has no images, or not yet.
     """
-    from spiralrope_cli.core.data.sample_files import FACTS_FILE, NPZ_FILE
+    from spiralrope_cli.core.data.sample_files import FACTS_FILE
 
     path = Path(given).expanduser()
     if not path.exists() and path.suffix != ".npz":

@@ -18,7 +18,7 @@ from spiralrope_cli.core.atomic import write_whole
 from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.nested import RUN_KINDS, build, read_config
 from spiralrope_cli.core.config.pipelines import FINETUNE, PRETRAIN, SAMPLE, TRAIN
-from spiralrope_cli.core.data.sample_files import FACTS_FILE, NPZ_FILE, read_facts
+from spiralrope_cli.core.data.sample_files import FACTS_FILE, read_facts
 from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.plots.curves import curves
 from spiralrope_cli.core.plots.style import Drawing, drawings
@@ -32,6 +32,7 @@ from spiralrope_cli.core.runtime.run_folder import (
     ENVIRONMENT_FILE,
     EVAL_FILE,
     FID_FILE,
+    NPZ_FILE,
     PIPELINE_FILE,
     REPORT_FILE,
     SAMPLES_FILE,

@@ -21,7 +21,13 @@ from typing import Any, NoReturn
 
 from spiralrope_cli.core.atomic import write_whole
 from spiralrope_cli.core.config.runs import MachineConfig
-from spiralrope_cli.core.errors import LaunchError, SpiralRopeError, dead_loader, refused_path
+from spiralrope_cli.core.errors import (
+    ConfigError,
+    LaunchError,
+    SpiralRopeError,
+    dead_loader,
+    refused_path,
+)
 from spiralrope_cli.core.runtime.threads import usable_cores
 
 SHUTDOWN_SECONDS = 600
@@ -47,6 +53,20 @@ def joined_world_size() -> int | None:
     # srun alone sets the step's number of tasks; a batch script without it has only the job's.
     num_tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     return num_tasks if num_tasks > 1 and "SLURM_PROCID" in os.environ else None
+
+
+def check_not_joined() -> None:
+    """Refuses processes that a launcher started, for `run`: each stage forms a group of its own.
+
+    Raises:
+        ConfigError: says what to use in its place.
+    """
+    if (joined_world_size() or 1) > 1:
+        raise ConfigError(
+            "run starts the processes of each stage itself, and cannot join those of a launcher",
+            "use --nproc, --nnodes and --rdzv-endpoint in place of torchrun or srun's tasks; the "
+            "single commands do join",
+        )
 
 
 def is_first_process() -> bool:

@@ -11,11 +11,11 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from spiralrope_cli.core.atomic import write_whole
 from spiralrope_cli.core.config.dit_runs import TrainingRun
-from spiralrope_cli.core.config.nested import flatten, read_config, to_nested
+from spiralrope_cli.core.config.nested import build, flatten, read_config, to_nested
 from spiralrope_cli.core.config.option import free_fields, leaves
 from spiralrope_cli.core.config.resolve import RUNS_FOLDER
 from spiralrope_cli.core.errors import CheckpointError
@@ -26,7 +26,7 @@ CURVES_FILE, REPORT_FILE = "curves.png", "report.html"
 SOURCES_FILE, ENVIRONMENT_FILE = "sources.json", "environment.json"
 PIPELINE_FILE, SWEEP_FILE, FID_FILE = "pipeline.json", "sweep.json", "fid.json"
 EVAL_FILE, SIZES_FILE = "eval.json", "eval-sizes.png"
-SAMPLES_FILE, SAMPLES = "samples.png", "samples"
+SAMPLES_FILE, SAMPLES, NPZ_FILE = "samples.png", "samples", "samples.npz"
 MODEL_FILE, EMA_FILE, TRAINER_FILE = "model.safetensors", "ema.safetensors", "trainer.pt"
 STEP_DIGITS = 7
 
@@ -142,6 +142,21 @@ def check_same(run: TrainingRun, folder: Path) -> None:
             f"{folder} holds a run with other options: {differing}",
             "repeat those, or give this run another --name or --out",
         )
+
+
+def repeated_run(kind: type[TrainingRun], folder: Path, given: Mapping[str, Any]) -> TrainingRun:
+    """The run in a folder; options may repeat those it has, and not change them.
+
+    Raises:
+        CheckpointError: names the first options that differ, with both values.
+    """
+    values = {**read_config(folder / CONFIG_FILE, kind), "out": str(folder)}
+    may_differ = free_fields(kind) | {"precision"}  # of what is done with it now
+    changes = {k: v for k, v in given.items() if k in values and k not in may_differ}
+    if "data" in changes and (root := Path(str(changes["data"])).expanduser()).is_dir():
+        changes["data"] = str(root.resolve())
+    check_same(build(kind, {**values, **changes}), folder)
+    return cast(TrainingRun, build(kind, values))
 
 
 def differences(
