@@ -7,11 +7,10 @@ import typer
 
 from spiralrope_cli.commands.command import SETTINGS, command
 from spiralrope_cli.core.config.latents import EncodeRun, class_folder
+from spiralrope_cli.core.config.machine import TrainOptions
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.resolve import DATA_VARIABLE
-from spiralrope_cli.core.config.runs import TrainOptions
 from spiralrope_cli.core.errors import DataError
-from spiralrope_cli.core.hub.vae import local_vae
 from spiralrope_cli.core.runtime.launch import launch
 
 EXACT = "fp32"
@@ -51,6 +50,8 @@ def dit_encode(given: dict[str, Any]) -> None:
 
     The same command again goes on, and encodes anew what is damaged.
     """
+    from spiralrope_cli.core.hub.vae import local_vae
+
     dry_run = given.pop("dry_run", False)
     values = {"precision": EXACT, "data": os.environ.get(DATA_VARIABLE), **given}
     if not values["data"]:

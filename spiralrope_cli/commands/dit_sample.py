@@ -7,11 +7,10 @@ import typer
 
 from spiralrope_cli.commands.command import SETTINGS, command
 from spiralrope_cli.core.config.diffusion import GuidanceConfig
+from spiralrope_cli.core.config.machine import MachineConfig, TrainOptions
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.rope import BY_WEIGHTS, RopeConfig, given_rope
-from spiralrope_cli.core.config.runs import MachineConfig, TrainOptions
 from spiralrope_cli.core.config.samples import SampleRun, check_chain
-from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.runtime.launch import is_first_process, launch
 
 JOB = "spiralrope_cli.core.jobs.sample:work"
@@ -49,6 +48,8 @@ def dit_sample(given: dict[str, Any]) -> None:
 
     An interrupted command goes on with the missing images when it is given again.
     """
+    from spiralrope_cli.core.hub.source import find_source
+
     dry_run = given.pop("dry_run", False)
     source = given.pop("source")
     given_rope(given)
@@ -57,7 +58,7 @@ def dit_sample(given: dict[str, Any]) -> None:
 
     from spiralrope_cli.core.jobs import sample
 
-    run, weights = sample.settle(found, given)
+    run, weights = sample.settle(found, given, download=not dry_run)
     if sample.is_drawn(run, weights) and not dry_run:
         if is_first_process():
             typer.echo(f"{run.out} is finished: {run.num} images", err=True)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import typer
@@ -10,10 +9,9 @@ from typer.core import TyperCommand
 from spiralrope_cli.commands.command import SETTINGS, command
 from spiralrope_cli.core.config.datasets import find_held_out
 from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions
+from spiralrope_cli.core.config.machine import MachineConfig
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.rope import BY_WEIGHTS, RopeConfig, given_rope
-from spiralrope_cli.core.config.runs import MachineConfig
-from spiralrope_cli.core.hub.source import find_source, newest_run
 from spiralrope_cli.core.runtime.launch import is_first_process, launch
 
 EXAMPLES = """
@@ -84,36 +82,20 @@ def evaluate(given: dict[str, Any]) -> None:
 
     The table goes to stdout, and into eval.json beside the weights with what produced it.
     """
+    from spiralrope_cli.core.hub.source import find_source, newest_run
+
     machine: MachineConfig = build(MachineConfig, given)
     options: EvalOptions = build(EvalOptions, {**given, "rope": given_rope(given)})
-    if options.every:
-        idle = {"ema": "--ema", "best": "--best", "crop_ratios": "--crop-ratio"}
-        if names := [word for name, word in idle.items() if name in given]:
-            say(f"note: {', '.join(names)} without effect: --all has all of those rows")
-    options = replace(
-        options,
-        sources=tuple(options.sources or (newest(),)),
-        crop_ratios=tuple(dict.fromkeys(options.crop_ratios)),
-        image_sizes=tuple(dict.fromkeys(options.image_sizes)),
-    )
+    wanted = options.sources
+    if not wanted:
+        wanted = (str(newest_run()),)
+        if is_first_process():
+            typer.echo(f"newest run: {wanted[0]}", err=True)
     # What names nothing is refused before torch is loaded.
-    sources = [find_source(each, best=options.best) for each in options.sources]
+    sources = [find_source(each, best=options.best) for each in wanted]
     data_set = None if options.data is None else find_held_out(options.data)
     from spiralrope_cli.core.jobs.evaluate import plan, settle
 
     run, notes = settle(options, sources, data_set, machine, set(given))
     plan(notes)
     launch("spiralrope_cli.core.jobs.evaluate:run", run)
-
-
-def say(line: str) -> None:
-    """One line on stderr, from the process that speaks for all."""
-    if is_first_process():
-        typer.echo(line, err=True)
-
-
-def newest() -> str:
-    """The newest classifier run, which is told."""
-    run = newest_run()
-    say(f"newest run: {run}")
-    return str(run)

@@ -10,7 +10,6 @@ from spiralrope_cli.core.config.hub import ExportRun
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.rope import BY_WEIGHTS, RopeConfig, given_rope
 from spiralrope_cli.core.errors import ConfigError
-from spiralrope_cli.core.hub.source import find_source
 
 EXAMPLES = """
 Examples:
@@ -37,6 +36,8 @@ def export(given: dict[str, Any]) -> None:
 
     Prints the path. What is there already is never written over.
     """
+    from spiralrope_cli.core.hub.source import find_source
+
     rope = given_rope(given)
     config: ExportRun = build(ExportRun, given)
     found = find_source(config.source, best=config.best)

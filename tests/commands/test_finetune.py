@@ -208,10 +208,13 @@ def test_published_weights_come_by_themselves_after_their_size_was_said(spiralro
     home = tmp_path / "home"
     env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "SPIRALROPE_CACHE": str(home / "ours")}
     try:
-        done = spiralrope("finetune", "deit-s", "--steps", 1, "--dry-run", env=env)
+        dry = spiralrope("finetune", "deit-s", "--dry-run", env=env, expect=1)
+        assert "the weights of deit-s are not here, and --dry-run fetches none" in dry.stderr
+        assert not hub.asked
+        done = spiralrope("finetune", "deit-s", "--steps", 1, "--nproc", 1, env=env)
     finally:
         hub.close()
     assert "1.24 MB" in done.stderr.split("averaged (EMA) weights")[0]
     # Now it is here, and no server is asked.
-    again = spiralrope("finetune", "deit-s", "--steps", 1, "--dry-run", env=env)
+    again = spiralrope("finetune", "deit-s", "--steps", 1, "--nproc", 1, "--dry-run", env=env)
     assert "deit-s: averaged (EMA) weights of deit-64x2x2" in " ".join(again.stderr.split())

@@ -109,7 +109,8 @@ def test_deit_runs_every_stage_once(run, launched):
     assert launched[4:] == ["evaluate"]
     _, told = run("deit", *DEIT, "--finetune-lr", 0.5, expect=1)
     assert "finetune holds a run with other options: --lr was" in told
-    assert told.startswith("finetune: ") and "--finetune-" in told
+    assert told.startswith("finetune: ")
+    assert "begin with --finetune-" in told
     run("deit", "--out", folder, "--eval-only")
     _, told = run("deit", "--out", folder, "--eval-only", "--rotate", 4, expect=1)
     assert "--rotate was 2, now 4" in told
@@ -192,7 +193,11 @@ def test_what_cannot_be_is_told_in_a_line(run, launched, words, code, told):
     ("words", "code", "told"),
     [
         (["--sampling-steps", 1], 2, "dit-sample: --steps 1: it must be 2 to 1000"),
-        (["--sampling-steps", "ddim300"], 2, "use --steps 300; here its --steps is --sampling-steps"),
+        (
+            ["--sampling-steps", "ddim300"],
+            2,
+            "use --steps 300; here its --steps is --sampling-steps",
+        ),
         (["--sampling-seed", -1], 2, "--sampling-seed is -1"),
         (["--sampler", "dpm++", "--sampling-steps", 1000], 2, "dpm++ takes at most 999"),
         (["--sampler", "euler"], 2, "--sampler is euler"),

@@ -200,11 +200,7 @@ def find_data_set(data: str) -> DataSet:
     root = _data_folder(data, "train/ and val/ with one folder per class")
     train, val = root / "train", val_folder(root)
     if not train.is_dir() or val is None:
-        missing = [
-            name
-            for name, there in (("train/", train.is_dir()), ("val/", val is not None))
-            if not there
-        ]
+        missing = ["train/"] * (not train.is_dir()) + ["val/"] * (val is None)
         raise DataError(
             f"{root} has no {' and no '.join(missing)}",
             "a data folder holds train/ and val/ with one folder per class, as ImageNet has",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+from spiralrope_cli.core.config.machine import MachineConfig
 from spiralrope_cli.core.config.models import check_divides
 from spiralrope_cli.core.config.option import (
     DATA,
@@ -16,7 +17,7 @@ from spiralrope_cli.core.config.option import (
     check_fields,
 )
 from spiralrope_cli.core.config.rope import RopeConfig
-from spiralrope_cli.core.config.runs import MachineConfig, ModelConfig
+from spiralrope_cli.core.config.runs import ModelConfig
 from spiralrope_cli.core.errors import ConfigError
 
 BOTH_CROP_RATIOS = (0.875, 1.0)

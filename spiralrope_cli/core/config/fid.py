@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from spiralrope_cli.core.config.folders import cache_folder
+from spiralrope_cli.core.config.machine import MachineConfig
 from spiralrope_cli.core.config.option import (
     IMAGES,
     MACHINE,
@@ -19,7 +20,6 @@ from spiralrope_cli.core.config.option import (
     check_fields,
     words,
 )
-from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
 
 LABELS = {

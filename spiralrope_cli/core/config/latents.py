@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from spiralrope_cli.core.config.datasets import BUILT_IN, class_folders, class_names
+from spiralrope_cli.core.config.machine import MachineConfig
 from spiralrope_cli.core.config.option import (
     DATA,
     MACHINE,
@@ -22,7 +23,6 @@ from spiralrope_cli.core.config.option import (
     Opt,
     check_fields,
 )
-from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.errors import ConfigError, DataError
 
 VAE_NAMES = ("ema", "mse")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from spiralrope_cli.core.config.diffusion import Sampler
+from spiralrope_cli.core.config.machine import MachineConfig
 from spiralrope_cli.core.config.optim import OptimConfig
 from spiralrope_cli.core.config.option import (
     PATH,
@@ -23,7 +24,6 @@ from spiralrope_cli.core.config.option import (
     leaves,
     numbers,
 )
-from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 
 PRETRAIN, FINETUNE, EVALUATE = "pretrain", "finetune", "eval"

@@ -27,9 +27,10 @@ from spiralrope_cli.core.config.evals import (
     EvalRow,
     EvalRun,
 )
+from spiralrope_cli.core.config.machine import MachineConfig
 from spiralrope_cli.core.config.models import is_dit
 from spiralrope_cli.core.config.resolve import DATA_VARIABLE, RUNS_FOLDER
-from spiralrope_cli.core.config.runs import MachineConfig, ModelConfig
+from spiralrope_cli.core.config.runs import ModelConfig
 from spiralrope_cli.core.data.validation import ValidationImages
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.hub.files import digest_like
@@ -76,9 +77,12 @@ def settle(
         FetchError: published weights that cannot be had.
     """
     notes: list[str] = []
+    idle = {"ema": "--ema", "best": "--best", "crop_ratios": "--crop-ratio"}
+    if options.every and (names := [word for name, word in idle.items() if name in given]):
+        notes.append(f"{', '.join(names)} without effect: --all has all of those rows")
     rows: list[EvalRow] = []
     held_out = cache(find_held_out)
-    ratios = BOTH_CROP_RATIOS if options.every else options.crop_ratios or (None,)
+    ratios = BOTH_CROP_RATIOS if options.every else dict.fromkeys(options.crop_ratios) or (None,)
     for each in sources:
         for checkpoint, source in checkpoints(each, options, notes):
             sets = [
@@ -87,7 +91,7 @@ def settle(
             ]
             rows += [
                 settled_row(weights, checkpoint, data, size, ratio, options)
-                for size in options.image_sizes or (None,)
+                for size in dict.fromkeys(options.image_sizes) or (None,)
                 for ratio in ratios
                 for weights, data in sets
             ]

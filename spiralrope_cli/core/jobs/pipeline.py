@@ -17,6 +17,7 @@ from typing import Any
 from spiralrope_cli.core.config.dit_runs import NO_VAE, DiTRun, TrainingRun
 from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions
 from spiralrope_cli.core.config.fid import PRECISIONS, FidRun
+from spiralrope_cli.core.config.machine import MachineConfig
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.pipelines import (
     EVALUATE,
@@ -36,7 +37,7 @@ from spiralrope_cli.core.config.pipelines import (
     refusals_of,
 )
 from spiralrope_cli.core.config.resolve import Resolved, StartingPoint, resolve
-from spiralrope_cli.core.config.runs import ClassifierRun, MachineConfig
+from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.samples import check_chain, decoder_of, num_samples
 from spiralrope_cli.core.data.inputs import look_at
 from spiralrope_cli.core.errors import CheckpointError, FetchError
@@ -132,8 +133,7 @@ def settle_dit(given: dict[str, Any]) -> Pipeline:
             f"remove {drawn}, or give this pipeline another --name or --out",
         )
     note = why_no_figures(own)
-    decoder = decoder_of(run.pictures.vae)
-    for vae in (run.vae_in_loop, decoder):
+    for vae in (run.vae_in_loop, decoder_of(run.pictures.vae)):
         if vae not in ("", NO_VAE):
             local_vae(vae) if own.dry_run else find_vae(vae)
     chosen = {"steps": own.sampling_steps, "sampler": own.sampler, "seed": own.sampling_seed}
@@ -143,7 +143,7 @@ def settle_dit(given: dict[str, Any]) -> Pipeline:
     told = ", ".join(f"{name} {value}" for name, value in chosen.items())
     line = f" {drawn} from the averaged (EMA) weights of {run.out}: {told}"
     machine = {name: value for name, value in given.items() if name in MACHINE_FIELDS}
-    sampling = {**machine, **chosen, "vae": decoder, "source": run.out, "out": str(drawn)}
+    sampling = {**machine, **chosen, "source": run.out, "out": str(drawn)}
     stages = [training, Stage(SAMPLE, str(drawn), sampling, sample_stage, line)]
     if not note:
         stages.append(score_stage_of(own, folder, machine))
@@ -295,20 +295,17 @@ def eval_stage(stage: Stage, heading: str, *, dry_run: bool, show: bool) -> bool
 
 def sample_stage(stage: Stage, heading: str, *, dry_run: bool, show: bool) -> bool:
     """Images from the averaged weights; `config` has options of `dit-sample`."""
-    options = dict(stage.config)
-    source, vae = options.pop("source"), options["vae"]
-    if dry_run and vae != NO_VAE and local_vae(vae) is None:
-        say(heading)
-        say(f"{stage.line}, VAE {vae} once it is fetched")
-        return False
-
     from spiralrope_cli.core.jobs import sample
 
-    run, weights = sample.settle(find_source(source), options)
+    options = dict(stage.config)
+    source = find_source(options.pop("source"))
+    run, weights = sample.settle(source, options, download=not dry_run)
     try:
         done = sample.is_drawn(run, weights)
     except CheckpointError as error:
-        hint = f"remove {run.out} to draw again, or draw others: spiralrope dit-sample {source}"
+        hint = (
+            f"remove {run.out} to draw again, or draw others: spiralrope dit-sample {source.given}"
+        )
         raise CheckpointError(error.message, hint) from error
     say(heading + (f": {run.out} is finished, {run.num} images" if done else ""))
     if dry_run or not done:

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from spiralrope_cli.core.config.diffusion import GuidanceConfig
 from spiralrope_cli.core.config.dit_runs import NO_VAE
+from spiralrope_cli.core.config.machine import MachineConfig
 from spiralrope_cli.core.config.models import is_dit
 from spiralrope_cli.core.config.nested import build as build_config
 from spiralrope_cli.core.config.resolve import RUNS_FOLDER, merged
 from spiralrope_cli.core.config.rope import RopeConfig
-from spiralrope_cli.core.config.runs import MachineConfig
 from spiralrope_cli.core.config.samples import (
     DEFAULTS,
     SampleRun,
@@ -38,7 +38,7 @@ from spiralrope_cli.core.diffusion.vae import Vae, load_vae
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.files import digest_like
 from spiralrope_cli.core.hub.source import Source, find_source
-from spiralrope_cli.core.hub.vae import find_vae
+from spiralrope_cli.core.hub.vae import find_vae, local_vae
 from spiralrope_cli.core.kernels import cast_blocks
 from spiralrope_cli.core.load import at_size, build
 from spiralrope_cli.core.models.dit import DiT
@@ -62,19 +62,23 @@ SAY_ABOVE = 1 << 30
 """Bytes of images whose checksum takes long enough to be told of."""
 
 
-def settle(source: Source, options: Mapping[str, Any]) -> tuple[SampleRun, Weights]:
+def settle(
+    source: Source, options: Mapping[str, Any], *, download: bool = True
+) -> tuple[SampleRun, Weights]:
     """The complete run.
 
     Args:
-        source: from `find_source`; published weights are fetched if need be.
+        source: from `find_source`.
         options: field name -> value, given options alone.
+        download: whether published weights and VAEs that are not here are fetched.
 
     Raises:
         CheckpointError: no diffusion transformer.
         ConfigError: a value that cannot work.
     """
     rope = {name: options[name] for name in RopeConfig.__dataclass_fields__ if name in options}
-    weights = read_weights(here(source), ema=options.get("ema", True), rope=rope)
+    found = here(source, download=download)
+    weights = read_weights(found, ema=options.get("ema", True), rope=rope)
     if not is_dit(weights.arch):
         raise CheckpointError(
             f"{source.given} holds {weights.arch}, a classifier, which draws nothing",
@@ -101,6 +105,8 @@ def settle(source: Source, options: Mapping[str, Any]) -> tuple[SampleRun, Weigh
         ("source", {"vae": vae, "image_size": image_size}),
         ("option", dict(options)),
     )
+    # A dry run leaves the digest of a VAE that is not here empty.
+    files = None if vae == NO_VAE else find_vae(vae) if download else local_vae(vae)
     guidance = build_config(GuidanceConfig, values)
     values.setdefault("out", resolve_out(source, values, guidance))
     run = SampleRun(
@@ -110,7 +116,7 @@ def settle(source: Source, options: Mapping[str, Any]) -> tuple[SampleRun, Weigh
         guidance=guidance,
         num_classes=network["num_classes"],
         sha256=digest_like(weights.file, "sha256")[1],
-        vae_sha256="" if vae == NO_VAE else find_vae(vae).sha256(),
+        vae_sha256=files.sha256() if files else "",
         machine=build_config(MachineConfig, values),
         **{name: values[name] for name in SampleRun.__dataclass_fields__ if name in values},
     )
@@ -163,7 +169,10 @@ def is_drawn(run: SampleRun, weights: Weights) -> bool:
         CheckpointError: the folder holds other images.
     """
     files = SampleFiles(Path(run.out), run.num, run.image_size)
-    files.check_same(facts_of(run, weights))
+    facts = facts_of(run, weights)
+    if not run.vae_sha256:
+        del facts["vae_sha256"]  # without a VAE, or of one that a dry run does not fetch
+    files.check_same(facts)
     return files.finished(run.png)
 
 
@@ -188,11 +197,12 @@ def plan(run: SampleRun, weights: Weights) -> None:
         guided_by = f"{guidance.cfg_scale:g} on {channels}, timesteps {low} to {high}"
     drawn = run.num - len(files.missing()) if (files.folder / FACTS_FILE).exists() else 0
     there = f"; {drawn} are there" if drawn else ""
+    vae = run.vae if run.vae_sha256 or run.vae == NO_VAE else f"{run.vae} (to be fetched)"
     classes = ",".join(map(str, run.classes)) if run.classes else f"drawn from {run.num_classes}"
     for name, text in (
         ("samples", run.out),
         ("weights", weights.summary()),
-        ("images", f"{run.num} of {height}x{width} px, VAE {run.vae}; classes {classes}{there}"),
+        ("images", f"{run.num} of {height}x{width} px, VAE {vae}; classes {classes}{there}"),
         ("sampler", f"{run.sampler}, {run.steps} steps, guidance {guided_by}, seed {run.seed}"),
         ("batch", f"{run.batch_size} at a time in {world_size(run.machine)} process(es)"),
     ):
