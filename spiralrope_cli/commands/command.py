@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from spiralrope_cli.commands import completion
-from spiralrope_cli.core.config.option import PANELS, Leaf, Opt, in_words, leaves
+from spiralrope_cli.core.config.option import PANELS, Leaf, Opt, in_words, leaves, size
 
 SETTINGS: dict[str, Any] = {
     "add_completion": False,
@@ -124,7 +124,7 @@ def _parameter(leaf: Leaf, opt: Opt, words: str, default: str | None) -> inspect
     if opt.argument:
         parameter = typer.Argument(help=words, **said)
     else:
-        shown = _default(leaf) if default is None else default
+        shown = _default(leaf, opt) if default is None else default
         words += f" [dim]\\[{shown}][/dim]" if shown else ""
         flag = opt.flag or "--" + leaf.name.replace("_", "-")
         parameter = typer.Option(flag, help=words, rich_help_panel=opt.panel, **said)
@@ -136,6 +136,9 @@ def _parameter(leaf: Leaf, opt: Opt, words: str, default: str | None) -> inspect
     )
 
 
-def _default(leaf: Leaf) -> str:
-    """The field's own default for the help; nothing where there is none worth a word."""
-    return "" if leaf.default in (MISSING, None, False, "", ()) else in_words(leaf.default)
+def _default(leaf: Leaf, opt: Opt) -> str:
+    """The field's own default for the help; nothing where there is none, or 0 for one yet open."""
+    default = leaf.default
+    if default is MISSING or not (default or isinstance(default, float)):
+        return ""
+    return in_words(default) if opt.read in (None, size) else ",".join(map(in_words, default))

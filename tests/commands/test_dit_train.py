@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import typing
 from dataclasses import is_dataclass
 
 import pytest
 import yaml
+from conftest import options_of
 from typer.testing import CliRunner
 
 from spiralrope_cli import main as cli
-from spiralrope_cli.commands import dit_train as command
 from spiralrope_cli.core.config import recipes
 from spiralrope_cli.core.config.dit_runs import DiTRun
 from spiralrope_cli.core.config.models import DIT_SIZES
@@ -68,8 +67,8 @@ FLAGS = {
     "same_theta": ("--same-theta", True),
     "qk_norm": ("--qk-norm", True),
 }
-ELSEWHERE = {"data", "vae", "latents", "tracker", "nnodes", "rdzv_endpoint"}
-NOT_FIELDS = {"context", "config", "name", "dry_run", "init"}
+ELSEWHERE = {"data", "vae", "latents", "tracker", "source", "nnodes", "rdzv_endpoint"}
+NOT_FIELDS = {"config", "name", "dry_run"}
 
 
 @pytest.fixture
@@ -115,10 +114,7 @@ def test_every_flag_reaches_the_config(resolved, name):
 
 
 def test_options_and_fields_have_the_same_names():
-    options = {
-        "enabled" if name == "rope" else name
-        for name in inspect.signature(command.dit_train).parameters
-    }
+    options = options_of("dit-train")
     fields = set(leaves(DiTRun))
     assert options - fields == NOT_FIELDS
     assert options - NOT_FIELDS == VALUES.keys() | FLAGS.keys() | ELSEWHERE

@@ -233,9 +233,13 @@ def test_no_run_at_all_is_told(runs):
 
 
 @pytest.mark.parametrize("word", ["--image-size=big", "--crop-ratio=", "--rotate=x"])
-def test_values_of_the_wrong_kind_are_usage_errors(planned, word):
-    result = CliRunner().invoke(cli.app, ["eval", word])
-    assert result.exit_code == 2
+def test_values_of_the_wrong_kind_are_told_by_their_option(planned, word):
+    option, _, value = word.partition("=")
+    with pytest.raises(
+        ConfigError, match=f"^{option} is {value or 'empty'}; it must be "
+    ) as caught:
+        planned(word)
+    assert caught.value.exit_code == 2
 
 
 def test_a_folder_of_held_out_images_alone_is_enough(planned, runs):

@@ -110,7 +110,7 @@ def test_curves_come_without_torch(run):
         (["attention", DEIT, "digit.png", "--head", "-1"], 2, "--head is -1"),
         (["attention", DEIT, "digit.png", "--head", "9"], 2, "has 2, 0 to 1"),
         (["attention", DEIT, "digit.png", "--patch", "0,4"], 2, "rows 0 to 3, columns 0 to 3"),
-        (["attention", DEIT, "digit.png", "--patch", "1"], 2, "not ROW,COL"),
+        (["attention", DEIT, "digit.png", "--patch", "1"], 2, "it must be ROW,COL"),
         (["attention", DEIT, "digit.png", "--image-size", "33"], 2, "33"),
         (["attention", DEIT, "digit.png", "--out", "digit.png"], 2, "is IMAGE itself"),
         (["samples", "gone"], 1, "gone is no .npz, no folder of images and no run"),

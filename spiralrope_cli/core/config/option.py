@@ -172,7 +172,7 @@ def _as(hint: Any, value: Any) -> Any:
     """YAML knows no tuples, and writes 1e-3 as a word."""
     if typing.get_origin(hint) is tuple:
         inner = typing.get_args(hint)
-        if isinstance(value, str) or (Ellipsis not in inner and len(value) != len(inner)):
+        if isinstance(value, (str, dict)) or (Ellipsis not in inner and len(value) != len(inner)):
             raise ValueError
         return tuple(_as(inner[0], each) for each in value)
     kind = str if typing.get_origin(hint) is typing.Literal else typing.get_origin(hint) or hint

@@ -25,6 +25,7 @@ from spiralrope_cli.core.config.dit_runs import (
 from spiralrope_cli.core.config.latents import LATENT_CHANNELS, Manifest, read_manifest
 from spiralrope_cli.core.config.models import deit_size, dit_name, dit_size
 from spiralrope_cli.core.config.nested import RUN_KINDS, build, read_config
+from spiralrope_cli.core.config.option import leaves
 from spiralrope_cli.core.config.rope import RopeConfig, Scaling
 from spiralrope_cli.core.config.runs import ModelConfig
 from spiralrope_cli.core.errors import ConfigError
@@ -205,7 +206,10 @@ def chosen_layers(
             f"spiralrope {again} {from_file['source']} --config {config_file}",
         )
     fixed = NOT_FROM_FILE | (FIXED_BY_SOURCE if start else set())
-    from_file = {key: value for key, value in from_file.items() if key not in fixed}
+    known = leaves(kind)  # their readers: YAML writes 1e-3 as a word
+    from_file = {
+        key: known[key].read(value) for key, value in from_file.items() if key not in fixed
+    }
     of_start = start.fields() if start else {}
     return [("source", of_start), ("config file", from_file), ("option", options)]
 

@@ -1,0 +1,328 @@
+"""What a field says about its option is how its value is read, checked and told."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+import pkgutil
+import typing
+from dataclasses import MISSING, dataclass
+from typing import Annotated, Any, Literal
+
+import pytest
+
+from spiralrope_cli.core import config
+from spiralrope_cli.core.config.option import (
+    PANELS,
+    PATH,
+    RUN,
+    SIZE,
+    Opt,
+    check_fields,
+    free_fields,
+    in_words,
+    leaves,
+    numbers,
+    pair,
+    path,
+    size,
+    words,
+)
+from spiralrope_cli.core.config.rope import RopeConfig
+from spiralrope_cli.core.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    """A group."""
+
+    rate: Annotated[float, Opt("A share.", RUN, gt=0, le=1)] = 0.5
+    drop: Annotated[float, Opt("A rate.", RUN, ge=0, lt=1, free=True)] = 0.0
+    anything: Annotated[float, Opt("Of any size.", RUN)] = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Every:
+    """Every kind of field."""
+
+    count: Annotated[int, Opt("A number.", RUN, ge=1)] = 1
+    above: Annotated[float, Opt("A number.", RUN, gt=0)] = 1.0
+    perhaps: Annotated[int | None, Opt("A number, or none.", RUN, ge=0)] = None
+    plain: Annotated[int, Opt("A number.", RUN)] = 0
+    flag: Annotated[bool, Opt("A flag.", RUN, flag="--flag/--no-flag")] = False
+    word: Annotated[str, Opt("A text.", RUN)] = ""
+    place: Annotated[str, Opt("A text.", RUN, pattern=r"(.+:\d+)?", expects="HOST:PORT")] = ""
+    choice: Annotated[Literal["one", "two"], Opt("A word.", RUN)] = "one"
+    side: Annotated[tuple[int, int], Opt("A size.", RUN, **SIZE)] = (1, 1)
+    span: Annotated[tuple[int, int], Opt("Two.", RUN, read=pair, expects="LO,HI")] = (0, 1)
+    listed: Annotated[tuple[int, ...], Opt("Some.", RUN, read=numbers, expects="a list")] = ()
+    names: Annotated[tuple[str, ...], Opt("Some.", RUN, read=words, expects="names")] = ()
+    out: Annotated[str, Opt("A folder.", RUN, **PATH)] = "x"
+    layers: Annotated[tuple[int, ...], Opt("N.", RUN, flag="--layer", ge=0, many=True)] = ()
+    sides: Annotated[tuple[tuple[int, int], ...], Opt("Sizes.", RUN, many=True, **SIZE)] = ()
+    shown: Annotated[tuple[Literal["a", "b"], ...], Opt("Words.", RUN, many=True)] = ()
+    source: Annotated[str, Opt("From where.", metavar="SOURCE", argument=True)] = "x"
+    betas: tuple[float, float] = (0.9, 0.999)
+    mean: tuple[float, ...] = (0.5,)
+    classes: Annotated[int, "the number of classes"] = 1
+    inner: Inner = dataclasses.field(default_factory=Inner)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+READ = [
+    ("count", "7", 7),
+    ("count", 7, 7),
+    ("count", 7.0, 7),
+    ("rate", "1e-3", 1e-3),  # YAML reads 1e-3 as a word
+    ("rate", 1, 1.0),
+    ("anything", "-inf", -math.inf),
+    ("perhaps", None, None),
+    ("perhaps", "3", 3),
+    ("flag", True, True),
+    ("flag", False, False),
+    ("word", "", ""),
+    ("word", "~/x", "~/x"),
+    ("choice", "two", "two"),
+    ("side", "224", (224, 224)),
+    ("side", "224X448", (224, 448)),
+    ("side", 16, (16, 16)),
+    ("side", [16, 8], (16, 8)),
+    ("span", "0,600", (0, 600)),
+    ("span", [0, 600], (0, 600)),
+    ("listed", "207, 88", (207, 88)),
+    ("listed", [207, 88], (207, 88)),
+    ("names", "fid, IS,fid", ("fid", "is")),
+    ("layers", ["0", "5"], (0, 5)),
+    ("layers", (), ()),
+    ("sides", ["160", "224x448"], ((160, 160), (224, 448))),
+    ("shown", ["b", "a"], ("b", "a")),
+    ("betas", [0.9, "1e-1"], (0.9, 0.1)),
+    ("mean", [1, 2.5, 3], (1.0, 2.5, 3.0)),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "read"), READ)
+def test_a_word_or_a_value_of_yaml_becomes_the_fields_type(name, value, read):
+    found = leaves(Every)[name].read(value)
+    assert found == read
+    assert type(found) is type(read)
+
+
+REFUSED = [
+    ("count", "x", "--count is x; it must be a whole number, 1 or more"),
+    ("count", "1.5", "--count is 1.5; it must be a whole number, 1 or more"),
+    ("count", "", "--count is empty; it must be a whole number, 1 or more"),
+    ("count", 2.5, "--count is 2.5; it must be"),
+    ("count", True, "--count is True; it must be"),
+    ("count", None, "--count is None; it must be"),
+    ("count", math.inf, "--count is inf; it must be a whole number, 1 or more, and finite"),
+    ("count", math.nan, "--count is nan; it must be"),
+    ("count", [1], "--count is [1]; it must be"),
+    ("plain", "x", "--plain is x; it must be a whole number"),
+    ("rate", "x", "--rate is x; it must be in (0, 1]"),
+    ("rate", True, "--rate is True; it must be"),
+    ("anything", "x", "--anything is x; it must be a number"),
+    ("above", "x", "--above is x; it must be above 0"),
+    ("flag", "yes", "--flag is yes; it must be true or false"),
+    ("flag", 1, "--flag is 1; it must be true or false"),
+    ("word", 5, "--word is 5; it must be a text"),
+    ("choice", 5, "--choice is 5; it must be one or two"),
+    ("side", "x", "--side is x; it must be a side, as 224, or HxW, as 224x448"),
+    ("side", "-8", "--side is -8; it must be a side"),
+    ("side", "8x", "--side is 8x; it must be a side"),
+    ("side", [8, 8, 8], "--side is [8, 8, 8]; it must be a side"),
+    ("side", [8.5, 8], "--side is [8.5, 8]; it must be a side"),
+    ("side", True, "--side is True; it must be a side"),
+    ("side", {1: 2, 3: 4}, "--side is {1: 2, 3: 4}; it must be a side"),
+    ("span", "600", "--span is 600; it must be LO,HI"),
+    ("span", "1,2,3", "--span is 1,2,3; it must be LO,HI"),
+    ("listed", "1,x", "--listed is 1,x; it must be a list"),
+    ("listed", "", "--listed is empty; it must be a list"),
+    ("out", "", "--out is empty; it must be a path"),
+    ("out", " ", "--out is  ; it must be a path"),
+    ("layers", ["0", "x"], "--layer is x; it must be a whole number, 0 or more"),
+    ("sides", ["160", "x"], "--sides is x; it must be a side"),
+    ("betas", [0.9], "betas is [0.9]; it must be a list, each a number"),
+    ("betas", "0.9", "betas is 0.9; it must be a list, each a number"),
+    ("mean", 0.5, "mean is 0.5; it must be a list, each a number"),
+    ("classes", "x", "the number of classes is x; it must be a whole number"),
+    ("source", 5, "SOURCE is 5; it must be a text"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "told"), REFUSED)
+def test_what_cannot_be_read_is_told_in_a_line(name, value, told):
+    with pytest.raises(ConfigError) as refused:
+        leaves(Every)[name].read(value)
+    assert str(refused.value).startswith(told)
+    assert "\n" not in str(refused.value)
+
+
+OUT_OF_BOUNDS = [
+    ("count", 0, "--count is 0; it must be a whole number, 1 or more"),
+    ("above", 0.0, "--above is 0.0; it must be above 0"),
+    ("above", math.inf, "--above is inf; it must be above 0, and finite"),
+    ("above", math.nan, "--above is nan; it must be above 0"),
+    ("rate", 0.0, "--rate is 0.0; it must be in (0, 1]"),
+    ("rate", 1.1, "--rate is 1.1; it must be in (0, 1]"),
+    ("rate", math.nan, "--rate is nan; it must be in (0, 1]"),
+    ("drop", 1.0, "--drop is 1.0; it must be in [0, 1)"),
+    ("drop", -0.1, "--drop is -0.1; it must be in [0, 1)"),
+    ("perhaps", -1, "--perhaps is -1; it must be a whole number, 0 or more"),
+    ("choice", "three", "--choice is three; it must be one or two"),
+    ("place", "host:x", "--place is host:x; it must be HOST:PORT"),
+    ("layers", (0, -1), "--layer is -1; it must be a whole number, 0 or more"),
+    ("shown", ("a", "c"), "--shown is c; it must be a or b"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "told"), OUT_OF_BOUNDS)
+def test_a_value_out_of_its_bounds_is_refused_wherever_it_came_from(name, value, told):
+    with pytest.raises(ConfigError) as refused:
+        leaves(Every)[name].check(value)
+    assert str(refused.value) == told
+    with pytest.raises(ConfigError) as of_python:  # noqa: PT012 - either class may hold it
+        kind = Inner if name in leaves(Inner) else Every
+        kind(**{name: value})
+    assert str(of_python.value) == told
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("count", 1), ("above", 1e-9), ("rate", 1.0), ("drop", 0.0), ("drop", 0.999)),
+        *(("perhaps", None), ("perhaps", 0), ("place", ""), ("place", "host:1")),
+        *(("anything", math.inf), ("anything", -5.0), ("layers", ()), ("shown", ("a", "b"))),
+    ],
+)
+def test_a_value_at_its_bound_is_as_the_bound_says(name, value):
+    leaves(Every)[name].check(value)
+
+
+def test_readers():
+    assert size("224") == (224, 224)
+    assert size("1x2") == (1, 2)
+    assert numbers(" 1 , 2 ") == (1, 2)
+    assert pair("3,4") == (3, 4)
+    assert words("A,b , A") == ("a", "b")
+    for reader, wrong in ((size, "x"), (numbers, "1,,2"), (pair, "1"), (path, "")):
+        with pytest.raises(ValueError):  # noqa: PT011 - readers have no words of their own
+            reader(wrong)
+
+
+def test_no_shell_expands_a_home_behind_an_equals_sign(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of-a-test")
+    assert path("~/runs") == "/home/of-a-test/runs"
+    assert leaves(Every)["out"].read("~/runs") == "/home/of-a-test/runs"
+
+
+def test_a_value_is_shown_as_it_would_be_typed():
+    shown = {(224, 224): "224", (224, 448): "224x448", True: "on", 1e-5: "1e-05", 3.0: "3"}
+    assert {value: in_words(value) for value in shown} == shown
+    assert in_words("word") == "word"
+
+
+def test_groups_share_one_list_of_names():
+    found = leaves(Every)
+    assert {"rate", "drop"} < found.keys()
+    assert "inner" not in found
+    assert found["drop"].default == 0.0
+    assert free_fields(Every) == {"drop"}
+
+
+def test_two_groups_with_one_name_are_refused():
+    twice = dataclasses.make_dataclass("Twice", [("a", Inner), ("b", Inner)])
+    with pytest.raises(TypeError, match=r"Twice: .* stands in two groups"):
+        leaves(twice)
+
+
+def test_a_public_config_has_its_fields_in_its_help():
+    text = RopeConfig.__doc__ or ""
+    for name, leaf in leaves(RopeConfig).items():
+        assert leaf.opt
+        assert f"    {name} ({leaf.default!r}): {leaf.opt.help}" in text
+
+
+# --- All configs of the package.
+def every_config():
+    """Every dataclass of the package's configs with options of its own, however hidden."""
+    modules = [
+        importlib.import_module(f"{config.__name__}.{module.name}")
+        for module in pkgutil.iter_modules(config.__path__)
+    ]
+    kinds = {
+        value
+        for module in modules
+        for value in vars(module).values()
+        if isinstance(value, type) and dataclasses.is_dataclass(value)
+    }
+    declared = [kind for kind in kinds if any(map(options_inside, own_hints(kind).values()))]
+    return sorted(declared, key=lambda kind: kind.__name__)
+
+
+def own_hints(kind: type) -> dict[str, Any]:
+    """Field -> its type hint, with what it says about its option."""
+    return typing.get_type_hints(kind, include_extras=True)
+
+
+def options_inside(hint: Any) -> list[Opt]:
+    """Every `Opt` in a type hint, however deep."""
+    mine = [each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Opt)]
+    return mine + [opt for inner in typing.get_args(hint) for opt in options_inside(inner)]
+
+
+def hidden_options(kind: type) -> list[str]:
+    """Fields whose `Opt` nobody would find, as in `Annotated[int, Opt(...)] | None`."""
+    found = leaves(kind)
+    return [
+        name
+        for name, hint in own_hints(kind).items()
+        if options_inside(hint) and not (name in found and found[name].opt)
+    ]
+
+
+def test_a_hidden_option_is_found():
+    hidden: Any = Annotated[int, Opt("Nobody finds it.", RUN)] | None
+    assert hidden_options(dataclasses.make_dataclass("Hides", [("count", hidden)])) == ["count"]
+
+
+CONFIGS = every_config()
+
+
+def test_all_configs_are_looked_at():
+    names = {kind.__name__ for kind in CONFIGS}
+    assert {"ClassifierRun", "DiTRun", "EvalOptions", "FidRun", "SampleRun", "Checkup"} <= names
+    assert len(CONFIGS) >= 20
+
+
+@pytest.mark.parametrize("kind", CONFIGS, ids=lambda kind: kind.__name__)
+def test_no_config_hides_an_option(kind):
+    assert not hidden_options(kind)
+
+
+@pytest.mark.parametrize("kind", CONFIGS, ids=lambda kind: kind.__name__)
+def test_every_option_says_what_it_is(kind):
+    for name, leaf in leaves(kind).items():
+        if opt := leaf.opt:
+            assert opt.argument or opt.panel in PANELS, name
+            assert opt.help.endswith((".", "...")), name
+            assert not opt.argument or opt.metavar, name
+            assert bool(opt.read) <= bool(opt.expects), f"{name}: a reader needs its words"
+            assert not (opt.pattern and not opt.expects), f"{name}: no user reads a pattern"
+            upper = opt.le is not None or opt.lt is not None
+            assert not upper or opt.ge is not None or opt.gt is not None, f"{name}: one bound"
+            assert leaf.item.allowed(), name
+            assert opt.many <= (typing.get_origin(leaf.hint) is tuple), name
+
+
+@pytest.mark.parametrize("kind", CONFIGS, ids=lambda kind: kind.__name__)
+def test_every_default_is_one_that_the_option_takes(kind):
+    for leaf in leaves(kind).values():
+        if leaf.opt and leaf.default is not MISSING:
+            leaf.check(leaf.default)
