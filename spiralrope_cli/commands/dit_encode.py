@@ -7,9 +7,9 @@ import typer
 
 from spiralrope_cli.commands.command import SETTINGS, command
 from spiralrope_cli.core.config.latents import EncodeRun, class_folder
-from spiralrope_cli.core.config.machine import TrainOptions
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.resolve import DATA_VARIABLE
+from spiralrope_cli.core.config.training import TrainOptions
 from spiralrope_cli.core.errors import DataError
 from spiralrope_cli.core.runtime.launch import launch
 

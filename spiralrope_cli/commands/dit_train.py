@@ -6,8 +6,8 @@ import typer
 
 from spiralrope_cli.commands.command import SETTINGS, command
 from spiralrope_cli.core.config.dit_runs import DIT_WORDS, DiTRun
-from spiralrope_cli.core.config.machine import TrainOptions
 from spiralrope_cli.core.config.recipes import shown_defaults
+from spiralrope_cli.core.config.training import TrainOptions
 
 EXAMPLES = """
 Examples:

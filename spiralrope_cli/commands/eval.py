@@ -9,9 +9,9 @@ from typer.core import TyperCommand
 from spiralrope_cli.commands.command import SETTINGS, command
 from spiralrope_cli.core.config.datasets import find_held_out
 from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions
-from spiralrope_cli.core.config.machine import MachineConfig
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.rope import BY_WEIGHTS, RopeConfig, given_rope
+from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.runtime.launch import is_first_process, launch
 
 EXAMPLES = """

@@ -5,9 +5,9 @@ from typing import Any
 import typer
 
 from spiralrope_cli.commands.command import SETTINGS, command
-from spiralrope_cli.core.config.machine import TrainOptions
 from spiralrope_cli.core.config.recipes import shown_defaults
 from spiralrope_cli.core.config.runs import ClassifierRun
+from spiralrope_cli.core.config.training import TrainOptions
 
 EXAMPLES = """
 Examples:

@@ -19,7 +19,7 @@ from spiralrope_cli import GaussianDiffusion, create_model
 from spiralrope_cli import main as cli
 from spiralrope_cli.commands import dit_encode
 from spiralrope_cli.core.config.latents import EncodeRun, class_folder
-from spiralrope_cli.core.config.machine import MachineConfig
+from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.adm import cropped_array
 from spiralrope_cli.core.data.latents import LatentCache
 from spiralrope_cli.core.diffusion.vae import draw, load_vae

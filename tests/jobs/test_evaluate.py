@@ -16,8 +16,8 @@ from PIL import Image
 
 from spiralrope_cli import load_model
 from spiralrope_cli.core.config.evals import EvalOptions
-from spiralrope_cli.core.config.machine import MachineConfig
 from spiralrope_cli.core.config.resolve import resolve
+from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.memory import load_digits
 from spiralrope_cli.core.hub.files import digest_like
 from spiralrope_cli.core.hub.source import find_source

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from spiralrope_cli import load_model
 from spiralrope_cli.core.config.latents import EncodeRun
-from spiralrope_cli.core.config.machine import MachineConfig
 from spiralrope_cli.core.config.resolve import resolve
+from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.dit_loader import DiTData
 from spiralrope_cli.core.diffusion.process import GaussianDiffusion
 from spiralrope_cli.core.diffusion.vae import load_vae

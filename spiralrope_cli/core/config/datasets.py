@@ -20,35 +20,25 @@ VAL_FOLDERS = ("val", "validation", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
-    """One data set as a run sees it before any picture is read.
+    """One data set as a run sees it before any picture is read."""
 
-    Attributes:
-        data: the built-in name, or the folder as it was given.
-        slug: short name for run folders.
-        kind: `memory` for small sets that live in memory as tensors, `folder` for files.
-        default_arch: architecture that fits it, for classifiers.
-        num_classes: classes.
-        num_train: training images.
-        num_val: validation images.
-        defaults: field name -> value, over the recipe of the command.
-        finetune: the same for `finetune` alone, over the defaults.
-        default_dit: diffusion transformer that fits it.
-        dit: as defaults, for diffusion transformers, which share nothing with classifiers.
-        num_samples: images that are drawn from a diffusion transformer of it.
-    """
-
-    data: str
-    slug: str
-    kind: str
-    default_arch: str
+    data: str  # the built-in name, or the folder as it was given
+    slug: str  # short name for run folders
+    kind: str  # `memory` for small sets that live in memory as tensors, `folder` for files
+    default_arch: str  # classifier that fits it
     num_classes: int
     num_train: int
     num_val: int
-    defaults: dict[str, Any] = field(default_factory=dict)
-    finetune: dict[str, Any] = field(default_factory=dict)
-    default_dit: str = "dit-b4"
-    dit: dict[str, Any] = field(default_factory=dict)
-    num_samples: int = 50_000
+    defaults: dict[str, Any] = field(default_factory=dict)  # over the recipe of the command
+    finetune: dict[str, Any] = field(default_factory=dict)  # of finetune alone, over the defaults
+    default_dit: str = "dit-b4"  # diffusion transformer that fits it
+    dit: dict[str, Any] = field(default_factory=dict)  # their defaults: classifiers share none
+    num_samples: int = 50_000  # images that are drawn from a diffusion transformer of it
+
+    def inert_options(self) -> list[tuple[str, str]]:
+        """Fields of a run that cannot act on it, each with the reason."""
+        idle = ("workers", "skip_bad") if self.kind == "memory" else ()
+        return [(name, f"{self.data} lives in memory") for name in idle]
 
     def defaults_of(self, command: str) -> dict[str, Any]:
         """Field name -> value, over the recipe of a training command."""

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from spiralrope_cli.core.config.latents import VAE_FACTOR, VAE_NAMES
-from spiralrope_cli.core.config.machine import MachineConfig
 from spiralrope_cli.core.config.models import dit_size
-from spiralrope_cli.core.config.optim import OptimConfig
 from spiralrope_cli.core.config.option import (
     DATA,
     MODEL,
@@ -25,6 +23,7 @@ from spiralrope_cli.core.config.option import (
 )
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.runs import ClassifierRun
+from spiralrope_cli.core.config.training import MachineConfig, OptimConfig
 from spiralrope_cli.core.errors import ConfigError
 
 NO_VAE = "none"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from spiralrope_cli.core.config.machine import MachineConfig
 from spiralrope_cli.core.config.models import deit_size, dit_size, is_dit
 from spiralrope_cli.core.config.option import (
     DATA,
@@ -17,6 +16,7 @@ from spiralrope_cli.core.config.option import (
     check_fields,
 )
 from spiralrope_cli.core.config.resolve import RUNS_FOLDER
+from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
 
 

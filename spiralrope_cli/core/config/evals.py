@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from spiralrope_cli.core.config.machine import MachineConfig
 from spiralrope_cli.core.config.models import check_divides
 from spiralrope_cli.core.config.option import (
     DATA,
@@ -17,40 +16,11 @@ from spiralrope_cli.core.config.option import (
     check_fields,
 )
 from spiralrope_cli.core.config.rope import RopeConfig
-from spiralrope_cli.core.config.runs import ModelConfig
+from spiralrope_cli.core.config.runs import EvalProtocol, ModelConfig
+from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
 
 BOTH_CROP_RATIOS = (0.875, 1.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalProtocol:
-    """Which images are looked at, and how they reach the network.
-
-    Attributes:
-        data: a built-in name or a folder.
-        num_val: validation images.
-        image_size: (height, width) in pixels.
-        in_chans: channels that the network takes.
-        crop_ratio: the shorter side is resized to image size / this, then the centre is cropped.
-        mean: per channel, of pixels in [0, 1].
-        std: per channel, of pixels in [0, 1].
-    """
-
-    data: str
-    num_val: int
-    image_size: tuple[int, int]
-    in_chans: int
-    crop_ratio: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if not len(self.mean) == len(self.std) == self.in_chans:
-            raise ConfigError(
-                f"--data {self.data} has {len(self.mean)} channel(s), the weights take "
-                f"{self.in_chans}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from spiralrope_cli.core.config.folders import cache_folder
-from spiralrope_cli.core.config.machine import MachineConfig
 from spiralrope_cli.core.config.option import (
     IMAGES,
     MACHINE,
@@ -20,6 +19,7 @@ from spiralrope_cli.core.config.option import (
     check_fields,
     words,
 )
+from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
 
 LABELS = {

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from spiralrope_cli.core.config.datasets import BUILT_IN, class_folders, class_names
-from spiralrope_cli.core.config.machine import MachineConfig
 from spiralrope_cli.core.config.option import (
     DATA,
     MACHINE,
@@ -23,6 +22,7 @@ from spiralrope_cli.core.config.option import (
     Opt,
     check_fields,
 )
+from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError, DataError
 
 VAE_NAMES = ("ema", "mse")

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from spiralrope_cli.core.config.diffusion import Sampler
-from spiralrope_cli.core.config.machine import MachineConfig
-from spiralrope_cli.core.config.optim import OptimConfig
 from spiralrope_cli.core.config.option import (
     PATH,
     RECIPE,
@@ -24,6 +22,7 @@ from spiralrope_cli.core.config.option import (
     leaves,
     numbers,
 )
+from spiralrope_cli.core.config.training import MachineConfig, OptimConfig
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 
 PRETRAIN, FINETUNE, EVALUATE = "pretrain", "finetune", "eval"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from spiralrope_cli.core.config.datasets import DIGITS, PHOTOGRAPHS
-from spiralrope_cli.core.config.optim import LINEAR_RULE_BATCH
 from spiralrope_cli.core.config.option import in_words
 from spiralrope_cli.core.config.rope import BY_WEIGHTS
+from spiralrope_cli.core.config.training import LINEAR_RULE_BATCH
 
 # DeiT stage 1 on ImageNet-1K at 224 px, as the published DeiT-B run had it. The run itself was not
 # repeated here: its parts are tested one by one.

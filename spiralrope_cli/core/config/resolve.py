@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from spiralrope_cli.core.config import inert, recipes
+from spiralrope_cli.core.config import recipes
 from spiralrope_cli.core.config.datasets import DataSet, find_data_set, find_pictures, slug_of
 from spiralrope_cli.core.config.dit_runs import (
     DiTModelConfig,
@@ -49,23 +49,14 @@ FIXED_BY_SOURCE = {
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """The weights that a run starts from.
+    """The weights that a run starts from."""
 
-    Attributes:
-        source: as the user named them.
-        arch: theirs.
-        rope: the options they were trained with.
-        model: their sizes.
-        data: the data set of the run that made them, empty where unknown.
-        pictures: image_size and vae of a diffusion transformer, as far as they are known.
-    """
-
-    source: str
+    source: str  # as the user named them
     arch: str
-    rope: RopeConfig
+    rope: RopeConfig  # the options they were trained with
     model: ModelConfig | DiTModelConfig
-    data: str = ""
-    pictures: dict[str, Any] = field(default_factory=dict)
+    data: str = ""  # the data set of the run that made them, where known
+    pictures: dict[str, Any] = field(default_factory=dict)  # image_size, vae of a DiT, where known
 
     @property
     def size(self) -> tuple[int, int]:
@@ -153,8 +144,11 @@ def resolve(
     fit_name(values, sources, data_set, size.head_dim)
     run = build(kind, values)
     if not dit:
-        inert.check_fits(run.augment, data_set)
-    return Resolved(run, sources, tuple(inert.notes(run, data_set, set(options))))
+        run.augment.check_data(data_set)
+    inert = [*run.rope.inert_options(set(options)), *run.optim.inert_options()]
+    inert += [*data_set.inert_options(), *run.inert_options()]
+    idle = [(name.replace("_", "-"), why) for name, why in inert if name in options]
+    return Resolved(run, sources, tuple(f"--{name} has no effect: {why}" for name, why in idle))
 
 
 def find_data(chosen: list[Layer], *, dit: bool) -> tuple[DataSet, str]:

@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from spiralrope_cli.core.config.machine import MachineConfig
+from spiralrope_cli.core.config.datasets import DataSet
 from spiralrope_cli.core.config.models import check_divides, deit_size
-from spiralrope_cli.core.config.optim import OptimConfig
 from spiralrope_cli.core.config.option import (
     DATA,
     MODEL,
@@ -21,6 +20,7 @@ from spiralrope_cli.core.config.option import (
     check_fields,
 )
 from spiralrope_cli.core.config.rope import RopeConfig
+from spiralrope_cli.core.config.training import MachineConfig, OptimConfig
 from spiralrope_cli.core.errors import ConfigError
 
 MIX_GROUP = 8
@@ -95,10 +95,48 @@ class AugmentConfig:
                 f"mixup_switch_prob is {self.mixup_switch_prob}; it must be in [0, 1]"
             )
 
+    def check_data(self, data_set: DataSet) -> None:
+        """Refuses augmentation that the kind of data set cannot have.
+
+        Raises:
+            ConfigError: names the option and what there is in its place.
+        """
+        if data_set.kind == "folder" and self.geometry == "shift":
+            raise ConfigError(
+                "--geometry shift is for the built-in sets", "use --geometry crop for image folders"
+            )
+        for name, off in (("auto_augment", "none"), ("color_jitter", 0)):
+            if data_set.kind == "memory" and (value := getattr(self, name)) != off:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} {value} works on photographs, "
+                    f"not on the grey pictures of {data_set.data}",
+                    "use --max-shift, --max-rotation, --random-erasing, --mixup or --cutmix",
+                )
+
     @property
     def mixes(self) -> bool:
         """Whether labels are mixed."""
         return self.mixup > 0 or self.cutmix > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalProtocol:
+    """Which images are looked at, and how they reach the network."""
+
+    data: str  # a built-in name or a folder
+    num_val: int
+    image_size: tuple[int, int]  # (height, width) in pixels
+    in_chans: int
+    crop_ratio: float  # resized to image size / this, then cropped at the centre
+    mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.mean) == len(self.std) == self.in_chans:
+            raise ConfigError(
+                f"--data {self.data} has {len(self.mean)} channel(s), the weights take "
+                f"{self.in_chans}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,6 @@ from spiralrope_cli.core.config.diffusion import (
 )
 from spiralrope_cli.core.config.dit_runs import NO_VAE, input_size
 from spiralrope_cli.core.config.latents import LATENT_CHANNELS, VAE_FACTOR, VAE_NAMES
-from spiralrope_cli.core.config.machine import MachineConfig
 from spiralrope_cli.core.config.option import (
     PATH,
     PICTURES,
@@ -26,6 +25,7 @@ from spiralrope_cli.core.config.option import (
     check_fields,
     numbers,
 )
+from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
 
 SAMPLING_VAE = "mse"

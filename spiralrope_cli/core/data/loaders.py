@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from spiralrope_cli.core.config.datasets import BUILT_IN
-from spiralrope_cli.core.config.evals import EvalProtocol
-from spiralrope_cli.core.config.runs import ClassifierRun
+from spiralrope_cli.core.config.runs import ClassifierRun, EvalProtocol
 from spiralrope_cli.core.data import files, memory
 from spiralrope_cli.core.data.mixing import erase, mix
 from spiralrope_cli.core.data.order import Places, own_parts, own_places

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from spiralrope_cli.core.config.datasets import BUILT_IN
-from spiralrope_cli.core.config.evals import EvalProtocol
-from spiralrope_cli.core.config.machine import MachineConfig
+from spiralrope_cli.core.config.runs import EvalProtocol
+from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data import files, memory
 from spiralrope_cli.core.errors import DataError
 

@@ -27,10 +27,10 @@ from spiralrope_cli.core.config.evals import (
     EvalRow,
     EvalRun,
 )
-from spiralrope_cli.core.config.machine import MachineConfig
 from spiralrope_cli.core.config.models import is_dit
 from spiralrope_cli.core.config.resolve import DATA_VARIABLE, RUNS_FOLDER
 from spiralrope_cli.core.config.runs import ModelConfig
+from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.validation import ValidationImages
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.hub.files import digest_like

@@ -17,7 +17,6 @@ from typing import Any
 from spiralrope_cli.core.config.dit_runs import NO_VAE, DiTRun, TrainingRun
 from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions
 from spiralrope_cli.core.config.fid import PRECISIONS, FidRun
-from spiralrope_cli.core.config.machine import MachineConfig
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.pipelines import (
     EVALUATE,
@@ -39,6 +38,7 @@ from spiralrope_cli.core.config.pipelines import (
 from spiralrope_cli.core.config.resolve import Resolved, StartingPoint, resolve
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.samples import check_chain, decoder_of, num_samples
+from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.inputs import look_at
 from spiralrope_cli.core.errors import CheckpointError, FetchError
 from spiralrope_cli.core.hub.inception import find_inception

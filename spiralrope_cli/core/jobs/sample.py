@@ -17,7 +17,6 @@ from torch import Tensor
 
 from spiralrope_cli.core.config.diffusion import GuidanceConfig
 from spiralrope_cli.core.config.dit_runs import NO_VAE
-from spiralrope_cli.core.config.machine import MachineConfig
 from spiralrope_cli.core.config.models import is_dit
 from spiralrope_cli.core.config.nested import build as build_config
 from spiralrope_cli.core.config.resolve import RUNS_FOLDER, merged
@@ -29,6 +28,7 @@ from spiralrope_cli.core.config.samples import (
     resolve_image_size,
     resolve_vae,
 )
+from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.grid import to_levels
 from spiralrope_cli.core.data.sample_files import FACTS_FILE, SampleFiles
 from spiralrope_cli.core.diffusion.guidance import guided

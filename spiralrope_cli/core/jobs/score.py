@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Column, Table
 
 from spiralrope_cli.core.config.fid import EXTRACTOR, LABELS, FidRun
-from spiralrope_cli.core.config.machine import MachineConfig
+from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.inputs import POOL_SIZE, STATISTICS, Side, look_at, read_statistics
 from spiralrope_cli.core.data.reference_cache import (
     ReferenceCache,

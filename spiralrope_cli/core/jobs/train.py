@@ -17,10 +17,10 @@ from rich.table import Table
 from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
 from spiralrope_cli.core.config.models import is_dit
 from spiralrope_cli.core.config.nested import flatten, to_nested
-from spiralrope_cli.core.config.optim import LINEAR_RULE_BATCH
 from spiralrope_cli.core.config.resolve import Resolved, StartingPoint, resolve
 from spiralrope_cli.core.config.rope import given_rope
 from spiralrope_cli.core.config.runs import ClassifierRun
+from spiralrope_cli.core.config.training import LINEAR_RULE_BATCH
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.hub.vae import find_vae, local_vae

@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from spiralrope_cli.core.config.machine import MachineConfig
+from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.runtime.launch import joined_world_size
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from spiralrope_cli.core.config.machine import MachineConfig
+from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.runtime import device as devices
 from spiralrope_cli.core.runtime import distributed
 from spiralrope_cli.core.runtime.console import say

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from spiralrope_cli.core.atomic import write_whole
-from spiralrope_cli.core.config.machine import MachineConfig
+from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import (
     ConfigError,
     LaunchError,

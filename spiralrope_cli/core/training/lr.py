@@ -6,7 +6,7 @@ import math
 
 from torch.optim import Optimizer
 
-from spiralrope_cli.core.config.optim import OptimConfig
+from spiralrope_cli.core.config.training import OptimConfig
 
 
 def lr_at(step: int, total_steps: int, steps_per_epoch: int, optim: OptimConfig) -> float:

@@ -86,7 +86,8 @@ def fits(run: TrainingRun, nproc: int, batch_size: int | None = None) -> bool:
     """Whether a batch splits over so many processes."""
     try:
         size = batch_size or run.optim.batch_size
-        replace(run, optim=replace(run.optim, batch_size=size)).split_batch(nproc)
+        optim: Any = replace(run.optim, batch_size=size)
+        replace(run, optim=optim).split_batch(nproc)
     except ConfigError:
         return False
     return True

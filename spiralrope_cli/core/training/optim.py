@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from spiralrope_cli.core.config.optim import OptimConfig
+from spiralrope_cli.core.config.training import OptimConfig
 
 NO_DECAY_NAMES = ("pos_embed", "cls_token")
 

@@ -12,7 +12,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from spiralrope_cli.core.config.optim import OptimConfig
+from spiralrope_cli.core.config.training import OptimConfig
 from spiralrope_cli.core.runtime import distributed
 from spiralrope_cli.core.training.optim import build_optimizer
 

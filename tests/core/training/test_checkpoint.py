@@ -10,7 +10,7 @@ import torch
 from comparing import read_pointer, same_tensors
 from torch import nn
 
-from spiralrope_cli.core.config.optim import OptimConfig
+from spiralrope_cli.core.config.training import OptimConfig
 from spiralrope_cli.core.errors import CheckpointError, DiskError
 from spiralrope_cli.core.runtime.run_folder import steps_on_disk
 from spiralrope_cli.core.training import checkpoint

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from spiralrope_cli.core.config.nested import build
-from spiralrope_cli.core.config.optim import OptimConfig
 from spiralrope_cli.core.config.recipes import PRETRAIN
+from spiralrope_cli.core.config.training import OptimConfig
 from spiralrope_cli.core.training.step import TrainState
 
 GOLDEN = Path(__file__).parents[2] / "golden"

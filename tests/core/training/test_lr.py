@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spiralrope_cli.core.config.nested import build
-from spiralrope_cli.core.config.optim import OptimConfig
 from spiralrope_cli.core.config.recipes import PRETRAIN
+from spiralrope_cli.core.config.training import OptimConfig
 from spiralrope_cli.core.training.lr import lr_at, set_learning_rate
 
 MANIFEST = Path(__file__).parents[2] / "golden" / "manifest.json"

@@ -8,8 +8,8 @@ import torch
 
 from spiralrope_cli import RopeConfig, create_model
 from spiralrope_cli.core.config.nested import build
-from spiralrope_cli.core.config.optim import OptimConfig
 from spiralrope_cli.core.config.recipes import PRETRAIN
+from spiralrope_cli.core.config.training import OptimConfig
 from spiralrope_cli.core.models.deit import DeiT
 from spiralrope_cli.core.training.optim import build_optimizer, parameter_groups
 
