@@ -198,7 +198,8 @@ class Recorder:
             (r"\b\d+:\d\d:\d\d\b", "TIME"),
             (r"[\d.,]+( images/s| per second| s\b)", "RATE"),
             (r"images/s +[\d.,]+", "RATE"),
-            (r"\d+(\.\d+)? (GiB|MiB) free", "SPACE free"),
+            (r"[\d.]+ [kKMGT]i?B free", "SPACE free"),
+            (r"float\d\d \d+(?=[^.\n]* GFLOP/s)", "SPEED"),
         ):
             text = re.sub(pattern, word, text)
         return text
