@@ -139,6 +139,6 @@ def _parameter(leaf: Leaf, opt: Opt, words: str, default: str | None) -> inspect
 def _default(leaf: Leaf, opt: Opt) -> str:
     """The field's own default for the help; nothing where there is none, or 0 for one yet open."""
     default: Any = leaf.default
-    if default is MISSING or not (default or isinstance(default, float)):
+    if default is MISSING or (not default and leaf.hint is not float):
         return ""
     return in_words(default) if opt.read in (None, size) else ",".join(map(in_words, default))
