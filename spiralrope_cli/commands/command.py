@@ -38,6 +38,12 @@ def commands(lines: Mapping[str, str], **more: Any) -> typer.Typer:
     """
 
     class Group(TyperGroup):
+        def get_params(self, ctx: Any) -> Any:
+            flags = super().get_params(ctx)
+            for flag in flags:  # for a flag that is None, Typer would load pydantic
+                flag.default = flag.default or False
+            return flags
+
         def resolve_command(self, ctx: Any, args: list[str]) -> Any:
             if args and args[0] in lines:
                 module = f"spiralrope_cli.commands.{args[0].replace('-', '_')}"
@@ -141,4 +147,6 @@ def _default(leaf: Leaf, opt: Opt) -> str:
     default: Any = leaf.default
     if default is MISSING or (not default and leaf.hint is not float):
         return ""
-    return in_words(default) if opt.read in (None, size) else ",".join(map(in_words, default))
+    if isinstance(default, tuple) and opt.read is not size:
+        return ",".join(map(in_words, default))
+    return in_words(default)

@@ -1,7 +1,7 @@
 """What the shell offers for the word that is being typed.
 
-Nothing heavy is imported here, as a key press waits for it. Where a function offers nothing, the
-shell completes paths by itself.
+Each function imports what it offers, as every help page has these functions and a key press waits
+for one. Where a function offers nothing, the shell completes paths by itself.
 """
 
 from __future__ import annotations
@@ -10,14 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import typer
-
-from spiralrope_cli.core.config.datasets import BUILT_IN
-from spiralrope_cli.core.config.dit_runs import NO_VAE
-from spiralrope_cli.core.config.latents import VAE_NAMES
-from spiralrope_cli.core.config.models import DEIT_SIZES, DIT_SIZES
-from spiralrope_cli.core.config.nested import RUN_KINDS
-from spiralrope_cli.core.config.resolve import RUNS_FOLDER
-from spiralrope_cli.core.runtime.run_folder import run_configs
 
 Offer = list[str] | list[tuple[str, str]]
 """Words, or words with what they mean, for shells that show it."""
@@ -41,11 +33,15 @@ def paths() -> Offer:
 
 def deit_archs() -> Offer:
     """Rows of the table of sizes."""
+    from spiralrope_cli.core.config.models import DEIT_SIZES
+
     return list(DEIT_SIZES)
 
 
 def dit_archs(incomplete: str) -> Offer:
     """Rows of the table of sizes, in our spelling or in the paper's, whichever was begun."""
+    from spiralrope_cli.core.config.models import DIT_SIZES
+
     if incomplete == incomplete.lower() and "/" not in incomplete:
         return list(DIT_SIZES)
     sizes = (name.removeprefix("dit-") for name in DIT_SIZES)
@@ -60,16 +56,21 @@ def dit_archs(incomplete: str) -> Offer:
 
 def archs(incomplete: str) -> Offer:
     """Rows of both tables."""
-    return [*DEIT_SIZES, *(str(name) for name in dit_archs(incomplete))]
+    return [str(name) for name in (*deit_archs(), *dit_archs(incomplete))]
 
 
 def data_sets() -> Offer:
     """The built-in ones."""
+    from spiralrope_cli.core.config.datasets import BUILT_IN
+
     return list(BUILT_IN)
 
 
 def vaes() -> Offer:
     """Names of VAEs; a folder is one too."""
+    from spiralrope_cli.core.config.dit_runs import NO_VAE
+    from spiralrope_cli.core.config.latents import VAE_NAMES
+
     return [*VAE_NAMES, NO_VAE]
 
 
@@ -94,6 +95,9 @@ def sources(ctx: typer.Context, incomplete: str) -> Offer:
 
 def runs(*commands: str) -> list[str]:
     """Folders of runs of these commands, stages of pipelines among them, the newest first."""
+    from spiralrope_cli.core.config.resolve import RUNS_FOLDER
+    from spiralrope_cli.core.runtime.run_folder import run_configs
+
     found = []
     for config in run_configs(Path(RUNS_FOLDER)):
         try:
@@ -108,6 +112,8 @@ def runs(*commands: str) -> list[str]:
 
 def training_runs() -> Offer:
     """Folders of all runs that train."""
+    from spiralrope_cli.core.config.nested import RUN_KINDS
+
     return runs(*RUN_KINDS)
 
 
