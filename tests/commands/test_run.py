@@ -358,6 +358,23 @@ def test_dit_measures_where_reference_and_weights_are(
     assert "remove runs/run-dit-dit-32x2x2-2-digits-r0/dit-sample to draw again" in told
 
 
+def test_a_dry_run_of_a_dit_fetches_nothing(run, monkeypatch, image_folder, tiny_vae):
+    here = {"vae-ema": tiny_vae, "vae-mse": tiny_vae}
+    monkeypatch.setattr("spiralrope_cli.core.hub.vae.local_path", lambda row: here.get(row.name))
+    monkeypatch.setattr("spiralrope_cli.core.hub.vae.fetch", lambda row: pytest.fail("fetched"))
+    small = ("--arch", "dit-32x2x2-2", "--steps", 2, "--batch-size", 4, "--num", 2, *FAST)
+    words = (*small, "--data", image_folder, "--vae", "ema", "--image-size", 32, "--workers", 0)
+    run("dit", *words, "--sampling-steps", 2)
+    shutil.rmtree(next(Path("runs").glob("*/dit-sample")))
+    here.clear()
+    _, told = run("dit", *words, "--sampling-steps", 2, "--dry-run")
+    assert "dit-train is finished, 2 steps" in told
+    assert "VAE mse (to be fetched)" in told
+    shutil.rmtree("runs")
+    _, told = run("dit", *words, "--sampling-steps", 2, "--dry-run")
+    assert "from the averaged (EMA) weights" in told
+
+
 def test_an_interrupted_sampling_goes_on(run, launched, monkeypatch):
     with monkeypatch.context() as patch:
         plain = sample.Drawer.__call__
