@@ -24,7 +24,7 @@ from interleave import median, prepare, show
 from spiralrope_cli import load_model
 from spiralrope_cli.core.config.runs import EvalProtocol
 from spiralrope_cli.core.config.training import MachineConfig
-from spiralrope_cli.core.data.validation import ValidationImages
+from spiralrope_cli.core.data.batches import ValidationImages
 from spiralrope_cli.core.metrics.accuracy import evaluate
 from spiralrope_cli.core.runtime.device import autocast, pick_precision
 

@@ -21,12 +21,12 @@ from random_inception import write_random_weights
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 
-from spiralrope_cli.core.data.image_sets import ImageBatch
+from spiralrope_cli.core.data.images import ImageBatch
 from spiralrope_cli.core.data.memory import load_digits
 from spiralrope_cli.core.metrics.features import in_features
 from spiralrope_cli.core.metrics.fid import frechet_distance
 from spiralrope_cli.core.metrics.inception import build_extractor
-from spiralrope_cli.core.runtime.job import Job, StopRequest
+from spiralrope_cli.core.runtime.distributed import Job, StopRequest
 
 BATCH, BATCHES, SIZE, ROUNDS = 32, 2, 256, 3
 NUM_FEATURES = 2048

@@ -11,7 +11,8 @@ import sys
 
 import torch
 
-from spiralrope_cli.core.data.memory import load_digits, resize_and_crop
+from spiralrope_cli.core.data.augment import resize_and_crop
+from spiralrope_cli.core.data.memory import load_digits
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.load import build
 from spiralrope_cli.core.weights import read_weights

@@ -9,7 +9,7 @@ import torch
 
 from spiralrope_cli import GaussianDiffusion, load_model
 from spiralrope_cli.core.config.diffusion import GuidanceConfig
-from spiralrope_cli.core.data.grid import picture_grid, to_levels
+from spiralrope_cli.core.data.images import picture_grid, to_levels
 from spiralrope_cli.core.diffusion.guidance import guided
 
 ROWS = 4

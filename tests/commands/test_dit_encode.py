@@ -20,12 +20,12 @@ from spiralrope_cli import main as cli
 from spiralrope_cli.commands import dit_encode
 from spiralrope_cli.core.config.latents import EncodeRun, class_folder
 from spiralrope_cli.core.config.training import MachineConfig
-from spiralrope_cli.core.data.adm import cropped_array
+from spiralrope_cli.core.data.augment import cropped_array
 from spiralrope_cli.core.data.latents import LatentCache
 from spiralrope_cli.core.diffusion.vae import draw, load_vae
 from spiralrope_cli.core.errors import DataError
 from spiralrope_cli.core.jobs import encode
-from spiralrope_cli.core.runtime.job import StopRequest
+from spiralrope_cli.core.runtime.distributed import StopRequest
 
 CPU = torch.device("cpu")
 

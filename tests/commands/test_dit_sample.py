@@ -25,7 +25,7 @@ from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.hub.catalog import WEIGHTS_REPO
 from spiralrope_cli.core.jobs import sample as job
 from spiralrope_cli.core.jobs import train
-from spiralrope_cli.core.runtime.job import StopRequest
+from spiralrope_cli.core.runtime.distributed import StopRequest
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoints"
 DIT = GOLDEN / "dit_tiny_0000007.pt"

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from spiralrope_cli import main as cli
 from spiralrope_cli.core.hub import catalog, download
 from spiralrope_cli.core.jobs import doctor
-from spiralrope_cli.core.runtime import device, environment
+from spiralrope_cli.core.runtime import device
 
 TINY = ("--arch", "deit-64x2x2")
 
@@ -202,21 +202,19 @@ def test_files_of_the_hub_are_compared_with_their_names(tmp_path, monkeypatch):
     ("installed", "word"), [(None, "is not installed"), ("0.0.1", "timm is 0.0.1; >=")]
 )
 def test_a_package_that_is_missing_or_old(check, monkeypatch, installed, word):
-    version_of = environment.version_of
+    version_of = device.version_of
     monkeypatch.setattr(
-        environment, "version_of", lambda name: installed if name == "timm" else version_of(name)
+        device, "version_of", lambda name: installed if name == "timm" else version_of(name)
     )
-    monkeypatch.setattr(
-        environment, "requires", lambda _: ["timm>=1.0.15", 'wandb>=9; extra == "x"']
-    )
+    monkeypatch.setattr(device, "requires", lambda _: ["timm>=1.0.15", 'wandb>=9; extra == "x"'])
     facts = check(*TINY, expect=1)
     assert word in the_finding(facts)["problem"]
     assert "wandb" not in facts["versions"]
 
 
 def test_version_of_a_package_that_is_not_there():
-    assert environment.version_of("no-such-package-here") is None
-    assert environment.version_of("torch") == importlib.metadata.version("torch")
+    assert device.version_of("no-such-package-here") is None
+    assert device.version_of("torch") == importlib.metadata.version("torch")
 
 
 def test_a_hub_that_does_not_answer_is_told_and_no_failure(check, monkeypatch):

@@ -23,7 +23,7 @@ from spiralrope_cli.core.jobs import train
 from spiralrope_cli.core.jobs import train as training
 from spiralrope_cli.core.load import starting_point
 from spiralrope_cli.core.runtime import run_folder
-from spiralrope_cli.core.runtime.job import StopRequest
+from spiralrope_cli.core.runtime.distributed import StopRequest
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoints"
 DEIT = GOLDEN / "deit_tiny_checkpoint.pth"

@@ -26,7 +26,7 @@ from spiralrope_cli.core.jobs.pipeline import settle_deit
 from spiralrope_cli.core.jobs.sweep import settle_sweep, spread
 from spiralrope_cli.core.load import starting_point
 from spiralrope_cli.core.models.factory import create_model
-from spiralrope_cli.core.runtime.job import StopRequest
+from spiralrope_cli.core.runtime.distributed import StopRequest
 from spiralrope_cli.core.runtime.seeds import seed_everything
 from spiralrope_cli.core.training import classification
 

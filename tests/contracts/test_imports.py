@@ -41,9 +41,7 @@ LIGHT_FILES = {
     "launch.py",
     "report.py",
     "run_folder.py",
-    "console.py",
     "progress.py",
-    "threads.py",
 }
 STANDARD_AND = set(sys.stdlib_module_names) | {"typer", "rich", "spiralrope_cli"}
 HEAVY = [

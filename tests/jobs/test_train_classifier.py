@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from spiralrope_cli.core.errors import CheckpointError, SpiralRopeError, TrainingError
 from spiralrope_cli.core.jobs import train
 from spiralrope_cli.core.runtime import launch, run_folder
-from spiralrope_cli.core.runtime.job import StopRequest
+from spiralrope_cli.core.runtime.distributed import StopRequest
 from spiralrope_cli.core.runtime.report import read_metrics
 from spiralrope_cli.core.training import classification, loop
 
@@ -304,7 +304,7 @@ def test_the_best_is_remembered_across_a_resume(tiny, runs, monkeypatch):
     run = tiny(steps=88, log_every=44, validate_every=1, save_every=1, keep_last=1)
     given = iter([50.0, 40.0])
 
-    def validate(config, job, data, state, reporter):
+    def validate(config, job, held_out, state, reporter):
         acc1 = next(given)
         if not state.best or acc1 > state.best["acc1"]:
             state.best = {"step": state.step, "acc1": acc1}
@@ -326,7 +326,7 @@ def test_the_best_is_on_disk_however_seldom_is_saved(tiny, runs):
     run = tiny(steps=132, log_every=44, validate_every=1, save_every=3, keep_last=1)
     given = iter([50.0, 40.0, 30.0])
 
-    def validate(config, job, data, state, reporter):
+    def validate(config, job, held_out, state, reporter):
         acc1 = next(given)
         if not state.best or acc1 > state.best["acc1"]:
             state.best = {"step": state.step, "acc1": acc1}

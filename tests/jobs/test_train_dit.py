@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import signal
 
 import pytest
@@ -16,7 +17,7 @@ from spiralrope_cli import load_model
 from spiralrope_cli.core.config.latents import EncodeRun
 from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.config.training import MachineConfig
-from spiralrope_cli.core.data.dit_loader import DiTData
+from spiralrope_cli.core.data.batches import dit_data
 from spiralrope_cli.core.diffusion.process import GaussianDiffusion
 from spiralrope_cli.core.diffusion.vae import load_vae
 from spiralrope_cli.core.errors import CheckpointError, DataError, TrainingError
@@ -25,7 +26,7 @@ from spiralrope_cli.core.jobs import encode, train
 from spiralrope_cli.core.load import starting_point
 from spiralrope_cli.core.models.dit import sincos_pos_embed
 from spiralrope_cli.core.runtime import launch, run_folder
-from spiralrope_cli.core.runtime.job import StopRequest
+from spiralrope_cli.core.runtime.distributed import StopRequest
 from spiralrope_cli.core.runtime.report import read_metrics
 from spiralrope_cli.core.training import diffusion, loop
 from spiralrope_cli.core.training.step import LossMeter
@@ -131,14 +132,15 @@ def test_the_sample_grid_is_drawn_from_averaged_weights_and_fixed_noise(tiny, ru
 
 def test_what_is_random_belongs_to_the_sample_and_not_to_the_process(tiny):
     run = tiny(hflip=0.5)
-    whole = next(DiTData(run, CPU, 0, 1).train_steps(3, 4))
-    halves = [next(DiTData(run, CPU, rank, 2).train_steps(3, 4)) for rank in (0, 1)]
-    for name in ("images", "labels", "numbers"):
-        one = torch.cat([getattr(batch, name) for batch in whole])
-        two = torch.cat([getattr(batch, name) for half in halves for batch in half])
+    whole = next(dit_data(run, CPU, 0, 1).train_steps(3, 4))
+    halves = [next(dit_data(run, CPU, rank, 2).train_steps(3, 4)) for rank in (0, 1)]
+    for name in ("images", "labels", "at.numbers"):
+        get = operator.attrgetter(name)
+        one = torch.cat([get(batch) for batch in whole])
+        two = torch.cat([get(batch) for half in halves for batch in half])
         assert torch.equal(one, two)
-    plain = next(DiTData(tiny(hflip=0.0), CPU, 0, 1).train_steps(3, 4))
-    mirrored = next(DiTData(tiny(hflip=1.0), CPU, 0, 1).train_steps(3, 4))
+    plain = next(dit_data(tiny(hflip=0.0), CPU, 0, 1).train_steps(3, 4))
+    mirrored = next(dit_data(tiny(hflip=1.0), CPU, 0, 1).train_steps(3, 4))
     assert torch.equal(plain[0].images.flip(-1), mirrored[0].images)
     some = [torch.equal(a, b) for a, b in zip(whole[0].images, plain[0].images, strict=True)]
     assert 0 < sum(some) < len(some)
@@ -241,11 +243,11 @@ def test_image_folders_are_plain_or_hold_train(tiny, image_folder):
     options = {"data": str(image_folder), "image_size": (8, 8), "vae": "none", "workers": 0}
     run = tiny(steps=1, hflip=0.0, **options)
     assert (run.num_train, run.model.num_classes, run.model.in_chans) == (16, 2, 3)
-    (batch, _) = next(DiTData(run, CPU, 0, 1).train_steps(0, 1))
+    (batch, _) = next(dit_data(run, CPU, 0, 1).train_steps(0, 1))
     assert batch.images.shape == (8, 3, 8, 8)
     assert batch.images.abs().max() <= 1
     plain = tiny(steps=1, hflip=0.0, **{**options, "data": str(image_folder / "train")})
-    (other, _) = next(DiTData(plain, CPU, 0, 1).train_steps(0, 1))
+    (other, _) = next(dit_data(plain, CPU, 0, 1).train_steps(0, 1))
     assert torch.equal(batch.images, other.images)
 
 
@@ -321,7 +323,7 @@ def test_the_posterior_is_drawn_anew_for_every_sample(on_photographs, tiny_vae):
     loss = diffusion.DiffusionLoss(
         run, CPU, torch.float32, vae, vae.scale, GaussianDiffusion(), LossMeter(CPU)
     )
-    (first, _) = next(DiTData(run, CPU, 0, 1).train_steps(0, 1))
+    (first, _) = next(dit_data(run, CPU, 0, 1).train_steps(0, 1))
     one, again, other = (loss.clean(step, first) for step in (0, 0, 1))
     assert torch.equal(one, again)
     assert not torch.equal(one, other)

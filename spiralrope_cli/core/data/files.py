@@ -1,37 +1,88 @@
-"""Image folders: decoded, cropped and augmented in loader processes, normalised on the device."""
+"""Image files: opened, carried along where they cannot be decoded, and loaded by processes."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import struct
 import sys
+import zlib
 from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform
-from timm.data.auto_augment import NAME_TO_OP, posterize
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from spiralrope_cli.core.config.datasets import list_images, val_folder
-from spiralrope_cli.core.config.runs import AugmentConfig
-from spiralrope_cli.core.data.pictures import Unreadable, open_picture
-from spiralrope_cli.core.errors import ConfigError, DataError, dead_loader
+from spiralrope_cli.core.config.datasets import list_images
+from spiralrope_cli.core.errors import DataError, UnreadableImageError, dead_loader
+from spiralrope_cli.core.runtime.launch import cores_per_process
 from spiralrope_cli.core.runtime.seeds import seed_everything
-from spiralrope_cli.core.runtime.threads import cores_per_process
 
 Transform = Callable[[Image.Image], np.ndarray]
-POSTERIZE_OPS = ("Posterize", "PosterizeIncreasing", "PosterizeOriginal")
+"""A picture as uint8 [channels, h, w]."""
+
+BROKEN_IMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error)
+
 MAX_TRIES = 16
 """Unreadable images in a row before a training sample is given up with `skip_bad`."""
 
 GRACE_SECONDS = 60
 """How long loader processes outlive a SIGTERM: the trainer finishes its step meanwhile."""
+
+
+# --- Single files
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A picture that could not be decoded, carried out of a loader process in one piece."""
+
+    path: str
+    reason: str
+
+    def error(self) -> UnreadableImageError:
+        """The error that ends a run without --skip-bad."""
+        return UnreadableImageError(
+            f"image {self.path} cannot be read: {self.reason}",
+            "remove it, or go on without such images by --skip-bad",
+        )
+
+
+def open_picture(
+    path: str, convert: Callable[[Image.Image], Image.Image]
+) -> Image.Image | Unreadable:
+    """A decoded and converted picture, or why there is none."""
+    try:
+        with Image.open(path) as image:
+            return convert(image)
+    except BROKEN_IMAGE as error:
+        reason = str(error).replace(path, "").strip(" '") or type(error).__name__
+        return Unreadable(path, reason)
+    except Image.DecompressionBombError:
+        return Unreadable(path, "it is too large")
+
+
+def decode_some(folders: Iterable[Path | None], most: int) -> tuple[int, list[Unreadable]]:
+    """Decodes some pictures of each folder of classes, evenly spread, and at most so many.
+
+    Returns:
+        how many, and those of them that cannot be decoded.
+    """
+    chosen: list[str] = []
+    for folder in folders:
+        paths = [path for path, _ in list_images(folder)] if folder else []
+        count = min(most, len(paths))
+        chosen += [paths[number * len(paths) // count] for number in range(count)]
+    opened = [open_picture(path, lambda image: image.convert("RGB")) for path in chosen]
+    return len(chosen), [each for each in opened if isinstance(each, Unreadable)]
+
+
+# --- Batches
 
 
 @dataclass(frozen=True)
@@ -50,6 +101,33 @@ class Loaded:
         """Images as float32 and labels on a device."""
         images = self.images.to(device, non_blocking=True).float()
         return images, self.labels.to(device, non_blocking=True)
+
+
+@dataclass
+class BadImages:
+    """Images that could not be read, by path."""
+
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def meet(self, unreadable: tuple[Unreadable, ...], skip: bool) -> None:
+        """Notes them, or raises for the first."""
+        for bad in unreadable:
+            if not skip:
+                raise bad.error()
+            self.reasons[bad.path] = bad.reason
+
+    def pass_over(self, loaded: Loaded, skip: bool, size: int) -> None:
+        """The same for a training batch, which is filled up with the next readable images.
+
+        Raises:
+            DataError: it could not be filled up to its size.
+        """
+        self.meet(loaded.unreadable, skip)
+        if len(loaded.labels) < size:
+            raise DataError(
+                f"{MAX_TRIES} training images in a row cannot be read",
+                f"the last: {loaded.unreadable[-1].path}",
+            )
 
 
 class ImageFiles(Dataset[Any]):
@@ -119,64 +197,6 @@ def collate(items: Sequence[tuple[Any, int, Any]]) -> Loaded:
     images = torch.from_numpy(np.stack([a for a, _ in good])) if good else torch.empty(0)
     labels = torch.tensor([label for _, label in good], dtype=torch.int64)
     return Loaded(images, labels, tuple(bad))
-
-
-def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """Keeps at least one bit: timm's strongest draws ask for none, which Pillow 13 refuses."""
-    return posterize(image, max(bits, 1))
-
-
-NAME_TO_OP.update(dict.fromkeys(POSTERIZE_OPS, _posterize))
-
-
-def train_transform(size: tuple[int, int], augment: AugmentConfig) -> Transform:
-    """The training transform of timm, up to uint8; it is normalised on the device.
-
-    Raises:
-        ConfigError: timm knows no such augmentation.
-    """
-    try:
-        return create_transform(
-            size,
-            is_training=True,
-            use_prefetcher=True,
-            scale=(augment.crop_scale, 1.0),
-            hflip=augment.hflip,
-            color_jitter=augment.color_jitter or None,  # type: ignore[arg-type]
-            auto_augment=None if augment.auto_augment == "none" else augment.auto_augment,
-            interpolation="bicubic",
-            mean=augment.mean,  # the colour that rotations fill with
-            re_prob=0.0,  # random erasing comes after normalisation
-        )
-    except (AssertionError, ValueError, KeyError, IndexError) as error:
-        raise ConfigError(f"--auto-augment {augment.auto_augment} is no policy of timm") from error
-
-
-def eval_transform(size: tuple[int, int], crop_ratio: float) -> Transform:
-    """The evaluation transform of timm: resize to size / crop_ratio, centre crop, uint8."""
-    return create_transform(
-        size,
-        is_training=False,
-        use_prefetcher=True,
-        interpolation="bicubic",
-        crop_pct=crop_ratio,
-        crop_mode="center",
-    )
-
-
-def train_files(
-    root: Path, size: tuple[int, int], augment: AugmentConfig, grey: bool
-) -> TrainFiles:
-    """The training images of a data folder."""
-    return TrainFiles(list_images(root / "train"), train_transform(size, augment), grey)
-
-
-def val_files(root: Path, size: tuple[int, int], crop_ratio: float, grey: bool) -> ImageFiles:
-    """The validation images of a data folder."""
-    folder = val_folder(root)
-    if folder is None:
-        raise DataError(f"{root} has no val/")
-    return ImageFiles(list_images(folder), eval_transform(size, crop_ratio), grey)
 
 
 def load(

@@ -1,117 +1,274 @@
-"""Sets of images as they are measured: an `.npz` or a folder, in batches of uint8 tensors.
+"""Sets of images before anything of them is computed: what a folder or an `.npz` holds.
 
-Reading and decoding go on in threads beside the computation; memory does not grow with the set.
-
-Legend: B batch, (h, w) pixels.
+Standard library and numpy alone, so that what is wrong with them shows before torch is loaded.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
-from collections.abc import Generator
+import hashlib
+import os
+import threading
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from spiralrope_cli.core.data.inputs import FolderInput, ImageInput, NpzImages
-from spiralrope_cli.core.data.npz import stream_rows
-from spiralrope_cli.core.data.pictures import Unreadable, open_picture
-from spiralrope_cli.core.runtime.threads import cores_per_process, in_order
+from spiralrope_cli.core.config.datasets import (
+    IMAGE_SUFFIXES,
+    class_folders,
+    class_names,
+    images_below,
+)
+from spiralrope_cli.core.data.npz import (
+    STATISTICS,
+    Header,
+    check_statistics,
+    read_array,
+    read_headers,
+)
+from spiralrope_cli.core.errors import DataError
 
-LARGEST_BATCH = 1 << 28
-"""Bytes of pixels after which a batch is closed before it is full."""
-MOST_THREADS = 8
+CHUNK = 1 << 20
+IMAGENET_CLASSES = 1000
 
 
-@dataclass
-class ImageBatch:
-    """Some images, together where they have one size.
+@dataclass(frozen=True)
+class FolderInput:
+    """A folder of images: all files below it with an image's suffix, sorted by path."""
+
+    path: Path
+    files: list[str] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def size_words(self) -> str:
+        """How large the images are, in words."""
+        return ""
+
+
+@dataclass(frozen=True)
+class NpzImages:
+    """The images of an `.npz`: `arr_0`, [N, h, w, 3] uint8."""
+
+    path: Path
+    header: Header
+
+    def __len__(self) -> int:
+        return self.header.shape[0]
+
+    @property
+    def size_words(self) -> str:
+        """How large the images are, in words."""
+        return f" of {self.header.shape[1]}x{self.header.shape[2]}"
+
+
+ImageInput = FolderInput | NpzImages
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison.
 
     Attributes:
-        numbers: place in the set of every image, in the order of the groups.
-        groups: [B, 3, h, w] uint8 each, one for every size.
-        unreadable: what could not be decoded.
+        role: SAMPLES or REFERENCE.
+        path: as it was given.
+        images: where its images are; None without images.
+        stored: figures whose statistics it holds.
+        num: images that count; None where nobody knows.
+        protocol: by which its statistics were made, empty if unknown.
+        needed: what its images must be looked at for: of `fid`, `sfid`, `is`, `features`.
     """
 
-    numbers: list[int] = field(default_factory=list)
-    groups: list[Tensor] = field(default_factory=list)
-    unreadable: list[Unreadable] = field(default_factory=list)
+    role: str
+    path: Path
+    images: ImageInput | None
+    stored: tuple[str, ...]
+    num: int | None
+    protocol: str = ""
+    needed: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> str:
+        """What it holds, for the table."""
+        parts = [f"statistics for {' and '.join(self.stored)}"] if self.stored else []
+        if self.images is not None:
+            count = f"{self.num:,}"
+            of = f" (of {len(self.images):,})" if self.num != len(self.images) else ""
+            parts.append(f"{count}{of} images{self.images.size_words}")
+        else:
+            parts.append(
+                "an unknown number of images" if self.num is None else f"{self.num:,} images"
+            )
+        return (", " if self.images is not None else " of ").join(parts)
 
 
-def image_batches(
-    images: ImageInput, part: range, batch_size: int, *, threads: int, pin_memory: bool
-) -> Generator[ImageBatch, None, None]:
-    """The images of a part of a set.
+def look_at(path: Path, role: str, num: int = 0) -> Side:
+    """What is in a folder or file.
 
     Args:
-        images: the set.
-        part: which of them, one after the other.
-        batch_size: images in a batch, at most.
-        threads: how many images are decoded at the same time; -1 goes by the cores.
-        pin_memory: whether the tensors will be copied to a GPU.
+        path: of the folder or the `.npz`.
+        role: SAMPLES or REFERENCE, for messages.
+        num: how many of its images count, 0 for all.
 
     Raises:
-        DataError: the file is damaged.
+        DataError: it is not there, is neither, is damaged, or holds too few images.
     """
-    if isinstance(images, FolderInput):
-        batches = _decoded(images, part, batch_size, threads)
-    else:
-        batches = _streamed(images, part, batch_size)
-    with contextlib.closing(batches):
-        for batch in batches:
-            if pin_memory:
-                batch.groups = [group.pin_memory() for group in batch.groups]
-            yield batch
+    images, stored, count, protocol = _contents(path, role)
+    if images is not None:
+        count = _counted(len(images), role, path, num)
+        if count != len(images):
+            stored = ()  # they are of all images
+    elif num and num != count:
+        raise DataError(f"--num {num}: {role} {path} holds statistics, and not of {num} images")
+    return Side(role, path, images, stored, count or None, protocol)
 
 
-def _streamed(images: NpzImages, part: range, batch_size: int) -> Generator[ImageBatch, None, None]:
-    pieces = stream_rows(images.path, "arr_0", images.header, part, batch_size)
-    firsts = part[::batch_size]
-    # One thread, so that the stream is read in order.
-    with contextlib.closing(in_order((partial(next, pieces) for _ in firsts), 1, 2)) as read:
-        for first, piece in zip(firsts, read, strict=True):
-            yield ImageBatch(list(range(first, first + len(piece))), [_tensor(piece)])
+def images_in(path: Path, role: str) -> ImageInput:
+    """The images of a folder or file, one at least.
 
-
-def _decoded(
-    images: FolderInput, part: range, batch_size: int, threads: int
-) -> Generator[ImageBatch, None, None]:
-    if threads < 0:
-        threads = min(MOST_THREADS, cores_per_process())
-    tasks = (partial(decode, images.files[number]) for number in part)
-    batch, sizes, num_bytes = ImageBatch(), _BySize(list), 0
-    with contextlib.closing(in_order(tasks, max(threads, 1), 4 * threads)) as pictures:
-        for number, picture in zip(part, pictures, strict=True):
-            if isinstance(picture, Unreadable):
-                batch.unreadable.append(picture)
-            else:
-                sizes[picture.shape].append((number, picture))
-                num_bytes += picture.nbytes
-            waiting = sum(map(len, sizes.values()))
-            if waiting == batch_size or num_bytes > LARGEST_BATCH or number == part[-1]:
-                for group in sizes.values():
-                    batch.numbers += [number for number, _ in group]
-                    batch.groups.append(_tensor(np.stack([picture for _, picture in group])))
-                yield batch
-                batch, sizes, num_bytes = ImageBatch(), _BySize(list), 0
-
-
-_BySize = defaultdict[tuple[int, ...], list[tuple[int, np.ndarray]]]
-
-
-def _tensor(pictures: np.ndarray) -> Tensor:
-    """[B, h, w, 3] as [B, 3, h, w], without a copy."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2)
-
-
-def decode(path: str) -> np.ndarray | Unreadable:
-    """[h, w, 3] uint8 of any image: grey and palettes become RGB, alpha is dropped.
-
-    So do the other tools whose figures ours are compared with.
+    Raises:
+        DataError: as `look_at`, or it holds statistics alone.
     """
-    picture = open_picture(path, lambda image: image.convert("RGB"))
-    return picture if isinstance(picture, Unreadable) else np.array(picture)
+    images, *_ = _contents(path, role)
+    if images is None:
+        raise DataError(f"{role} {path} holds statistics, and no images")
+    if not len(images):
+        raise DataError(f"{role} {path} holds no images: arr_0 is empty")
+    return images
+
+
+def _contents(path: Path, role: str) -> tuple[ImageInput | None, tuple[str, ...], int, str]:
+    if path.is_dir():
+        folder = FolderInput(path, list_images(path))
+        return folder, (), len(folder), ""
+    if not path.exists():
+        raise DataError(f"{role} {path} does not exist", "it is a folder of images or an .npz file")
+    if path.suffix == ".npz" or zipfile.is_zipfile(path):
+        return _look_into(path)
+    raise DataError(f"{role} {path} is neither a folder of images nor an .npz file")
+
+
+def _counted(there: int, role: str, path: Path, num: int) -> int:
+    if num > there:
+        raise DataError(
+            f"--num {num}: {role} {path} holds {there} images", "make more, or ask for fewer"
+        )
+    if (num or there) < 2:
+        raise DataError(
+            f"{role} {path} counts {num or there} image(s); a covariance needs 2 or more"
+        )
+    return num or there
+
+
+def list_images(folder: Path) -> list[str]:
+    """All images at any depth, in the order of their paths.
+
+    Raises:
+        DataError: there are none.
+    """
+    found = images_below(folder)
+    if not found:
+        raise DataError(f"{folder} holds no images", f"known suffixes: {' '.join(IMAGE_SUFFIXES)}")
+    return found
+
+
+def _look_into(path: Path) -> tuple[NpzImages | None, tuple[str, ...], int, str]:
+    headers = read_headers(path)
+    stored = tuple(figure for figure, (mean, _, _) in STATISTICS.items() if mean in headers)
+    for figure in stored:
+        check_statistics(path, headers, figure)
+    if "arr_0" in headers:
+        _check_images(path, headers["arr_0"])
+        images = NpzImages(path, headers["arr_0"])
+        return images, stored, len(images), ""
+    if not stored:
+        raise DataError(
+            f"{path} has no arr_0 and no mu: it holds {', '.join(list(headers)[:5])}",
+            "images are called arr_0; statistics mu and sigma, mu_s and sigma_s",
+        )
+    count = int(_note(path, headers, "num_images", "iu") or 0)
+    return None, stored, max(count, 0), str(_note(path, headers, "protocol", "U") or "")
+
+
+def _note(path: Path, headers: dict[str, Header], name: str, kinds: str) -> Any:
+    """A number or word that `--save-stats` wrote beside statistics; None where it did not."""
+    header = headers.get(name)
+    if header is None or header.shape or header.dtype.kind not in kinds:
+        return None
+    return read_array(path, name).item()
+
+
+def _check_images(path: Path, header: Header) -> None:
+    if header.dtype != np.uint8:
+        raise DataError(
+            f"{path}: arr_0 is {header.dtype}, and images are uint8 from 0 to 255",
+            "convert them as they were meant, and round",
+        )
+    if len(header.shape) != 4 or header.shape[3] != 3 or 0 in header.shape[1:]:
+        raise DataError(f"{path}: arr_0 has shape {header.shape}, and images are N x H x W x 3")
+    if header.fortran_order:
+        raise DataError(
+            f"{path}: arr_0 lies in Fortran order and cannot be streamed",
+            "save numpy.ascontiguousarray of it",
+        )
+
+
+@contextlib.contextmanager
+def digests_beside(sides: list[Side]) -> Iterator[list[Future[str]]]:
+    """SHA-256 of inputs, computed in a thread while other things happen.
+
+    A folder's digest is of the relative paths and contents of its images.
+    """
+    stop = threading.Event()
+    with ThreadPoolExecutor(1, "digest") as pool:
+        try:
+            yield [pool.submit(digest_of, side, stop) for side in sides]
+        finally:
+            stop.set()  # who leaves early does not wait for gigabytes
+
+
+def digest_of(side: Side, stop: threading.Event | None = None) -> str:
+    """SHA-256 of an input, as its figures tell it; anything once it is told to stop."""
+    state = hashlib.sha256()
+    files = side.images.files if isinstance(side.images, FolderInput) else [side.path]
+    for file in files:
+        if file != side.path:
+            state.update(os.fsencode(os.path.relpath(file, side.path)) + b"\0")
+        # Who cannot read a file learns so where it is decoded.
+        with contextlib.suppress(OSError), open(file, "rb") as stream:
+            while (chunk := stream.read(CHUNK)) and not (stop and stop.is_set()):
+                state.update(chunk)
+    return state.hexdigest()
+
+
+def names_of(data: str, num_classes: int) -> list[str]:
+    """The names of all classes, or their numbers where nobody knows.
+
+    Args:
+        data: a built-in name, a folder, or nothing for published weights.
+        num_classes: how many there must be.
+    """
+    names = _known(data, num_classes)
+    return names if len(names) == num_classes else [str(n) for n in range(num_classes)]
+
+
+def _known(data: str, num_classes: int) -> list[str]:
+    if data == "fashion-mnist":
+        from torchvision.datasets import FashionMNIST
+
+        return list(FashionMNIST.classes)
+    if not data and num_classes == IMAGENET_CLASSES:
+        from timm.data import ImageNetInfo
+
+        return [name.split(",")[0] for name in ImageNetInfo().label_descriptions()]
+    try:
+        return class_names(class_folders(Path(data))) if data else []
+    except DataError:
+        return []

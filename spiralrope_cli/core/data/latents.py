@@ -21,7 +21,7 @@ import os
 import shutil
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -44,9 +44,9 @@ from spiralrope_cli.core.config.latents import (
 )
 from spiralrope_cli.core.errors import DataError
 from spiralrope_cli.core.runtime import distributed
+from spiralrope_cli.core.runtime.launch import cores_per_process
 from spiralrope_cli.core.runtime.progress import counted
 from spiralrope_cli.core.runtime.run_folder import differences
-from spiralrope_cli.core.runtime.threads import cores_per_process
 
 UNFINISHED, PLAN_FILE = "unfinished", "plan.json"
 FORMAT = 1
@@ -299,7 +299,7 @@ class LatentCache:
 
     def batches(
         self, keys: Iterable[tuple[Tensor, Tensor]], device: torch.device
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Generator[tuple[Tensor, Tensor], None, None]:
         """`mean_std` of each (numbers, mirrored) on a device, read ahead in a thread."""
         pin = device.type == "cuda"
         waiting: deque[Future[tuple[Tensor, Tensor]]] = deque()

@@ -1,13 +1,9 @@
-"""Small data sets that live in memory as tensors, augmented in batches without loader workers.
-
-Legend: B batch, (h, w) pixels.
-"""
+"""Small data sets that live in memory as tensors, and need no loader workers."""
 
 from __future__ import annotations
 
 import functools
 import gzip
-import math
 import shutil
 from dataclasses import dataclass
 from importlib import resources
@@ -15,15 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from spiralrope_cli.core.atomic import atomic_write
 from spiralrope_cli.core.config.folders import cache_folder
-from spiralrope_cli.core.config.runs import AugmentConfig
 from spiralrope_cli.core.errors import DataError
 from spiralrope_cli.core.runtime import distributed
-from spiralrope_cli.core.runtime.seeds import generator_for
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 RAW_FILES = (
@@ -32,7 +25,6 @@ RAW_FILES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
-CROP_ASPECT = (3 / 4, 4 / 3)
 
 
 @dataclass(frozen=True)
@@ -122,68 +114,3 @@ def _unpack(packed: Path, target: Path) -> None:
         beside.open("wb") as sink,
     ):
         shutil.copyfileobj(source, sink)
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_draws(num_images: int, seed: int, epoch: int) -> Tensor:
-    """[num_images, 5] float32 in [0, 1): one row of random numbers per place in the epoch."""
-    return torch.rand(num_images, 5, generator=generator_for(seed, "geometry", epoch))
-
-
-def warp(images: Tensor, draws: Tensor, augment: AugmentConfig, size: tuple[int, int]) -> Tensor:
-    """Moves, turns, crops or mirrors each picture by its own random numbers.
-
-    Args:
-        images: [B, channels, h, w] float.
-        draws: [B, 5] in [0, 1).
-        augment: the options.
-        size: (height, width) to give back.
-
-    Returns:
-        [B, channels, *size]; outside the picture lies black, or with `crop` its border.
-    """
-    height, width = images.shape[-2:]
-    draws = draws.to(images.device, non_blocking=True)
-    mirror = 1 - 2 * (draws[:, 0] < augment.hflip).float()
-    centred = 2 * draws - 1
-    if augment.geometry == "shift":
-        angle = centred[:, 1] * math.radians(augment.max_rotation)
-        shift_x = centred[:, 2] * (2 * augment.max_shift / width)
-        shift_y = centred[:, 3] * (2 * augment.max_shift / height)
-        cos, sin, ratio = angle.cos(), angle.sin(), height / width
-        # Coordinates run from -1 to 1 on both axes, whatever the picture's shape.
-        rows = [cos * mirror, -sin * ratio, shift_x, sin / ratio * mirror, cos, shift_y]
-        padding = "zeros"
-    else:
-        area = augment.crop_scale + (1 - augment.crop_scale) * draws[:, 1]
-        low, high = (math.log(aspect) for aspect in CROP_ASPECT)
-        aspect = (low + (high - low) * draws[:, 4]).exp()
-        wide, tall = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
-        zero = torch.zeros_like(area)
-        left, top = (1 - wide) * centred[:, 2], (1 - tall) * centred[:, 3]
-        rows = [wide * mirror, zero, left, zero, tall, top]
-        padding = "border"
-    affine = torch.stack(rows, dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(affine, [len(images), images.shape[1], *size], align_corners=False)
-    return F.grid_sample(images, grid, padding_mode=padding, align_corners=False)
-
-
-def resize_and_crop(images: Tensor, size: tuple[int, int], crop_ratio: float) -> Tensor:
-    """The evaluation protocol on tensors: shorter side to size / crop_ratio, then the centre.
-
-    Args:
-        images: [B, channels, h, w] float.
-        size: (height, width) to give back.
-        crop_ratio: share of the resized picture's shorter side that is kept.
-
-    Returns:
-        [B, channels, *size].
-    """
-    height, width = images.shape[-2:]
-    if (height, width) == size and crop_ratio == 1:
-        return images
-    scale = max(size[0] / height, size[1] / width) / crop_ratio
-    larger = (max(round(height * scale), size[0]), max(round(width * scale), size[1]))
-    images = F.interpolate(images, larger, mode="bicubic", antialias=True)
-    top, left = (larger[0] - size[0]) // 2, (larger[1] - size[1]) // 2
-    return images[..., top : top + size[0], left : left + size[1]].clamp(0, 255)

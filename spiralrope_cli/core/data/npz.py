@@ -1,22 +1,40 @@
-"""`.npz` files without pickle: headers before contents, and images streamed out of the zip."""
+"""`.npz` files without pickle: headers, rows streamed out of the zip, and statistics of images.
+
+No torch.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
+import numpy.typing
 from numpy.lib import format as npy
 
-from spiralrope_cli.core.errors import DataError
+from spiralrope_cli.core.atomic import atomic_write
+from spiralrope_cli.core.config.fid import statistics_folder
+from spiralrope_cli.core.errors import DataError, SpiralRopeError
+from spiralrope_cli.core.runtime.progress import say
 
 _BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
+
+POOL_SIZE, SPATIAL_SIZE = 2048, 2023
+STATISTICS = {"fid": ("mu", "sigma", POOL_SIZE), "sfid": ("mu_s", "sigma_s", SPATIAL_SIZE)}
+"""Figure -> names of mean and covariance in a file, as ADM's reference batches have, and size."""
+
+LAYOUT = 1
+"""Raised where older statistics must not be found again."""
+
+
+# --- Any array
 
 
 @dataclass(frozen=True)
@@ -129,3 +147,112 @@ def _fill(stream: IO[bytes], array: np.ndarray) -> None:
         if not more:
             raise EOFError("it ends early")
         have += more
+
+
+# --- Statistics
+
+
+def check_statistics(path: Path, headers: dict[str, Header], figure: str) -> None:
+    """Refuses a file whose statistics are not those of a figure's features.
+
+    Raises:
+        DataError: one of the two is missing, or of another shape or type.
+    """
+    mean, covariance, size = STATISTICS[figure]
+    if covariance not in headers:
+        raise DataError(f"{path} has {mean} but no {covariance}")
+    for name, shape in ((mean, (size,)), (covariance, (size, size))):
+        if headers[name].shape != shape:
+            raise DataError(
+                f"{path}: {name} has shape {headers[name].shape}, and it must be {shape}",
+                "they are statistics of other features",
+            )
+        if headers[name].dtype.kind != "f":
+            raise DataError(f"{path}: {name} is {headers[name].dtype}, and it must be float")
+
+
+def read_statistics(path: Path, figure: str) -> tuple[np.ndarray, np.ndarray]:
+    """Mean [D] and covariance [D, D], float64.
+
+    Raises:
+        DataError: they are not finite, or no covariance.
+    """
+    mean_name, covariance_name, _ = STATISTICS[figure]
+    mean = read_array(path, mean_name).astype(np.float64)
+    covariance = read_array(path, covariance_name).astype(np.float64)
+    for name, values in ((mean_name, mean), (covariance_name, covariance)):
+        if not np.isfinite(values).all():
+            raise DataError(
+                f"{path}: {name} holds {np.size(values) - np.isfinite(values).sum()} "
+                "values that are NaN or infinite"
+            )
+    scale = np.abs(covariance).max()
+    if np.abs(covariance - covariance.T).max() > 1e-5 * scale or covariance.diagonal().min() < 0:
+        raise DataError(
+            f"{path}: {covariance_name} is no covariance, as it is not symmetric "
+            "or has negative variances"
+        )
+    return mean, covariance
+
+
+class ReferenceCache:
+    """Named parts of the statistics of one reference.
+
+    Args:
+        content: digest of the reference.
+        protocol: by which its statistics are made.
+    """
+
+    def __init__(self, content: str, protocol: str) -> None:
+        key = hashlib.sha256(repr((LAYOUT, content, protocol)).encode()).hexdigest()[:32]
+        self._stem = statistics_folder() / key
+
+    def _path(self, part: str) -> Path:
+        return self._stem.with_name(f"{self._stem.name}-{part}.npz")
+
+    def load(self, part: str) -> dict[str, np.ndarray] | None:
+        """The arrays of a part; None if it is not here, or damaged."""
+        path = self._path(part)
+        if not path.is_file():
+            return None
+        try:
+            return {name: read_array(path, name) for name in read_headers(path)}
+        except DataError:
+            return None
+
+    def store(self, part: str, **arrays: np.typing.ArrayLike) -> str:
+        """Keeps a part; says what went wrong, if anything, as the figures matter more."""
+        try:
+            write_npz(self._path(part), **arrays)
+        except OSError as error:
+            return f"statistics of REFERENCE cannot be kept in {self._stem.parent}: {error}"
+        return ""
+
+
+def save_statistics(
+    path: Path, stats: Mapping[str, tuple[Any, ...]], num: int, protocol: str
+) -> None:
+    """Writes mean and covariance under the names that pytorch-fid and ADM read.
+
+    Args:
+        path: of the file.
+        stats: `fid`, perhaps `sfid` -> mean [D] and covariance [D, D].
+        num: of how many images they are, 0 if unknown.
+        protocol: by which they were made, empty if unknown.
+    """
+    arrays = {}
+    for name, (mean, covariance, _) in STATISTICS.items():
+        if name in stats:
+            arrays[mean], arrays[covariance] = (np.asarray(each) for each in stats[name])
+    try:
+        write_npz(path, num_images=num, protocol=protocol, **arrays)
+    except OSError as error:
+        raise SpiralRopeError(f"--save-stats {path} cannot be written: {error}") from error
+    say(f"statistics of SAMPLES, {num or 'an unknown number of'} images, are in {path}")
+
+
+def write_npz(path: Path, **arrays: np.typing.ArrayLike) -> None:
+    """Writes arrays under their names; the file has its name only when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as beside, beside.open("wb") as stream:
+        np.savez(stream, **arrays)  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from spiralrope_cli.core.atomic import atomic_write, flush, write_whole
-from spiralrope_cli.core.data.grid import picture_grid
+from spiralrope_cli.core.data.images import picture_grid
 from spiralrope_cli.core.data.npz import read_headers, stream_rows
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.runtime.run_folder import (

@@ -7,7 +7,7 @@ from pathlib import Path
 from spiralrope_cli.core.hub import from_hub, plain
 from spiralrope_cli.core.hub.catalog import Row
 from spiralrope_cli.core.hub.files import digest_like, is_digest, place_copy
-from spiralrope_cli.core.runtime.console import say
+from spiralrope_cli.core.runtime.progress import say
 
 
 def local_files(row: Row, *, revision: str | None = None) -> list[Path]:

@@ -16,8 +16,7 @@ from safetensors import SafetensorError
 
 from spiralrope_cli.core.atomic import flush
 from spiralrope_cli.core.errors import FetchError
-from spiralrope_cli.core.runtime.console import say
-from spiralrope_cli.core.runtime.disk import human_size
+from spiralrope_cli.core.runtime.progress import human_size, say
 
 CHUNK = 1 << 20
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

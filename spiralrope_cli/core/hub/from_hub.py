@@ -19,7 +19,8 @@ from spiralrope_cli.core.hub.files import (
     refuse_other_file,
     say,
 )
-from spiralrope_cli.core.runtime.disk import check_space, human_size
+from spiralrope_cli.core.runtime.progress import human_size
+from spiralrope_cli.core.runtime.run_folder import check_space
 
 
 class Remote(NamedTuple):

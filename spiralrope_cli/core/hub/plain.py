@@ -32,8 +32,8 @@ from spiralrope_cli.core.hub.files import (
     refuse_other_file,
     writing,
 )
-from spiralrope_cli.core.runtime.console import console, say
-from spiralrope_cli.core.runtime.disk import check_space, human_size
+from spiralrope_cli.core.runtime.progress import console, human_size, say
+from spiralrope_cli.core.runtime.run_folder import check_space
 from spiralrope_cli.version import __version__
 
 TIMEOUT_SECONDS = 30.0

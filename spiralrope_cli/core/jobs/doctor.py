@@ -28,16 +28,16 @@ from spiralrope_cli.core.config.folders import cache_folder
 from spiralrope_cli.core.config.resolve import choose_data
 from spiralrope_cli.core.config.samples import num_samples
 from spiralrope_cli.core.data import memory
-from spiralrope_cli.core.data.pictures import decode_some
+from spiralrope_cli.core.data.files import decode_some
 from spiralrope_cli.core.errors import CheckpointError, DataError, FetchError, SpiralRopeError
 from spiralrope_cli.core.hub import from_hub
 from spiralrope_cli.core.hub.catalog import ROWS, find
 from spiralrope_cli.core.hub.download import damaged_files, local_files
-from spiralrope_cli.core.runtime import environment
-from spiralrope_cli.core.runtime.console import console
+from spiralrope_cli.core.runtime import device as devices
 from spiralrope_cli.core.runtime.device import matrix_rate, pick_device, pick_precision, prepare
-from spiralrope_cli.core.runtime.disk import human_size, nearest_folder
-from spiralrope_cli.core.runtime.threads import usable_cores
+from spiralrope_cli.core.runtime.launch import usable_cores
+from spiralrope_cli.core.runtime.progress import console, human_size
+from spiralrope_cli.core.runtime.run_folder import nearest_folder
 from spiralrope_cli.core.training.needs import advice, memory_notes
 from spiralrope_cli.version import __version__
 
@@ -118,9 +118,9 @@ def look_at_versions(findings: list[Finding]) -> tuple[Facts, Rows]:
     """Installed versions of what is required, and of what is optional and there."""
     facts: Facts = {
         "spiralrope": {"installed": __version__, "needed": ""},
-        "python": {"installed": environment.versions()["python"], "needed": ""},
+        "python": {"installed": devices.versions()["python"], "needed": ""},
     }
-    for wanted, installed, optional in environment.dependencies():
+    for wanted, installed, optional in devices.dependencies():
         fits = installed is not None and wanted.specifier.contains(installed, prereleases=True)
         if not fits and not optional:
             there = f"is {installed}" if installed else "is not installed"
@@ -152,7 +152,7 @@ def look_at_machine(checkup: Checkup) -> tuple[Facts, Rows]:
     rates = {_name(kind): matrix_rate(device, kind) for kind in {torch.float32: 0, dtype: 0}}
     facts: Facts = {
         "device": device.type,
-        "name": environment.device_name(device),
+        "name": devices.device_name(device),
         "gpus": gpus,
         "precision": _name(dtype),
         "precision_reason": reason,
@@ -160,7 +160,7 @@ def look_at_machine(checkup: Checkup) -> tuple[Facts, Rows]:
         "threads": torch.get_num_threads(),
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "flops_per_second": rates,
-        "commit": environment.commit(),
+        "commit": devices.commit(),
     }
     gpu_words = "; ".join(f"{gpu['name']}, {human_size(gpu['memory'])}" for gpu in gpus)
     rate_words = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in rates.items())

@@ -25,21 +25,18 @@ from spiralrope_cli.core.config.latents import (
     shard_size_for,
 )
 from spiralrope_cli.core.data import files, latents
-from spiralrope_cli.core.data.adm import cropped_array
-from spiralrope_cli.core.data.pictures import Unreadable, open_picture
-from spiralrope_cli.core.data.validation import BadImages
+from spiralrope_cli.core.data.augment import cropped_array
+from spiralrope_cli.core.data.files import BadImages, Unreadable, open_picture
 from spiralrope_cli.core.diffusion.vae import Vae, load_vae
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.hub.vae import find_vae, local_vae
 from spiralrope_cli.core.runtime import distributed
-from spiralrope_cli.core.runtime.console import console, say, say_result
 from spiralrope_cli.core.runtime.device import pick_device, pick_precision
-from spiralrope_cli.core.runtime.disk import check_space, human_size
-from spiralrope_cli.core.runtime.job import Job, open_job
+from spiralrope_cli.core.runtime.distributed import Job, open_job
 from spiralrope_cli.core.runtime.launch import is_first_process, world_size
-from spiralrope_cli.core.runtime.progress import counted
+from spiralrope_cli.core.runtime.progress import console, counted, human_size, say, say_result
 from spiralrope_cli.core.runtime.report import say_unreadable
-from spiralrope_cli.core.runtime.run_folder import refuse_run
+from spiralrope_cli.core.runtime.run_folder import check_space, refuse_run
 
 Images = list[tuple[str, int]]
 """(path, class number) of every image."""

@@ -20,36 +20,34 @@ import torch
 from torch import Tensor, nn
 
 from spiralrope_cli.core.config.datasets import BUILT_IN, DataSet, find_held_out
-from spiralrope_cli.core.config.evals import (
-    BOTH_CROP_RATIOS,
-    EvalOptions,
-    EvalProtocol,
-    EvalRow,
-    EvalRun,
-)
+from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions, EvalRow, EvalRun
 from spiralrope_cli.core.config.models import is_dit
 from spiralrope_cli.core.config.resolve import DATA_VARIABLE, RUNS_FOLDER
-from spiralrope_cli.core.config.runs import ModelConfig
+from spiralrope_cli.core.config.runs import EvalProtocol, ModelConfig
 from spiralrope_cli.core.config.training import MachineConfig
-from spiralrope_cli.core.data.validation import ValidationImages
+from spiralrope_cli.core.data.batches import ValidationImages
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.hub.files import digest_like
 from spiralrope_cli.core.hub.source import Source, find_source
 from spiralrope_cli.core.load import at_size, build
-from spiralrope_cli.core.metrics import records
+from spiralrope_cli.core.metrics import accuracy
 from spiralrope_cli.core.metrics.accuracy import Accuracy, evaluate
 from spiralrope_cli.core.plots.curves import sizes
 from spiralrope_cli.core.plots.style import save
 from spiralrope_cli.core.report.page import is_stage, leave_report
 from spiralrope_cli.core.runtime import distributed
-from spiralrope_cli.core.runtime.console import say
-from spiralrope_cli.core.runtime.device import PRECISIONS, autocast, pick_device, pick_precision
-from spiralrope_cli.core.runtime.environment import versions
-from spiralrope_cli.core.runtime.job import Job, open_job
+from spiralrope_cli.core.runtime.device import (
+    PRECISIONS,
+    autocast,
+    pick_device,
+    pick_precision,
+    versions,
+)
+from spiralrope_cli.core.runtime.distributed import Job, open_job
 from spiralrope_cli.core.runtime.launch import is_first_process
-from spiralrope_cli.core.runtime.progress import counted
+from spiralrope_cli.core.runtime.progress import counted, say
 from spiralrope_cli.core.runtime.report import say_unreadable
-from spiralrope_cli.core.runtime.run_folder import EVAL_FILE, SIZES_FILE
+from spiralrope_cli.core.runtime.run_folder import EVAL_FILE, SIZES_FILE, read_rows
 from spiralrope_cli.core.weights import Weights, colours, here, read_weights
 
 
@@ -251,7 +249,7 @@ def measure(rows: list[EvalRow], images: ValidationImages, job: Job) -> dict[Eva
         if images.machine.compile:
             models[str(number)].compile()
     protocol, in_precision = images.protocol, partial(autocast, job.device, job.dtype)
-    what = f"{Path(protocol.data).name} at {records.size_words(protocol.image_size)} px"
+    what = f"{Path(protocol.data).name} at {accuracy.size_words(protocol.image_size)} px"
     what += f", crop ratio {protocol.crop_ratio:g}, {len(models)} network(s), images"
     with counted(what, protocol.num_val, shown=job.is_first) as advance:
 
@@ -268,7 +266,7 @@ def measure(rows: list[EvalRow], images: ValidationImages, job: Job) -> dict[Eva
 # ---- report
 def report(config: EvalRun, figures: list[Accuracy], decoded: int, job: Job) -> None:
     """Writes and prints everything, from the first process alone."""
-    rows: list[records.Record] = [
+    rows: list[accuracy.Record] = [
         {
             **described_row(row),
             **asdict(found),
@@ -280,7 +278,7 @@ def report(config: EvalRun, figures: list[Accuracy], decoded: int, job: Job) -> 
         }
         for row, found in zip(config.rows, figures, strict=True)
     ]
-    folders: dict[Path, list[records.Record]] = {}
+    folders: dict[Path, list[accuracy.Record]] = {}
     for row, each in zip(config.rows, rows, strict=True):
         folders.setdefault(Path(row.folder), []).append(each)
     for folder, mine in folders.items():
@@ -289,18 +287,18 @@ def report(config: EvalRun, figures: list[Accuracy], decoded: int, job: Job) -> 
     if config.output == "json":
         sys.stdout.write(json.dumps({"decoded": decoded, "rows": rows}, indent=2) + "\n")
     elif config.output == "csv":
-        records.print_csv(rows)
+        accuracy.print_csv(rows)
     else:
-        records.print_table(rows)
+        accuracy.print_table(rows)
     for folder in filter(is_stage, folders):
         leave_report(folder)
 
 
-def write(folder: Path, rows: list[records.Record], decoded: int) -> None:
+def write(folder: Path, rows: list[accuracy.Record], decoded: int) -> None:
     """Merges rows into a folder's `eval.json`, and draws accuracy over image sizes."""
     path = folder / EVAL_FILE
     try:
-        records.add_rows(path, rows, decoded)
+        accuracy.add_rows(path, rows, decoded)
         say(f"figures: {path}")
         if len({tuple(row["image_size"]) for row in rows}) > 1:
             save(sizes(rows), folder / SIZES_FILE)
@@ -316,16 +314,16 @@ def is_measured(config: EvalRun, *, show: bool = False) -> bool:
     rows = []
     for row in config.rows:
         now = {**described_row(row), "precision": precision}
-        there = records.read_rows(Path(row.folder) / EVAL_FILE)
-        if not (same := [old for old in there if records.is_same(old, now)]):
+        there = read_rows(Path(row.folder) / EVAL_FILE)
+        if not (same := [old for old in there if accuracy.is_same(old, now)]):
             return False
         rows.append({**same[0], **now})
     if show and is_first_process():
-        records.print_table(rows)
+        accuracy.print_table(rows)
     return True
 
 
-def described_row(row: EvalRow) -> records.Record:
+def described_row(row: EvalRow) -> accuracy.Record:
     """What a row of `eval.json` says before its figures, as plain values."""
     return {
         "source": row.source,

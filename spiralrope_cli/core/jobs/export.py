@@ -22,9 +22,8 @@ from spiralrope_cli.core.hub.write_published import Described, not_expressed, pu
 from spiralrope_cli.core.load import create, fitted
 from spiralrope_cli.core.models.dit import DiT
 from spiralrope_cli.core.rope import as_pair
-from spiralrope_cli.core.runtime.console import say, say_result
-from spiralrope_cli.core.runtime.disk import check_space, human_size
-from spiralrope_cli.core.runtime.run_folder import CONFIG_FILE, EVAL_FILE, MODEL_FILE
+from spiralrope_cli.core.runtime.progress import human_size, say, say_result
+from spiralrope_cli.core.runtime.run_folder import CONFIG_FILE, EVAL_FILE, MODEL_FILE, check_space
 from spiralrope_cli.core.weights import Weights, here, read_weights
 
 EXPORTS_FOLDER = "exports"

@@ -9,8 +9,7 @@ from typing import Any
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.hub.catalog import ALIASES, ROWS, Row, find
 from spiralrope_cli.core.hub.download import fetch, local_files, local_path
-from spiralrope_cli.core.runtime.console import say_result
-from spiralrope_cli.core.runtime.disk import human_size
+from spiralrope_cli.core.runtime.progress import human_size, say_result
 
 LINE = "{:<15} {:>5}  {:>7}  {:<4}  {}"
 

@@ -39,13 +39,13 @@ from spiralrope_cli.core.config.resolve import Resolved, StartingPoint, resolve
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.samples import check_chain, decoder_of, num_samples
 from spiralrope_cli.core.config.training import MachineConfig
-from spiralrope_cli.core.data.inputs import look_at
+from spiralrope_cli.core.data.image_sets import look_at
 from spiralrope_cli.core.errors import CheckpointError, FetchError
 from spiralrope_cli.core.hub.inception import find_inception
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.hub.vae import find_vae, local_vae
-from spiralrope_cli.core.runtime.console import say
 from spiralrope_cli.core.runtime.launch import check_not_joined, launch, world_size
+from spiralrope_cli.core.runtime.progress import say
 from spiralrope_cli.core.runtime.report import check_tracker
 from spiralrope_cli.core.runtime.run_folder import (
     FID_FILE,

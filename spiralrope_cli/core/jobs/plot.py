@@ -26,7 +26,7 @@ from spiralrope_cli.core.errors import CheckpointError, ConfigError, DataError
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.plots.curves import draw_curves
 from spiralrope_cli.core.plots.style import save
-from spiralrope_cli.core.runtime.console import say, say_result
+from spiralrope_cli.core.runtime.progress import say, say_result
 from spiralrope_cli.core.runtime.report import METRICS_FILE
 from spiralrope_cli.core.runtime.run_folder import CONFIG_FILE, NPZ_FILE, PIPELINE_FILE, find_run
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from spiralrope_cli.core.data.inputs import ImageInput
+    from spiralrope_cli.core.data.image_sets import ImageInput
     from spiralrope_cli.core.weights import Weights
 
 
@@ -137,7 +137,8 @@ def look_at(image: str, weights: Weights, size: tuple[int, int]) -> tuple[np.nda
     """
     import torch
 
-    from spiralrope_cli.core.data.files import ImageFiles, eval_transform
+    from spiralrope_cli.core.data.augment import eval_transform
+    from spiralrope_cli.core.data.files import ImageFiles
     from spiralrope_cli.core.weights import colours
 
     channels = weights.options["in_chans"]
@@ -162,8 +163,8 @@ def draw_samples(plot: SamplesPlot, file: PictureFile) -> None:
 
     import torch
 
-    from spiralrope_cli.core.data.image_sets import image_batches
-    from spiralrope_cli.core.data.inputs import images_in
+    from spiralrope_cli.core.data.image_sets import images_in
+    from spiralrope_cli.core.data.images import image_batches
     from spiralrope_cli.core.plots.samples import fitted, samples
 
     images = images_in(place_of(plot.source), "SOURCE")
@@ -210,8 +211,7 @@ def place_of(given: str) -> Path:
 
 def labels_of(images: ImageInput, part: range) -> list[str]:
     """The class of each image in words; none where nobody knows."""
-    from spiralrope_cli.core.data.class_names import names_of
-    from spiralrope_cli.core.data.inputs import NpzImages
+    from spiralrope_cli.core.data.image_sets import NpzImages, names_of
     from spiralrope_cli.core.data.npz import read_array, read_headers
     from spiralrope_cli.core.data.sample_files import facts_in
     from spiralrope_cli.core.runtime.seeds import drawn_class

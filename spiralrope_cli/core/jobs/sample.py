@@ -29,7 +29,7 @@ from spiralrope_cli.core.config.samples import (
     resolve_vae,
 )
 from spiralrope_cli.core.config.training import MachineConfig
-from spiralrope_cli.core.data.grid import to_levels
+from spiralrope_cli.core.data.images import to_levels
 from spiralrope_cli.core.data.sample_files import FACTS_FILE, SampleFiles
 from spiralrope_cli.core.diffusion.guidance import guided
 from spiralrope_cli.core.diffusion.process import GaussianDiffusion
@@ -43,12 +43,11 @@ from spiralrope_cli.core.kernels import cast_blocks
 from spiralrope_cli.core.load import at_size, build
 from spiralrope_cli.core.models.dit import DiT
 from spiralrope_cli.core.report.page import leave_report
-from spiralrope_cli.core.runtime import disk, distributed, environment
-from spiralrope_cli.core.runtime.console import console, say, say_result
+from spiralrope_cli.core.runtime import distributed, run_folder
 from spiralrope_cli.core.runtime.device import autocast, pick_device, pick_precision
-from spiralrope_cli.core.runtime.job import Job, open_job
+from spiralrope_cli.core.runtime.distributed import Job, open_job
 from spiralrope_cli.core.runtime.launch import is_first_process, world_size
-from spiralrope_cli.core.runtime.progress import counted
+from spiralrope_cli.core.runtime.progress import console, counted, say, say_result
 from spiralrope_cli.core.runtime.run_folder import REPORT_FILE, SOURCES_FILE, write_json
 from spiralrope_cli.core.runtime.seeds import NoisePerImage, drawn_class
 from spiralrope_cli.core.weights import Weights, here, read_weights
@@ -183,7 +182,7 @@ def plan(run: SampleRun, weights: Weights) -> None:
         DiskError: the images would not fit on the disk.
     """
     files = SampleFiles(Path(run.out), run.num, run.image_size)
-    disk.check_space(
+    run_folder.check_space(
         (files.folder, files.bytes_needed(run.png)),
         what=f"{run.num} images and what is made of them",
         hint="use fewer images (--num), or another --out",
@@ -229,7 +228,7 @@ def work(run: SampleRun) -> None:
         facts = facts_of(run, weights)
         if job.is_first:
             files.begin(facts)
-            environment.write(out, job)
+            distributed.write_environment(out, job)
             write_json(out / SOURCES_FILE, dict.fromkeys(run.rope, "option"))
         missing = distributed.gathered(files.missing() if job.is_first else [])[0]
         if missing:

@@ -17,17 +17,12 @@ from rich.table import Column, Table
 
 from spiralrope_cli.core.config.fid import EXTRACTOR, LABELS, FidRun
 from spiralrope_cli.core.config.training import MachineConfig
-from spiralrope_cli.core.data.inputs import POOL_SIZE, STATISTICS, Side, look_at, read_statistics
-from spiralrope_cli.core.data.reference_cache import (
-    ReferenceCache,
-    digest_of,
-    digests_beside,
-    save_statistics,
-)
+from spiralrope_cli.core.data import npz
+from spiralrope_cli.core.data.image_sets import Side, digest_of, digests_beside, look_at
 from spiralrope_cli.core.errors import ConfigError, DataError
 from spiralrope_cli.core.hub.catalog import find
 from spiralrope_cli.core.hub.inception import find_inception
-from spiralrope_cli.core.runtime.console import console, say, say_result
+from spiralrope_cli.core.runtime.progress import console, say, say_result
 from spiralrope_cli.core.runtime.run_folder import differences, read_json, write_json
 from spiralrope_cli.version import __version__
 
@@ -99,7 +94,7 @@ def settle(run: FidRun) -> Plan:
     for side in holders:
         for figure in side.stored:
             if figure in figures:
-                read_statistics(side.path, figure)
+                npz.read_statistics(side.path, figure)
     if samples.needed or (reference and reference.needed):
         path, sha256 = find_inception(run.weights)
         run = replace(run, weights=str(path))
@@ -154,7 +149,9 @@ def _obstacle(figure: str, run: FidRun, samples: Side, reference: Side | None) -
     least = {"kid": run.kid_subset_size, "precision": NEIGHBOURHOOD, "recall": NEIGHBOURHOOD}
     for side in (samples, reference):
         if side.images is None and figure not in side.stored:
-            names = f"no {' and '.join(STATISTICS[figure][:2])}, and " if figure == "sfid" else ""
+            names = (
+                f"no {' and '.join(npz.STATISTICS[figure][:2])}, and " if figure == "sfid" else ""
+            )
             return f"{side.role} holds {names}no images"
         if side.images is not None and (side.num or 0) < least.get(figure, 2):
             option = " (--kid-subset-size)" if figure == "kid" else ""
@@ -195,7 +192,7 @@ def work(plan: Plan) -> None:
     """
     from spiralrope_cli.core.metrics.features import compare, measure
     from spiralrope_cli.core.runtime.device import forbid_tf32, return_freed_memory
-    from spiralrope_cli.core.runtime.job import open_job
+    from spiralrope_cli.core.runtime.distributed import open_job
 
     run = plan.run
     with open_job(run.machine, None) as job:
@@ -210,12 +207,12 @@ def work(plan: Plan) -> None:
             if run.save_stats and job.is_first:
                 # What a file of images had stored is of no one knows which images and weights.
                 known = (samples.num or 0, protocol) if not plan.samples.stored else (0, "")
-                save_statistics(Path(run.save_stats), samples.stats, *known)
+                npz.save_statistics(Path(run.save_stats), samples.stats, *known)
             reference, cache = None, None
             if plan.reference:
                 if job.is_first and plan.reference.needed:
                     how = f"{protocol}, skip_bad {run.machine.skip_bad}"
-                    cache = ReferenceCache(digests[1].result(), how)
+                    cache = npz.ReferenceCache(digests[1].result(), how)
                 reference = measure(run, job, plan.reference, network, cache)
             if job.is_first:
                 return_freed_memory()
@@ -306,9 +303,9 @@ def _warnings(plan: Plan, facts: dict[str, Any]) -> list[str]:
                 f"{some:,} samples are fewer than the {USUAL_COUNT:,} of papers: FID and sFID come "
                 "out too large"
             )
-        if some <= POOL_SIZE:
+        if some <= npz.POOL_SIZE:
             lines.append(
-                f"{some:,} images of {side.role} are at most the {POOL_SIZE} features: their "
+                f"{some:,} images of {side.role} are at most the {npz.POOL_SIZE} features: their "
                 "covariance is singular"
             )
     count, protocol = facts["samples"]["count"], facts["protocol"]

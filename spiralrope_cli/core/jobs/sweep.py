@@ -22,13 +22,13 @@ from spiralrope_cli.core.config.resolve import RUNS_FOLDER, resolve
 from spiralrope_cli.core.config.sweeps import Member, Point, Sweep, acting, points
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.jobs.pipeline import carry_out, settle_deit
-from spiralrope_cli.core.metrics.records import read_rows
 from spiralrope_cli.core.report.results import with_spread
-from spiralrope_cli.core.runtime.console import console, say, say_result
+from spiralrope_cli.core.runtime.progress import console, say, say_result
 from spiralrope_cli.core.runtime.run_folder import (
     EVAL_FILE,
     REPORT_FILE,
     SWEEP_FILE,
+    read_rows,
     write_json,
 )
 

@@ -24,18 +24,18 @@ from spiralrope_cli.core.config.training import LINEAR_RULE_BATCH
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.hub.vae import find_vae, local_vae
-from spiralrope_cli.core.runtime.console import console, say
 from spiralrope_cli.core.runtime.launch import (
     is_first_process,
     joined_world_size,
     launch,
     world_size,
 )
+from spiralrope_cli.core.runtime.progress import console, say
 from spiralrope_cli.core.runtime.report import check_tracker, print_results, say_unreadable
 from spiralrope_cli.core.runtime.run_folder import CURVES_FILE, first_step, is_finished, prepare
 
 if TYPE_CHECKING:
-    from spiralrope_cli.core.runtime.job import Job
+    from spiralrope_cli.core.runtime.distributed import Job
     from spiralrope_cli.core.training import loop
     from spiralrope_cli.core.weights import Weights
 
@@ -241,7 +241,7 @@ def work(config: TrainingRun) -> None:
     """
     from spiralrope_cli.core.load import start_from
     from spiralrope_cli.core.runtime import distributed
-    from spiralrope_cli.core.runtime.job import open_job
+    from spiralrope_cli.core.runtime.distributed import open_job
     from spiralrope_cli.core.training import loop
 
     with open_job(config.machine, Path(config.out)) as job:
@@ -258,7 +258,7 @@ def work(config: TrainingRun) -> None:
             report(Path(config.out))
 
 
-def open_task(config: TrainingRun, job: Job) -> loop.Task[Any]:
+def open_task(config: TrainingRun, job: Job) -> loop.Task:
     """Data and loss of the run's kind of network."""
     from spiralrope_cli.core.training.classification import classification
     from spiralrope_cli.core.training.diffusion import diffusion

@@ -14,15 +14,9 @@ import torch
 from torch import Tensor
 
 from spiralrope_cli.core.config.fid import FidRun
-from spiralrope_cli.core.data.image_sets import ImageBatch, image_batches
-from spiralrope_cli.core.data.inputs import (
-    POOL_SIZE,
-    SPATIAL_SIZE,
-    ImageInput,
-    Side,
-    read_statistics,
-)
-from spiralrope_cli.core.data.reference_cache import ReferenceCache
+from spiralrope_cli.core.data.image_sets import ImageInput, Side
+from spiralrope_cli.core.data.images import ImageBatch, image_batches, in_order
+from spiralrope_cli.core.data.npz import POOL_SIZE, SPATIAL_SIZE, ReferenceCache, read_statistics
 from spiralrope_cli.core.errors import CheckpointError, DataError
 from spiralrope_cli.core.metrics.fid import Moments, fid_spread, frechet_distance
 from spiralrope_cli.core.metrics.inception import NUM_CLASSES, Features, InceptionFeatures
@@ -30,11 +24,9 @@ from spiralrope_cli.core.metrics.inception_score import InceptionScore
 from spiralrope_cli.core.metrics.kid import kernel_distance
 from spiralrope_cli.core.metrics.precision_recall import precision_recall
 from spiralrope_cli.core.runtime import distributed, report
-from spiralrope_cli.core.runtime.console import say
 from spiralrope_cli.core.runtime.device import autocast
-from spiralrope_cli.core.runtime.job import Job
-from spiralrope_cli.core.runtime.progress import counted
-from spiralrope_cli.core.runtime.threads import in_order
+from spiralrope_cli.core.runtime.distributed import Job
+from spiralrope_cli.core.runtime.progress import counted, say
 
 ARRAYS = {
     "fid": ("mean", "covariance"),

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spiralrope_cli.core.data.grid import SMALLEST_SIDE, picture_grid
+from spiralrope_cli.core.data.images import SMALLEST_SIDE, picture_grid
 from spiralrope_cli.core.plots.style import DPI, SMALL, TITLE
 
 if TYPE_CHECKING:

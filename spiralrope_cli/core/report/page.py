@@ -6,6 +6,7 @@ A folder that holds the folders of several stages gets one page with a part for 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -18,13 +19,14 @@ from spiralrope_cli.core.atomic import write_whole
 from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.nested import RUN_KINDS, build, read_config
 from spiralrope_cli.core.config.pipelines import FINETUNE, PRETRAIN, SAMPLE, TRAIN
+from spiralrope_cli.core.config.rope import RopeConfig
+from spiralrope_cli.core.config.samples import DEFAULTS
 from spiralrope_cli.core.data.sample_files import FACTS_FILE, read_facts
 from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.plots.curves import curves
 from spiralrope_cli.core.plots.style import Drawing, drawings
-from spiralrope_cli.core.report.command import command
 from spiralrope_cli.core.report.results import Result, results
-from spiralrope_cli.core.runtime.console import say
+from spiralrope_cli.core.runtime.progress import say
 from spiralrope_cli.core.runtime.report import METRICS_FILE, read_metrics
 from spiralrope_cli.core.runtime.run_folder import (
     CONFIG_FILE,
@@ -45,6 +47,9 @@ from spiralrope_cli.version import __version__
 TEMPLATE, STYLE = "page.html.j2", "report.css"
 STAGES = (PRETRAIN, FINETUNE, TRAIN, SAMPLE)
 """Folders of a pipeline in their order; others come after them, by name."""
+
+ANOTHER = "again"
+"""Added to the folder: in its own a repeated run would find itself finished."""
 
 Groups = dict[str, list[tuple[str, str, str]]]
 """Caption -> rows of (name, value, where it came from)."""
@@ -250,3 +255,44 @@ def _short(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return f"{value:g}" if isinstance(value, float) else "-" if value in (None, "") else str(value)
+
+
+def command(folder: Path) -> str:
+    """A command line that repeats a run, into another folder."""
+    out, origins = f"{folder}-{ANOTHER}", read_json(folder / SOURCES_FILE)
+    if not (folder / CONFIG_FILE).is_file():
+        facts = read_facts(folder) or {}
+        words, given = ["dit-sample", facts["source"]], _of_sampling(facts, [*origins])
+        given["out"] = out
+    else:
+        config = read_config(folder / CONFIG_FILE)
+        words, given = [config["command"]], {"config": folder / CONFIG_FILE, "out": out}
+        if source := config.get("source"):
+            words += ["--init", source] if config["command"] == "dit-train" else [source]
+            # Other options of RoPE are those of the weights, which the config file holds too.
+            rope = RopeConfig.__dataclass_fields__
+            given |= {name: config[name] for name in rope if origins.get(name) == "option"}
+    for name, value in given.items():
+        option = "rope" if name == "enabled" else name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        elif value != "":
+            words += [f"--{option}", str(value)]
+    return shlex.join(["spiralrope", *words])
+
+
+def _of_sampling(facts: dict[str, Any], given_rope: list[str]) -> dict[str, Any]:
+    """Field name -> value of the options of `dit-sample`, by what it left."""
+    low, high = facts["cfg_interval"]
+    return {
+        **{name: facts[name] for name in DEFAULTS},
+        "cfg_scale": f"{facts['cfg_scale']:g}",
+        "cfg_channels": facts["cfg_channels"],
+        "cfg_interval": f"{low},{high}",
+        "classes": ",".join(map(str, facts["classes"])),
+        "vae": facts["vae"],
+        "image_size": "x".join(map(str, facts["image_size"])),
+        "precision": {"float32": "fp32", "bfloat16": "bf16"}[facts["precision"]],
+        "ema": facts["weights"] == "ema",
+        **{name: facts["rope"][name] for name in given_rope},
+    }

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from spiralrope_cli.core.config.fid import LABELS
-from spiralrope_cli.core.metrics.records import read_rows
 from spiralrope_cli.core.runtime.report import ACCURACY_COLUMNS, accuracy_rows, read_metrics
 from spiralrope_cli.core.runtime.run_folder import (
     EVAL_FILE,
@@ -21,6 +20,7 @@ from spiralrope_cli.core.runtime.run_folder import (
     SIZES_FILE,
     SWEEP_FILE,
     read_json,
+    read_rows,
 )
 
 LARGEST_PICTURE = 1_500_000

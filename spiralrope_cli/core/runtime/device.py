@@ -1,23 +1,34 @@
-"""Which device and precision a run uses, and the settings that make it fast there."""
+"""Which device and precision a run uses, what makes it fast there, and what it depends on."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import platform
+import subprocess
 import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
 
 import torch
+from packaging.requirements import Requirement
 
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.runtime.launch import joined_world_size
+from spiralrope_cli.version import __version__
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 """As `--precision` calls them."""
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8  # of malloc.h
+
+PACKAGE = "spiralrope"
+CHECKOUT = Path(__file__).parents[3]
+GIT_SECONDS = 5
 
 RATE_SIDE = {"cpu": 1024, "cuda": 8192}
 RATE_SECONDS = 0.3
@@ -137,3 +148,73 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 def _wait(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+# --- What figures and speed depend on beside a run's config
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Of what figures depend on."""
+    used = {name: version(name) for name in ("torch", "timm", "torchvision")}
+    return {"spiralrope": __version__, **used, "python": platform.python_version()}
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a package, None without one."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def dependencies() -> Iterator[tuple[Requirement, str | None, bool]]:
+    """What this package needs, the version that is installed, and whether it is optional.
+
+    Optional packages only where they are installed, those of developers never.
+    """
+    try:
+        lines = requires(PACKAGE) or []
+    except PackageNotFoundError:
+        lines = []  # run from a checkout that was never installed
+    for line in lines:
+        wanted = Requirement(line)
+        optional = wanted.marker is not None and not wanted.marker.evaluate({"extra": ""})
+        if wanted.marker is not None and wanted.marker.evaluate({"extra": "dev"}) and optional:
+            continue
+        installed = version_of(wanted.name)
+        if installed is not None or not optional:
+            yield wanted, installed, optional
+
+
+def device_name(device: torch.device) -> str:
+    """The name that its maker gave a GPU or the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        try:
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+        except OSError:
+            lines = []
+        named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return next(named, "") or platform.processor() or platform.machine()
+    return device.type
+
+
+@functools.cache
+def commit() -> str:
+    """The commit that this code is of, `-dirty` if it was changed since; empty outside git."""
+    if not (CHECKOUT / ".git").exists():
+        return ""
+    words = ("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(CHECKOUT), *words],
+            capture_output=True,
+            text=True,
+            timeout=GIT_SECONDS,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()

@@ -1,21 +1,39 @@
-"""The process group: who we are, and sums over all."""
+"""One worker of a job: the process group, sums over it, its folder, signals and surroundings."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import platform
+import signal
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from spiralrope_cli.core.config.training import MachineConfig
+from spiralrope_cli.core.runtime import device as devices
+from spiralrope_cli.core.runtime.launch import usable_cores
+from spiralrope_cli.core.runtime.progress import say
+from spiralrope_cli.core.runtime.run_folder import ENVIRONMENT_FILE, hold_folder, write_json
+
 T = TypeVar("T")
 
 SLOWEST = timedelta(minutes=30)
 """How long one process may be busy alone, with a checkpoint or the first look at a data set."""
+
+REPEAT_SECONDS = 2.0
+"""One Ctrl-C reaches a worker twice, from the terminal and from the launcher."""
+
+
+# --- The process group
 
 
 def rank() -> int:
@@ -102,3 +120,132 @@ def largest(value: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return value
+
+
+# --- A worker
+
+
+@dataclass
+class StopRequest:
+    """Remembers a SIGINT or SIGTERM until the loop comes to a good place to stop."""
+
+    signal_number: int = 0
+    since: float = 0.0
+    _old: dict[int, object] = field(default_factory=dict)
+
+    def listen(self) -> None:
+        """Takes the two signals over."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._old[number] = signal.signal(number, self._on_signal)
+
+    def restore(self) -> None:
+        """Gives them back."""
+        for number, old in self._old.items():
+            signal.signal(number, old)  # type: ignore[arg-type]
+        self._old.clear()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self.signal_number:
+            self.signal_number, self.since = number, now
+        elif now - self.since > REPEAT_SECONDS:
+            # Asked again, and meant: leave at once, without a checkpoint.
+            os._exit(128 + number)
+
+    def agreed(self, device: torch.device, ask_all: bool) -> int:
+        """The signal that all processes stop for, 0 to go on.
+
+        Args:
+            device: where the group communicates.
+            ask_all: whether every process is at this point now; alone, no one asks.
+        """
+        if world_size() == 1:
+            return self.signal_number
+        if not ask_all:
+            return 0
+        return int(largest(torch.tensor(self.signal_number, device=device)).item())
+
+
+@dataclass(frozen=True)
+class Job:
+    """One worker's surroundings."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype
+    precision_reason: str
+    stop: StopRequest
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this worker writes and speaks."""
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def open_job(machine: MachineConfig, folder: Path | None) -> Iterator[Job]:
+    """Prepares this process for a run in a folder that nobody else may use meanwhile.
+
+    Without a folder there is nothing to save before it stops, so a signal ends it at once.
+
+    Raises:
+        CheckpointError: another run holds the folder, or it cannot be written.
+        ConfigError: no such device.
+    """
+    device = devices.pick_device(machine)
+    devices.prepare(device)
+    dtype, reason = devices.pick_precision(machine.precision, device)
+    request = StopRequest()
+    start(device)
+    with contextlib.ExitStack() as leave:
+        if folder and rank() == 0:
+            leave.enter_context(hold_folder(folder))
+        barrier()
+        if folder:
+            request.listen()
+            leave.callback(request.restore)
+        else:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                leave.callback(_restore, number, signal.signal(number, _leave))
+        try:
+            yield Job(rank(), world_size(), device, dtype, reason, request)
+        except SystemExit:
+            stop()  # everybody leaves at the same step
+            raise
+    # Not after an error: the others would fail on the closed connection before it is told.
+    stop()
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)  # the repetition would break into the clean-up
+    if rank() == 0:
+        say(f"ended by {signal.Signals(number).name}")
+    raise SystemExit(128 + number)
+
+
+def _restore(number: int, old: Any) -> None:
+    if signal.getsignal(number) == _leave:
+        signal.signal(number, old)
+
+
+def environment_of(job: Job) -> dict[str, Any]:
+    """Everything about where a job happens, as plain values."""
+    return {
+        "device": job.device.type,
+        "device_name": devices.device_name(job.device),
+        "precision": str(job.dtype).removeprefix("torch."),
+        "precision_reason": job.precision_reason,
+        "processes": job.world_size,
+        "threads": torch.get_num_threads(),
+        "cores": usable_cores(),
+        "system": platform.platform(),
+        "commit": devices.commit(),
+        "versions": devices.versions(),
+    }
+
+
+def write_environment(folder: Path, job: Job) -> None:
+    """Leaves `environment.json` in a run folder, of the last process that worked there."""
+    write_json(folder / ENVIRONMENT_FILE, environment_of(job))

@@ -28,12 +28,23 @@ from spiralrope_cli.core.errors import (
     dead_loader,
     refused_path,
 )
-from spiralrope_cli.core.runtime.threads import usable_cores
 
 SHUTDOWN_SECONDS = 600
 """How long workers may take to write a checkpoint after a signal."""
 
 ERROR_FOLDER_VARIABLE = "SPIRALROPE_ERROR_FOLDER"
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS does not tell which cores a process may use.
+
+
+def cores_per_process() -> int:
+    """This process's share of the cores, beside the others of this machine's job."""
+    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def share_the_machine() -> None:

@@ -1,4 +1,7 @@
-"""How far a job is through something that can be counted: a bar on a terminal, lines elsewhere."""
+"""What a job says: results on stdout, everything else on stderr, and how far it is.
+
+What can be counted shows as a bar on a terminal, and as lines elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,32 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from spiralrope_cli.core.runtime.console import console, say
-
 SECONDS = 30.0
 """Between lines in a log."""
+
+
+def console(*, stderr: bool = False, quiet: bool = False) -> Console:
+    """A console that shows text as it is: names and paths may hold [brackets]."""
+    return Console(stderr=stderr, quiet=quiet, highlight=False, markup=False)
+
+
+def say(line: str, to: Console | None = None) -> None:
+    """One line, never cut: on stderr, or on the console that shows a bar, which makes way."""
+    (to or console(stderr=True)).print(line, soft_wrap=True)
+
+
+def say_result(line: str) -> None:
+    """One line on stdout, never cut."""
+    console().print(line, soft_wrap=True)
+
+
+def human_size(size: float) -> str:
+    """Bytes in decimal units, as download pages show them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.3f} TB" if size < 10 else f"{size:,.0f} TB"
 
 
 @contextlib.contextmanager

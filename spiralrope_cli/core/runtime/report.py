@@ -23,8 +23,7 @@ from rich.text import Text
 
 from spiralrope_cli.core.atomic import write_whole
 from spiralrope_cli.core.errors import ConfigError
-from spiralrope_cli.core.runtime.console import console, say, say_result
-from spiralrope_cli.core.runtime.progress import Pace, bar_columns
+from spiralrope_cli.core.runtime.progress import Pace, bar_columns, console, say, say_result
 from spiralrope_cli.core.runtime.run_folder import CURVES_FILE, REPORT_FILE, SAMPLES_FILE
 
 Track = Callable[[int, dict[str, float]], None]

@@ -1,4 +1,4 @@
-"""A run's folder: its config, and whether a command may go on in it.
+"""A run's folder: its config, whether a command may go on in it, and whether there is room.
 
 Standard library and PyYAML only, so that the parent can refuse before any worker starts.
 """
@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import json
 import os
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
@@ -18,7 +19,8 @@ from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.nested import build, flatten, read_config, to_nested
 from spiralrope_cli.core.config.option import free_fields, leaves
 from spiralrope_cli.core.config.resolve import RUNS_FOLDER
-from spiralrope_cli.core.errors import CheckpointError
+from spiralrope_cli.core.errors import CheckpointError, DiskError
+from spiralrope_cli.core.runtime.progress import human_size, say
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -247,3 +249,50 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of an `eval.json`, none where there is no such file; a damaged one is set aside."""
+    if not path.exists():
+        return []
+    try:
+        rows = json.loads(path.read_text())["rows"]
+        if all(isinstance(each, dict) for each in rows):
+            return list(rows)
+    except (ValueError, KeyError, TypeError):
+        pass
+    aside = path.with_suffix(".damaged")
+    os.replace(path, aside)
+    say(f"note: {path} was no list of rows; it is now {aside.name}")
+    return []
+
+
+def nearest_folder(path: Path) -> Path:
+    """A folder, or the nearest above it that is there."""
+    absolute = path.absolute()
+    return next(each for each in (absolute, *absolute.parents) if each.exists())
+
+
+def check_space(*needs: tuple[Path, int], what: str, hint: str) -> None:
+    """Refuses what the disks cannot hold.
+
+    Args:
+        needs: folders, there or not yet, and the bytes that each is to take.
+        what: they are needed for.
+        hint: what to do about it.
+
+    Raises:
+        DiskError: says where too little is free.
+    """
+    by_disk: dict[int, tuple[Path, int]] = {}
+    for folder, size in needs:
+        there = nearest_folder(folder)
+        disk = there.stat().st_dev
+        by_disk[disk] = (there, by_disk.get(disk, (there, 0))[1] + size)
+    for folder, size in by_disk.values():
+        if size > (free := shutil.disk_usage(folder).free):
+            raise DiskError(
+                f"{folder} has {human_size(free)} free, and {human_size(size)} are needed "
+                f"for {what}",
+                hint,
+            )

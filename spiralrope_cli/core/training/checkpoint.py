@@ -22,7 +22,6 @@ from torch import nn
 
 from spiralrope_cli.core.atomic import flush, write_whole
 from spiralrope_cli.core.errors import CheckpointError
-from spiralrope_cli.core.runtime import disk
 from spiralrope_cli.core.runtime.run_folder import (
     CHECKPOINTS,
     EMA_FILE,
@@ -31,6 +30,7 @@ from spiralrope_cli.core.runtime.run_folder import (
     step_folder,
     steps_on_disk,
 )
+from spiralrope_cli.core.runtime.run_folder import check_space as check_disk_space
 from spiralrope_cli.core.training.step import TrainState
 
 UNFINISHED = ".unfinished-"
@@ -152,4 +152,4 @@ def check_space(run_folder: Path, model: nn.Module) -> None:
         DiskError: too little is free.
     """
     hint = "free some, or choose another --out"
-    disk.check_space((run_folder, needed_bytes(model)), what="a checkpoint", hint=hint)
+    check_disk_space((run_folder, needed_bytes(model)), what="a checkpoint", hint=hint)

@@ -8,33 +8,44 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spiralrope_cli.core.config.runs import ClassifierRun
-from spiralrope_cli.core.data.loaders import Batch, ClassifierData
+from spiralrope_cli.core.config.runs import ClassifierRun, EvalProtocol
+from spiralrope_cli.core.data.batches import Batch, ValidationImages, classifier_data
 from spiralrope_cli.core.metrics.accuracy import evaluate
 from spiralrope_cli.core.models.deit import DeiT
 from spiralrope_cli.core.runtime.device import autocast
-from spiralrope_cli.core.runtime.job import Job
+from spiralrope_cli.core.runtime.distributed import Job
 from spiralrope_cli.core.runtime.report import Reporter
 from spiralrope_cli.core.runtime.seeds import generator_for
 from spiralrope_cli.core.training.loop import Task, due
 from spiralrope_cli.core.training.step import TrainState
 
 
-def classification(config: ClassifierRun, job: Job) -> Task[Batch]:
+def classification(config: ClassifierRun, job: Job) -> Task:
     """What the training loop is told about a classifier.
 
     Raises:
         DataError: the data set is missing or damaged.
     """
-    data = ClassifierData(config, job.device, job.rank, job.world_size)
+    augment, model = config.augment, config.model
+    protocol = EvalProtocol(
+        data=config.data,
+        num_val=config.num_val,
+        image_size=model.image_size,
+        in_chans=model.in_chans,
+        crop_ratio=augment.crop_ratio,
+        mean=augment.mean,
+        std=augment.std,
+    )
+    held_out = ValidationImages(protocol, config.machine, job.device, job.rank, job.world_size)
+    data = classifier_data(config, job.device, job.rank, job.world_size, held_out.bad)
     validate_steps = config.checkpoint.validate_every * config.steps_per_epoch
     return Task(
         train_steps=data.train_steps,
-        remake=data.remake,
+        remake=partial(data.remake, labels="targets"),
         unreadable=data.bad.reasons,
         loss=partial(classifier_loss, config, job),
         look_at=lambda step: due(step, validate_steps, config.total_steps),
-        validate=partial(validate, config, job, data),
+        validate=partial(validate, config, job, held_out),
     )
 
 
@@ -46,20 +57,24 @@ def classifier_loss(
     randomness = generator_for(config.seed, "depth", state.step)
     keep = model.draw_keep(config.optim.batch_size, randomness)
     if keep is not None:
-        keep = keep[..., batch.part].to(job.device, non_blocking=True)
+        keep = keep[..., batch.at.part].to(job.device, non_blocking=True)
     with autocast(job.device, job.dtype):
         logits = forward(batch.images, keep)
     smoothing = 0.0 if config.augment.mixes else config.augment.smoothing
-    return F.cross_entropy(logits.float(), batch.targets, label_smoothing=smoothing)
+    return F.cross_entropy(logits.float(), batch.labels, label_smoothing=smoothing)
 
 
 def validate(
-    config: ClassifierRun, job: Job, data: ClassifierData, state: TrainState, reporter: Reporter
+    config: ClassifierRun,
+    job: Job,
+    held_out: ValidationImages,
+    state: TrainState,
+    reporter: Reporter,
 ) -> None:
     """Measures raw and averaged weights, and remembers the best raw ones."""
     figures = evaluate(
         {"raw": state.model, "ema": state.ema.module},
-        data.validation.batches(),
+        held_out.batches(),
         job.device,
         partial(autocast, job.device, job.dtype),
     )

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from spiralrope_cli.core.atomic import atomic_write
 from spiralrope_cli.core.config.dit_runs import DiTRun
-from spiralrope_cli.core.data.dit_loader import DiTBatch, DiTData
-from spiralrope_cli.core.data.grid import picture_grid, to_levels
+from spiralrope_cli.core.data.batches import Batch, dit_data
+from spiralrope_cli.core.data.images import picture_grid, to_levels
 from spiralrope_cli.core.diffusion.process import GaussianDiffusion
 from spiralrope_cli.core.diffusion.vae import Vae, draw, load_vae
 from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.models.dit import DiT
 from spiralrope_cli.core.runtime import distributed, run_folder
 from spiralrope_cli.core.runtime.device import autocast
-from spiralrope_cli.core.runtime.job import Job
+from spiralrope_cli.core.runtime.distributed import Job
 from spiralrope_cli.core.runtime.seeds import NoisePerImage, generator_for
 from spiralrope_cli.core.training.loop import Task
 from spiralrope_cli.core.training.step import LossMeter, TrainState
@@ -35,7 +35,7 @@ def diffusion(
     job: Job,
     find_vae: Callable[[str], Path],
     local_vae: Callable[[str], Path],
-) -> Task[DiTBatch]:
+) -> Task:
     """What the training loop is told about a diffusion transformer.
 
     Args:
@@ -49,7 +49,7 @@ def diffusion(
         CheckpointError: the VAE is damaged, or of another kind.
         FetchError: it is not here and cannot be had.
     """
-    data = DiTData(config, job.device, job.rank, job.world_size)
+    data = dit_data(config, job.device, job.rank, job.world_size)
     vae = None
     if config.pictures.in_latents and not config.pictures.latents:
         with distributed.first_alone():  # it may have to be fetched
@@ -94,17 +94,17 @@ class DiffusionLoss:
     diffusion: GaussianDiffusion
     bound: LossMeter
 
-    def __call__(self, state: TrainState, forward: nn.Module, batch: DiTBatch) -> Tensor:
+    def __call__(self, state: TrainState, forward: nn.Module, batch: Batch) -> Tensor:
         """Draws timesteps, noise and dropped labels, and compares the predicted noise."""
         seed, step, size = self.config.seed, state.step, self.config.optim.batch_size
         x0 = self.clean(step, batch)
         t = torch.randint(
             self.diffusion.num_steps, (size,), generator=generator_for(seed, "timestep", step)
         )
-        t = t[batch.part].to(self.device, non_blocking=True)
+        t = t[batch.at.part].to(self.device, non_blocking=True)
         drop = cast(DiT, state.model).draw_drop(size, generator_for(seed, "label", step))
         if drop is not None:
-            drop = drop[batch.part].to(self.device, non_blocking=True)
+            drop = drop[batch.at.part].to(self.device, non_blocking=True)
         noise = self.noise("noise", step, batch, x0)
         with autocast(self.device, self.dtype):
             losses = self.diffusion.training_losses(
@@ -113,7 +113,7 @@ class DiffusionLoss:
         self.bound.add(step, losses["vb"].detach().mean())
         return losses["loss"].mean()
 
-    def clean(self, step: int, batch: DiTBatch) -> Tensor:
+    def clean(self, step: int, batch: Batch) -> Tensor:
         """What is noised: pixels, or a fresh draw from the posterior of the latents."""
         mean, std = batch.images, batch.std
         if self.vae is not None:
@@ -122,10 +122,10 @@ class DiffusionLoss:
             return mean
         return draw(mean, std, self.noise("posterior", step, batch, mean), self.scale)
 
-    def noise(self, purpose: str, step: int, batch: DiTBatch, like: Tensor) -> Tensor:
+    def noise(self, purpose: str, step: int, batch: Batch, like: Tensor) -> Tensor:
         """Standard normal, as `like`, from a generator of each sample's own."""
         first = step * self.config.optim.batch_size
-        samples = range(first + batch.part.start, first + batch.part.stop)
+        samples = range(first + batch.at.part.start, first + batch.at.part.stop)
         return NoisePerImage(self.config.seed, samples, like.shape[1:], self.device, purpose).draw()
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,22 +20,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.nested import to_nested
+from spiralrope_cli.core.data.batches import Batch
 from spiralrope_cli.core.errors import CheckpointError, TrainingError
 from spiralrope_cli.core.models.factory import create_model
-from spiralrope_cli.core.runtime import distributed, environment, report, run_folder
-from spiralrope_cli.core.runtime.job import Job
+from spiralrope_cli.core.runtime import distributed, report, run_folder
+from spiralrope_cli.core.runtime.distributed import Job
 from spiralrope_cli.core.runtime.seeds import seed_everything
 from spiralrope_cli.core.training import checkpoint
-from spiralrope_cli.core.training.lr import lr_at, set_learning_rate
-from spiralrope_cli.core.training.optim import freeze_but
+from spiralrope_cli.core.training.optim import freeze_but, lr_at, set_learning_rate
 from spiralrope_cli.core.training.step import LossMeter, TrainState, train_step
 
-Micro = TypeVar("Micro")
 LOWER_LR = "try a lower --lr, --clip-grad 1 or --precision fp32"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task(Generic[Micro]):
+class Task:
     """What the loop is told about a network, its data and its loss.
 
     Attributes:
@@ -51,10 +50,10 @@ class Task(Generic[Micro]):
             step; says where the picture is.
     """
 
-    train_steps: Callable[[int, int], Generator[list[Micro], None, None]]
+    train_steps: Callable[[int, int], Generator[list[Batch], None, None]]
     remake: Callable[[int], dict[str, Tensor]]
     unreadable: dict[str, str]
-    loss: Callable[[TrainState, nn.Module, Micro], Tensor]
+    loss: Callable[[TrainState, nn.Module, Batch], Tensor]
     extra: Callable[[], dict[str, float]] = dict
     look_at: Callable[[int], bool]
     validate: Callable[[TrainState, report.Reporter], None] | None = None
@@ -64,7 +63,7 @@ class Task(Generic[Micro]):
 def training_loop(
     config: TrainingRun,
     job: Job,
-    task: Task[Any],
+    task: Task,
     state: TrainState,
     forward: nn.Module,
     reporter: report.Reporter,
@@ -175,7 +174,7 @@ def open_report(config: TrainingRun, job: Job, state: TrainState) -> report.Repo
     if job.is_first:
         checkpoint.remove_unfinished(out)
         run_folder.write_config(config)
-        environment.write(out, job)
+        distributed.write_environment(out, job)
         report.forget_after(out, step)
     reporter = report.Reporter(
         out,

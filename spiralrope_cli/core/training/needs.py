@@ -14,9 +14,8 @@ from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.models.factory import meta_inputs, model_cost, on_meta
 from spiralrope_cli.core.runtime.device import pick_device, pick_precision
-from spiralrope_cli.core.runtime.disk import human_size
-from spiralrope_cli.core.runtime.launch import num_local_workers
-from spiralrope_cli.core.runtime.threads import usable_cores
+from spiralrope_cli.core.runtime.launch import num_local_workers, usable_cores
+from spiralrope_cli.core.runtime.progress import human_size
 from spiralrope_cli.core.training.checkpoint import needed_bytes
 
 BYTES_PER_PARAMETER = 20

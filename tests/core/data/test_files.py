@@ -10,21 +10,18 @@ import pytest
 import torch
 from PIL import Image
 
-from spiralrope_cli.core.config.datasets import PHOTOGRAPHS, find_data_set, list_images
+from spiralrope_cli.core.config.datasets import PHOTOGRAPHS, find_data_set, list_images, val_folder
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.recipes import PRETRAIN
 from spiralrope_cli.core.config.runs import AugmentConfig
 from spiralrope_cli.core.data import files
+from spiralrope_cli.core.data.augment import eval_transform, train_transform
 from spiralrope_cli.core.data.files import (
     ImageFiles,
     TrainFiles,
     Unreadable,
     collate,
-    eval_transform,
     load,
-    train_files,
-    train_transform,
-    val_files,
 )
 from spiralrope_cli.core.errors import DataError
 from spiralrope_cli.core.runtime.seeds import seed_everything
@@ -53,6 +50,11 @@ def root(tmp_path):
             for number in range(count):
                 save(tmp_path / split / name / f"{number}.png", picture(seed=number))
     return tmp_path
+
+
+def val_files(root):
+    transform = eval_transform(SIZE, 0.875)
+    return ImageFiles(list_images(val_folder(root)), transform, grey=False)
 
 
 # ---- folders
@@ -99,7 +101,7 @@ def test_the_validation_folder_may_have_any_usual_name(tmp_path, name):
     save(tmp_path / "train" / "a" / "0.png")
     save(tmp_path / name / "a" / "0.png")
     assert find_data_set(str(tmp_path)).num_val == 1
-    assert len(val_files(tmp_path, SIZE, 0.875, grey=False)) == 1
+    assert len(val_files(tmp_path)) == 1
 
 
 def test_no_folder_and_no_name_lists_what_there_is(tmp_path):
@@ -278,7 +280,7 @@ def test_a_batch_holds_what_could_be_read_and_names_the_rest():
 
 def test_the_same_keys_give_the_same_bytes_for_any_number_of_workers(root):
     keys = [[(n % 12, (0, 0, n)) for n in range(first, first + 6)] for first in range(0, 24, 6)]
-    trained = train_files(root, SIZE, RECIPE, grey=False)
+    trained = TrainFiles(list_images(root / "train"), train_transform(SIZE, RECIPE), grey=False)
     alone, shared, again = (
         list(load(trained, keys, workers, pin_memory=False)) for workers in (0, 2, 2)
     )
@@ -294,7 +296,7 @@ def test_the_same_keys_give_the_same_bytes_for_any_number_of_workers(root):
 def test_closing_ends_the_workers_while_an_error_is_on_its_way(root):
     keys = [[(n % 12, None)] for n in range(1000)]
     before = set(multiprocessing.active_children())
-    batches = load(val_files(root, SIZE, 0.875, grey=False), keys, 2, pin_memory=False)
+    batches = load(val_files(root), keys, 2, pin_memory=False)
     next(batches)
     workers = set(multiprocessing.active_children()) - before
     assert len(workers) == 2
@@ -306,7 +308,7 @@ def test_closing_ends_the_workers_while_an_error_is_on_its_way(root):
 def test_a_worker_that_was_killed_is_one_line(root):
     keys = [[(n % 12, None)] for n in range(1000)]
     before = set(multiprocessing.active_children())
-    batches = load(val_files(root, SIZE, 0.875, grey=False), keys, 1, pin_memory=False)
+    batches = load(val_files(root), keys, 1, pin_memory=False)
     next(batches)
     [worker] = set(multiprocessing.active_children()) - before
     worker.kill()
@@ -317,7 +319,7 @@ def test_a_worker_that_was_killed_is_one_line(root):
 def test_workers_name_unreadable_images(root):
     bad = root / "val" / "2" / "1.png"
     bad.write_bytes(b"no image")
-    evaluated = val_files(root, SIZE, 0.875, grey=False)
+    evaluated = val_files(root)
     keys = [[(n, None) for n in range(first, first + 4)] for first in (0, 4)]
     first, second = load(evaluated, keys, 2, pin_memory=False)
     assert [each.path for each in first.unreadable] == [str(bad)]

@@ -1,102 +1,32 @@
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 
-from spiralrope_cli.core.data import image_sets
-from spiralrope_cli.core.data.image_sets import image_batches
-from spiralrope_cli.core.data.inputs import list_images, look_at
-
-SIZES = [(8, 8), (6, 9), (8, 8), (8, 8), (6, 9), (5, 5), (8, 8)]
+from spiralrope_cli.core.data.image_sets import look_at, names_of
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Seven pictures of three sizes at several depths, whose first value is their number."""
-    for number, size in enumerate(SIZES):
-        where = tmp_path / ("deep/" * (number % 3))
-        where.mkdir(parents=True, exist_ok=True)
-        pixels = np.full((*size, 3), 10 * number, np.uint8)
-        Image.fromarray(pixels).save(where / f"{number}.png")
-    (tmp_path / "notes.txt").write_text("not an image")
-    return tmp_path
+@pytest.mark.parametrize(
+    ("notes", "num", "protocol"),
+    [
+        ({"num_images": 50, "protocol": "ours"}, 50, "ours"),
+        ({}, None, ""),
+        ({"num_images": [1, 2], "protocol": [1.0]}, None, ""),
+        ({"num_images": "many", "protocol": 3}, None, ""),
+        ({"num_images": -4}, None, ""),
+    ],
+)
+def test_what_statistics_say_of_themselves_is_believed_if_it_can_be(tmp_path, notes, num, protocol):
+    np.savez(tmp_path / "a.npz", mu=np.zeros(2048), sigma=np.eye(2048), **notes)
+    side = look_at(tmp_path / "a.npz", "REFERENCE")
+    assert (side.num, side.protocol) == (num, protocol)
+    assert side.words.startswith("statistics for fid of ")
 
 
-def read(path, part=None, batch_size=3, threads=2):
-    images = look_at(path, "SAMPLES").images
-    part = part or range(len(images))
-    return list(image_batches(images, part, batch_size, threads=threads, pin_memory=False))
-
-
-def test_a_folder_of_any_depth_comes_in_batches_with_sizes_together(folder):
-    files = look_at(folder, "SAMPLES").images.files
-    batches = read(folder)
-    assert sorted(number for batch in batches for number in batch.numbers) == list(range(7))
-    assert [len(batch.numbers) for batch in batches] == [3, 3, 1]
-    for batch in batches:
-        assert len({group.shape[2:] for group in batch.groups}) == len(batch.groups)
-        values = torch.cat([group[:, 0, 0, 0] for group in batch.groups])
-        assert [f"{value // 10}.png" for value in values.tolist()] == [
-            files[number].rpartition("/")[2] for number in batch.numbers
-        ]
-
-
-def test_links_are_followed_but_not_in_circles(folder, tmp_path_factory):
-    there = list_images(folder)
-    (folder / "again").symlink_to(folder, target_is_directory=True)
-    assert list_images(folder) == there
-    beside = tmp_path_factory.mktemp("beside")
-    (beside / "linked").symlink_to(folder, target_is_directory=True)
-    assert len(list_images(beside)) == len(there)
-
-
-def test_no_threads_beside_is_one(folder):
-    assert sum(len(batch.numbers) for batch in read(folder, threads=0)) == 7
-
-
-def test_a_batch_closes_before_its_pixels_outgrow_memory(folder, monkeypatch):
-    monkeypatch.setattr(image_sets, "LARGEST_BATCH", 300)
-    batches = read(folder, batch_size=100)
-    assert len(batches) > 3
-    assert sum(len(batch.numbers) for batch in batches) == 7
-
-
-def test_parts_make_the_whole(folder):
-    numbers = [batch.numbers for part in (range(3), range(3, 7)) for batch in read(folder, part)]
-    assert sorted(itertools.chain(*numbers)) == list(range(7))
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "I;16", "CMYK"])
-def test_every_mode_becomes_rgb_as_pillow_converts_it(tmp_path, mode):
-    name = "a.tif" if mode == "CMYK" else "a.png"
-    source = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).convert(
-        "L" if mode == "I;16" else mode
-    )
-    if mode == "I;16":
-        source = Image.fromarray(np.asarray(source).astype(np.uint16) * 200)
-    source.save(tmp_path / name)
-    found = image_sets.decode(str(tmp_path / name))
-    assert found.shape == (8, 8, 3)
-    with Image.open(tmp_path / name) as image:
-        np.testing.assert_array_equal(found, np.asarray(image.convert("RGB")))
-
-
-def test_what_cannot_be_decoded_is_carried_along(folder):
-    (folder / "a.png").write_text("hello")
-    batches = read(folder)
-    assert [bad.path for batch in batches for bad in batch.unreadable] == [str(folder / "a.png")]
-    assert sorted(number for batch in batches for number in batch.numbers) == [0, 1, 2, 4, 5, 6, 7]
-
-
-def test_who_stops_early_leaves_no_thread_behind(folder):
-    import threading
-
-    images = look_at(folder, "SAMPLES").images
-    batches = image_batches(images, range(7), 2, threads=2, pin_memory=False)
-    next(batches)
-    batches.close()
-    assert not [thread for thread in threading.enumerate() if "spiralrope" in thread.name]
+def test_names_are_known_or_numbers(image_folder):
+    assert names_of("digits", 10) == list("0123456789")
+    assert names_of("fashion-mnist", 10)[9] == "Ankle boot"
+    assert names_of("", 1000)[207] == "golden retriever"
+    assert names_of(str(image_folder), 2) == ["dark", "light"]
+    assert names_of(str(image_folder), 3) == ["0", "1", "2"]
+    assert names_of("gone", 2) == ["0", "1"]

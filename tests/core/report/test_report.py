@@ -18,8 +18,7 @@ from typer.testing import CliRunner
 from spiralrope_cli import main as cli
 from spiralrope_cli.core.config.nested import read_config
 from spiralrope_cli.core.errors import SpiralRopeError
-from spiralrope_cli.core.report.command import command
-from spiralrope_cli.core.report.page import leave_report, stages, write_report
+from spiralrope_cli.core.report.page import command, leave_report, stages, write_report
 from spiralrope_cli.core.runtime.run_folder import SOURCES_FILE, write_json
 
 BROWSER = next(

@@ -1,19 +1,32 @@
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from spiralrope_cli import RopeConfig, create_model
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.recipes import PRETRAIN
 from spiralrope_cli.core.config.training import OptimConfig
 from spiralrope_cli.core.models.deit import DeiT
-from spiralrope_cli.core.training.optim import build_optimizer, parameter_groups
+from spiralrope_cli.core.training.optim import (
+    build_optimizer,
+    lr_at,
+    parameter_groups,
+    set_learning_rate,
+)
 
 MANIFEST = json.loads((Path(__file__).parents[2] / "golden" / "manifest.json").read_text())
+RUNS = {run["id"]: run for run in MANIFEST["learning_rate"]}
+RECIPE = build(OptimConfig, PRETRAIN)
+
+law = settings(deadline=None, max_examples=100, derandomize=True)
 
 
 def tiny_deit():
@@ -69,3 +82,103 @@ def test_decay_shrinks_matrices_and_nothing_else():
     for name, tensor in model.state_dict().items():
         factor = 0.95 if MANIFEST["weight_decay_of"][name] else 1.0
         torch.testing.assert_close(tensor, before[name] * factor, msg=name)
+
+
+# ---- the learning rate
+
+
+@pytest.mark.parametrize("steps_per_epoch", [1, 7])
+@pytest.mark.parametrize("name", RUNS)
+def test_the_published_schedule_is_followed_epoch_by_epoch(name, steps_per_epoch):
+    run = RUNS[name]
+    config = run["config"]
+    batch = config["batch_size_per_process"] * config["accumulation"] * config["processes"]
+    optim = dataclasses.replace(
+        RECIPE,
+        schedule="published",
+        epochs=config["epochs"],
+        warmup_epochs=config["warmup_epochs"],
+        warmup_lr=config["warmup_lr"],
+        min_lr=config["min_lr"],
+        lr=config["lr_argument"],
+        lr_rule="linear" if config["scaled"] else "none",
+        batch_size=batch,
+    )
+    assert optim.peak_lr == pytest.approx(config["peak_lr_after_scaling"], rel=1e-12)
+    total = config["epochs"] * steps_per_epoch
+    ours = [lr_at(step, total, steps_per_epoch, optim) for step in range(total)]
+    published = [lr for lr in run["lr_used_in_epoch"] for _ in range(steps_per_epoch)]
+    assert ours == pytest.approx(published, rel=1e-12, abs=0)
+
+
+def test_a_published_schedule_rests_at_its_end():
+    optim = dataclasses.replace(RECIPE, schedule="published", epochs=30, warmup_epochs=2, steps=90)
+    late = [lr_at(step, optim.steps, 2, optim) for step in range(62, 90)]
+    assert late == pytest.approx([optim.min_lr] * len(late))
+
+
+@st.composite
+def cosine_runs(draw):
+    steps_per_epoch = draw(st.integers(1, 20))
+    warmup_epochs = draw(st.integers(0, 5))
+    epochs = warmup_epochs + draw(st.integers(1, 20))
+    peak = draw(st.floats(1e-5, 1e-2))
+    optim = dataclasses.replace(
+        RECIPE,
+        schedule="cosine",
+        epochs=epochs,
+        warmup_epochs=warmup_epochs,
+        lr=peak,
+        lr_rule="none",
+        min_lr=peak * draw(st.floats(0, 1)),
+        warmup_lr=peak * draw(st.floats(0, 1)),
+    )
+    total = epochs * steps_per_epoch
+    return (
+        optim,
+        warmup_epochs * steps_per_epoch,
+        [lr_at(step, total, steps_per_epoch, optim) for step in range(total)],
+    )
+
+
+@law
+@given(cosine_runs())
+def test_cosine_starts_at_the_warmup_rate_and_reaches_the_peak_and_the_end(drawn):
+    optim, warmup, rates = drawn
+    assert rates[warmup] == pytest.approx(optim.peak_lr, rel=1e-12)
+    if warmup:
+        assert rates[0] == optim.warmup_lr
+    if len(rates) - 1 > warmup:
+        assert rates[-1] == pytest.approx(optim.min_lr, rel=1e-9, abs=1e-18)
+
+
+@law
+@given(cosine_runs())
+def test_cosine_rises_in_equal_steps_and_then_only_falls(drawn):
+    optim, warmup, rates = drawn
+    rise = [after - before for before, after in itertools.pairwise(rates[: warmup + 1])]
+    assert rise == pytest.approx([(optim.peak_lr - optim.warmup_lr) / max(warmup, 1)] * warmup)
+    fall = rates[warmup:]
+    assert all(after <= before for before, after in itertools.pairwise(fall))
+    # Half a cosine is symmetric about its middle.
+    assert [a + b for a, b in zip(fall, fall[::-1], strict=True)] == pytest.approx(
+        [fall[0] + fall[-1]] * len(fall)
+    )
+
+
+def test_constant_is_the_peak_at_every_step():
+    optim = dataclasses.replace(RECIPE, schedule="constant", lr=3e-4, lr_rule="none")
+    assert {lr_at(step, 100, 10, optim) for step in range(100)} == {3e-4}
+
+
+def test_the_linear_rule_goes_by_the_whole_batch():
+    optim = dataclasses.replace(RECIPE, schedule="constant", lr=2e-4, batch_size=4096)
+    assert lr_at(0, 10, 1, dataclasses.replace(optim, lr_rule="linear")) == pytest.approx(1.6e-3)
+    assert lr_at(0, 10, 1, dataclasses.replace(optim, lr_rule="none")) == 2e-4
+
+
+def test_every_group_gets_the_learning_rate():
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(2))]} for _ in range(2)]
+    optimizer = torch.optim.AdamW(groups, lr=1.0)
+    set_learning_rate(optimizer, 0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from spiralrope_cli.core.runtime.threads import cores_per_process
+from spiralrope_cli.core.runtime.launch import cores_per_process
 
 
 @pytest.mark.parametrize(("processes", "cores"), [("1", 6), ("4", 1), ("9", 1)])

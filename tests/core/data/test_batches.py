@@ -8,7 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spiralrope_cli.core.data.order import apart, epoch_order, own_parts, repeated_order, step_slice
+from spiralrope_cli.core.data.batches import (
+    apart,
+    epoch_order,
+    own_parts,
+    repeated_order,
+    step_slice,
+)
 
 SAMPLER = json.loads((Path(__file__).parents[2] / "golden" / "manifest.json").read_text())[
     "sampler"
@@ -69,11 +75,11 @@ def test_the_parts_of_all_ranks_tile_the_batch(world, accumulation, micro):
     places = [
         place
         for rank in range(world)
-        for part in own_parts(rank, accumulation, micro)
+        for part in own_parts(rank, micro, accumulation)
         for place in range(part.start, part.stop)
     ]
     assert places == list(range(world * accumulation * micro))
-    assert len(own_parts(0, accumulation, micro)) == accumulation
+    assert len(own_parts(0, micro, accumulation)) == accumulation
 
 
 @law

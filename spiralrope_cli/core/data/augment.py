@@ -1,0 +1,253 @@
+"""What is done to images on their way to a network: cropped, augmented, normalised and mixed.
+
+All that is random follows from the seed parts, or the random numbers, that are handed in.
+
+Legend: B batch, K classes, (h, w) pixels.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import Mixup, create_transform
+from timm.data.auto_augment import NAME_TO_OP, posterize
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+
+from spiralrope_cli.core.config.runs import MIX_GROUP, AugmentConfig
+from spiralrope_cli.core.data.files import Transform
+from spiralrope_cli.core.errors import ConfigError
+from spiralrope_cli.core.runtime.seeds import generator_for, seed_everything
+
+POSTERIZE_OPS = ("Posterize", "PosterizeIncreasing", "PosterizeOriginal")
+CROP_ASPECT = (3 / 4, 4 / 3)
+
+
+# --- Single pictures, in loader processes
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """Keeps at least one bit: timm's strongest draws ask for none, which Pillow 13 refuses."""
+    return posterize(image, max(bits, 1))
+
+
+NAME_TO_OP.update(dict.fromkeys(POSTERIZE_OPS, _posterize))
+
+
+def train_transform(size: tuple[int, int], augment: AugmentConfig) -> Transform:
+    """The training transform of timm, up to uint8; it is normalised on the device.
+
+    Raises:
+        ConfigError: timm knows no such augmentation.
+    """
+    try:
+        return create_transform(
+            size,
+            is_training=True,
+            use_prefetcher=True,
+            scale=(augment.crop_scale, 1.0),
+            hflip=augment.hflip,
+            color_jitter=augment.color_jitter or None,  # type: ignore[arg-type]
+            auto_augment=None if augment.auto_augment == "none" else augment.auto_augment,
+            interpolation="bicubic",
+            mean=augment.mean,  # the colour that rotations fill with
+            re_prob=0.0,  # random erasing comes after normalisation
+        )
+    except (AssertionError, ValueError, KeyError, IndexError) as error:
+        raise ConfigError(f"--auto-augment {augment.auto_augment} is no policy of timm") from error
+
+
+def eval_transform(size: tuple[int, int], crop_ratio: float) -> Transform:
+    """The evaluation transform of timm: resize to size / crop_ratio, centre crop, uint8."""
+    return create_transform(
+        size,
+        is_training=False,
+        use_prefetcher=True,
+        interpolation="bicubic",
+        crop_pct=crop_ratio,
+        crop_mode="center",
+    )
+
+
+def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Halves by boxes while it is twice as large, then bicubic until it covers, then the centre.
+
+    Args:
+        image: of any size.
+        size: (height, width) in pixels.
+    """
+    height, width = size
+    while image.width >= 2 * width and image.height >= 2 * height:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = max(width / image.width, height / image.height)
+    larger = (round(image.width * scale), round(image.height * scale))
+    image = image.resize(larger, Image.Resampling.BICUBIC)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def cropped_array(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """The same as uint8 [channels, h, w]."""
+    pixels = np.asarray(center_crop(image, size))
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+# --- Batches, on the device
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_draws(num_images: int, seed: int, epoch: int) -> Tensor:
+    """[num_images, 5] float32 in [0, 1): one row of random numbers per place in the epoch."""
+    return torch.rand(num_images, 5, generator=generator_for(seed, "geometry", epoch))
+
+
+def warp(images: Tensor, draws: Tensor, augment: AugmentConfig, size: tuple[int, int]) -> Tensor:
+    """Moves, turns, crops or mirrors each picture by its own random numbers.
+
+    Args:
+        images: [B, channels, h, w] float.
+        draws: [B, 5] in [0, 1).
+        augment: the options.
+        size: (height, width) to give back.
+
+    Returns:
+        [B, channels, *size]; outside the picture lies black, or with `crop` its border.
+    """
+    height, width = images.shape[-2:]
+    draws = draws.to(images.device, non_blocking=True)
+    mirror = 1 - 2 * (draws[:, 0] < augment.hflip).float()
+    centred = 2 * draws - 1
+    if augment.geometry == "shift":
+        angle = centred[:, 1] * math.radians(augment.max_rotation)
+        shift_x = centred[:, 2] * (2 * augment.max_shift / width)
+        shift_y = centred[:, 3] * (2 * augment.max_shift / height)
+        cos, sin, ratio = angle.cos(), angle.sin(), height / width
+        # Coordinates run from -1 to 1 on both axes, whatever the picture's shape.
+        rows = [cos * mirror, -sin * ratio, shift_x, sin / ratio * mirror, cos, shift_y]
+        padding = "zeros"
+    else:
+        area = augment.crop_scale + (1 - augment.crop_scale) * draws[:, 1]
+        low, high = (math.log(aspect) for aspect in CROP_ASPECT)
+        aspect = (low + (high - low) * draws[:, 4]).exp()
+        wide, tall = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
+        zero = torch.zeros_like(area)
+        left, top = (1 - wide) * centred[:, 2], (1 - tall) * centred[:, 3]
+        rows = [wide * mirror, zero, left, zero, tall, top]
+        padding = "border"
+    affine = torch.stack(rows, dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(affine, [len(images), images.shape[1], *size], align_corners=False)
+    return F.grid_sample(images, grid, padding_mode=padding, align_corners=False)
+
+
+def resize_and_crop(images: Tensor, size: tuple[int, int], crop_ratio: float) -> Tensor:
+    """The evaluation protocol on tensors: shorter side to size / crop_ratio, then the centre.
+
+    Args:
+        images: [B, channels, h, w] float.
+        size: (height, width) to give back.
+        crop_ratio: share of the resized picture's shorter side that is kept.
+
+    Returns:
+        [B, channels, *size].
+    """
+    height, width = images.shape[-2:]
+    if (height, width) == size and crop_ratio == 1:
+        return images
+    scale = max(size[0] / height, size[1] / width) / crop_ratio
+    larger = (max(round(height * scale), size[0]), max(round(width * scale), size[1]))
+    images = F.interpolate(images, larger, mode="bicubic", antialias=True)
+    top, left = (larger[0] - size[0]) // 2, (larger[1] - size[1]) // 2
+    return images[..., top : top + size[0], left : left + size[1]].clamp(0, 255)
+
+
+@functools.lru_cache(maxsize=2)
+def mirror_draws(num_images: int, seed: int, epoch: int) -> Tensor:
+    """[num_images] float32 in [0, 1): one random number per place in the epoch."""
+    return torch.rand(num_images, generator=generator_for(seed, "mirror", epoch))
+
+
+def mirror(images: Tensor, chosen: Tensor) -> Tensor:
+    """Mirrors those pictures of [B, L, H, W] that [B] bool on the CPU chooses."""
+    if not chosen.any():
+        return images
+    where = chosen.to(images.device, non_blocking=True)[:, None, None, None]
+    return torch.where(where, images.flip(-1), images)
+
+
+class Normalise:
+    """Pixels as a classifier takes them.
+
+    Args:
+        mean: of each channel, of pixels in [0, 1].
+        std: likewise.
+        device: where the images are.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
+        self._mean = torch.tensor(mean, device=device).view(-1, 1, 1) * 255
+        self._std = torch.tensor(std, device=device).view(-1, 1, 1) * 255
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """[..., channels, h, w] in [0, 255], to mean 0 and deviation 1."""
+        return (images - self._mean) / self._std
+
+
+def erase(images: Tensor, probability: float, seed: int, first: int) -> Tensor:
+    """Random erasing of normalised pictures, each by its own random numbers.
+
+    Args:
+        images: [B, channels, h, w], changed in place.
+        probability: 0 for none.
+        seed: of the run.
+        first: place of the first image in the run.
+    """
+    if probability:
+        erasing = RandomErasing(probability, mode="pixel", device=images.device.type)
+        for place, image in enumerate(images, start=first):
+            seed_everything(seed, "erase", place)
+            erasing(image)
+    return images
+
+
+def mix(
+    images: Tensor, labels: Tensor, augment: AugmentConfig, num_classes: int, seed: int, first: int
+) -> tuple[Tensor, Tensor]:
+    """Mixup and cutmix over consecutive groups of the step's batch.
+
+    Every group draws once, by its place in the run, so that what is mixed with what is the same
+    for any micro batch size and number of processes.
+
+    Args:
+        images: [B, channels, h, w], changed in place; B holds whole groups.
+        labels: [B] class numbers.
+        augment: the options.
+        num_classes: K.
+        seed: of the run.
+        first: place of the first image in the run.
+
+    Returns:
+        images, and [B, K] mixed labels with smoothing; without mixing the labels as they came.
+    """
+    if not augment.mixes:
+        return images, labels
+    mixup = Mixup(
+        augment.mixup,
+        augment.cutmix,
+        switch_prob=augment.mixup_switch_prob,
+        label_smoothing=augment.smoothing,
+        num_classes=num_classes,
+    )
+    targets = []
+    for start in range(0, len(images), MIX_GROUP):
+        seed_everything(seed, "mix", first + start)
+        part = slice(start, start + MIX_GROUP)
+        images[part], mixed = mixup(images[part], labels[part])
+        targets.append(mixed)
+    return images, torch.cat(targets)

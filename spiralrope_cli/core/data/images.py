@@ -1,0 +1,176 @@
+"""Images of a set in batches of uint8 tensors, and tensors as images.
+
+Reading and decoding go on in threads beside the computation; memory does not grow with the set.
+
+Legend: B batch, (h, w) pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import defaultdict, deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from spiralrope_cli.core.data.files import Unreadable, open_picture
+from spiralrope_cli.core.data.image_sets import FolderInput, ImageInput, NpzImages
+from spiralrope_cli.core.data.npz import stream_rows
+from spiralrope_cli.core.runtime.launch import cores_per_process
+
+T = TypeVar("T")
+
+LARGEST_BATCH = 1 << 28
+"""Bytes of pixels after which a batch is closed before it is full."""
+MOST_THREADS = 8
+
+SMALLEST_SIDE = 64
+"""Smaller pictures are enlarged in a grid, pixel by pixel."""
+
+
+@dataclass
+class ImageBatch:
+    """Some images, together where they have one size.
+
+    Attributes:
+        numbers: place in the set of every image, in the order of the groups.
+        groups: [B, 3, h, w] uint8 each, one for every size.
+        unreadable: what could not be decoded.
+    """
+
+    numbers: list[int] = field(default_factory=list)
+    groups: list[Tensor] = field(default_factory=list)
+    unreadable: list[Unreadable] = field(default_factory=list)
+
+
+def image_batches(
+    images: ImageInput, part: range, batch_size: int, *, threads: int, pin_memory: bool
+) -> Generator[ImageBatch, None, None]:
+    """The images of a part of a set.
+
+    Args:
+        images: the set.
+        part: which of them, one after the other.
+        batch_size: images in a batch, at most.
+        threads: how many images are decoded at the same time; -1 goes by the cores.
+        pin_memory: whether the tensors will be copied to a GPU.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    if isinstance(images, FolderInput):
+        batches = _decoded(images, part, batch_size, threads)
+    else:
+        batches = _streamed(images, part, batch_size)
+    with contextlib.closing(batches):
+        for batch in batches:
+            if pin_memory:
+                batch.groups = [group.pin_memory() for group in batch.groups]
+            yield batch
+
+
+def _streamed(images: NpzImages, part: range, batch_size: int) -> Generator[ImageBatch, None, None]:
+    pieces = stream_rows(images.path, "arr_0", images.header, part, batch_size)
+    firsts = part[::batch_size]
+    # One thread, so that the stream is read in order.
+    with contextlib.closing(in_order((partial(next, pieces) for _ in firsts), 1, 2)) as read:
+        for first, piece in zip(firsts, read, strict=True):
+            yield ImageBatch(list(range(first, first + len(piece))), [_tensor(piece)])
+
+
+def _decoded(
+    images: FolderInput, part: range, batch_size: int, threads: int
+) -> Generator[ImageBatch, None, None]:
+    if threads < 0:
+        threads = min(MOST_THREADS, cores_per_process())
+    tasks = (partial(decode, images.files[number]) for number in part)
+    batch, sizes, num_bytes = ImageBatch(), _BySize(list), 0
+    with contextlib.closing(in_order(tasks, max(threads, 1), 4 * threads)) as pictures:
+        for number, picture in zip(part, pictures, strict=True):
+            if isinstance(picture, Unreadable):
+                batch.unreadable.append(picture)
+            else:
+                sizes[picture.shape].append((number, picture))
+                num_bytes += picture.nbytes
+            waiting = sum(map(len, sizes.values()))
+            if waiting == batch_size or num_bytes > LARGEST_BATCH or number == part[-1]:
+                for group in sizes.values():
+                    batch.numbers += [number for number, _ in group]
+                    batch.groups.append(_tensor(np.stack([picture for _, picture in group])))
+                yield batch
+                batch, sizes, num_bytes = ImageBatch(), _BySize(list), 0
+
+
+_BySize = defaultdict[tuple[int, ...], list[tuple[int, np.ndarray]]]
+
+
+def _tensor(pictures: np.ndarray) -> Tensor:
+    """[B, h, w, 3] as [B, 3, h, w], without a copy."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2)
+
+
+def decode(path: str) -> np.ndarray | Unreadable:
+    """[h, w, 3] uint8 of any image: grey and palettes become RGB, alpha is dropped.
+
+    So do the other tools whose figures ours are compared with.
+    """
+    picture = open_picture(path, lambda image: image.convert("RGB"))
+    return picture if isinstance(picture, Unreadable) else np.array(picture)
+
+
+def in_order(
+    tasks: Iterable[Callable[[], T]],
+    threads: int,
+    depth: int,
+    prepare: Callable[[], object] | None = None,
+) -> Generator[T, None, None]:
+    """The tasks' results in their order; who stops early should close it.
+
+    Args:
+        tasks: what to call; taken one by one, in this thread.
+        threads: how many are called at the same time.
+        depth: how many results may wait, at most.
+        prepare: called once in every thread, before its first task.
+    """
+    with ThreadPoolExecutor(threads, "spiralrope", prepare) as pool:
+        waiting: deque[Future[T]] = deque()
+        try:
+            for task in tasks:
+                waiting.append(pool.submit(task))
+                if len(waiting) > depth:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def to_levels(images: Tensor) -> Tensor:
+    """[N, 1 or 3, H, W] in [-1, 1] -> [N, 3, H, W] uint8 on the CPU; grey becomes RGB."""
+    levels = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return levels.to("cpu").expand(-1, 3, -1, -1)
+
+
+def picture_grid(levels: Tensor, columns: int | None = None) -> Image.Image:
+    """Pictures side by side.
+
+    Args:
+        levels: [N, 3, H, W] uint8.
+        columns: per row; by default a square of pictures.
+    """
+    from torchvision.utils import make_grid
+
+    larger = max(1, math.ceil(SMALLEST_SIDE / min(levels.shape[-2:])))
+    levels = levels.repeat_interleave(larger, 2).repeat_interleave(larger, 3)
+    columns = columns or math.ceil(math.sqrt(len(levels)))
+    pixels = make_grid(levels, nrow=columns, padding=2, pad_value=255)
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())

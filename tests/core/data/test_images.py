@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from spiralrope_cli.core.data import images as reading
+from spiralrope_cli.core.data.image_sets import list_images, look_at
+from spiralrope_cli.core.data.images import image_batches
+
+SIZES = [(8, 8), (6, 9), (8, 8), (8, 8), (6, 9), (5, 5), (8, 8)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Seven pictures of three sizes at several depths, whose first value is their number."""
+    for number, size in enumerate(SIZES):
+        where = tmp_path / ("deep/" * (number % 3))
+        where.mkdir(parents=True, exist_ok=True)
+        pixels = np.full((*size, 3), 10 * number, np.uint8)
+        Image.fromarray(pixels).save(where / f"{number}.png")
+    (tmp_path / "notes.txt").write_text("not an image")
+    return tmp_path
+
+
+def read(path, part=None, batch_size=3, threads=2):
+    images = look_at(path, "SAMPLES").images
+    part = part or range(len(images))
+    return list(image_batches(images, part, batch_size, threads=threads, pin_memory=False))
+
+
+def test_a_folder_of_any_depth_comes_in_batches_with_sizes_together(folder):
+    files = look_at(folder, "SAMPLES").images.files
+    batches = read(folder)
+    assert sorted(number for batch in batches for number in batch.numbers) == list(range(7))
+    assert [len(batch.numbers) for batch in batches] == [3, 3, 1]
+    for batch in batches:
+        assert len({group.shape[2:] for group in batch.groups}) == len(batch.groups)
+        values = torch.cat([group[:, 0, 0, 0] for group in batch.groups])
+        assert [f"{value // 10}.png" for value in values.tolist()] == [
+            files[number].rpartition("/")[2] for number in batch.numbers
+        ]
+
+
+def test_links_are_followed_but_not_in_circles(folder, tmp_path_factory):
+    there = list_images(folder)
+    (folder / "again").symlink_to(folder, target_is_directory=True)
+    assert list_images(folder) == there
+    beside = tmp_path_factory.mktemp("beside")
+    (beside / "linked").symlink_to(folder, target_is_directory=True)
+    assert len(list_images(beside)) == len(there)
+
+
+def test_no_threads_beside_is_one(folder):
+    assert sum(len(batch.numbers) for batch in read(folder, threads=0)) == 7
+
+
+def test_a_batch_closes_before_its_pixels_outgrow_memory(folder, monkeypatch):
+    monkeypatch.setattr(reading, "LARGEST_BATCH", 300)
+    batches = read(folder, batch_size=100)
+    assert len(batches) > 3
+    assert sum(len(batch.numbers) for batch in batches) == 7
+
+
+def test_parts_make_the_whole(folder):
+    numbers = [batch.numbers for part in (range(3), range(3, 7)) for batch in read(folder, part)]
+    assert sorted(itertools.chain(*numbers)) == list(range(7))
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "I;16", "CMYK"])
+def test_every_mode_becomes_rgb_as_pillow_converts_it(tmp_path, mode):
+    name = "a.tif" if mode == "CMYK" else "a.png"
+    source = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).convert(
+        "L" if mode == "I;16" else mode
+    )
+    if mode == "I;16":
+        source = Image.fromarray(np.asarray(source).astype(np.uint16) * 200)
+    source.save(tmp_path / name)
+    found = reading.decode(str(tmp_path / name))
+    assert found.shape == (8, 8, 3)
+    with Image.open(tmp_path / name) as image:
+        np.testing.assert_array_equal(found, np.asarray(image.convert("RGB")))
+
+
+def test_what_cannot_be_decoded_is_carried_along(folder):
+    (folder / "a.png").write_text("hello")
+    batches = read(folder)
+    assert [bad.path for batch in batches for bad in batch.unreadable] == [str(folder / "a.png")]
+    assert sorted(number for batch in batches for number in batch.numbers) == [0, 1, 2, 4, 5, 6, 7]
+
+
+def test_who_stops_early_leaves_no_thread_behind(folder):
+    import threading
+
+    images = look_at(folder, "SAMPLES").images
+    batches = image_batches(images, range(7), 2, threads=2, pin_memory=False)
+    next(batches)
+    batches.close()
+    assert not [thread for thread in threading.enumerate() if "spiralrope" in thread.name]
