@@ -16,7 +16,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from spiralrope_cli.commands import completion
-from spiralrope_cli.core.config.option import PANELS, Leaf, Opt, in_words, leaves, size
+from spiralrope_cli.core.config.models import size
+from spiralrope_cli.core.config.option import PANELS, Leaf, Opt, in_words, leaves
 
 SETTINGS: dict[str, Any] = {
     "add_completion": False,
@@ -116,11 +117,11 @@ def command(
 def _parameter(leaf: Leaf, opt: Opt, words: str, default: str | None) -> inspect.Parameter:
     """What Typer is told of a field: texts, so that all values are read in one place."""
     kind: Any = bool if leaf.hint is bool else list[str] if opt.many else str
-    usual = "WORD" if leaf.item.choices else PLACEHOLDERS.get(leaf.item.hint)
+    usual = "WORD" if leaf.choices else PLACEHOLDERS.get(leaf.hint)
     complete = getattr(completion, opt.complete or "paths")
-    if leaf.item.choices:
-        words += f" ({', '.join(leaf.item.choices)})"
-        complete = completion.words(*leaf.item.choices)
+    if leaf.choices:
+        words += f" ({', '.join(leaf.choices)})"
+        complete = completion.words(*leaf.choices)
     required = opt.required or (opt.argument and leaf.default is MISSING)
     said: dict[str, Any] = {
         "metavar": opt.metavar or usual,

@@ -10,17 +10,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from spiralrope_cli.core.config.latents import VAE_FACTOR, VAE_NAMES
-from spiralrope_cli.core.config.models import dit_size
-from spiralrope_cli.core.config.option import (
-    DATA,
-    MODEL,
-    PATH,
-    RECIPE,
-    RUN,
-    SIZE,
-    Opt,
-    check_fields,
-)
+from spiralrope_cli.core.config.models import SIZE, dit_size
+from spiralrope_cli.core.config.option import DATA, MODEL, PATH, RECIPE, RUN, Opt, check_fields
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import MachineConfig, OptimConfig

@@ -5,16 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from spiralrope_cli.core.config.models import check_divides
-from spiralrope_cli.core.config.option import (
-    DATA,
-    OUTPUT,
-    PATH,
-    SIZE,
-    WHICH,
-    Opt,
-    check_fields,
-)
+from spiralrope_cli.core.config.models import SIZE, check_divides
+from spiralrope_cli.core.config.option import DATA, OUTPUT, PATH, WHICH, Opt, check_fields
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.runs import EvalProtocol, ModelConfig
 from spiralrope_cli.core.config.training import MachineConfig

@@ -17,7 +17,6 @@ from spiralrope_cli.core.config.option import (
     SCORES,
     Opt,
     check_fields,
-    words,
 )
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
@@ -35,6 +34,11 @@ FIGURES = tuple(LABELS)
 EXTRACTOR = "inception-v3-compat 2015-12-05"
 PRECISIONS: tuple[Literal["fp32"], Literal["bf16"]] = ("fp32", "bf16")
 """The first is that of papers, and the default."""
+
+
+def words(text: str) -> tuple[str, ...]:
+    """`fid, IS` as ("fid", "is"), each once."""
+    return tuple(dict.fromkeys(word.strip().lower() for word in text.split(",")))
 
 
 @dataclass(frozen=True, kw_only=True)

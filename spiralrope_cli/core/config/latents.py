@@ -13,15 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from spiralrope_cli.core.config.datasets import BUILT_IN, class_folders, class_names
-from spiralrope_cli.core.config.option import (
-    DATA,
-    MACHINE,
-    PATH,
-    RUN,
-    SIZE,
-    Opt,
-    check_fields,
-)
+from spiralrope_cli.core.config.models import SIZE
+from spiralrope_cli.core.config.option import DATA, MACHINE, PATH, RUN, Opt, check_fields
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError, DataError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from spiralrope_cli.core.errors import ConfigError
 
@@ -146,3 +146,18 @@ def check_divides(image_size: tuple[int, int], patch_size: int) -> None:
                 f"--image-size {side} is not a multiple of the patch size, {patch_size}",
                 f"the nearest that is: {near}" if near else "--patch-size must be 1 or more",
             )
+
+
+def size(text: str) -> tuple[int, int]:
+    """`224` or `224x448` (height x width) as (height, width)."""
+    found = re.fullmatch(r"(\d+)(?:[xX](\d+))?", text.strip())
+    if not found:
+        raise ValueError
+    return int(found[1]), int(found[2] or found[1])
+
+
+SIZE: dict[str, Any] = {
+    **{"metavar": "N|HxW", "read": size},
+    "expects": "a side, as 224, or HxW, as 224x448",
+}
+"""What options of a size have in common."""

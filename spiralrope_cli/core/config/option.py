@@ -38,40 +38,24 @@ PANELS = (
 
 @dataclass(frozen=True)
 class Opt:
-    """The option of a field.
-
-    Attributes:
-        help: one sentence.
-        panel: heading that it stands below in the help.
-        flag: its spelling, where that is not the field's name.
-        metavar: placeholder of its value, where the type's name would say too little.
-        ge, gt, le, lt: bounds of a number.
-        pattern: regular expression of a text.
-        expects: what a value must be, in words, where type and bounds do not say it.
-        read: gives the value of a text, or raises ValueError.
-        complete: name of the completion in commands/completion.py.
-        free: a resumed run may have another value, as it changes no result.
-        many: the option can be repeated; the field is a tuple.
-        argument: it is no option but a word without a name.
-        required: the command does not work without it.
-    """
+    """The option of a field; bounds are of numbers."""
 
     help: str
-    panel: str = ""
+    panel: str = ""  # heading that it stands below in the help
     _: dataclasses.KW_ONLY
-    flag: str = ""
-    metavar: str = ""
+    flag: str = ""  # its spelling, where that is not the field's name
+    metavar: str = ""  # placeholder of its value, where the type's name would say too little
     ge: float | None = None
     gt: float | None = None
     le: float | None = None
     lt: float | None = None
-    pattern: str = ""
-    expects: str = ""
-    read: Callable[[str], Any] | None = None
-    complete: str = ""
-    free: bool = False
-    many: bool = False
-    argument: bool = False
+    pattern: str = ""  # regular expression of a text
+    expects: str = ""  # what a value must be, where type and bounds do not say it
+    read: Callable[[str], Any] | None = None  # gives the value of a text, or raises ValueError
+    complete: str = ""  # name of the completion in commands/completion.py
+    free: bool = False  # a resumed run may have another value, as it changes no result
+    many: bool = False  # it can be repeated; the field is a tuple
+    argument: bool = False  # it is a word without a name
     required: bool = False
 
 
@@ -80,24 +64,17 @@ class Leaf:
     """One value below a config: its name, type and default, and its option if it has one."""
 
     name: str
-    hint: Any
+    hint: Any  # of one value, where the option can be repeated
     optional: bool
+    many: bool
     default: Any
     opt: Opt | None
-    called: str
+    called: str  # in messages
 
     @property
     def choices(self) -> tuple[str, ...]:
         """The words that it can be, none where it is something else."""
         return typing.get_args(self.hint) if typing.get_origin(self.hint) is typing.Literal else ()
-
-    @property
-    def item(self) -> Leaf:
-        """One of the values of an option that can be repeated."""
-        if not (self.opt and self.opt.many):
-            return self
-        one = dataclasses.replace(self.opt, many=False)
-        return dataclasses.replace(self, hint=typing.get_args(self.hint)[0], opt=one)
 
     def allowed(self) -> str:
         """What the value must be, in words."""
@@ -120,10 +97,10 @@ class Leaf:
         Raises:
             ConfigError: names the option and what is allowed.
         """
+        if self.many and isinstance(value, (list, tuple)):
+            return tuple(dataclasses.replace(self, many=False).read(each) for each in value)
         if value is None and self.optional:
             return None
-        if self.item is not self and isinstance(value, (list, tuple)):
-            return tuple(self.item.read(each) for each in value)
         try:
             if isinstance(value, (str, int)) and self.opt and self.opt.read:
                 return self.opt.read(str(value))
@@ -137,8 +114,8 @@ class Leaf:
         Raises:
             ConfigError: names the option and what is allowed.
         """
-        for each in value if self.opt and self.opt.many else (value,):
-            if each is not None and not self.item._fits(each):
+        for each in value if self.many else (value,):
+            if each is not None and not self._fits(each):
                 raise self._refused(each)
 
     def _fits(self, value: Any) -> bool:
@@ -158,7 +135,7 @@ class Leaf:
     def _refused(self, value: Any) -> ConfigError:
         finite = ", and finite" if value in (math.inf, "inf") else ""
         told = "empty" if value == "" else value
-        return ConfigError(f"{self.called} is {told}; it must be {self.item.allowed()}{finite}")
+        return ConfigError(f"{self.called} is {told}; it must be {self.allowed()}{finite}")
 
 
 def _first(*bounds: float | None) -> float | None:
@@ -204,7 +181,10 @@ def _leaves(kind: type) -> dict[str, Leaf]:
             if opt:
                 flag = opt.flag.partition("/")[0] or "--" + field.name.replace("_", "-")
                 called = opt.metavar if opt.argument else flag
-            leaf = Leaf(field.name, hint, optional, field.default, opt, called or field.name)
+            many = opt is not None and opt.many
+            hint = typing.get_args(hint)[0] if many else hint
+            called = called or field.name
+            leaf = Leaf(field.name, hint, optional, many, field.default, opt, called)
             inner = {field.name: leaf}
         if twice := found.keys() & inner.keys():
             raise TypeError(f"{kind.__name__}: {', '.join(twice)} stands in two groups")
@@ -251,15 +231,7 @@ def in_words(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-# --- Readers of texts that are no single number, and what they expect.
-def size(text: str) -> tuple[int, int]:
-    """`224` or `224x448` (height x width) as (height, width)."""
-    found = re.fullmatch(r"(\d+)(?:[xX](\d+))?", text.strip())
-    if not found:
-        raise ValueError
-    return int(found[1]), int(found[2] or found[1])
-
-
+# --- Readers of texts that are no single number.
 def numbers(text: str) -> tuple[int, ...]:
     """`207,88` as (207, 88)."""
     if not re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*", text):
@@ -274,11 +246,6 @@ def pair(text: str) -> tuple[int, ...]:
     return found
 
 
-def words(text: str) -> tuple[str, ...]:
-    """`fid, IS` as ("fid", "is"), each once."""
-    return tuple(dict.fromkeys(word.strip().lower() for word in text.split(",")))
-
-
 def path(text: str) -> str:
     """A path without `~`, which no shell expands in `--out=~/runs`; an empty one is refused."""
     if not text.strip():
@@ -286,8 +253,4 @@ def path(text: str) -> str:
     return os.path.expanduser(text)
 
 
-SIZE: dict[str, Any] = {
-    **{"metavar": "N|HxW", "read": size},
-    "expects": "a side, as 224, or HxW, as 224x448",
-}
 PATH: dict[str, Any] = {"read": path, "expects": "a path", "metavar": "FOLDER"}

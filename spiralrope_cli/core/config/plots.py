@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from spiralrope_cli.core.config.models import deit_size, dit_size, is_dit
+from spiralrope_cli.core.config.models import SIZE, deit_size, dit_size, is_dit
 from spiralrope_cli.core.config.option import (
     LOOK,
     MODEL,
     PATH,
     PICTURE,
     ROPE,
-    SIZE,
     Opt,
     check_fields,
     pair,

@@ -9,16 +9,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from spiralrope_cli.core.config.datasets import DataSet
-from spiralrope_cli.core.config.models import check_divides, deit_size
-from spiralrope_cli.core.config.option import (
-    DATA,
-    MODEL,
-    PATH,
-    RUN,
-    SIZE,
-    Opt,
-    check_fields,
-)
+from spiralrope_cli.core.config.models import SIZE, check_divides, deit_size
+from spiralrope_cli.core.config.option import DATA, MODEL, PATH, RUN, Opt, check_fields
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.training import MachineConfig, OptimConfig
 from spiralrope_cli.core.errors import ConfigError

@@ -15,12 +15,12 @@ from spiralrope_cli.core.config.diffusion import (
 )
 from spiralrope_cli.core.config.dit_runs import NO_VAE, input_size
 from spiralrope_cli.core.config.latents import LATENT_CHANNELS, VAE_FACTOR, VAE_NAMES
+from spiralrope_cli.core.config.models import SIZE
 from spiralrope_cli.core.config.option import (
     PATH,
     PICTURES,
     RUN,
     SAMPLING,
-    SIZE,
     Opt,
     check_fields,
     numbers,

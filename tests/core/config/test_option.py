@@ -13,11 +13,12 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from spiralrope_cli.core import config
+from spiralrope_cli.core.config.fid import words
+from spiralrope_cli.core.config.models import SIZE, size
 from spiralrope_cli.core.config.option import (
     PANELS,
     PATH,
     RUN,
-    SIZE,
     Opt,
     check_fields,
     free_fields,
@@ -26,8 +27,6 @@ from spiralrope_cli.core.config.option import (
     numbers,
     pair,
     path,
-    size,
-    words,
 )
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.errors import ConfigError
