@@ -6,6 +6,7 @@ import compileall
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "peer.py").write_text(ONE_COMMAND)
         compileall.compile_dir(folder, quiet=1)
-        sides = {"python -c pass": partial(run, "-c", "pass")}
+        sides: dict[str, Callable[[], object]] = {"python -c pass": partial(run, "-c", "pass")}
         # Imported, as ours is, and so from its bytecode.
         sides[PEER] = partial(
             run,

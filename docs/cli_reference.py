@@ -1,4 +1,4 @@
-"""Writes docs/cli.md from the app itself: `make docs`."""
+"""Writes docs/cli.md from the app, and the fields of RopeConfig into python-api.md: `make docs`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ from typing import Any
 
 import typer
 
+from spiralrope_cli.core.config.option import leaves
+from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.main import app
 
 PAGE = Path(__file__).with_name("cli.md")
+API_PAGE = Path(__file__).with_name("python-api.md")
+FIELDS_HEAD = "| field of `RopeConfig` | default | |\n|---|---|---|\n"
 HEAD = """# Commands and options
 
 Written by `make docs` from the app, so that it says what `--help` says. An option that is not
-given takes its value from `--config`, the data set or the recipe; `--dry-run` shows which.
+given takes its value from `--config`, the data set or the recipe; `--dry-run` shows which. A
+default is that of the published recipe on photographs, and that of the bundled digits where theirs
+is another.
 
 `spiralrope --install-completion` lets the shell complete commands, options, architectures,
 published names, data sets and run folders ([how](README.md#completion)).
@@ -35,6 +41,19 @@ def reference() -> str:
     return HEAD + _page(typer.main.get_command(app), "spiralrope", None)
 
 
+def rope_fields() -> str:
+    """The table of RopeConfig's fields, in the words of their options."""
+    return FIELDS_HEAD + "".join(
+        _row(f"`{name}`", f"`{leaf.default!r}`", leaf.opt.help + _choices(leaf.choices))
+        for name, leaf in leaves(RopeConfig).items()
+        if leaf.opt
+    )
+
+
+def _choices(words: tuple[str, ...]) -> str:
+    return f" ({', '.join(words)})" if words else ""
+
+
 def _page(command: Any, name: str, parent: Any) -> str:
     context = typer.Context(command, info_name=name, parent=parent)
     path = context.command_path
@@ -48,7 +67,10 @@ def _page(command: Any, name: str, parent: Any) -> str:
             title = parameter.rich_help_panel or ("Arguments" if is_argument else "Options")
             name = f"`{parameter.metavar}`" if is_argument else _spelling(shown[0])
             panels.setdefault(title, []).append(_row(name, _meaning(parameter)))
-    subcommands = getattr(command, "commands", {})
+    subcommands = {  # a command is built when it is resolved
+        each: command.resolve_command(context, [each])[1]
+        for each in getattr(command, "commands", {})
+    }
     panels["Commands"] = [
         _row(f"[`{each}`](#{f'{path} {each}'.replace(' ', '-')})", _paragraphs(it.help)[0])
         for each, it in subcommands.items()
@@ -71,7 +93,11 @@ def _spelling(shown: str) -> str:
 
 
 def _meaning(parameter: Any) -> str:
-    words = " ".join((parameter.help or "").split())
+    """The words of the help, and the default that stands at their end in brackets."""
+    words, _, shown = " ".join((parameter.help or "").split()).partition(r" [dim]\[")
+    if shown:
+        usual, _, on_digits = shown.removesuffix("][/dim]").partition("; digits ")
+        words += f" Default: `{usual}`" + (f", on digits `{on_digits}`." if on_digits else ".")
     return f"{words} Required." if parameter.required else words
 
 
@@ -92,3 +118,5 @@ def _examples(epilog: str) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(reference())
+    table = re.compile(re.escape(FIELDS_HEAD) + r"(\|.*\n)*")
+    API_PAGE.write_text(table.sub(lambda _: rope_fields(), API_PAGE.read_text()))

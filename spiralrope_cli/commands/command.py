@@ -19,7 +19,20 @@ from spiralrope_cli.commands import completion
 from spiralrope_cli.core.config.models import size
 from spiralrope_cli.core.config.option import PANELS, Leaf, Opt, in_words, leaves
 
+
+class Group(TyperGroup):
+    """Commands below a name; their help waits for no flag of the group."""
+
+    def get_params(self, ctx: Any) -> Any:
+        """The flags that were not given are off: for one that is None, Typer loads pydantic."""
+        flags = super().get_params(ctx)
+        for flag in flags:
+            flag.default = flag.default or False
+        return flags
+
+
 SETTINGS: dict[str, Any] = {
+    "cls": Group,
     "add_completion": False,
     "rich_markup_mode": "rich",
     "pretty_exceptions_enable": False,
@@ -38,13 +51,7 @@ def commands(lines: Mapping[str, str], **more: Any) -> typer.Typer:
         more: settings of the group.
     """
 
-    class Group(TyperGroup):
-        def get_params(self, ctx: Any) -> Any:
-            flags = super().get_params(ctx)
-            for flag in flags:  # for a flag that is None, Typer would load pydantic
-                flag.default = flag.default or False
-            return flags
-
+    class OneOf(Group):
         def resolve_command(self, ctx: Any, args: list[str]) -> Any:
             if args and args[0] in lines:
                 module = f"spiralrope_cli.commands.{args[0].replace('-', '_')}"
@@ -52,7 +59,7 @@ def commands(lines: Mapping[str, str], **more: Any) -> typer.Typer:
                 self.commands[args[0]] = built
             return super().resolve_command(ctx, args)
 
-    app = typer.Typer(cls=Group, no_args_is_help=True, **{**SETTINGS, **more})
+    app = typer.Typer(no_args_is_help=True, **{**SETTINGS, "cls": OneOf, **more})
     for name, line in lines.items():
         app.command(name, help=line)(lambda: None)
     return app

@@ -219,7 +219,7 @@ def test_a_short_run_has_a_short_warm_up(resolved):
     ("text", "told"),
     [
         ("optim: {epochz: 3}", "did you mean 'epochs'"),
-        ("rope: {rotate: two}", "--rotate is two; it must be 0 or more"),
+        ("rope: {rotate: two}", "--rotate is two; it must be a whole number, 0 or more"),
         ("arch: 5", "--arch is 5; it must be a text"),
         ("augment: {mean: 0.5}", "mean is 0.5; it must be a list, each a number"),
         ("model: {image_size: wide}", "--image-size is wide; it must be a side, as 224, or HxW"),
@@ -243,7 +243,7 @@ def test_a_config_file_is_read_strictly(runs, resolved, text, told):
     ("words", "told"),
     [
         (["--arch", "deit-xs"], "did you mean deit-s?"),
-        (["--rotate", "-1"], "--rotate is -1; it must be 0 or more"),
+        (["--rotate", "-1"], "--rotate is -1; it must be a whole number, 0 or more"),
         (["--truncate-percentage", "1"], "--truncate-percentage is 1.0; it must be in [0, 1)"),
         (["--theta", "1"], "--theta is 1.0; it must be above 1"),
         (["--min-freq-lang", "2"], "--min-freq-lang is 2.0"),

@@ -167,7 +167,11 @@ def test_a_stage_that_stops_or_fails_ends_the_command_with_its_code(run, launche
         (["--finetune-epochs", 1], 2, "finetune: --warmup-epochs 1 leaves nothing"),
         (["--sweep", "rotate"], 2, "is not NAME=V,V"),
         (["--sweep", "seed=1,2"], 2, "seed cannot be swept"),
-        (["--sweep", "rotate=1,x"], 2, "x must be 0 or more; it is half the number of directions"),
+        (
+            ["--sweep", "rotate=1,x"],
+            2,
+            "x must be a whole number, 0 or more; it is half the number of directions",
+        ),
         (["--sweep", "same_theta=1"], 2, "1 must be true or false"),
         (["--sweep", "rotate=1,1"], 2, "holds a value twice"),
         (["--sweep", "rotate=1", "--sweep", "rotate=2"], 2, "--sweep rotate is given twice"),

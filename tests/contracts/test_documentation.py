@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 import typer
 from channel_layout import HEAD_DIM, PICTURE, ROTATES, picture
+from conftest import call_launch_instead
 from PIL import Image
 from typer.testing import CliRunner
 
-from spiralrope_cli import commands
 from spiralrope_cli import main as cli
 from spiralrope_cli.core.data import sample_files
 from spiralrope_cli.core.runtime import report, run_folder
@@ -232,22 +232,11 @@ def test_a_command_runs(line, among_small_things, monkeypatch, request):
     if TO_THE_END.get(told_apart(line)) == line:
         words += TINY.get(words[0], [])
     else:
-        for name in commands_that_launch():
-            monkeypatch.setattr(f"{name}.launch", lambda job, run: launched.append(run))
+        launched = call_launch_instead(monkeypatch)
     result = CliRunner().invoke(cli.app, words, prog_name="spiralrope")
     assert result.exit_code == 0, f"{words}\n{result.output}{result.exception!r}"
     if "--dry-run" in words:
         assert not launched
-
-
-def commands_that_launch():
-    """Modules of commands that start workers."""
-    folder = Path(commands.__path__[0])
-    return [
-        f"spiralrope_cli.commands.{path.stem}"
-        for path in folder.glob("*.py")
-        if re.search(r"^from .* import .*\blaunch\b", path.read_text(), re.MULTILINE)
-    ]
 
 
 def test_every_command_goes_to_the_end_somewhere():
@@ -267,7 +256,8 @@ def parsed(command, name, words, parent=None):
     if not hasattr(command, "commands"):
         return context
     rest = [*context._protected_args, *context.args]
-    return parsed(command.commands[rest[0]], rest[0], rest[1:], context)
+    inner = command.resolve_command(context, rest)[1]
+    return parsed(inner, rest[0], rest[1:], context)
 
 
 def examples_of_help():
@@ -285,6 +275,10 @@ def test_the_reference_of_commands_is_what_the_app_says(monkeypatch):
     for name, value in {"COLUMNS": "50", "NO_COLOR": "1", "TERM": "dumb"}.items():
         monkeypatch.setenv(name, value)
     assert GENERATED.read_text() == cli_reference.reference(), "make docs writes it anew"
+
+
+def test_the_page_of_the_python_api_shows_what_the_fields_of_rope_say():
+    assert cli_reference.rope_fields() in cli_reference.API_PAGE.read_text(), "make docs writes it"
 
 
 def test_the_picture_of_channels_is_what_the_embedding_does():

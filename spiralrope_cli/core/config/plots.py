@@ -92,7 +92,7 @@ class RopePlot:
             flag="--rotate",
             metavar="N",
             ge=0,
-            expects="0 or more; it is half the number of directions",
+            expects="a whole number, 0 or more; it is half the number of directions",
             many=True,
         ),
     ] = (RopeConfig.rotate,)

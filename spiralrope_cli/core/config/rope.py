@@ -27,7 +27,7 @@ class RopeConfig:
             "Half the number of directions, K = 2 * rotate; 0 and 1 are plain axial RoPE.",
             ROPE,
             ge=0,
-            expects="0 or more; it is half the number of directions",
+            expects="a whole number, 0 or more; it is half the number of directions",
         ),
     ] = 2
     theta: Annotated[

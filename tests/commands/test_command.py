@@ -1,0 +1,246 @@
+"""Commands are made of declarations: one at a time, each with its panels and its defaults."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+import typer
+from conftest import options_of
+from typer.testing import CliRunner
+
+from spiralrope_cli.commands.command import SETTINGS, command
+from spiralrope_cli.core.config import recipes
+from spiralrope_cli.core.config.datasets import DIGITS
+from spiralrope_cli.core.config.nested import to_nested
+from spiralrope_cli.core.config.option import PANELS, in_words
+from spiralrope_cli.core.config.plots import RopePlot
+from spiralrope_cli.core.config.resolve import resolve
+from spiralrope_cli.core.config.rope import RopeConfig
+from spiralrope_cli.core.config.training import MachineConfig
+from spiralrope_cli.core.errors import ConfigError
+from spiralrope_cli.main import COMMANDS, app
+
+
+def built(*names):
+    """A command as it is built when it is typed."""
+    group = typer.main.get_command(app)
+    for name in names:
+        _, group, _ = group.resolve_command(typer.Context(group), [name])
+    return group
+
+
+def every_command():
+    """The words of each command, `plot rope` among them."""
+    for name in COMMANDS:
+        inner = getattr(built(name), "commands", {})
+        yield from ([name, each] for each in inner) if inner else [[name]]
+
+
+EVERY = list(every_command())
+
+
+# --- Only the command that was typed is imported.
+@pytest.mark.parametrize(
+    ("words", "env", "loaded"),
+    [
+        (["--help"], {}, []),
+        (["--version"], {}, []),
+        (["pretrain", "--help"], {}, ["pretrain"]),
+        (["plot", "rope", "--help"], {}, ["plot"]),
+        (["pretrain", "--arch", "deit-x"], {}, ["pretrain"]),
+        (["nowhere"], {}, []),
+        ([], {"_SPIRALROPE_COMPLETE": "complete_bash", "COMP_WORDS": "spiralrope d"}, []),
+        (
+            [],
+            {"_SPIRALROPE_COMPLETE": "complete_bash", "COMP_WORDS": "spiralrope dit-train --v"},
+            ["dit_train"],
+        ),
+    ],
+)
+def test_only_the_command_that_was_typed_is_imported(words, env, loaded, tmp_path):
+    code = (
+        "import sys\nfrom spiralrope_cli.main import main\n"
+        f"sys.argv = ['spiralrope', *{words!r}]\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "here = 'spiralrope_cli.commands.'\n"
+        "print(sorted(m.removeprefix(here) for m in sys.modules if m.startswith(here)),\n"
+        "      [name for name in ('torch', 'pydantic') if name in sys.modules], file=sys.stderr)"
+    )
+    completing = {"COMP_CWORD": str(len(env.get("COMP_WORDS", "").split()) - 1), **env}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=True,
+        env={"PATH": "", "PYTHONPATH": ":".join(sys.path), **(completing if env else {})},
+    )
+    modules, heavy = re.fullmatch(r"(\[.*\]) (\[.*\])", done.stderr.splitlines()[-1]).groups()
+    assert modules == str(sorted([*loaded, "command", "completion"]))
+    told_at_once = "--help" in words or words == ["--version"]
+    assert heavy == "[]" if told_at_once else "torch" not in heavy
+    if env:
+        assert "--vae" in done.stdout or "dit-train" in done.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_groups_line_is_the_first_of_the_commands_own_help(name):
+    first = re.split(r"\n\s*\n", built(name).help.strip())[0]
+    assert " ".join(first.split()) == COMMANDS[name]
+
+
+@pytest.mark.parametrize("words", EVERY, ids=" ".join)
+def test_every_option_has_a_panel_and_panels_have_their_order(words):
+    panels = [
+        parameter.rich_help_panel
+        for parameter in built(*words).params
+        if parameter.param_type_name == "option" and parameter.name != "help"
+    ]
+    assert set(panels) <= set(PANELS)
+    assert panels == sorted(panels, key=PANELS.index)
+
+
+@pytest.mark.parametrize("words", EVERY, ids=" ".join)
+def test_an_option_stands_once_and_says_a_sentence(words):
+    spellings = [
+        spelling
+        for parameter in built(*words).params
+        if parameter.param_type_name == "option"
+        for spelling in (*parameter.opts, *parameter.secondary_opts)
+    ]
+    assert len(spellings) == len(set(spellings))
+    for parameter in built(*words).params:
+        assert parameter.help
+        assert parameter.metavar != "", parameter.name
+
+
+# --- Defaults.
+SHOWN = re.compile(r" \[dim\]\\\[(?P<photographs>.*?)(; digits (?P<digits>.*))?\]\[/dim\]$")
+BY_RULE = {"lr": " × batch/512"}
+OPEN = {"nproc"}
+"""Options whose 0 means that the machine decides."""
+
+
+def shown_defaults(name):
+    """Option -> the default that its help shows, on photographs and on the digits."""
+    found = {}
+    for parameter in built(name).params:
+        if match := SHOWN.search(getattr(parameter, "help", "") or ""):
+            usual = match["photographs"].removesuffix(BY_RULE.get(parameter.name, ""))
+            found[parameter.name] = usual, match["digits"] or usual
+    return found
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Folder of one empty file for each of 4096 training images."""
+    root = tmp_path_factory.mktemp("photographs")
+    for split, count in (("train", 4096), ("val", 1)):
+        (root / split / "cat").mkdir(parents=True)
+        for number in range(count):
+            (root / split / "cat" / f"{number}.jpg").touch()
+    return root
+
+
+@pytest.mark.parametrize("name", ["pretrain", "dit-train"])
+def test_a_default_of_the_help_is_the_one_that_resolution_gives(name, photographs):
+    shown = shown_defaults(name)
+    assert len(shown) > 35
+    for place, data in enumerate((str(photographs), "digits")):
+        run = resolve(name, {"data": data}).run
+        values = {}
+        for key, value in to_nested(run).items():
+            values |= value if isinstance(value, dict) else {key: value}
+        for option in options_of(name) - {"config", "name", "dry_run", "out", "data"}:
+            value = values[option]
+            if option in shown:
+                told = tuple(value) if isinstance(value, list) else value
+                assert shown[option][place] == in_words(told), option
+            else:
+                assert not value, f"{option} is {value}, and the help shows no default"
+                assert isinstance(value, (bool, str)) or option in {*OPEN, "steps"}, option
+
+
+def test_finetune_shows_the_recipe_but_not_what_its_source_decides():
+    shown = shown_defaults("finetune")
+    assert shown["lr"] == ("1e-05", in_words(DIGITS.defaults_of("finetune")["lr"]))
+    assert not shown.keys() & {"rotate", "theta", "image_size", "enabled"}
+    assert shown["auto_augment"][0] == recipes.FINETUNE["auto_augment"]
+
+
+@pytest.mark.parametrize(
+    ("words", "option", "default"),
+    [
+        ("dit-sample", "cfg_interval", "0,1000"),
+        ("dit-sample", "cfg_scale", "1"),
+        ("dit-sample", "steps", "250"),
+        ("dit-encode", "image_size", "256"),
+        ("dit-encode", "precision", "fp32"),
+        ("fid", "select", "all"),
+        ("plot rope", "rotates", "2"),
+        ("plot rope", "truncate_percentage", "0"),
+        ("run dit", "sampling_seed", "100"),
+    ],
+)
+def test_other_commands_show_their_defaults(words, option, default):
+    [helped] = [p.help for p in built(*words.split()).params if p.name == option]
+    assert SHOWN.search(helped)["photographs"] == default
+
+
+def test_choices_are_those_of_the_command():
+    choices = {
+        name: next(p.help for p in built(name).params if p.name == "schedule")
+        for name in ("pretrain", "dit-train")
+    }
+    assert "(cosine, constant, published)" in choices["pretrain"]
+    assert "(cosine, constant)" in choices["dit-train"]
+
+
+# --- What a command's function gets.
+def given_to(kind, words, **more):
+    """What the function of a command with the options of a config gets."""
+    one, got = typer.Typer(**SETTINGS), []
+
+    @command(one, "one", kind, examples="", **more)
+    def function(given):
+        """One command."""
+        got.append(given)
+
+    result = CliRunner().invoke(one, words, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return got[0]
+
+
+def test_a_function_gets_what_was_given_and_nothing_else():
+    assert given_to(MachineConfig, []) == {}
+    given = given_to(MachineConfig, ["--nproc", "0", "--no-compile", "--skip-bad"])
+    assert given == {"nproc": 0, "compile": False, "skip_bad": True}, "defaults too, if given"
+    given = given_to(RopePlot, ["--rotate", "1", "--rotate", "4", "--grid", "7x28"])
+    assert given == {"rotates": (1, 4), "grid": (7, 28)}
+    assert given_to(RopeConfig, ["--theta", "5", "--theta", "1e3"]) == {"theta": 1000.0}
+    with pytest.raises(ConfigError, match="--rotate is -1"):
+        given_to(RopeConfig, ["--rotate", "-1"])
+
+
+def test_a_command_can_leave_out_and_reword():
+    one = typer.Typer(**SETTINGS)
+
+    @command(
+        one,
+        "one",
+        MachineConfig,
+        examples="",
+        leave_out=("nproc",),
+        words={"precision": "Of the VAE."},
+        defaults={"precision": "fp32", "device": ""},
+    )
+    def function(given):
+        """One command."""
+
+    told = {parameter.name: parameter.help for parameter in typer.main.get_command(one).params}
+    assert "nproc" not in told
+    assert told["precision"] == r"Of the VAE. (auto, fp32, bf16) [dim]\[fp32][/dim]"
+    assert told["device"] == "By default a GPU, else the CPU. (auto, cpu, cuda, mps)"
