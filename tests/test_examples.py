@@ -10,7 +10,7 @@ import timm
 import torch
 from PIL import Image
 
-from spiralrope_cli.core.runtime.report import read_metrics
+from spiralrope_cli.core.runtime.progress import read_metrics
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

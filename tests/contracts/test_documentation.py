@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from spiralrope_cli import main as cli
 from spiralrope_cli.core.data import sample_files
-from spiralrope_cli.core.runtime import report, run_folder
+from spiralrope_cli.core.runtime import progress, run_folder
 
 ROOT = Path(__file__).parents[2]
 GENERATED = ROOT / "docs" / "cli.md"
@@ -344,7 +344,7 @@ def test_help_fits_80_columns(name):
 
 
 def test_every_file_that_a_run_leaves_is_described():
-    modules = (report, run_folder, sample_files)
+    modules = (progress, run_folder, sample_files)
     found = [item for each in modules for item in vars(each).items()]
     names = {value for name, value in found if name.endswith("_FILE")}
     assert len(names) >= 15

@@ -39,7 +39,6 @@ LIGHT_FILES = {
     "catalog.py",
     "source.py",
     "launch.py",
-    "report.py",
     "run_folder.py",
     "progress.py",
 }

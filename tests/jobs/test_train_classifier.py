@@ -18,7 +18,7 @@ from spiralrope_cli.core.errors import CheckpointError, SpiralRopeError, Trainin
 from spiralrope_cli.core.jobs import train
 from spiralrope_cli.core.runtime import launch, run_folder
 from spiralrope_cli.core.runtime.distributed import StopRequest
-from spiralrope_cli.core.runtime.report import read_metrics
+from spiralrope_cli.core.runtime.progress import read_metrics
 from spiralrope_cli.core.training import classification, loop
 
 EVERYTHING_RANDOM = {

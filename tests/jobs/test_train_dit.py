@@ -27,7 +27,7 @@ from spiralrope_cli.core.load import starting_point
 from spiralrope_cli.core.models.dit import sincos_pos_embed
 from spiralrope_cli.core.runtime import launch, run_folder
 from spiralrope_cli.core.runtime.distributed import StopRequest
-from spiralrope_cli.core.runtime.report import read_metrics
+from spiralrope_cli.core.runtime.progress import read_metrics
 from spiralrope_cli.core.training import diffusion, loop
 from spiralrope_cli.core.training.step import LossMeter
 

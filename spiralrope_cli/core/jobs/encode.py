@@ -34,8 +34,14 @@ from spiralrope_cli.core.runtime import distributed
 from spiralrope_cli.core.runtime.device import pick_device, pick_precision
 from spiralrope_cli.core.runtime.distributed import Job, open_job
 from spiralrope_cli.core.runtime.launch import is_first_process, world_size
-from spiralrope_cli.core.runtime.progress import console, counted, human_size, say, say_result
-from spiralrope_cli.core.runtime.report import say_unreadable
+from spiralrope_cli.core.runtime.progress import (
+    console,
+    counted,
+    human_size,
+    say,
+    say_result,
+    say_unreadable,
+)
 from spiralrope_cli.core.runtime.run_folder import check_space, refuse_run
 
 Images = list[tuple[str, int]]

@@ -45,8 +45,7 @@ from spiralrope_cli.core.runtime.device import (
 )
 from spiralrope_cli.core.runtime.distributed import Job, open_job
 from spiralrope_cli.core.runtime.launch import is_first_process
-from spiralrope_cli.core.runtime.progress import counted, say
-from spiralrope_cli.core.runtime.report import say_unreadable
+from spiralrope_cli.core.runtime.progress import counted, say, say_unreadable
 from spiralrope_cli.core.runtime.run_folder import EVAL_FILE, SIZES_FILE, read_rows
 from spiralrope_cli.core.weights import Weights, colours, here, read_weights
 

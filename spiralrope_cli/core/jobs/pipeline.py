@@ -45,8 +45,7 @@ from spiralrope_cli.core.hub.inception import find_inception
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.hub.vae import find_vae, local_vae
 from spiralrope_cli.core.runtime.launch import check_not_joined, launch, world_size
-from spiralrope_cli.core.runtime.progress import say
-from spiralrope_cli.core.runtime.report import check_tracker
+from spiralrope_cli.core.runtime.progress import check_tracker, say
 from spiralrope_cli.core.runtime.run_folder import (
     FID_FILE,
     NPZ_FILE,

@@ -26,8 +26,7 @@ from spiralrope_cli.core.errors import CheckpointError, ConfigError, DataError
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.plots.curves import draw_curves
 from spiralrope_cli.core.plots.style import save
-from spiralrope_cli.core.runtime.progress import say, say_result
-from spiralrope_cli.core.runtime.report import METRICS_FILE
+from spiralrope_cli.core.runtime.progress import METRICS_FILE, say, say_result
 from spiralrope_cli.core.runtime.run_folder import CONFIG_FILE, NPZ_FILE, PIPELINE_FILE, find_run
 
 if TYPE_CHECKING:

@@ -24,14 +24,14 @@ from spiralrope_cli.core.config.training import LINEAR_RULE_BATCH
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.hub.vae import find_vae, local_vae
+from spiralrope_cli.core.report.results import print_results
 from spiralrope_cli.core.runtime.launch import (
     is_first_process,
     joined_world_size,
     launch,
     world_size,
 )
-from spiralrope_cli.core.runtime.progress import console, say
-from spiralrope_cli.core.runtime.report import check_tracker, print_results, say_unreadable
+from spiralrope_cli.core.runtime.progress import check_tracker, console, say, say_unreadable
 from spiralrope_cli.core.runtime.run_folder import CURVES_FILE, first_step, is_finished, prepare
 
 if TYPE_CHECKING:

@@ -23,10 +23,10 @@ from spiralrope_cli.core.metrics.inception import NUM_CLASSES, Features, Incepti
 from spiralrope_cli.core.metrics.inception_score import InceptionScore
 from spiralrope_cli.core.metrics.kid import kernel_distance
 from spiralrope_cli.core.metrics.precision_recall import precision_recall
-from spiralrope_cli.core.runtime import distributed, report
+from spiralrope_cli.core.runtime import distributed
 from spiralrope_cli.core.runtime.device import autocast
 from spiralrope_cli.core.runtime.distributed import Job
-from spiralrope_cli.core.runtime.progress import counted, say
+from spiralrope_cli.core.runtime.progress import counted, say, say_unreadable
 
 ARRAYS = {
     "fid": ("mean", "covariance"),
@@ -140,7 +140,7 @@ def _measure_images(
         result = sums.merged()
     reasons = {path: why for each in distributed.gathered(unreadable) for path, why in each.items()}
     if job.is_first:
-        report.say_unreadable(reasons)
+        say_unreadable(reasons)
     _check(run, side, result)
     return result
 

@@ -17,7 +17,7 @@ from spiralrope_cli.core.plots.style import (
     grid_of_axes,
     save,
 )
-from spiralrope_cli.core.runtime.report import METRICS_FILE, read_metrics
+from spiralrope_cli.core.runtime.progress import METRICS_FILE, read_metrics
 from spiralrope_cli.core.runtime.run_folder import inner_runs
 
 if TYPE_CHECKING:

@@ -26,8 +26,7 @@ from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.plots.curves import curves
 from spiralrope_cli.core.plots.style import Drawing, drawings
 from spiralrope_cli.core.report.results import Result, results
-from spiralrope_cli.core.runtime.progress import say
-from spiralrope_cli.core.runtime.report import METRICS_FILE, read_metrics
+from spiralrope_cli.core.runtime.progress import METRICS_FILE, read_metrics, say
 from spiralrope_cli.core.runtime.run_folder import (
     CONFIG_FILE,
     CURVES_FILE,

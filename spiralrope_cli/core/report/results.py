@@ -1,4 +1,4 @@
-"""What came out of a run, for its page: tables and pictures, as far as there are any."""
+"""What came out of a run: its last lines on stdout, and tables and pictures for its page."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
+from rich.table import Table as RichTable
 
 from spiralrope_cli.core.config.fid import LABELS
-from spiralrope_cli.core.runtime.report import ACCURACY_COLUMNS, accuracy_rows, read_metrics
+from spiralrope_cli.core.runtime.progress import console, read_metrics, say_result
 from spiralrope_cli.core.runtime.run_folder import (
+    CURVES_FILE,
     EVAL_FILE,
     FID_FILE,
     PIPELINE_FILE,
+    REPORT_FILE,
     SAMPLES_FILE,
     SIZES_FILE,
     SWEEP_FILE,
@@ -27,9 +30,63 @@ LARGEST_PICTURE = 1_500_000
 """Bytes of a picture that goes in as it is; larger ones are made smaller."""
 PICTURE_SIDE = 1600
 JPEG_QUALITY = 85
+FIGURES = (("acc1", 2), ("acc5", 2), ("val_loss", 4))
+ACCURACY_COLUMNS = ("weights", "step", "acc@1 %", "acc@5 %", "loss", "images")
 SPREAD = (("acc1", 2), ("acc5", 2), ("loss", 4))
 
 Record = dict[str, Any]
+
+
+# --- On stdout
+
+
+def print_results(folder: Path) -> None:
+    """The final figures of a run, on stdout; the last line is for scripts to find."""
+    lines = read_metrics(folder)
+    validations = [line for line in lines if "acc1" in line]
+    if validations:
+        console().print(accuracy_table(folder, validations))
+    pictures = (("curves", CURVES_FILE), ("samples", SAMPLES_FILE), ("report", REPORT_FILE))
+    for name, file in pictures:
+        if (folder / file).exists():
+            say_result(f"{name}: {folder / file}")
+    if validations:
+        say_result(f"held-out acc@1 {validations[-1]['acc1']:.2f} %")
+    elif lines:
+        say_result(f"training loss {lines[-1]['loss']:.4f}")
+
+
+def accuracy_table(folder: Path, validations: list[dict[str, Any]]) -> RichTable:
+    """Raw and averaged weights at the last and at the best validation."""
+    table = RichTable(title=str(folder), title_justify="left")
+    for column in ACCURACY_COLUMNS:
+        table.add_column(column, justify="left" if column == "weights" else "right")
+    for row in accuracy_rows(validations):
+        table.add_row(*row)
+    return table
+
+
+def accuracy_rows(validations: list[dict[str, Any]]) -> list[list[str]]:
+    """The cells of that table, by `ACCURACY_COLUMNS`."""
+    last = validations[-1]
+    best = max(validations, key=lambda line: (line["acc1"], -line["step"]))
+    return [
+        [
+            name,
+            str(line["step"]),
+            *(f"{line[prefix + key]:.{digits}f}" for key, digits in FIGURES),
+            str(line["count"]),
+        ]
+        for name, line, prefix in (
+            ("last, raw", last, ""),
+            ("last, EMA", last, "ema_"),
+            ("best, raw", best, ""),
+            ("best, EMA", best, "ema_"),
+        )
+    ]
+
+
+# --- On the page
 
 
 class Table(NamedTuple):

@@ -14,7 +14,7 @@ from spiralrope_cli.core.metrics.accuracy import evaluate
 from spiralrope_cli.core.models.deit import DeiT
 from spiralrope_cli.core.runtime.device import autocast
 from spiralrope_cli.core.runtime.distributed import Job
-from spiralrope_cli.core.runtime.report import Reporter
+from spiralrope_cli.core.runtime.progress import Reporter
 from spiralrope_cli.core.runtime.seeds import generator_for
 from spiralrope_cli.core.training.loop import Task, due
 from spiralrope_cli.core.training.step import TrainState

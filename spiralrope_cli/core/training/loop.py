@@ -23,12 +23,13 @@ from spiralrope_cli.core.config.nested import to_nested
 from spiralrope_cli.core.data.batches import Batch
 from spiralrope_cli.core.errors import CheckpointError, TrainingError
 from spiralrope_cli.core.models.factory import create_model
-from spiralrope_cli.core.runtime import distributed, report, run_folder
+from spiralrope_cli.core.runtime import distributed, run_folder
 from spiralrope_cli.core.runtime.distributed import Job
+from spiralrope_cli.core.runtime.progress import Reporter, forget_after
 from spiralrope_cli.core.runtime.seeds import seed_everything
 from spiralrope_cli.core.training import checkpoint
 from spiralrope_cli.core.training.optim import freeze_but, lr_at, set_learning_rate
-from spiralrope_cli.core.training.step import LossMeter, TrainState, train_step
+from spiralrope_cli.core.training.step import Clock, LossMeter, TrainState, train_step
 
 LOWER_LR = "try a lower --lr, --clip-grad 1 or --precision fp32"
 
@@ -56,7 +57,7 @@ class Task:
     loss: Callable[[TrainState, nn.Module, Batch], Tensor]
     extra: Callable[[], dict[str, float]] = dict
     look_at: Callable[[int], bool]
-    validate: Callable[[TrainState, report.Reporter], None] | None = None
+    validate: Callable[[TrainState, Reporter], None] | None = None
     sample: Callable[[TrainState], str] | None = None
 
 
@@ -66,7 +67,7 @@ def training_loop(
     task: Task,
     state: TrainState,
     forward: nn.Module,
-    reporter: report.Reporter,
+    reporter: Reporter,
 ) -> None:
     """Trains until the last step, or until a signal.
 
@@ -75,7 +76,7 @@ def training_loop(
         SystemExit: a signal came; the state is saved.
     """
     total_steps, optim = config.total_steps, config.optim
-    meter, clock = LossMeter(job.device), report.Clock(optim.batch_size, state.step)
+    meter, clock = LossMeter(job.device), Clock(optim.batch_size, state.step)
     with contextlib.closing(task.train_steps(state.step, total_steps)) as batches:
         while state.step < total_steps:
             lr = lr_at(state.step, total_steps, config.steps_per_epoch, optim)
@@ -168,15 +169,15 @@ def build_state(
     return state, DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
-def open_report(config: TrainingRun, job: Job, state: TrainState) -> report.Reporter:
+def open_report(config: TrainingRun, job: Job, state: TrainState) -> Reporter:
     """Puts the folder in order for a run from the state's step, and opens its reporter."""
     out, step = Path(config.out), state.step
     if job.is_first:
         checkpoint.remove_unfinished(out)
         run_folder.write_config(config)
         distributed.write_environment(out, job)
-        report.forget_after(out, step)
-    reporter = report.Reporter(
+        forget_after(out, step)
+    reporter = Reporter(
         out,
         total_steps=config.total_steps,
         steps_per_epoch=config.steps_per_epoch,

@@ -1,9 +1,10 @@
-"""What training changes, one optimizer step, and the loss since the last log point."""
+"""What training changes, one optimizer step, and loss and speed since the last log point."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -126,3 +127,26 @@ class LossMeter:
         self._sum = torch.zeros_like(self._sum)
         self._num_steps = 0
         return mean.item(), None if first == NEVER else first, int(mine.item()) == first
+
+
+class Clock:
+    """Images per second between log points, without the time that validation and saving take."""
+
+    def __init__(self, batch_size: int, step: int) -> None:
+        self._batch_size = batch_size
+        self._since = (time.perf_counter(), step)
+        self._paused = 0.0
+
+    def rate(self, step: int) -> float:
+        """Images per second since the last call."""
+        now, (then, first) = time.perf_counter(), self._since
+        seconds = now - then - self._paused
+        self._since, self._paused = (now, step), 0.0
+        return self._batch_size * (step - first) / max(seconds, 1e-9)
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leaves out what happens inside."""
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
