@@ -329,3 +329,11 @@ def test_the_posterior_is_drawn_anew_for_every_sample(on_photographs, tiny_vae):
     assert not torch.equal(one, other)
     mean, std = vae.encode(first.images)
     assert ((one / vae.scale - mean) / std).std() == pytest.approx(1, abs=0.2)
+
+
+def test_grey_pictures_in_memory_go_through_a_vae_in_three_channels(tiny, tiny_vae):
+    run = tiny(data="digits", vae=str(tiny_vae), image_size=(32, 32))
+    assert run.model.in_chans == 4
+    (first, _) = next(dit_data(run, CPU, 0, 1).train_steps(0, 1))
+    assert first.images.shape == (8, 3, 32, 32)
+    assert torch.equal(first.images[:, 0], first.images[:, 2])

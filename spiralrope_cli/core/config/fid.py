@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-from spiralrope_cli.core.config.folders import cache_folder
+from spiralrope_cli.core.config.hub import cache_folder
 from spiralrope_cli.core.config.option import (
     IMAGES,
     MACHINE,

@@ -1,7 +1,8 @@
-"""What `fetch` and `export` are asked. Standard library only."""
+"""What `fetch` and `export` are asked, and where downloads are kept. Standard library only."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,6 +11,12 @@ from spiralrope_cli.core.config.option import PATH, SHOW, WHERE, WRITE, Opt, che
 from spiralrope_cli.core.errors import ConfigError
 
 FILE_SUFFIXES = (".pth", ".pt")
+
+
+def cache_folder() -> Path:
+    """Where downloads and unpacked data sets are kept."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("SPIRALROPE_CACHE") or Path(base) / "spiralrope")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from spiralrope_cli.core.atomic import atomic_write
-from spiralrope_cli.core.config.folders import cache_folder
+from spiralrope_cli.core.config.hub import cache_folder
 from spiralrope_cli.core.errors import DataError
 from spiralrope_cli.core.runtime import distributed
 

@@ -22,7 +22,7 @@ from rich.progress import (
 )
 
 from spiralrope_cli.core.atomic import flush
-from spiralrope_cli.core.config.folders import cache_folder
+from spiralrope_cli.core.config.hub import cache_folder
 from spiralrope_cli.core.errors import ConfigError, FetchError, NoRouteError
 from spiralrope_cli.core.hub.catalog import Row
 from spiralrope_cli.core.hub.files import (

@@ -24,7 +24,7 @@ from spiralrope_cli.core.config.datasets import (
     val_folder,
 )
 from spiralrope_cli.core.config.doctor import Checkup, Finding
-from spiralrope_cli.core.config.folders import cache_folder
+from spiralrope_cli.core.config.hub import cache_folder
 from spiralrope_cli.core.config.resolve import choose_data
 from spiralrope_cli.core.config.samples import num_samples
 from spiralrope_cli.core.data import memory

@@ -41,7 +41,7 @@ from spiralrope_cli.core.config.samples import check_chain, decoder_of, num_samp
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.image_sets import look_at
 from spiralrope_cli.core.errors import CheckpointError, FetchError
-from spiralrope_cli.core.hub.inception import find_inception
+from spiralrope_cli.core.hub.download import find_inception
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.hub.vae import find_vae, local_vae
 from spiralrope_cli.core.runtime.launch import check_not_joined, launch, world_size

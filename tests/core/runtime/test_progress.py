@@ -1,4 +1,4 @@
-"""Progress counts whole ones, however finely it is told of them."""
+"""Progress counts whole ones, however finely it is told of them; sizes are told in words."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from spiralrope_cli.core.runtime.progress import Pace
+from spiralrope_cli.core.runtime.progress import Pace, human_size
 
 
 @pytest.mark.parametrize(("images", "parts"), [(7, 3), (3, 7), (64, 251), (1, 1)])
@@ -29,3 +29,11 @@ def test_it_never_counts_beyond_the_total():
     pace.advance(4)
     pace.advance(4)
     assert pace.done == 5
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (999, "999 B"), (1.5e6, "1.5 MB"), (2e12, "2.000 TB"), (1e18, "1,000,000 TB")],
+)
+def test_sizes_are_told_as_download_pages_do(size, text):
+    assert human_size(size) == text

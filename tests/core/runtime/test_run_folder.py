@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 
 from spiralrope_cli.core.errors import DiskError
-from spiralrope_cli.core.runtime.progress import human_size
 from spiralrope_cli.core.runtime.run_folder import check_space
 
 
@@ -23,11 +22,3 @@ def test_what_folders_of_one_disk_need_is_added_up(tmp_path, small_disk):
     assert str(refused.value) == (
         f"{tmp_path} has 1 kB free, and 1.2 kB are needed for two things\nfree some"
     )
-
-
-@pytest.mark.parametrize(
-    ("size", "text"),
-    [(0, "0 B"), (999, "999 B"), (1.5e6, "1.5 MB"), (2e12, "2.000 TB"), (1e18, "1,000,000 TB")],
-)
-def test_sizes_are_told_as_download_pages_do(size, text):
-    assert human_size(size) == text
