@@ -153,7 +153,7 @@ def _parameter(leaf: Leaf, opt: Opt, words: str, default: str | None) -> inspect
 def _default(leaf: Leaf, opt: Opt) -> str:
     """The field's own default for the help; nothing where there is none, or 0 for one yet open."""
     default: Any = leaf.default
-    if default is MISSING or (not default and leaf.hint is not float):
+    if default in (MISSING, None) or (not default and leaf.hint is not float):
         return ""
     if isinstance(default, tuple) and opt.read is not size:
         return ",".join(map(in_words, default))

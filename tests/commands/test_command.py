@@ -40,6 +40,8 @@ def every_command():
 
 
 EVERY = list(every_command())
+SHOWN = re.compile(r" \[dim\]\\\[(?P<photographs>.*?)(; digits (?P<digits>.*))?\]\[/dim\]$")
+"""The default, at the end of an option's help."""
 
 
 # --- Only the command that was typed is imported.
@@ -115,10 +117,11 @@ def test_an_option_stands_once_and_says_a_sentence(words):
     for parameter in built(*words).params:
         assert parameter.help
         assert parameter.metavar != "", parameter.name
+        shown = SHOWN.search(parameter.help)
+        assert not shown or shown["photographs"] not in ("", "None", "off", "()"), parameter.name
 
 
 # --- Defaults.
-SHOWN = re.compile(r" \[dim\]\\\[(?P<photographs>.*?)(; digits (?P<digits>.*))?\]\[/dim\]$")
 BY_RULE = {"lr": " × batch/512"}
 OPEN = {"nproc"}
 """Options whose 0 means that the machine decides."""
