@@ -25,6 +25,7 @@ from spiralrope_cli.core.config.models import (
     dit_size,
     is_dit,
 )
+from spiralrope_cli.core.config.option import leaves
 from spiralrope_cli.core.config.resolve import fit_channels
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
@@ -249,21 +250,14 @@ def _override(
     trained: RopeConfig, chosen: dict[str, Any], source: Source
 ) -> tuple[RopeConfig, tuple[str, ...]]:
     """The options with the user's in place, and a warning for each that contradicts."""
+    known = leaves(RopeConfig)
     against = [
-        f"{_as_given(name, value)} contradicts {source.given}, which was trained with "
-        f"{_as_given(name, getattr(trained, name))}"
+        f"{' '.join(known[name].typed(value))} contradicts {source.given}, which was trained with "
+        f"{' '.join(known[name].typed(getattr(trained, name)))}"
         for name, value in chosen.items()
         if getattr(trained, name) != value and name != "scaling"
     ]
     return dataclasses.replace(trained, **chosen), tuple(against)
-
-
-def _as_given(name: str, value: Any) -> str:
-    """An option and its value as they are typed."""
-    option = "rope" if name == "enabled" else name.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{option}" if value else f"--no-{option}"
-    return f"--{option} {value}"
 
 
 def _side(tokens: int, given: Any) -> tuple[int, int]:

@@ -11,7 +11,16 @@ from typing import Annotated, Any, Literal
 
 from spiralrope_cli.core.config.latents import VAE_FACTOR, VAE_NAMES
 from spiralrope_cli.core.config.models import SIZE, dit_size
-from spiralrope_cli.core.config.option import DATA, MODEL, PATH, RECIPE, RUN, Opt, check_fields
+from spiralrope_cli.core.config.option import (
+    DATA,
+    MODEL,
+    PATH,
+    RECIPE,
+    RUN,
+    Opt,
+    check_fields,
+    folder,
+)
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import MachineConfig, OptimConfig
@@ -65,7 +74,13 @@ class PictureConfig:
         ),
     ]
     latents: Annotated[
-        str, Opt("Train from a folder of dit-encode, in place of --data.", DATA, metavar="FOLDER")
+        str,
+        Opt(
+            "Train from a folder of dit-encode, in place of --data.",
+            DATA,
+            metavar="FOLDER",
+            read=folder,
+        ),
     ] = ""
 
     def __post_init__(self) -> None:

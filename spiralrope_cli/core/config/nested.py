@@ -24,7 +24,7 @@ RUN_KINDS: dict[str, type[TrainingRun]] = {
 
 
 def read_config(path: Path, kind: type[TrainingRun] | None = None) -> dict[str, Any]:
-    """Flat values of a `config.yaml`.
+    """Flat values of a `config.yaml`, in the types of their fields.
 
     Args:
         path: the file, of any training command.
@@ -47,10 +47,8 @@ def read_config(path: Path, kind: type[TrainingRun] | None = None) -> dict[str, 
     of_file = RUN_KINDS.get(str(command), kind or ClassifierRun)
     if kind is not None and of_file is not kind:
         raise ConfigError(f"--config {path} is of another kind of run, {command}")
-    flat = flatten(nested, of_file)
-    for name, value in flat.items():
-        leaves(of_file)[name].read(value)
-    return flat
+    known = leaves(of_file)
+    return {name: known[name].read(value) for name, value in flatten(nested, of_file).items()}
 
 
 def flatten(
@@ -84,6 +82,14 @@ def _nearest(key: Any, hints: dict[str, Any], known: Collection[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else ""
 
 
+def flat_values(config: Any) -> dict[str, Any]:
+    """Field name -> value of everything below a config."""
+    flat: dict[str, Any] = {}
+    for name, value in vars(config).items():
+        flat.update(flat_values(value) if dataclasses.is_dataclass(value) else {name: value})
+    return flat
+
+
 def to_nested(run: TrainingRun) -> dict[str, Any]:
     """Plain nested dicts and lists, as `config.yaml` holds them."""
 
@@ -99,7 +105,7 @@ def build(kind: type, values: dict[str, Any]) -> Any:
     """Builds a nested frozen config from flat values by field name.
 
     Raises:
-        ConfigError: a value of another type, or out of its bounds.
+        ConfigError: a value of another type, out of its bounds, or missing.
     """
     hints, known = typing.get_type_hints(kind), leaves(kind)
     arguments: dict[str, Any] = {}
@@ -108,4 +114,8 @@ def build(kind: type, values: dict[str, Any]) -> Any:
             arguments[each.name] = build(typing.cast(type, hints[each.name]), values)
         elif each.name in values:
             arguments[each.name] = known[each.name].read(values[each.name])
+        elif each.default is each.default_factory is dataclasses.MISSING:
+            raise ConfigError(
+                f"the config lacks {each.name}", "it was made by another version of spiralrope"
+            )
     return kind(**arguments)

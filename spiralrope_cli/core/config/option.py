@@ -91,6 +91,13 @@ class Leaf:
         inner = typing.get_args(self.hint)
         return f"a list, each {_TYPES[inner[0]]}" if inner else _TYPES[self.hint]
 
+    def typed(self, value: Any) -> list[str]:
+        """The words of a command line that give this value."""
+        if isinstance(value, bool) and self.opt:
+            on, _, off = (self.opt.flag or self.called).partition("/")
+            return [on if value else off]
+        return [self.called, str(value)]
+
     def read(self, value: Any) -> Any:
         """A word of the command line, or a value of YAML, in the field's type.
 
@@ -106,7 +113,7 @@ class Leaf:
                 return self.opt.read(str(value))
             return _as(self.hint, value)
         except (TypeError, ValueError, OverflowError) as error:
-            raise self._refused(value) from error
+            raise self._refused(value, "a number, " * (self.hint is float)) from error
 
     def check(self, value: Any) -> None:
         """Refuses a value out of its bounds, with the message that `read` has.
@@ -132,10 +139,10 @@ class Leaf:
         below = high is None or value < high or (value == high and opt.lt is None)
         return above and below and (low is high is None or math.isfinite(value))
 
-    def _refused(self, value: Any) -> ConfigError:
+    def _refused(self, value: Any, kind: str = "") -> ConfigError:
         finite = ", and finite" if value in (math.inf, "inf") else ""
         told = "empty" if value == "" else value
-        return ConfigError(f"{self.called} is {told}; it must be {self.allowed()}{finite}")
+        return ConfigError(f"{self.called} is {told}; it must be {kind}{self.allowed()}{finite}")
 
 
 def _first(*bounds: float | None) -> float | None:
@@ -251,6 +258,11 @@ def path(text: str) -> str:
     if not text.strip():
         raise ValueError
     return os.path.expanduser(text)
+
+
+def folder(text: str) -> str:
+    """A folder, without `~` and the same with a slash at its end; empty for none."""
+    return os.path.normpath(os.path.expanduser(text)) if text else ""
 
 
 PATH: dict[str, Any] = {"read": path, "expects": "a path", "metavar": "FOLDER"}

@@ -117,7 +117,8 @@ def resolve(
     """
     kind, dit = RUN_KINDS[command], command == "dit-train"
     chosen = chosen_layers(kind, options, config_file, start)
-    data_set, data_source = find_data(chosen, dit=dit)
+    data_set, data_source, of_data = find_data(chosen, dit=dit)
+    chosen = [chosen[0], *of_data, *chosen[1:]]  # over the weights, below file and options
     arch, arch_source = choose(
         "arch", chosen, data_set.default_dit if dit else data_set.default_arch
     )
@@ -147,25 +148,23 @@ def resolve(
         run.augment.check_data(data_set)
     inert = [*run.rope.inert_options(set(options)), *run.optim.inert_options()]
     inert += [*data_set.inert_options(), *run.inert_options()]
-    idle = [(name.replace("_", "-"), why) for name, why in inert if name in options]
-    return Resolved(run, sources, tuple(f"--{name} has no effect: {why}" for name, why in idle))
+    known = leaves(kind)
+    idle = [(known[name].called, why) for name, why in inert if name in options]
+    return Resolved(run, sources, tuple(f"{name} has no effect: {why}" for name, why in idle))
 
 
-def find_data(chosen: list[Layer], *, dit: bool) -> tuple[DataSet, str]:
-    """The data set that the layers name, and where that came from.
+def find_data(chosen: list[Layer], *, dit: bool) -> tuple[DataSet, str, list[Layer]]:
+    """The data set that the layers name, where that came from, and what else it decides.
 
-    Cached latents name it themselves; their sizes become a layer, below the user's own.
+    Cached latents name it themselves, and with it image size and VAE.
     """
     latents, _ = choose("latents", chosen, "")
     if dit and latents:
-        folder = Path(os.path.normpath(os.path.expanduser(latents)))  # `lat` and `lat/` are one
-        cache = read_manifest(folder)
+        cache = read_manifest(Path(latents))
         of_cache = {"image_size": cache.plan.image_size, "vae": cache.plan.vae}
-        chosen.insert(1, ("latents", of_cache))
-        chosen.append((choose("latents", chosen, "")[1], {"latents": str(folder)}))
-        return of_latents(cache), "latents"
+        return of_latents(cache), "latents", [("latents", of_cache)]
     data, source = choose_data(chosen)
-    return find_pictures(data) if dit else find_data_set(data), source
+    return find_pictures(data) if dit else find_data_set(data), source, []
 
 
 def of_latents(cache: Manifest) -> DataSet:
@@ -200,10 +199,7 @@ def chosen_layers(
             f"spiralrope {again} {from_file['source']} --config {config_file}",
         )
     fixed = NOT_FROM_FILE | (FIXED_BY_SOURCE if start else set())
-    known = leaves(kind)  # their readers: YAML writes 1e-3 as a word
-    from_file = {
-        key: known[key].read(value) for key, value in from_file.items() if key not in fixed
-    }
+    from_file = {key: value for key, value in from_file.items() if key not in fixed}
     of_start = start.fields() if start else {}
     return [("source", of_start), ("config file", from_file), ("option", options)]
 

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
 from spiralrope_cli.core.config.models import is_dit
-from spiralrope_cli.core.config.nested import flatten, to_nested
+from spiralrope_cli.core.config.nested import flat_values
 from spiralrope_cli.core.config.resolve import Resolved, StartingPoint, resolve
 from spiralrope_cli.core.config.rope import given_rope
 from spiralrope_cli.core.config.runs import ClassifierRun
@@ -184,7 +184,7 @@ def model_line(run: TrainingRun) -> str:
 
 def values_from(resolved: Resolved[Any], origin: str) -> str:
     """All values that came from one place."""
-    values = flatten(to_nested(resolved.run), type(resolved.run))
+    values = flat_values(resolved.run)
     shown = {"out", "num_train", "num_val", "command", "source", "input_size"}
     words = {"enabled": "rope"}  # the one field that is not named as its option
     return ", ".join(
@@ -195,7 +195,7 @@ def values_from(resolved: Resolved[Any], origin: str) -> str:
 
 
 def _short(value: object) -> str:
-    if isinstance(value, list):
+    if isinstance(value, tuple):
         return ("x" if isinstance(value[0], int) else "/").join(_short(item) for item in value)
     if isinstance(value, float):
         return f"{value:g}"

@@ -54,11 +54,6 @@ def draw_curves(runs: Sequence[Path], target: Path, over: str = "step") -> None:
     save(curves(runs, over), target)
 
 
-def draw_sizes(records: list[Line], target: Path) -> None:
-    """Accuracy against the image size, from rows of `eval.json`, as a .png or .svg."""
-    save(sizes(records), target)
-
-
 def curves(runs: Sequence[Path], over: str = "step") -> Figure:
     """Loss, accuracy or bound, learning rate and speed of training runs.
 

@@ -18,9 +18,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from spiralrope_cli.core.atomic import write_whole
 from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.nested import RUN_KINDS, build, read_config
+from spiralrope_cli.core.config.option import leaves
 from spiralrope_cli.core.config.pipelines import FINETUNE, PRETRAIN, SAMPLE, TRAIN
 from spiralrope_cli.core.config.rope import RopeConfig
-from spiralrope_cli.core.config.samples import DEFAULTS
+from spiralrope_cli.core.config.samples import DEFAULTS, SampleRun
+from spiralrope_cli.core.config.training import TrainOptions
 from spiralrope_cli.core.data.sample_files import FACTS_FILE, read_facts
 from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.plots.curves import curves
@@ -262,21 +264,19 @@ def command(folder: Path) -> str:
     if not (folder / CONFIG_FILE).is_file():
         facts = read_facts(folder) or {}
         words, given = ["dit-sample", facts["source"]], _of_sampling(facts, [*origins])
+        known = {**leaves(SampleRun), **leaves(RopeConfig)}
         given["out"] = out
     else:
         config = read_config(folder / CONFIG_FILE)
         words, given = [config["command"]], {"config": folder / CONFIG_FILE, "out": out}
+        known = {**leaves(RUN_KINDS[config["command"]]), **leaves(TrainOptions)}
         if source := config.get("source"):
-            words += ["--init", source] if config["command"] == "dit-train" else [source]
+            words += known["source"].typed(source)[config["command"] == "finetune" :]
             # Other options of RoPE are those of the weights, which the config file holds too.
             rope = RopeConfig.__dataclass_fields__
             given |= {name: config[name] for name in rope if origins.get(name) == "option"}
     for name, value in given.items():
-        option = "rope" if name == "enabled" else name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{option}" if value else f"--no-{option}")
-        elif value != "":
-            words += [f"--{option}", str(value)]
+        words += [] if value == "" else known[name].typed(value)
     return shlex.join(["spiralrope", *words])
 
 
@@ -284,6 +284,7 @@ def _of_sampling(facts: dict[str, Any], given_rope: list[str]) -> dict[str, Any]
     """Field name -> value of the options of `dit-sample`, by what it left."""
     low, high = facts["cfg_interval"]
     return {
+        "num": facts["num"],
         **{name: facts[name] for name in DEFAULTS},
         "cfg_scale": f"{facts['cfg_scale']:g}",
         "cfg_channels": facts["cfg_channels"],

@@ -6,6 +6,7 @@ Standard library and PyYAML only, so that the parent can refuse before any worke
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import json
 import os
@@ -16,7 +17,7 @@ from typing import IO, Any, cast
 
 from spiralrope_cli.core.atomic import write_whole
 from spiralrope_cli.core.config.dit_runs import TrainingRun
-from spiralrope_cli.core.config.nested import build, flatten, read_config, to_nested
+from spiralrope_cli.core.config.nested import build, flat_values, read_config, to_nested
 from spiralrope_cli.core.config.option import free_fields, leaves
 from spiralrope_cli.core.config.resolve import RUNS_FOLDER
 from spiralrope_cli.core.errors import CheckpointError, DiskError
@@ -134,12 +135,16 @@ def check_same(run: TrainingRun, folder: Path) -> None:
             f"{folder} holds checkpoints but no {CONFIG_FILE}",
             "put it back, or choose another --out or --name",
         )
-    before = read_config(folder / CONFIG_FILE, type(run))
-    now = flatten(to_nested(run), type(run))
-    known = leaves(type(run))
-    if differing := differences(
-        before, now, free_fields(type(run)), lambda name: known[name].called
-    ):
+    before, now = read_config(folder / CONFIG_FILE, type(run)), flat_values(run)
+    known, free = leaves(type(run)), free_fields(type(run))
+    # What an earlier version did not write has the field's default.
+    before = {**{name: leaf.default for name, leaf in known.items()}, **before}
+    if lacking := [n for n in now if before[n] is dataclasses.MISSING and n not in free]:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE} lacks {', '.join(lacking)}",
+            "another version of spiralrope made it; give this run another --name or --out",
+        )
+    if differing := differences(before, now, free, lambda name: known[name].called):
         raise CheckpointError(
             f"{folder} holds a run with other options: {differing}",
             "repeat those, or give this run another --name or --out",
