@@ -80,6 +80,7 @@ class PictureConfig:
             DATA,
             metavar="FOLDER",
             read=folder,
+            expects="a folder",
         ),
     ] = ""
 
