@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -46,14 +47,22 @@ def options_of(command, *inner):
     return {parameter.name for parameter in group.params} - {"help"}
 
 
+@functools.cache
+def modules_that_launch():
+    """Modules of the package that start workers."""
+    imported = re.compile(r"^from \S+\.runtime\.launch import (\([^)]*|.*)\blaunch\b", re.MULTILINE)
+    return [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in sorted((ROOT / "spiralrope_cli").rglob("*.py"))
+        if imported.search(path.read_text())
+    ]
+
+
 def call_launch_instead(monkeypatch):
     """The list where (job, run) goes in place of workers, whichever module would start them."""
     called = []
-    imported = re.compile(r"^from \S+\.runtime\.launch import (\([^)]*|.*)\blaunch\b", re.MULTILINE)
-    for path in sorted((ROOT / "spiralrope_cli").rglob("*.py")):
-        if imported.search(path.read_text()):
-            module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-            monkeypatch.setattr(f"{module}.launch", lambda *given: called.append(given))
+    for module in modules_that_launch():
+        monkeypatch.setattr(f"{module}.launch", lambda *given: called.append(given))
     return called
 
 

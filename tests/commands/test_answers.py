@@ -9,7 +9,7 @@ import functools
 import shlex
 
 import pytest
-from conftest import call_launch_instead
+from conftest import call_launch_instead, options_of
 from typer.testing import CliRunner
 
 from spiralrope_cli import main
@@ -128,6 +128,8 @@ REACHED = {
         ),
         ("--steps 0", {}),
         ("--compile --no-compile", {}),
+        ("--resume never", {"resume": "never"}),
+        ("--geometry crop", {"geometry": "crop"}),
     ],
     "dit-train": [
         ("--arch dit-s2", {"arch": "dit-s2"}),
@@ -167,6 +169,20 @@ REACHED = {
         ("--precision bf16", {"precision": "bf16"}),
         ("--compile", {"compile": True}),
         ("--grad-checkpointing", {"grad_checkpointing": True}),
+        ("--theta 100", {"theta": 100.0}),
+        ("--freqs-for pixel", {"freqs_for": "pixel"}),
+        ("--max-freq 8", {"max_freq": 8.0}),
+        ("--max-freq-lang 1", {"max_freq_lang": 1.0}),
+        ("--min-freq-lang 0.5", {"min_freq_lang": 0.5}),
+        ("--micro-batch-size 16", {"micro_batch_size": 16}),
+        ("--resume never", {"resume": "never"}),
+        ("--log-every 3", {"log_every": 3}),
+        ("--keep-last 4", {"keep_last": 4}),
+        ("--keep-every 5", {"keep_every": 5}),
+        ("--device cpu", {"device": "cpu"}),
+        ("--workers 1", {"workers": 1}),
+        ("--same-theta", {"same_theta": True}),
+        ("--nnodes 2 --rdzv-endpoint h:1", {"nnodes": 2, "rdzv_endpoint": "h:1"}),
     ],
 }
 """Command -> words, and the fields that they change."""
@@ -574,6 +590,20 @@ def test_options_reach_their_fields_and_no_others(launched, command, words, chan
     if "out" not in changed:  # it follows from the others
         found.pop("out", None)
     assert found == changed
+
+
+NOT_ON_DIGITS = {
+    "pretrain": {"data", "auto_augment", "color_jitter", "tracker"},
+    "dit-train": {"data", "vae", "latents", "tracker", "source"},
+}
+"""What only other data or other weights can have, or an extra can; other tests have it."""
+
+
+@pytest.mark.parametrize("command", REACHED)
+def test_every_option_is_among_those_that_reach_their_field(command):
+    changed = {name for _, fields in REACHED[command] for name in fields}
+    options = options_of(command) - {"config", "name", "dry_run"}
+    assert options - changed == NOT_ON_DIGITS[command]
 
 
 @pytest.mark.parametrize(("command", "words", "told"), of_all(REFUSED))

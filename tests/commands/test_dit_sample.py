@@ -296,9 +296,9 @@ def test_a_published_file_draws_through_a_vae_in_any_rectangle(sample, tiny_vae)
     ("words", "code", "told"),
     [
         (["--classes", "10"], 2, "--classes 10: the weights know 10 classes, 0 to 9"),
-        (["--classes", "a"], 2, "no list of class numbers"),
+        (["--classes", "a"], 2, "it must be a list of class numbers"),
         (["--cfg-scale", "0.5"], 2, "--cfg-scale is 0.5"),
-        (["--cfg-interval", "5"], 2, "not LO,HI"),
+        (["--cfg-interval", "5"], 2, "it must be LO,HI"),
         (["--cfg-interval", "9,5"], 2, "--cfg-interval 9,5"),
         (["--image-size", "9"], 2, "--image-size 9 does not split"),
         (["--vae", "mse"], 2, "draws pixels, 1 channel(s)"),
@@ -308,7 +308,7 @@ def test_a_published_file_draws_through_a_vae_in_any_rectangle(sample, tiny_vae)
         (["--sampler", "euler"], 2, "--sampler is euler"),
         (["--sampler", "dpm++", "--steps", "1000"], 2, "dpm++ takes at most 999"),
         (["--sampler", "dpm++", "--steps", "10,15"], 2, "dpm++ spaces its steps itself"),
-        (["--out", ""], 2, "it is empty"),
+        (["--out", ""], 2, "--out is empty"),
     ],
 )
 def test_bad_input_has_its_own_line(sample, pixels, words, code, told):
@@ -332,7 +332,10 @@ def test_published_weights_come_by_themselves_after_their_size_was_said(
     home = tmp_path / "home"
     env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "SPIRALROPE_CACHE": str(home / "ours")}
     try:
-        words = ("dit-s2", "--num", 2, "--vae", tiny_vae, "--dry-run")
+        words = ("dit-s2", "--num", 2, "--vae", tiny_vae, "--steps", 2, "--nproc", 1)
+        dry = spiralrope("dit-sample", *words, "--dry-run", env=env, expect=1)
+        assert "the weights of dit-s2 are not here, and --dry-run fetches none" in dry.stderr
+        assert not hub.asked
         done = spiralrope("dit-sample", *words, env=env)
     finally:
         hub.close()
