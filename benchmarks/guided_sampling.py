@@ -15,9 +15,8 @@ from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from interleave import CPU, DTYPES, Call, interleaved, median, prepare, ratio, show
 
 from spiralrope_cli import GaussianDiffusion, create_model
-from spiralrope_cli.core.config.diffusion import GuidanceConfig
-from spiralrope_cli.core.diffusion.guidance import guided
-from spiralrope_cli.core.diffusion.samplers import ddpm
+from spiralrope_cli.core.config.samples import GuidanceConfig
+from spiralrope_cli.core.diffusion.samplers import ddpm, guided
 from spiralrope_cli.core.kernels import cast_blocks
 from spiralrope_cli.core.runtime.device import autocast, pick_precision
 from spiralrope_cli.core.runtime.seeds import NoisePerImage

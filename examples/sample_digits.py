@@ -8,9 +8,9 @@ import sys
 import torch
 
 from spiralrope_cli import GaussianDiffusion, load_model
-from spiralrope_cli.core.config.diffusion import GuidanceConfig
+from spiralrope_cli.core.config.samples import GuidanceConfig
 from spiralrope_cli.core.data.images import picture_grid, to_levels
-from spiralrope_cli.core.diffusion.guidance import guided
+from spiralrope_cli.core.diffusion.samplers import guided
 
 ROWS = 4
 

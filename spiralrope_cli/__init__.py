@@ -9,11 +9,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from spiralrope_cli.version import __version__
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from spiralrope_cli.core.config.rope import RopeConfig
-    from spiralrope_cli.core.diffusion.process import GaussianDiffusion
+    from spiralrope_cli.core.diffusion.gaussian import GaussianDiffusion
     from spiralrope_cli.core.load import load_model
     from spiralrope_cli.core.models.factory import create_model
     from spiralrope_cli.core.rope import SpiralRoPE
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 _HOME_OF = {
-    "GaussianDiffusion": "spiralrope_cli.core.diffusion.process",
+    "GaussianDiffusion": "spiralrope_cli.core.diffusion.gaussian",
     "RopeConfig": "spiralrope_cli.core.config.rope",
     "SpiralRoPE": "spiralrope_cli.core.rope",
     "create_model": "spiralrope_cli.core.models.factory",

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from spiralrope_cli import __version__
 from spiralrope_cli.commands.command import commands
 from spiralrope_cli.core.errors import SpiralRopeError, UnreadableImageError, refused_path
 from spiralrope_cli.core.runtime.launch import (
@@ -17,7 +18,6 @@ from spiralrope_cli.core.runtime.launch import (
     leave_at_once,
     share_the_machine,
 )
-from spiralrope_cli.version import __version__
 
 DEBUG_VARIABLE = "SPIRALROPE_DEBUG"
 

@@ -19,7 +19,7 @@ from timm.optim import create_optimizer_v2
 from spiralrope_cli import RopeConfig, create_model, timm_models
 from spiralrope_cli.core.config.models import DEIT_SIZES
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
-from spiralrope_cli.core.hub.write_published import Described, published_content
+from spiralrope_cli.core.hub.published import Described, published_content
 from spiralrope_cli.core.rope import angle_table
 
 ARCHES = {

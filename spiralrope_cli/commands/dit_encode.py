@@ -50,7 +50,7 @@ def dit_encode(given: dict[str, Any]) -> None:
 
     The same command again goes on, and encodes anew what is damaged.
     """
-    from spiralrope_cli.core.hub.vae import local_vae
+    from spiralrope_cli.core.hub.networks import local_vae
 
     dry_run = given.pop("dry_run", False)
     values = {"precision": EXACT, "data": os.environ.get(DATA_VARIABLE), **given}

@@ -6,10 +6,9 @@ from typing import Any
 import typer
 
 from spiralrope_cli.commands.command import SETTINGS, command
-from spiralrope_cli.core.config.diffusion import GuidanceConfig
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.rope import BY_WEIGHTS, RopeConfig, given_rope
-from spiralrope_cli.core.config.samples import SampleRun, check_chain
+from spiralrope_cli.core.config.samples import GuidanceConfig, SampleRun, check_chain
 from spiralrope_cli.core.config.training import MachineConfig, TrainOptions
 from spiralrope_cli.core.runtime.launch import is_first_process, launch
 

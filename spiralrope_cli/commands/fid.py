@@ -5,7 +5,7 @@ from typing import Any
 import typer
 
 from spiralrope_cli.commands.command import SETTINGS, command
-from spiralrope_cli.core.config.fid import PRECISIONS, FidRun, notes
+from spiralrope_cli.core.config.evals import PRECISIONS, FidRun, fid_notes
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.runtime.launch import is_first_process, launch
 
@@ -48,7 +48,7 @@ def fid(given: dict[str, Any]) -> None:
     """
     run: FidRun = build(FidRun, {"precision": PRECISIONS[0], **given})
     if is_first_process():
-        for line in notes(run, given):
+        for line in fid_notes(run, given):
             typer.echo(line, err=True)
     from spiralrope_cli.core.jobs import score
 

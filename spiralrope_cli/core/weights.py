@@ -179,7 +179,6 @@ def _of_ours(
         options = {name: model[name] for name in MODEL_OPTIONS[is_dit(arch)] if name in model}
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} does not say which model it holds: {error}") from error
-    pairs = {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
     used, notes = _override(trained, rope, source)
     averaged = metadata.get("weights") == "ema"
     if ema and not averaged:
@@ -190,7 +189,7 @@ def _of_ours(
         ema=averaged,
         arch=arch,
         rope=used,
-        options={**options, **pairs},
+        options=_as_tuples(options),
         state=state,
         config=config,
         notes=notes,
@@ -238,7 +237,7 @@ def _of_published(
         ema=averaged,
         arch=arch,
         rope=used,
-        options=options,
+        options=_as_tuples(options),
         state=state,
         config={},
         notes=notes,
@@ -258,6 +257,11 @@ def _override(
         if getattr(trained, name) != value and name != "scaling"
     ]
     return dataclasses.replace(trained, **chosen), tuple(against)
+
+
+def _as_tuples(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with tuples for the lists of a file: a config that holds them can be hashed."""
+    return {n: tuple(value) if isinstance(value, list) else value for n, value in options.items()}
 
 
 def _side(tokens: int, given: Any) -> tuple[int, int]:

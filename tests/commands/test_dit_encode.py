@@ -336,7 +336,9 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(call, runs, photos, tiny_v
 def no_download(monkeypatch, tmp_path):
     """An empty cache, and a download that fails the test."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("spiralrope_cli.core.hub.vae.fetch", lambda row: pytest.fail("fetched"))
+    monkeypatch.setattr(
+        "spiralrope_cli.core.hub.networks.fetch", lambda row: pytest.fail("fetched")
+    )
 
 
 def test_a_dry_run_fetches_no_vae(call, photos, no_download):

@@ -190,7 +190,7 @@ def test_files_of_the_hub_are_compared_with_their_names(tmp_path, monkeypatch):
     blob.write_bytes(b"other bytes")
     link = tmp_path / "0400000.pt"
     link.symlink_to(blob)
-    monkeypatch.setattr(download.from_hub, "cached", lambda *_: link)
+    monkeypatch.setattr(download, "cached", lambda *_: link)
     assert download.damaged_files(catalog.find("dit-s2")) == [link]
     blob.rename(good := tmp_path / download.digest_like(blob, "")[1])
     link.unlink()

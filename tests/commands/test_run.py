@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from spiralrope_cli import main as cli
 from spiralrope_cli.core.config.legacy import DEIT_WORDS, DIT_WORDS
+from spiralrope_cli.core.config.pipelines import KINDS, acting
 from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.config.rope import RopeConfig
-from spiralrope_cli.core.config.sweeps import KINDS, acting
 from spiralrope_cli.core.errors import DataError, SpiralRopeError
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.jobs import pipeline as pipelines
@@ -364,8 +364,12 @@ def test_dit_measures_where_reference_and_weights_are(
 
 def test_a_dry_run_of_a_dit_fetches_nothing(run, monkeypatch, image_folder, tiny_vae):
     here = {"vae-ema": tiny_vae, "vae-mse": tiny_vae}
-    monkeypatch.setattr("spiralrope_cli.core.hub.vae.local_path", lambda row: here.get(row.name))
-    monkeypatch.setattr("spiralrope_cli.core.hub.vae.fetch", lambda row: pytest.fail("fetched"))
+    monkeypatch.setattr(
+        "spiralrope_cli.core.hub.networks.local_path", lambda row: here.get(row.name)
+    )
+    monkeypatch.setattr(
+        "spiralrope_cli.core.hub.networks.fetch", lambda row: pytest.fail("fetched")
+    )
     small = ("--arch", "dit-32x2x2-2", "--steps", 2, "--batch-size", 4, "--num", 2, *FAST)
     words = (*small, "--data", image_folder, "--vae", "ema", "--image-size", 32, "--workers", 0)
     run("dit", *words, "--sampling-steps", 2)

@@ -21,7 +21,7 @@ from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.memory import load_digits
 from spiralrope_cli.core.hub.files import digest_like
 from spiralrope_cli.core.hub.source import find_source
-from spiralrope_cli.core.jobs import evaluate, train
+from spiralrope_cli.core.jobs import evaluate, export, train
 from spiralrope_cli.core.metrics import accuracy
 
 FIGURES = ("acc1", "acc5", "loss", "count")
@@ -44,7 +44,7 @@ def rows_of(capsys):
     """Runs an evaluation here; gives what `--json` says."""
 
     def call(*sources, machine=FP32, **options):
-        options = EvalOptions(sources=tuple(map(str, sources)), output="json", **options)
+        options = EvalOptions(sources=tuple(map(str, sources)), json=True, **options)
         evaluate.run(settled(options, machine))
         return json.loads(capsys.readouterr().out)
 
@@ -69,6 +69,18 @@ def test_ema_is_ema_and_raw_is_raw(source, rows_of):
         assert (row["acc1"], row["acc5"], row["count"]) == (expected.acc1, expected.acc5, 360)
         assert row["loss"] == pytest.approx(expected.loss, rel=1e-6)
         assert row["weights"] == ("EMA" if ema else "raw")
+
+
+def test_a_published_file_has_the_figures_of_the_run_that_it_came_from(
+    source, rows_of, runs, capsys
+):
+    path = runs / "tiny.pth"
+    export.export(find_source(str(source)), "published", ema=None, out=path, rope={})
+    capsys.readouterr()
+    for ema in (False, True):
+        (row,) = rows_of(path, data="digits", ema=ema)["rows"]
+        (expected,) = rows_of(source, ema=ema)["rows"]
+        assert {name: row[name] for name in FIGURES} == {name: expected[name] for name in FIGURES}
 
 
 def test_all_decodes_every_image_once_per_crop_ratio(source, rows_of):
@@ -216,7 +228,7 @@ def test_several_image_sizes_are_drawn(source, rows_of):
 
 
 def test_csv_is_one_line_per_row(source, capsys):
-    options = EvalOptions(sources=(str(source),), crop_ratios=(0.875, 1.0), output="csv")
+    options = EvalOptions(sources=(str(source),), crop_ratios=(0.875, 1.0), csv=True)
     evaluate.run(settled(options))
     lines = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [line["crop_ratio"] for line in lines] == ["0.875", "1.0"]

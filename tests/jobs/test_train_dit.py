@@ -18,7 +18,7 @@ from spiralrope_cli.core.config.latents import EncodeRun
 from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.batches import dit_data
-from spiralrope_cli.core.diffusion.process import GaussianDiffusion
+from spiralrope_cli.core.diffusion.gaussian import GaussianDiffusion
 from spiralrope_cli.core.diffusion.vae import load_vae
 from spiralrope_cli.core.errors import CheckpointError, DataError, TrainingError
 from spiralrope_cli.core.hub.source import find_source

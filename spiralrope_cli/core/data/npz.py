@@ -20,7 +20,7 @@ import numpy.typing
 from numpy.lib import format as npy
 
 from spiralrope_cli.core.atomic import atomic_write
-from spiralrope_cli.core.config.fid import statistics_folder
+from spiralrope_cli.core.config.evals import statistics_folder
 from spiralrope_cli.core.errors import DataError, SpiralRopeError
 from spiralrope_cli.core.runtime.progress import say
 

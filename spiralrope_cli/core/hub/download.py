@@ -1,14 +1,30 @@
-"""Published weights: where they are here, how large they are there, and how they come."""
+"""Published weights: where they are here, and how they come, from the Hub or by plain HTTPS.
+
+The Hub's files lie in its own cache, with the digest that its client leaves out. `huggingface_hub`
+reads HF_ENDPOINT, HF_HOME and HF_TOKEN when it is imported, and takes its time to load: it is
+imported inside the functions.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import NamedTuple
 
-from spiralrope_cli.core.errors import CheckpointError, ConfigError, FetchError
-from spiralrope_cli.core.hub import from_hub, plain
-from spiralrope_cli.core.hub.catalog import Row, find
-from spiralrope_cli.core.hub.files import digest_like, is_digest, place_copy
-from spiralrope_cli.core.runtime.progress import say
+from spiralrope_cli.core.errors import FetchError, NoRouteError
+from spiralrope_cli.core.hub import plain
+from spiralrope_cli.core.hub.catalog import Row
+from spiralrope_cli.core.hub.files import (
+    OTHER_DISK,
+    digest_like,
+    disk_error,
+    is_digest,
+    is_right,
+    place_copy,
+    refuse_other_file,
+)
+from spiralrope_cli.core.runtime.progress import human_size, say
+from spiralrope_cli.core.runtime.run_folder import check_space
 
 
 def local_files(row: Row, *, revision: str | None = None) -> list[Path]:
@@ -16,7 +32,7 @@ def local_files(row: Row, *, revision: str | None = None) -> list[Path]:
     if not row.repo:
         target = plain.target_of(row)
         return [target] if target.is_file() else []
-    found = [from_hub.cached(row, file, revision) for file in row.files]
+    found = [cached(row, file, revision) for file in row.files]
     return [path for path in found if path] if all(found) else []
 
 
@@ -24,7 +40,7 @@ def damaged_files(row: Row) -> list[Path]:
     """The row's files in the cache whose bytes have another digest than they should."""
     bad = []
     for path in local_files(row):
-        expected = from_hub.named_digest(path) if row.repo else row.sha256
+        expected = named_digest(path) if row.repo else row.sha256
         if is_digest(expected) and not digest_like(path, expected)[1].startswith(expected):
             bad.append(path)
     return bad
@@ -54,7 +70,7 @@ def fetch(
         FetchError: it cannot be had, or is not what it should be.
     """
     if row.repo:
-        files = from_hub.fetch_files(row, revision=revision, offline=offline, out=out)
+        files = fetch_files(row, revision=revision, offline=offline, out=out)
     else:
         if revision:
             say(f"note: --revision has no effect: {row.name} is not on the Hub")
@@ -68,30 +84,195 @@ def _one_path(files: list[Path]) -> Path:
     return files[0] if len(files) == 1 else files[0].parent
 
 
-def find_inception(given: str) -> tuple[Path, str]:
-    """The weights' file and its SHA-256.
+class Remote(NamedTuple):
+    """What the Hub says of a file."""
+
+    commit: str
+    etag: str
+    size: int
+
+
+def cached(row: Row, file: str, revision: str | None) -> Path | None:
+    """A file as the cache last saw that revision."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(row.repo, file, revision=revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def named_digest(path: Path) -> str:
+    """The digest that the cache names a file by, empty where it links to none."""
+    return Path(os.readlink(path)).name if path.is_symlink() else ""
+
+
+def look_up(row: Row, revision: str | None, *, timeout: float | None = None) -> list[Remote]:
+    """Asks the Hub for commit, digest and size of each file.
 
     Args:
-        given: `--weights`, empty for those that `fetch inception` brings.
+        row: of the catalogue.
+        revision: branch, tag or commit.
+        timeout: seconds to wait for an answer; by default huggingface_hub's.
 
     Raises:
-        ConfigError: no such file.
-        FetchError: nothing was fetched yet.
-        CheckpointError: what was fetched is damaged.
+        NoRouteError: nobody answers.
+        FetchError: the Hub refuses, or it is no Hub that answers.
     """
-    row = find("inception")
-    path = Path(given).expanduser() if given else plain.target_of(row)
-    if given and not path.is_file():
-        raise ConfigError(f"--weights {path} is no file", "spiralrope fetch inception brings one")
-    if not path.is_file():
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    found = []
+    for file in row.files:
+        try:
+            told = get_hf_file_metadata(
+                hf_hub_url(row.repo, file, revision=revision),
+                timeout=timeout or constants.HF_HUB_ETAG_TIMEOUT,
+            )
+        except HfHubHTTPError as error:
+            raise _refusal(row, file, revision, error) from error
+        # HTTPError is that of the HTTP library, which changes with huggingface_hub's versions.
+        except (HTTPError, OSError) as error:
+            raise NoRouteError(
+                f"no route to {constants.ENDPOINT}: {_first_line(error)}",
+                "check network, proxy and HF_ENDPOINT; --offline takes what is here",
+            ) from error
+        if not told.commit_hash or not told.etag or told.size is None:
+            raise FetchError(
+                f"{constants.ENDPOINT} does not answer as the Hub does for {row.repo}/{file}",
+                "check HF_ENDPOINT and the proxy",
+            )
+        found.append(Remote(told.commit_hash, told.etag, told.size))
+    return found
+
+
+def fetch_files(row: Row, *, revision: str | None, offline: bool, out: Path | None) -> list[Path]:
+    """Downloads the files of a row, unless they are here, and checks each one's digest.
+
+    Raises:
+        FetchError: they cannot be had, or are not what they should be.
+    """
+    from huggingface_hub import constants
+
+    here = [cached(row, file, revision) for file in row.files]
+    if offline or constants.HF_HUB_OFFLINE:
+        return _take(row, here)
+    try:
+        remotes = look_up(row, revision)
+    except NoRouteError as error:
+        if None in here:
+            raise
+        say(error.message)
+        return _take(row, here)
+    # By commit, because the revision's name may stand for an older one here.
+    here = [
+        cached(row, file, remote.commit) for file, remote in zip(row.files, remotes, strict=True)
+    ]
+    missing = sum(remote.size for path, remote in zip(here, remotes, strict=True) if path is None)
+    needs = [(Path(constants.HF_HUB_CACHE), missing)]
+    if out:
+        for file, remote in zip(row.files, remotes, strict=True):
+            refuse_other_file(out / Path(file).name, remote.size)
+        needs.append((out, sum(remote.size for remote in remotes)))
+    check_space(*needs, what="the download", hint=OTHER_DISK)
+    if missing:
+        say(f"{row.name}: {human_size(missing)} from {constants.ENDPOINT}/{row.repo}")
+    else:
+        say(f"{row.name} is here")
+    return [
+        _fetch_one(row, file, revision, remote, path)
+        for file, remote, path in zip(row.files, remotes, here, strict=True)
+    ]
+
+
+def _take(row: Row, here: list[Path | None]) -> list[Path]:
+    """The cached files, checked against the digests that the cache names them by."""
+    from huggingface_hub import constants
+
+    found = [path for path in here if path is not None]
+    if len(found) < len(here):
+        barred = "HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "--offline"
+        raise FetchError(f"{row.name} is not here", f"fetch it once without {barred}")
+    say(f"{row.name} is here")
+    for path in found:
+        if not is_right(path, named_digest(path), "the cache"):
+            _drop(path)
+            raise FetchError(
+                f"{row.name} was damaged, and is deleted", "fetch it again without --offline"
+            )
+    return found
+
+
+def _fetch_one(
+    row: Row, file: str, revision: str | None, remote: Remote, here: Path | None
+) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    if here and not is_right(here, remote.etag, "the Hub"):
+        _drop(here)
+        here = None
+        say(f"  {Path(file).name} was damaged, and is fetched again")
+    try:
+        # Called for files that are here too: it notes which commit the revision stands for.
+        path = Path(hf_hub_download(row.repo, file, revision=revision))
+    except HfHubHTTPError as error:
+        raise _refusal(row, file, revision, error) from error
+    # hf_xet, which brings large files from the real Hub, raises RuntimeError.
+    except (HTTPError, OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno:
+            from huggingface_hub import constants
+
+            raise disk_error(error, Path(constants.HF_HUB_CACHE)) from error
         raise FetchError(
-            f"the weights of Inception are not here: there is no {path}",
-            "spiralrope fetch inception stores them there (95 MB); --weights FILE takes another",
+            f"the download of {row.name} broke off: {_first_line(error)}",
+            "nothing of it was kept; try again",
+        ) from error
+    if not here and not is_right(path, remote.etag, "the Hub"):
+        _drop(path)
+        raise FetchError(
+            f"{row.repo}/{file} arrived with wrong bytes, their digest is not {remote.etag}",
+            "nothing of it was kept; try again, or another HF_ENDPOINT",
         )
-    _, digest = digest_like(path, "")
-    if not given and not digest.startswith(row.sha256):
-        raise CheckpointError(
-            f"{path} is damaged: its sha256 begins with {digest[:8]} and not {row.sha256}",
-            "spiralrope fetch inception brings it again",
+    return path
+
+
+def _drop(path: Path) -> None:
+    """Deletes a file from the cache with everything that its name points to."""
+    while path.is_symlink():
+        target = path.parent / os.readlink(path)
+        path.unlink()
+        path = target
+    path.unlink(missing_ok=True)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _refusal(row: Row, file: str, revision: str | None, error: BaseException) -> FetchError:
+    """One line for an answer of the Hub that is no file."""
+    from huggingface_hub import constants
+
+    response = error.response  # type: ignore[attr-defined]
+    code, reason = response.status_code, response.headers.get("X-Error-Code", "")
+    where = f"{row.repo}/{file}"
+    if code == 401:
+        return FetchError(
+            f"{constants.ENDPOINT} does not let you read {where} (401)",
+            "set HF_TOKEN to a token that may; a repository that is not there answers so too",
         )
-    return path, digest
+    if code == 403:
+        return FetchError(
+            f"your token may not read {where} (403)",
+            f"accept the terms on {constants.ENDPOINT}/{row.repo}, or set another HF_TOKEN",
+        )
+    if code == 404 and reason == "RevisionNotFound":
+        return FetchError(
+            f"{row.repo} has no revision {revision} (404)",
+            "--revision takes a branch, a tag or a commit",
+        )
+    if code == 404:
+        at = f" at revision {revision}" if revision else ""
+        return FetchError(
+            f"{constants.ENDPOINT} has no {where}{at} (404)", "check HF_ENDPOINT and --revision"
+        )
+    return FetchError(f"{constants.ENDPOINT} answered {code} for {where}", "try again later")

@@ -21,6 +21,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from spiralrope_cli import __version__
 from spiralrope_cli.core.atomic import flush
 from spiralrope_cli.core.config.hub import cache_folder
 from spiralrope_cli.core.errors import ConfigError, FetchError, NoRouteError
@@ -34,7 +35,6 @@ from spiralrope_cli.core.hub.files import (
 )
 from spiralrope_cli.core.runtime.progress import console, human_size, say
 from spiralrope_cli.core.runtime.run_folder import check_space
-from spiralrope_cli.version import __version__
 
 TIMEOUT_SECONDS = 30.0
 RETRIES = 5

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from spiralrope_cli import __version__
 from spiralrope_cli.core.config.datasets import (
     class_folders,
     find_data_set,
@@ -30,16 +31,14 @@ from spiralrope_cli.core.config.samples import num_samples
 from spiralrope_cli.core.data import memory
 from spiralrope_cli.core.data.files import decode_some
 from spiralrope_cli.core.errors import CheckpointError, DataError, FetchError, SpiralRopeError
-from spiralrope_cli.core.hub import from_hub
+from spiralrope_cli.core.hub import download
 from spiralrope_cli.core.hub.catalog import ROWS, find
-from spiralrope_cli.core.hub.download import damaged_files, local_files
 from spiralrope_cli.core.runtime import device as devices
 from spiralrope_cli.core.runtime.device import matrix_rate, pick_device, pick_precision, prepare
 from spiralrope_cli.core.runtime.launch import usable_cores
 from spiralrope_cli.core.runtime.progress import console, human_size
 from spiralrope_cli.core.runtime.run_folder import nearest_folder
 from spiralrope_cli.core.training.needs import advice, memory_notes
-from spiralrope_cli.version import __version__
 
 SAMPLE = 48
 """Pictures of each split that are decoded."""
@@ -317,7 +316,7 @@ def look_at_hub(checkup: Checkup) -> tuple[Facts, Rows]:
         facts |= {"words": f"not asked: {why}"}
     else:
         try:
-            from_hub.look_up(find(HUB_ROW), None, timeout=HUB_SECONDS)
+            download.look_up(find(HUB_ROW), None, timeout=HUB_SECONDS)
             facts |= {"asked": True, "answers": True, "words": "answers"}
         except FetchError as error:
             facts |= {"asked": True, "words": error.message, "hint": error.hint}
@@ -331,8 +330,8 @@ def look_at_cache(findings: list[Finding]) -> tuple[Facts, Rows]:
     facts: Facts = {"hub": constants.HF_HUB_CACHE, "own": str(cache_folder()), "files": []}
     words = []
     for row in ROWS:
-        if files := local_files(row):
-            bad = damaged_files(row)
+        if files := download.local_files(row):
+            bad = download.damaged_files(row)
             size = sum(path.stat().st_size for path in files)
             facts["files"].append({"name": row.name, "size": size, "whole": not bad})
             words.append(f"{row.name} {human_size(size)}" + (" (damaged)" if bad else ""))

@@ -29,7 +29,7 @@ from spiralrope_cli.core.data.augment import cropped_array
 from spiralrope_cli.core.data.files import BadImages, Unreadable, open_picture
 from spiralrope_cli.core.diffusion.vae import Vae, load_vae
 from spiralrope_cli.core.errors import ConfigError
-from spiralrope_cli.core.hub.vae import find_vae, local_vae
+from spiralrope_cli.core.hub.networks import find_vae, local_vae
 from spiralrope_cli.core.runtime import distributed
 from spiralrope_cli.core.runtime.device import pick_device, pick_precision
 from spiralrope_cli.core.runtime.distributed import Job, open_job

@@ -16,9 +16,8 @@ from spiralrope_cli.core.config.models import deit_size, dit_size, is_dit
 from spiralrope_cli.core.hub.catalog import ROWS
 from spiralrope_cli.core.hub.files import OTHER_DISK, digest_like, refuse_existing, whole
 from spiralrope_cli.core.hub.model_card import eval_rows, model_card
-from spiralrope_cli.core.hub.published import StateDict
+from spiralrope_cli.core.hub.published import Described, StateDict, not_expressed, published_content
 from spiralrope_cli.core.hub.source import Source
-from spiralrope_cli.core.hub.write_published import Described, not_expressed, published_content
 from spiralrope_cli.core.load import create, fitted
 from spiralrope_cli.core.models.dit import DiT
 from spiralrope_cli.core.rope import as_pair

@@ -14,9 +14,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from spiralrope_cli import __version__
 from spiralrope_cli.core.config.dit_runs import NO_VAE, DiTRun, TrainingRun
-from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions
-from spiralrope_cli.core.config.fid import PRECISIONS, FidRun
+from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, PRECISIONS, EvalOptions, FidRun
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.pipelines import (
     EVALUATE,
@@ -41,9 +41,8 @@ from spiralrope_cli.core.config.samples import check_chain, decoder_of, num_samp
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.image_sets import look_at
 from spiralrope_cli.core.errors import CheckpointError, FetchError
-from spiralrope_cli.core.hub.download import find_inception
+from spiralrope_cli.core.hub.networks import find_inception, find_vae, local_vae
 from spiralrope_cli.core.hub.source import find_source
-from spiralrope_cli.core.hub.vae import find_vae, local_vae
 from spiralrope_cli.core.runtime.launch import check_not_joined, launch, world_size
 from spiralrope_cli.core.runtime.progress import check_tracker, say
 from spiralrope_cli.core.runtime.run_folder import (
@@ -61,7 +60,6 @@ from spiralrope_cli.core.runtime.run_folder import (
     steps_on_disk,
     write_json,
 )
-from spiralrope_cli.version import __version__
 
 
 # ---- settle

@@ -15,7 +15,7 @@ import torch
 from rich.text import Text
 from torch import Tensor
 
-from spiralrope_cli.core.config.diffusion import GuidanceConfig
+from spiralrope_cli import __version__
 from spiralrope_cli.core.config.dit_runs import NO_VAE
 from spiralrope_cli.core.config.models import is_dit
 from spiralrope_cli.core.config.nested import build as build_config
@@ -23,6 +23,7 @@ from spiralrope_cli.core.config.resolve import RUNS_FOLDER, merged
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.samples import (
     DEFAULTS,
+    GuidanceConfig,
     SampleRun,
     num_samples,
     resolve_image_size,
@@ -31,14 +32,13 @@ from spiralrope_cli.core.config.samples import (
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.images import to_levels
 from spiralrope_cli.core.data.sample_files import FACTS_FILE, SampleFiles
-from spiralrope_cli.core.diffusion.guidance import guided
-from spiralrope_cli.core.diffusion.process import GaussianDiffusion
-from spiralrope_cli.core.diffusion.samplers import BY_NAME
+from spiralrope_cli.core.diffusion.gaussian import GaussianDiffusion
+from spiralrope_cli.core.diffusion.samplers import BY_NAME, guided
 from spiralrope_cli.core.diffusion.vae import Vae, load_vae
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.files import digest_like
+from spiralrope_cli.core.hub.networks import find_vae, local_vae
 from spiralrope_cli.core.hub.source import Source, find_source
-from spiralrope_cli.core.hub.vae import find_vae, local_vae
 from spiralrope_cli.core.kernels import cast_blocks
 from spiralrope_cli.core.load import at_size, build
 from spiralrope_cli.core.models.dit import DiT
@@ -51,7 +51,6 @@ from spiralrope_cli.core.runtime.progress import console, counted, say, say_resu
 from spiralrope_cli.core.runtime.run_folder import REPORT_FILE, SOURCES_FILE, write_json
 from spiralrope_cli.core.runtime.seeds import NoisePerImage, drawn_class
 from spiralrope_cli.core.weights import Weights, here, read_weights
-from spiralrope_cli.version import __version__
 
 BATCH_BYTES = 64 * 3 * 256 * 256
 """Pixels of a batch by default: 64 images of 256 px; at most MAX_BATCH of smaller ones."""

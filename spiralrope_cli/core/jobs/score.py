@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Column, Table
 
-from spiralrope_cli.core.config.fid import EXTRACTOR, LABELS, FidRun
+from spiralrope_cli import __version__
+from spiralrope_cli.core.config.evals import EXTRACTOR, LABELS, FidRun
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data import npz
 from spiralrope_cli.core.data.image_sets import Side, digest_of, digests_beside, look_at
 from spiralrope_cli.core.errors import ConfigError, DataError
 from spiralrope_cli.core.hub.catalog import find
-from spiralrope_cli.core.hub.download import find_inception
+from spiralrope_cli.core.hub.networks import find_inception
 from spiralrope_cli.core.runtime.progress import console, say, say_result
 from spiralrope_cli.core.runtime.run_folder import differences, read_json, write_json
-from spiralrope_cli.version import __version__
 
 if TYPE_CHECKING:
     from spiralrope_cli.core.metrics.features import Measured

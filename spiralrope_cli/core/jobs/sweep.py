@@ -17,9 +17,18 @@ from rich.table import Table
 
 from spiralrope_cli.core.config.datasets import find_held_out
 from spiralrope_cli.core.config.nested import build
-from spiralrope_cli.core.config.pipelines import PRETRAIN, DeiTStages, Pipeline, of_training
+from spiralrope_cli.core.config.pipelines import (
+    PRETRAIN,
+    DeiTStages,
+    Member,
+    Pipeline,
+    Point,
+    Sweep,
+    acting,
+    of_training,
+    points,
+)
 from spiralrope_cli.core.config.resolve import RUNS_FOLDER, resolve
-from spiralrope_cli.core.config.sweeps import Member, Point, Sweep, acting, points
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.jobs.pipeline import carry_out, settle_deit
 from spiralrope_cli.core.report.results import with_spread

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from spiralrope_cli.core.config.fid import FidRun
+from spiralrope_cli.core.config.evals import FidRun
 from spiralrope_cli.core.data.image_sets import ImageInput, Side
 from spiralrope_cli.core.data.images import ImageBatch, image_batches, in_order
 from spiralrope_cli.core.data.npz import POOL_SIZE, SPATIAL_SIZE, ReferenceCache, read_statistics

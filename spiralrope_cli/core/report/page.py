@@ -15,6 +15,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from spiralrope_cli import __version__
 from spiralrope_cli.core.atomic import write_whole
 from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.nested import RUN_KINDS, build, read_config
@@ -43,7 +44,6 @@ from spiralrope_cli.core.runtime.run_folder import (
     SWEEP_FILE,
     read_json,
 )
-from spiralrope_cli.version import __version__
 
 TEMPLATE, STYLE = "page.html.j2", "report.css"
 STAGES = (PRETRAIN, FINETUNE, TRAIN, SAMPLE)

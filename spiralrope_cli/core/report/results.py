@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 from rich.table import Table as RichTable
 
-from spiralrope_cli.core.config.fid import LABELS
+from spiralrope_cli.core.config.evals import LABELS
 from spiralrope_cli.core.runtime.progress import console, read_metrics, say_result
 from spiralrope_cli.core.runtime.run_folder import (
     CURVES_FILE,

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 
+from spiralrope_cli import __version__
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.runtime.launch import joined_world_size
-from spiralrope_cli.version import __version__
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 """As `--precision` calls them."""

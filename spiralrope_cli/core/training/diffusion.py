@@ -14,7 +14,7 @@ from spiralrope_cli.core.atomic import atomic_write
 from spiralrope_cli.core.config.dit_runs import DiTRun
 from spiralrope_cli.core.data.batches import Batch, dit_data
 from spiralrope_cli.core.data.images import picture_grid, to_levels
-from spiralrope_cli.core.diffusion.process import GaussianDiffusion
+from spiralrope_cli.core.diffusion.gaussian import GaussianDiffusion
 from spiralrope_cli.core.diffusion.vae import Vae, draw, load_vae
 from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.models.dit import DiT

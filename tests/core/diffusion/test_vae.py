@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from spiralrope_cli.core.config.latents import LATENT_SCALE
 from spiralrope_cli.core.diffusion.vae import draw, load_vae
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
-from spiralrope_cli.core.hub.vae import CONFIG_FILE, WEIGHTS_FILE, find_vae
+from spiralrope_cli.core.hub.networks import CONFIG_FILE, WEIGHTS_FILE, find_vae
 
 CPU = torch.device("cpu")
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}

@@ -9,8 +9,8 @@ from hub_server import HubServer
 
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.hub.catalog import WEIGHTS_REPO, find
+from spiralrope_cli.core.hub.networks import CONFIG_FILE, WEIGHTS_FILE, find_vae, local_vae
 from spiralrope_cli.core.hub.source import find_source
-from spiralrope_cli.core.hub.vae import CONFIG_FILE, WEIGHTS_FILE, find_vae, local_vae
 from spiralrope_cli.core.weights import here
 
 

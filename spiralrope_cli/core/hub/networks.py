@@ -1,4 +1,4 @@
-"""Which VAE a word means, and where its files are. Standard library only."""
+"""Networks of others that are used as they are: where VAE and Inception lie on this disk."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from spiralrope_cli.core.config.latents import LATENT_CHANNELS, LATENT_SCALE, VAE_FACTOR, VAE_NAMES
-from spiralrope_cli.core.errors import CheckpointError, ConfigError
+from spiralrope_cli.core.errors import CheckpointError, ConfigError, FetchError
 from spiralrope_cli.core.hub.catalog import find
 from spiralrope_cli.core.hub.download import fetch, local_path
 from spiralrope_cli.core.hub.files import digest_like
+from spiralrope_cli.core.hub.plain import target_of
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
 
@@ -115,3 +116,32 @@ def _shape(config: dict[str, Any]) -> tuple[str, tuple[int, int, int], int]:
     )
     levels = len(config.get("block_out_channels", (64,)))
     return config.get("_class_name", "AutoencoderKL"), channels, 2 ** (levels - 1)
+
+
+def find_inception(given: str) -> tuple[Path, str]:
+    """The weights' file and its SHA-256.
+
+    Args:
+        given: `--weights`, empty for those that `fetch inception` brings.
+
+    Raises:
+        ConfigError: no such file.
+        FetchError: nothing was fetched yet.
+        CheckpointError: what was fetched is damaged.
+    """
+    row = find("inception")
+    path = Path(given).expanduser() if given else target_of(row)
+    if given and not path.is_file():
+        raise ConfigError(f"--weights {path} is no file", "spiralrope fetch inception brings one")
+    if not path.is_file():
+        raise FetchError(
+            f"the weights of Inception are not here: there is no {path}",
+            "spiralrope fetch inception stores them there (95 MB); --weights FILE takes another",
+        )
+    _, digest = digest_like(path, "")
+    if not given and not digest.startswith(row.sha256):
+        raise CheckpointError(
+            f"{path} is damaged: its sha256 begins with {digest[:8]} and not {row.sha256}",
+            "spiralrope fetch inception brings it again",
+        )
+    return path, digest
