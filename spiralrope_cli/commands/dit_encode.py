@@ -1,20 +1,12 @@
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import typer
 
 from spiralrope_cli.commands.command import SETTINGS, command
-from spiralrope_cli.core.config.latents import EncodeRun, class_folder
-from spiralrope_cli.core.config.nested import build
-from spiralrope_cli.core.config.resolve import DATA_VARIABLE
+from spiralrope_cli.core.config.latents import EXACT, EncodeRun
 from spiralrope_cli.core.config.training import TrainOptions
-from spiralrope_cli.core.errors import DataError
-from spiralrope_cli.core.runtime.launch import launch
-
-EXACT = "fp32"
-"""Latents are made once and used for a whole training, so that the exact ones are worth it."""
 
 EXAMPLES = """
 Examples:
@@ -50,20 +42,6 @@ def dit_encode(given: dict[str, Any]) -> None:
 
     The same command again goes on, and encodes anew what is damaged.
     """
-    from spiralrope_cli.core.hub.networks import local_vae
+    from spiralrope_cli.core.jobs.encode import encode
 
-    dry_run = given.pop("dry_run", False)
-    values = {"precision": EXACT, "data": os.environ.get(DATA_VARIABLE), **given}
-    if not values["data"]:
-        raise DataError(
-            "--data is missing",
-            f"name a folder with one folder of images per class, or set {DATA_VARIABLE}",
-        )
-    run: EncodeRun = build(EncodeRun, values)
-    class_folder(run.data)
-    local_vae(run.vae)
-    from spiralrope_cli.core.jobs import encode as job  # from here on with torch
-
-    job.plan(run, dry_run=dry_run)
-    if not dry_run:
-        launch("spiralrope_cli.core.jobs.encode:work", run)
+    encode(given)

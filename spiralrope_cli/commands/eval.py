@@ -7,12 +7,9 @@ import typer
 from typer.core import TyperCommand
 
 from spiralrope_cli.commands.command import SETTINGS, command
-from spiralrope_cli.core.config.datasets import find_held_out
 from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions
-from spiralrope_cli.core.config.nested import build
-from spiralrope_cli.core.config.rope import BY_WEIGHTS, RopeConfig, given_rope
+from spiralrope_cli.core.config.rope import BY_WEIGHTS, RopeConfig
 from spiralrope_cli.core.config.training import MachineConfig
-from spiralrope_cli.core.runtime.launch import is_first_process, launch
 
 EXAMPLES = """
 Examples:
@@ -82,20 +79,6 @@ def evaluate(given: dict[str, Any]) -> None:
 
     The table goes to stdout, and into eval.json beside the weights with what produced it.
     """
-    from spiralrope_cli.core.hub.source import find_source, newest_run
+    from spiralrope_cli.core.jobs import evaluate as job
 
-    machine: MachineConfig = build(MachineConfig, given)
-    options: EvalOptions = build(EvalOptions, {**given, "rope": given_rope(given)})
-    wanted = options.sources
-    if not wanted:
-        wanted = (str(newest_run()),)
-        if is_first_process():
-            typer.echo(f"newest run: {wanted[0]}", err=True)
-    # What names nothing is refused before torch is loaded.
-    sources = [find_source(each, best=options.best) for each in wanted]
-    data_set = None if options.data is None else find_held_out(options.data)
-    from spiralrope_cli.core.jobs.evaluate import plan, settle
-
-    run, notes = settle(options, sources, data_set, machine, set(given))
-    plan(notes)
-    launch("spiralrope_cli.core.jobs.evaluate:run", run)
+    job.evaluate(given)

@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import typer
 
 from spiralrope_cli.commands.command import SETTINGS, command
 from spiralrope_cli.core.config.hub import ExportRun
-from spiralrope_cli.core.config.nested import build
-from spiralrope_cli.core.config.rope import BY_WEIGHTS, RopeConfig, given_rope
-from spiralrope_cli.core.errors import ConfigError
+from spiralrope_cli.core.config.rope import BY_WEIGHTS, RopeConfig
 
 EXAMPLES = """
 Examples:
@@ -36,17 +33,6 @@ def export(given: dict[str, Any]) -> None:
 
     Prints the path. What is there already is never written over.
     """
-    from spiralrope_cli.core.hub.source import find_source
-
-    rope = given_rope(given)
-    config: ExportRun = build(ExportRun, given)
-    found = find_source(config.source, best=config.best)
-    if config.best and found.run != Path(config.source).expanduser():
-        raise ConfigError(
-            f"--best chooses among a run's checkpoints, and {config.source} is no run folder",
-            "leave --best out",
-        )
     from spiralrope_cli.core.jobs import export as job
 
-    out = Path(config.out) if config.out else None
-    job.export(found, config.layout, ema=config.ema, out=out, rope=rope)
+    job.export(given)

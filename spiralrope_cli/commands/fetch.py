@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import typer
 
 from spiralrope_cli.commands.command import SETTINGS, command
 from spiralrope_cli.core.config.hub import FetchRun
-from spiralrope_cli.core.config.nested import build
 
 EXAMPLES = """
 Examples:
@@ -36,16 +34,6 @@ def fetch(given: dict[str, Any]) -> None:
 
     HF_ENDPOINT, HF_TOKEN and HF_HOME are those of huggingface_hub.
     """
-    config: FetchRun = build(FetchRun, given)
     from spiralrope_cli.core.jobs import fetch as job
 
-    if config.show_list:
-        job.show_list(as_json=config.as_json)
-        return
-    job.fetch_all(
-        list(config.names),
-        revision=config.revision,
-        offline=config.offline,
-        out=Path(config.out) if config.out else None,
-        as_json=config.as_json,
-    )
+    job.fetch(given)

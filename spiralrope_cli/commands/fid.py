@@ -5,9 +5,7 @@ from typing import Any
 import typer
 
 from spiralrope_cli.commands.command import SETTINGS, command
-from spiralrope_cli.core.config.evals import PRECISIONS, FidRun, fid_notes
-from spiralrope_cli.core.config.nested import build
-from spiralrope_cli.core.runtime.launch import is_first_process, launch
+from spiralrope_cli.core.config.evals import PRECISIONS, FidRun
 
 EXAMPLES = """
 Examples:
@@ -46,14 +44,6 @@ def fid(given: dict[str, Any]) -> None:
 
     Statistics of a reference are kept and found again by its content.
     """
-    run: FidRun = build(FidRun, {"precision": PRECISIONS[0], **given})
-    if is_first_process():
-        for line in fid_notes(run, given):
-            typer.echo(line, err=True)
-    from spiralrope_cli.core.jobs import score
+    from spiralrope_cli.core.jobs.score import score
 
-    plan = score.settle(run)
-    if is_first_process():
-        for line in score.notes(plan, given):
-            typer.echo(line, err=True)
-    launch("spiralrope_cli.core.jobs.score:work", plan)
+    score(given)

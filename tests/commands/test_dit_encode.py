@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 from spiralrope_cli import GaussianDiffusion, create_model
 from spiralrope_cli import main as cli
-from spiralrope_cli.commands import dit_encode
 from spiralrope_cli.core.config.latents import EncodeRun, class_folder
 from spiralrope_cli.core.config.training import MachineConfig
+from spiralrope_cli.core.data import latents as cached_latents
 from spiralrope_cli.core.data.augment import cropped_array
 from spiralrope_cli.core.data.latents import LatentCache
 from spiralrope_cli.core.diffusion.vae import draw, load_vae
@@ -145,7 +145,7 @@ def test_two_processes_write_what_one_does(made, spiralrope, photos, tiny_vae, t
 
 def test_an_interrupted_run_goes_on(make, made, monkeypatch, capfd):
     config = make()
-    write, written = encode.latents.write_shard, []
+    write, written = cached_latents.write_shard, []
 
     def write_and_stop(folder, number, *rest):
         written.append(number)
@@ -153,7 +153,7 @@ def test_an_interrupted_run_goes_on(make, made, monkeypatch, capfd):
             signal.raise_signal(signal.SIGTERM)
         return write(folder, number, *rest)
 
-    monkeypatch.setattr(encode.latents, "write_shard", write_and_stop)
+    monkeypatch.setattr(cached_latents, "write_shard", write_and_stop)
     with pytest.raises(SystemExit) as left:
         encode.work(config)
     assert left.value.code == 143
@@ -266,7 +266,7 @@ def test_damaged_records_have_a_way_out(make, made, tmp_path, capfd):
     config = make()
     shutil.copytree(made, config.out)
     manifest, records = Path(config.out, "manifest.json"), Path(config.out, "unfinished")
-    encode.latents.begin(Path(config.out), LatentCache(made).manifest.plan, [])
+    cached_latents.begin(Path(config.out), LatentCache(made).manifest.plan, [])
     (records / "00000.json").touch()
     encode.work(config)  # a shard without a record is made anew
     assert len(LatentCache(Path(config.out))) == 40
@@ -303,7 +303,7 @@ def test_a_vae_without_a_scale_is_told(call, photos, tiny_vae, tmp_path):
 def call(runs, monkeypatch):
     """The command with its workers replaced by a list."""
     launched = []
-    monkeypatch.setattr(dit_encode, "launch", lambda job, run: launched.append(run))
+    monkeypatch.setattr(encode, "launch", lambda job, run: launched.append(run))
 
     def invoke(*words):
         return CliRunner().invoke(cli.app, ["dit-encode", *map(str, words)]), launched

@@ -18,9 +18,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from spiralrope_cli import main as cli
-from spiralrope_cli.commands import dit_sample
 from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.data import sample_files
+from spiralrope_cli.core.diffusion import samplers as guidance
 from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.hub.catalog import WEIGHTS_REPO
 from spiralrope_cli.core.jobs import sample as job
@@ -231,7 +231,7 @@ def test_the_settled_weights_are_used_whatever_is_saved_meanwhile(
         shutil.copyfile(newer / "model.safetensors", newer / "ema.safetensors")
         job.work(config)
 
-    monkeypatch.setattr(dit_sample, "launch", saved_meanwhile)
+    monkeypatch.setattr(job, "launch", saved_meanwhile)
     sample(run, "--num", 2, *FAST, "--out", "meanwhile")
     assert np.array_equal(images("meanwhile"), images("before"))
     sample(run / "checkpoints" / "0000121", "--num", 2, *FAST, "--out", "control")
@@ -260,9 +260,9 @@ def test_other_options_do_not_mix_with_what_is_there(sample, pixels):
 
 def test_classes_are_dealt_out_in_turn_or_drawn_by_number(pixels, sample, monkeypatch):
     asked = []
-    guided = job.guided
+    guided = guidance.guided
     monkeypatch.setattr(
-        job,
+        guidance,
         "guided",
         lambda net, labels, g: (asked.extend(labels.tolist()), guided(net, labels, g))[1],
     )
@@ -322,6 +322,8 @@ def test_sources_that_draw_nothing(sample):
     assert "which only a VAE turns into pictures" in sample(DIT, "--vae", "none", expect=2)
     assert "neither ema nor mse nor a folder" in sample(DIT, "--vae", "gone", expect=2)
     assert "no published name" in sample("dit-xxl", expect=2)
+    told = sample(DIT, "--name", "x", "--out", "y", expect=2)
+    assert "--name x and --out y both name the folder" in told
 
 
 def test_published_weights_come_by_themselves_after_their_size_was_said(

@@ -10,8 +10,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from spiralrope_cli import main as cli
-from spiralrope_cli.commands import eval as command
 from spiralrope_cli.core.errors import CheckpointError, ConfigError, DataError, SpiralRopeError
+from spiralrope_cli.core.jobs import evaluate
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoints"
 
@@ -21,7 +21,7 @@ def planned(runs, trained_once, monkeypatch):
     """Runs the command up to the launch; gives its output and the run that would be launched."""
     shutil.copytree(trained_once, runs / "runs" / "tiny")
     launched = []
-    monkeypatch.setattr(command, "launch", lambda job, run: launched.append(run))
+    monkeypatch.setattr(evaluate, "launch", lambda job, run: launched.append(run))
 
     def call(*words):
         launched.clear()

@@ -21,7 +21,7 @@ from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.errors import DataError, SpiralRopeError
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.jobs import pipeline as pipelines
-from spiralrope_cli.core.jobs import sample
+from spiralrope_cli.core.jobs import sample, train
 from spiralrope_cli.core.jobs.pipeline import settle_deit
 from spiralrope_cli.core.jobs.sweep import settle_sweep, spread
 from spiralrope_cli.core.load import starting_point
@@ -57,13 +57,14 @@ def run(runs):
 @pytest.fixture
 def launched(monkeypatch):
     """The jobs that stages launch, in order."""
-    jobs, plain = [], pipelines.launch
+    jobs, plain = [], train.launch
 
     def noted(job, config):
         jobs.append(job.split(".")[-1].partition(":")[0])
         plain(job, config)
 
-    monkeypatch.setattr(pipelines, "launch", noted)
+    for module in (train, sample, pipelines):
+        monkeypatch.setattr(module, "launch", noted)
     return jobs
 
 
@@ -92,7 +93,7 @@ def test_deit_runs_every_stage_once(run, launched):
     assert [line for line in said.splitlines() if "best, EMA" in line][-2:] == [
         line for line in again.splitlines() if "best, EMA" in line
     ]
-    assert "pretrain is finished, 4 steps" in told
+    assert "pretrain is finished: 4 steps" in told
     assert (folder / "pipeline.json").read_bytes() == before
 
     _, told = run("deit", *DEIT, "--seed", "1", expect=1)
@@ -317,7 +318,7 @@ def test_dit_runs_every_stage_once(run, launched):
     assert (folder / "dit-sample" / "samples.npz").is_file()
     assert "fid is left out: there is no --reference" in told
     _, told = run("dit", *DIT)
-    assert "dit-sample is finished, 5 images" in told
+    assert "dit-sample is finished: 5 images" in told
     assert len(launched) == 2
     _, told = run("dit", *DIT, "--num", 6, expect=1)
     assert "holds other samples: num was 5, now 6" in told
@@ -376,7 +377,7 @@ def test_a_dry_run_of_a_dit_fetches_nothing(run, monkeypatch, image_folder, tiny
     shutil.rmtree(next(Path("runs").glob("*/dit-sample")))
     here.clear()
     _, told = run("dit", *words, "--sampling-steps", 2, "--dry-run")
-    assert "dit-train is finished, 2 steps" in told
+    assert "dit-train is finished" in told
     assert "VAE mse (to be fetched)" in told
     shutil.rmtree("runs")
     _, told = run("dit", *words, "--sampling-steps", 2, "--dry-run")

@@ -83,6 +83,21 @@ def test_rooms_import_only_what_they_may(path):
     assert ours - {room} <= MAY_IMPORT[room]
 
 
+def test_a_command_knows_its_config_and_its_job_alone():
+    for path in (PACKAGE / "commands").glob("*.py"):
+        if path.name != "completion.py":  # it lists published names and runs
+            names = imports(path, everywhere=True)
+            ours = {room_of(name) for name in names if name.startswith("spiralrope_cli.c")}
+            assert ours <= MAY_IMPORT["commands"] | {"jobs"}
+
+
+def test_no_job_imports_another():
+    for path in (PACKAGE / "core" / "jobs").glob("*.py"):
+        names = imports(path, everywhere=True)
+        rooms = {room_of(name) for name in names if name.startswith("spiralrope_cli.core.")}
+        assert "jobs" not in rooms or path.name in ("pipeline.py", "sweep.py")
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_light_files_load_the_standard_library_alone(path):
     room = path.relative_to(PACKAGE).parts
@@ -109,6 +124,7 @@ def test_light_files_load_the_standard_library_alone(path):
         ["dit-train", "--arch", "dit-x"],
         ["dit-train", "--init", "nowhere/at-all"],
         ["dit-encode", "--help"],
+        ["dit-encode"],
         ["dit-encode", "--data", "nowhere"],
         ["dit-encode", "--data", "/", "--vae", "nowhere"],
         ["fetch", "--help"],
@@ -136,6 +152,7 @@ def test_light_files_load_the_standard_library_alone(path):
         ["dit-sample", "dit-s2", "--cfg-scale", "0.5"],
         ["dit-sample", "dit-s2", "--sampler", "euler"],
         ["dit-sample", "dit-s2", "--steps", "1"],
+        ["dit-sample", "dit-s2", "--name", "x", "--out", "y"],
         ["export", "deit-s", "--layout", "published", "--theta", "0"],
         ["plot", "--help"],
         ["plot", "run", "--help"],
@@ -173,6 +190,7 @@ def test_the_command_line_answers_without_heavy_imports(words, tmp_path):
 LONGER = {
     "core/jobs/evaluate.py": "the whole story of eval, from options to rows to a table",
     "core/jobs/sample.py": "the whole story of dit-sample, from weights to an archive",
+    "core/jobs/score.py": "the whole story of fid, from two inputs to figures with their protocol",
 }
 """Files over 350 lines, each with its reason; none over 500."""
 

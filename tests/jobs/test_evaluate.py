@@ -15,13 +15,14 @@ import torch
 from PIL import Image
 
 from spiralrope_cli import load_model
+from spiralrope_cli.core import load
 from spiralrope_cli.core.config.evals import EvalOptions
 from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.memory import load_digits
 from spiralrope_cli.core.hub.files import digest_like
-from spiralrope_cli.core.hub.source import find_source
-from spiralrope_cli.core.jobs import evaluate, export, train
+from spiralrope_cli.core.jobs import evaluate, train
+from spiralrope_cli.core.jobs.export import export
 from spiralrope_cli.core.metrics import accuracy
 
 FIGURES = ("acc1", "acc5", "loss", "count")
@@ -35,8 +36,7 @@ def source(trained_once, runs):
 
 
 def settled(options, machine=FP32):
-    sources = [find_source(given, best=options.best) for given in options.sources]
-    return evaluate.settle(options, sources, None, machine, set())[0]
+    return evaluate.settle(options, machine, set())[0]
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def rows_of(capsys):
 
     def call(*sources, machine=FP32, **options):
         options = EvalOptions(sources=tuple(map(str, sources)), json=True, **options)
-        evaluate.run(settled(options, machine))
+        evaluate.work(settled(options, machine))
         return json.loads(capsys.readouterr().out)
 
     return call
@@ -75,7 +75,7 @@ def test_a_published_file_has_the_figures_of_the_run_that_it_came_from(
     source, rows_of, runs, capsys
 ):
     path = runs / "tiny.pth"
-    export.export(find_source(str(source)), "published", ema=None, out=path, rope={})
+    export({"source": str(source), "layout": "published", "out": str(path)})
     capsys.readouterr()
     for ema in (False, True):
         (row,) = rows_of(path, data="digits", ema=ema)["rows"]
@@ -105,10 +105,8 @@ def test_all_decodes_every_image_once_per_crop_ratio(source, rows_of):
 def test_equal_checkpoints_are_measured_once_and_shown_twice(source, rows_of, monkeypatch):
     (source / "checkpoints/best.json").write_text('{"step": 8}')
     loaded = []
-    build = evaluate.build
-    monkeypatch.setattr(
-        evaluate, "build", lambda *of, **size: loaded.append(of) or build(*of, **size)
-    )
+    build = load.build
+    monkeypatch.setattr(load, "build", lambda *of, **size: loaded.append(of) or build(*of, **size))
     rows = rows_of(source, every=True)["rows"]
     assert len(rows) == 8
     assert len(loaded) == 4
@@ -200,7 +198,7 @@ def test_a_damaged_eval_json_is_set_aside(source, rows_of):
 def test_a_folder_that_cannot_be_written_is_a_note(source, runs, capsys):
     (runs / "file").write_text("")
     options = EvalOptions(sources=(str(source),), out=str(runs / "file"))
-    evaluate.run(settled(options))
+    evaluate.work(settled(options))
     told = capsys.readouterr()
     assert "was not written" in told.err
     assert "last, raw" in told.out
@@ -228,8 +226,8 @@ def test_several_image_sizes_are_drawn(source, rows_of):
 
 
 def test_csv_is_one_line_per_row(source, capsys):
-    options = EvalOptions(sources=(str(source),), crop_ratios=(0.875, 1.0), csv=True)
-    evaluate.run(settled(options))
+    options = EvalOptions(sources=(str(source),), crop_ratios=(0.875, 1.0), output="csv")
+    evaluate.work(settled(options))
     lines = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [line["crop_ratio"] for line in lines] == ["0.875", "1.0"]
     assert {(line["count"], line["image_size"], line["rope_rotate"]) for line in lines} == {

@@ -26,6 +26,9 @@ LATENT_CHANNELS = 4
 LATENT_SCALE = 0.18215
 """DiT sees the VAE's latents times this."""
 
+EXACT = "fp32"
+"""Latents are made once and used for a whole training, so that the exact ones are worth it."""
+
 CROP = "adm-centre"
 MANIFEST_FILE = "manifest.json"
 LARGEST_SHARD, SMALLEST_SHARD, WANTED_SHARDS = 1024, 16, 64

@@ -27,7 +27,7 @@ from spiralrope_cli.core.config.option import (
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.samples import Sampler
-from spiralrope_cli.core.config.training import MachineConfig, OptimConfig
+from spiralrope_cli.core.config.training import MachineConfig, OptimConfig, TrainOptions
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 
 PRETRAIN, FINETUNE, EVALUATE = "pretrain", "finetune", "eval"
@@ -176,8 +176,8 @@ class Stage:
         name: for the heading and the record.
         folder: where its results go.
         config: what its job takes.
-        job: called as job(stage, heading, dry_run=, show=), skips what is done, and returns
-            whether it was; `show` prints the results of what was done before.
+        job: called as job(stage, dry_run=, show=), skips what is done, and returns whether it
+            was; `show` prints the results of what was done before.
         line: what it will do, as far as that is known before the stage ahead of it is done.
     """
 
@@ -207,7 +207,8 @@ class Pipeline:
 
 def of_training(given: dict[str, Any], own: type) -> dict[str, Any]:
     """The given options without those of the pipeline itself."""
-    return {name: value for name, value in given.items() if name not in leaves(own)}
+    not_here = leaves(own).keys() | leaves(TrainOptions)
+    return {name: value for name, value in given.items() if name not in not_here}
 
 
 def of_finetuning(given: dict[str, Any]) -> dict[str, Any]:

@@ -100,7 +100,9 @@ class Resolved(Generic[Run]):
 def resolve(
     command: str,
     options: dict[str, Any],
-    config_file: str | Path = "",
+    *,
+    config_file: str = "",
+    name: str = "",
     start: StartingPoint | None = None,
 ) -> Resolved[Any]:
     """A training run from what the user gave: recipe, data set, weights, file, options.
@@ -109,6 +111,7 @@ def resolve(
         command: `pretrain`, `finetune` or `dit-train`.
         options: field name -> value, given options alone.
         config_file: a `config.yaml` of an earlier run, empty for none.
+        name: word at the end of the folder's name.
         start: the weights to start from, where there are some.
 
     Raises:
@@ -142,7 +145,7 @@ def resolve(
     if start:
         fit_positions(values, sources, start, "input_size" if dit else "image_size")
     fit_length(values, sources, options)
-    fit_name(values, sources, data_set, size.head_dim)
+    fit_name(values, data_set, size.head_dim, name)
     run = build(kind, values)
     if not dit:
         run.augment.check_data(data_set)
@@ -183,7 +186,7 @@ def of_latents(cache: Manifest) -> DataSet:
 def chosen_layers(
     kind: type[TrainingRun],
     options: dict[str, Any],
-    config_file: str | Path,
+    config_file: str,
     start: StartingPoint | None,
 ) -> list[Layer]:
     """What the user settled on, from weak to strong: starting weights, config file, options.
@@ -304,19 +307,11 @@ def fit_length(values: dict[str, Any], sources: dict[str, str], options: dict[st
         values["warmup_epochs"] = min(values["warmup_epochs"], longest)
 
 
-def fit_name(
-    values: dict[str, Any], sources: dict[str, str], data_set: DataSet, head_dim: int
-) -> None:
+def fit_name(values: dict[str, Any], data_set: DataSet, head_dim: int, name: str) -> None:
     """Names the run's folder without a date, so that the same command finds its own."""
     rope: RopeConfig = build(RopeConfig, values)
     rope.check_head_dim(head_dim)
     turned = f"r{rope.rotate}" if rope.enabled else "norope"
-    name = values.pop("name", None)
-    sources.pop("name", None)
-    if name and "out" in values:
-        raise ConfigError(
-            f"--name {name} and --out {values['out']} both name the folder", "give one"
-        )
     parts = [values["command"], values["arch"], data_set.slug, turned, *([name] if name else [])]
     folder = re.sub(r"[^\w.-]+", "-", "-".join(parts))
     values.setdefault("out", str(Path(RUNS_FOLDER) / folder))

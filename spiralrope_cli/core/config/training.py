@@ -205,3 +205,14 @@ class TrainOptions:
         ),
     ] = ""
     dry_run: Annotated[bool, Opt("Print the resolved plan and stop.", RUN)] = False
+
+    def check_folder(self, out: str) -> None:
+        """Refuses a word for the folder's name beside the folder itself.
+
+        Raises:
+            ConfigError: names both.
+        """
+        if self.name and out:
+            raise ConfigError(
+                f"--name {self.name} and --out {out} both name the folder", "give one"
+            )

@@ -1,4 +1,7 @@
-"""Encodes a folder of images once, for training from their latents."""
+"""`dit-encode`: encodes a folder of images once, for training from their latents.
+
+What loads torch is imported where it is needed: a refusal comes without it.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,12 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from spiralrope_cli.core.config.datasets import class_names, list_images
 from spiralrope_cli.core.config.dit_runs import full_vae_name
 from spiralrope_cli.core.config.latents import (
+    EXACT,
     LATENT_SCALE,
     CachePlan,
     EncodeRun,
@@ -24,16 +26,12 @@ from spiralrope_cli.core.config.latents import (
     class_folder,
     shard_size_for,
 )
-from spiralrope_cli.core.data import files, latents
-from spiralrope_cli.core.data.augment import cropped_array
-from spiralrope_cli.core.data.files import BadImages, Unreadable, open_picture
-from spiralrope_cli.core.diffusion.vae import Vae, load_vae
-from spiralrope_cli.core.errors import ConfigError
+from spiralrope_cli.core.config.nested import build
+from spiralrope_cli.core.config.resolve import DATA_VARIABLE
+from spiralrope_cli.core.config.training import TrainOptions
+from spiralrope_cli.core.errors import ConfigError, DataError
 from spiralrope_cli.core.hub.networks import find_vae, local_vae
-from spiralrope_cli.core.runtime import distributed
-from spiralrope_cli.core.runtime.device import pick_device, pick_precision
-from spiralrope_cli.core.runtime.distributed import Job, open_job
-from spiralrope_cli.core.runtime.launch import is_first_process, world_size
+from spiralrope_cli.core.runtime.launch import is_first_process, launch, world_size
 from spiralrope_cli.core.runtime.progress import (
     console,
     counted,
@@ -44,8 +42,35 @@ from spiralrope_cli.core.runtime.progress import (
 )
 from spiralrope_cli.core.runtime.run_folder import check_space, refuse_run
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from spiralrope_cli.core.data import files
+    from spiralrope_cli.core.diffusion.vae import Vae
+    from spiralrope_cli.core.runtime.distributed import Job
+
+JOB = "spiralrope_cli.core.jobs.encode:work"
 Images = list[tuple[str, int]]
 """(path, class number) of every image."""
+
+
+def encode(given: dict[str, Any]) -> None:
+    """Encodes the images of a folder, as far as they are not yet.
+
+    Args:
+        given: field name -> value of the options that the user gave.
+    """
+    own: TrainOptions = build(TrainOptions, given)
+    values = {"precision": EXACT, "data": os.environ.get(DATA_VARIABLE), **given}
+    if not values["data"]:
+        raise DataError(
+            "--data is missing",
+            f"name a folder with one folder of images per class, or set {DATA_VARIABLE}",
+        )
+    run: EncodeRun = build(EncodeRun, values)
+    plan(run, dry_run=own.dry_run)
+    if not own.dry_run:
+        launch(JOB, run)
 
 
 def settle(config: EncodeRun, *, fetch: bool = True) -> tuple[CachePlan, Images]:
@@ -60,11 +85,16 @@ def settle(config: EncodeRun, *, fetch: bool = True) -> tuple[CachePlan, Images]
         ConfigError, CheckpointError, FetchError: no such VAE, or none that fits.
     """
     folder = class_folder(config.data)
+    vae = local_vae(config.vae)
+
+    from spiralrope_cli.core.runtime.device import pick_device, pick_precision
+
     images = list_images(folder)
     digest = hashlib.sha256()
     for path, _ in images:
         digest.update(os.fsencode(os.path.relpath(path, folder)) + b"\0")
-    vae = find_vae(config.vae) if fetch else local_vae(config.vae)
+    if fetch and vae is None:
+        vae = find_vae(config.vae)
     dtype, _ = pick_precision(config.machine.precision, pick_device(config.machine))
     cache = CachePlan(
         data=str(folder),
@@ -93,6 +123,9 @@ def plan(config: EncodeRun, *, dry_run: bool) -> None:
         DiskError: the disk is too small.
     """
     (cache, _), out = settle(config, fetch=not dry_run), Path(config.out)
+
+    from spiralrope_cli.core.data import latents
+
     refuse_run(out)
     if out.resolve().is_relative_to(cache.data):
         raise ConfigError(
@@ -131,6 +164,10 @@ def work(config: EncodeRun) -> None:
         DataError: the folder holds other latents, or an image cannot be read.
         CheckpointError: the folder is in use, or the VAE cannot be read.
     """
+    from spiralrope_cli.core.data import latents
+    from spiralrope_cli.core.runtime import distributed
+    from spiralrope_cli.core.runtime.distributed import open_job
+
     out = Path(config.out)
     with open_job(config.machine, out) as job:
         shown_on = console(stderr=True, quiet=not job.is_first)
@@ -151,7 +188,7 @@ def work(config: EncodeRun) -> None:
         if job.is_first:
             latents.begin(out, cache, shards.values())
         distributed.barrier()
-        shards.update(encode(config, job, cache, images, missing))
+        shards.update(encode_missing(config, job, cache, images, missing))
         if job.is_first:
             report(latents.finish(out, cache, [shards[n] for n in range(cache.num_shards)]))
 
@@ -162,6 +199,8 @@ def readable_now(shard: Shard, skip_bad: bool) -> bool:
     Raises:
         UnreadableImageError: one still cannot, and without --skip-bad none is left out.
     """
+    from spiralrope_cli.core.data.files import Unreadable, open_picture
+
     still = [open_picture(path, lambda image: image.copy()) for path in shard.unreadable]
     bad = [each for each in still if isinstance(each, Unreadable)]
     if bad and not skip_bad:
@@ -169,13 +208,16 @@ def readable_now(shard: Shard, skip_bad: bool) -> bool:
     return len(bad) < len(still)
 
 
-def encode(
+def encode_missing(
     config: EncodeRun, job: Job, cache: CachePlan, images: Images, missing: list[int]
 ) -> dict[int, Shard]:
     """The missing shards, one per process at a time; in the end all processes know of all.
 
     Where a signal asks for it, everybody leaves with its exit code; shards that are done stay.
     """
+    from spiralrope_cli.core.diffusion.vae import load_vae
+    from spiralrope_cli.core.runtime import distributed
+
     vae = load_vae(find_vae(config.vae).folder, job.device, job.dtype)
     mine = missing[job.rank :: job.world_size]
     done = cache.num_files - sum(len(cache.files_of(number)) for number in missing)
@@ -209,6 +251,9 @@ def image_batches(
     config: EncodeRun, job: Job, cache: CachePlan, images: Images, mine: list[int]
 ) -> Generator[files.Loaded, None, None]:
     """The images of this process's shards, read ahead; no batch reaches into the next shard."""
+    from spiralrope_cli.core.data import files
+    from spiralrope_cli.core.data.augment import cropped_array
+
     size = config.batch_size
     keys = (
         [(number, None) for number in numbers[first : first + size]]
@@ -234,6 +279,11 @@ def encode_shard(
     Raises:
         UnreadableImageError: without --skip-bad.
     """
+    import torch
+
+    from spiralrope_cli.core.data import latents
+    from spiralrope_cli.core.data.files import BadImages
+
     num_files = len(cache.files_of(number))
     # They stay on the device until the shard is full: no batch waits for a copy.
     sides = torch.empty(2, num_files, 2, *cache.latent_shape, device=job.device)

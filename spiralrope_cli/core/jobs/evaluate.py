@@ -1,7 +1,8 @@
 """`eval`: accuracy of weights on held-out images, one pass over the images for each protocol.
 
 From the options to explicit rows, all checked (`settle`); what the user should know of them
-(`plan`); the work of every worker (`run`); a table, JSON or CSV, `eval.json` and a plot (`report`).
+(`plan`); every worker's part (`work`); a table, JSON or CSV, `eval.json` and a plot (`report`).
+What loads torch is imported where it is needed: a refusal comes without it.
 """
 
 from __future__ import annotations
@@ -15,55 +16,61 @@ from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from functools import cache, partial
 from pathlib import Path
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from spiralrope_cli.core.config.datasets import BUILT_IN, DataSet, find_held_out
 from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions, EvalRow, EvalRun
 from spiralrope_cli.core.config.models import is_dit
+from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.resolve import DATA_VARIABLE, RUNS_FOLDER
+from spiralrope_cli.core.config.rope import given_rope
 from spiralrope_cli.core.config.runs import EvalProtocol, ModelConfig
 from spiralrope_cli.core.config.training import MachineConfig
-from spiralrope_cli.core.data.batches import ValidationImages
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.hub.files import digest_like
-from spiralrope_cli.core.hub.source import Source, find_source
-from spiralrope_cli.core.load import at_size, build
-from spiralrope_cli.core.metrics import accuracy
-from spiralrope_cli.core.metrics.accuracy import Accuracy, evaluate
+from spiralrope_cli.core.hub.source import Source, find_source, newest_run
 from spiralrope_cli.core.plots.curves import sizes
 from spiralrope_cli.core.plots.style import save
-from spiralrope_cli.core.report.page import is_stage, leave_report
-from spiralrope_cli.core.runtime import distributed
-from spiralrope_cli.core.runtime.device import (
-    PRECISIONS,
-    autocast,
-    pick_device,
-    pick_precision,
-    versions,
-)
-from spiralrope_cli.core.runtime.distributed import Job, open_job
-from spiralrope_cli.core.runtime.launch import is_first_process
+from spiralrope_cli.core.runtime.launch import is_first_process, launch
 from spiralrope_cli.core.runtime.progress import counted, say, say_unreadable
 from spiralrope_cli.core.runtime.run_folder import EVAL_FILE, SIZES_FILE, read_rows
-from spiralrope_cli.core.weights import Weights, colours, here, read_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from spiralrope_cli.core.data.batches import ValidationImages
+    from spiralrope_cli.core.metrics.accuracy import Accuracy, Record
+    from spiralrope_cli.core.runtime.distributed import Job
+    from spiralrope_cli.core.weights import Weights
+
+JOB = "spiralrope_cli.core.jobs.evaluate:work"
+
+
+def evaluate(given: dict[str, Any]) -> None:
+    """Measures what the user named, or else the newest run.
+
+    Args:
+        given: field name -> value of the options that the user gave.
+    """
+    machine: MachineConfig = build(MachineConfig, given)
+    options: EvalOptions = build(EvalOptions, {**given, "rope": given_rope(given)})
+    if not options.sources:
+        options = replace(options, sources=(str(newest_run()),))
+        if is_first_process():
+            say(f"newest run: {options.sources[0]}")
+    run, notes = settle(options, machine, set(given))
+    plan(notes)
+    launch(JOB, run)
 
 
 # ---- settle
 def settle(
-    options: EvalOptions,
-    sources: Sequence[Source],
-    data_set: DataSet | None,
-    machine: MachineConfig,
-    given: set[str],
+    options: EvalOptions, machine: MachineConfig, given: set[str]
 ) -> tuple[EvalRun, list[str]]:
     """All rows of an evaluation, and notes for the user.
 
     Args:
-        options: what was asked for.
-        sources: its sources, looked up.
-        data_set: that of `--data`, looked up; None for the weights' own.
+        options: what was asked for, with sources.
         machine: where it will run.
         given: names of the options that the user gave.
 
@@ -73,6 +80,8 @@ def settle(
         DataError: no such data set.
         FetchError: published weights that cannot be had.
     """
+    sources = [find_source(each, best=options.best) for each in options.sources]
+    data_set = None if options.data is None else find_held_out(options.data)
     notes: list[str] = []
     idle = {"ema": "--ema", "best": "--best", "crop_ratios": "--crop-ratio"}
     if options.every and (names := [word for name, word in idle.items() if name in given]):
@@ -106,6 +115,8 @@ def checkpoints(
     source: Source, options: EvalOptions, notes: list[str]
 ) -> Iterator[tuple[str, Source]]:
     """The checkpoints of one source that are asked for: word and place."""
+    from spiralrope_cli.core.weights import here
+
     given = source.given
     if source.run is None or source.place == Path(given).expanduser().resolve():
         if options.every:
@@ -125,6 +136,8 @@ def checkpoints(
 
 def weight_sets(source: Source, options: EvalOptions, notes: list[str]) -> list[Weights]:
     """The sets of weights of one checkpoint that are asked for: raw, averaged, or both."""
+    from spiralrope_cli.core.weights import read_weights
+
     wanted = (False, True) if options.every else (options.ema,)
     sets = [read_weights(source, ema=ema, rope=options.rope) for ema in wanted]
     if len(sets) == 2 and (sets[0].file, sets[0].ema) == (sets[1].file, sets[1].ema):
@@ -156,6 +169,9 @@ def settled_row(
     options: EvalOptions,
 ) -> EvalRow:
     """One row, checked; without size and ratio, those of the weights and of the data set."""
+    from spiralrope_cli.core.load import at_size
+    from spiralrope_cli.core.weights import colours
+
     source = weights.source
     if is_dit(weights.arch):
         raise CheckpointError(
@@ -206,13 +222,19 @@ def plan(notes: Sequence[str]) -> None:
 
 
 # ---- work
-def run(config: EvalRun) -> None:
+def work(config: EvalRun) -> None:
     """Measures all rows and reports them from the first process; executed by every worker.
 
     Raises:
         CheckpointError: weights that do not fit, or that are gone since they were looked at.
         DataError: the data set is missing or damaged.
     """
+    import torch
+
+    from spiralrope_cli.core.data.batches import ValidationImages
+    from spiralrope_cli.core.runtime import distributed
+    from spiralrope_cli.core.runtime.distributed import open_job
+
     machine = config.machine
     with open_job(machine, None) as job:
         if len(set(distributed.gathered(config.rows))) > 1:
@@ -238,13 +260,18 @@ def run(config: EvalRun) -> None:
 
 def measure(rows: list[EvalRow], images: ValidationImages, job: Job) -> dict[EvalRow, Accuracy]:
     """Figures of rows of one protocol, in one pass; equal networks are asked once."""
+    from spiralrope_cli.core import load
+    from spiralrope_cli.core.metrics import accuracy
+    from spiralrope_cli.core.runtime.device import autocast
+    from spiralrope_cli.core.weights import read_weights
+
     by_network = {row.network: row for row in rows}
     models: dict[str, nn.Module] = {}
     for number, row in enumerate(by_network.values()):
         source, size = Source(row.source, Path(row.file)), row.model.image_size
         weights = read_weights(source, ema=row.ema, rope=asdict(row.rope))
         grid = row.model.pretrain_grid
-        models[str(number)] = build(weights, job.device, image_size=size, pretrain_grid=grid)
+        models[str(number)] = load.build(weights, job.device, image_size=size, pretrain_grid=grid)
         if images.machine.compile:
             models[str(number)].compile()
     protocol, in_precision = images.protocol, partial(autocast, job.device, job.dtype)
@@ -257,7 +284,7 @@ def measure(rows: list[EvalRow], images: ValidationImages, job: Job) -> dict[Eva
                 yield pixels, labels
                 advance(len(labels) * job.world_size)  # the others are as far
 
-        found = evaluate(models, batches(), job.device, in_precision)
+        found = accuracy.evaluate(models, batches(), job.device, in_precision)
     of_network = dict(zip(by_network, found.values(), strict=True))
     return {row: of_network[row.network] for row in rows}
 
@@ -265,7 +292,11 @@ def measure(rows: list[EvalRow], images: ValidationImages, job: Job) -> dict[Eva
 # ---- report
 def report(config: EvalRun, figures: list[Accuracy], decoded: int, job: Job) -> None:
     """Writes and prints everything, from the first process alone."""
-    rows: list[accuracy.Record] = [
+    from spiralrope_cli.core.metrics import accuracy
+    from spiralrope_cli.core.report.page import is_stage, leave_report
+    from spiralrope_cli.core.runtime.device import PRECISIONS, versions
+
+    rows: list[Record] = [
         {
             **described_row(row),
             **asdict(found),
@@ -277,7 +308,7 @@ def report(config: EvalRun, figures: list[Accuracy], decoded: int, job: Job) -> 
         }
         for row, found in zip(config.rows, figures, strict=True)
     ]
-    folders: dict[Path, list[accuracy.Record]] = {}
+    folders: dict[Path, list[Record]] = {}
     for row, each in zip(config.rows, rows, strict=True):
         folders.setdefault(Path(row.folder), []).append(each)
     for folder, mine in folders.items():
@@ -293,8 +324,10 @@ def report(config: EvalRun, figures: list[Accuracy], decoded: int, job: Job) -> 
         leave_report(folder)
 
 
-def write(folder: Path, rows: list[accuracy.Record], decoded: int) -> None:
+def write(folder: Path, rows: list[Record], decoded: int) -> None:
     """Merges rows into a folder's `eval.json`, and draws accuracy over image sizes."""
+    from spiralrope_cli.core.metrics import accuracy
+
     path = folder / EVAL_FILE
     try:
         accuracy.add_rows(path, rows, decoded)
@@ -308,6 +341,9 @@ def write(folder: Path, rows: list[accuracy.Record], decoded: int) -> None:
 
 def is_measured(config: EvalRun, *, show: bool = False) -> bool:
     """Whether `eval.json` has figures of all rows, of these very weights; shows them if asked."""
+    from spiralrope_cli.core.metrics import accuracy
+    from spiralrope_cli.core.runtime.device import PRECISIONS, pick_device, pick_precision
+
     device = pick_device(config.machine)
     precision = PRECISIONS[pick_precision(config.machine.precision, device)[0]]
     rows = []
@@ -322,7 +358,7 @@ def is_measured(config: EvalRun, *, show: bool = False) -> bool:
     return True
 
 
-def described_row(row: EvalRow) -> accuracy.Record:
+def described_row(row: EvalRow) -> Record:
     """What a row of `eval.json` says before its figures, as plain values."""
     return {
         "source": row.source,

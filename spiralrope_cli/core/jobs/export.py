@@ -1,4 +1,7 @@
-"""Weights to hand on: the published layout, or safetensors with a model card."""
+"""`export`: weights to hand on, in the published layout or as safetensors with a model card.
+
+What loads torch is imported where it is needed: a refusal comes without it.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +9,51 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import yaml
-from safetensors.torch import save_file
-
+from spiralrope_cli.core.config.hub import ExportRun
 from spiralrope_cli.core.config.models import deit_size, dit_size, is_dit
+from spiralrope_cli.core.config.nested import build
+from spiralrope_cli.core.config.rope import given_rope
+from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.hub.catalog import ROWS
 from spiralrope_cli.core.hub.files import OTHER_DISK, digest_like, refuse_existing, whole
 from spiralrope_cli.core.hub.model_card import eval_rows, model_card
-from spiralrope_cli.core.hub.published import Described, StateDict, not_expressed, published_content
-from spiralrope_cli.core.hub.source import Source
-from spiralrope_cli.core.load import create, fitted
-from spiralrope_cli.core.models.dit import DiT
-from spiralrope_cli.core.rope import as_pair
+from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.runtime.progress import human_size, say, say_result
 from spiralrope_cli.core.runtime.run_folder import CONFIG_FILE, EVAL_FILE, MODEL_FILE, check_space
-from spiralrope_cli.core.weights import Weights, here, read_weights
+
+if TYPE_CHECKING:
+    import torch
+
+    from spiralrope_cli.core.hub.published import Described, StateDict
+    from spiralrope_cli.core.weights import Weights
 
 EXPORTS_FOLDER = "exports"
 CARD_FILE = "README.md"
 HEADROOM = 1 << 20
 """Bytes for names, args and the card beside the tensors."""
 SPEAKS_OF_NOTHING = ("model", "ema", "checkpoint", "best_checkpoint")
+
+
+def export(given: dict[str, Any]) -> None:
+    """Writes a source's weights in another layout and prints where they are.
+
+    Args:
+        given: field name -> value of the options that the user gave.
+
+    Raises:
+        FetchError: something lies where they go, or the disk cannot hold it.
+    """
+    rope = given_rope(given)
+    config: ExportRun = build(ExportRun, given)
+    settled = settle(config, rope)
+    refuse_existing(settled.target)
+    needed = HEADROOM + sum(tensor.nbytes for state in settled.sets for tensor in state.values())
+    check_space((settled.target.parent, needed), what=settled.target.name, hint=OTHER_DISK)
+    write = write_published if config.layout == "published" else write_safetensors
+    write(settled)
+    report(settled, config.layout)
 
 
 @dataclass(frozen=True)
@@ -50,49 +74,48 @@ class Export:
     target: Path
 
 
-def export(
-    source: Source, layout: str, *, ema: bool | None, out: Path | None, rope: dict[str, Any]
-) -> None:
-    """Writes a source's weights in another layout and prints where they are.
+def settle(config: ExportRun, rope: dict[str, Any]) -> Export:
+    """Reads the weights, all of them, and finds where they go.
 
     Args:
-        source: as `find_source` gave it; what is published is fetched.
-        layout: `published` or `safetensors`.
-        ema: averaged or raw ones alone; None takes raw ones, and both into a published file.
-        out: file (published) or folder (safetensors); by default below `exports/`.
+        config: what the user wants; what is published is fetched. Without a choice of `ema`, raw
+            weights, and both into a published file.
         rope: field name -> value, options of the user, which win over the source's.
 
     Raises:
         CheckpointError: weights that cannot be read or are not whole.
-        ConfigError: a bare state dict without RoPE options.
-        FetchError: something lies at `out`, or the disk cannot hold it.
+        ConfigError: a bare state dict without RoPE options, or no run to choose the best of.
     """
-    settled = settle(here(source), layout, ema=ema, out=out, rope=rope)
-    refuse_existing(settled.target)
-    needed = HEADROOM + sum(tensor.nbytes for state in settled.sets for tensor in state.values())
-    check_space((settled.target.parent, needed), what=settled.target.name, hint=OTHER_DISK)
-    write = write_published if layout == "published" else write_safetensors
-    write(settled)
-    report(settled, layout)
+    source = find_source(config.source, best=config.best)
+    if config.best and source.run != Path(config.source).expanduser():
+        raise ConfigError(
+            f"--best chooses among a run's checkpoints, and {config.source} is no run folder",
+            "leave --best out",
+        )
+    from spiralrope_cli.core.weights import here, read_weights
 
-
-def settle(
-    source: Source, layout: str, *, ema: bool | None, out: Path | None, rope: dict[str, Any]
-) -> Export:
-    """Reads the weights, all of them, and finds where they go."""
-    weights = read_weights(source, ema=bool(ema), rope=rope)
+    source, layout = here(source), config.layout
+    weights = read_weights(source, ema=bool(config.ema), rope=rope)
     network, state = whole_state(weights)
     sets: tuple[StateDict, ...] = (state,)
     word = "ema" if weights.ema else "raw" if layout == "published" else ""
-    if layout == "published" and ema is None:
+    if layout == "published" and config.ema is None:
         other = read_weights(source, ema=True, rope=rope)
         if other.ema and not weights.ema:
             sets, word = (state, whole_state(other)[1]), ""
-    return Export(weights, network, sets, out or default_target(weights, layout, word))
+    out = Path(config.out) if config.out else default_target(weights, layout, word)
+    return Export(weights, network, sets, out)
 
 
 def whole_state(weights: Weights) -> tuple[Described, StateDict]:
     """What the weights belong to, and their tensors, none missing, in the network's order."""
+    import torch
+
+    from spiralrope_cli.core.hub.published import Described
+    from spiralrope_cli.core.load import create, fitted
+    from spiralrope_cli.core.models.dit import DiT
+    from spiralrope_cli.core.rope import as_pair
+
     with torch.device("meta"):
         model = create(weights)
     found = fitted(weights, model)
@@ -114,6 +137,8 @@ def whole_state(weights: Weights) -> tuple[Described, StateDict]:
 
 def apart(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor with memory of its own; a view would write all that it looks at."""
+    import torch
+
     if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
@@ -136,6 +161,10 @@ def default_target(weights: Weights, layout: str, word: str) -> Path:
 
 def write_published(export: Export) -> None:
     """One file as the published ones."""
+    import torch
+
+    from spiralrope_cli.core.hub.published import published_content
+
     weights, raw, averaged = export.weights, export.sets[0], export.sets[-1]
     content = published_content(
         export.network, raw, averaged, progress=progress_of(weights), ema=weights.ema
@@ -146,6 +175,9 @@ def write_published(export: Export) -> None:
 
 def write_safetensors(export: Export) -> None:
     """A folder of safetensors, the config to be read, and the model card."""
+    import yaml
+    from safetensors.torch import save_file
+
     weights, target = export.weights, export.target
     config = json.dumps(
         {
@@ -202,6 +234,8 @@ def training_set(weights: Weights) -> str:
 
 def report(export: Export, layout: str) -> None:
     """Notes and what was written, and on stdout where it is."""
+    from spiralrope_cli.core.hub.published import not_expressed
+
     weights, target = export.weights, export.target
     of_layout = not_expressed(export.network) if layout == "published" else ()
     for note in (*weights.notes, *of_layout):

@@ -1,37 +1,45 @@
-"""Published weights come here, or are listed. Results go to stdout, everything else to stderr."""
+"""`fetch`: published weights come here, or are listed. Results go to stdout, the rest to stderr."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from spiralrope_cli.core.config.hub import FetchRun
+from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.errors import ConfigError
+from spiralrope_cli.core.hub import download
 from spiralrope_cli.core.hub.catalog import ALIASES, ROWS, Row, find
-from spiralrope_cli.core.hub.download import fetch, local_files, local_path
+from spiralrope_cli.core.hub.download import local_files, local_path
 from spiralrope_cli.core.runtime.progress import human_size, say_result
 
 LINE = "{:<15} {:>5}  {:>7}  {:<4}  {}"
 
 
-def fetch_all(
-    names: list[str], *, revision: str | None, offline: bool, out: Path | None, as_json: bool
-) -> None:
-    """Fetches rows by name and prints where each one is."""
-    rows = settle(names, flat=out is not None)
-    if out:
-        out = out.expanduser()
+def fetch(given: dict[str, Any]) -> None:
+    """Fetches what the user named and prints where each one is, or lists all that there is.
+
+    Args:
+        given: field name -> value of the options that the user gave.
+    """
+    config: FetchRun = build(FetchRun, given)
+    if config.show_list:
+        show_list(as_json=config.as_json)
+        return
+    out = Path(config.out).expanduser() if config.out else None
     found = []
-    for row in rows:
-        path = str(fetch(row, revision=revision, offline=offline, out=out))
-        found.append({"name": row.name, "path": path})
-        if not as_json:
-            say_result(path)
-    if as_json:
+    for row in settle(config.names, flat=out is not None):
+        path = download.fetch(row, revision=config.revision, offline=config.offline, out=out)
+        found.append({"name": row.name, "path": str(path)})
+        if not config.as_json:
+            say_result(str(path))
+    if config.as_json:
         say_result(json.dumps(found, indent=2))
 
 
-def settle(names: list[str], *, flat: bool) -> list[Row]:
+def settle(names: Sequence[str], *, flat: bool) -> list[Row]:
     """The rows of some names, each once.
 
     Args:
@@ -39,11 +47,9 @@ def settle(names: list[str], *, flat: bool) -> list[Row]:
         flat: whether all files go into one folder, under their own names.
 
     Raises:
-        ConfigError: no name, an unknown one, or files of the same name for one folder.
+        ConfigError: an unknown name, or files of the same name for one folder.
     """
     rows = list({row.name: row for row in map(find, names)}.values())
-    if not rows:
-        raise ConfigError("nothing to fetch", "name what to fetch; --list shows what there is")
     owner: dict[str, str] = {}
     for row in rows if flat else ():
         for file in row.files:

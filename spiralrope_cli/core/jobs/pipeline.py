@@ -42,7 +42,7 @@ from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.image_sets import look_at
 from spiralrope_cli.core.errors import CheckpointError, FetchError
 from spiralrope_cli.core.hub.networks import find_inception, find_vae, local_vae
-from spiralrope_cli.core.hub.source import find_source
+from spiralrope_cli.core.jobs import evaluate, sample, score, train
 from spiralrope_cli.core.runtime.launch import check_not_joined, launch, world_size
 from spiralrope_cli.core.runtime.progress import check_tracker, say
 from spiralrope_cli.core.runtime.run_folder import (
@@ -50,10 +50,8 @@ from spiralrope_cli.core.runtime.run_folder import (
     NPZ_FILE,
     PIPELINE_FILE,
     REPORT_FILE,
-    SAMPLES_FILE,
     first_step,
     is_finished,
-    prepare,
     read_json,
     refuse_run,
     repeated_run,
@@ -76,7 +74,7 @@ def settle_deit(given: dict[str, Any]) -> Pipeline:
     check_not_joined()
     own: DeiTStages = build(DeiTStages, given)
     options, finetuning = of_training(given, DeiTStages), of_finetuning(given)
-    first = resolve(PRETRAIN, options)
+    first = resolve(PRETRAIN, options, name=given.get("name", ""))
     folder = folder_of(own.out, first.run, "run-deit")
     before, after = folder / PRETRAIN, folder / FINETUNE
     stages: list[Stage] = []
@@ -116,7 +114,8 @@ def settle_dit(given: dict[str, Any]) -> Pipeline:
     own: DiTStages = build(DiTStages, given)
     with refusals_of(SAMPLE):
         check_chain(own.sampler, own.sampling_steps)
-    resolved = resolve("dit-train", of_training(given, DiTStages))
+    options, name = of_training(given, DiTStages), given.get("name", "")
+    resolved = resolve("dit-train", options, name=name)
     folder = folder_of(own.out, resolved.run, "run-dit")
     training = train_stage_of(resolved, folder / TRAIN)
     run: DiTRun = training.config.run
@@ -233,15 +232,16 @@ def carry_out(pipeline: Pipeline, *, dry_run: bool, show: bool = True) -> None:
     """
     folder, waiting = Path(pipeline.folder), False
     for number, stage in enumerate(pipeline.stages, 1):
-        heading = f"[{number}/{len(pipeline.stages)}] {stage.name}"
+        say(f"[{number}/{len(pipeline.stages)}] {stage.name}")
         if waiting and stage.line:
-            say(heading)
             say(stage.line)
             continue
         start = time.monotonic()
-        done = stage.job(stage, heading, dry_run=dry_run, show=show)
+        done = stage.job(stage, dry_run=dry_run, show=show)
         if dry_run:
             waiting |= not done
+            if done:
+                say(f" {stage.name} is finished")
         else:
             record(pipeline, stage, None if done else time.monotonic() - start)
     if not dry_run:
@@ -253,81 +253,50 @@ def carry_out(pipeline: Pipeline, *, dry_run: bool, show: bool = True) -> None:
         say(pipeline.note)
 
 
-def train_stage(stage: Stage, heading: str, *, dry_run: bool, show: bool) -> bool:
+def train_stage(stage: Stage, *, dry_run: bool, show: bool) -> bool:
     """A training of either network; `config` is a Resolved."""
-    from spiralrope_cli.core.jobs import train
-
-    resolved, run = stage.config, stage.config.run
-    step = first_step(run)
-    done = is_finished(run, step)
-    say(heading + (f": {run.out} is finished, {run.total_steps} steps" if done else ""))
-    if dry_run or not done:
-        # The weights to start from may not be there yet, and come from this very pipeline.
-        notes = [f"starts from the averaged (EMA) weights of {run.source}"] if run.source else []
-        here = replace(resolved, run=replace(run, source=""))
-        train.plan(here, step, every_value=dry_run, notes=notes)
-    if not (dry_run or done):
-        prepare(run, resolved.sources)
-        launch(train.JOB, run)
-    return done
+    return train.carry_out(stage.config, dry_run=dry_run, show=show)
 
 
-def eval_stage(stage: Stage, heading: str, *, dry_run: bool, show: bool) -> bool:
+def eval_stage(stage: Stage, *, dry_run: bool, show: bool) -> bool:
     """Best and last checkpoint, both crops, raw and EMA; `config` is where that runs."""
-    from spiralrope_cli.core.jobs import evaluate
-
     options = EvalOptions(sources=(stage.folder,), every=True)
-    run, notes = evaluate.settle(options, [find_source(stage.folder)], None, stage.config, set())
-    done = evaluate.is_measured(run)
-    say(heading + (f": {stage.folder} is measured, {len(run.rows)} rows" if done else ""))
+    run, notes = evaluate.settle(options, stage.config, set())
+    measured = evaluate.is_measured(run)
     if dry_run:
         say(stage.line)
-    elif not done:
+    elif measured:
+        say(f"{stage.folder} is measured: {len(run.rows)} rows")
+        if show:
+            evaluate.is_measured(run, show=True)
+    else:
         evaluate.plan(notes)
-        launch("spiralrope_cli.core.jobs.evaluate:run", run)
-    elif show:
-        evaluate.is_measured(run, show=True)
-    return done
+        launch(evaluate.JOB, run)
+    return measured
 
 
-def sample_stage(stage: Stage, heading: str, *, dry_run: bool, show: bool) -> bool:
+def sample_stage(stage: Stage, *, dry_run: bool, show: bool) -> bool:
     """Images from the averaged weights; `config` has options of `dit-sample`."""
-    from spiralrope_cli.core.jobs import sample
-
-    options = dict(stage.config)
-    source = find_source(options.pop("source"))
-    run, weights = sample.settle(source, options, download=not dry_run)
+    run, weights = sample.settle(stage.config, download=not dry_run)
     try:
-        done = sample.is_drawn(run, weights)
+        sample.is_drawn(run, weights)
     except CheckpointError as error:
-        hint = (
-            f"remove {run.out} to draw again, or draw others: spiralrope dit-sample {source.given}"
-        )
+        hint = f"remove {run.out} to draw again, or draw others: spiralrope dit-sample {run.source}"
         raise CheckpointError(error.message, hint) from error
-    say(heading + (f": {run.out} is finished, {run.num} images" if done else ""))
-    if dry_run or not done:
-        sample.plan(run, weights)
-    if done and not dry_run:
-        say(f"samples: {Path(run.out) / NPZ_FILE}")
-        say(f"grid: {Path(run.out) / SAMPLES_FILE}")
-    elif not dry_run:
-        launch("spiralrope_cli.core.jobs.sample:work", run)
-    return done
+    return sample.carry_out(run, weights, dry_run=dry_run)
 
 
-def score_stage(stage: Stage, heading: str, *, dry_run: bool, show: bool) -> bool:
+def score_stage(stage: Stage, *, dry_run: bool, show: bool) -> bool:
     """Figures of the samples against the reference; `config` is a FidRun."""
-    from spiralrope_cli.core.jobs import score
-
     run: FidRun = stage.config
     facts = score.already(run)
-    say(heading + (f": {run.facts_file} is there" if facts else ""))
     if dry_run or not facts:
         say(stage.line)
     if facts and not dry_run:
+        say(f"{run.facts_file} is there")
         score.report(run, facts)
     elif not dry_run:
-        launch("spiralrope_cli.core.jobs.score:work", score.settle(run))
+        launch(score.JOB, score.settle(run))
     return bool(facts)
 
 

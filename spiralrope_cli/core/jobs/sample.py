@@ -1,56 +1,59 @@
-"""`dit-sample`: images that a diffusion transformer draws. Settle, plan, work, report."""
+"""`dit-sample`: images that a diffusion transformer draws. Settle, plan, work, report.
+
+What loads torch is imported where it is needed: a refusal comes without it.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import platform
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.text import Text
-from torch import Tensor
 
 from spiralrope_cli import __version__
 from spiralrope_cli.core.config.dit_runs import NO_VAE
 from spiralrope_cli.core.config.models import is_dit
 from spiralrope_cli.core.config.nested import build as build_config
-from spiralrope_cli.core.config.resolve import RUNS_FOLDER, merged
-from spiralrope_cli.core.config.rope import RopeConfig
+from spiralrope_cli.core.config.resolve import RUNS_FOLDER
+from spiralrope_cli.core.config.rope import given_rope
 from spiralrope_cli.core.config.samples import (
-    DEFAULTS,
     GuidanceConfig,
     SampleRun,
+    check_chain,
     num_samples,
     resolve_image_size,
     resolve_vae,
 )
-from spiralrope_cli.core.config.training import MachineConfig
-from spiralrope_cli.core.data.images import to_levels
-from spiralrope_cli.core.data.sample_files import FACTS_FILE, SampleFiles
-from spiralrope_cli.core.diffusion.gaussian import GaussianDiffusion
-from spiralrope_cli.core.diffusion.samplers import BY_NAME, guided
-from spiralrope_cli.core.diffusion.vae import Vae, load_vae
+from spiralrope_cli.core.config.training import MachineConfig, TrainOptions
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.files import digest_like
 from spiralrope_cli.core.hub.networks import find_vae, local_vae
 from spiralrope_cli.core.hub.source import Source, find_source
-from spiralrope_cli.core.kernels import cast_blocks
-from spiralrope_cli.core.load import at_size, build
-from spiralrope_cli.core.models.dit import DiT
-from spiralrope_cli.core.report.page import leave_report
-from spiralrope_cli.core.runtime import distributed, run_folder
-from spiralrope_cli.core.runtime.device import autocast, pick_device, pick_precision
-from spiralrope_cli.core.runtime.distributed import Job, open_job
-from spiralrope_cli.core.runtime.launch import is_first_process, world_size
+from spiralrope_cli.core.runtime.launch import is_first_process, launch, world_size
 from spiralrope_cli.core.runtime.progress import console, counted, say, say_result
-from spiralrope_cli.core.runtime.run_folder import REPORT_FILE, SOURCES_FILE, write_json
-from spiralrope_cli.core.runtime.seeds import NoisePerImage, drawn_class
-from spiralrope_cli.core.weights import Weights, here, read_weights
+from spiralrope_cli.core.runtime.run_folder import (
+    NPZ_FILE,
+    REPORT_FILE,
+    SOURCES_FILE,
+    check_space,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from spiralrope_cli.core.data.sample_files import SampleFiles
+    from spiralrope_cli.core.diffusion.vae import Vae
+    from spiralrope_cli.core.runtime.distributed import Job
+    from spiralrope_cli.core.weights import Weights
+
+JOB = "spiralrope_cli.core.jobs.sample:work"
 
 BATCH_BYTES = 64 * 3 * 256 * 256
 """Pixels of a batch by default: 64 images of 256 px; at most MAX_BATCH of smaller ones."""
@@ -60,23 +63,43 @@ SAY_ABOVE = 1 << 30
 """Bytes of images whose checksum takes long enough to be told of."""
 
 
+def sample(given: dict[str, Any]) -> None:
+    """Draws the images that the user wants, as far as they are not there.
+
+    Args:
+        given: field name -> value of the options that the user gave.
+    """
+    own: TrainOptions = build_config(TrainOptions, given)
+    own.check_folder(given.get("out", ""))
+    run, weights = settle(given, own.name, download=not own.dry_run)
+    carry_out(run, weights, dry_run=own.dry_run)
+
+
 def settle(
-    source: Source, options: Mapping[str, Any], *, download: bool = True
+    given: dict[str, Any], name: str = "", *, download: bool = True
 ) -> tuple[SampleRun, Weights]:
     """The complete run.
 
     Args:
-        source: from `find_source`.
-        options: field name -> value, given options alone.
+        given: field name -> value, given options alone.
+        name: word at the end of the folder's name.
         download: whether published weights and VAEs that are not here are fetched.
 
     Raises:
         CheckpointError: no diffusion transformer.
         ConfigError: a value that cannot work.
     """
-    rope = {name: options[name] for name in RopeConfig.__dataclass_fields__ if name in options}
-    found = here(source, download=download)
-    weights = read_weights(found, ema=options.get("ema", True), rope=rope)
+    rope = given_rope(given)
+    build_config(GuidanceConfig, given)
+    build_config(MachineConfig, given)
+    check_chain(given.get("sampler", SampleRun.sampler), given.get("steps", SampleRun.steps))
+    source = find_source(given["source"])
+
+    from spiralrope_cli.core.weights import here, read_weights
+
+    weights = read_weights(
+        here(source, download=download), ema=given.get("ema", SampleRun.ema), rope=rope
+    )
     if not is_dit(weights.arch):
         raise CheckpointError(
             f"{source.given} holds {weights.arch}, a classifier, which draws nothing",
@@ -87,52 +110,70 @@ def settle(
         source.given,
         network["in_chans"],
         trained=of_run.get("pictures", {}).get("vae"),
-        given=options.get("vae"),
+        given=given.get("vae"),
     )
     image_size = resolve_image_size(
         weights.arch,
         vae,
         trained=network["input_size"],
-        given=options.get("image_size"),
+        given=given.get("image_size"),
         rope=weights.rope.enabled,
-    )
-    fitting = max(1, min(MAX_BATCH, BATCH_BYTES // (3 * image_size[0] * image_size[1])))
-    values, _ = merged(
-        ("default", {**DEFAULTS, "ema": True, "png": False, "classes": (), "batch_size": fitting}),
-        ("data set", {"num": num_samples(of_run.get("data", ""))}),
-        ("source", {"vae": vae, "image_size": image_size}),
-        ("option", dict(options)),
     )
     # A dry run leaves the digest of a VAE that is not here empty.
     files = None if vae == NO_VAE else find_vae(vae) if download else local_vae(vae)
-    guidance = build_config(GuidanceConfig, values)
-    values.setdefault("out", resolve_out(source, values, guidance))
-    run = SampleRun(
-        source=source.given,
-        file=str(weights.file),
-        rope=rope,
-        guidance=guidance,
-        num_classes=network["num_classes"],
-        sha256=digest_like(weights.file, "sha256")[1],
-        vae_sha256=files.sha256() if files else "",
-        machine=build_config(MachineConfig, values),
-        **{name: values[name] for name in SampleRun.__dataclass_fields__ if name in values},
-    )
-    return run, weights
+    fitting = max(1, min(MAX_BATCH, BATCH_BYTES // (3 * image_size[0] * image_size[1])))
+    usual = {"num": num_samples(of_run.get("data", "")), "batch_size": fitting, "out": ""}
+    settled = {
+        "file": str(weights.file),
+        "sha256": digest_like(weights.file, "sha256")[1],
+        "vae_sha256": files.sha256() if files else "",
+        "rope": rope,
+        "num_classes": network["num_classes"],
+        "image_size": image_size,
+        "vae": vae,
+    }
+    run: SampleRun = build_config(SampleRun, {**usual, **given, **settled})
+    return run if run.out else replace(run, out=named_folder(run, source, name)), weights
 
 
-def resolve_out(source: Source, values: Mapping[str, Any], guidance: GuidanceConfig) -> str:
+def named_folder(run: SampleRun, source: Source, name: str) -> str:
     """The folder where none was asked for: the same command finds its own."""
     stem = source.run.resolve().name if source.run else Path(source.given).stem
-    parts = ["dit-sample", stem, f"{values['sampler']}{values['steps']}"]
-    parts += [f"cfg{guidance.cfg_scale:g}"] if guidance.cfg_scale != 1 else []
-    parts += [] if values["ema"] else ["raw"]
-    parts += [values["name"]] if values.get("name") else []
+    parts = ["dit-sample", stem, f"{run.sampler}{run.steps}"]
+    parts += [f"cfg{run.guidance.cfg_scale:g}"] if run.guidance.cfg_scale != 1 else []
+    parts += [] if run.ema else ["raw"]
+    parts += [name] if name else []
     return str(Path(RUNS_FOLDER) / re.sub(r"[^\w.-]+", "-", "-".join(parts)))
+
+
+def carry_out(run: SampleRun, weights: Weights, *, dry_run: bool) -> bool:
+    """Draws what is missing, or says that all is there; a dry run shows the plan alone.
+
+    Returns:
+        whether all was there before.
+
+    Raises:
+        CheckpointError: the folder holds other images.
+        DiskError: the images would not fit on the disk.
+    """
+    drawn = is_drawn(run, weights)
+    if drawn and not dry_run:
+        if is_first_process():
+            say(f"{run.out} is finished: {run.num} images")
+            say_result(str(Path(run.out) / NPZ_FILE))
+        return True
+    plan(run, weights)
+    if not dry_run:
+        launch(JOB, run)
+    return drawn
 
 
 def facts_of(run: SampleRun, weights: Weights) -> dict[str, Any]:
     """What makes the images, for every file that holds some."""
+    import torch
+
+    from spiralrope_cli.core.runtime.device import pick_device, pick_precision
+
     device = pick_device(run.machine)
     dtype, _ = pick_precision(run.machine.precision, device)
     return {
@@ -144,11 +185,11 @@ def facts_of(run: SampleRun, weights: Weights) -> dict[str, Any]:
         "arch": weights.arch,
         "data": weights.config.get("data", ""),
         "num_classes": run.num_classes,
-        "rope": dataclasses.asdict(weights.rope),
+        "rope": asdict(weights.rope),
         "num": run.num,
         "steps": run.steps,
         "sampler": run.sampler,
-        **dataclasses.asdict(run.guidance),
+        **asdict(run.guidance),
         "cfg_interval": list(run.guidance.cfg_interval),
         "classes": list(run.classes),
         "seed": run.seed,
@@ -166,6 +207,8 @@ def is_drawn(run: SampleRun, weights: Weights) -> bool:
     Raises:
         CheckpointError: the folder holds other images.
     """
+    from spiralrope_cli.core.data.sample_files import SampleFiles
+
     files = SampleFiles(Path(run.out), run.num, run.image_size)
     facts = facts_of(run, weights)
     if not run.vae_sha256:
@@ -180,8 +223,10 @@ def plan(run: SampleRun, weights: Weights) -> None:
     Raises:
         DiskError: the images would not fit on the disk.
     """
+    from spiralrope_cli.core.data.sample_files import FACTS_FILE, SampleFiles
+
     files = SampleFiles(Path(run.out), run.num, run.image_size)
-    run_folder.check_space(
+    check_space(
         (files.folder, files.bytes_needed(run.png)),
         what=f"{run.num} images and what is made of them",
         hint="use fewer images (--num), or another --out",
@@ -219,10 +264,18 @@ def work(run: SampleRun) -> None:
     Raises:
         CheckpointError: the weights or the VAE cannot be read, or the folder is in use.
     """
+    import torch
+
+    from spiralrope_cli.core.data.sample_files import SampleFiles
+    from spiralrope_cli.core.report.page import leave_report
+    from spiralrope_cli.core.runtime import distributed
+    from spiralrope_cli.core.runtime.distributed import open_job
+    from spiralrope_cli.core.weights import read_weights
+
     out, files = Path(run.out), SampleFiles(Path(run.out), run.num, run.image_size)
     with open_job(run.machine, out) as job, torch.inference_mode():
         # Of the very file that was settled, whatever its run has saved since.
-        source = dataclasses.replace(find_source(run.source), place=Path(run.file))
+        source = replace(find_source(run.source), place=Path(run.file))
         weights = read_weights(source, ema=run.ema, rope=run.rope)
         facts = facts_of(run, weights)
         if job.is_first:
@@ -255,6 +308,14 @@ class Drawer:
     """
 
     def __init__(self, run: SampleRun, job: Job, weights: Weights) -> None:
+        import torch
+
+        from spiralrope_cli.core.diffusion.gaussian import GaussianDiffusion
+        from spiralrope_cli.core.diffusion.vae import load_vae
+        from spiralrope_cli.core.kernels import cast_blocks
+        from spiralrope_cli.core.load import at_size, build
+        from spiralrope_cli.core.models.dit import DiT
+
         self.run, self.job = run, job
         model = build(weights, job.device, **at_size(weights, run.input_size, run.rope))
         if not isinstance(model, DiT):
@@ -271,6 +332,13 @@ class Drawer:
 
     def __call__(self, numbers: Sequence[int], each_step: Callable[[], None]) -> Tensor | None:
         """[B, 3, H, W] uint8 of the images with these numbers; None where a signal came."""
+        import torch
+
+        from spiralrope_cli.core.data.images import to_levels
+        from spiralrope_cli.core.diffusion.samplers import BY_NAME, guided
+        from spiralrope_cli.core.runtime.device import autocast
+        from spiralrope_cli.core.runtime.seeds import NoisePerImage, drawn_class
+
         run, job = self.run, self.job
         noise = NoisePerImage(run.seed, numbers, self.shape, job.device)
         classes = [
@@ -292,6 +360,8 @@ class Drawer:
 
 def draw_missing(missing: Sequence[int], draw: Drawer, files: SampleFiles) -> None:
     """Draws images and puts them at their places, until all are there or a signal comes."""
+    from spiralrope_cli.core.runtime import distributed
+
     job, size = draw.job, draw.run.batch_size
     at_once = size * job.world_size
     with counted(
@@ -317,6 +387,8 @@ def draw_missing(missing: Sequence[int], draw: Drawer, files: SampleFiles) -> No
 
 def leave_if_asked(job: Job, files: SampleFiles) -> None:
     """Ends after a signal to any process; what is drawn stays."""
+    from spiralrope_cli.core.runtime import distributed
+
     stop = job.stop.agreed(job.device, ask_all=True)
     if not stop:
         return
@@ -329,6 +401,8 @@ def leave_if_asked(job: Job, files: SampleFiles) -> None:
 
 def write_pngs(job: Job, files: SampleFiles, facts: dict[str, Any]) -> None:
     """A file for every image; each process writes its part of them."""
+    from spiralrope_cli.core.runtime import distributed
+
     missing = distributed.gathered(files.missing_pngs() if job.is_first else 0)[0]
     ends = [files.num * rank // job.world_size for rank in (job.rank, job.rank + 1)]
     already = files.num - missing

@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Column, Table
 
 from spiralrope_cli import __version__
-from spiralrope_cli.core.config.evals import EXTRACTOR, LABELS, FidRun
+from spiralrope_cli.core.config.evals import EXTRACTOR, LABELS, PRECISIONS, FidRun, fid_notes
+from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data import npz
 from spiralrope_cli.core.data.image_sets import Side, digest_of, digests_beside, look_at
 from spiralrope_cli.core.errors import ConfigError, DataError
 from spiralrope_cli.core.hub.catalog import find
 from spiralrope_cli.core.hub.networks import find_inception
+from spiralrope_cli.core.runtime.launch import is_first_process, launch
 from spiralrope_cli.core.runtime.progress import console, say, say_result
 from spiralrope_cli.core.runtime.run_folder import differences, read_json, write_json
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from spiralrope_cli.core.metrics.features import Measured
     from spiralrope_cli.core.metrics.inception import InceptionFeatures
 
+JOB = "spiralrope_cli.core.jobs.score:work"
 FEATURES = ("kid", "precision", "recall")
 """Figures that need the features of every image, not only sums over them."""
 NEIGHBOURHOOD = 4
@@ -38,6 +41,19 @@ USUAL_COUNT = 50_000
 """Samples behind the figures of papers."""
 OF_FEATURES = {"weights", "batch_size", "skip_bad", "nproc", "device", "precision", "workers"}
 """Options without effect where both sides hold statistics alone."""
+
+
+def score(given: dict[str, Any]) -> None:
+    """Measures one set of images, against another if there is one.
+
+    Args:
+        given: field name -> value of the options that the user gave.
+    """
+    run: FidRun = build(FidRun, {"precision": PRECISIONS[0], **given})
+    say_notes(fid_notes(run, given))
+    plan = settle(run)
+    say_notes(idle_options(plan, given))
+    launch(JOB, plan)
 
 
 @dataclass(frozen=True)
@@ -159,13 +175,19 @@ def _obstacle(figure: str, run: FidRun, samples: Side, reference: Side | None) -
     return ""
 
 
-def notes(plan: Plan, given: Collection[str]) -> list[str]:
+def idle_options(plan: Plan, given: Collection[str]) -> list[str]:
     """One line for every option that was given and does nothing, as no image is looked at."""
     return [
         f"note: --{name.replace('_', '-')} has no effect: no image is looked at"
         for name in sorted(OF_FEATURES.intersection(given))
         if not plan.run.weights
     ]
+
+
+def say_notes(lines: list[str]) -> None:
+    """What the user should know before it starts, from the process that speaks for all."""
+    for line in lines if is_first_process() else ():
+        say(line)
 
 
 def already(run: FidRun) -> dict[str, Any]:

@@ -16,11 +16,12 @@ from rich.table import Table
 
 from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
 from spiralrope_cli.core.config.models import is_dit
-from spiralrope_cli.core.config.nested import flat_values
+from spiralrope_cli.core.config.nested import build, flat_values
+from spiralrope_cli.core.config.option import leaves
 from spiralrope_cli.core.config.resolve import Resolved, StartingPoint, resolve
 from spiralrope_cli.core.config.rope import given_rope
 from spiralrope_cli.core.config.runs import ClassifierRun
-from spiralrope_cli.core.config.training import LINEAR_RULE_BATCH
+from spiralrope_cli.core.config.training import LINEAR_RULE_BATCH, TrainOptions
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.networks import find_vae, local_vae
 from spiralrope_cli.core.hub.source import find_source
@@ -54,16 +55,63 @@ def train(command: str, given: dict[str, Any]) -> None:
         command: `pretrain`, `finetune` or `dit-train`.
         given: field name -> value of the options that the user gave.
     """
-    dry_run = given.pop("dry_run", False)
-    resolved, notes = settle(command, given, download=not dry_run)
+    own: TrainOptions = build(TrainOptions, given)
+    own.check_folder(given.get("out", ""))
+    resolved, notes = settle(command, given, own)
+    carry_out(resolved, notes, dry_run=own.dry_run)
+
+
+def settle(
+    command: str, given: dict[str, Any], own: TrainOptions
+) -> tuple[Resolved[Any], tuple[str, ...]]:
+    """The run, and notes for the user.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: what cannot work.
+        FetchError: published weights to start from that cannot be had.
+    """
+    not_of_run = leaves(TrainOptions).keys() | {"source"}
+    options = {name: value for name, value in given.items() if name not in not_of_run}
+    start: StartingPoint | None = None
+    notes: tuple[str, ...] = ()
+    if source := given.get("source"):
+        rope, found = given_rope(options), find_source(source)
+        from spiralrope_cli.core.load import starting_point
+
+        dit = command == "dit-train"
+        start, notes = starting_point(found, rope, dit=dit, download=not own.dry_run)
+    resolved = resolve(command, options, config_file=own.config, name=own.name, start=start)
+    return resolved, notes
+
+
+def carry_out(
+    resolved: Resolved[Any], notes: Iterable[str] = (), *, dry_run: bool, show: bool = True
+) -> bool:
+    """Trains, or says that the run is finished; a dry run shows the plan alone.
+
+    Args:
+        resolved: the run and its sources.
+        notes: for the user.
+        dry_run: nothing is written and nothing fetched.
+        show: the figures of a run that is finished.
+
+    Returns:
+        whether it was finished before.
+
+    Raises:
+        CheckpointError: the folder holds another run.
+        ConfigError: a batch that does not split over the processes, or no such tracker.
+    """
     run = resolved.run
     check_tracker(run.machine.tracker)
     step = first_step(run)
-    if is_finished(run, step) and not dry_run:
+    finished = is_finished(run, step)
+    if finished and not dry_run:
         if is_first_process():
             say(f"{run.out} is finished: {step} steps")
-            print_results(Path(run.out))
-        return
+            if show:
+                print_results(Path(run.out))
+        return True
     run.split_batch(world_size(run.machine))
     if is_first_process():
         plan(resolved, first_step=step, every_value=dry_run, notes=notes)
@@ -73,28 +121,7 @@ def train(command: str, given: dict[str, Any]) -> None:
         if is_first_process():
             prepare(run, resolved.sources)
         launch(JOB, run)
-
-
-def settle(
-    command: str, given: dict[str, Any], *, download: bool
-) -> tuple[Resolved[Any], tuple[str, ...]]:
-    """The run, and notes for the user.
-
-    Raises:
-        ConfigError, CheckpointError, DataError: what cannot work.
-        FetchError: published weights to start from that cannot be had.
-    """
-    options = dict(given)
-    config, source = options.pop("config", ""), options.pop("source", "")
-    start: StartingPoint | None = None
-    notes: tuple[str, ...] = ()
-    if source:
-        rope, found = given_rope(options), find_source(source)
-        from spiralrope_cli.core.load import starting_point
-
-        dit = command == "dit-train"
-        start, notes = starting_point(found, rope, dit=dit, download=download)
-    return resolve(command, options, config, start), notes
+    return finished
 
 
 def plan(
@@ -161,6 +188,10 @@ def plan_lines(run: TrainingRun, first_step: int) -> list[tuple[str, str]]:
 
 def start_line(run: TrainingRun) -> str:
     """Where the weights come from, and what of them does not fit this run."""
+    try:
+        find_source(run.source)
+    except CheckpointError:  # a pipeline is planned before its first training has left any
+        return f"the averaged (EMA) weights that {run.source} will hold"
     weights = starting_weights(run)
     told = [weights.summary(), *run.misfits(weights.options)]
     if run.optim.freeze != "none":

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from spiralrope_cli.core.atomic import write_whole
 from spiralrope_cli.core.config.training import MachineConfig
@@ -105,18 +105,30 @@ def world_size(machine: MachineConfig) -> int:
     return joined_world_size() or num_local_workers(machine) * machine.nnodes
 
 
-def launch(job: str, run: Any) -> None:
+class Launched(Protocol):
+    """What is launched: where it runs, and the folder that it writes to."""
+
+    @property
+    def machine(self) -> MachineConfig:
+        """Where it runs."""
+
+    @property
+    def out(self) -> str:
+        """The folder, which names the group of processes, and a full disk in its error."""
+
+
+def launch(job: str, run: Launched) -> None:
     """Runs a job in as many processes as the run's machine settings say.
 
     Args:
         job: `module:function`, called as function(run) in every worker.
-        run: its config, with a `machine`.
+        run: its config.
 
     Raises:
         SpiralRopeError: what a worker raised, once.
         LaunchError: a worker that died without a word.
     """
-    machine: MachineConfig = run.machine
+    machine = run.machine
     if joined_world_size() is not None:
         _adopt_slurm()
         _call(job, run)
@@ -128,7 +140,7 @@ def launch(job: str, run: Any) -> None:
     _launch_elastic(job, run, num_workers)
 
 
-def _call(job: str, run: Any) -> None:
+def _call(job: str, run: Launched) -> None:
     module, name = job.split(":")
     try:
         getattr(importlib.import_module(module), name)(run)
@@ -161,7 +173,7 @@ def _adopt_slurm() -> None:
     env.setdefault("MASTER_PORT", str(20000 + job_number % 20000))
 
 
-def _launch_elastic(job: str, run: Any, num_workers: int) -> None:
+def _launch_elastic(job: str, run: Launched, num_workers: int) -> None:
     import logging
 
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
@@ -173,7 +185,7 @@ def _launch_elastic(job: str, run: Any, num_workers: int) -> None:
     for name in list(logging.root.manager.loggerDict):
         if name.startswith(("torch.distributed.", "torch.multiprocessing")):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    machine: MachineConfig = run.machine
+    machine = run.machine
     _limit_threads(num_workers)
     with tempfile.TemporaryDirectory(prefix="spiralrope-") as folder:
         os.environ[ERROR_FOLDER_VARIABLE] = folder
@@ -208,7 +220,7 @@ def _limit_threads(num_workers: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // num_workers)))
 
 
-def _work(job: str, run: Any) -> None:
+def _work(job: str, run: Launched) -> None:
     """What a worker process executes; its error is left in a file for the parent."""
     try:
         _call(job, run)
