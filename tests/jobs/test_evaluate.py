@@ -226,7 +226,7 @@ def test_several_image_sizes_are_drawn(source, rows_of):
 
 
 def test_csv_is_one_line_per_row(source, capsys):
-    options = EvalOptions(sources=(str(source),), crop_ratios=(0.875, 1.0), output="csv")
+    options = EvalOptions(sources=(str(source),), crop_ratios=(0.875, 1.0), csv=True)
     evaluate.work(settled(options))
     lines = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [line["crop_ratio"] for line in lines] == ["0.875", "1.0"]

@@ -122,7 +122,7 @@ def settle(
     # A dry run leaves the digest of a VAE that is not here empty.
     files = None if vae == NO_VAE else find_vae(vae) if download else local_vae(vae)
     fitting = max(1, min(MAX_BATCH, BATCH_BYTES // (3 * image_size[0] * image_size[1])))
-    usual = {"num": num_samples(of_run.get("data", "")), "batch_size": fitting, "out": ""}
+    usual = {"num": num_samples(of_run.get("data", "")), "batch_size": fitting, "out": RUNS_FOLDER}
     settled = {
         "file": str(weights.file),
         "sha256": digest_like(weights.file, "sha256")[1],
@@ -133,7 +133,8 @@ def settle(
         "vae": vae,
     }
     run: SampleRun = build_config(SampleRun, {**usual, **given, **settled})
-    return run if run.out else replace(run, out=named_folder(run, source, name)), weights
+    out = given.get("out") or named_folder(run, source, name)
+    return replace(run, out=out), weights
 
 
 def named_folder(run: SampleRun, source: Source, name: str) -> str:
