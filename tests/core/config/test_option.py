@@ -21,6 +21,7 @@ from spiralrope_cli.core.config.option import (
     RUN,
     Opt,
     check_fields,
+    folder,
     free_fields,
     in_words,
     leaves,
@@ -209,6 +210,7 @@ def test_readers():
     assert size("1x2") == (1, 2)
     assert numbers(" 1 , 2 ") == (1, 2)
     assert pair("3,4") == (3, 4)
+    assert [folder("lat/"), folder("a//b"), folder("")] == ["lat", "a/b", ""]
     assert words("A,b , A") == ("a", "b")
     for reader, wrong in ((size, "x"), (numbers, "1,,2"), (pair, "1"), (path, "")):
         with pytest.raises(ValueError):  # noqa: PT011 - readers have no words of their own
@@ -312,7 +314,7 @@ def test_every_option_says_what_it_is(kind):
             assert opt.argument or opt.panel in PANELS, name
             assert opt.help.endswith((".", "...")), name
             assert not opt.argument or opt.metavar, name
-            assert bool(opt.read) <= bool(opt.expects), f"{name}: a reader needs its words"
+            assert opt.read in (None, folder) or opt.expects, f"{name}: a reader needs its words"
             assert not (opt.pattern and not opt.expects), f"{name}: no user reads a pattern"
             upper = opt.le is not None or opt.lt is not None
             assert not upper or opt.ge is not None or opt.gt is not None, f"{name}: one bound"
