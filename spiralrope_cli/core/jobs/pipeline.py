@@ -255,7 +255,7 @@ def carry_out(pipeline: Pipeline, *, dry_run: bool, show: bool = True) -> None:
 
 def train_stage(stage: Stage, *, dry_run: bool, show: bool) -> bool:
     """A training of either network; `config` is a Resolved."""
-    return train.carry_out(stage.config, dry_run=dry_run, show=show)
+    return train.carry_out(stage.config, dry_run=dry_run)
 
 
 def eval_stage(stage: Stage, *, dry_run: bool, show: bool) -> bool:

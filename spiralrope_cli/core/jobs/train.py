@@ -58,7 +58,9 @@ def train(command: str, given: dict[str, Any]) -> None:
     own: TrainOptions = build(TrainOptions, given)
     own.check_folder(given.get("out", ""))
     resolved, notes = settle(command, given, own)
-    carry_out(resolved, notes, dry_run=own.dry_run)
+    finished = carry_out(resolved, notes, dry_run=own.dry_run)
+    if finished and not own.dry_run and is_first_process():
+        print_results(Path(resolved.run.out))
 
 
 def settle(
@@ -84,16 +86,13 @@ def settle(
     return resolved, notes
 
 
-def carry_out(
-    resolved: Resolved[Any], notes: Iterable[str] = (), *, dry_run: bool, show: bool = True
-) -> bool:
+def carry_out(resolved: Resolved[Any], notes: Iterable[str] = (), *, dry_run: bool) -> bool:
     """Trains, or says that the run is finished; a dry run shows the plan alone.
 
     Args:
         resolved: the run and its sources.
         notes: for the user.
         dry_run: nothing is written and nothing fetched.
-        show: the figures of a run that is finished.
 
     Returns:
         whether it was finished before.
@@ -109,8 +108,6 @@ def carry_out(
     if finished and not dry_run:
         if is_first_process():
             say(f"{run.out} is finished: {step} steps")
-            if show:
-                print_results(Path(run.out))
         return True
     run.split_batch(world_size(run.machine))
     if is_first_process():
