@@ -120,7 +120,7 @@ def test_too_little_memory_is_a_note(check, monkeypatch):
 
 def test_a_dit_counts_the_samples_it_would_leave(check):
     facts = check("--arch", "dit-64x2x2-2", "--num", 1000)
-    assert facts["disk"]["needs"]["samples"] == 2 * 1000 * 3 * 8 * 8
+    assert facts["disk"]["needs"]["samples"] == 1000 * 3 * 8 * 8
     assert facts["data"]["val"] == 360
 
 

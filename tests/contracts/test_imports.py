@@ -22,13 +22,13 @@ MAY_IMPORT = {
     "models": ALWAYS | {"rope", "kernels"},
     "data": ALWAYS | {"runtime"},
     "diffusion": ALWAYS,
-    "training": ALWAYS | {"runtime", "rope", "models", "data", "diffusion", "metrics"},
+    "training": ALWAYS | {"runtime", "models", "data", "diffusion", "metrics"},
     "metrics": ALWAYS | {"runtime", "data"},
     "hub": ALWAYS | {"runtime", "rope"},
     "weights": ALWAYS | {"hub", "rope"},
     "load": ALWAYS | {"hub", "models", "rope", "weights"},
     "plots": ALWAYS | {"runtime", "rope", "data"},
-    "report": ALWAYS | {"runtime", "data", "plots", "metrics"},
+    "report": ALWAYS | {"runtime", "data", "plots"},
     "jobs": ALWAYS
     | {"runtime", "rope", "models", "data", "diffusion", "training", "metrics", "plots", "report"}
     | {"hub", "weights", "load", "kernels", "jobs"},

@@ -24,7 +24,7 @@ class DataSet:
 
     data: str  # the built-in name, or the folder as it was given
     slug: str  # short name for run folders
-    kind: str  # `memory` for small sets that live in memory as tensors, `folder` for files
+    kind: str  # `memory` (small, as tensors), `folder` (files) or `latents` (cached ones)
     default_arch: str  # classifier that fits it
     num_classes: int
     num_train: int
@@ -47,8 +47,7 @@ class DataSet:
         return {**self.defaults, **(self.finetune if command == "finetune" else {})}
 
 
-# What the memory sets have in common: grey pictures that augmentation must not mirror or mix
-# as strongly as photographs.
+# What the memory sets have in common: small grey pictures.
 _SMALL_GREY = {
     "in_chans": 1,
     "crop_ratio": 1.0,

@@ -24,6 +24,7 @@ from spiralrope_cli.core.config.option import (
     WHICH,
     Opt,
     check_fields,
+    idle_lines,
 )
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.runs import EvalProtocol, ModelConfig
@@ -295,11 +296,7 @@ def fid_notes(run: FidRun, given: Collection[str]) -> list[str]:
     reasons = dict.fromkeys(kid, "--select lacks kid")
     if "kid" not in run.select and not run.bootstrap:
         reasons["seed"] = "nothing is drawn without kid or --bootstrap"
-    return [
-        f"note: --{name.replace('_', '-')} has no effect: {reason}"
-        for name, reason in reasons.items()
-        if name in given
-    ]
+    return idle_lines(FidRun, reasons.items(), given)
 
 
 def statistics_folder() -> Path:

@@ -18,7 +18,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import MISSING, dataclass
 from typing import Any
 
@@ -216,6 +216,12 @@ def check_fields(config: Any) -> None:
 def free_fields(kind: type) -> frozenset[str]:
     """Fields that a resumed run may have other values of: they change no result."""
     return frozenset(n for n, leaf in leaves(kind).items() if leaf.opt and leaf.opt.free)
+
+
+def idle_lines(kind: type, inert: Iterable[tuple[str, str]], given: Collection[str]) -> list[str]:
+    """One line for each option that was given and cannot act; `inert` has fields and reasons."""
+    known = leaves(kind)
+    return [f"{known[name].called} has no effect: {why}" for name, why in inert if name in given]
 
 
 def document(kind: type) -> type:

@@ -26,7 +26,7 @@ from spiralrope_cli.core.config.option import (
 )
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.runs import ClassifierRun
-from spiralrope_cli.core.config.samples import Sampler
+from spiralrope_cli.core.config.samples import GuidanceConfig, Sampler, SampleRun
 from spiralrope_cli.core.config.training import MachineConfig, OptimConfig, TrainOptions
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 
@@ -123,7 +123,7 @@ class DeiTStages:
         for name, value in vars(self).items():
             if name.startswith("finetune_") and value is not None and not self.with_finetune:
                 raise ConfigError(
-                    f"--{name.replace('_', '-')} has no effect with --no-finetune",
+                    f"{leaves(DeiTStages)[name].called} has no effect with --no-finetune",
                     "leave one of them out",
                 )
 
@@ -147,12 +147,16 @@ class DiTStages:
     num: Annotated[
         int | None, Opt("Images to draw; 50000, or 200 for a built-in set.", SAMPLES, ge=1)
     ] = None
-    sampler: Annotated[Sampler, Opt("As dit-sample --sampler.", SAMPLES)] = "ddpm"
+    sampler: Annotated[Sampler, Opt("As dit-sample --sampler.", SAMPLES)] = SampleRun.sampler
     sampling_steps: Annotated[str, Opt("250, or ddim25, ..., as dit-sample --steps.", SAMPLES)] = (
-        "250"
+        SampleRun.steps
     )
-    cfg_scale: Annotated[float, Opt("Guidance; 1 is none.", SAMPLES, ge=1)] = 1.0
-    sampling_seed: Annotated[int, Opt("Of the samples, whatever --seed is.", SAMPLES, ge=0)] = 100
+    cfg_scale: Annotated[float, Opt("Guidance; 1 is none.", SAMPLES, ge=1)] = (
+        GuidanceConfig.cfg_scale
+    )
+    sampling_seed: Annotated[int, Opt("Of the samples, whatever --seed is.", SAMPLES, ge=0)] = (
+        SampleRun.seed
+    )
     reference: Annotated[
         str,
         Opt(
@@ -177,7 +181,7 @@ class Stage:
         folder: where its results go.
         config: what its job takes.
         job: called as job(stage, dry_run=, show=), skips what is done, and returns whether it
-            was; `show` prints the results of what was done before.
+            was; `show` lets eval print what was measured before.
         line: what it will do, as far as that is known before the stage ahead of it is done.
     """
 

@@ -16,6 +16,8 @@ from spiralrope_cli.core.config.option import (
     ROPE,
     Opt,
     check_fields,
+    idle_lines,
+    leaves,
     pair,
 )
 from spiralrope_cli.core.config.rope import RopeConfig
@@ -118,9 +120,8 @@ class RopePlot:
         for name in ("grid", "pretrain_grid"):
             rows, columns = getattr(self, name)
             if not 1 <= min(rows, columns) <= max(rows, columns) <= LARGEST_SIDE:
-                raise ConfigError(
-                    f"--{name.replace('_', '-')} {rows}x{columns}: sides are 1 to {LARGEST_SIDE}"
-                )
+                word = leaves(RopePlot)[name].called
+                raise ConfigError(f"{word} {rows}x{columns}: sides are 1 to {LARGEST_SIDE}")
         for rope in self.ropes:
             rope.check_head_dim(self.head_dim)
 
@@ -235,4 +236,4 @@ def notes(plot: RopePlot, given: set[str]) -> list[str]:
     told = {name: why for name, why in inert[0].items() if all(name in row for row in inert)}
     if "scaling" in given and plot.grid == plot.pretrain_grid:
         told["scaling"] = "--grid is that of --pretrain-grid"
-    return [f"--{name.replace('_', '-')} has no effect: {why}" for name, why in told.items()]
+    return idle_lines(RopeConfig, told.items(), given)

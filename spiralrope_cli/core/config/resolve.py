@@ -1,4 +1,6 @@
-"""From options to a run: recipe, then data set, then config file, then options; the last wins.
+"""From options to a run; a later layer wins.
+
+Recipe, data set, weights to start from, cached latents, config file, options.
 
 Standard library only (and PyYAML, where a file is read).
 """
@@ -25,7 +27,7 @@ from spiralrope_cli.core.config.dit_runs import (
 from spiralrope_cli.core.config.latents import LATENT_CHANNELS, Manifest, read_manifest
 from spiralrope_cli.core.config.models import deit_size, dit_name, dit_size
 from spiralrope_cli.core.config.nested import RUN_KINDS, build, read_config
-from spiralrope_cli.core.config.option import leaves
+from spiralrope_cli.core.config.option import idle_lines
 from spiralrope_cli.core.config.rope import RopeConfig, Scaling
 from spiralrope_cli.core.config.runs import ModelConfig
 from spiralrope_cli.core.errors import ConfigError
@@ -87,7 +89,7 @@ class Resolved(Generic[Run]):
 
     Attributes:
         run: complete and checked.
-        sources: field name -> `option`, `config file`, `source`, `data set`, `recipe`,
+        sources: field name -> `option`, `config file`, `latents`, `source`, `data set`, `recipe`,
             `environment`, `default`.
         warnings: options that cannot act, one line each.
     """
@@ -151,9 +153,7 @@ def resolve(
         run.augment.check_data(data_set)
     inert = [*run.rope.inert_options(set(options)), *run.optim.inert_options()]
     inert += [*data_set.inert_options(), *run.inert_options()]
-    known = leaves(kind)
-    idle = [(known[name].called, why) for name, why in inert if name in options]
-    return Resolved(run, sources, tuple(f"{name} has no effect: {why}" for name, why in idle))
+    return Resolved(run, sources, tuple(idle_lines(kind, inert, options)))
 
 
 def find_data(chosen: list[Layer], *, dit: bool) -> tuple[DataSet, str, list[Layer]]:

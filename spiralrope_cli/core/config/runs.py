@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from spiralrope_cli.core.config.datasets import DataSet
 from spiralrope_cli.core.config.models import SIZE, check_divides, deit_size
-from spiralrope_cli.core.config.option import DATA, MODEL, PATH, RUN, Opt, check_fields
+from spiralrope_cli.core.config.option import DATA, MODEL, PATH, RUN, Opt, check_fields, leaves
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.training import MachineConfig, OptimConfig
 from spiralrope_cli.core.errors import ConfigError
@@ -100,7 +100,7 @@ class AugmentConfig:
         for name, off in (("auto_augment", "none"), ("color_jitter", 0)):
             if data_set.kind == "memory" and (value := getattr(self, name)) != off:
                 raise ConfigError(
-                    f"--{name.replace('_', '-')} {value} works on photographs, "
+                    f"{leaves(AugmentConfig)[name].called} {value} works on photographs, "
                     f"not on the grey pictures of {data_set.data}",
                     "use --max-shift, --max-rotation, --random-erasing, --mixup or --cutmix",
                 )

@@ -263,7 +263,3 @@ class SampleRun:
     def num_bytes(self) -> int:
         """Of all images, 8 bits per channel."""
         return 3 * self.num * self.image_size[0] * self.image_size[1]
-
-
-DEFAULTS = {name: getattr(SampleRun, name) for name in ("steps", "sampler", "seed")}
-"""As the published figures were made."""

@@ -87,7 +87,7 @@ def decode_some(folders: Iterable[Path | None], most: int) -> tuple[int, list[Un
 
 @dataclass(frozen=True)
 class Loaded:
-    """One collated batch: images [B, 3, h, w] uint8, labels [B] int64, and what failed."""
+    """One collated batch: images [B, channels, h, w] uint8, labels [B] int64, and what failed."""
 
     images: Tensor
     labels: Tensor
@@ -135,7 +135,7 @@ class ImageFiles(Dataset[Any]):
 
     Args:
         files: (path, class number) of every image.
-        transform: picture to uint8 array [3, h, w].
+        transform: picture to uint8 array [channels, h, w].
         grey: whether the network takes one channel.
     """
 

@@ -1,6 +1,6 @@
 """Sets of images before anything of them is computed: what a folder or an `.npz` holds.
 
-Standard library and numpy alone, so that what is wrong with them shows before torch is loaded.
+Without torch, so that what is wrong with them shows before torch is loaded.
 """
 
 from __future__ import annotations

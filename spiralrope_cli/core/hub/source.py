@@ -1,6 +1,6 @@
 """What a SOURCE on the command line means: a run, a file, or published weights by name.
 
-Standard library only.
+Without torch.
 """
 
 from __future__ import annotations

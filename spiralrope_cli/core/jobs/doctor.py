@@ -290,7 +290,7 @@ def look_at_disk(checkup: Checkup, planned: Facts, findings: list[Finding]) -> t
         data, _ = choose_data([("option", checkup.options)])
         num = checkup.num or num_samples(data)
         height, width = planned["picture_size"]
-        needs["samples"] = 2 * 3 * num * height * width  # while they gather, and as .npz
+        needs["samples"] = 3 * num * height * width
     if sum(needs.values()) > free:
         words = " and ".join(f"{human_size(size)} of {name}" for name, size in needs.items())
         findings.append(

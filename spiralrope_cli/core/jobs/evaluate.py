@@ -22,8 +22,9 @@ from spiralrope_cli.core.config.datasets import BUILT_IN, DataSet, find_held_out
 from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions, EvalRow, EvalRun
 from spiralrope_cli.core.config.models import is_dit
 from spiralrope_cli.core.config.nested import build
+from spiralrope_cli.core.config.option import idle_lines
 from spiralrope_cli.core.config.resolve import DATA_VARIABLE, RUNS_FOLDER
-from spiralrope_cli.core.config.rope import given_rope
+from spiralrope_cli.core.config.rope import RopeConfig, given_rope
 from spiralrope_cli.core.config.runs import EvalProtocol, ModelConfig
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
@@ -102,11 +103,8 @@ def settle(
                 for weights, data in sets
             ]
     if all(each.protocol.data in BUILT_IN for each in rows):
-        notes += [
-            f"--{name.replace('_', '-')} has no effect: {rows[0].protocol.data} lives in memory"
-            for name in ("workers", "skip_bad")
-            if name in given
-        ]
+        inert = BUILT_IN[rows[0].protocol.data].inert_options()
+        notes += idle_lines(MachineConfig, inert, given)
     run = EvalRun(rows=tuple(rows), output=options.output, out=rows[0].folder, machine=machine)
     return run, list(dict.fromkeys(notes))
 
@@ -145,10 +143,8 @@ def weight_sets(source: Source, options: EvalOptions, notes: list[str]) -> list[
         notes.append(f"{source.given} holds one set of weights: no separate EMA rows")
     else:
         notes += [note for each in sets for note in each.notes]
-    notes += [
-        f"--{'rope' if name == 'enabled' else name.replace('_', '-')} has no effect: {why}"
-        for name, why in sets[0].rope.inert_options(set(options.rope))
-    ]
+    chosen = set(options.rope)
+    notes += idle_lines(RopeConfig, sets[0].rope.inert_options(chosen), chosen)
     return sets
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spiralrope_cli.core.config.datasets import BUILT_IN
 from spiralrope_cli.core.config.hub import ExportRun
 from spiralrope_cli.core.config.models import deit_size, dit_size, is_dit
 from spiralrope_cli.core.config.nested import build
@@ -226,10 +227,7 @@ def training_set(weights: Weights) -> str:
     if weights.source.row in ROWS:
         return "imagenet-1k"
     data = str(weights.config.get("data", ""))
-    scheme, _, name = data.partition("/")
-    if scheme in ("hfds", "hfids"):
-        return name
-    return data if not name and not Path(data).exists() else ""
+    return data if data in BUILT_IN else ""
 
 
 def report(export: Export, layout: str) -> None:

@@ -18,6 +18,7 @@ from rich.table import Column, Table
 from spiralrope_cli import __version__
 from spiralrope_cli.core.config.evals import EXTRACTOR, LABELS, PRECISIONS, FidRun, fid_notes
 from spiralrope_cli.core.config.nested import build
+from spiralrope_cli.core.config.option import idle_lines
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data import npz
 from spiralrope_cli.core.data.image_sets import Side, digest_of, digests_beside, look_at
@@ -177,17 +178,14 @@ def _obstacle(figure: str, run: FidRun, samples: Side, reference: Side | None) -
 
 def idle_options(plan: Plan, given: Collection[str]) -> list[str]:
     """One line for every option that was given and does nothing, as no image is looked at."""
-    return [
-        f"note: --{name.replace('_', '-')} has no effect: no image is looked at"
-        for name in sorted(OF_FEATURES.intersection(given))
-        if not plan.run.weights
-    ]
+    idle = () if plan.run.weights else sorted(OF_FEATURES)
+    return idle_lines(FidRun, [(name, "no image is looked at") for name in idle], given)
 
 
 def say_notes(lines: list[str]) -> None:
     """What the user should know before it starts, from the process that speaks for all."""
     for line in lines if is_first_process() else ():
-        say(line)
+        say(f"note: {line}")
 
 
 def already(run: FidRun) -> dict[str, Any]:

@@ -17,7 +17,9 @@ from rich.table import Table
 
 from spiralrope_cli.core.config.datasets import find_held_out
 from spiralrope_cli.core.config.nested import build
+from spiralrope_cli.core.config.option import leaves
 from spiralrope_cli.core.config.pipelines import (
+    KINDS,
     PRETRAIN,
     DeiTStages,
     Member,
@@ -66,9 +68,8 @@ def settle_sweep(given: dict[str, Any]) -> Sweep:
     grid = points(own.sweep)
     for name, _ in grid[0].words:
         if {"rope": "enabled"}.get(name, name) in given:
-            raise ConfigError(
-                f"--{name.replace('_', '-')} is given and swept", "leave one of them out"
-            )
+            word = leaves(DeiTStages).get(name, KINDS[name]).called
+            raise ConfigError(f"{word} is given and swept", "leave one of them out")
     if own.seeds and "seed" in given:
         raise ConfigError("--seed and --seeds exclude each other", "use --seeds alone")
     common = {n: v for n, v in given.items() if n not in ("sweep", "seeds", "name", "out")}

@@ -22,7 +22,7 @@ from spiralrope_cli.core.config.nested import RUN_KINDS, build, read_config
 from spiralrope_cli.core.config.option import leaves
 from spiralrope_cli.core.config.pipelines import FINETUNE, PRETRAIN, SAMPLE, TRAIN
 from spiralrope_cli.core.config.rope import RopeConfig
-from spiralrope_cli.core.config.samples import DEFAULTS, SampleRun
+from spiralrope_cli.core.config.samples import SampleRun
 from spiralrope_cli.core.config.training import TrainOptions
 from spiralrope_cli.core.data.sample_files import FACTS_FILE, read_facts
 from spiralrope_cli.core.errors import SpiralRopeError
@@ -284,8 +284,7 @@ def _of_sampling(facts: dict[str, Any], given_rope: list[str]) -> dict[str, Any]
     """Field name -> value of the options of `dit-sample`, by what it left."""
     low, high = facts["cfg_interval"]
     return {
-        "num": facts["num"],
-        **{name: facts[name] for name in DEFAULTS},
+        **{name: facts[name] for name in ("num", "steps", "sampler", "seed")},
         "cfg_scale": f"{facts['cfg_scale']:g}",
         "cfg_channels": facts["cfg_channels"],
         "cfg_interval": f"{low},{high}",

@@ -1,6 +1,6 @@
 """A run's folder: its config, whether a command may go on in it, and whether there is room.
 
-Standard library and PyYAML only, so that the parent can refuse before any worker starts.
+Without torch, so that the parent can refuse before any worker starts.
 """
 
 from __future__ import annotations
