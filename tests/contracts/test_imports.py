@@ -91,6 +91,17 @@ def test_a_command_knows_its_config_and_its_job_alone():
             assert ours <= MAY_IMPORT["commands"] | {"jobs"}
 
 
+def test_a_job_begins_without_heavy_imports():
+    jobs = [path.stem for path in (PACKAGE / "core" / "jobs").glob("[a-z]*.py")]
+    wanted = ", ".join(name for name in jobs if name != "doctor")  # torch is what it looks at
+    code = (
+        f"import sys\nfrom spiralrope_cli.core.jobs import {wanted}\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_no_job_imports_another():
     for path in (PACKAGE / "core" / "jobs").glob("*.py"):
         names = imports(path, everywhere=True)
