@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spiralrope_cli.core.config.datasets import BUILT_IN
 from spiralrope_cli.core.config.hub import ExportRun
 from spiralrope_cli.core.config.models import deit_size, dit_size, is_dit
 from spiralrope_cli.core.config.nested import build
@@ -227,7 +226,7 @@ def training_set(weights: Weights) -> str:
     if weights.source.row in ROWS:
         return "imagenet-1k"
     data = str(weights.config.get("data", ""))
-    return data if data in BUILT_IN else ""
+    return "" if "/" in data or Path(data).exists() else data
 
 
 def report(export: Export, layout: str) -> None:
