@@ -164,8 +164,10 @@ def test_a_stage_that_stops_or_fails_ends_the_command_with_its_code(run, launche
         (["--skip-training"], 1, "run-deit-deit-ti-digits-r2/pretrain holds no checkpoint"),
         (["--skip-training", "--eval-only"], 2, "exclude each other"),
         (["--skip-training", "--no-finetune"], 2, "leave nothing to train"),
+        (["--name", "x", "--out", "y"], 2, "--name x and --out y both name the folder"),
         (["--no-finetune", "--finetune-lr", 1], 2, "--finetune-lr has no effect"),
         (["--finetune-epochs", 1], 2, "finetune: --warmup-epochs 1 leaves nothing"),
+        (["--sweep", "rotate=1,2", "--name", "x", "--out", "y"], 2, "--name x and --out y both"),
         (["--sweep", "rotate"], 2, "is not NAME=V,V"),
         (["--sweep", "seed=1,2"], 2, "seed cannot be swept"),
         (
@@ -197,6 +199,7 @@ def test_what_cannot_be_is_told_in_a_line(run, launched, words, code, told):
 @pytest.mark.parametrize(
     ("words", "code", "told"),
     [
+        (["--name", "x", "--out", "y"], 2, "--name x and --out y both name the folder"),
         (["--sampling-steps", 1], 2, "dit-sample: --steps 1: it must be 2 to 1000"),
         (
             ["--sampling-steps", "ddim300"],

@@ -38,7 +38,7 @@ from spiralrope_cli.core.config.pipelines import (
 from spiralrope_cli.core.config.resolve import Resolved, StartingPoint, resolve
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.samples import check_chain, decoder_of, num_samples
-from spiralrope_cli.core.config.training import MachineConfig
+from spiralrope_cli.core.config.training import MachineConfig, TrainOptions
 from spiralrope_cli.core.data.image_sets import look_at
 from spiralrope_cli.core.errors import CheckpointError, FetchError
 from spiralrope_cli.core.hub.networks import find_inception, find_vae, local_vae
@@ -73,6 +73,7 @@ def settle_deit(given: dict[str, Any]) -> Pipeline:
     """
     check_not_joined()
     own: DeiTStages = build(DeiTStages, given)
+    build(TrainOptions, given).check_folder(own.out)
     options, finetuning = of_training(given, DeiTStages), of_finetuning(given)
     first = resolve(PRETRAIN, options, name=given.get("name", ""))
     folder = folder_of(own.out, first.run, "run-deit")
@@ -112,6 +113,7 @@ def settle_dit(given: dict[str, Any]) -> Pipeline:
     """
     check_not_joined()
     own: DiTStages = build(DiTStages, given)
+    build(TrainOptions, given).check_folder(own.out)
     with refusals_of(SAMPLE):
         check_chain(own.sampler, own.sampling_steps)
     options, name = of_training(given, DiTStages), given.get("name", "")

@@ -31,6 +31,7 @@ from spiralrope_cli.core.config.pipelines import (
     points,
 )
 from spiralrope_cli.core.config.resolve import RUNS_FOLDER, resolve
+from spiralrope_cli.core.config.training import TrainOptions
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.jobs.pipeline import carry_out, settle_deit
 from spiralrope_cli.core.report.results import with_spread
@@ -65,6 +66,7 @@ def settle_sweep(given: dict[str, Any]) -> Sweep:
         ConfigError: a point that cannot work, or an option that is swept and given.
     """
     own: DeiTStages = build(DeiTStages, given)
+    build(TrainOptions, given).check_folder(own.out)
     grid = points(own.sweep)
     for name, _ in grid[0].words:
         if {"rope": "enabled"}.get(name, name) in given:
