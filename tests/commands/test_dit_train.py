@@ -118,6 +118,7 @@ def test_a_config_file_repeats_a_run_and_options_win(runs, resolved):
         (["--sample-every", "-1"], "--sample-every is -1"),
         (["--batch-size", "50", "--micro-batch-size", "16"], "the nearest that do: 48, 64"),
         (["--batch-size", "2000"], "more than the 1437 training images"),
+        (["--init", ""], ". holds no checkpoint"),
         (["--resume", "must"], "holds no checkpoint"),
         (["--data", "nowhere"], "is no folder and no built-in name"),
         (["--init", "nowhere/at-all"], "is no file and no folder"),

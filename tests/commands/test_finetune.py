@@ -142,6 +142,7 @@ def test_grey_weights_on_colour_pictures_take_the_mean_of_the_colours(
 @pytest.mark.parametrize(
     ("words", "code", "told"),
     [
+        ([""], 1, ". holds no checkpoint"),
         (["nosuch"], 2, "nosuch is no file, no run folder and no published name"),
         (["vae-ema"], 1, "no weights of a DeiT"),
         ([GOLDEN / "dit_tiny_0000007.pt"], 1, "a diffusion transformer, and no classifier"),

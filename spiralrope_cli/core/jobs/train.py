@@ -76,7 +76,7 @@ def settle(
     options = {name: value for name, value in given.items() if name not in not_of_run}
     start: StartingPoint | None = None
     notes: tuple[str, ...] = ()
-    if source := given.get("source"):
+    if (source := given.get("source")) is not None:
         rope, found = given_rope(options), find_source(source)
         from spiralrope_cli.core.load import starting_point
 
