@@ -268,6 +268,17 @@ def test_resuming_with_other_options_is_refused_with_both_values(tiny, runs, opt
     assert run_folder.first_step(tiny(workers=1, tracker="none", keep_last=7)) == 2
 
 
+@pytest.mark.parametrize("name", ["rotate", "projection", "arch", "lr"])
+def test_a_saved_config_that_lacks_a_value_is_refused(tiny, runs, name):
+    (runs / "run" / "checkpoints" / "0000002").mkdir(parents=True)
+    run_folder.write_config(tiny())
+    path = runs / "run" / "config.yaml"
+    kept = [line for line in path.read_text().splitlines() if line.split(":")[0].strip() != name]
+    path.write_text("\n".join(kept))
+    with pytest.raises(CheckpointError, match=rf"lacks {name}\n"):
+        run_folder.first_step(tiny())
+
+
 def test_resume_modes(tiny, runs):
     assert run_folder.first_step(tiny()) == 0
     with pytest.raises(CheckpointError, match="holds no checkpoint"):

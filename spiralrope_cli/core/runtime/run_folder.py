@@ -6,7 +6,6 @@ Without torch, so that the parent can refuse before any worker starts.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import difflib
 import json
 import os
@@ -137,9 +136,8 @@ def check_same(run: TrainingRun, folder: Path) -> None:
         )
     before, now = read_config(folder / CONFIG_FILE, type(run)), flat_values(run)
     known, free = leaves(type(run)), free_fields(type(run))
-    # What an earlier version did not write has the field's default.
-    before = {**{name: leaf.default for name, leaf in known.items()}, **before}
-    if lacking := [n for n in now if before[n] is dataclasses.MISSING and n not in free]:
+    # A default in its place could be another value than the one it was trained with.
+    if lacking := [name for name in now if name not in before and name not in free]:
         raise CheckpointError(
             f"{folder / CONFIG_FILE} lacks {', '.join(lacking)}",
             "another version of spiralrope made it; give this run another --name or --out",
