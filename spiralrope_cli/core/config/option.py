@@ -91,6 +91,10 @@ class Leaf:
         inner = typing.get_args(self.hint)
         return f"a list, each {_TYPES[inner[0]]}" if inner else _TYPES[self.hint]
 
+    def readable(self) -> str:
+        """The same, for a word that is not even of its type."""
+        return "a number, " * (self.hint is float) + self.allowed()
+
     def typed(self, value: Any) -> list[str]:
         """The words of a command line that give this value."""
         if isinstance(value, bool) and self.opt:
@@ -113,7 +117,7 @@ class Leaf:
                 return self.opt.read(str(value))
             return _as(self.hint, value)
         except (TypeError, ValueError, OverflowError) as error:
-            raise self._refused(value, "a number, " * (self.hint is float)) from error
+            raise self._refused(value, self.readable()) from error
 
     def check(self, value: Any) -> None:
         """Refuses a value out of its bounds, with the message that `read` has.
@@ -123,7 +127,7 @@ class Leaf:
         """
         for each in value if self.many else (value,):
             if each is not None and not self._fits(each):
-                raise self._refused(each)
+                raise self._refused(each, self.allowed())
 
     def _fits(self, value: Any) -> bool:
         if self.choices:
@@ -139,10 +143,10 @@ class Leaf:
         below = high is None or value < high or (value == high and opt.lt is None)
         return above and below and (low is high is None or math.isfinite(value))
 
-    def _refused(self, value: Any, kind: str = "") -> ConfigError:
+    def _refused(self, value: Any, allowed: str) -> ConfigError:
         finite = ", and finite" if value in (math.inf, "inf") else ""
         told = "empty" if value == "" else value
-        return ConfigError(f"{self.called} is {told}; it must be {kind}{self.allowed()}{finite}")
+        return ConfigError(f"{self.called} is {told}; it must be {allowed}{finite}")
 
 
 def _first(*bounds: float | None) -> float | None:

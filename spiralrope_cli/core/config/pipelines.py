@@ -42,12 +42,15 @@ with `finetune_`, or come with the weights."""
 OF_PRETRAINING = OptimConfig.__dataclass_fields__.keys() | {"drop_path"}
 """Those that finetuning has values of its own for."""
 
+OF_FINETUNING = ("epochs", "steps", "lr", "warmup_epochs", "batch_size")
+"""Training options that `run deit` has a second time, beginning with `--finetune-`."""
 CALLED_HERE = {
-    FINETUNE: "here its --epochs, --steps, --lr, --warmup-epochs and --batch-size begin with "
-    "--finetune-",
-    SAMPLE: "here its --steps is --sampling-steps",
+    FINETUNE: {
+        f"--{name}": f"--finetune-{name}" for name in (n.replace("_", "-") for n in OF_FINETUNING)
+    },
+    SAMPLE: {"--steps": "--sampling-steps"},
 }
-"""Stage -> which of its options have another name in `run`."""
+"""Stage -> its options that have another name in `run`."""
 
 FROM_LEGACY = Opt(
     "Print the command for the words of an old run_all.sh line, and stop.", STAGES, metavar="WORDS"
@@ -223,25 +226,27 @@ def of_finetuning(given: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def refusals_of(stage: str) -> Iterator[None]:
-    """Puts a stage's name before what it refuses, and says what its options are called here."""
+    """Puts a stage's name before what it refuses, and calls its options as `run` does."""
     try:
         yield
     except (ConfigError, CheckpointError) as error:
         if stage not in CALLED_HERE:
             raise
-        hint = "; ".join(filter(None, (error.hint, CALLED_HERE[stage])))
-        raise type(error)(f"{stage}: {error.message}", hint) from error
+        message, hint = (
+            re.sub(r"--[\w-]+", lambda word: CALLED_HERE[stage].get(word[0], word[0]), text)
+            for text in (error.message, error.hint)
+        )
+        raise type(error)(f"{stage}: {message}", hint) from error
 
 
 OFF = "none"
 """`rotate=none` is the baseline without rotary embedding."""
 
 _OF_RUN = leaves(ClassifierRun)
-_OF_TRAINING = ("epochs", "steps", "lr", "warmup_epochs", "batch_size")
 KINDS: dict[str, Leaf] = {
     **{("rope" if n == "enabled" else n): leaf for n, leaf in leaves(RopeConfig).items()},
-    **{name: _OF_RUN[name] for name in ("arch", "drop_path", *_OF_TRAINING)},
-    **{f"finetune_{name}": _OF_RUN[name] for name in _OF_TRAINING},
+    **{name: _OF_RUN[name] for name in ("arch", "drop_path", *OF_FINETUNING)},
+    **{f"finetune_{name}": _OF_RUN[name] for name in OF_FINETUNING},
 }
 """What can be swept: name of the option -> its field."""
 
@@ -338,7 +343,7 @@ def _value(text: str, name: str, word: str) -> tuple[str, Any]:
         value = {"true": True, "false": False}.get(word.lower(), word)
         value = leaf.read(value if leaf.hint is bool else word)
     except ConfigError as error:
-        raise ConfigError(f"--sweep {text}: {word} must be {leaf.allowed()}") from error
+        raise ConfigError(f"--sweep {text}: {word} must be {leaf.readable()}") from error
     return ("enabled" if name == "rope" else name), value
 
 
