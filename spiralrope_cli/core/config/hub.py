@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from spiralrope_cli.core.config.option import PATH, SHOW, WHERE, WRITE, Opt, check_fields
+from spiralrope_cli.core.config.option import PATH, SHOW, SOURCE, WHERE, WRITE, Opt, check_fields
 from spiralrope_cli.core.errors import ConfigError
 
 FILE_SUFFIXES = (".pth", ".pt")
@@ -51,15 +51,7 @@ class FetchRun:
 class ExportRun:
     """Weights to write in another layout."""
 
-    source: Annotated[
-        str,
-        Opt(
-            "Run folder, checkpoint file, or published name.",
-            metavar="SOURCE",
-            complete="sources",
-            argument=True,
-        ),
-    ]
+    source: Annotated[str, SOURCE]
     layout: Annotated[
         Literal["published", "safetensors"],
         Opt("A file as the published ones, or a folder with a model card.", WRITE, required=True),

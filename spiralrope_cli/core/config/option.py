@@ -164,6 +164,8 @@ def _as(hint: Any, value: Any) -> Any:
             raise ValueError
         return tuple(_as(inner[0], each) for each in value)
     kind = str if typing.get_origin(hint) is typing.Literal else typing.get_origin(hint) or hint
+    if kind is bool and isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
     if isinstance(value, bool) is not (kind is bool):
         raise ValueError
     if kind is float or (kind is int and isinstance(value, str)):
@@ -276,3 +278,10 @@ def folder(text: str) -> str:
 
 
 PATH: dict[str, Any] = {"read": path, "expects": "a path", "metavar": "FOLDER"}
+SOURCE = Opt(
+    "Run folder, checkpoint file, or published name.",
+    metavar="SOURCE",
+    complete="sources",
+    argument=True,
+    required=True,
+)

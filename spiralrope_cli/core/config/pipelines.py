@@ -42,16 +42,6 @@ with `finetune_`, or come with the weights."""
 OF_PRETRAINING = OptimConfig.__dataclass_fields__.keys() | {"drop_path"}
 """Those that finetuning has values of its own for."""
 
-OF_FINETUNING = ("epochs", "steps", "lr", "warmup_epochs", "batch_size")
-"""Training options that `run deit` has a second time, beginning with `--finetune-`."""
-CALLED_HERE = {
-    FINETUNE: {
-        f"--{name}": f"--finetune-{name}" for name in (n.replace("_", "-") for n in OF_FINETUNING)
-    },
-    SAMPLE: {"--steps": "--sampling-steps"},
-}
-"""Stage -> its options that have another name in `run`."""
-
 FROM_LEGACY = Opt(
     "Print the command for the words of an old run_all.sh line, and stop.", STAGES, metavar="WORDS"
 )
@@ -243,12 +233,18 @@ OFF = "none"
 """`rotate=none` is the baseline without rotary embedding."""
 
 _OF_RUN = leaves(ClassifierRun)
+_OF_TRAINING = ("epochs", "steps", "lr", "warmup_epochs", "batch_size")
 KINDS: dict[str, Leaf] = {
     **{("rope" if n == "enabled" else n): leaf for n, leaf in leaves(RopeConfig).items()},
-    **{name: _OF_RUN[name] for name in ("arch", "drop_path", *OF_FINETUNING)},
-    **{f"finetune_{name}": _OF_RUN[name] for name in OF_FINETUNING},
+    **{name: _OF_RUN[name] for name in ("arch", "drop_path", *_OF_TRAINING)},
+    **{f"finetune_{name}": _OF_RUN[name] for name in _OF_TRAINING},
 }
 """What can be swept: name of the option -> its field."""
+CALLED_HERE = {
+    FINETUNE: {_OF_RUN[n].called: leaves(DeiTStages)[f"finetune_{n}"].called for n in _OF_TRAINING},
+    SAMPLE: {"--steps": "--sampling-steps"},
+}
+"""Stage -> its options that have another name in `run`."""
 
 
 @dataclass(frozen=True)
@@ -340,11 +336,9 @@ def _value(text: str, name: str, word: str) -> tuple[str, Any]:
         return "enabled", False
     leaf = KINDS[name]
     try:
-        value = {"true": True, "false": False}.get(word.lower(), word)
-        value = leaf.read(value if leaf.hint is bool else word)
+        return ("enabled" if name == "rope" else name), leaf.read(word)
     except ConfigError as error:
         raise ConfigError(f"--sweep {text}: {word} must be {leaf.readable()}") from error
-    return ("enabled" if name == "rope" else name), value
 
 
 def acting(rope: RopeConfig) -> RopeConfig:

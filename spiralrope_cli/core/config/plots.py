@@ -14,6 +14,7 @@ from spiralrope_cli.core.config.option import (
     PATH,
     PICTURE,
     ROPE,
+    SOURCE,
     Opt,
     check_fields,
     idle_lines,
@@ -130,15 +131,7 @@ class RopePlot:
 class AttentionPlot:
     """Where a token of a DeiT looks in one picture."""
 
-    source: Annotated[
-        str,
-        Opt(
-            "Run folder, checkpoint file, or published name.",
-            metavar="SOURCE",
-            complete="sources",
-            argument=True,
-        ),
-    ]
+    source: Annotated[str, SOURCE]
     image: Annotated[str, Opt("A picture's file.", metavar="IMAGE", argument=True)]
     patch: Annotated[
         tuple[int, int] | None,

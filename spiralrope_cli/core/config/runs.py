@@ -10,7 +10,16 @@ from typing import Annotated, Any, Literal
 
 from spiralrope_cli.core.config.datasets import DataSet
 from spiralrope_cli.core.config.models import SIZE, check_divides, deit_size
-from spiralrope_cli.core.config.option import DATA, MODEL, PATH, RUN, Opt, check_fields, leaves
+from spiralrope_cli.core.config.option import (
+    DATA,
+    MODEL,
+    PATH,
+    RUN,
+    SOURCE,
+    Opt,
+    check_fields,
+    leaves,
+)
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.training import MachineConfig, OptimConfig
 from spiralrope_cli.core.errors import ConfigError
@@ -181,16 +190,7 @@ class ClassifierRun:
     seed: Annotated[int, Opt("Of initial weights, data order and augmentation.", RUN, ge=0)]
     num_train: Annotated[int, "the number of training images"]
     num_val: Annotated[int, "the number of held-out images"]
-    source: Annotated[
-        str,
-        Opt(
-            "Run folder, checkpoint file, or published name.",
-            metavar="SOURCE",
-            complete="sources",
-            argument=True,
-            required=True,
-        ),
-    ] = ""
+    source: Annotated[str, SOURCE] = ""
     rope: RopeConfig
     model: ModelConfig
     augment: AugmentConfig

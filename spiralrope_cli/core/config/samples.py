@@ -15,6 +15,7 @@ from spiralrope_cli.core.config.option import (
     PICTURES,
     RUN,
     SAMPLING,
+    SOURCE,
     Opt,
     check_fields,
     numbers,
@@ -186,15 +187,7 @@ def check_chain(sampler: str, steps: str) -> None:
 class SampleRun:
     """Images from one set of weights, complete."""
 
-    source: Annotated[
-        str,
-        Opt(
-            "Run folder, checkpoint file, or published name.",
-            metavar="SOURCE",
-            complete="sources",
-            argument=True,
-        ),
-    ]
+    source: Annotated[str, SOURCE]
     file: str  # that holds the weights
     sha256: str  # of it
     vae_sha256: str  # empty without a VAE
@@ -227,7 +220,7 @@ class SampleRun:
             "mse, ema, a folder in diffusers' layout, or none: pixels.",
             PICTURES,
             metavar="NAME|FOLDER",
-            complete="vaes",
+            complete="vaes_or_none",
         ),
     ]
     png: Annotated[bool, Opt("Write every image as a file too.", PICTURES)] = False
