@@ -18,6 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 from spiralrope_cli.commands import completion
 from spiralrope_cli.core.config.models import size
 from spiralrope_cli.core.config.option import PANELS, Leaf, Opt, in_words, leaves
+from spiralrope_cli.core.runtime.launch import is_first_process
 
 
 class Group(TyperGroup):
@@ -106,7 +107,12 @@ def command(
             given = {name: known[name].read(values[name]) for name in typed}
             for name, value in given.items():
                 known[name].check(value)
-            function(given)
+            try:
+                function(given)
+            except KeyboardInterrupt:  # with which Typer leaves without a word
+                if is_first_process():
+                    typer.echo("interrupted", err=True)
+                raise
 
         context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
         said = [

@@ -68,10 +68,16 @@ def data_sets() -> Offer:
 
 def vaes() -> Offer:
     """Names of VAEs; a folder is one too."""
-    from spiralrope_cli.core.config.dit_runs import NO_VAE
     from spiralrope_cli.core.config.latents import VAE_NAMES
 
-    return [*VAE_NAMES, NO_VAE]
+    return list(VAE_NAMES)
+
+
+def vaes_or_none() -> Offer:
+    """The same, and the word for pixels."""
+    from spiralrope_cli.core.config.dit_runs import NO_VAE
+
+    return [*vaes(), NO_VAE]
 
 
 def published() -> Offer:

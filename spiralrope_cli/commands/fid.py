@@ -5,7 +5,7 @@ from typing import Any
 import typer
 
 from spiralrope_cli.commands.command import SETTINGS, command
-from spiralrope_cli.core.config.evals import PRECISIONS, FidRun
+from spiralrope_cli.core.config.evals import FidRun
 
 EXAMPLES = """
 Examples:
@@ -30,10 +30,9 @@ app = typer.Typer(**SETTINGS)
     leave_out=("compile", "grad_checkpointing", "resume", "tracker"),
     words={
         "skip_bad": "Leave out images that are damaged.",
-        "precision": "Of the features, fp32 or bf16.",
         "workers": "Threads that decode, per process.",
     },
-    defaults={"select": "all", "precision": PRECISIONS[0], "workers": ""},
+    defaults={"select": "all", "workers": ""},
 )
 def fid(given: dict[str, Any]) -> None:
     """FID, sFID, Inception Score, KID, Precision and Recall of generated images.

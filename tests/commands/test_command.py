@@ -200,6 +200,8 @@ def test_choices_are_those_of_the_command():
     }
     assert "(cosine, constant, published)" in choices["pretrain"]
     assert "(cosine, constant)" in choices["dit-train"]
+    precision = next(p.help for p in built("fid").params if p.name == "precision")
+    assert "(fp32, bf16)" in precision
 
 
 # --- What a command's function gets.
@@ -226,6 +228,19 @@ def test_a_function_gets_what_was_given_and_nothing_else():
     assert given_to(RopeConfig, ["--theta", "5", "--theta", "1e3"]) == {"theta": 1000.0}
     with pytest.raises(ConfigError, match="--rotate is -1"):
         given_to(RopeConfig, ["--rotate", "-1"])
+
+
+def test_an_interrupted_command_says_so():
+    one = typer.Typer(**SETTINGS)
+
+    @command(one, "one", RopeConfig, examples="")
+    def function(given):
+        """One command."""
+        raise KeyboardInterrupt
+
+    result = CliRunner().invoke(one, [])
+    assert result.exit_code == 130
+    assert result.stderr == "interrupted\n"
 
 
 def test_a_command_can_leave_out_and_reword():

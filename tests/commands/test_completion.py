@@ -115,6 +115,8 @@ def test_options_of_few_words(offered):
     assert offered("spiralrope pretrain --precision ") == ["auto", "fp32", "bf16"]
     assert offered("spiralrope fid a b --precision b") == ["bf16"]
     assert offered("spiralrope dit-sample x --vae m") == ["mse"]
+    assert offered("spiralrope dit-sample x --vae ") == ["ema", "mse", "none"]
+    assert offered("spiralrope dit-encode --vae ") == ["ema", "mse"]
     assert offered("spiralrope export x --layout s") == ["safetensors"]
 
 

@@ -70,7 +70,7 @@ class PictureConfig:
             "ema, mse, a folder in diffusers' layout, or none: pixels.",
             DATA,
             metavar="NAME|FOLDER",
-            complete="vaes",
+            complete="vaes_or_none",
         ),
     ]
     latents: Annotated[

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -186,13 +185,19 @@ LABELS = {
 """Figure -> its name in a table, which way is better, and its decimals."""
 FIGURES = tuple(LABELS)
 EXTRACTOR = "inception-v3-compat 2015-12-05"
-PRECISIONS: tuple[Literal["fp32"], Literal["bf16"]] = ("fp32", "bf16")
-"""The first is that of papers, and the default."""
 
 
 def words(text: str) -> tuple[str, ...]:
-    """`fid, IS` as ("fid", "is"), each once."""
-    return tuple(dict.fromkeys(word.strip().lower() for word in text.split(",")))
+    """`fid, IS` as ("fid", "is"), each once; `all` as all of them."""
+    names = tuple(dict.fromkeys(word.strip().lower() for word in text.split(",")))
+    return FIGURES if names == ("all",) else names
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureMachine(MachineConfig):
+    """In full precision, whatever the device computes, unless the user says otherwise."""
+
+    precision: Annotated[Literal["fp32", "bf16"], Opt("Of the features.", MACHINE)] = "fp32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +242,7 @@ class FidRun:
     batch_size: Annotated[
         int, Opt("Images at a time per process; it changes no figure.", MACHINE, ge=1)
     ] = 32
-    machine: MachineConfig = field(default_factory=partial(MachineConfig, precision=PRECISIONS[0]))
+    machine: FeatureMachine = field(default_factory=FeatureMachine)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -246,10 +251,6 @@ class FidRun:
             raise ConfigError(
                 f"--select {','.join(self.select)}: there is no {unknown[0] if unknown else ''!r}",
                 f"there are {', '.join(FIGURES)}",
-            )
-        if self.machine.precision not in PRECISIONS:
-            raise ConfigError(
-                f"--precision is {self.machine.precision}; it must be {' or '.join(PRECISIONS)}"
             )
         if self.seed >= 2**32:
             raise ConfigError(f"--seed is {self.seed}; it must be below 2^32")

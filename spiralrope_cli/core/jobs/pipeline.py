@@ -16,7 +16,7 @@ from typing import Any
 
 from spiralrope_cli import __version__
 from spiralrope_cli.core.config.dit_runs import NO_VAE, DiTRun, TrainingRun
-from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, PRECISIONS, EvalOptions, FidRun
+from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions, FeatureMachine, FidRun
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.pipelines import (
     EVALUATE,
@@ -155,7 +155,7 @@ def score_stage_of(own: DiTStages, folder: Path, machine: dict[str, Any]) -> Sta
         reference=own.reference,
         weights=own.weights,
         facts_file=str(folder / FID_FILE),
-        machine=build(MachineConfig, {**machine, "precision": PRECISIONS[0]}),
+        machine=build(FeatureMachine, {**machine, "precision": FeatureMachine.precision}),
     )
     line = f" {run.samples} against {run.reference}: {', '.join(run.select)}, into {run.facts_file}"
     return Stage("fid", str(folder), run, score_stage, line)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Column, Table
 
 from spiralrope_cli import __version__
-from spiralrope_cli.core.config.evals import EXTRACTOR, LABELS, PRECISIONS, FidRun, fid_notes
+from spiralrope_cli.core.config.evals import EXTRACTOR, LABELS, FidRun, fid_notes
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.option import idle_lines
 from spiralrope_cli.core.config.training import MachineConfig
@@ -50,7 +50,7 @@ def score(given: dict[str, Any]) -> None:
     Args:
         given: field name -> value of the options that the user gave.
     """
-    run: FidRun = build(FidRun, {"precision": PRECISIONS[0], **given})
+    run: FidRun = build(FidRun, given)
     say_notes(fid_notes(run, given))
     plan = settle(run)
     say_notes(idle_options(plan, given))

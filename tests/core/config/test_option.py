@@ -212,6 +212,7 @@ def test_readers():
     assert pair("3,4") == (3, 4)
     assert [folder("lat/"), folder("a//b"), folder("")] == ["lat", "a/b", ""]
     assert words("A,b , A") == ("a", "b")
+    assert words("ALL") == ("fid", "sfid", "is", "kid", "precision", "recall")
     for reader, wrong in ((size, "x"), (numbers, "1,,2"), (pair, "1"), (path, "")):
         with pytest.raises(ValueError):  # noqa: PT011 - readers have no words of their own
             reader(wrong)
