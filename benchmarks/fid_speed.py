@@ -26,7 +26,7 @@ from spiralrope_cli.core.data.memory import load_digits
 from spiralrope_cli.core.metrics.features import in_features
 from spiralrope_cli.core.metrics.fid import frechet_distance
 from spiralrope_cli.core.metrics.inception import build_extractor
-from spiralrope_cli.core.runtime.distributed import Job, StopRequest
+from spiralrope_cli.core.runtime.distributed import DistContext, StopRequest
 
 BATCH, BATCHES, SIZE, ROUNDS = 32, 2, 256, 3
 NUM_FEATURES = 2048
@@ -36,7 +36,7 @@ HAS_PYTORCH_FID = importlib.util.find_spec("pytorch_fid") is not None
 def feature_sides(weights: Path) -> dict[str, Callable[[], object]]:
     """Name -> a call that computes pool features of all images."""
     images = torch.randint(0, 256, (BATCH * BATCHES, SIZE, SIZE, 3), dtype=torch.uint8)
-    job = Job(0, 1, CPU, torch.float32, "", StopRequest())
+    ctx = DistContext(0, 1, CPU, torch.float32, "", StopRequest())
     extractor = build_extractor(torch.load(weights), weights)
     piece = -(-BATCH // torch.get_num_threads())
 
@@ -45,7 +45,7 @@ def feature_sides(weights: Path) -> dict[str, Callable[[], object]]:
             ImageBatch(list(range(len(part))), [part.permute(0, 3, 1, 2)])
             for part in images.split(piece)
         ]
-        for _ in in_features(batches, extractor, ["fid"], job):
+        for _ in in_features(batches, extractor, ["fid"], ctx):
             pass
 
     original = FeatureExtractorInceptionV3("inception", ["2048"], str(weights))

@@ -22,7 +22,7 @@ KINDS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "convolution"),
     "attention": ("scaled_dot_product",),
     "GELU": ("aten::gelu",),
-    "rotation": ("_Turn",),
+    "rotation": ("_RotaryComplex",),
     "optimizer": ("adamw",),
     "copies and casts": ("aten::copy_",),
     "products, sums and norms by element": ("aten::",),

@@ -44,8 +44,8 @@ class SpiralRopeDeiT(DeiT):
     """The DeiT with the methods and keywords that timm's scripts and wrappers expect.
 
     In training mode stochastic depth draws from torch's global generator, as timm's models do,
-    unless `keep` is given. Its rate is the same in every block, as in the published recipe, and
-    does not grow with depth.
+    unless `drop_path_mask` is given. Its rate is the same in every block, as in the published
+    recipe, and does not grow with depth.
 
     Args:
         embed_dim: width C.
@@ -138,9 +138,9 @@ class SpiralRopeDeiT(DeiT):
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
-    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, drop_path_mask: Tensor | None = None) -> Tensor:
         """[B, channels, height, width] -> logits [B, classes]."""
-        return self.forward_head(self.forward_features(images, keep))
+        return self.forward_head(self.forward_features(images, drop_path_mask))
 
     def forward_intermediates(
         self,
@@ -169,11 +169,11 @@ class SpiralRopeDeiT(DeiT):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt is {output_fmt!r}; it must be NCHW or NLC")
         chosen, last = feature_take_indices(len(self.blocks), indices)
-        keep = self.drawn(x)
-        x, turns = self.embed(x)
+        mask = self.own_drop_path_mask(x)
+        x, cos_sin = self.embed(x)
         taken = []
         for number in range(last + 1 if stop_early else len(self.blocks)):
-            x = self.run_block(number, x, turns, keep)
+            x = self.run_block(number, x, cos_sin, mask)
             if number in chosen:
                 taken.append(self.norm(x) if norm else x)
         prefix = [tokens[:, : self.num_prefix_tokens] for tokens in taken]

@@ -20,7 +20,7 @@ from spiralrope_cli import RopeConfig, create_model, timm_models
 from spiralrope_cli.core.config.models import DEIT_SIZES
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.hub.published import Described, published_content
-from spiralrope_cli.core.rope import angle_table
+from spiralrope_cli.core.rope import build_angles
 
 ARCHES = {
     "spiralrope_deit_tiny_patch16_224": "deit-ti",
@@ -241,9 +241,9 @@ def test_every_rope_option_is_a_keyword_that_acts(options):
     assert one.state_dict().keys() == other.state_dict().keys()
     if config.enabled:
         assert other.rope.config == config
-        table = angle_table((4, 4), 64, config, other.rope.pretrain_grid)
+        table = build_angles((4, 4), 64, config, other.rope.pretrain_grid)
         unit = torch.stack((table.cos(), table.sin()), dim=-1).float()
-        assert torch.equal(other.rope.turns(other.grid, 1, images.device)[1:], unit)
+        assert torch.equal(other.rope.cos_sin(other.grid, 1, images.device)[1:], unit)
     with torch.no_grad():
         assert (one(images) - other(images)).abs().max() > 1e-4
 
@@ -399,10 +399,10 @@ def test_stochastic_depth_draws_from_the_global_generator_in_training_alone(meth
 def test_a_given_keep_is_taken(x):
     model = built(TINY, depth=3, drop_path_rate=0.5).train()
     state = torch.get_rng_state()
-    keep = torch.zeros(3, 2, 2)
+    drop_path_mask = torch.zeros(3, 2, 2)
     embedded, _ = model.embed(x)
-    assert torch.equal(model.forward_features(x, keep), model.norm(embedded))
-    assert torch.equal(model(x, keep), model.head(model.norm(embedded)[:, 0]))
+    assert torch.equal(model.forward_features(x, drop_path_mask), model.norm(embedded))
+    assert torch.equal(model(x, drop_path_mask), model.head(model.norm(embedded)[:, 0]))
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -84,10 +84,10 @@ class _GeluTanh(torch.autograd.Function):
         size = torch.get_num_threads() << 18
         chunks = zip(x.reshape(-1).split(size), out.view(-1).split(size), strict=True)
         for part, into in chunks:
-            wide = part.to(exact)
-            inner = into if x.dtype == exact else torch.empty_like(wide)
-            torch.addcmul(first, wide, wide, value=slope * 0.044715, out=inner)
-            torch.mul(inner.mul_(wide).sigmoid_(), wide, out=into)
+            x_fp32 = part.to(exact)
+            inner = into if x.dtype == exact else torch.empty_like(x_fp32)
+            torch.addcmul(first, x_fp32, x_fp32, value=slope * 0.044715, out=inner)
+            torch.mul(inner.mul_(x_fp32).sigmoid_(), x_fp32, out=into)
         return out
 
     @staticmethod
@@ -124,34 +124,34 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
 
 
-def complex_turn(x: Tensor, turns: Tensor) -> Tensor:
-    """The formula of `rope.turn`: a' = a cos - b sin, b' = b cos + a sin for each channel pair.
+def apply_rotary_complex(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """`rope.apply_rotary`: a' = a cos - b sin, b' = b cos + a sin for each channel pair.
 
     Without a compiler the formula takes six passes over the memory and autograd keeps x. As a
     product of complex numbers it takes one pass each way and keeps nothing, on any device.
 
     Args:
         x: [..., D] floating point, in any memory layout.
-        turns: cosines and sines, broadcastable to [..., D/2, 2].
+        cos_sin: cosines and sines, broadcastable to [..., D/2, 2].
     """
-    return _Turn.apply(x, turns)
+    return _RotaryComplex.apply(x, cos_sin)
 
 
-class _Turn(torch.autograd.Function):
+class _RotaryComplex(torch.autograd.Function):
     """A rotation's gradient is the gradient turned back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, turns: Tensor) -> Tensor:
-        ctx.save_for_backward(turns)
-        return _complex_product(x, torch.view_as_complex(turns))
+    def forward(ctx: Any, x: Tensor, cos_sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_sin)
+        return _complex_product(x, torch.view_as_complex(cos_sin))
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None]:
-        turns = torch.view_as_complex(ctx.saved_tensors[0])
-        return _complex_product(grad[0], turns.conj()), None
+        cos_sin = torch.view_as_complex(ctx.saved_tensors[0])
+        return _complex_product(grad[0], cos_sin.conj()), None
 
 
-def _complex_product(x: Tensor, turns: Tensor) -> Tensor:
+def _complex_product(x: Tensor, cos_sin: Tensor) -> Tensor:
     dtype, ours = x.dtype, x.dtype not in (torch.float32, torch.float64)
     if ours:
         x = x.to(torch.float32, memory_format=torch.contiguous_format)
@@ -160,7 +160,7 @@ def _complex_product(x: Tensor, turns: Tensor) -> Tensor:
         x = x.clone(memory_format=torch.contiguous_format)
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
     # The widened copy is ours, so the product can take its place.
-    product = pairs.mul_(turns) if ours else pairs * turns
+    product = pairs.mul_(cos_sin) if ours else pairs * cos_sin
     return torch.view_as_real(product).flatten(-2).to(dtype)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from spiralrope_cli.core.config.rope import MIN_FREQ_IS_SET, RopeConfig
 from spiralrope_cli.core.errors import ConfigError
-from spiralrope_cli.core.kernels import complex_turn
+from spiralrope_cli.core.kernels import apply_rotary_complex
 
 Grid = int | tuple[int, int]
 
@@ -97,7 +97,7 @@ def projections(grid: tuple[int, int], angle: Tensor) -> tuple[Tensor, Tensor]:
     return sin * x + cos * y, cos * x - sin * y
 
 
-def angle_table(
+def build_angles(
     grid: tuple[int, int],
     head_dim: int,
     config: RopeConfig,
@@ -140,28 +140,28 @@ def leaves_grid(grid: tuple[int, int], config: RopeConfig, head_dim: int) -> Ten
     return torch.where(in_first_half, beyond[0], beyond[1])
 
 
-def clamped_share(grid: tuple[int, int], config: RopeConfig, head_dim: int) -> float:
+def clamped_fraction(grid: tuple[int, int], config: RopeConfig, head_dim: int) -> float:
     """Share of all positions that `projection="clamped"` moves, in [0, 1]."""
     return leaves_grid(grid, config, head_dim).double().mean().item()
 
 
-def turn(x: Tensor, turns: Tensor) -> Tensor:
+def apply_rotary(x: Tensor, cos_sin: Tensor) -> Tensor:
     """Turns each channel pair (a, b) by its angle: a' = a cos - b sin, b' = b cos + a sin.
 
     The product is formed in float32 or better, whatever the dtype of x.
 
     Args:
         x: [..., D] floating point.
-        turns: float32 cosines and sines, broadcastable to [..., D/2, 2].
+        cos_sin: float32 cosines and sines, broadcastable to [..., D/2, 2].
 
     Returns:
         [..., D] in the dtype of x.
     """
     if not torch.compiler.is_compiling():
-        return complex_turn(x, turns)
+        return apply_rotary_complex(x, cos_sin)
     # The compiler fuses the formula, and knows no complex numbers.
-    wide = x if x.dtype == torch.float64 else x.float()
-    (a, b), (cos, sin) = wide.unflatten(-1, (-1, 2)).unbind(-1), turns.unbind(-1)
+    x_fp32 = x if x.dtype == torch.float64 else x.float()
+    (a, b), (cos, sin) = x_fp32.unflatten(-1, (-1, 2)).unbind(-1), cos_sin.unbind(-1)
     return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x.dtype)
 
 
@@ -191,20 +191,20 @@ class SpiralRoPE(nn.Module):
                 "RopeConfig(enabled=False) leaves nothing to rotate", "leave SpiralRoPE out"
             )
         self.config.check_head_dim(head_dim)
-        self.pretrain_grid = as_pair(pretrain_grid)
-        self._turns: dict[tuple[tuple[int, int], int, torch.device], Tensor] = {}
+        self.pretrain_grid = to_2tuple(pretrain_grid)
+        self._cos_sin: dict[tuple[tuple[int, int], int, torch.device], Tensor] = {}
 
-    def turns(self, grid: Grid, prefix_tokens: int, device: torch.device) -> Tensor:
+    def cos_sin(self, grid: Grid, prefix_tokens: int, device: torch.device) -> Tensor:
         """[prefix + h*w, D/2, 2] float32 cosines and sines; prefix tokens have the identity."""
-        key = (as_pair(grid), prefix_tokens, device)
-        if key not in self._turns:
+        key = (to_2tuple(grid), prefix_tokens, device)
+        if key not in self._cos_sin:
             # A table made in inference mode could never be used in training.
             with torch.inference_mode(False), torch.device("cpu"):
-                angle = angle_table(key[0], self.head_dim, self.config, self.pretrain_grid)
+                angle = build_angles(key[0], self.head_dim, self.config, self.pretrain_grid)
                 angle = torch.cat((angle.new_zeros(prefix_tokens, angle.shape[1]), angle))
                 both = torch.stack((angle.cos(), angle.sin()), dim=-1)
-                self._turns[key] = both.to(torch.float32).to(device)
-        return self._turns[key]
+                self._cos_sin[key] = both.to(torch.float32).to(device)
+        return self._cos_sin[key]
 
     def tables(self, grid: Grid) -> tuple[Tensor, Tensor]:
         """Cosine and sine of every channel's angle; the two channels of a pair have the same.
@@ -212,8 +212,8 @@ class SpiralRoPE(nn.Module):
         Returns:
             two float32 tensors [h*w, D] on the CPU.
         """
-        turns = self.turns(grid, 0, torch.device("cpu"))
-        cos, sin = turns.repeat_interleave(2, dim=1).unbind(-1)
+        cos_sin = self.cos_sin(grid, 0, torch.device("cpu"))
+        cos, sin = cos_sin.repeat_interleave(2, dim=1).unbind(-1)
         return cos, sin
 
     def forward(self, x: Tensor, grid: Grid | None = None, prefix_tokens: int = 0) -> Tensor:
@@ -230,19 +230,19 @@ class SpiralRoPE(nn.Module):
         Raises:
             ConfigError: the token count is not prefix_tokens + h*w, or D differs.
         """
-        rows, columns = as_pair(grid if grid is not None else self.pretrain_grid)
+        rows, columns = to_2tuple(grid if grid is not None else self.pretrain_grid)
         if x.shape[-2] != prefix_tokens + rows * columns or x.shape[-1] != self.head_dim:
             raise ConfigError(
                 f"{x.shape[-2]} tokens of {x.shape[-1]} channels do not fit a grid of "
                 f"{rows}x{columns} with {prefix_tokens} prefix tokens and {self.head_dim} channels"
             )
-        return turn(x, self.turns((rows, columns), prefix_tokens, x.device))
+        return apply_rotary(x, self.cos_sin((rows, columns), prefix_tokens, x.device))
 
     def extra_repr(self) -> str:
         """What print(model) shows."""
         return f"head_dim={self.head_dim}, pretrain_grid={self.pretrain_grid}, {self.config}"
 
 
-def as_pair(size: Grid) -> tuple[int, int]:
+def to_2tuple(size: Grid) -> tuple[int, int]:
     """(rows, columns) of a size that may be given as one side."""
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))

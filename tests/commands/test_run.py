@@ -389,7 +389,7 @@ def test_an_interrupted_sampling_goes_on(run, launched, monkeypatch):
 
         def drawn(self, indices, each_step):
             images = plain(self, indices, each_step)
-            self.job.stop.signal_number = signal.SIGINT
+            self.ctx.stop.signal_number = signal.SIGINT
             return images
 
         patch.setattr(sample.Drawer, "__call__", drawn)

@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from spiralrope_cli.core.kernels import (
     Linear,
+    apply_rotary_complex,
     attention,
-    complex_turn,
     fp32_on_cpu,
     gelu_tanh,
     layer_norm,
@@ -127,9 +127,9 @@ def test_attention_is_pytorchs_and_keeps_fp32_under_autocast(dtype):
 # ---- rotation
 
 
-def rotated(x, turns):
-    """The formula, in the dtype of the turns."""
-    (a, b), (cos, sin) = x.to(turns.dtype).unflatten(-1, (-1, 2)).unbind(-1), turns.unbind(-1)
+def rotated(x, cos_sin):
+    """The formula, in the dtype of the table."""
+    (a, b), (cos, sin) = x.to(cos_sin.dtype).unflatten(-1, (-1, 2)).unbind(-1), cos_sin.unbind(-1)
     return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x.dtype)
 
 
@@ -144,12 +144,12 @@ def layouts(x):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_complex_products_are_the_formula_of_the_rotation(dtype):
     angle = gaussian(5, 4, seed=3, dtype=torch.float64)
-    turns = torch.stack((angle.cos(), angle.sin()), dim=-1)
-    turns = turns if dtype == torch.float64 else turns.float()
+    cos_sin = torch.stack((angle.cos(), angle.sin()), dim=-1)
+    cos_sin = cos_sin if dtype == torch.float64 else cos_sin.float()
     weight = gaussian(2, 3, 5, 8, seed=4).to(dtype)
     for x in layouts(gaussian(2, 3, 5, 8, dtype=torch.float64).to(dtype)):
         x, same = (x.detach().requires_grad_() for _ in range(2))
-        ours, plain = complex_turn(x, turns), rotated(same, turns)
+        ours, plain = apply_rotary_complex(x, cos_sin), rotated(same, cos_sin)
         assert ours.dtype == dtype
         torch.testing.assert_close(ours, plain)
         (ours * weight).sum().backward()

@@ -16,12 +16,12 @@ from spiralrope_cli.core import rope as rope_module
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.models.deit import DeiT
 from spiralrope_cli.core.rope import (
-    angle_table,
-    clamped_share,
+    apply_rotary,
+    build_angles,
+    clamped_fraction,
     frequencies,
     pair_layout,
     projections,
-    turn,
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -119,7 +119,7 @@ def test_rotate_0_and_rotate_1_are_the_same_axial_rope(head_dim, theta, highest,
     plain, one = (
         RopeConfig(rotate=rotate, theta=theta, max_freq_lang=highest) for rotate in (0, 1)
     )
-    both = [angle_table(grid, head_dim, config, (14, 14)) for config in (plain, one)]
+    both = [build_angles(grid, head_dim, config, (14, 14)) for config in (plain, one)]
     torch.testing.assert_close(*both, rtol=1e-9, atol=1e-9)
 
 
@@ -243,7 +243,7 @@ def square_rule(side, head_dim, config, trained):
 @law
 @given(configs(), head_dims, sides, sides)
 def test_the_rectangular_rule_is_the_square_one_on_squares(config, head_dim, side, trained):
-    ours = angle_table((side, side), head_dim, config, (trained, trained))
+    ours = build_angles((side, side), head_dim, config, (trained, trained))
     expected = square_rule(side, head_dim, config, trained)
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
 
@@ -253,14 +253,14 @@ def test_the_rectangular_rule_is_the_square_one_on_squares(config, head_dim, sid
 def test_turning_the_picture_swaps_the_halves_of_axial_rope(config, head_dim, grid):
     config = dataclasses.replace(config, rotate=1, scaling="extrapolate")
     rows, columns = grid
-    angle = angle_table(grid, head_dim, config, (1, 1)).unflatten(0, (rows, columns))
-    other = angle_table((columns, rows), head_dim, config, (1, 1)).unflatten(0, (columns, rows))
+    angle = build_angles(grid, head_dim, config, (1, 1)).unflatten(0, (rows, columns))
+    other = build_angles((columns, rows), head_dim, config, (1, 1)).unflatten(0, (columns, rows))
     half = head_dim // 4
     torch.testing.assert_close(angle[..., :half], other.transpose(0, 1)[..., half:])
 
 
 def test_rows_turn_the_first_half_and_columns_the_second():
-    angle = angle_table((2, 3), 8, RopeConfig(rotate=0, max_freq_lang=1.0), (2, 3))
+    angle = build_angles((2, 3), 8, RopeConfig(rotate=0, max_freq_lang=1.0), (2, 3))
     assert angle[:, 0].tolist() == pytest.approx([0, 0, 0, 1, 1, 1])
     assert angle[:, 2].tolist() == pytest.approx([0, 1, 2, 0, 1, 2])
 
@@ -296,7 +296,7 @@ def moved_scores(config, head_dim, grid):
 @given(configs(), head_dims, grids)
 def test_the_clamp_touches_nothing_but_the_corners(config, head_dim, grid):
     clamped, exact = (
-        angle_table(grid, head_dim, dataclasses.replace(config, projection=each), (7, 7))
+        build_angles(grid, head_dim, dataclasses.replace(config, projection=each), (7, 7))
         for each in ("clamped", "exact")
     )
     frequency, angle, in_first_half = pair_layout(config, head_dim)
@@ -320,9 +320,9 @@ def distance_from_centre(grid):
 def test_the_clamp_flattens_elongated_grids_much_more(rotate):
     config = RopeConfig(rotate=rotate)
     for side in (8, 14, 24):
-        assert 0.04 < clamped_share((side, side), config, 64) < 0.125
-    assert 0.17 < clamped_share((7, 28), config, 64) < 0.28
-    assert clamped_share((7, 28), RopeConfig(rotate=1), 64) == 0
+        assert 0.04 < clamped_fraction((side, side), config, 64) < 0.125
+    assert 0.17 < clamped_fraction((7, 28), config, 64) < 0.28
+    assert clamped_fraction((7, 28), RopeConfig(rotate=1), 64) == 0
 
 
 @law
@@ -331,7 +331,7 @@ def test_interpolation_is_extrapolation_squeezed_by_the_grids_ratio(
     config, head_dim, grid, trained
 ):
     squeezed, counted = (
-        angle_table(grid, head_dim, dataclasses.replace(config, scaling=each), trained)
+        build_angles(grid, head_dim, dataclasses.replace(config, scaling=each), trained)
         for each in ("interpolate", "extrapolate")
     )
     in_first_half = pair_layout(config, head_dim)[2]
@@ -400,8 +400,8 @@ def test_tables_are_float32_and_no_autocast_touches_them():
     inside = SpiralRoPE(64, RopeConfig(), 14)
     with torch.autocast("cpu", torch.bfloat16):
         built_inside = inside.tables(14)
-        turns = inside.turns(14, 1, torch.device("cpu"))
-    assert turns.dtype == torch.float32
+        cos_sin = inside.cos_sin(14, 1, torch.device("cpu"))
+    assert cos_sin.dtype == torch.float32
     for ours, expected in zip(built_inside, outside.tables(14), strict=True):
         assert ours.dtype == torch.float32
         assert torch.equal(ours, expected)
@@ -436,9 +436,9 @@ def test_a_table_is_built_once_per_grid(monkeypatch):
 
     def counted(grid, *rest):
         grids_built.append(grid)
-        return angle_table(grid, *rest)
+        return build_angles(grid, *rest)
 
-    monkeypatch.setattr(rope_module, "angle_table", counted)
+    monkeypatch.setattr(rope_module, "build_angles", counted)
     model = DeiT(32, 3, 2, rope=RopeConfig(), image_size=(8, 12), patch_size=4, num_classes=2)
     for size in (1, 2, 3):
         model(gaussian(size, 3, 8, 12)).sum().backward()
@@ -451,27 +451,27 @@ def test_a_table_is_built_once_per_grid(monkeypatch):
 # ---- turning, and its gradient
 
 
-def some_turns(*shape):
+def some_cos_sin(*shape):
     angle = gaussian(*shape, seed=3, dtype=torch.float64)
     return torch.stack((angle.cos(), angle.sin()), dim=-1)
 
 
-def test_the_gradient_of_turn():
+def test_the_gradient_of_the_rotation():
     x = gaussian(2, 3, 5, 8, dtype=torch.float64).requires_grad_()
-    turns = some_turns(5, 4)
-    assert torch.autograd.gradcheck(turn, (x, turns))
-    assert torch.autograd.gradgradcheck(turn, (x, turns))
+    cos_sin = some_cos_sin(5, 4)
+    assert torch.autograd.gradcheck(apply_rotary, (x, cos_sin))
+    assert torch.autograd.gradgradcheck(apply_rotary, (x, cos_sin))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_it_turns_the_same(dtype):
     rope = SpiralRoPE(16, RopeConfig(), 3)
-    turns = rope.turns(3, 1, torch.device("cpu"))
+    cos_sin = rope.cos_sin(3, 1, torch.device("cpu"))
     x, weight = gaussian(2, 4, 10, 16).to(dtype), gaussian(2, 4, 10, 16).to(dtype)
     results = []
-    for call in (turn, torch.compile(turn, fullgraph=True)):
+    for call in (apply_rotary, torch.compile(apply_rotary, fullgraph=True)):
         leaf = x.clone().requires_grad_()
-        out = call(leaf, turns)
+        out = call(leaf, cos_sin)
         (out * weight).sum().backward()
         results.append((out, leaf.grad))
     for plain, compiled in zip(*results, strict=True):
@@ -479,11 +479,11 @@ def test_compiled_it_turns_the_same(dtype):
 
 
 def test_turn_is_the_rotation_of_each_pair():
-    x, turns = gaussian(3, 5, 8), some_turns(5, 4)
+    x, cos_sin = gaussian(3, 5, 8), some_cos_sin(5, 4)
     a, b = x[..., 0::2].double(), x[..., 1::2].double()
-    cos, sin = turns.unbind(-1)
+    cos, sin = cos_sin.unbind(-1)
     expected = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
-    torch.testing.assert_close(turn(x, turns.float()).double(), expected)
+    torch.testing.assert_close(apply_rotary(x, cos_sin.float()).double(), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -505,8 +505,8 @@ def test_float64_stays_float64():
     rope, x = rope_and_queries(4)
     turned = rope(x.double())
     assert turned.dtype == torch.float64
-    angle = angle_table((4, 4), 16, rope.config, (4, 4))
-    exact = turn(x.double(), torch.stack((angle.cos(), angle.sin()), dim=-1))
+    angle = build_angles((4, 4), 16, rope.config, (4, 4))
+    exact = apply_rotary(x.double(), torch.stack((angle.cos(), angle.sin()), dim=-1))
     torch.testing.assert_close(turned, exact, rtol=0, atol=1e-6)
 
 
@@ -641,7 +641,7 @@ def test_heads_of_another_size_are_refused():
 )
 def test_a_grid_without_tokens_is_refused(grid, trained):
     with pytest.raises(ConfigError, match="has no tokens"):
-        angle_table(grid, 16, RopeConfig(), trained)
+        build_angles(grid, 16, RopeConfig(), trained)
 
 
 # ---- options that cannot act
@@ -680,7 +680,7 @@ def test_inert_options_are_told_with_the_reason(changes, inert):
 def test_a_told_option_really_does_nothing(config, same_theta, eighth):
     same_theta = same_theta and config.rotate <= 1
     config = dataclasses.replace(config, same_theta=same_theta)
-    before = angle_table((3, 5), 8 * eighth, config, (4, 4))
+    before = build_angles((3, 5), 8 * eighth, config, (4, 4))
     other = {
         "theta": config.theta * 2,
         "max_freq": config.max_freq + 1,
@@ -694,7 +694,7 @@ def test_a_told_option_really_does_nothing(config, same_theta, eighth):
     assert told
     for name, _ in told:
         changed = dataclasses.replace(config, **{name: other[name]})
-        assert torch.equal(angle_table((3, 5), 8 * eighth, changed, (4, 4)), before)
+        assert torch.equal(build_angles((3, 5), 8 * eighth, changed, (4, 4)), before)
 
 
 def test_options_that_were_not_given_are_not_told():

@@ -315,12 +315,12 @@ def test_the_best_is_remembered_across_a_resume(tiny, runs, monkeypatch):
     run = tiny(steps=88, log_every=44, validate_every=1, save_every=1, keep_last=1)
     given = iter([50.0, 40.0])
 
-    def validate(config, job, held_out, state, reporter):
+    def validate(config, ctx, val_images, state, reporter):
         acc1 = next(given)
         if not state.best or acc1 > state.best["acc1"]:
             state.best = {"step": state.step, "acc1": acc1}
         if acc1 == 50.0:
-            job.stop.signal_number = signal.SIGTERM
+            ctx.stop.signal_number = signal.SIGTERM
 
     monkeypatch.setattr(classification, "validate", validate)
     with pytest.raises(SystemExit):
@@ -337,7 +337,7 @@ def test_the_best_is_on_disk_however_seldom_is_saved(tiny, runs):
     run = tiny(steps=132, log_every=44, validate_every=1, save_every=3, keep_last=1)
     given = iter([50.0, 40.0, 30.0])
 
-    def validate(config, job, held_out, state, reporter):
+    def validate(config, ctx, val_images, state, reporter):
         acc1 = next(given)
         if not state.best or acc1 > state.best["acc1"]:
             state.best = {"step": state.step, "acc1": acc1}

@@ -114,9 +114,9 @@ def test_the_sample_grid_is_drawn_from_averaged_weights_and_fixed_noise(tiny, ru
     drawn = []
     samples = diffusion.grid_samples
 
-    def spy(config, job, model):
+    def spy(config, ctx, model):
         drawn.append(model)
-        return samples(config, job, model)
+        return samples(config, ctx, model)
 
     monkeypatch.setattr(diffusion, "grid_samples", spy)
     # Without a learning rate the weights stay, and so must the picture.

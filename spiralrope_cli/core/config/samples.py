@@ -64,7 +64,7 @@ class GuidanceConfig:
             )
 
 
-def spaced_timesteps(steps: str | int) -> list[int]:
+def space_timesteps(steps: str | int) -> list[int]:
     """Which of the 1000 steps a shorter chain keeps, ascending.
 
     Args:
@@ -176,7 +176,7 @@ def check_chain(sampler: str, steps: str) -> None:
     Raises:
         ConfigError: names the option and what is allowed.
     """
-    count = len(spaced_timesteps(steps))
+    count = len(space_timesteps(steps))
     if sampler == "dpm++" and not steps.isdecimal():
         raise ConfigError(f"--steps {steps}: dpm++ spaces its steps itself", "give their number")
     if sampler == "dpm++" and count >= NUM_TRAIN_STEPS:

@@ -226,7 +226,7 @@ def wrong_shards(folder: Path, shards: Sequence[Shard]) -> dict[str, str]:
             advance(shard.size >> 20)
             if crc32 != shard.crc32:
                 wrong[shard.file] = "is damaged: its checksum is not that of the manifest"
-    for others in distributed.gathered(wrong):
+    for others in distributed.all_gather_object(wrong):
         wrong.update(others)
     return dict(sorted(wrong.items()))
 

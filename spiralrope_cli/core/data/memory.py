@@ -67,7 +67,7 @@ def splits_on(device: torch.device, data: str, channels: int) -> tuple[MemorySpl
     Raises:
         DataError: as `load_memory_set`.
     """
-    with distributed.first_alone():  # it may have to unpack or download
+    with distributed.main_process_first():  # it may have to unpack or download
         train, val = load_memory_set(data)
     return train.to(device, channels), val.to(device, channels)
 

@@ -22,7 +22,7 @@ from spiralrope_cli.core.config.samples import (
     BETA_LAST,
     NUM_TRAIN_STEPS,
     SAMPLERS,
-    spaced_timesteps,
+    space_timesteps,
 )
 from spiralrope_cli.core.diffusion import samplers
 from spiralrope_cli.core.errors import ConfigError
@@ -53,7 +53,7 @@ class Schedule:
     All that follows from the betas is kept in float64.
 
     Args:
-        steps: as in `spaced_timesteps`.
+        steps: as in `space_timesteps`.
 
     Attributes:
         timesteps: [S] int64, original number of each step, ascending.
@@ -65,29 +65,31 @@ class Schedule:
     """
 
     def __init__(self, steps: str | int) -> None:
-        self.timesteps = torch.tensor(spaced_timesteps(steps))
+        self.timesteps = torch.tensor(space_timesteps(steps))
         all_betas = torch.linspace(BETA_FIRST, BETA_LAST, NUM_TRAIN_STEPS, dtype=torch.float64)
-        left = (1 - all_betas).cumprod(0)[self.timesteps]
-        left_before = torch.cat((left.new_ones(1), left[:-1]))
-        self.betas = betas = 1 - left / left_before
-        posterior_variance = betas * (1 - left_before) / (1 - left)
+        alpha_bar = (1 - all_betas).cumprod(0)[self.timesteps]
+        alpha_bar_prev = torch.cat((alpha_bar.new_ones(1), alpha_bar[:-1]))
+        self.betas = betas = 1 - alpha_bar / alpha_bar_prev
+        posterior_variance = betas * (1 - alpha_bar_prev) / (1 - alpha_bar)
         self.constants = Constants(
-            alphas_cumprod=left,
-            alphas_cumprod_prev=left_before,
-            sqrt_alphas_cumprod=left.sqrt(),
-            sqrt_one_minus_alphas_cumprod=(1 - left).sqrt(),
-            sqrt_recip_alphas_cumprod=left.rsqrt(),
-            sqrt_recipm1_alphas_cumprod=(1 / left - 1).sqrt(),
-            posterior_mean_coef1=betas * left_before.sqrt() / (1 - left),
-            posterior_mean_coef2=(1 - left_before) * (1 - betas).sqrt() / (1 - left),
+            alphas_cumprod=alpha_bar,
+            alphas_cumprod_prev=alpha_bar_prev,
+            sqrt_alphas_cumprod=alpha_bar.sqrt(),
+            sqrt_one_minus_alphas_cumprod=(1 - alpha_bar).sqrt(),
+            sqrt_recip_alphas_cumprod=alpha_bar.rsqrt(),
+            sqrt_recipm1_alphas_cumprod=(1 / alpha_bar - 1).sqrt(),
+            posterior_mean_coef1=betas * alpha_bar_prev.sqrt() / (1 - alpha_bar),
+            posterior_mean_coef2=(1 - alpha_bar_prev) * (1 - betas).sqrt() / (1 - alpha_bar),
             # The first variance is 0 and has no logarithm: the second stands in.
-            posterior_log_variance_clipped=posterior_variance[1:].log()[[0, *range(len(left) - 1)]],
+            posterior_log_variance_clipped=posterior_variance[1:].log()[
+                [0, *range(len(alpha_bar) - 1)]
+            ],
             log_betas=betas.log(),
         )
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._timesteps_on: dict[torch.device, Tensor] = {}
 
-    def at(self, index: int | Tensor, like: Tensor) -> Constants:
+    def extract(self, index: int | Tensor, like: Tensor) -> Constants:
         """Constants of one step of the chain, or of one for each sample.
 
         The tables lie on each device once, so nothing waits for it.
@@ -114,7 +116,7 @@ class Schedule:
         return self._timesteps_on[index.device][index]
 
 
-class StepBack(NamedTuple):
+class PMeanVariance(NamedTuple):
     """The distribution of x_(t-1) that the network sees from x_t, [B, L, H, W] each."""
 
     mean: Tensor
@@ -158,8 +160,8 @@ class GaussianDiffusion:
         Returns:
             [B, ...].
         """
-        at = self.schedule.at(t, x0)
-        return at.sqrt_alphas_cumprod * x0 + at.sqrt_one_minus_alphas_cumprod * noise
+        coef = self.schedule.extract(t, x0)
+        return coef.sqrt_alphas_cumprod * x0 + coef.sqrt_one_minus_alphas_cumprod * noise
 
     def training_losses(
         self,
@@ -193,20 +195,23 @@ class GaussianDiffusion:
 
     def _bound(self, x0: Tensor, t: Tensor, error: Tensor, v: Tensor) -> Tensor:
         """[B] bits per dimension between the true step back and the predicted one."""
-        at = self.schedule.at(t, x0)
-        log_variance = _log_variance(v, at)
-        # Both means hold the same share of x_t, so they differ by that of the noise's error. At
-        # the first step the true mean is x_0 itself.
-        off = at.posterior_mean_coef1 * at.sqrt_recipm1_alphas_cumprod * error
-        narrower = at.posterior_log_variance_clipped - log_variance
-        kl = 0.5 * (narrower.exp() - narrower - 1 + off.square() * (-log_variance).exp())
-        first = (t == 0).reshape(at.log_betas.shape)
-        nats = torch.where(first, _discretised_nll(x0, off, log_variance), kl)
+        coef = self.schedule.extract(t, x0)
+        log_variance = _log_variance(v, coef)
+        # Eq. 11: both means have the same multiple of x_t, so their difference is that of the two
+        # x_0, a multiple of the error in e (eq. 9). At t = 0 the true mean is x_0 itself.
+        mean_error = coef.posterior_mean_coef1 * coef.sqrt_recipm1_alphas_cumprod * error
+        log_var_diff = coef.posterior_log_variance_clipped - log_variance
+        # Eq. 6, the KL divergence of two Gaussians.
+        kl = 0.5 * (
+            log_var_diff.exp() - log_var_diff - 1 + mean_error.square() * (-log_variance).exp()
+        )
+        first = (t == 0).reshape(coef.log_betas.shape)
+        nats = torch.where(first, _discretised_nll(x0, mean_error, log_variance), kl)
         return nats.flatten(1).mean(1) / math.log(2)
 
-    def step_back(
+    def p_mean_variance(
         self, out: Tensor, x: Tensor, index: int | Tensor, clip_denoised: bool = False
-    ) -> StepBack:
+    ) -> PMeanVariance:
         """What the network's output says about the step before.
 
         Args:
@@ -215,14 +220,14 @@ class GaussianDiffusion:
             index: step of the chain, as a number or [B].
             clip_denoised: clamps the predicted x_0 to [-1, 1].
         """
-        at = self.schedule.at(index, x)
+        coef = self.schedule.extract(index, x)
         noise, v = out.to(x.dtype).chunk(2, dim=1)
-        x0 = at.sqrt_recip_alphas_cumprod * x - at.sqrt_recipm1_alphas_cumprod * noise
+        x0 = coef.sqrt_recip_alphas_cumprod * x - coef.sqrt_recipm1_alphas_cumprod * noise
         if clip_denoised:
             x0 = x0.clamp(-1, 1)
-            noise = (at.sqrt_recip_alphas_cumprod * x - x0) / at.sqrt_recipm1_alphas_cumprod
-        mean = at.posterior_mean_coef1 * x0 + at.posterior_mean_coef2 * x
-        return StepBack(mean, _log_variance(v, at), x0, noise)
+            noise = (coef.sqrt_recip_alphas_cumprod * x - x0) / coef.sqrt_recipm1_alphas_cumprod
+        mean = coef.posterior_mean_coef1 * x0 + coef.posterior_mean_coef2 * x
+        return PMeanVariance(mean, _log_variance(v, coef), x0, noise)
 
     @torch.no_grad()
     def sample(
@@ -271,9 +276,9 @@ class GaussianDiffusion:
         return deque(walk, maxlen=1).pop()
 
 
-def _log_variance(v: Tensor, at: Constants) -> Tensor:
+def _log_variance(v: Tensor, coef: Constants) -> Tensor:
     """Log variance between that of the posterior, at v = -1, and log beta, at v = 1."""
-    return torch.lerp(at.posterior_log_variance_clipped, at.log_betas, (v + 1) / 2)
+    return torch.lerp(coef.posterior_log_variance_clipped, coef.log_betas, (v + 1) / 2)
 
 
 def _normal_cdf(z: Tensor) -> Tensor:
@@ -281,10 +286,10 @@ def _normal_cdf(z: Tensor) -> Tensor:
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
 
-def _discretised_nll(x0: Tensor, off: Tensor, log_variance: Tensor) -> Tensor:
-    """Nats of x_0 as one of 256 grey levels under a Gaussian whose mean is `off` away."""
+def _discretised_nll(x0: Tensor, mean_error: Tensor, log_variance: Tensor) -> Tensor:
+    """Eq. 5: nats of x_0 as one of 256 grey levels, under a Gaussian `mean_error` away from it."""
     scale = (-0.5 * log_variance).exp()
-    below_upper = _normal_cdf((off + HALF_BIN) * scale)
-    below_lower = _normal_cdf((off - HALF_BIN) * scale)
+    below_upper = _normal_cdf((mean_error + HALF_BIN) * scale)
+    below_lower = _normal_cdf((mean_error - HALF_BIN) * scale)
     inside = torch.where(x0 > OPEN_BEYOND, 1 - below_lower, below_upper - below_lower)
     return -torch.where(x0 < -OPEN_BEYOND, below_upper, inside).clamp(min=LEAST_PROBABILITY).log()

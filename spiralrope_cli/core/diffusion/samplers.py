@@ -90,7 +90,7 @@ def ddpm(
     """Ancestral sampling with the learned variance (arXiv 2006.11239)."""
     x = start
     for index, timestep in _downwards(diffusion):
-        step = diffusion.step_back(predict(x, timestep), x, index, clip_denoised)
+        step = diffusion.p_mean_variance(predict(x, timestep), x, index, clip_denoised)
         x = step.mean
         if index:
             x = torch.addcmul(x, (0.5 * step.log_variance).exp(), step_noise())
@@ -109,12 +109,14 @@ def ddim(
     x = start
     constants = diffusion.schedule.constants
     for index, timestep in _downwards(diffusion):
-        step = diffusion.step_back(predict(x, timestep), x, index, clip_denoised)
-        left = constants.alphas_cumprod[index].item()
-        left_next = constants.alphas_cumprod_prev[index].item()
-        sigma = eta * math.sqrt((1 - left_next) / (1 - left) * (1 - left / left_next))
-        x = math.sqrt(left_next) * step.pred_x0
-        x = x.add(step.noise, alpha=math.sqrt(max(1 - left_next - sigma**2, 0)))
+        step = diffusion.p_mean_variance(predict(x, timestep), x, index, clip_denoised)
+        alpha_bar = constants.alphas_cumprod[index].item()
+        alpha_bar_prev = constants.alphas_cumprod_prev[index].item()
+        sigma = eta * math.sqrt(
+            (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
+        )
+        x = math.sqrt(alpha_bar_prev) * step.pred_x0
+        x = x.add(step.noise, alpha=math.sqrt(max(1 - alpha_bar_prev - sigma**2, 0)))
         if sigma:
             x = x.add(step_noise(), alpha=sigma)
         yield x

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
     from spiralrope_cli.core.data import files
     from spiralrope_cli.core.diffusion.vae import Vae
-    from spiralrope_cli.core.runtime.distributed import Job
+    from spiralrope_cli.core.runtime.distributed import DistContext
 
 JOB = "spiralrope_cli.core.jobs.encode:work"
 Images = list[tuple[str, int]]
@@ -166,12 +166,12 @@ def work(config: EncodeRun) -> None:
     """
     from spiralrope_cli.core.data import latents
     from spiralrope_cli.core.runtime import distributed
-    from spiralrope_cli.core.runtime.distributed import open_job
+    from spiralrope_cli.core.runtime.distributed import open_context
 
     out = Path(config.out)
-    with open_job(config.machine, out) as job:
-        shown_on = console(stderr=True, quiet=not job.is_first)
-        with distributed.first_alone():  # it may have to fetch the VAE
+    with open_context(config.machine, out) as ctx:
+        shown_on = console(stderr=True, quiet=not ctx.is_first)
+        with distributed.main_process_first():  # it may have to fetch the VAE
             cache, images = settle(config)
         there = latents.finished_shards(out, cache)
         wrong = latents.wrong_shards(out, list(there.values()))
@@ -185,11 +185,11 @@ def work(config: EncodeRun) -> None:
             return
         for file, what in wrong.items():
             say(f"{out / file} {what}; its images are encoded again", shown_on)
-        if job.is_first:
+        if ctx.is_first:
             latents.begin(out, cache, shards.values())
         distributed.barrier()
-        shards.update(encode_missing(config, job, cache, images, missing))
-        if job.is_first:
+        shards.update(encode_missing(config, ctx, cache, images, missing))
+        if ctx.is_first:
             report(latents.finish(out, cache, [shards[n] for n in range(cache.num_shards)]))
 
 
@@ -209,7 +209,7 @@ def readable_now(shard: Shard, skip_bad: bool) -> bool:
 
 
 def encode_missing(
-    config: EncodeRun, job: Job, cache: CachePlan, images: Images, missing: list[int]
+    config: EncodeRun, ctx: DistContext, cache: CachePlan, images: Images, missing: list[int]
 ) -> dict[int, Shard]:
     """The missing shards, one per process at a time; in the end all processes know of all.
 
@@ -218,26 +218,26 @@ def encode_missing(
     from spiralrope_cli.core.diffusion.vae import load_vae
     from spiralrope_cli.core.runtime import distributed
 
-    vae = load_vae(find_vae(config.vae).folder, job.device, job.dtype)
-    mine = missing[job.rank :: job.world_size]
+    vae = load_vae(find_vae(config.vae).folder, ctx.device, ctx.dtype)
+    mine = missing[ctx.rank :: ctx.world_size]
     done = cache.num_files - sum(len(cache.files_of(number)) for number in missing)
     shards: dict[int, Shard] = {}
-    progress = counted("encoded", cache.num_files, shown=job.is_first, done=done, unit="images/s")
-    reading = contextlib.closing(image_batches(config, job, cache, images, mine))
+    progress = counted("encoded", cache.num_files, shown=ctx.is_first, done=done, unit="images/s")
+    reading = contextlib.closing(image_batches(config, ctx, cache, images, mine))
     with progress as advance, reading as batches:
-        for first in range(0, len(missing), job.world_size):
-            busy = len(missing[first : first + job.world_size])
-            number = missing[first + job.rank] if job.rank < busy else None
+        for first in range(0, len(missing), ctx.world_size):
+            busy = len(missing[first : first + ctx.world_size])
+            number = missing[first + ctx.rank] if ctx.rank < busy else None
             shard = None
             if number is not None:
                 # The others are about as far as this process.
                 pace = partial(_times, advance, busy)
-                shard = encode_shard(config, job, cache, vae, batches, number, pace)
+                shard = encode_shard(config, ctx, cache, vae, batches, number, pace)
             # A meeting in every round: nobody waits for long, and all stop together.
-            met = distributed.gathered((number, shard))
+            met = distributed.all_gather_object((number, shard))
             shards.update({n: each for n, each in met if n is not None and each is not None})
-            if stop := job.stop.agreed(job.device, ask_all=True):
-                if job.is_first:
+            if stop := ctx.stop.agreed(ctx.device, ask_all=True):
+                if ctx.is_first:
                     say("stopped; the shards that are done stay, the same command goes on")
                 sys.exit(128 + stop)
     return shards
@@ -248,7 +248,7 @@ def _times(advance: Callable[[int], None], processes: int, count: int) -> None:
 
 
 def image_batches(
-    config: EncodeRun, job: Job, cache: CachePlan, images: Images, mine: list[int]
+    config: EncodeRun, ctx: DistContext, cache: CachePlan, images: Images, mine: list[int]
 ) -> Generator[files.Loaded, None, None]:
     """The images of this process's shards, read ahead; no batch reaches into the next shard."""
     from spiralrope_cli.core.data import files
@@ -262,12 +262,12 @@ def image_batches(
     )
     crop = partial(cropped_array, size=config.image_size)
     source = files.ImageFiles(images, crop, grey=False)
-    return files.load(source, keys, config.machine.workers, job.device.type == "cuda")
+    return files.load(source, keys, config.machine.workers, ctx.device.type == "cuda")
 
 
 def encode_shard(
     config: EncodeRun,
-    job: Job,
+    ctx: DistContext,
     cache: CachePlan,
     vae: Vae,
     batches: Iterator[files.Loaded],
@@ -286,16 +286,16 @@ def encode_shard(
 
     num_files = len(cache.files_of(number))
     # They stay on the device until the shard is full: no batch waits for a copy.
-    sides = torch.empty(2, num_files, 2, *cache.latent_shape, device=job.device)
+    sides = torch.empty(2, num_files, 2, *cache.latent_shape, device=ctx.device)
     labels: list[Tensor] = []
     bad, count = BadImages(), 0
     for first in range(0, num_files, config.batch_size):
-        if job.stop.signal_number:
+        if ctx.stop.signal_number:
             return None
         loaded = next(batches)
         bad.meet(loaded.unreadable, config.machine.skip_bad)
         if len(loaded.labels):
-            pictures = loaded.images.to(job.device, non_blocking=True).float() / 127.5 - 1
+            pictures = loaded.images.to(ctx.device, non_blocking=True).float() / 127.5 - 1
             rows = slice(count, count + len(pictures))
             for side, seen in enumerate((pictures, pictures.flip(-1))):
                 sides[side, rows] = torch.stack(vae.encode(seen), dim=1)

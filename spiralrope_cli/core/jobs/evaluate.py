@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from spiralrope_cli.core.data.batches import ValidationImages
     from spiralrope_cli.core.metrics.accuracy import Accuracy, Record
-    from spiralrope_cli.core.runtime.distributed import Job
+    from spiralrope_cli.core.runtime.distributed import DistContext
     from spiralrope_cli.core.weights import Weights
 
 JOB = "spiralrope_cli.core.jobs.evaluate:work"
@@ -229,11 +229,11 @@ def work(config: EvalRun) -> None:
 
     from spiralrope_cli.core.data.batches import ValidationImages
     from spiralrope_cli.core.runtime import distributed
-    from spiralrope_cli.core.runtime.distributed import open_job
+    from spiralrope_cli.core.runtime.distributed import open_context
 
     machine = config.machine
-    with open_job(machine, None) as job:
-        if len(set(distributed.gathered(config.rows))) > 1:
+    with open_context(machine, None) as ctx:
+        if len(set(distributed.all_gather_object(config.rows))) > 1:
             raise CheckpointError(
                 "the machines see different weights or data sets",
                 "sources and --data must lie in folders that all of them share",
@@ -243,18 +243,20 @@ def work(config: EvalRun) -> None:
         decoded = 0
         for protocol in dict.fromkeys(row.protocol for row in config.rows):
             rows = [row for row in config.rows if row.protocol == protocol]
-            images = ValidationImages(protocol, machine, job.device, job.rank, job.world_size)
-            figures.update(measure(rows, images, job))
+            images = ValidationImages(protocol, machine, ctx.device, ctx.rank, ctx.world_size)
+            figures.update(measure(rows, images, ctx))
             decoded += images.decoded
             bad.update(images.bad.reasons)
-        decoded = int(distributed.total(torch.tensor(decoded, device=job.device)).item())
-        unreadable = distributed.gathered(bad)
-        if job.is_first:
+        decoded = int(distributed.all_reduce_sum(torch.tensor(decoded, device=ctx.device)).item())
+        unreadable = distributed.all_gather_object(bad)
+        if ctx.is_first:
             say_unreadable(dict(ChainMap(*unreadable)))
-            report(config, [figures[row] for row in config.rows], decoded, job)
+            report(config, [figures[row] for row in config.rows], decoded, ctx)
 
 
-def measure(rows: list[EvalRow], images: ValidationImages, job: Job) -> dict[EvalRow, Accuracy]:
+def measure(
+    rows: list[EvalRow], images: ValidationImages, ctx: DistContext
+) -> dict[EvalRow, Accuracy]:
     """Figures of rows of one protocol, in one pass; equal networks are asked once."""
     from spiralrope_cli.core import load
     from spiralrope_cli.core.metrics import accuracy
@@ -267,26 +269,26 @@ def measure(rows: list[EvalRow], images: ValidationImages, job: Job) -> dict[Eva
         source, size = Source(row.source, Path(row.file)), row.model.image_size
         weights = read_weights(source, ema=row.ema, rope=asdict(row.rope))
         grid = row.model.pretrain_grid
-        models[str(number)] = load.build(weights, job.device, image_size=size, pretrain_grid=grid)
+        models[str(number)] = load.build(weights, ctx.device, image_size=size, pretrain_grid=grid)
         if images.machine.compile:
             models[str(number)].compile()
-    protocol, in_precision = images.protocol, partial(autocast, job.device, job.dtype)
+    protocol, in_precision = images.protocol, partial(autocast, ctx.device, ctx.dtype)
     what = f"{Path(protocol.data).name} at {accuracy.size_words(protocol.image_size)} px"
     what += f", crop ratio {protocol.crop_ratio:g}, {len(models)} network(s), images"
-    with counted(what, protocol.num_val, shown=job.is_first) as advance:
+    with counted(what, protocol.num_val, shown=ctx.is_first) as advance:
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             for pixels, labels in images.batches():
                 yield pixels, labels
-                advance(len(labels) * job.world_size)  # the others are as far
+                advance(len(labels) * ctx.world_size)  # the others are as far
 
-        found = accuracy.evaluate(models, batches(), job.device, in_precision)
+        found = accuracy.evaluate(models, batches(), ctx.device, in_precision)
     of_network = dict(zip(by_network, found.values(), strict=True))
     return {row: of_network[row.network] for row in rows}
 
 
 # ---- report
-def report(config: EvalRun, figures: list[Accuracy], decoded: int, job: Job) -> None:
+def report(config: EvalRun, figures: list[Accuracy], decoded: int, ctx: DistContext) -> None:
     """Writes and prints everything, from the first process alone."""
     from spiralrope_cli.core.metrics import accuracy
     from spiralrope_cli.core.report.page import is_stage, leave_report
@@ -296,9 +298,9 @@ def report(config: EvalRun, figures: list[Accuracy], decoded: int, job: Job) -> 
         {
             **described_row(row),
             **asdict(found),
-            "precision": PRECISIONS[job.dtype],
-            "device": job.device.type,
-            "processes": job.world_size,
+            "precision": PRECISIONS[ctx.dtype],
+            "device": ctx.device.type,
+            "processes": ctx.world_size,
             "versions": versions(),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }

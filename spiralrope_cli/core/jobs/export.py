@@ -114,7 +114,7 @@ def whole_state(weights: Weights) -> tuple[Described, StateDict]:
     from spiralrope_cli.core.hub.published import Described
     from spiralrope_cli.core.load import create, fitted
     from spiralrope_cli.core.models.dit import DiT
-    from spiralrope_cli.core.rope import as_pair
+    from spiralrope_cli.core.rope import to_2tuple
 
     with torch.device("meta"):
         model = create(weights)
@@ -129,7 +129,7 @@ def whole_state(weights: Weights) -> tuple[Described, StateDict]:
         num_classes=model.num_classes,
         size=model.input_size if isinstance(model, DiT) else model.image_size,
         grid=model.grid,
-        pretrain_grid=as_pair(weights.options.get("pretrain_grid") or model.grid),
+        pretrain_grid=to_2tuple(weights.options.get("pretrain_grid") or model.grid),
         qk_norm=bool(weights.options.get("qk_norm")),
     )
     return network, state

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
     from spiralrope_cli.core.data.sample_files import SampleFiles
     from spiralrope_cli.core.diffusion.vae import Vae
-    from spiralrope_cli.core.runtime.distributed import Job
+    from spiralrope_cli.core.runtime.distributed import DistContext
     from spiralrope_cli.core.weights import Weights
 
 JOB = "spiralrope_cli.core.jobs.sample:work"
@@ -270,31 +270,31 @@ def work(run: SampleRun) -> None:
     from spiralrope_cli.core.data.sample_files import SampleFiles
     from spiralrope_cli.core.report.page import leave_report
     from spiralrope_cli.core.runtime import distributed
-    from spiralrope_cli.core.runtime.distributed import open_job
+    from spiralrope_cli.core.runtime.distributed import open_context
     from spiralrope_cli.core.weights import read_weights
 
     out, files = Path(run.out), SampleFiles(Path(run.out), run.num, run.image_size)
-    with open_job(run.machine, out) as job, torch.inference_mode():
+    with open_context(run.machine, out) as ctx, torch.inference_mode():
         # Of the very file that was settled, whatever its run has saved since.
         source = replace(find_source(run.source), place=Path(run.file))
         weights = read_weights(source, ema=run.ema, rope=run.rope)
         facts = facts_of(run, weights)
-        if job.is_first:
+        if ctx.is_first:
             files.begin(facts)
-            distributed.write_environment(out, job)
+            distributed.write_environment(out, ctx)
             write_json(out / SOURCES_FILE, dict.fromkeys(run.rope, "option"))
-        missing = distributed.gathered(files.missing() if job.is_first else [])[0]
+        missing = distributed.all_gather_object(files.missing() if ctx.is_first else [])[0]
         if missing:
-            draw_missing(missing, Drawer(run, job, weights), files)
-        if job.is_first:
+            draw_missing(missing, Drawer(run, ctx, weights), files)
+        if ctx.is_first:
             if missing and run.num_bytes > SAY_ABOVE:
                 say("all are drawn; their checksum is taken, for the archive")
             files.finish(facts)
             files.write_grid(facts)
         distributed.barrier()
         if run.png:
-            write_pngs(job, files, facts)
-        if job.is_first:
+            write_pngs(ctx, files, facts)
+        if ctx.is_first:
             leave_report(out)
             report(run, files)
 
@@ -304,11 +304,11 @@ class Drawer:
 
     Args:
         run: what to draw.
-        job: where it happens.
+        ctx: where it happens.
         weights: the network's.
     """
 
-    def __init__(self, run: SampleRun, job: Job, weights: Weights) -> None:
+    def __init__(self, run: SampleRun, ctx: DistContext, weights: Weights) -> None:
         import torch
 
         from spiralrope_cli.core.diffusion.gaussian import GaussianDiffusion
@@ -317,19 +317,19 @@ class Drawer:
         from spiralrope_cli.core.load import at_size, build
         from spiralrope_cli.core.models.dit import DiT
 
-        self.run, self.job = run, job
-        model = build(weights, job.device, **at_size(weights, run.input_size, run.rope))
+        self.run, self.ctx = run, ctx
+        model = build(weights, ctx.device, **at_size(weights, run.input_size, run.rope))
         if not isinstance(model, DiT):
             raise TypeError(f"{weights.arch} is no diffusion transformer")
-        if job.dtype != torch.float32:
-            cast_blocks(model.blocks, job.dtype)
+        if ctx.dtype != torch.float32:
+            cast_blocks(model.blocks, ctx.dtype)
         if run.machine.compile:
             model.compile()
         self.model, self.diffusion = model, GaussianDiffusion(run.steps)
         self.shape = (model.in_chans, *run.input_size)
         self.vae: Vae | None = None
         if run.vae != NO_VAE:
-            self.vae = load_vae(find_vae(run.vae).folder, job.device)
+            self.vae = load_vae(find_vae(run.vae).folder, ctx.device)
 
     def __call__(self, numbers: Sequence[int], each_step: Callable[[], None]) -> Tensor | None:
         """[B, 3, H, W] uint8 of the images with these numbers; None where a signal came."""
@@ -340,19 +340,19 @@ class Drawer:
         from spiralrope_cli.core.runtime.device import autocast
         from spiralrope_cli.core.runtime.seeds import NoisePerImage, drawn_class
 
-        run, job = self.run, self.job
-        noise = NoisePerImage(run.seed, numbers, self.shape, job.device)
+        run, ctx = self.run, self.ctx
+        noise = NoisePerImage(run.seed, numbers, self.shape, ctx.device)
         classes = [
             run.classes[number % len(run.classes)]
             if run.classes
             else drawn_class(run.seed, run.num_classes, number)
             for number in numbers
         ]
-        labels = torch.tensor(classes, device=job.device)
-        with autocast(job.device, job.dtype):
+        labels = torch.tensor(classes, device=ctx.device)
+        with autocast(ctx.device, ctx.dtype):
             predict = guided(self.model, labels, run.guidance)
             for x in BY_NAME[run.sampler](self.diffusion, predict, noise.draw(), noise.draw):
-                if job.stop.signal_number:
+                if ctx.stop.signal_number:
                     return None
                 latents = x
                 each_step()
@@ -363,12 +363,12 @@ def draw_missing(missing: Sequence[int], draw: Drawer, files: SampleFiles) -> No
     """Draws images and puts them at their places, until all are there or a signal comes."""
     from spiralrope_cli.core.runtime import distributed
 
-    job, size = draw.job, draw.run.batch_size
-    at_once = size * job.world_size
+    ctx, size = draw.ctx, draw.run.batch_size
+    at_once = size * ctx.world_size
     with counted(
         "images",
         files.num,
-        shown=job.is_first,
+        shown=ctx.is_first,
         done=files.num - len(missing),
         unit="images/s",
         parts=draw.diffusion.num_steps + 1,  # the last part is the picture of the latents
@@ -376,43 +376,43 @@ def draw_missing(missing: Sequence[int], draw: Drawer, files: SampleFiles) -> No
         for first in range(0, len(missing), at_once):
             numbers = missing[first : first + at_once]
             # At the end some processes may be without; they stay, to stop with the others.
-            mine = numbers[job.rank * size : (job.rank + 1) * size]
+            mine = numbers[ctx.rank * size : (ctx.rank + 1) * size]
             each_step = functools.partial(advance, len(numbers))  # all are about as far
             drawn = draw(mine, each_step) if mine else None
             if drawn is not None:
                 files.put(mine, drawn)
                 each_step()
-            leave_if_asked(job, files)
+            leave_if_asked(ctx, files)
     distributed.barrier()
 
 
-def leave_if_asked(job: Job, files: SampleFiles) -> None:
+def leave_if_asked(ctx: DistContext, files: SampleFiles) -> None:
     """Ends after a signal to any process; what is drawn stays."""
     from spiralrope_cli.core.runtime import distributed
 
-    stop = job.stop.agreed(job.device, ask_all=True)
+    stop = ctx.stop.agreed(ctx.device, ask_all=True)
     if not stop:
         return
     distributed.barrier()
-    if job.is_first:
+    if ctx.is_first:
         there = files.num - len(files.missing())
         say(f"stopped with {there} of {files.num} images; the same command goes on")
     sys.exit(128 + stop)
 
 
-def write_pngs(job: Job, files: SampleFiles, facts: dict[str, Any]) -> None:
+def write_pngs(ctx: DistContext, files: SampleFiles, facts: dict[str, Any]) -> None:
     """A file for every image; each process writes its part of them."""
     from spiralrope_cli.core.runtime import distributed
 
-    missing = distributed.gathered(files.missing_pngs() if job.is_first else 0)[0]
-    ends = [files.num * rank // job.world_size for rank in (job.rank, job.rank + 1)]
+    missing = distributed.all_gather_object(files.missing_pngs() if ctx.is_first else 0)[0]
+    ends = [files.num * rank // ctx.world_size for rank in (ctx.rank, ctx.rank + 1)]
     already = files.num - missing
-    with counted("files", files.num, shown=job.is_first, done=already, unit="files/s") as advance:
+    with counted("files", files.num, shown=ctx.is_first, done=already, unit="files/s") as advance:
         for _ in files.write_pngs(facts, range(*ends)):
-            advance(job.world_size)
-            if job.stop.signal_number:
+            advance(ctx.world_size)
+            if ctx.stop.signal_number:
                 break
-    leave_if_asked(job, files)
+    leave_if_asked(ctx, files)
 
 
 def report(run: SampleRun, files: SampleFiles) -> None:

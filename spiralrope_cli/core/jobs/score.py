@@ -212,29 +212,29 @@ def work(plan: Plan) -> None:
     """
     from spiralrope_cli.core.metrics.features import compare, measure
     from spiralrope_cli.core.runtime.device import forbid_tf32, return_freed_memory
-    from spiralrope_cli.core.runtime.distributed import open_job
+    from spiralrope_cli.core.runtime.distributed import open_context
 
     run = plan.run
-    with open_job(run.machine, None) as job:
+    with open_context(run.machine, None) as ctx:
         forbid_tf32()
-        network = functools.partial(_load_once, Path(run.weights), str(job.device))
-        sides = [side for side in (plan.samples, plan.reference) if side and job.is_first]
+        network = functools.partial(_load_once, Path(run.weights), str(ctx.device))
+        sides = [side for side in (plan.samples, plan.reference) if side and ctx.is_first]
         with digests_beside(sides) as digests:
-            samples = measure(run, job, plan.samples, network)
+            samples = measure(run, ctx, plan.samples, network)
             return_freed_memory()  # what the other side adds would come on top of it
             sha256 = plan.weights_sha256
             protocol = run.protocol(sha256) if sha256 else plan.samples.protocol
-            if run.save_stats and job.is_first:
+            if run.save_stats and ctx.is_first:
                 # What a file of images had stored is of no one knows which images and weights.
                 known = (samples.num or 0, protocol) if not plan.samples.stored else (0, "")
                 npz.save_statistics(Path(run.save_stats), samples.stats, *known)
             reference, cache = None, None
             if plan.reference:
-                if job.is_first and plan.reference.needed:
+                if ctx.is_first and plan.reference.needed:
                     how = f"{protocol}, skip_bad {run.machine.skip_bad}"
                     cache = npz.ReferenceCache(digests[1].result(), how)
-                reference = measure(run, job, plan.reference, network, cache)
-            if job.is_first:
+                reference = measure(run, ctx, plan.reference, network, cache)
+            if ctx.is_first:
                 return_freed_memory()
                 # Unreadable images may have left too few for some figures.
                 read = replace(plan.samples, num=samples.num)

@@ -36,7 +36,7 @@ from spiralrope_cli.core.runtime.progress import check_tracker, console, say, sa
 from spiralrope_cli.core.runtime.run_folder import CURVES_FILE, first_step, is_finished, prepare
 
 if TYPE_CHECKING:
-    from spiralrope_cli.core.runtime.distributed import Job
+    from spiralrope_cli.core.runtime.distributed import DistContext
     from spiralrope_cli.core.training import loop
     from spiralrope_cli.core.weights import Weights
 
@@ -248,9 +248,9 @@ def hints(run: TrainingRun) -> list[str]:
             "most; of more, each direction turns with one of its axes or with none"
         )
     if rope.enabled and rope.rotate > 1 and rope.projection != "exact":
-        from spiralrope_cli.core.rope import clamped_share
+        from spiralrope_cli.core.rope import clamped_fraction
 
-        share = clamped_share(run.grid, rope, run.head_dim)
+        share = clamped_fraction(run.grid, rope, run.head_dim)
         if share >= CLAMP_HINT_SHARE:
             told.append(
                 f"the grid's border flattens {share:.0%} of the positions; try --projection exact"
@@ -269,31 +269,31 @@ def work(config: TrainingRun) -> None:
     """
     from spiralrope_cli.core.load import start_from
     from spiralrope_cli.core.runtime import distributed
-    from spiralrope_cli.core.runtime.distributed import open_job
+    from spiralrope_cli.core.runtime.distributed import open_context
     from spiralrope_cli.core.training import loop
 
-    with open_job(config.machine, Path(config.out)) as job:
+    with open_context(config.machine, Path(config.out)) as ctx:
         step = loop.agreed_first_step(config)
-        task = open_task(config, job)
+        task = open_task(config, ctx)
         state, forward = loop.build_state(
-            config, job, step, lambda model: start_from(starting_weights(config), model)
+            config, ctx, step, lambda model: start_from(starting_weights(config), model)
         )
-        with loop.open_report(config, job, state) as reporter:
-            loop.training_loop(config, job, task, state, forward, reporter)
-        unreadable = distributed.gathered(task.unreadable)
-        if job.is_first:
+        with loop.open_report(config, ctx, state) as reporter:
+            loop.training_loop(config, ctx, task, state, forward, reporter)
+        unreadable = distributed.all_gather_object(task.unreadable)
+        if ctx.is_first:
             say_unreadable(dict(ChainMap(*unreadable)))
             report(Path(config.out))
 
 
-def open_task(config: TrainingRun, job: Job) -> loop.Task:
+def open_task(config: TrainingRun, ctx: DistContext) -> loop.Task:
     """Data and loss of the run's kind of network."""
     from spiralrope_cli.core.training.classification import classification
     from spiralrope_cli.core.training.diffusion import diffusion
 
     if not is_dit(config.arch):
-        return classification(cast(ClassifierRun, config), job)
-    return diffusion(cast(DiTRun, config), job, lambda given: find_vae(given).folder, decoder_here)
+        return classification(cast(ClassifierRun, config), ctx)
+    return diffusion(cast(DiTRun, config), ctx, lambda given: find_vae(given).folder, decoder_here)
 
 
 def decoder_here(given: str) -> Path:

@@ -78,7 +78,7 @@ def evaluate(
         model.train(was_training[name])
     figures = {}
     for name, (top1, top5, loss, count) in zip(
-        models, distributed.total(sums).tolist(), strict=True
+        models, distributed.all_reduce_sum(sums).tolist(), strict=True
     ):
         many = max(count, 1)
         figures[name] = Accuracy(100 * top1 / many, 100 * top5 / many, loss / many, int(count))

@@ -25,7 +25,7 @@ from spiralrope_cli.core.metrics.kid import kernel_distance
 from spiralrope_cli.core.metrics.precision_recall import precision_recall
 from spiralrope_cli.core.runtime import distributed
 from spiralrope_cli.core.runtime.device import autocast
-from spiralrope_cli.core.runtime.distributed import Job
+from spiralrope_cli.core.runtime.distributed import DistContext
 from spiralrope_cli.core.runtime.progress import counted, say, say_unreadable
 
 ARRAYS = {
@@ -58,7 +58,7 @@ class Measured:
 
 def measure(
     run: FidRun,
-    job: Job,
+    ctx: DistContext,
     side: Side,
     network: Callable[[], InceptionFeatures],
     cache: ReferenceCache | None = None,
@@ -67,7 +67,7 @@ def measure(
 
     Args:
         run: with the settings.
-        job: this process; all of them call this.
+        ctx: this process; all of them call this.
         side: with what is needed of its images.
         network: gives the extractor; called only if images must be looked at.
         cache: on the first process, where parts are kept for another run.
@@ -78,10 +78,10 @@ def measure(
         CheckpointError: the weights are damaged, or of another network.
     """
     cached = {part: kept for part in side.needed if cache and (kept := cache.load(part))}
-    from_cache = distributed.gathered(tuple(cached))[0]  # what the first process has
+    from_cache = distributed.all_gather_object(tuple(cached))[0]  # what the first process has
     missing = [part for part in side.needed if part not in from_cache]
     if missing and side.images is not None:
-        result = _measure_images(run, job, side, side.images, missing, network())
+        result = _measure_images(run, ctx, side, side.images, missing, network())
     else:
         result = Measured(side.num)
     result.from_cache = from_cache
@@ -97,7 +97,7 @@ def measure(
         result.num, result.num_unreadable = int(kept["num"]), int(kept["bad"])
         result.stats[part] = tuple(torch.from_numpy(kept[name]) for name in ARRAYS[part])
     stored = [part for part in side.stored if part in run.select or run.save_stats]
-    for part in stored if job.is_first else ():
+    for part in stored if ctx.is_first else ():
         mean, covariance = read_statistics(side.path, part)
         result.stats[part] = torch.from_numpy(mean), torch.from_numpy(covariance)
     return result
@@ -105,28 +105,28 @@ def measure(
 
 def _measure_images(
     run: FidRun,
-    job: Job,
+    ctx: DistContext,
     side: Side,
     images: ImageInput,
     parts: Collection[str],
     network: InceptionFeatures,
 ) -> Measured:
     num = side.num or 0
-    mine = range(num * job.rank // job.world_size, num * (job.rank + 1) // job.world_size)
-    sums = Sums(parts, mine, num, job.device)
-    cores = torch.get_num_threads() if job.device.type == "cpu" else 1
+    mine = range(num * ctx.rank // ctx.world_size, num * (ctx.rank + 1) // ctx.world_size)
+    sums = Sums(parts, mine, num, ctx.device)
+    cores = torch.get_num_threads() if ctx.device.type == "cpu" else 1
     opened = image_batches(
         images,
         mine,
         -(-run.batch_size // cores),
         threads=run.machine.workers,
-        pin_memory=job.device.type == "cuda",
+        pin_memory=ctx.device.type == "cuda",
     )
     unreadable: dict[str, str] = {}
     with (
         contextlib.closing(opened) as batches,
-        contextlib.closing(in_features(batches, network, parts, job)) as measured,
-        counted(side.role, num, shown=job.is_first) as advance,
+        contextlib.closing(in_features(batches, network, parts, ctx)) as measured,
+        counted(side.role, num, shown=ctx.is_first) as advance,
         torch.inference_mode(),
     ):
         for batch, features in measured:
@@ -136,17 +136,24 @@ def _measure_images(
                 unreadable[bad.path] = bad.reason
             if features:
                 sums.add(batch.numbers, features)
-            advance((len(batch.numbers) + len(batch.unreadable)) * job.world_size)
+            advance((len(batch.numbers) + len(batch.unreadable)) * ctx.world_size)
         result = sums.merged()
-    reasons = {path: why for each in distributed.gathered(unreadable) for path, why in each.items()}
-    if job.is_first:
+    reasons = {
+        path: why
+        for each in distributed.all_gather_object(unreadable)
+        for path, why in each.items()
+    }
+    if ctx.is_first:
         say_unreadable(reasons)
     _check(run, side, result)
     return result
 
 
 def in_features(
-    batches: Iterable[ImageBatch], network: InceptionFeatures, parts: Collection[str], job: Job
+    batches: Iterable[ImageBatch],
+    network: InceptionFeatures,
+    parts: Collection[str],
+    ctx: DistContext,
 ) -> Generator[tuple[ImageBatch, Features | None], None, None]:
     """Batches with their features; None where nothing of a batch could be read.
 
@@ -158,8 +165,8 @@ def in_features(
     def compute(batch: ImageBatch) -> tuple[ImageBatch, Features | None]:
         if not batch.numbers:
             return batch, None
-        groups = [group.to(job.device, non_blocking=True) for group in batch.groups]
-        with autocast(job.device, job.dtype):
+        groups = [group.to(ctx.device, non_blocking=True) for group in batch.groups]
+        with autocast(ctx.device, ctx.dtype):
             features = network(
                 groups,
                 pool="fid" in parts or "features" in parts,
@@ -168,7 +175,7 @@ def in_features(
             )
         return batch, features
 
-    if job.device.type != "cpu":
+    if ctx.device.type != "cpu":
         yield from map(compute, batches)
         return
     cores = torch.get_num_threads()
@@ -217,8 +224,10 @@ class Sums:
 
     def merged(self) -> Measured:
         """The sums over all processes."""
-        num = sum(distributed.gathered(int(self.read.sum())))
-        result = Measured(num, num_unreadable=sum(distributed.gathered(len(self.mine))) - num)
+        num = sum(distributed.all_gather_object(int(self.read.sum())))
+        result = Measured(
+            num, num_unreadable=sum(distributed.all_gather_object(len(self.mine))) - num
+        )
         for name, moments in self.moments.items():
             moments.merge_processes()
             if moments.count >= 2:
@@ -227,7 +236,7 @@ class Sums:
         if self.features is not None:
             whole = bool(self.read.all())
             read = self.features if whole else self.features[self.read.to(self.features.device)]
-            features = distributed.gathered_rows(read)
+            features = distributed.gather_rows(read)
             if features is not None:
                 result.stats["features"] = (features,)
         return result

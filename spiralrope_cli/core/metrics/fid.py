@@ -55,11 +55,11 @@ class Moments:
         if distributed.world_size() == 1:
             return
         count = torch.tensor(float(self.count), dtype=torch.float64, device=self.mean.device)
-        total = int(distributed.total(count).item())
-        mean = distributed.total(self.mean * self.count) / max(total, 1)
+        total = int(distributed.all_reduce_sum(count).item())
+        mean = distributed.all_reduce_sum(self.mean * self.count) / max(total, 1)
         apart = self.mean - mean
         self.products.addr_(apart, apart, alpha=self.count)
-        distributed.total(self.products)
+        distributed.all_reduce_sum(self.products)
         self.mean, self.count = mean, total
 
     def covariance(self) -> Tensor:

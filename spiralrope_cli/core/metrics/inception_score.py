@@ -40,7 +40,7 @@ class InceptionScore:
 
     def result(self) -> tuple[float, float | None]:
         """Mean and standard deviation over the splits of all processes; None for one split."""
-        sums = distributed.total(self.sums).cpu()
+        sums = distributed.all_reduce_sum(self.sums).cpu()
         sums = sums[sums[:, -1] > 0]
         count = sums[:, -1]
         q = sums[:, :-2] / count[:, None]

@@ -14,7 +14,7 @@ from spiralrope_cli.core.config.models import check_divides
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.models.layers import Block, PatchEmbed, RMSNorm
-from spiralrope_cli.core.rope import Grid, SpiralRoPE, as_pair
+from spiralrope_cli.core.rope import Grid, SpiralRoPE, to_2tuple
 
 INIT_STD = 0.02
 LAYER_SCALE_INIT = 1e-4
@@ -56,7 +56,7 @@ class DeiT(nn.Module):
         mlp_ratio: float = 4.0,
     ) -> None:
         super().__init__()
-        height, width = as_pair(image_size)
+        height, width = to_2tuple(image_size)
         check_divides((height, width), patch_size)
         if embed_dim % num_heads:
             raise ConfigError(f"a width of {embed_dim} does not split into {num_heads} heads")
@@ -91,7 +91,7 @@ class DeiT(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=INIT_STD)
                 nn.init.zeros_(module.bias)
 
-    def draw_keep(self, batch_size: int, generator: torch.Generator) -> Tensor | None:
+    def drop_path_mask(self, batch_size: int, generator: torch.Generator) -> Tensor | None:
         """Which samples take which branch in one step (stochastic depth).
 
         The random numbers are the argument's, so that they can belong to a step and not to a
@@ -111,49 +111,49 @@ class DeiT(nn.Module):
         return (drawn < share).float() / share
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[B, channels, height, width] -> [B, 1 + N, C] before the first block, and its turns."""
+        """[B, channels, height, width] -> [B, 1 + N, C] before the first block, and its cos_sin."""
         if tuple(images.shape[-2:]) != self.image_size:
             raise ValueError(f"images are {tuple(images.shape[-2:])}, not {self.image_size}")
         x = self.patch_embed(images) + self.pos_embed
         x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
-        return x, self.rope.turns(self.grid, 1, x.device) if self.rope is not None else None
+        return x, self.rope.cos_sin(self.grid, 1, x.device) if self.rope is not None else None
 
     def run_block(
-        self, number: int, x: Tensor, turns: Tensor | None, keep: Tensor | None
+        self, number: int, x: Tensor, cos_sin: Tensor | None, drop_path_mask: Tensor | None
     ) -> Tensor:
-        """[B, 1 + N, C] -> [B, 1 + N, C] through one block; `keep` is that of the whole step."""
-        block, of_block = self.blocks[number], keep[number] if keep is not None else None
+        """[B, 1 + N, C] -> [B, 1 + N, C] through one block; the mask is that of all blocks."""
+        block = self.blocks[number]
+        mask = drop_path_mask[number] if drop_path_mask is not None else None
         if self.grad_checkpointing and self.training:
-            return checkpoint(block, x, turns, of_block, use_reentrant=False)
-        return block(x, turns, of_block)
+            return checkpoint(block, x, cos_sin, mask, use_reentrant=False)
+        return block(x, cos_sin, mask)
 
-    def drawn(self, images: Tensor) -> Tensor | None:
-        """A `keep` from torch's global generator, for training loops that hand in none."""
+    def own_drop_path_mask(self, images: Tensor) -> Tensor | None:
+        """A mask from torch's global generator, for training loops that hand in none."""
         if not self.training:
             return None
-        keep = self.draw_keep(len(images), torch.default_generator)
-        like = self.cls_token
-        return keep.to(like.device, like.dtype) if keep is not None else None
+        mask = self.drop_path_mask(len(images), torch.default_generator)
+        return mask.to(self.cls_token) if mask is not None else None
 
-    def forward_features(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+    def forward_features(self, images: Tensor, drop_path_mask: Tensor | None = None) -> Tensor:
         """[B, channels, height, width] -> [B, 1 + N, C] after the final norm."""
-        keep = self.drawn(images) if keep is None else keep
-        x, turns = self.embed(images)
+        mask = self.own_drop_path_mask(images) if drop_path_mask is None else drop_path_mask
+        x, cos_sin = self.embed(images)
         for number in range(len(self.blocks)):
-            x = self.run_block(number, x, turns, keep)
+            x = self.run_block(number, x, cos_sin, mask)
         return self.norm(x)
 
-    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, drop_path_mask: Tensor | None = None) -> Tensor:
         """Classifies images.
 
         Args:
             images: [B, channels, height, width], normalised.
-            keep: [depth, 2, B] from `draw_keep`; in training None draws one.
+            drop_path_mask: [depth, 2, B] from `drop_path_mask`; in training None draws one.
 
         Returns:
             logits [B, classes].
         """
-        return self.head(self.forward_features(images, keep)[:, 0])
+        return self.head(self.forward_features(images, drop_path_mask)[:, 0])
 
 
 def resize_pos_embed(pos_embed: Tensor, old_grid: Grid, new_grid: Grid) -> Tensor:
@@ -167,7 +167,7 @@ def resize_pos_embed(pos_embed: Tensor, old_grid: Grid, new_grid: Grid) -> Tenso
     Returns:
         [1, new h * new w, C].
     """
-    old_grid, new_grid = as_pair(old_grid), as_pair(new_grid)
+    old_grid, new_grid = to_2tuple(old_grid), to_2tuple(new_grid)
     if old_grid == new_grid:
         return pos_embed
     grid = pos_embed.unflatten(1, old_grid).permute(0, 3, 1, 2)

@@ -20,7 +20,7 @@ from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.kernels import Linear, layer_norm
 from spiralrope_cli.core.models.layers import Attention, Mlp, PatchEmbed
-from spiralrope_cli.core.rope import Grid, SpiralRoPE, as_pair
+from spiralrope_cli.core.rope import Grid, SpiralRoPE, to_2tuple
 
 INIT_STD = 0.02
 NORM_EPS = 1e-6
@@ -44,10 +44,10 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """[B] steps of the 1000 -> [B, C]. The phases are formed in float32 or better."""
-        wide = torch.promote_types(dtype, torch.float32)
-        number = torch.arange(NUM_SINUSOIDS // 2, dtype=wide, device=t.device)
+        fp32 = torch.promote_types(dtype, torch.float32)
+        number = torch.arange(NUM_SINUSOIDS // 2, dtype=fp32, device=t.device)
         frequency = torch.exp(number * (-2 * math.log(MAX_PERIOD) / NUM_SINUSOIDS))
-        phase = t[:, None].to(wide) * frequency
+        phase = t[:, None].to(fp32) * frequency
         return self.mlp(torch.cat((phase.cos(), phase.sin()), dim=-1).to(dtype))
 
 
@@ -71,7 +71,7 @@ def modulation(dim: int, num_signals: int) -> nn.Sequential:
     return nn.Sequential(nn.Identity(), Linear(dim, num_signals * dim))
 
 
-def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """LayerNorm without parameters, scaled and shifted: [B, N, C] and [B, 1, C] -> [B, N, C]."""
     return torch.addcmul(shift, layer_norm(x, NORM_EPS), 1 + scale)
 
@@ -85,14 +85,14 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), gelu="tanh")
         self.adaLN_modulation = modulation(dim, 6)
 
-    def forward(self, x: Tensor, turns: Tensor | None, condition: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos_sin: Tensor | None, condition: Tensor) -> Tensor:
         """[B, N, C], [N, D/2, 2] cosines and sines or None, and [B, C] -> [B, N, C]."""
         with no_autocast(x.device):
             signals = self.adaLN_modulation(condition).unflatten(-1, (6, 1, -1))
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = signals.unbind(1)  # [B, 1, C]
         # x + gate * branch, in one pass.
-        x = torch.addcmul(x, gate_1, self.attn(modulated(x, shift_1, scale_1), turns))
-        return torch.addcmul(x, gate_2, self.mlp(modulated(x, shift_2, scale_2)))
+        x = torch.addcmul(x, gate_1, self.attn(modulate(x, shift_1, scale_1), cos_sin))
+        return torch.addcmul(x, gate_2, self.mlp(modulate(x, shift_2, scale_2)))
 
 
 class FinalLayer(nn.Module):
@@ -106,7 +106,7 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """[B, N, C] and [B, C] -> [B, N, p*p*channels], ordered row, column, channel."""
         shift, scale = self.adaLN_modulation(condition).unflatten(-1, (2, 1, -1)).unbind(1)
-        return self.linear(modulated(x, shift, scale))
+        return self.linear(modulate(x, shift, scale))
 
 
 class DiT(nn.Module):
@@ -122,7 +122,7 @@ class DiT(nn.Module):
         in_chans: channels L of the latent.
         num_classes: classes; the null class of guidance is one more, with this number.
         pretrain_grid: patch grid that the positions refer to; by default the model's own.
-        label_dropout: share of labels that `draw_drop` makes null in training.
+        label_dropout: share of labels that `label_drop_mask` makes null in training.
         qk_norm: normalises queries and keys.
         mlp_ratio: hidden width of the MLP over C.
 
@@ -147,7 +147,7 @@ class DiT(nn.Module):
         mlp_ratio: float = 4.0,
     ) -> None:
         super().__init__()
-        height, width = self.input_size = as_pair(input_size)
+        height, width = self.input_size = to_2tuple(input_size)
         if min(height, width) < patch_size or height % patch_size or width % patch_size:
             raise ConfigError(
                 f"a latent of {height}x{width} does not split into patches of {patch_size}"
@@ -195,7 +195,7 @@ class DiT(nn.Module):
         if self.rope is None:
             self.pos_embed.data.copy_(sincos_pos_embed(self.grid, self.pos_embed.shape[-1]))
 
-    def draw_drop(self, batch_size: int, generator: torch.Generator) -> Tensor | None:
+    def label_drop_mask(self, batch_size: int, generator: torch.Generator) -> Tensor | None:
         """Which samples of one training step lose their label, so that guidance has a null class.
 
         Args:
@@ -209,7 +209,9 @@ class DiT(nn.Module):
             return None
         return torch.rand(batch_size, generator=generator) < self.label_dropout
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, drop: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, label_drop_mask: Tensor | None = None
+    ) -> Tensor:
         """Predicts noise and variance.
 
         Under autocast the blocks' products are in half precision. What few rows or few channels
@@ -219,7 +221,7 @@ class DiT(nn.Module):
             x: noised latents [B, L, H, W]; with RoPE of any size that patches divide.
             t: [B] original step numbers, 0 to 999.
             y: [B] classes; `num_classes` is the null class.
-            drop: [B] bool from `draw_drop`, True where the label becomes null.
+            label_drop_mask: [B] bool from `label_drop_mask`, True where the label becomes null.
 
         Returns:
             [B, 2L, H, W]: noise, then the place between the log variances, in [-1, 1] about.
@@ -230,21 +232,21 @@ class DiT(nn.Module):
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(f"latents of {(height, width)} do not split by {self.patch_size}")
         grid = (height // self.patch_size, width // self.patch_size)
-        if drop is not None:
-            y = torch.where(drop, self.num_classes, y)
+        if label_drop_mask is not None:
+            y = torch.where(label_drop_mask, self.num_classes, y)
         dtype = self.x_embedder.proj.weight.dtype
         with no_autocast(x.device):
             condition = F.silu(self.t_embedder(t, dtype) + self.y_embedder(y))  # [B, C]
             x = self.x_embedder(x.to(dtype)).contiguous()
         if self.rope is None:
-            x, turns = x + self.pos_embed, None
+            x, cos_sin = x + self.pos_embed, None
         else:
-            turns = self.rope.turns(grid, 0, x.device)
+            cos_sin = self.rope.cos_sin(grid, 0, x.device)
         for block in self.blocks:
             if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, turns, condition, use_reentrant=False)
+                x = checkpoint(block, x, cos_sin, condition, use_reentrant=False)
             else:
-                x = block(x, turns, condition)
+                x = block(x, cos_sin, condition)
         with no_autocast(x.device):
             return self.unpatchify(self.final_layer(x, condition), grid)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from spiralrope_cli.core.kernels import Gelu, Linear, attention, fp32_on_cpu
-from spiralrope_cli.core.rope import turn
+from spiralrope_cli.core.rope import apply_rotary
 
 
 class RMSNorm(nn.Module):
@@ -19,9 +19,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C] in the scale's dtype, the statistic in float32 or better."""
-        wide = x if x.dtype == torch.float64 else x.float()
-        rms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) * wide.shape[-1] ** -0.5
-        return (wide * (rms + self.eps).reciprocal() * self.scale).to(self.scale.dtype)
+        x_fp32 = x if x.dtype == torch.float64 else x.float()
+        rms = torch.linalg.vector_norm(x_fp32, dim=-1, keepdim=True) * x_fp32.shape[-1] ** -0.5
+        return (x_fp32 * (rms + self.eps).reciprocal() * self.scale).to(self.scale.dtype)
 
 
 class Attention(nn.Module):
@@ -38,15 +38,15 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(dim // num_heads) if qk_norm else None
         self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor, turns: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cos_sin: Tensor | None) -> Tensor:
         """[B, N, C] and [N, D/2, 2] cosines and sines -> [B, N, C]."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, H, D]
         # One unbind: its gradient is one stack, where slices would each fill a whole tensor.
         q, k, v = fp32_on_cpu(qkv).unbind(2)  # [B, N, H, D]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        if turns is not None:
-            q, k = turn(q, turns[:, None]), turn(k, turns[:, None])
+        if cos_sin is not None:
+            q, k = apply_rotary(q, cos_sin[:, None]), apply_rotary(k, cos_sin[:, None])
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # [B, H, N, D]
         out = attention(q, k, v).to(qkv.dtype)
         return self.proj(out.transpose(1, 2).flatten(2))
@@ -90,23 +90,23 @@ class Block(nn.Module):
         self.norm2 = RMSNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, turns: Tensor | None, keep: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cos_sin: Tensor | None, drop_path_mask: Tensor | None) -> Tensor:
         """One block.
 
         Args:
             x: [B, N, C].
-            turns: [N, D/2, 2] cosines and sines, None without RoPE.
-            keep: [2, B], 0 where a sample skips the branch, else 1 / (1 - drop path rate).
+            cos_sin: [N, D/2, 2] cosines and sines, None without RoPE.
+            drop_path_mask: [2, B], 0 where a sample skips the branch, else 1 / (1 - rate).
 
         Returns:
             [B, N, C].
         """
         gamma_1, gamma_2 = self.gamma_1, self.gamma_2
-        if keep is not None:
+        if drop_path_mask is not None:
             gamma_1, gamma_2 = (
                 gamma * on[:, None, None]
-                for gamma, on in zip((gamma_1, gamma_2), keep, strict=True)
+                for gamma, on in zip((gamma_1, gamma_2), drop_path_mask, strict=True)
             )  # [B, 1, C]
         # x + branch * gamma, in one pass.
-        x = torch.addcmul(x, self.attn(self.norm1(x), turns), gamma_1)
+        x = torch.addcmul(x, self.attn(self.norm1(x), cos_sin), gamma_1)
         return torch.addcmul(x, self.mlp(self.norm2(x)), gamma_2)

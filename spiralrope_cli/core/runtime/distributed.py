@@ -1,4 +1,4 @@
-"""One worker of a job: the process group, sums over it, its folder, signals and surroundings."""
+"""One worker of a ctx: the process group, sums over it, its folder, signals and surroundings."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def barrier() -> None:
 
 
 @contextlib.contextmanager
-def first_alone() -> Iterator[None]:
+def main_process_first() -> Iterator[None]:
     """Lets the first process do something before all others do the same."""
     if rank() > 0:
         barrier()
@@ -77,21 +77,21 @@ def first_alone() -> Iterator[None]:
         barrier()
 
 
-def total(value: Tensor) -> Tensor:
+def all_reduce_sum(value: Tensor) -> Tensor:
     """Sum over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
 
 
-def smallest(value: Tensor) -> Tensor:
+def all_reduce_min(value: Tensor) -> Tensor:
     """Minimum over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(value, op=dist.ReduceOp.MIN)
     return value
 
 
-def gathered(value: T) -> list[T]:
+def all_gather_object(value: T) -> list[T]:
     """What every process holds, by rank."""
     if not dist.is_initialized():
         return [value]
@@ -100,11 +100,11 @@ def gathered(value: T) -> list[T]:
     return values
 
 
-def gathered_rows(rows: Tensor) -> Tensor | None:
+def gather_rows(rows: Tensor) -> Tensor | None:
     """Rows [n, ...] of all processes by rank, on the first process; None on the others."""
     if not dist.is_initialized():
         return rows
-    counts = gathered(len(rows))
+    counts = all_gather_object(len(rows))
     # A collective takes tensors of one shape alone.
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows
@@ -115,7 +115,7 @@ def gathered_rows(rows: Tensor) -> Tensor | None:
     return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
 
 
-def largest(value: Tensor) -> Tensor:
+def all_reduce_max(value: Tensor) -> Tensor:
     """Maximum over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
@@ -163,11 +163,11 @@ class StopRequest:
             return self.signal_number
         if not ask_all:
             return 0
-        return int(largest(torch.tensor(self.signal_number, device=device)).item())
+        return int(all_reduce_max(torch.tensor(self.signal_number, device=device)).item())
 
 
 @dataclass(frozen=True)
-class Job:
+class DistContext:
     """One worker's surroundings."""
 
     rank: int
@@ -184,7 +184,7 @@ class Job:
 
 
 @contextlib.contextmanager
-def open_job(machine: MachineConfig, folder: Path | None) -> Iterator[Job]:
+def open_context(machine: MachineConfig, folder: Path | None) -> Iterator[DistContext]:
     """Prepares this process for a run in a folder that nobody else may use meanwhile.
 
     Without a folder there is nothing to save before it stops, so a signal ends it at once.
@@ -209,7 +209,7 @@ def open_job(machine: MachineConfig, folder: Path | None) -> Iterator[Job]:
             for number in (signal.SIGINT, signal.SIGTERM):
                 leave.callback(_restore, number, signal.signal(number, _leave))
         try:
-            yield Job(rank(), world_size(), device, dtype, reason, request)
+            yield DistContext(rank(), world_size(), device, dtype, reason, request)
         except SystemExit:
             stop()  # everybody leaves at the same step
             raise
@@ -230,14 +230,14 @@ def _restore(number: int, old: Any) -> None:
         signal.signal(number, old)
 
 
-def environment_of(job: Job) -> dict[str, Any]:
+def environment_of(ctx: DistContext) -> dict[str, Any]:
     """Everything about where a job happens, as plain values."""
     return {
-        "device": job.device.type,
-        "device_name": devices.device_name(job.device),
-        "precision": str(job.dtype).removeprefix("torch."),
-        "precision_reason": job.precision_reason,
-        "processes": job.world_size,
+        "device": ctx.device.type,
+        "device_name": devices.device_name(ctx.device),
+        "precision": str(ctx.dtype).removeprefix("torch."),
+        "precision_reason": ctx.precision_reason,
+        "processes": ctx.world_size,
         "threads": torch.get_num_threads(),
         "cores": usable_cores(),
         "system": platform.platform(),
@@ -246,6 +246,6 @@ def environment_of(job: Job) -> dict[str, Any]:
     }
 
 
-def write_environment(folder: Path, job: Job) -> None:
+def write_environment(folder: Path, ctx: DistContext) -> None:
     """Leaves `environment.json` in a run folder, of the last process that worked there."""
-    write_json(folder / ENVIRONMENT_FILE, environment_of(job))
+    write_json(folder / ENVIRONMENT_FILE, environment_of(ctx))

@@ -13,14 +13,14 @@ from spiralrope_cli.core.data.batches import Batch, ValidationImages, classifier
 from spiralrope_cli.core.metrics.accuracy import evaluate
 from spiralrope_cli.core.models.deit import DeiT
 from spiralrope_cli.core.runtime.device import autocast
-from spiralrope_cli.core.runtime.distributed import Job
+from spiralrope_cli.core.runtime.distributed import DistContext
 from spiralrope_cli.core.runtime.progress import Reporter
 from spiralrope_cli.core.runtime.seeds import generator_for
 from spiralrope_cli.core.training.loop import Task, due
 from spiralrope_cli.core.training.step import TrainState
 
 
-def classification(config: ClassifierRun, job: Job) -> Task:
+def classification(config: ClassifierRun, ctx: DistContext) -> Task:
     """What the training loop is told about a classifier.
 
     Raises:
@@ -36,37 +36,37 @@ def classification(config: ClassifierRun, job: Job) -> Task:
         mean=augment.mean,
         std=augment.std,
     )
-    held_out = ValidationImages(protocol, config.machine, job.device, job.rank, job.world_size)
-    data = classifier_data(config, job.device, job.rank, job.world_size, held_out.bad)
+    held_out = ValidationImages(protocol, config.machine, ctx.device, ctx.rank, ctx.world_size)
+    data = classifier_data(config, ctx.device, ctx.rank, ctx.world_size, held_out.bad)
     validate_steps = config.checkpoint.validate_every * config.steps_per_epoch
     return Task(
         train_steps=data.train_steps,
         remake=partial(data.remake, labels="targets"),
         unreadable=data.bad.reasons,
-        loss=partial(classifier_loss, config, job),
+        loss=partial(classifier_loss, config, ctx),
         look_at=lambda step: due(step, validate_steps, config.total_steps),
-        validate=partial(validate, config, job, held_out),
+        validate=partial(validate, config, ctx, held_out),
     )
 
 
 def classifier_loss(
-    config: ClassifierRun, job: Job, state: TrainState, forward: nn.Module, batch: Batch
+    config: ClassifierRun, ctx: DistContext, state: TrainState, forward: nn.Module, batch: Batch
 ) -> Tensor:
     """Mean cross entropy of one micro batch, with this step's stochastic depth."""
     model = cast(DeiT, state.model)
     randomness = generator_for(config.seed, "depth", state.step)
-    keep = model.draw_keep(config.optim.batch_size, randomness)
-    if keep is not None:
-        keep = keep[..., batch.at.part].to(job.device, non_blocking=True)
-    with autocast(job.device, job.dtype):
-        logits = forward(batch.images, keep)
+    drop_path_mask = model.drop_path_mask(config.optim.batch_size, randomness)
+    if drop_path_mask is not None:
+        drop_path_mask = drop_path_mask[..., batch.at.part].to(ctx.device, non_blocking=True)
+    with autocast(ctx.device, ctx.dtype):
+        logits = forward(batch.images, drop_path_mask)
     smoothing = 0.0 if config.augment.mixes else config.augment.smoothing
     return F.cross_entropy(logits.float(), batch.labels, label_smoothing=smoothing)
 
 
 def validate(
     config: ClassifierRun,
-    job: Job,
+    ctx: DistContext,
     held_out: ValidationImages,
     state: TrainState,
     reporter: Reporter,
@@ -75,8 +75,8 @@ def validate(
     figures = evaluate(
         {"raw": state.model, "ema": state.ema.module},
         held_out.batches(),
-        job.device,
-        partial(autocast, job.device, job.dtype),
+        ctx.device,
+        partial(autocast, ctx.device, ctx.dtype),
     )
     raw, ema = figures["raw"], figures["ema"]
     values = {

@@ -20,7 +20,7 @@ from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.models.dit import DiT
 from spiralrope_cli.core.runtime import distributed, run_folder
 from spiralrope_cli.core.runtime.device import autocast
-from spiralrope_cli.core.runtime.distributed import Job
+from spiralrope_cli.core.runtime.distributed import DistContext
 from spiralrope_cli.core.runtime.seeds import NoisePerImage, generator_for
 from spiralrope_cli.core.training.loop import Task
 from spiralrope_cli.core.training.step import LossMeter, TrainState
@@ -32,7 +32,7 @@ DECODED_AT_ONCE = 4
 
 def diffusion(
     config: DiTRun,
-    job: Job,
+    ctx: DistContext,
     find_vae: Callable[[str], Path],
     local_vae: Callable[[str], Path],
 ) -> Task:
@@ -40,7 +40,7 @@ def diffusion(
 
     Args:
         config: the run.
-        job: this worker.
+        ctx: this worker.
         find_vae: gives the folder of a VAE by its name, which may have to be fetched.
         local_vae: likewise, but refuses one that is not here.
 
@@ -49,23 +49,23 @@ def diffusion(
         CheckpointError: the VAE is damaged, or of another kind.
         FetchError: it is not here and cannot be had.
     """
-    data = dit_data(config, job.device, job.rank, job.world_size)
+    data = dit_data(config, ctx.device, ctx.rank, ctx.world_size)
     vae = None
     if config.pictures.in_latents and not config.pictures.latents:
-        with distributed.first_alone():  # it may have to be fetched
+        with distributed.main_process_first():  # it may have to be fetched
             folder = find_vae(config.pictures.vae)
         # In fp32, as the cache and the published code have it.
-        vae = load_vae(folder, job.device)
-    bound = LossMeter(job.device)
+        vae = load_vae(folder, ctx.device)
+    bound = LossMeter(ctx.device)
     scale = vae.scale if vae else data.scale
     return Task(
         train_steps=data.train_steps,
         remake=data.remake,
         unreadable=data.bad.reasons,
-        loss=DiffusionLoss(config, job.device, job.dtype, vae, scale, GaussianDiffusion(), bound),
+        loss=DiffusionLoss(config, ctx.device, ctx.dtype, vae, scale, GaussianDiffusion(), bound),
         extra=lambda: {"vb": bound.read()[0]},
         look_at=config.samples_at,
-        sample=lambda state: draw_grid(config, job, state, vae, local_vae),
+        sample=lambda state: draw_grid(config, ctx, state, vae, local_vae),
     )
 
 
@@ -102,13 +102,13 @@ class DiffusionLoss:
             self.diffusion.num_steps, (size,), generator=generator_for(seed, "timestep", step)
         )
         t = t[batch.at.part].to(self.device, non_blocking=True)
-        drop = cast(DiT, state.model).draw_drop(size, generator_for(seed, "label", step))
-        if drop is not None:
-            drop = drop[batch.at.part].to(self.device, non_blocking=True)
+        drop_mask = cast(DiT, state.model).label_drop_mask(size, generator_for(seed, "label", step))
+        if drop_mask is not None:
+            drop_mask = drop_mask[batch.at.part].to(self.device, non_blocking=True)
         noise = self.noise("noise", step, batch, x0)
         with autocast(self.device, self.dtype):
             losses = self.diffusion.training_losses(
-                forward, x0, t, noise, y=batch.labels, drop=drop
+                forward, x0, t, noise, y=batch.labels, label_drop_mask=drop_mask
             )
         self.bound.add(step, losses["vb"].detach().mean())
         return losses["loss"].mean()
@@ -131,7 +131,7 @@ class DiffusionLoss:
 
 def draw_grid(
     config: DiTRun,
-    job: Job,
+    ctx: DistContext,
     state: TrainState,
     vae: Vae | None,
     local_vae: Callable[[str], Path],
@@ -145,13 +145,13 @@ def draw_grid(
     if config.pictures.latents and vae is None:
         # Training needs none: it is loaded for the picture alone, if it is here.
         try:
-            vae = load_vae(local_vae(config.pictures.vae), job.device)
+            vae = load_vae(local_vae(config.pictures.vae), ctx.device)
         except SpiralRopeError as error:
             return f"no samples: {error.message}"
     folder = Path(config.out)
     target = run_folder.sample_file(folder, state.step)
     target.parent.mkdir(exist_ok=True)
-    images = grid_samples(config, job, cast(DiT, state.ema.module))
+    images = grid_samples(config, ctx, cast(DiT, state.ema.module))
     if vae is not None:
         images = torch.cat([vae.decode(part) for part in images.split(DECODED_AT_ONCE)])
     grid = picture_grid(to_levels(images), columns=len(images) // ROWS)
@@ -162,13 +162,13 @@ def draw_grid(
 
 
 @torch.no_grad()
-def grid_samples(config: DiTRun, job: Job, model: DiT) -> Tensor:
+def grid_samples(config: DiTRun, ctx: DistContext, model: DiT) -> Tensor:
     """[N, L, H, W] float32 on the device: DDIM without guidance."""
     sizes = config.model
     columns = min(COLUMNS, sizes.num_classes)
-    classes = torch.arange(columns, device=job.device) * sizes.num_classes // columns
+    classes = torch.arange(columns, device=ctx.device) * sizes.num_classes // columns
     labels = classes.repeat(ROWS)
     shape = (sizes.in_chans, *sizes.input_size)
-    noise = NoisePerImage(config.seed, range(len(labels)), shape, job.device).draw()
-    with autocast(job.device, job.dtype):
+    noise = NoisePerImage(config.seed, range(len(labels)), shape, ctx.device).draw()
+    with autocast(ctx.device, ctx.dtype):
         return GaussianDiffusion(STEPS).sample(model, noise.shape, "ddim", noise=noise, y=labels)

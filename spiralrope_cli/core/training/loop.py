@@ -24,7 +24,7 @@ from spiralrope_cli.core.data.batches import Batch
 from spiralrope_cli.core.errors import CheckpointError, TrainingError
 from spiralrope_cli.core.models.factory import create_model
 from spiralrope_cli.core.runtime import distributed, run_folder
-from spiralrope_cli.core.runtime.distributed import Job
+from spiralrope_cli.core.runtime.distributed import DistContext
 from spiralrope_cli.core.runtime.progress import Reporter, forget_after
 from spiralrope_cli.core.runtime.seeds import seed_everything
 from spiralrope_cli.core.training import checkpoint
@@ -63,7 +63,7 @@ class Task:
 
 def training_loop(
     config: TrainingRun,
-    job: Job,
+    ctx: DistContext,
     task: Task,
     state: TrainState,
     forward: nn.Module,
@@ -76,7 +76,7 @@ def training_loop(
         SystemExit: a signal came; the state is saved.
     """
     total_steps, optim = config.total_steps, config.optim
-    meter, clock = LossMeter(job.device), Clock(optim.batch_size, state.step)
+    meter, clock = LossMeter(ctx.device), Clock(optim.batch_size, state.step)
     with contextlib.closing(task.train_steps(state.step, total_steps)) as batches:
         while state.step < total_steps:
             lr = lr_at(state.step, total_steps, config.steps_per_epoch, optim)
@@ -93,29 +93,29 @@ def training_loop(
             meter.add(state.step, loss)
             reporter.moved(state.step)
             if log_now:
-                mean = read_finite(meter, config, job, task.remake)
+                mean = read_finite(meter, config, ctx, task.remake)
                 values = {"loss": mean, "lr": lr, **task.extra()}
                 if grad_norm is not None:
                     values["grad_norm"] = grad_norm.item()
                 values["images_per_s"] = clock.rate(state.step)
                 reporter.log(state.step, values)
-            stop = job.stop.agreed(job.device, ask_all=log_now)
+            stop = ctx.stop.agreed(ctx.device, ask_all=log_now)
             look_now = task.look_at(state.step)
             save_now = stop or due(state.step, config.save_steps, total_steps)
             if look_now or save_now:
                 # Finite before measured, measured before saved, saved before samples are drawn.
                 with clock.pause():
-                    read_finite(meter, config, job, task.remake)
+                    read_finite(meter, config, ctx, task.remake)
                     if look_now and task.validate:
                         task.validate(state, reporter)
                     if save_now or state.best.get("step") == state.step:
-                        save_checkpoint(config, job, state)
-                    if look_now and task.sample and job.is_first:
+                        save_checkpoint(config, ctx, state)
+                    if look_now and task.sample and ctx.is_first:
                         reporter.say(task.sample(state))
             if stop and state.step < total_steps:
                 reporter.say(f"stopped at step {state.step}; the same command resumes")
                 sys.exit(128 + stop)
-    if task.sample and job.is_first:
+    if task.sample and ctx.is_first:
         reporter.say(task.sample(state))
 
 
@@ -130,7 +130,7 @@ def agreed_first_step(config: TrainingRun) -> int:
     Raises:
         CheckpointError: the machines of the run see different folders.
     """
-    steps = set(distributed.gathered(run_folder.first_step(config)))
+    steps = set(distributed.all_gather_object(run_folder.first_step(config)))
     if len(steps) > 1:
         raise CheckpointError(
             f"the machines see different checkpoints in {config.out}: steps {sorted(steps)}",
@@ -140,13 +140,13 @@ def agreed_first_step(config: TrainingRun) -> int:
 
 
 def build_state(
-    config: TrainingRun, job: Job, step: int, start_from_source: Callable[[Any], None]
+    config: TrainingRun, ctx: DistContext, step: int, start_from_source: Callable[[Any], None]
 ) -> tuple[TrainState, nn.Module]:
     """Model, averages and optimizer at a step, and the model as it is called.
 
     Args:
         config: the run.
-        job: this worker.
+        ctx: this worker.
         step: 0 to start, else that of the checkpoint which replaces the initial weights.
         start_from_source: puts the weights of the run's source into the fresh model.
     """
@@ -157,25 +157,25 @@ def build_state(
     if config.optim.freeze != "none":
         freeze_but(model, config.optim.freeze)
     model.grad_checkpointing = config.machine.grad_checkpointing
-    state = TrainState.create(model.to(job.device), config.optim)
+    state = TrainState.create(model.to(ctx.device), config.optim)
     if step:
         checkpoint.restore(Path(config.out), step, state)
-    elif job.is_first:
+    elif ctx.is_first:
         checkpoint.check_space(Path(config.out), model)
     if config.machine.compile:
         model.compile()
-    if job.world_size == 1:
+    if ctx.world_size == 1:
         return state, model
     return state, DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
-def open_report(config: TrainingRun, job: Job, state: TrainState) -> Reporter:
+def open_report(config: TrainingRun, ctx: DistContext, state: TrainState) -> Reporter:
     """Puts the folder in order for a run from the state's step, and opens its reporter."""
     out, step = Path(config.out), state.step
-    if job.is_first:
+    if ctx.is_first:
         checkpoint.remove_unfinished(out)
         run_folder.write_config(config)
-        distributed.write_environment(out, job)
+        distributed.write_environment(out, ctx)
         forget_after(out, step)
     reporter = Reporter(
         out,
@@ -183,27 +183,30 @@ def open_report(config: TrainingRun, job: Job, state: TrainState) -> Reporter:
         steps_per_epoch=config.steps_per_epoch,
         tracker=config.machine.tracker,
         config=to_nested(config),
-        first=job.is_first,
+        first=ctx.is_first,
     )
     if step:
         reporter.say(f"resumed at step {step} of {config.total_steps}")
     reporter.say(
-        f"{job.device.type}, {str(job.dtype).removeprefix('torch.')} ({job.precision_reason}), "
-        f"{job.world_size} process(es) with {torch.get_num_threads()} thread(s) each"
+        f"{ctx.device.type}, {str(ctx.dtype).removeprefix('torch.')} ({ctx.precision_reason}), "
+        f"{ctx.world_size} process(es) with {torch.get_num_threads()} thread(s) each"
     )
     reporter.start(step, state.best.get("acc1"))
     return reporter
 
 
 def read_finite(
-    meter: LossMeter, config: TrainingRun, job: Job, remake: Callable[[int], dict[str, Tensor]]
+    meter: LossMeter,
+    config: TrainingRun,
+    ctx: DistContext,
+    remake: Callable[[int], dict[str, Tensor]],
 ) -> float:
     """Mean loss since the last look, or the end of the run where one was not finite.
 
     Args:
         meter: what was seen since.
         config: the run.
-        job: this worker.
+        ctx: this worker.
         remake: as in `Task`.
 
     Raises:
@@ -214,7 +217,7 @@ def read_finite(
         return mean
     kept = Path(config.out) / run_folder.CHECKPOINTS
     kept.mkdir(exist_ok=True)
-    offending = kept / f"nonfinite-step-{bad_step:0{run_folder.STEP_DIGITS}d}-rank{job.rank}.pt"
+    offending = kept / f"nonfinite-step-{bad_step:0{run_folder.STEP_DIGITS}d}-rank{ctx.rank}.pt"
     if mine:
         torch.save({"step": bad_step, **remake(bad_step - 1)}, offending)
     distributed.barrier()
@@ -226,7 +229,7 @@ def read_finite(
     )
 
 
-def save_checkpoint(config: TrainingRun, job: Job, state: TrainState) -> None:
+def save_checkpoint(config: TrainingRun, ctx: DistContext, state: TrainState) -> None:
     """Writes a checkpoint from the first process; the others wait.
 
     Raises:
@@ -237,7 +240,7 @@ def save_checkpoint(config: TrainingRun, job: Job, state: TrainState) -> None:
         raise TrainingError(
             f"weights are not finite after step {state.step}; nothing was saved", LOWER_LR
         )
-    if job.is_first:
+    if ctx.is_first:
         plan = config.checkpoint
         metadata = {"config": json.dumps(to_nested(config)), "step": str(state.step)}
         checkpoint.save(Path(config.out), state, metadata, plan.keep_last, plan.keep_every)

@@ -121,9 +121,12 @@ class LossMeter:
             mean loss over steps and processes, the first non-finite step or None, and whether
             this process saw it.
         """
-        mean = distributed.total(self._sum / max(self._num_steps, 1)) / distributed.world_size()
+        mean = (
+            distributed.all_reduce_sum(self._sum / max(self._num_steps, 1))
+            / distributed.world_size()
+        )
         mine = self._first_bad.clone()
-        first = int(distributed.smallest(self._first_bad).item())
+        first = int(distributed.all_reduce_min(self._first_bad).item())
         self._sum = torch.zeros_like(self._sum)
         self._num_steps = 0
         return mean.item(), None if first == NEVER else first, int(mine.item()) == first

@@ -8,14 +8,14 @@ from spiralrope_cli.core.config.samples import (
     GuidanceConfig,
     resolve_image_size,
     resolve_vae,
-    spaced_timesteps,
+    space_timesteps,
 )
 from spiralrope_cli.core.errors import ConfigError
 
 
 @pytest.mark.parametrize("steps", [2, 3, 7, 250, 999, 1000, "334,333,333", "1,1"])
 def test_chains_have_the_asked_length_and_rise(steps):
-    chosen = spaced_timesteps(steps)
+    chosen = space_timesteps(steps)
     assert len(chosen) == sum(int(part) for part in str(steps).split(","))
     assert chosen == sorted(set(chosen))
     assert chosen[0] == 0
@@ -23,7 +23,7 @@ def test_chains_have_the_asked_length_and_rise(steps):
 
 
 def test_one_section_reaches_from_first_to_last():
-    assert all(spaced_timesteps(steps)[-1] == 999 for steps in range(2, 1001))
+    assert all(space_timesteps(steps)[-1] == 999 for steps in range(2, 1001))
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_one_section_reaches_from_first_to_last():
 )
 def test_chains_that_do_not_exist_are_refused(steps):
     with pytest.raises(ConfigError, match="--steps"):
-        spaced_timesteps(steps)
+        space_timesteps(steps)
 
 
 @pytest.mark.parametrize(

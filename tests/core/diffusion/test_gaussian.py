@@ -116,7 +116,7 @@ def test_one_step_back_is_the_published_one(published_dit, clip):
     diffusion, x, t = GaussianDiffusion("8"), golden["x"], golden["t"]
     with torch.no_grad():
         out = published_dit(x, diffusion.schedule.original(t), golden["y"])
-    step = diffusion.step_back(out, x, t, clip_denoised=clip)
+    step = diffusion.p_mean_variance(out, x, t, clip_denoised=clip)
     kind = "clipped" if clip else "unclipped"
     for ours, name in (
         (step.mean, "mean"),
@@ -157,20 +157,20 @@ def test_constants_of_a_batch_are_shaped_and_cast_for_it():
         (torch.float32, torch.float32),
         (torch.bfloat16, torch.float32),
     ):
-        at = schedule.at(torch.tensor([9, 0]), torch.empty(2, 3, 4, 4, dtype=dtype))
+        at = schedule.extract(torch.tensor([9, 0]), torch.empty(2, 3, 4, 4, dtype=dtype))
         assert at.log_betas.shape == (2, 1, 1, 1)
         assert at.log_betas.dtype == expected
         torch.testing.assert_close(
             at.log_betas.flatten(), schedule.betas.log()[[9, 0]].to(expected)
         )
-    assert schedule.at(3, torch.empty(2, 5)).log_betas.shape == (1, 1)
+    assert schedule.extract(3, torch.empty(2, 5)).log_betas.shape == (1, 1)
 
 
 def test_tables_are_made_once_and_serve_training_after_inference():
     schedule, like = Schedule("10"), torch.empty(1, 1)
     with torch.inference_mode():
-        first = schedule.at(0, like)
-    table = schedule.at(0, like).log_betas
+        first = schedule.extract(0, like)
+    table = schedule.extract(0, like).log_betas
     assert table.data_ptr() == first.log_betas.data_ptr()
     weight = torch.ones(1, requires_grad=True)
     (weight * table).sum().backward()

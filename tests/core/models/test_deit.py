@@ -14,7 +14,7 @@ from spiralrope_cli.core.config.models import DEIT_SIZES
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.models.deit import DeiT, resize_pos_embed
 from spiralrope_cli.core.models.layers import Block
-from spiralrope_cli.core.rope import angle_table, frequencies
+from spiralrope_cli.core.rope import build_angles, frequencies
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
@@ -190,7 +190,7 @@ def test_tokens_are_turned_by_their_own_row_and_column():
     seen = []
     model.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[1]))
     model(pictures(1, 3, 8, 12))
-    angle = angle_table((2, 3), 16, RopeConfig(), (2, 3))
+    angle = build_angles((2, 3), 16, RopeConfig(), (2, 3))
     expected = torch.stack((angle.cos(), angle.sin()), dim=-1).float()
     assert torch.equal(seen[0][1:], expected)
     assert torch.equal(seen[0][0], torch.tensor([1.0, 0.0]).expand(8, 2))
@@ -256,25 +256,25 @@ def test_initial_weights_follow_the_recipe():
 
 def test_drawn_branches_are_kept_at_the_asked_rate_without_bias():
     model = small_deit(drop_path=0.25)
-    keep = model.draw_keep(20_000, torch.Generator().manual_seed(0))
-    assert keep.shape == (3, 2, 20_000)
-    assert keep.dtype == torch.float32
-    assert keep.unique().tolist() == pytest.approx([0, 4 / 3])
-    per_branch = (keep == 0).double().mean(dim=2)
+    drop_path_mask = model.drop_path_mask(20_000, torch.Generator().manual_seed(0))
+    assert drop_path_mask.shape == (3, 2, 20_000)
+    assert drop_path_mask.dtype == torch.float32
+    assert drop_path_mask.unique().tolist() == pytest.approx([0, 4 / 3])
+    per_branch = (drop_path_mask == 0).double().mean(dim=2)
     torch.testing.assert_close(per_branch, torch.full_like(per_branch, 0.25), rtol=0, atol=0.02)
-    assert keep.mean().item() == pytest.approx(1, abs=0.01)
-    both = (keep[:, 0] == 0) & (keep[:, 1] == 0)
+    assert drop_path_mask.mean().item() == pytest.approx(1, abs=0.01)
+    both = (drop_path_mask[:, 0] == 0) & (drop_path_mask[:, 1] == 0)
     assert both.double().mean().item() == pytest.approx(0.25**2, abs=0.01)
 
 
 def test_drawn_branches_belong_to_the_generator():
     model = small_deit(drop_path=0.5)
     first, again, other = (
-        model.draw_keep(64, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)
+        model.drop_path_mask(64, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    assert small_deit().draw_keep(64, torch.Generator()) is None
+    assert small_deit().drop_path_mask(64, torch.Generator()) is None
 
 
 def test_a_branch_that_is_not_kept_is_skipped():
@@ -297,12 +297,12 @@ def test_a_branch_that_is_not_kept_is_skipped():
 
 def test_each_block_takes_its_own_draws():
     model = small_deit()
-    x, keep = pictures(2, 3, 8, 12), torch.zeros(3, 2, 2)
+    x, drop_path_mask = pictures(2, 3, 8, 12), torch.zeros(3, 2, 2)
     embedded = model.patch_embed(x) + model.pos_embed
-    skipped = model.forward_features(x, keep)
+    skipped = model.forward_features(x, drop_path_mask)
     torch.testing.assert_close(skipped[:, 1:], model.norm(embedded))
-    keep[1] = 1
-    with_the_second = model.forward_features(x, keep)
+    drop_path_mask[1] = 1
+    with_the_second = model.forward_features(x, drop_path_mask)
     del model.blocks[2], model.blocks[0]
     torch.testing.assert_close(with_the_second, model.forward_features(x))
 
@@ -313,8 +313,8 @@ def test_gradient_checkpointing_changes_no_gradient():
     for checkpointing in (False, True):
         model = small_deit(drop_path=0.5).train()
         model.grad_checkpointing = checkpointing
-        keep = model.draw_keep(4, torch.Generator().manual_seed(0))
-        model(x, keep).square().sum().backward()
+        drop_path_mask = model.drop_path_mask(4, torch.Generator().manual_seed(0))
+        model(x, drop_path_mask).square().sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected, msg=name)

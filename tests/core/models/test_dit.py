@@ -12,7 +12,7 @@ from spiralrope_cli.core.config.models import DIT_SIZES
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.kernels import cast_blocks
 from spiralrope_cli.core.models.dit import DiT, sincos_pos_embed
-from spiralrope_cli.core.rope import angle_table, frequencies
+from spiralrope_cli.core.rope import build_angles, frequencies
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
@@ -196,7 +196,7 @@ def test_tokens_are_turned_by_their_own_row_and_column():
     model, seen = small_dit((4, 6), 2), []
     model.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[1]))
     model(*inputs(model))
-    angle = angle_table((2, 3), 16, RopeConfig(), (2, 3))
+    angle = build_angles((2, 3), 16, RopeConfig(), (2, 3))
     assert torch.equal(seen[0], torch.stack((angle.cos(), angle.sin()), dim=-1).float())
 
 
@@ -251,13 +251,13 @@ def test_dropped_labels_become_the_null_class(num_classes):
 def test_drawn_drops_belong_to_the_generator_and_have_the_asked_rate():
     model = small_dit(label_dropout=0.25)
     first, again, other = (
-        model.draw_drop(20_000, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)
+        model.label_drop_mask(20_000, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)
     )
     assert first.dtype == torch.bool
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert first.double().mean().item() == pytest.approx(0.25, abs=0.01)
-    assert small_dit(label_dropout=0.0).draw_drop(8, torch.Generator()) is None
+    assert small_dit(label_dropout=0.0).label_drop_mask(8, torch.Generator()) is None
 
 
 # ---- guidance

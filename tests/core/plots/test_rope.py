@@ -11,7 +11,7 @@ from spiralrope_cli import RopeConfig, SpiralRoPE
 from spiralrope_cli.core.config.plots import ROPE_PANELS, RopePlot
 from spiralrope_cli.core.plots.rope import measure, rope
 from spiralrope_cli.core.plots.style import render
-from spiralrope_cli.core.rope import clamped_share
+from spiralrope_cli.core.rope import clamped_fraction
 
 VARIANTS = (
     RopeConfig(rotate=0),
@@ -41,7 +41,7 @@ def test_directions_are_evenly_spread_over_half_the_plane():
 def test_scores_and_reach_are_those_of_the_embedding(config):
     plot = plot_of(config, grid=(5, 9), pretrain_grid=(4, 6))
     found = measure(config, plot)
-    assert found.clamped.mean() == pytest.approx(clamped_share((5, 9), config, 64))
+    assert found.clamped.mean() == pytest.approx(clamped_fraction((5, 9), config, 64))
     cos, sin = SpiralRoPE(64, config, (4, 6)).tables((5, 9))
     middle = 2 * 9 + 4
     scores = (cos * cos[middle] + sin * sin[middle]).mean(1).view(5, 9)
