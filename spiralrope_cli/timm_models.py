@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from spiralrope_cli.core.config.models import deit_size
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.errors import CheckpointError
-from spiralrope_cli.core.hub.published import freqs_note, without_freqs
+from spiralrope_cli.core.hub.published import freqs_note, split_freqs
 from spiralrope_cli.core.models.deit import INIT_STD, DeiT
 from spiralrope_cli.core.rope import Grid
 
@@ -123,7 +123,7 @@ class SpiralRopeDeiT(DeiT):
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
         """Takes published state dicts too, whose frequencies are compared with the model's."""
-        state, freqs = without_freqs(dict(state_dict))
+        state, freqs = split_freqs(dict(state_dict))
         rope = self.rope
         if rope is not None and (note := freqs_note(freqs, rope.config, rope.head_dim)):
             warnings.warn(note, stacklevel=2)

@@ -19,7 +19,7 @@ from timm.optim import create_optimizer_v2
 from spiralrope_cli import RopeConfig, create_model, timm_models
 from spiralrope_cli.core.config.models import DEIT_SIZES
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
-from spiralrope_cli.core.hub.published import Described, published_content
+from spiralrope_cli.core.hub.published import NetworkSpec, published_content
 from spiralrope_cli.core.rope import build_angles
 
 ARCHES = {
@@ -268,7 +268,7 @@ def test_a_safetensors_checkpoint_of_the_core_loads(tmp_path, x):
 def exported(folder, rope):
     """A tiny DeiT as `spiralrope export --layout published` writes it, and that DeiT."""
     core = create_model("deit-ti", rope=rope, image_size=32, num_classes=5).eval()
-    network = Described("deit-ti", rope, 3, 64, 5, (32, 32), (2, 2), (2, 2))
+    network = NetworkSpec("deit-ti", rope, 5, (32, 32), (2, 2), (2, 2))
     state = core.state_dict()
     torch.save(published_content(network, state, state, progress={}), folder / "checkpoint.pth")
     return core, folder / "checkpoint.pth"

@@ -1,14 +1,14 @@
-"""Models, and starting points of runs, from weights of any origin: a run, a file, a name."""
+"""Networks, and starting points of runs, from weights that `weights.py` has read."""
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spiralrope_cli.core.config.dit_runs import DiTModelConfig
 from spiralrope_cli.core.config.latents import VAE_FACTOR
@@ -26,33 +26,6 @@ from spiralrope_cli.core.weights import SHOWN_KEYS, Weights, here, read_weights
 
 ALIGNMENT = 64
 """Bytes; of torch's own tensors on a CPU."""
-
-
-@dataclass(frozen=True)
-class KeyReport:
-    """How a state dict differs from a network's."""
-
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-    reshaped: tuple[str, ...]
-
-    @classmethod
-    def of(cls, state: StateDict, model: nn.Module) -> KeyReport:
-        """Compares names and shapes."""
-        ours = model.state_dict()
-        return cls(
-            tuple(name for name in ours if name not in state),
-            tuple(name for name in state if name not in ours),
-            tuple(n for n in ours if n in state and ours[n].shape != state[n].shape),
-        )
-
-    def __str__(self) -> str:
-        told = []
-        for what in ("missing", "unexpected", "reshaped"):
-            if names := getattr(self, what):
-                more = f" and {len(names) - SHOWN_KEYS} more" if len(names) > SHOWN_KEYS else ""
-                told.append(f"{len(names)} {what} ({', '.join(names[:SHOWN_KEYS])}{more})")
-        return "; ".join(told)
 
 
 def create(weights: Weights, **changes: Any) -> DeiT | DiT:
@@ -97,7 +70,7 @@ def build(weights: Weights, device: torch.device | str = "cpu", **changes: Any) 
     """
     with torch.device("meta"):  # the initial values would be thrown away
         model = create(weights, **changes)
-    state = fitted(weights, model)
+    state = fit_state_dict(weights, model)
     model.load_state_dict(
         {name: aligned(value.to(device, torch.float32)) for name, value in state.items()},
         assign=True,
@@ -122,11 +95,13 @@ def start_from(weights: Weights, model: DeiT | DiT) -> None:
         CheckpointError: other names or shapes differ.
     """
     fresh = ("y_embedder.", "pos_embed") if isinstance(model, DiT) else ("head.",)
-    state = fitted(weights, model, may_differ=fresh)
+    state = fit_state_dict(weights, model, may_differ=fresh)
     model.load_state_dict({**model.state_dict(), **state})
 
 
-def fitted(weights: Weights, model: DeiT | DiT, may_differ: tuple[str, ...] = ()) -> StateDict:
+def fit_state_dict(
+    weights: Weights, model: DeiT | DiT, may_differ: tuple[str, ...] = ()
+) -> StateDict:
     """The weights' tensors as a network takes them.
 
     Args:
@@ -143,15 +118,24 @@ def fitted(weights: Weights, model: DeiT | DiT, may_differ: tuple[str, ...] = ()
         patch = weights.options["patch_size"]
         old_grid = rows // patch, columns // patch
         state["pos_embed"] = resize_pos_embed(state["pos_embed"], old_grid, model.grid)
-    fresh = [name for name in KeyReport.of(state, model).reshaped if name.startswith(may_differ)]
-    for name in fresh:
-        del state[name]
-    left = KeyReport.of(state, model)
-    missing = tuple(name for name in left.missing if name not in fresh)
-    if missing or left.unexpected or left.reshaped:
-        told = KeyReport(missing, left.unexpected, left.reshaped)
-        raise CheckpointError(f"{weights.file} does not fit {weights.arch}: {told}")
-    return state
+    expected = model.state_dict()
+    common = expected.keys() & state.keys()
+    reshaped = {name for name in common if state[name].shape != expected[name].shape}
+    fresh = {name for name in reshaped if name.startswith(may_differ)}
+    differing = {
+        "missing": [name for name in expected if name not in state],
+        "unexpected": [name for name in state if name not in expected],
+        "reshaped": [name for name in expected if name in reshaped - fresh],
+    }
+    if any(differing.values()):
+        listed = (f"{len(n)} {what} ({_few(n)})" for what, n in differing.items() if n)
+        raise CheckpointError(f"{weights.file} does not fit {weights.arch}: {'; '.join(listed)}")
+    return {name: value for name, value in state.items() if name not in fresh}
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN_KEYS} more" if len(names) > SHOWN_KEYS else ""
+    return ", ".join(names[:SHOWN_KEYS]) + more
 
 
 def at_size(weights: Weights, size: tuple[int, int], rope: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One set of weights of any origin, and what they belong to.
+"""Weights of any origin: their tensors, and what they belong to. `load.py` makes networks of them.
 
 Sizes come from the shapes of the tensors, RoPE options from what was stored beside them: a wrong
 `rotate` would load without a sound.
@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from spiralrope_cli.core.config.models import (
+    DEIT_SIZES,
+    DIT_SIZES,
     DiTSize,
     TransformerSize,
     deit_name,
@@ -33,25 +35,20 @@ from spiralrope_cli.core.hub.download import fetch, local_path
 from spiralrope_cli.core.hub.published import (
     PublishedFile,
     StateDict,
-    depth_of,
     freqs_note,
-    head_dim_of,
     progress_in,
     read_published,
-    rope_from_args,
-    without_freqs,
+    split_freqs,
 )
 from spiralrope_cli.core.hub.source import Source
 
+# What `create_model` needs beside arch and rope, of a DeiT and of a DiT.
 MODEL_OPTIONS = {
     False: ("num_classes", "image_size", "patch_size", "in_chans", "pretrain_grid"),
     True: ("num_classes", "input_size", "in_chans", "pretrain_grid", "qk_norm"),
 }
-"""What `create_model` needs beside arch and rope, of a DeiT and of a DiT."""
-
+LATENT_SIZE = (32, 32)  # of 256 px through the VAE, where a file does not tell
 SHOWN_KEYS = 4
-LATENT_SIZE = (32, 32)
-"""Of 256 px through the VAE, where a file does not tell."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ class Weights:
         rope: the options they were trained with, or those of the user in their place.
         options: further arguments of `create_model`.
         state: name -> tensor, mapped from the disk, without frequencies.
-        config: the run's config where it is stored beside them, else empty.
+        config: the run's config where it is stored with them, else empty.
         notes: what the user should know, one line each.
         progress: how far they were trained, in words, or nothing.
     """
@@ -83,7 +80,7 @@ class Weights:
     progress: str
 
     def what(self, kind: str = "") -> str:
-        """What was loaded, in words; another kind is named where there is more than one set."""
+        """What was loaded, in words; `kind` names both sets where there are two."""
         kind = kind or ("averaged (EMA)" if self.ema else "raw")
         rope = f"rotate {self.rope.rotate}" if self.rope.enabled else "no RoPE"
         progress = f", {self.progress}" if self.progress else ""
@@ -95,11 +92,7 @@ class Weights:
 
 
 def here(source: Source, *, download: bool = True) -> Source:
-    """The source on this machine; what is published is fetched, after its size was said.
-
-    Args:
-        source: as `find_source` gave it.
-        download: whether it may be fetched; a dry run takes only what is here.
+    """The source on this machine; what is published is fetched, unless `download` is off.
 
     Raises:
         CheckpointError: published, but no network's weights, or not here and not to be fetched.
@@ -135,18 +128,17 @@ def read_weights(
         CheckpointError: damaged, or no DeiT and no DiT.
         ConfigError: a bare state dict without RoPE options.
     """
-    file, rope = source.file(ema), rope or {}
-    if file.suffix == ".safetensors":
-        state, metadata = _read_safetensors(file)
-        if "config" in metadata:
-            return _of_ours(source, file, ema, state, metadata, rope)
-        content = PublishedFile(state, state, False, {})
-    else:
-        content = read_published(file)
-    return _of_published(source, file, ema, content, rope)
+    file, chosen = source.file(ema), rope or {}
+    if file.suffix != ".safetensors":
+        return _from_published_layout(source, file, ema, read_published(file), chosen)
+    state, metadata = _read_safetensors(file)
+    if "config" in metadata:
+        return _from_own_layout(source, file, ema, state, metadata, chosen)
+    bare = PublishedFile(state, state, has_both=False, args={})
+    return _from_published_layout(source, file, ema, bare, chosen)
 
 
-def colours(weights: Weights, defaults: dict[str, Any], in_chans: int) -> dict[str, Any]:
+def mean_std(weights: Weights, defaults: dict[str, Any], in_chans: int) -> dict[str, Any]:
     """Mean and std that the weights were trained with, else those of the data set's defaults."""
     known = {**defaults, **weights.config.get("augment", {})}
     values = {"mean": tuple(known["mean"]), "std": tuple(known["std"]), "in_chans": in_chans}
@@ -164,14 +156,15 @@ def _read_safetensors(file: Path) -> tuple[StateDict, dict[str, str]]:
         raise CheckpointError(f"{file} cannot be read: {reason}") from error
 
 
-def _of_ours(
+def _from_own_layout(
     source: Source,
     file: Path,
     ema: bool,
     state: StateDict,
     metadata: dict[str, str],
-    rope: dict[str, Any],
+    chosen: dict[str, Any],
 ) -> Weights:
+    """Our own safetensors, of a run or exported, whose metadata holds the run's config."""
     try:
         config = json.loads(metadata["config"])
         arch, model = config["arch"], config["model"]
@@ -179,84 +172,68 @@ def _of_ours(
         options = {name: model[name] for name in MODEL_OPTIONS[is_dit(arch)] if name in model}
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} does not say which model it holds: {error}") from error
-    used, notes = _override(trained, rope, source)
     averaged = metadata.get("weights") == "ema"
+    notes = _contradictions(trained, chosen, source)
     if ema and not averaged:
-        notes = (*notes, f"{file.name} holds raw weights alone; they are taken, not averaged ones")
+        notes.append(f"{file.name} holds raw weights alone; they are taken, not averaged ones")
     return Weights(
         source=source,
         file=file,
         ema=averaged,
         arch=arch,
-        rope=used,
+        rope=dataclasses.replace(trained, **chosen),
         options=_as_tuples(options),
         state=state,
         config=config,
-        notes=notes,
+        notes=tuple(notes),
         progress=progress_in(metadata),
     )
 
 
-def _of_published(
-    source: Source, file: Path, ema: bool, content: PublishedFile, rope: dict[str, Any]
+def _from_published_layout(
+    source: Source, file: Path, ema: bool, content: PublishedFile, chosen: dict[str, Any]
 ) -> Weights:
-    state, freqs = without_freqs(content.ema if ema else content.raw)
-    dit = "x_embedder.proj.weight" in state
-    if not dit and ("cls_token" not in state or "blocks.0.gamma_1" not in state):
-        some = ", ".join(list(state)[:SHOWN_KEYS])
-        raise CheckpointError(
-            f"{file} holds neither a DeiT nor a DiT of this project: {len(state)} tensors "
-            f"such as {some}"
-        )
-    trained = rope_from_args(content.args)
-    if trained is None and source.row is not None and source.row.rope is not None:
-        trained = source.row.rope
-    if trained is None and dit and "pos_embed" in state:
-        trained = {"enabled": False}
-    if trained is None and not {"rotate", "enabled"} & rope.keys():
-        raise ConfigError(
-            f"{file} does not say which RoPE options it was trained with",
-            "give them, --rotate at least, or --no-rope: wrong ones would load without a sound",
-        )
-    notes: tuple[str, ...] = ()
-    said = RopeConfig(**{"scaling": "extrapolate", **(trained or rope)})
-    used, notes = _override(said, rope, source)
+    """A published file or a bare state dict, in three steps: the network, its RoPE, its sizes."""
+    state, freqs = split_freqs(content.ema if ema else content.raw)
+    dit = _is_dit_state(file, state)
+    trained = _trained_rope(source, file, state, content.args, chosen)
+    rope = dataclasses.replace(trained, **chosen)
+    notes = _contradictions(trained, chosen, source)
     try:
-        options, arch, head_dim = (_dit_sizes if dit else _deit_sizes)(state, freqs, used, content)
+        head_dim = _head_dim(state, freqs, rope, content.args)
+        arch, options = (_dit_sizes if dit else _deit_sizes)(state, head_dim, content.args)
     except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(f"{file} is not whole: {error} is missing or misshaped") from error
-    if note := freqs_note(freqs, used, head_dim):
-        notes = (*notes, f"{file.name}: {note}")
+    size = dit_size(arch) if dit else deit_size(arch)
+    if note := freqs_note(freqs, rope, size.head_dim):
+        notes.append(f"{file.name}: {note}")
     averaged = content.args.get("weights") == "ema" or (ema and content.has_both)
     if ema and not averaged:
-        notes = (*notes, f"{file.name} holds one set of weights alone; EMA is that one")
+        notes.append(f"{file.name} holds one set of weights alone; EMA is that one")
     steps = source.row.steps if source.row else None
     return Weights(
         source=source,
         file=file,
         ema=averaged,
         arch=arch,
-        rope=used,
+        rope=rope,
         options=_as_tuples(options),
         state=state,
         config={},
-        notes=notes,
+        notes=tuple(notes),
         progress=content.progress or (f"step {steps}" if steps else ""),
     )
 
 
-def _override(
-    trained: RopeConfig, chosen: dict[str, Any], source: Source
-) -> tuple[RopeConfig, tuple[str, ...]]:
-    """The options with the user's in place, and a warning for each that contradicts."""
+def _contradictions(trained: RopeConfig, chosen: dict[str, Any], source: Source) -> list[str]:
+    """A warning for each option of the user that the weights were not trained with."""
     known = leaves(RopeConfig)
-    against = [
+    return [
         f"{' '.join(known[name].typed(value))} contradicts {source.given}, which was trained with "
         f"{' '.join(known[name].typed(getattr(trained, name)))}"
         for name, value in chosen.items()
         if getattr(trained, name) != value and name != "scaling"
     ]
-    return dataclasses.replace(trained, **chosen), tuple(against)
 
 
 def _as_tuples(options: dict[str, Any]) -> dict[str, Any]:
@@ -264,54 +241,110 @@ def _as_tuples(options: dict[str, Any]) -> dict[str, Any]:
     return {n: tuple(value) if isinstance(value, list) else value for n, value in options.items()}
 
 
-def _side(tokens: int, given: Any) -> tuple[int, int]:
-    """Rows and columns of a grid: square, unless the file's `grid` says otherwise."""
+def _is_dit_state(file: Path, state: StateDict) -> bool:
+    """Whether tensors are those of a DiT; else they are a DeiT's, or refused."""
+    if "x_embedder.proj.weight" in state:
+        return True
+    if "cls_token" in state and "blocks.0.gamma_1" in state:
+        return False
+    some = ", ".join(list(state)[:SHOWN_KEYS])
+    raise CheckpointError(
+        f"{file} holds neither a DeiT nor a DiT of this project: "
+        f"{len(state)} tensors such as {some}"
+    )
+
+
+def _trained_rope(
+    source: Source, file: Path, state: StateDict, args: dict[str, Any], chosen: dict[str, Any]
+) -> RopeConfig:
+    """RoPE options of the file, of the catalogue, or of the user where nothing else knows them."""
+    trained = _rope_in_args(args)
+    if trained is None and source.row is not None:
+        trained = source.row.rope
+    # A DiT has fixed positions in place of RoPE; a DeiT's learned ones say nothing.
+    if trained is None and {"x_embedder.proj.weight", "pos_embed"} <= state.keys():
+        trained = {"enabled": False}
+    if trained is None and not {"rotate", "enabled"} & chosen.keys():
+        raise ConfigError(
+            f"{file} does not say which RoPE options it was trained with",
+            "give them, --rotate at least, or --no-rope: wrong ones would load without a sound",
+        )
+    return RopeConfig(**{"scaling": "extrapolate", **(trained or chosen)})
+
+
+def _rope_in_args(args: dict[str, Any]) -> dict[str, Any] | None:
+    """RoPE options of a run's `args`, by the fields of RopeConfig; None where they have none.
+
+    DiT files put `rope_` in front of the names, DeiT files do not.
+    """
+    if args.get("use_rope") is False:
+        return {"enabled": False}
+    prefix = "rope_" if "rope_rotate" in args else ""
+    if f"{prefix}rotate" not in args:
+        return None
+    fields = RopeConfig.__dataclass_fields__
+    found = {name: args[prefix + name] for name in fields if prefix + name in args}
+    return {**found, "theta": float(found.get("theta", RopeConfig.theta))}
+
+
+def _head_dim(state: StateDict, freqs: list[Tensor], rope: RopeConfig, args: dict[str, Any]) -> int:
+    """Channels per head: by the frequencies, the file's `num_heads`, or the tables of sizes."""
+    if freqs:
+        shared = rope.same_theta and rope.freqs_for == "lang"
+        return 4 * len(freqs[0]) * (max(rope.rotate, 1) if shared else 1)
+    dim = state["blocks.0.attn.proj.bias"].shape[0]
+    if heads := args.get("num_heads"):
+        return dim // int(heads)
+    sizes: list[TransformerSize | DiTSize] = [*DEIT_SIZES.values(), *DIT_SIZES.values()]
+    return {(size.dim, size.depth): size.head_dim for size in sizes}.get((dim, _depth(state)), 64)
+
+
+def _depth(state: StateDict) -> int:
+    return 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+
+
+def _deit_sizes(
+    state: StateDict, head_dim: int, args: dict[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """`--arch`, and further arguments of `create_model`."""
+    dim, weight = state["cls_token"].shape[-1], state["patch_embed.proj.weight"]
+    patch = weight.shape[-1]
+    rows, columns = _grid(state["pos_embed"], args)
+    options = {
+        "num_classes": len(state["head.weight"]),
+        "image_size": (rows * patch, columns * patch),
+        "patch_size": patch,
+        "in_chans": weight.shape[1],
+        "pretrain_grid": args.get("pretrain_grid"),
+    }
+    return deit_name(TransformerSize(dim, _depth(state), dim // head_dim)), options
+
+
+def _dit_sizes(state: StateDict, head_dim: int, args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """`--arch`, and further arguments of `create_model`."""
+    weight, table = state["x_embedder.proj.weight"], state["y_embedder.embedding_table.weight"]
+    dim, patch = weight.shape[0], weight.shape[-1]
+    # With RoPE nothing in the tensors tells the latent's size, and the network takes any.
+    input_size = LATENT_SIZE
+    grid = _grid(state["pos_embed"], args) if "pos_embed" in state else args.get("grid")
+    if grid is not None:
+        input_size = (grid[0] * patch, grid[1] * patch)
+    options = {
+        "num_classes": len(table) - 1,
+        "input_size": input_size,
+        "in_chans": weight.shape[1],
+        "pretrain_grid": args.get("pretrain_grid"),
+        "qk_norm": any(".q_norm." in name for name in state),
+    }
+    return dit_name(DiTSize(dim, _depth(state), dim // head_dim, patch)), options
+
+
+def _grid(pos_embed: Tensor, args: dict[str, Any]) -> tuple[int, int]:
+    """Rows and columns of patches: square, unless the file's `grid` says otherwise."""
+    tokens, given = pos_embed.shape[1], args.get("grid")
     if isinstance(given, (list, tuple)) and math.prod(given) == tokens:
         return int(given[0]), int(given[1])
     side = math.isqrt(tokens)
     if side * side != tokens:
         raise ValueError(f"the grid of {tokens} patches")
     return side, side
-
-
-def _deit_sizes(
-    state: StateDict, freqs: list[torch.Tensor], rope: RopeConfig, content: PublishedFile
-) -> tuple[dict[str, Any], str, int]:
-    dim, depth = state["cls_token"].shape[-1], depth_of(state)
-    head_dim = head_dim_of(state, freqs, rope, content.args)
-    arch = deit_name(TransformerSize(dim, depth, dim // head_dim))
-    weight = state["patch_embed.proj.weight"]
-    patch = weight.shape[-1]
-    rows, columns = _side(state["pos_embed"].shape[1], content.args.get("grid"))
-    options = {
-        "num_classes": len(state["head.weight"]),
-        "image_size": (rows * patch, columns * patch),
-        "patch_size": patch,
-        "in_chans": weight.shape[1],
-        "pretrain_grid": content.args.get("pretrain_grid"),
-    }
-    return options, arch, deit_size(arch).head_dim
-
-
-def _dit_sizes(
-    state: StateDict, freqs: list[torch.Tensor], rope: RopeConfig, content: PublishedFile
-) -> tuple[dict[str, Any], str, int]:
-    weight, table = state["x_embedder.proj.weight"], state["y_embedder.embedding_table.weight"]
-    dim, depth, patch = weight.shape[0], depth_of(state), weight.shape[-1]
-    head_dim = head_dim_of(state, freqs, rope, content.args)
-    arch = dit_name(DiTSize(dim, depth, dim // head_dim, patch))
-    # With RoPE nothing in the tensors tells the latent's size, and the network takes any.
-    input_size = LATENT_SIZE
-    if "pos_embed" in state:
-        rows, columns = _side(state["pos_embed"].shape[1], content.args.get("grid"))
-        input_size = (rows * patch, columns * patch)
-    elif (grid := content.args.get("grid")) is not None:
-        input_size = (grid[0] * patch, grid[1] * patch)
-    options = {
-        "num_classes": len(table) - 1,
-        "input_size": input_size,
-        "in_chans": weight.shape[1],
-        "pretrain_grid": content.args.get("pretrain_grid"),
-        "qk_norm": any(".q_norm." in name for name in state),
-    }
-    return options, arch, dit_size(arch).head_dim

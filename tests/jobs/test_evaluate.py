@@ -20,7 +20,7 @@ from spiralrope_cli.core.config.evals import EvalOptions
 from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.memory import load_digits
-from spiralrope_cli.core.hub.files import digest_like
+from spiralrope_cli.core.hub.files import sha256_of
 from spiralrope_cli.core.jobs import evaluate, train
 from spiralrope_cli.core.jobs.export import export
 from spiralrope_cli.core.metrics import accuracy
@@ -164,7 +164,7 @@ def test_eval_json_says_what_produced_the_figures_and_keeps_other_rows(source, r
     row = rows[0]
     file = source / "checkpoints/0000008/ema.safetensors"
     assert Path(row["file"]) == file
-    assert row["sha256"] == digest_like(file, "")[1]
+    assert row["sha256"] == sha256_of(file)
     assert (row["arch"], row["data"], row["precision"]) == ("deit-64x2x2", "digits", "fp32")
     assert (row["image_size"], row["crop_ratio"], row["interpolation"]) == ([8, 8], 1.0, "bicubic")
     assert row["rope"]["rotate"] == 2

@@ -1,8 +1,9 @@
 """Published weights: where they are here, and how they come, from the Hub or by plain HTTPS.
 
-The Hub's files lie in its own cache, with the digest that its client leaves out. `huggingface_hub`
-reads HF_ENDPOINT, HF_HOME and HF_TOKEN when it is imported, and takes its time to load: it is
-imported inside the functions.
+`huggingface_hub` downloads, goes on after broken connections, and keeps a cache. It compares no
+digests and does not look whether the disk can hold a file: that is done here. It reads
+HF_ENDPOINT, HF_HOME and HF_TOKEN when it is imported, and takes its time to load: it is imported
+inside the functions.
 """
 
 from __future__ import annotations
@@ -15,16 +16,14 @@ from spiralrope_cli.core.errors import FetchError, NoRouteError
 from spiralrope_cli.core.hub import plain
 from spiralrope_cli.core.hub.catalog import Row
 from spiralrope_cli.core.hub.files import (
-    OTHER_DISK,
+    DIGEST,
+    check_room,
     digest_like,
     disk_error,
-    is_digest,
     is_right,
     place_copy,
-    refuse_other_file,
 )
 from spiralrope_cli.core.runtime.progress import human_size, say
-from spiralrope_cli.core.runtime.run_folder import check_space
 
 
 def local_files(row: Row, *, revision: str | None = None) -> list[Path]:
@@ -36,20 +35,20 @@ def local_files(row: Row, *, revision: str | None = None) -> list[Path]:
     return [path for path in found if path] if all(found) else []
 
 
+def local_path(row: Row) -> Path | None:
+    """The row in the cache, without asking anyone: its file, or the folder of several files."""
+    files = local_files(row)
+    return _one_path(files) if files else None
+
+
 def damaged_files(row: Row) -> list[Path]:
     """The row's files in the cache whose bytes have another digest than they should."""
     bad = []
     for path in local_files(row):
         expected = named_digest(path) if row.repo else row.sha256
-        if is_digest(expected) and not digest_like(path, expected)[1].startswith(expected):
+        if DIGEST.fullmatch(expected) and not digest_like(path, expected)[1].startswith(expected):
             bad.append(path)
     return bad
-
-
-def local_path(row: Row, *, revision: str | None = None) -> Path | None:
-    """The row in the cache, without asking anyone: its file, or the folder of several files."""
-    files = local_files(row, revision=revision)
-    return _one_path(files) if files else None
 
 
 def fetch(
@@ -69,27 +68,20 @@ def fetch(
     Raises:
         FetchError: it cannot be had, or is not what it should be.
     """
+    from huggingface_hub import constants
+
+    barred = "HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "--offline" if offline else ""
     if row.repo:
-        files = fetch_files(row, revision=revision, offline=offline, out=out)
+        files = _fetch_from_hub(row, revision, barred, out)
     else:
         if revision:
             say(f"note: --revision has no effect: {row.name} is not on the Hub")
-        files = [plain.fetch_file(row, offline=offline, out=out)]
-    if out:
-        files = [place_copy(path, out) for path in files]
-    return _one_path(files)
+        files = [plain.fetch_file(row, barred, out)]
+    return _one_path([place_copy(path, out) for path in files] if out else files)
 
 
 def _one_path(files: list[Path]) -> Path:
     return files[0] if len(files) == 1 else files[0].parent
-
-
-class Remote(NamedTuple):
-    """What the Hub says of a file."""
-
-    commit: str
-    etag: str
-    size: int
 
 
 def cached(row: Row, file: str, revision: str | None) -> Path | None:
@@ -103,6 +95,14 @@ def cached(row: Row, file: str, revision: str | None) -> Path | None:
 def named_digest(path: Path) -> str:
     """The digest that the cache names a file by, empty where it links to none."""
     return Path(os.readlink(path)).name if path.is_symlink() else ""
+
+
+class Remote(NamedTuple):
+    """What the Hub says of a file."""
+
+    commit: str
+    etag: str
+    size: int
 
 
 def look_up(row: Row, revision: str | None, *, timeout: float | None = None) -> list[Remote]:
@@ -123,7 +123,7 @@ def look_up(row: Row, revision: str | None, *, timeout: float | None = None) -> 
     found = []
     for file in row.files:
         try:
-            told = get_hf_file_metadata(
+            metadata = get_hf_file_metadata(
                 hf_hub_url(row.repo, file, revision=revision),
                 timeout=timeout or constants.HF_HUB_ETAG_TIMEOUT,
             )
@@ -132,47 +132,38 @@ def look_up(row: Row, revision: str | None, *, timeout: float | None = None) -> 
         # HTTPError is that of the HTTP library, which changes with huggingface_hub's versions.
         except (HTTPError, OSError) as error:
             raise NoRouteError(
-                f"no route to {constants.ENDPOINT}: {_first_line(error)}",
+                f"no route to {constants.ENDPOINT}: {plain.first_line(error)}",
                 "check network, proxy and HF_ENDPOINT; --offline takes what is here",
             ) from error
-        if not told.commit_hash or not told.etag or told.size is None:
+        if not metadata.commit_hash or not metadata.etag or metadata.size is None:
             raise FetchError(
                 f"{constants.ENDPOINT} does not answer as the Hub does for {row.repo}/{file}",
                 "check HF_ENDPOINT and the proxy",
             )
-        found.append(Remote(told.commit_hash, told.etag, told.size))
+        found.append(Remote(metadata.commit_hash, metadata.etag, metadata.size))
     return found
 
 
-def fetch_files(row: Row, *, revision: str | None, offline: bool, out: Path | None) -> list[Path]:
-    """Downloads the files of a row, unless they are here, and checks each one's digest.
-
-    Raises:
-        FetchError: they cannot be had, or are not what they should be.
-    """
+def _fetch_from_hub(row: Row, revision: str | None, barred: str, out: Path | None) -> list[Path]:
+    """The files of a row, of which those come that are not here; each one's digest is checked."""
     from huggingface_hub import constants
 
-    here = [cached(row, file, revision) for file in row.files]
-    if offline or constants.HF_HUB_OFFLINE:
-        return _take(row, here)
-    try:
-        remotes = look_up(row, revision)
-    except NoRouteError as error:
-        if None in here:
-            raise
-        say(error.message)
-        return _take(row, here)
+    there = local_files(row, revision=revision)
+    remotes: list[Remote] = []
+    if not barred:
+        try:
+            remotes = look_up(row, revision)
+        except NoRouteError as error:
+            if not there:
+                raise
+            say(error.message)
+    if not remotes:
+        return _take_cached(row, there, barred)
     # By commit, because the revision's name may stand for an older one here.
-    here = [
-        cached(row, file, remote.commit) for file, remote in zip(row.files, remotes, strict=True)
-    ]
-    missing = sum(remote.size for path, remote in zip(here, remotes, strict=True) if path is None)
-    needs = [(Path(constants.HF_HUB_CACHE), missing)]
-    if out:
-        for file, remote in zip(row.files, remotes, strict=True):
-            refuse_other_file(out / Path(file).name, remote.size)
-        needs.append((out, sum(remote.size for remote in remotes)))
-    check_space(*needs, what="the download", hint=OTHER_DISK)
+    here = [cached(row, file, each.commit) for file, each in zip(row.files, remotes, strict=True)]
+    missing = sum(each.size for path, each in zip(here, remotes, strict=True) if path is None)
+    sizes = {Path(file).name: each.size for file, each in zip(row.files, remotes, strict=True)}
+    check_room(Path(constants.HF_HUB_CACHE), missing, out, sizes)
     if missing:
         say(f"{row.name}: {human_size(missing)} from {constants.ENDPOINT}/{row.repo}")
     else:
@@ -183,28 +174,23 @@ def fetch_files(row: Row, *, revision: str | None, offline: bool, out: Path | No
     ]
 
 
-def _take(row: Row, here: list[Path | None]) -> list[Path]:
+def _take_cached(row: Row, files: list[Path], barred: str) -> list[Path]:
     """The cached files, checked against the digests that the cache names them by."""
-    from huggingface_hub import constants
-
-    found = [path for path in here if path is not None]
-    if len(found) < len(here):
-        barred = "HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "--offline"
+    if not files:
         raise FetchError(f"{row.name} is not here", f"fetch it once without {barred}")
     say(f"{row.name} is here")
-    for path in found:
+    for path in files:
         if not is_right(path, named_digest(path), "the cache"):
             _drop(path)
-            raise FetchError(
-                f"{row.name} was damaged, and is deleted", "fetch it again without --offline"
-            )
-    return found
+            again = f"fetch it again{barred and f' without {barred}'}"
+            raise FetchError(f"{row.name} was damaged, and is deleted", again)
+    return files
 
 
 def _fetch_one(
     row: Row, file: str, revision: str | None, remote: Remote, here: Path | None
 ) -> Path:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     if here and not is_right(here, remote.etag, "the Hub"):
@@ -219,11 +205,9 @@ def _fetch_one(
     # hf_xet, which brings large files from the real Hub, raises RuntimeError.
     except (HTTPError, OSError, RuntimeError) as error:
         if isinstance(error, OSError) and error.errno:
-            from huggingface_hub import constants
-
             raise disk_error(error, Path(constants.HF_HUB_CACHE)) from error
         raise FetchError(
-            f"the download of {row.name} broke off: {_first_line(error)}",
+            f"the download of {row.name} broke off: {plain.first_line(error)}",
             "nothing of it was kept; try again",
         ) from error
     if not here and not is_right(path, remote.etag, "the Hub"):
@@ -242,10 +226,6 @@ def _drop(path: Path) -> None:
         path.unlink()
         path = target
     path.unlink(missing_ok=True)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _refusal(row: Row, file: str, revision: str | None, error: BaseException) -> FetchError:

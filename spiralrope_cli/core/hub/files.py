@@ -1,4 +1,4 @@
-"""What every download needs: free disk, digests and whole copies."""
+"""What downloads and exports share: digests, free disk, and files that are new or refused."""
 
 from __future__ import annotations
 
@@ -17,12 +17,24 @@ from safetensors import SafetensorError
 from spiralrope_cli.core.atomic import flush
 from spiralrope_cli.core.errors import FetchError
 from spiralrope_cli.core.runtime.progress import human_size, say
+from spiralrope_cli.core.runtime.run_folder import check_space
 
 CHUNK = 1 << 20
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OTHER_DISK = "free some, or name another disk with --out (for downloads HF_HOME, SPIRALROPE_CACHE)"
+# How safetensors and torch word a write that the disk cut short.
 DISK_REFUSED = re.compile(r"\(os error (27|28|122)\)|unexpected pos|file write failed")
-"""How safetensors and torch word a write that the disk cut short."""
+# A whole SHA-256, how one begins, or git's SHA-1; anything else cannot be compared with.
+DIGEST = re.compile("[0-9a-f]{8}|[0-9a-f]{40}|[0-9a-f]{64}")
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, as hexadecimal digits."""
+    state = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            state.update(chunk)
+    return state.hexdigest()
 
 
 def digest_like(path: Path, expected: str) -> tuple[str, str]:
@@ -30,49 +42,27 @@ def digest_like(path: Path, expected: str) -> tuple[str, str]:
 
     The Hub names large files by SHA-256, and small ones, that are kept in git, as git does.
     """
-    if re.fullmatch("[0-9a-f]{40}", expected):
-        kind, state = "git sha1", hashlib.sha1(f"blob {path.stat().st_size}\0".encode())
-    else:
-        kind, state = "sha256", hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            state.update(chunk)
-    return kind, state.hexdigest()
-
-
-def is_digest(text: str) -> bool:
-    """Whether a file can be compared with this: a digest, or how one begins."""
-    return bool(re.fullmatch("[0-9a-f]{8}|[0-9a-f]{40}|[0-9a-f]{64}", text))
+    if len(expected) != 40:
+        return "sha256", sha256_of(path)
+    content = path.read_bytes()
+    return "git sha1", hashlib.sha1(b"blob %d\0%b" % (len(content), content)).hexdigest()
 
 
 def is_right(path: Path, expected: str, owner: str) -> bool:
-    """Compares a file with its published digest and says the outcome.
+    """Compares a file with its digest, or how that begins, and says the outcome.
 
     Args:
         path: the file.
-        expected: the digest or how it begins; anything else cannot be compared.
-        owner: whose digest it is, for the line that tells.
+        expected: the digest; text that is none counts as right, and the outcome says so.
+        owner: whose digest it is.
     """
-    kind, found = digest_like(path, expected)
-    comparable = is_digest(expected)
+    comparable = DIGEST.fullmatch(expected)
+    kind, found = digest_like(path, expected if comparable else "")
     if comparable and not found.startswith(expected):
         return False
     outcome = f"as {owner} says" if comparable else f"{owner} gives none to compare with"
     say(f"  {path.name}: {human_size(path.stat().st_size)}, {kind} {found}, {outcome}")
     return True
-
-
-@contextlib.contextmanager
-def writing(where: Path) -> Iterator[None]:
-    """Turns what a disk refuses into one line.
-
-    Raises:
-        FetchError: the disk is full, or the folder cannot be written.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise disk_error(error, where) from error
 
 
 def disk_error(error: Exception, where: Path) -> FetchError:
@@ -94,7 +84,7 @@ def refuse_existing(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def whole(target: Path) -> Iterator[Path]:
+def new_path(target: Path) -> Iterator[Path]:
     """A path beside the target to write a file or a folder at; it gets its name when it is whole.
 
     Raises:
@@ -119,14 +109,27 @@ def whole(target: Path) -> Iterator[Path]:
                 beside.unlink()
 
 
-def refuse_other_file(target: Path, size: int) -> None:
-    """Refuses to write over a file that is plainly another one.
+def check_room(cache: Path, missing: int, out: Path | None, sizes: dict[str, int]) -> None:
+    """Refuses a download, and its copy, before a byte comes.
+
+    Args:
+        cache: where the download goes.
+        missing: bytes of it that are not there yet.
+        out: folder of the copy, if one is wanted.
+        sizes: file name -> bytes of the copy.
 
     Raises:
-        FetchError: a file of another size has that name.
+        DiskError: too little is free.
+        FetchError: another file has the name of the copy.
     """
-    if target.exists() and (not target.is_file() or target.stat().st_size != size):
-        raise _other_file(target)
+    needs = [(cache, missing)]
+    if out:
+        for name, size in sizes.items():
+            target = out / name
+            if target.exists() and not (target.is_file() and target.stat().st_size == size):
+                raise _other_file(target)
+        needs.append((out, sum(sizes.values())))
+    check_space(*needs, what="the download", hint=OTHER_DISK)
 
 
 def place_copy(source: Path, folder: Path) -> Path:
@@ -136,12 +139,11 @@ def place_copy(source: Path, folder: Path) -> Path:
         FetchError: another file has that name, or the folder cannot be written.
     """
     target = folder / source.name
-    with writing(folder):
-        if target.exists():
-            if target.is_file() and filecmp.cmp(source, target, shallow=False):
-                return target
-            raise _other_file(target)
-    with whole(target) as beside:
+    if target.is_file() and filecmp.cmp(source, target, shallow=False):
+        return target
+    if target.exists():
+        raise _other_file(target)
+    with new_path(target) as beside:
         shutil.copyfile(source, beside)
     return target
 

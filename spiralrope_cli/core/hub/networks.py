@@ -11,7 +11,7 @@ from spiralrope_cli.core.config.latents import LATENT_CHANNELS, LATENT_SCALE, VA
 from spiralrope_cli.core.errors import CheckpointError, ConfigError, FetchError
 from spiralrope_cli.core.hub.catalog import find
 from spiralrope_cli.core.hub.download import fetch, local_path
-from spiralrope_cli.core.hub.files import digest_like
+from spiralrope_cli.core.hub.files import sha256_of
 from spiralrope_cli.core.hub.plain import target_of
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
@@ -42,7 +42,7 @@ class VaeFiles:
 
     def sha256(self) -> str:
         """Which VAE it is, whatever its folder is called."""
-        return digest_like(self.weights, "sha256")[1]
+        return sha256_of(self.weights)
 
 
 def find_vae(given: str) -> VaeFiles:
@@ -138,7 +138,7 @@ def find_inception(given: str) -> tuple[Path, str]:
             f"the weights of Inception are not here: there is no {path}",
             "spiralrope fetch inception stores them there (95 MB); --weights FILE takes another",
         )
-    _, digest = digest_like(path, "")
+    digest = sha256_of(path)
     if not given and not digest.startswith(row.sha256):
         raise CheckpointError(
             f"{path} is damaged: its sha256 begins with {digest[:8]} and not {row.sha256}",

@@ -1,45 +1,31 @@
-"""Plain HTTPS for files that are not on the Hub: resumed, checked, and whole under their name."""
+"""Files that are not on the Hub, by plain HTTPS: resumed, checked, and whole under their name.
+
+`huggingface_hub.file_download.http_get` brings the bytes and goes on after broken connections.
+Here is what it leaves out: parts that the next call goes on with, and never with another version
+of the file; free disk; the digest. Downloads of torch.hub and torchvision begin anew each time.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import http.client
 import os
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
-
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from spiralrope_cli import __version__
 from spiralrope_cli.core.atomic import flush
 from spiralrope_cli.core.config.hub import cache_folder
 from spiralrope_cli.core.errors import ConfigError, FetchError, NoRouteError
 from spiralrope_cli.core.hub.catalog import Row
-from spiralrope_cli.core.hub.files import (
-    CHUNK,
-    OTHER_DISK,
-    is_right,
-    refuse_other_file,
-    writing,
-)
-from spiralrope_cli.core.runtime.progress import console, human_size, say
-from spiralrope_cli.core.runtime.run_folder import check_space
+from spiralrope_cli.core.hub.files import check_room, disk_error, is_right
+from spiralrope_cli.core.runtime.progress import human_size, say
 
 TIMEOUT_SECONDS = 30.0
-RETRIES = 5
-"""How often in a row a download may break without having brought anything."""
-RETRY_SECONDS = 1.0
+# Compressed on the way, a file would have another size than the one that was announced.
+HEADERS = {"User-Agent": f"spiralrope/{__version__}", "Accept-Encoding": "identity"}
 
 
 class Remote(NamedTuple):
@@ -54,8 +40,13 @@ def target_of(row: Row) -> Path:
     return cache_folder() / "weights" / row.file_name
 
 
-def fetch_file(row: Row, *, offline: bool, out: Path | None) -> Path:
+def fetch_file(row: Row, barred: str, out: Path | None) -> Path:
     """Downloads one file, unless it is here.
+
+    Args:
+        row: of the catalogue.
+        barred: what forbids a download, empty where nothing does.
+        out: folder of the copy that is made afterwards.
 
     Raises:
         FetchError: it cannot be had, or it is not what it should be.
@@ -63,8 +54,10 @@ def fetch_file(row: Row, *, offline: bool, out: Path | None) -> Path:
     from huggingface_hub.utils import WeakFileLock
 
     target = target_of(row)
-    with writing(target.parent):
+    try:
         target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(error, target.parent) from error
     with WeakFileLock(target.with_name(f".{target.name}.lock")):
         if target.is_file():
             say(f"{row.name} is here")
@@ -72,8 +65,8 @@ def fetch_file(row: Row, *, offline: bool, out: Path | None) -> Path:
                 return target
             target.unlink()
             say("  it was damaged, and is deleted")
-        if offline:
-            raise FetchError(f"{row.name} is not here", "fetch it once without --offline")
+        if barred:
+            raise FetchError(f"{row.name} is not here", f"fetch it once without {barred}")
         _download(row, target, out)
     return target
 
@@ -87,8 +80,10 @@ def look_up(row: Row) -> Remote:
     url = row.source_url
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"{row.url_variable} is {url}; it must begin with https:// or http://")
+    asked = urllib.request.Request(url, headers=HEADERS)
     try:
-        with _open(url, {}) as answer:
+        # Not HEAD: addresses that are signed for a download, as GitHub's, may refuse it.
+        with urllib.request.urlopen(asked, timeout=TIMEOUT_SECONDS) as answer:
             length = answer.headers.get("Content-Length", "")
             if answer.headers.get_content_type() == "text/html" or not length.isdigit():
                 raise FetchError(f"{url} answers with something other than a file", _mirror(row))
@@ -104,34 +99,48 @@ def look_up(row: Row) -> Remote:
         ) from error
 
 
-def _open(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
-    agent = {"User-Agent": f"spiralrope/{__version__}", **headers}
-    return urllib.request.urlopen(
-        urllib.request.Request(url, headers=agent), timeout=TIMEOUT_SECONDS
-    )
-
-
 def _download(row: Row, target: Path, out: Path | None) -> None:
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+    from huggingface_hub.file_download import http_get
+
     remote = look_up(row)
     part = _part_of(row, target, remote)
     have = part.stat().st_size if part.exists() else 0
-    needs = [(target.parent, remote.size - have)]
-    if out:
-        refuse_other_file(out / target.name, remote.size)
-        needs.append((out, remote.size))
-    check_space(*needs, what="the download", hint=OTHER_DISK)
+    check_room(target.parent, remote.size - have, out, {target.name: remote.size})
     at = f", going on at {human_size(have)}" if have else ""
     say(f"{row.name}: {human_size(remote.size)} from {row.source_url}{at}")
-    _bring(row, part, remote)
-    if not is_right(part, row.sha256, "its name"):
+    # A server that has another version by now sends that one whole.
+    same = {"If-Range": remote.validator} if remote.validator else {}
+    try:
+        with part.open("ab") as sink:
+            http_get(
+                row.source_url,
+                sink,
+                resume_size=have,
+                headers={**HEADERS, **same},
+                expected_size=remote.size,
+                displayed_filename=row.file_name,
+            )
+        if right := is_right(part, row.sha256, "its name"):
+            flush(part)
+            os.replace(part, target)
+    except HfHubHTTPError as error:
+        raise _refusal(row, error.response.status_code) from error
+    except (HTTPError, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise disk_error(error, target.parent) from error
+        have = part.stat().st_size
+        raise FetchError(
+            f"the download broke off at {human_size(have)} of {human_size(remote.size)}: "
+            f"{first_line(error)}",
+            "the same command goes on from there",
+        ) from error
+    if not right:
         part.unlink()
         raise FetchError(
             f"{row.source_url} sent wrong bytes: sha256 does not begin with {row.sha256}",
             _mirror(row) or "nothing of it was kept; try again later",
         )
-    with writing(target.parent):
-        flush(part)
-        os.replace(part, target)
 
 
 def _part_of(row: Row, target: Path, remote: Remote) -> Path:
@@ -140,70 +149,15 @@ def _part_of(row: Row, target: Path, remote: Remote) -> Path:
     part = target.with_name(f".{target.name}.{version}.part")
     for other in target.parent.glob(f".{target.name}.*.part"):
         # Without a name for the version and without a digest nothing would show a mixture.
-        if other != part or not (remote.validator or row.sha256):
+        mixed = not (remote.validator or row.sha256) or other.stat().st_size > remote.size
+        if other != part or mixed:
             other.unlink()
     return part
 
 
-def _bring(row: Row, part: Path, remote: Remote) -> None:
-    """Appends to the part until it has its size, over broken connections."""
-    shown_on = console(stderr=True)
-    bar = Progress(
-        TextColumn(row.file_name[:30]),
-        BarColumn(None),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=shown_on,
-        disable=not shown_on.is_terminal,
-    )
-    with writing(part.parent):
-        part.touch()
-    broken, have = 0, part.stat().st_size
-    with bar:
-        task = bar.add_task("", total=remote.size, completed=have)
-        while have < remote.size:
-            why = _append(row, part, remote, lambda size: bar.update(task, completed=size))
-            now = part.stat().st_size
-            broken = 0 if now > have else broken + 1
-            have = now
-            if broken > RETRIES:
-                raise FetchError(
-                    f"the download broke off at {human_size(have)} of {human_size(remote.size)}"
-                    f": {why}",
-                    "the same command goes on from there",
-                )
-            if have < remote.size:
-                say(f"  broken off at {human_size(have)} ({why}), going on", shown_on)
-                time.sleep(RETRY_SECONDS)
-    if have > remote.size:
-        part.unlink()
-        raise FetchError(f"{row.source_url} sent more than the {remote.size} bytes it announced")
-
-
-def _append(row: Row, part: Path, remote: Remote, moved: Callable[[int], None]) -> str:
-    """One connection's worth of bytes; gives back why it ended."""
-    have = part.stat().st_size
-    headers = {"Range": f"bytes={have}-"} if have else {}
-    if have and remote.validator:
-        headers["If-Range"] = remote.validator
-    try:
-        with _open(row.source_url, headers) as answer, part.open("ab") as sink:
-            begins = f"bytes {have}-"
-            if have and not answer.headers.get("Content-Range", "").startswith(begins):
-                sink.truncate(0)
-                have = 0
-            while chunk := answer.read(CHUNK):
-                with writing(part.parent):
-                    sink.write(chunk)
-                    sink.flush()
-                have += len(chunk)
-                moved(have)
-    except urllib.error.HTTPError as error:
-        raise _refusal(row, error.code) from error
-    except (OSError, http.client.HTTPException) as error:
-        return str(getattr(error, "reason", error)) or type(error).__name__
-    return "connection closed"
+def first_line(error: BaseException) -> str:
+    """What went wrong, without the help that some libraries add."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _refusal(row: Row, code: int) -> FetchError:

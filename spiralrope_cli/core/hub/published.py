@@ -1,4 +1,4 @@
-"""Files in the published layouts: read without running what a pickle asks for, and written.
+"""The published file layouts: read without running what a pickle asks for, and written.
 
 DeiT, `checkpoint.pth`: model, model_ema, epoch, args; `blocks.N.attn.rope.freqs` in each block.
 DiT, `0400000.pt`: model, ema, args; `rope_embedder.freqs` once. No optimizer in what is written.
@@ -18,13 +18,7 @@ import torch
 from torch import Tensor
 
 from spiralrope_cli.core.config.latents import VAE_FACTOR
-from spiralrope_cli.core.config.models import (
-    DEIT_SIZES,
-    DIT_SIZES,
-    DiTSize,
-    TransformerSize,
-    is_dit,
-)
+from spiralrope_cli.core.config.models import DiTSize, TransformerSize, deit_size, dit_size, is_dit
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.catalog import ROWS
@@ -32,7 +26,6 @@ from spiralrope_cli.core.rope import frequencies
 
 StateDict = dict[str, Tensor]
 ZIP_MAGIC = b"PK\x03\x04"
-RAW_KEYS, EMA_KEYS = ("model",), ("model_ema", "ema")
 FREQS_TOLERANCE = 1e-3
 """Relative; averaged weights hold frequencies that crept by up to 2e-4."""
 
@@ -66,23 +59,25 @@ def read_published(path: Path) -> PublishedFile:
     content = load_safely(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__} and no weights")
-    raw, ema = (_first_state(content, keys) for keys in (RAW_KEYS, EMA_KEYS))
-    if raw is None and ema is None:
-        bare = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-        if not bare or len(bare) < len(content):
+    raw = _state_dict_in(content, "model")
+    ema = _state_dict_in(content, "model_ema") or _state_dict_in(content, "ema")
+    if not raw and not ema:
+        if not content or not all(isinstance(value, Tensor) for value in content.values()):
             named = ", ".join(map(str, list(content)[:4])) or "nothing"
             raise CheckpointError(
                 f"{path} is no checkpoint in a published layout: it holds {named}",
                 "it needs a state dict under 'model', or nothing but tensors",
             )
-        return PublishedFile(bare, bare, False, {})
+        return PublishedFile(content, content, False, {})
+    # One set under both names is saved once: the tensors then share their memory.
+    one = all(name in ema and ema[name].data_ptr() == raw[name].data_ptr() for name in raw)
     args = content.get("args")
     if isinstance(args, argparse.Namespace):
         args = vars(args)
     return PublishedFile(
-        raw=raw if raw is not None else ema or {},
-        ema=ema if ema is not None else raw or {},
-        has_both=raw is not None and ema is not None and not _are_one(raw, ema),
+        raw=raw or ema,
+        ema=ema or raw,
+        has_both=bool(raw and ema) and not one,
         args=args if isinstance(args, dict) else {},
         progress=progress_in(content),
     )
@@ -94,21 +89,12 @@ def progress_in(content: dict[str, Any]) -> str:
     return known[0] if known else ""
 
 
-def _are_one(raw: StateDict, ema: StateDict) -> bool:
-    """Whether two state dicts are the same tensors, which the file then holds once."""
-    return all(name in ema and ema[name].data_ptr() == raw[name].data_ptr() for name in raw)
-
-
-def _first_state(content: dict[str, Any], keys: tuple[str, ...]) -> StateDict | None:
-    for key in keys:
-        value = content.get(key)
-        if (
-            isinstance(value, dict)
-            and value
-            and all(isinstance(item, Tensor) for item in value.values())
-        ):
-            return value
-    return None
+def _state_dict_in(content: dict[str, Any], key: str) -> StateDict:
+    """The state dict under a key, empty where there is none."""
+    value = content.get(key)
+    if isinstance(value, dict) and all(isinstance(item, Tensor) for item in value.values()):
+        return value
+    return {}
 
 
 def load_safely(path: Path) -> Any:
@@ -157,33 +143,14 @@ def load_safely(path: Path) -> Any:
         raise CheckpointError(f"{path} is no checkpoint of torch") from error
 
 
-def rope_from_args(args: dict[str, Any]) -> dict[str, Any] | None:
-    """RoPE options of a run's `args`, by the fields of RopeConfig; None where they have none.
-
-    DiT files put `rope_` in front of the names, DeiT files do not.
-    """
-    if args.get("use_rope") is False:
-        return {"enabled": False}
-    names = RopeConfig.__dataclass_fields__
-    prefix = "rope_" if "rope_rotate" in args else ""
-    if f"{prefix}rotate" not in args:
-        return None
-    found = {name: args[prefix + name] for name in names if prefix + name in args}
-    return {**found, "theta": float(found.get("theta", RopeConfig.theta))}
-
-
-def without_freqs(state: StateDict) -> tuple[StateDict, list[Tensor]]:
+def split_freqs(state: StateDict) -> tuple[StateDict, list[Tensor]]:
     """The state without frequency buffers, and those."""
-    kept = {name: value for name, value in state.items() if not _is_freqs(name)}
-    return kept, [value for name, value in state.items() if _is_freqs(name)]
-
-
-def _is_freqs(name: str) -> bool:
-    return name.endswith(("rope.freqs", "rope_embedder.freqs"))
+    freqs = {n: v for n, v in state.items() if n.endswith(("rope.freqs", "rope_embedder.freqs"))}
+    return {n: v for n, v in state.items() if n not in freqs}, list(freqs.values())
 
 
 def freqs_note(stored: list[Tensor], rope: RopeConfig, head_dim: int) -> str | None:
-    """What to look at where a file's frequencies are not those that the options give."""
+    """Which options to check where a file's frequencies are not those that they give."""
     if not stored or not rope.enabled:
         return None
     ours = frequencies(rope, head_dim)
@@ -200,32 +167,13 @@ def freqs_note(stored: list[Tensor], rope: RopeConfig, head_dim: int) -> str | N
     return None
 
 
-def head_dim_of(state: StateDict, freqs: list[Tensor], rope: RopeConfig, args: Any) -> int:
-    """Channels per head: by the frequencies, the file's `num_heads`, or the tables of sizes."""
-    if freqs:
-        shared = rope.same_theta and rope.freqs_for == "lang"
-        return 4 * len(freqs[0]) * (max(rope.rotate, 1) if shared else 1)
-    dim = state["blocks.0.attn.proj.bias"].shape[0]
-    if heads := args.get("num_heads"):
-        return dim // int(heads)
-    sizes: list[TransformerSize | DiTSize] = [*DEIT_SIZES.values(), *DIT_SIZES.values()]
-    return {(size.dim, size.depth): size.head_dim for size in sizes}.get((dim, depth_of(state)), 64)
-
-
-def depth_of(state: StateDict) -> int:
-    """Blocks of the network."""
-    return 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-
-
 @dataclass(frozen=True)
-class Described:
-    """A network, as far as a published file tells of it.
+class NetworkSpec:
+    """The network that weights belong to, as far as a published file tells of it.
 
     Attributes:
         arch: `--arch`.
         rope: options of the rotary embedding.
-        num_heads: heads per block.
-        head_dim: channels per head.
         num_classes: outputs of a DeiT; classes of a DiT, without the null class.
         size: (height, width) in pixels, or of the latent.
         grid: patches as (rows, columns).
@@ -235,17 +183,20 @@ class Described:
 
     arch: str
     rope: RopeConfig
-    num_heads: int
-    head_dim: int
     num_classes: int
     size: tuple[int, int]
     grid: tuple[int, int]
     pretrain_grid: tuple[int, int]
     qk_norm: bool = False
 
+    @property
+    def transformer(self) -> TransformerSize | DiTSize:
+        """Width, depth and heads."""
+        return dit_size(self.arch) if is_dit(self.arch) else deit_size(self.arch)
+
 
 def published_content(
-    network: Described,
+    network: NetworkSpec,
     raw: StateDict,
     averaged: StateDict,
     *,
@@ -262,20 +213,20 @@ def published_content(
         progress: `epoch`, counted from 0, or `step`, as far as known.
         ema: whether one set alone is the averaged one.
     """
-    first = with_freqs(raw, network)
-    second = first if averaged is raw else with_freqs(averaged, network)
+    first = _with_freqs(raw, network)
+    second = first if averaged is raw else _with_freqs(averaged, network)
     ema_key = "ema" if is_dit(network.arch) else "model_ema"
-    args = published_args(network)
+    args = _published_args(network)
     if averaged is raw:
         args["weights"] = "ema" if ema else "model"
     return {"model": first, ema_key: second, **progress, "args": args}
 
 
-def with_freqs(state: StateDict, network: Described) -> StateDict:
+def _with_freqs(state: StateDict, network: NetworkSpec) -> StateDict:
     """The state dict with the frequencies where published files have them."""
     if not network.rope.enabled:
         return dict(state)
-    freqs = frequencies(network.rope, network.head_dim).to(torch.float32)
+    freqs = frequencies(network.rope, network.transformer.head_dim).to(torch.float32)
     found: dict[str, Tensor] = {}
     for name, value in state.items():
         found[name] = value
@@ -287,49 +238,40 @@ def with_freqs(state: StateDict, network: Described) -> StateDict:
     return found
 
 
-def published_args(network: Described) -> dict[str, Any]:
+def _published_args(network: NetworkSpec) -> dict[str, Any]:
     """The options of the run by their published names, and what those do not tell."""
     rope = {name: value for name, value in asdict(network.rope).items() if name != "enabled"}
     height, width = network.size
+    model, side, classes = network.arch, "image_size", "num_classes"
     if is_dit(network.arch):
         height, width = VAE_FACTOR * height, VAE_FACTOR * width
         rope = {f"rope_{name}": value for name, value in rope.items()}
-        side, classes = "image_size", "num_classes"
     else:
-        side, classes = "input_size", "nb_classes"
+        folders = (PurePosixPath(row.file).parent for row in ROWS if row.arch == network.arch)
+        model, side, classes = str(next(folders, network.arch)), "input_size", "nb_classes"
     return {
-        "model": _published_name(network.arch),
+        "model": model,
         side: height if height == width else [height, width],
         classes: network.num_classes,
         "use_rope": network.rope.enabled,
         **rope,
-        "num_heads": network.num_heads,
+        "num_heads": network.transformer.heads,
         "grid": list(network.grid),
         "pretrain_grid": list(network.pretrain_grid),
     }
 
 
-def not_expressed(network: Described) -> tuple[str, ...]:
-    """What code for published files would compute otherwise, one line each."""
-    rope, grid = network.rope, network.grid
-    turned = rope.enabled and rope.rotate >= 2
-    moved = rope.enabled and network.pretrain_grid != grid and rope.scaling == "interpolate"
-    told = (
-        (turned and rope.projection == "exact", "cuts off what --projection exact does not"),
-        (
-            moved,
-            f"takes {_by(grid)} patches for the trained grid, not {_by(network.pretrain_grid)}",
-        ),
-        (rope.enabled and grid[0] != grid[1], f"knows square grids alone, and not {_by(grid)}"),
-        (network.qk_norm, "has no normalised queries and keys"),
-    )
-    return tuple(f"code for published files {what}: its outputs differ" for no, what in told if no)
-
-
-def _published_name(arch: str) -> str:
-    folders = (PurePosixPath(row.file).parent for row in ROWS if row.arch == arch)
-    return arch if is_dit(arch) else str(next(folders, arch))
-
-
-def _by(grid: tuple[int, int]) -> str:
-    return f"{grid[0]}x{grid[1]}"
+def incompatibilities(network: NetworkSpec) -> list[str]:
+    """What code for published files would compute differently, one line each."""
+    rope, (rows, columns) = network.rope, network.grid
+    found = []
+    if rope.enabled and rope.rotate >= 2 and rope.projection == "exact":
+        found.append("cuts off what --projection exact does not")
+    if rope.enabled and network.pretrain_grid != network.grid and rope.scaling == "interpolate":
+        trained = "x".join(map(str, network.pretrain_grid))
+        found.append(f"takes {rows}x{columns} patches for the trained grid, not {trained}")
+    if rope.enabled and rows != columns:
+        found.append(f"knows square grids alone, and not {rows}x{columns}")
+    if network.qk_norm:
+        found.append("has no normalised queries and keys")
+    return [f"code for published files {what}: its outputs differ" for what in found]

@@ -28,7 +28,7 @@ from spiralrope_cli.core.config.rope import RopeConfig, given_rope
 from spiralrope_cli.core.config.runs import EvalProtocol, ModelConfig
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
-from spiralrope_cli.core.hub.files import digest_like
+from spiralrope_cli.core.hub.files import sha256_of
 from spiralrope_cli.core.hub.source import Source, find_source, newest_run
 from spiralrope_cli.core.plots.curves import sizes
 from spiralrope_cli.core.plots.style import save
@@ -166,7 +166,7 @@ def settled_row(
 ) -> EvalRow:
     """One row, checked; without size and ratio, those of the weights and of the data set."""
     from spiralrope_cli.core.load import at_size
-    from spiralrope_cli.core.weights import colours
+    from spiralrope_cli.core.weights import mean_std
 
     source = weights.source
     if is_dit(weights.arch):
@@ -203,7 +203,7 @@ def settled_row(
             image_size=size,
             in_chans=trained.in_chans,
             crop_ratio=ratio or data_set.defaults["crop_ratio"],
-            **colours(weights, data_set.defaults, trained.in_chans),
+            **mean_std(weights, data_set.defaults, trained.in_chans),
         ),
         folder=str(folder.resolve()),
     )
@@ -380,4 +380,4 @@ def described_row(row: EvalRow) -> Record:
 @cache
 def sha256(file: str) -> str:
     """Digest of a whole file, read piece by piece, once for all rows."""
-    return digest_like(Path(file), "")[1]
+    return sha256_of(Path(file))

@@ -1,7 +1,4 @@
-"""`export`: weights to hand on, in the published layout or as safetensors with a model card.
-
-What loads torch is imported where it is needed: a refusal comes without it.
-"""
+"""`export`: weights to share, in the published layout or as safetensors with a model card."""
 
 from __future__ import annotations
 
@@ -12,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spiralrope_cli.core.config.hub import ExportRun
-from spiralrope_cli.core.config.models import deit_size, dit_size, is_dit
+from spiralrope_cli.core.config.models import is_dit
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.rope import given_rope
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.hub.catalog import ROWS
-from spiralrope_cli.core.hub.files import OTHER_DISK, digest_like, refuse_existing, whole
+from spiralrope_cli.core.hub.files import OTHER_DISK, new_path, refuse_existing, sha256_of
 from spiralrope_cli.core.hub.model_card import eval_rows, model_card
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.runtime.progress import human_size, say, say_result
@@ -26,14 +23,13 @@ from spiralrope_cli.core.runtime.run_folder import CONFIG_FILE, EVAL_FILE, MODEL
 if TYPE_CHECKING:
     import torch
 
-    from spiralrope_cli.core.hub.published import Described, StateDict
+    from spiralrope_cli.core.hub.published import NetworkSpec, StateDict
     from spiralrope_cli.core.weights import Weights
 
 EXPORTS_FOLDER = "exports"
 CARD_FILE = "README.md"
-HEADROOM = 1 << 20
-"""Bytes for names, args and the card beside the tensors."""
-SPEAKS_OF_NOTHING = ("model", "ema", "checkpoint", "best_checkpoint")
+HEADROOM = 1 << 20  # bytes for names, args and the card beside the tensors
+GENERIC_NAMES = ("model", "ema", "checkpoint", "best_checkpoint")
 
 
 def export(given: dict[str, Any]) -> None:
@@ -69,18 +65,15 @@ class Export:
     """
 
     weights: Weights
-    network: Described
+    network: NetworkSpec
     sets: tuple[StateDict, ...]
     target: Path
 
 
 def settle(config: ExportRun, rope: dict[str, Any]) -> Export:
-    """Reads the weights, all of them, and finds where they go.
+    """Reads the weights, all of them, and finds where they go; what is published is fetched.
 
-    Args:
-        config: what the user wants; what is published is fetched. Without a choice of `ema`, raw
-            weights, and both into a published file.
-        rope: field name -> value, options of the user, which win over the source's.
+    Without a choice of `ema` these are the raw weights, and both sets for a published file.
 
     Raises:
         CheckpointError: weights that cannot be read or are not whole.
@@ -98,45 +91,41 @@ def settle(config: ExportRun, rope: dict[str, Any]) -> Export:
     weights = read_weights(source, ema=bool(config.ema), rope=rope)
     network, state = whole_state(weights)
     sets: tuple[StateDict, ...] = (state,)
-    word = "ema" if weights.ema else "raw" if layout == "published" else ""
+    kind = "ema" if weights.ema else "raw" if layout == "published" else ""
     if layout == "published" and config.ema is None:
         other = read_weights(source, ema=True, rope=rope)
         if other.ema and not weights.ema:
-            sets, word = (state, whole_state(other)[1]), ""
-    out = Path(config.out) if config.out else default_target(weights, layout, word)
+            sets, kind = (state, whole_state(other)[1]), ""
+    out = Path(config.out) if config.out else default_target(weights, layout, kind)
     return Export(weights, network, sets, out)
 
 
-def whole_state(weights: Weights) -> tuple[Described, StateDict]:
+def whole_state(weights: Weights) -> tuple[NetworkSpec, StateDict]:
     """What the weights belong to, and their tensors, none missing, in the network's order."""
     import torch
 
-    from spiralrope_cli.core.hub.published import Described
-    from spiralrope_cli.core.load import create, fitted
+    from spiralrope_cli.core.hub.published import NetworkSpec
+    from spiralrope_cli.core.load import create, fit_state_dict
     from spiralrope_cli.core.models.dit import DiT
     from spiralrope_cli.core.rope import to_2tuple
 
     with torch.device("meta"):
         model = create(weights)
-    found = fitted(weights, model)
-    state = {name: apart(found[name]) for name in model.state_dict()}
-    size = dit_size(weights.arch) if is_dit(weights.arch) else deit_size(weights.arch)
-    network = Described(
+    found = fit_state_dict(weights, model)
+    network = NetworkSpec(
         arch=weights.arch,
         rope=weights.rope,
-        num_heads=size.heads,
-        head_dim=size.head_dim,
         num_classes=model.num_classes,
         size=model.input_size if isinstance(model, DiT) else model.image_size,
         grid=model.grid,
         pretrain_grid=to_2tuple(weights.options.get("pretrain_grid") or model.grid),
         qk_norm=bool(weights.options.get("qk_norm")),
     )
-    return network, state
+    return network, {name: own_memory(found[name]) for name in model.state_dict()}
 
 
-def apart(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor with memory of its own; a view would write all that it looks at."""
+def own_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor without anything beside it: a view would be saved with all that it is a part of."""
     import torch
 
     if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
@@ -144,19 +133,19 @@ def apart(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def default_target(weights: Weights, layout: str, word: str) -> Path:
+def default_target(weights: Weights, layout: str, kind: str) -> Path:
     """A name below `exports/` that says which weights they are."""
     source, file = weights.source, weights.file.resolve()
     if source.row:
         name = source.row.name.replace("@", "-")
     elif source.run:
         name = f"{source.run.resolve().name}-{file.parent.name}"
-    elif file.stem in SPEAKS_OF_NOTHING or file.stem.isdigit():
+    elif file.stem in GENERIC_NAMES or file.stem.isdigit():
         name = f"{file.parent.name}-{file.stem}"
     else:
         name = file.stem
     suffix = {"published": ".pt" if is_dit(weights.arch) else ".pth"}.get(layout, "")
-    return Path(EXPORTS_FOLDER) / ("-".join(filter(None, (name, word))) + suffix)
+    return Path(EXPORTS_FOLDER) / ("-".join(filter(None, (name, kind))) + suffix)
 
 
 def write_published(export: Export) -> None:
@@ -169,7 +158,7 @@ def write_published(export: Export) -> None:
     content = published_content(
         export.network, raw, averaged, progress=progress_of(weights), ema=weights.ema
     )
-    with whole(export.target) as beside:
+    with new_path(export.target) as beside:
         torch.save(content, beside)
 
 
@@ -179,16 +168,14 @@ def write_safetensors(export: Export) -> None:
     from safetensors.torch import save_file
 
     weights, target = export.weights, export.target
-    config = json.dumps(
-        {
-            **weights.config,
-            "arch": weights.arch,
-            "rope": dataclasses.asdict(weights.rope),
-            "model": {**weights.config.get("model", {}), **weights.options},
-        }
-    )
+    config = {
+        **weights.config,
+        "arch": weights.arch,
+        "rope": dataclasses.asdict(weights.rope),
+        "model": {**weights.config.get("model", {}), **weights.options},
+    }
     metadata = {
-        "config": config,
+        "config": json.dumps(config),
         **{unit: str(number) for unit, number in progress_of(weights).items()},
         "weights": "ema" if weights.ema else "model",
         "format": "pt",
@@ -197,13 +184,14 @@ def write_safetensors(export: Export) -> None:
     folders = [weights.file.parent, *([weights.source.run] if weights.source.run else [])]
     rows: list[dict[str, Any]] = []
     if any((folder / EVAL_FILE).is_file() for folder in folders):
-        rows = eval_rows(folders, digest_like(weights.file, "")[1], weights.ema)
+        rows = eval_rows(folders, sha256_of(weights.file), weights.ema)
     of_network = (weights.arch, weights.rope, weights.options)
     card = model_card(target.name, weights.what(), *of_network, training_set(weights), rows)
-    with whole(target) as beside:
+    with new_path(target) as beside:
         beside.mkdir()
         save_file(export.sets[0], beside / MODEL_FILE, metadata)
-        (beside / CONFIG_FILE).write_text(yaml.safe_dump(json.loads(config), sort_keys=False))
+        plain = json.loads(metadata["config"])  # lists, which YAML knows, in place of tuples
+        (beside / CONFIG_FILE).write_text(yaml.safe_dump(plain, sort_keys=False))
         (beside / CARD_FILE).write_text(card)
 
 
@@ -231,15 +219,15 @@ def training_set(weights: Weights) -> str:
 
 def report(export: Export, layout: str) -> None:
     """Notes and what was written, and on stdout where it is."""
-    from spiralrope_cli.core.hub.published import not_expressed
+    from spiralrope_cli.core.hub.published import incompatibilities
 
     weights, target = export.weights, export.target
-    of_layout = not_expressed(export.network) if layout == "published" else ()
+    of_layout = incompatibilities(export.network) if layout == "published" else []
     for note in (*weights.notes, *of_layout):
         say(f"note: {note}")
     sets = "raw and averaged (EMA)" if len(export.sets) > 1 else ""
     say(f"{weights.source.given}: {weights.what(sets)}, {layout} layout")
-    in_folder = [target / name for name in (MODEL_FILE, CONFIG_FILE, CARD_FILE)]
-    for path in in_folder if target.is_dir() else [target]:
+    files = [target / name for name in (MODEL_FILE, CONFIG_FILE, CARD_FILE)]
+    for path in files if target.is_dir() else [target]:
         say(f"  {path.name}: {human_size(path.stat().st_size)}")
     say_result(str(target))

@@ -138,14 +138,14 @@ def look_at(image: str, weights: Weights, size: tuple[int, int]) -> tuple[np.nda
 
     from spiralrope_cli.core.data.augment import eval_transform
     from spiralrope_cli.core.data.files import ImageFiles
-    from spiralrope_cli.core.weights import colours
+    from spiralrope_cli.core.weights import mean_std
 
     channels = weights.options["in_chans"]
     files = ImageFiles([(image, 0)], eval_transform(size, 1.0), grey=channels == 1)
     pixels, _, unreadable = files[0, None]
     if unreadable is not None:
         raise DataError(f"IMAGE {image} cannot be read: {unreadable.reason}")
-    known = colours(weights, PHOTOGRAPHS, channels)
+    known = mean_std(weights, PHOTOGRAPHS, channels)
     mean, std = (torch.tensor(known[name]).view(-1, 1, 1) for name in ("mean", "std"))
     images = (torch.from_numpy(pixels.copy()).float() / 255 - mean) / std
     return pixels[0] if channels == 1 else pixels.transpose(1, 2, 0), images[None]

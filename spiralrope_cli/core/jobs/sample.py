@@ -32,7 +32,7 @@ from spiralrope_cli.core.config.samples import (
 )
 from spiralrope_cli.core.config.training import MachineConfig, TrainOptions
 from spiralrope_cli.core.errors import CheckpointError
-from spiralrope_cli.core.hub.files import digest_like
+from spiralrope_cli.core.hub.files import sha256_of
 from spiralrope_cli.core.hub.networks import find_vae, local_vae
 from spiralrope_cli.core.hub.source import Source, find_source
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, world_size
@@ -125,7 +125,7 @@ def settle(
     usual = {"num": num_samples(of_run.get("data", "")), "batch_size": fitting, "out": RUNS_FOLDER}
     settled = {
         "file": str(weights.file),
-        "sha256": digest_like(weights.file, "sha256")[1],
+        "sha256": sha256_of(weights.file),
         "vae_sha256": files.sha256() if files else "",
         "rope": rope,
         "num_classes": network["num_classes"],
