@@ -47,11 +47,9 @@ def random_cache(folder: Path) -> LatentCache:
         precision="float32",
         shard_size=CACHED,
     )
-    latents.begin(folder, plan, [])
     plain, mirrored = torch.rand(2, CACHED, 2, *plan.latent_shape)
     labels = torch.zeros(CACHED, dtype=torch.int64)
-    shard = latents.write_shard(folder, 0, plain, mirrored, labels, {})
-    latents.finish(folder, plan, [shard])
+    latents.write_shard(folder, plan, 0, plain, mirrored, labels, {})
     return LatentCache(folder)
 
 

@@ -344,7 +344,7 @@ REFUSED = {
             "--vae x",
             "--image-size 8 does not split into the patches of 2 of dit-ti2 through the VAE",
         ),
-        ("--latents nowhere", "--latents nowhere has no manifest.json"),
+        ("--latents nowhere", "--latents nowhere holds no latents"),
         ("--hflip 2", "--hflip is 2.0"),
         ("--steps -1", "--steps is -1"),
         ("--lr nan", "--lr is nan"),
@@ -516,7 +516,7 @@ REFUSED = {
         ("--out p --cfg-scale -1", "--cfg-scale is -1.0"),
         ("--out p --rotate -1", "--rotate is -1"),
         ("--out p --arch deit-s", "--arch deit-s is not known"),
-        ("--out p --latents nowhere", "--latents nowhere has no manifest.json"),
+        ("--out p --latents nowhere", "--latents nowhere holds no latents"),
         ("--out p --lr nan", "--lr is nan"),
     ],
     "dit-sample": [

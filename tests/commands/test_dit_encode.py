@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from spiralrope_cli import GaussianDiffusion, create_model
@@ -55,6 +56,10 @@ def one_thread(monkeypatch):
     torch.set_num_threads(before)
 
 
+def work(run):
+    encode.work(encode.settle(run))
+
+
 def config_of(photos, vae, out, **changes):
     values = {
         "data": str(photos),
@@ -77,7 +82,7 @@ def make(photos, tiny_vae, tmp_path):
 def made(photos, tiny_vae, tmp_path_factory):
     """A finished cache, not to be changed."""
     out = tmp_path_factory.mktemp("made") / "latents"
-    encode.work(config_of(photos, tiny_vae, out))
+    work(config_of(photos, tiny_vae, out))
     return out
 
 
@@ -95,7 +100,7 @@ def test_training_from_the_cache_is_training_with_the_vae(made, photos, tiny_vae
     files = sorted(photos.glob("*/*.png"))
     assert len(cache) == len(files) == 40
     assert cache.labels.tolist() == [int(path.parent.name[-1]) for path in files]
-    assert cache.manifest.plan.class_names == ("class0", "class1", "class2")
+    assert cache.metadata.plan.class_names == ("class0", "class1", "class2")
 
     numbers = torch.tensor([3, 39, 17, 16, 0, 25])
     mirrored = torch.tensor([True, False, True, False, False, True])
@@ -147,21 +152,21 @@ def test_an_interrupted_run_goes_on(make, made, monkeypatch, capfd):
     config = make()
     write, written = cached_latents.write_shard, []
 
-    def write_and_stop(folder, number, *rest):
+    def write_and_stop(folder, plan, number, *rest):
         written.append(number)
         if number == 1:  # the signal comes while the second shard is made
             signal.raise_signal(signal.SIGTERM)
-        return write(folder, number, *rest)
+        return write(folder, plan, number, *rest)
 
     monkeypatch.setattr(cached_latents, "write_shard", write_and_stop)
     with pytest.raises(SystemExit) as left:
-        encode.work(config)
+        work(config)
     assert left.value.code == 143
     assert "the same command goes on" in capfd.readouterr().err
-    with pytest.raises(DataError, match="manifest"):
+    with pytest.raises(DataError, match=r"00002\.safetensors is missing"):
         LatentCache(Path(config.out))
     assert written == [0, 1]
-    encode.work(config)
+    work(config)
     assert written == [0, 1, 2]
     same_caches(config.out, made)
 
@@ -170,7 +175,7 @@ def test_a_signal_within_a_shard_ends_it_at_once(make, monkeypatch, tmp_path):
     config = make()
     monkeypatch.setattr(StopRequest, "listen", lambda self: setattr(self, "signal_number", 2))
     with pytest.raises(SystemExit) as left:
-        encode.work(config)
+        work(config)
     assert left.value.code == 130
     assert not list(tmp_path.glob("latents/*.safetensors"))
 
@@ -180,14 +185,14 @@ def test_a_kill_leaves_whole_shards_alone(make, started, photos, tiny_vae, tmp_p
     words = ("dit-encode", "--data", photos, "--vae", tiny_vae, "--image-size", "64")
     child = started(*words, "--out", out, "--batch-size", 1, "--device", "cpu", "--workers", 0)
     until = time.monotonic() + 120
-    while not (out / "unfinished" / "00000.json").exists() and time.monotonic() < until:
+    while not (out / "00000.safetensors").exists() and time.monotonic() < until:
         time.sleep(0.005)
     child.kill()
     child.wait()
     config = make(out=str(out), image_size=(64, 64))
     there = {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
     assert 1 <= len(there) < 3
-    encode.work(config)
+    work(config)
     LatentCache(out).verify()
     assert there["00000.safetensors"] == (out / "00000.safetensors").read_bytes()
 
@@ -198,14 +203,14 @@ def test_what_is_damaged_is_encoded_again_and_only_that(make, made, capfd):
     cache = LatentCache(Path(config.out))
     before = cache.mean_std(torch.arange(40), torch.arange(40) % 2 == 0)
     before = [each.clone() for each in before]
-    out = cache.manifest.folder
+    out = cache.metadata.folder
     untouched = (out / "00000.safetensors").stat().st_mtime_ns
     content = bytearray((out / "00001.safetensors").read_bytes())
     content[-5] ^= 1
     (out / "00001.safetensors").write_bytes(content)
     (out / "00002.safetensors").unlink()
     capfd.readouterr()
-    encode.work(config)
+    work(config)
     told = capfd.readouterr().err
     assert "00001.safetensors is damaged" in told
     assert "00002.safetensors is missing" in told
@@ -215,7 +220,7 @@ def test_what_is_damaged_is_encoded_again_and_only_that(make, made, capfd):
     after = cache.mean_std(torch.arange(40), torch.arange(40) % 2 == 0)
     torch.testing.assert_close(after[0], before[0], rtol=0, atol=1e-5)
 
-    encode.work(config)
+    work(config)
     assert "is finished: all 3 shards are as they should be" in capfd.readouterr().err
 
 
@@ -229,11 +234,11 @@ def with_bad(photos, tmp_path):
 
 def test_unreadable_images_are_left_out_and_told(make, with_bad, capfd):
     config = make(data=str(with_bad))
-    encode.work(config)
+    work(config)
     assert "2 image(s) could not be read" in capfd.readouterr().err
     cache = LatentCache(Path(config.out))
     assert len(cache) == 38
-    paths = [path for shard in cache.manifest.shards for path in shard.unreadable]
+    paths = [path for shard in cache.metadata.shards for path in shard.unreadable]
     assert [path[-6:] for path in paths] == ["00.png", "33.png"]
     left = [n for n in range(40) if n not in (0, 33)]
     assert sorted(cache.labels.tolist()) == sorted(n % 3 for n in left)
@@ -244,42 +249,39 @@ STRICT = MachineConfig(nproc=1, device="cpu", precision="fp32", workers=0)
 
 def test_an_unreadable_image_ends_the_run_otherwise(make, with_bad):
     with pytest.raises(DataError, match=r"00\.png cannot be read"):
-        encode.work(make(data=str(with_bad), machine=STRICT))
+        work(make(data=str(with_bad), machine=STRICT))
 
 
 def test_images_that_can_be_read_by_now_are_encoded(make, with_bad, photos, capfd):
     config = make(data=str(with_bad))
-    encode.work(config)
-    encode.work(config)
+    work(config)
+    work(config)
     assert "is finished: all 3 shards" in capfd.readouterr().err
     with pytest.raises(DataError, match=r"00\.png cannot be read"):
-        encode.work(make(data=str(with_bad), machine=STRICT))
+        work(make(data=str(with_bad), machine=STRICT))
     shutil.copy(photos / "class0" / "33.png", with_bad / "class0")
-    encode.work(config)
+    work(config)
     assert len(LatentCache(Path(config.out))) == 39
     shutil.copy(photos / "class0" / "00.png", with_bad / "class0")
-    encode.work(make(data=str(with_bad), machine=STRICT))
+    work(make(data=str(with_bad), machine=STRICT))
     assert len(LatentCache(Path(config.out))) == 40
 
 
-def test_damaged_records_have_a_way_out(make, made, tmp_path, capfd):
+def test_a_set_of_unreadable_images_is_told(make, with_bad, capfd):
+    for path in with_bad.glob("*/*.png"):
+        path.write_bytes(b"no image")
+    for _ in range(2):
+        with pytest.raises(DataError, match="none of the 40 images"):
+            work(make(data=str(with_bad)))
+
+
+def test_a_shard_of_something_else_is_encoded_again(make, made, capfd):
     config = make()
     shutil.copytree(made, config.out)
-    manifest, records = Path(config.out, "manifest.json"), Path(config.out, "unfinished")
-    cached_latents.begin(Path(config.out), LatentCache(made).manifest.plan, [])
-    (records / "00000.json").touch()
-    encode.work(config)  # a shard without a record is made anew
-    assert len(LatentCache(Path(config.out))) == 40
-    manifest.write_text("{")
-    with pytest.raises(DataError, match="is damaged") as refused:
-        encode.work(config)
-    assert "remove it" in refused.value.hint
-    manifest.unlink()
-    records.mkdir()
-    (records / "plan.json").write_text("{")
-    with pytest.raises(DataError, match="cannot be read") as refused:
-        encode.work(config)
-    assert f"remove {records}" in refused.value.hint
+    save_file({"labels": torch.zeros(1)}, Path(config.out, "00001.safetensors"))
+    work(config)
+    assert "00001.safetensors is damaged: " in capfd.readouterr().err
+    same_caches(config.out, made)
 
 
 def test_a_cache_is_kept_from_classes_and_runs(call, photos, tiny_vae, runs):
@@ -315,7 +317,8 @@ def test_options_reach_the_run(call, photos, tiny_vae):
     words = ("--data", photos, "--vae", tiny_vae, "--image-size", "16x24", "--device", "cpu")
     result, launched = call(*words, "--batch-size", 3, "--out", "o", "--skip-bad", "--nproc", 3)
     assert result.exit_code == 0, result.output
-    (run,) = launched
+    (plan,) = launched
+    run = plan.run
     assert (run.image_size, run.batch_size, run.out) == ((16, 24), 3, "o")
     assert (run.machine.skip_bad, run.machine.nproc) == (True, 3)
     assert run.machine.precision == "fp32"
@@ -405,8 +408,8 @@ def test_a_folder_of_other_latents_is_refused(made, call, photos, tiny_vae):
     assert "3 are there" in result.stderr
 
 
-def test_the_manifest_names_the_vae_and_the_data(made, photos, tiny_vae):
-    told = json.loads((made / "manifest.json").read_text())
-    assert told["vae"] == str(tiny_vae)
-    assert told["data"] == str(photos.resolve())
-    assert len(told["vae_sha256"]) == 64
+def test_the_cache_names_the_vae_and_the_data(made, photos, tiny_vae):
+    plan = LatentCache(made).metadata.plan
+    assert plan.vae == str(tiny_vae)
+    assert plan.data == str(photos.resolve())
+    assert len(plan.vae_sha256) == 64

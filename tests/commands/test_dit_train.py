@@ -110,7 +110,7 @@ def test_a_config_file_repeats_a_run_and_options_win(runs, resolved):
         (["--image-size", "9"], "the nearest that does: 8"),
         (["--vae", "ema"], "through the VAE, which divides by 8"),
         (["--vae", "nowhere", "--image-size", "16"], "--vae nowhere is neither"),
-        (["--latents", "nowhere"], "--latents nowhere has no manifest.json"),
+        (["--latents", "nowhere"], "--latents nowhere holds no latents"),
         (["--label-dropout", "1"], "--label-dropout is 1.0"),
         (["--hflip", "2"], "--hflip is 2.0"),
         (["--schedule", "published"], "must be cosine or constant"),

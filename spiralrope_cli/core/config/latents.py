@@ -1,6 +1,12 @@
-"""Cached latents in words: the run that makes them, and the manifest that says what they are.
+"""Cached latents in words: the run that makes them, and what the headers of their files say.
 
-Standard library only, so that a cache that does not fit shows before any worker starts.
+FOLDER/00000.safetensors    `plain` and `mirrored` [n, 2, L, h, w] float32, `labels` [n] int64; of
+                            the dimension of 2, the first is the posterior's mean and the second its
+                            standard deviation, not scaled. The metadata hold the plan that every
+                            shard of the folder follows, images that were left out, and a checksum.
+
+A cache is whole when all shards of its plan are there. No torch here, so that a cache that does
+not fit shows before any worker starts.
 """
 
 from __future__ import annotations
@@ -10,7 +16,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from spiralrope_cli.core.config.datasets import BUILT_IN, class_folders, class_names
 from spiralrope_cli.core.config.models import SIZE
@@ -30,7 +36,10 @@ EXACT = "fp32"
 """Latents are made once and used for a whole training, so that the exact ones are worth it."""
 
 CROP = "adm-centre"
-MANIFEST_FILE = "manifest.json"
+METADATA_KEY = "latents"
+"""One key with a JSON text: safetensors writes several in any order, and bytes would differ."""
+
+TENSORS = ("plain", "mirrored", "labels")
 LARGEST_SHARD, SMALLEST_SHARD, WANTED_SHARDS = 1024, 16, 64
 
 
@@ -164,26 +173,41 @@ def shard_size_for(num_files: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One file of a cache.
+    """What the metadata of one file say.
 
     Attributes:
-        file: its name.
+        number: of the shard, which is its name.
+        plan: that it was made after.
         count: images in it.
-        size: in bytes.
-        crc32: of the whole file, eight hexadecimal digits.
         unreadable: path -> reason of the images that were left out.
+        crc32: of all that it holds, eight hexadecimal digits.
     """
 
-    file: str
+    number: int
+    plan: CachePlan
     count: int
-    size: int
-    crc32: str
-    unreadable: dict[str, str] = field(default_factory=dict)
+    unreadable: dict[str, str]
+    crc32: str = ""
+
+    @property
+    def file(self) -> str:
+        """Its name in the folder."""
+        return shard_file(self.number)
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size, but for the header."""
+        return self.count * self.plan.bytes_per_image
+
+
+def shard_file(number: int) -> str:
+    """The name of a shard."""
+    return f"{number:05d}.safetensors"
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """A whole cache: the plan it was made after, and its shards in order."""
+class CacheMetadata:
+    """A whole cache without its latents: the plan it was made after, and its shards in order."""
 
     folder: Path
     plan: CachePlan
@@ -218,68 +242,83 @@ class Manifest:
             )
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a whole cache, whose shards are all there in their right sizes.
+def read_metadata(folder: Path) -> CacheMetadata:
+    """The metadata of a whole cache.
 
     Raises:
-        DataError: no cache, an unfinished one, or one with a missing or truncated shard.
+        DataError: no cache, or one with a shard that is missing, cut or of another plan.
     """
-    manifest = load_manifest(folder)
-    if wrong := wrong_sizes(folder, manifest.shards):
-        raise damaged(folder, wrong)
-    return manifest
-
-
-def load_manifest(folder: Path) -> Manifest:
-    """The manifest alone.
-
-    Raises:
-        DataError: there is none, or it is damaged.
-    """
-    path = folder / MANIFEST_FILE
-    try:
-        content = json.loads(path.read_text())
-        shards = tuple(Shard(**shard) for shard in content["shards"])
-        return Manifest(folder, plan_from(content), shards)
-    except FileNotFoundError as error:
+    shards, wrong = read_shards(folder)
+    if not (shards or wrong):
         raise DataError(
-            f"--latents {folder} has no {MANIFEST_FILE}",
-            "spiralrope dit-encode writes it when all images are encoded; the same command again "
-            "goes on with an interrupted cache",
-        ) from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        hint = "remove it; the same spiralrope dit-encode command then encodes all images again"
-        raise DataError(f"{path} is damaged, or of another version: {error}", hint) from error
+            f"--latents {folder} holds no latents",
+            "spiralrope dit-encode makes them; the same command again goes on with an "
+            "interrupted cache",
+        )
+    if not shards:
+        raise damaged(folder, wrong)
+    plan = next(iter(shards.values())).plan
+    missing = (shard_file(number) for number in range(plan.num_shards) if number not in shards)
+    bad = {file: wrong.get(file, "is missing") for file in missing}
+    bad |= {s.file: "is of other options than the first" for s in shards.values() if s.plan != plan}
+    if bad:
+        raise damaged(folder, bad)
+    metadata = CacheMetadata(folder, plan, tuple(shards.values()))
+    if not metadata.count:
+        raise DataError(f"--latents {folder}: none of its {plan.num_files} images could be read")
+    return metadata
 
 
-def plan_from(content: dict[str, Any]) -> CachePlan:
-    """The plan in what a manifest holds."""
-    values = {each.name: content[each.name] for each in dataclasses.fields(CachePlan)}
-    for name in ("class_names", "image_size"):
-        values[name] = tuple(values[name])
-    return CachePlan(**values)
+def read_shards(folder: Path) -> tuple[dict[int, Shard], dict[str, str]]:
+    """The shards of a folder by number, and file -> what is wrong with the others.
 
+    Only headers are read, which also show whether a file was cut.
+    """
+    from safetensors import SafetensorError
 
-def wrong_sizes(folder: Path, shards: tuple[Shard, ...]) -> dict[str, str]:
-    """File -> what is wrong, by a look at the folder alone."""
+    shards: dict[int, Shard] = {}
+    wrong: dict[str, str] = {}
+    plans: dict[CachePlan, CachePlan] = {}  # one object for all shards: it names every class
     try:
-        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+        names = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        names = []
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {error.strerror}") from error
-    return {
-        shard.file: f"has {sizes[shard.file]} bytes, not {shard.size}"
-        if shard.file in sizes
-        else "is missing"
-        for shard in shards
-        if sizes.get(shard.file) != shard.size
-    }
+    for name in names:
+        stem, suffix = os.path.splitext(name)
+        if suffix == ".safetensors" and stem.isdigit():
+            try:
+                shard = _read_header(folder / name)
+                plan = plans.setdefault(shard.plan, shard.plan)
+                shards[shard.number] = dataclasses.replace(shard, plan=plan)
+            except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+                wrong[name] = f"is damaged: {error}"
+    return shards, wrong
+
+
+def _read_header(path: Path) -> Shard:
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as file:
+        metadata = (file.metadata() or {}).get(METADATA_KEY)
+        shapes = [tuple(file.get_slice(name).get_shape()) for name in TENSORS]
+    if not metadata:
+        raise ValueError("it is no shard of latents, or of another version")
+    values = json.loads(metadata)
+    plan = values["plan"]
+    for name in ("class_names", "image_size"):
+        plan[name] = tuple(plan[name])
+    shard = Shard(**{**values, "plan": CachePlan(**plan)})
+    shape = (shard.count, 2, *shard.plan.latent_shape)
+    if shapes != [shape, shape, (shard.count,)] or path.name != shard.file:
+        raise ValueError("its latents are not those that its metadata describe")
+    return shard
 
 
 def damaged(folder: Path, wrong: dict[str, str]) -> DataError:
-    """The error for shards that are not what the manifest says."""
-    file, what = next(iter(wrong.items()))
+    """The error for shards that are missing or damaged."""
+    file, what = next(iter(sorted(wrong.items())))
     more = f" (and {len(wrong) - 1} more are wrong)" if len(wrong) > 1 else ""
     return DataError(
         f"latents {folder / file} {what}{more}",

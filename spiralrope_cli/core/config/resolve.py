@@ -24,7 +24,7 @@ from spiralrope_cli.core.config.dit_runs import (
     full_vae_name,
     input_size,
 )
-from spiralrope_cli.core.config.latents import LATENT_CHANNELS, Manifest, read_manifest
+from spiralrope_cli.core.config.latents import LATENT_CHANNELS, CacheMetadata, read_metadata
 from spiralrope_cli.core.config.models import deit_size, dit_name, dit_size
 from spiralrope_cli.core.config.nested import RUN_KINDS, build, read_config
 from spiralrope_cli.core.config.option import idle_lines
@@ -163,14 +163,14 @@ def find_data(chosen: list[Layer], *, dit: bool) -> tuple[DataSet, str, list[Lay
     """
     latents, _ = choose("latents", chosen, "")
     if dit and latents:
-        cache = read_manifest(Path(latents))
+        cache = read_metadata(Path(latents))
         of_cache = {"image_size": cache.plan.image_size, "vae": cache.plan.vae}
         return of_latents(cache), "latents", [("latents", of_cache)]
     data, source = choose_data(chosen)
     return find_pictures(data) if dit else find_data_set(data), source, []
 
 
-def of_latents(cache: Manifest) -> DataSet:
+def of_latents(cache: CacheMetadata) -> DataSet:
     """Cached latents as a data set."""
     return DataSet(
         data=cache.plan.data,
@@ -236,7 +236,7 @@ def fit_input(values: dict[str, Any], data_set: DataSet) -> None:
     values["vae"] = full_vae_name(values["vae"])
     pictures: PictureConfig = build(PictureConfig, values)
     if pictures.latents:
-        read_manifest(Path(pictures.latents)).check_fits(pictures.image_size, pictures.vae)
+        read_metadata(Path(pictures.latents)).check_fits(pictures.image_size, pictures.vae)
     values["input_size"] = input_size(values["arch"], pictures.image_size, pictures.vae)
     of_pictures = 1 if data_set.kind == "memory" else 3
     values["in_chans"] = LATENT_CHANNELS if pictures.in_latents else of_pictures

@@ -9,7 +9,8 @@ import contextlib
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,16 +22,16 @@ from spiralrope_cli.core.config.latents import (
     LATENT_SCALE,
     CachePlan,
     EncodeRun,
-    Manifest,
     Shard,
     class_folder,
+    shard_file,
     shard_size_for,
 )
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.resolve import DATA_VARIABLE
-from spiralrope_cli.core.config.training import TrainOptions
+from spiralrope_cli.core.config.training import MachineConfig, TrainOptions
 from spiralrope_cli.core.errors import ConfigError, DataError
-from spiralrope_cli.core.hub.networks import find_vae, local_vae
+from spiralrope_cli.core.hub.networks import VaeFiles, find_vae, local_vae
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, world_size
 from spiralrope_cli.core.runtime.progress import (
     console,
@@ -43,15 +44,38 @@ from spiralrope_cli.core.runtime.progress import (
 from spiralrope_cli.core.runtime.run_folder import check_space, refuse_run
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from spiralrope_cli.core.data import files
+    from spiralrope_cli.core.data.files import Loaded
     from spiralrope_cli.core.diffusion.vae import Vae
     from spiralrope_cli.core.runtime.distributed import DistContext
 
 JOB = "spiralrope_cli.core.jobs.encode:work"
-Images = list[tuple[str, int]]
-"""(path, class number) of every image."""
+
+
+@dataclass(frozen=True)
+class EncodePlan:
+    """What `work` does.
+
+    Attributes:
+        run: the options.
+        cache: what the cache will be of.
+        images: (path, class number) of every image.
+        vae: None for a published one that is not here yet.
+    """
+
+    run: EncodeRun
+    cache: CachePlan
+    images: list[tuple[str, int]]
+    vae: VaeFiles | None
+
+    @property
+    def machine(self) -> MachineConfig:
+        """Where it is executed."""
+        return self.run.machine
+
+    @property
+    def out(self) -> str:
+        """The folder of the cache."""
+        return self.run.out
 
 
 def encode(given: dict[str, Any]) -> None:
@@ -67,25 +91,25 @@ def encode(given: dict[str, Any]) -> None:
             "--data is missing",
             f"name a folder with one folder of images per class, or set {DATA_VARIABLE}",
         )
-    run: EncodeRun = build(EncodeRun, values)
-    plan(run, dry_run=own.dry_run)
+    settled = settle(build(EncodeRun, values), fetch=not own.dry_run)
+    plan(settled)
     if not own.dry_run:
-        launch(JOB, run)
+        launch(JOB, settled)
 
 
-def settle(config: EncodeRun, *, fetch: bool = True) -> tuple[CachePlan, Images]:
-    """What the cache of a run will be of, and the images.
+def settle(run: EncodeRun, *, fetch: bool = True) -> EncodePlan:
+    """What the cache of a run will be of.
 
     Args:
-        config: the run.
+        run: the options.
         fetch: a published VAE, unless it is here; otherwise the plan lacks its digest.
 
     Raises:
         DataError: no images.
         ConfigError, CheckpointError, FetchError: no such VAE, or none that fits.
     """
-    folder = class_folder(config.data)
-    vae = local_vae(config.vae)
+    folder = class_folder(run.data)
+    vae = local_vae(run.vae)
 
     from spiralrope_cli.core.runtime.device import pick_device, pick_precision
 
@@ -94,37 +118,34 @@ def settle(config: EncodeRun, *, fetch: bool = True) -> tuple[CachePlan, Images]
     for path, _ in images:
         digest.update(os.fsencode(os.path.relpath(path, folder)) + b"\0")
     if fetch and vae is None:
-        vae = find_vae(config.vae)
-    dtype, _ = pick_precision(config.machine.precision, pick_device(config.machine))
+        vae = find_vae(run.vae)
+    dtype, _ = pick_precision(run.machine.precision, pick_device(run.machine))
     cache = CachePlan(
         data=str(folder),
         class_names=tuple(class_names(folder)),
         num_files=len(images),
         files_sha256=digest.hexdigest(),
-        image_size=config.image_size,
-        vae=full_vae_name(config.vae),
+        image_size=run.image_size,
+        vae=full_vae_name(run.vae),
         vae_sha256=vae.sha256() if vae else "",
         scale=vae.scale if vae else LATENT_SCALE,
         precision=str(dtype).removeprefix("torch."),
         shard_size=shard_size_for(len(images)),
     )
-    return cache, images
+    return EncodePlan(run, cache, images, vae)
 
 
-def plan(config: EncodeRun, *, dry_run: bool) -> None:
+def plan(settled: EncodePlan) -> None:
     """Refuses what cannot work before any worker starts, and says what will be done.
 
-    Args:
-        config: the run.
-        dry_run: fetches nothing.
-
     Raises:
+        ConfigError, CheckpointError: the folder is one of classes, or of a run.
         DataError: the folder holds other latents.
         DiskError: the disk is too small.
     """
-    (cache, _), out = settle(config, fetch=not dry_run), Path(config.out)
+    run, cache, vae, out = settled.run, settled.cache, settled.vae, Path(settled.out)
 
-    from spiralrope_cli.core.data import latents
+    from spiralrope_cli.core.data.latents import finished_shards
 
     refuse_run(out)
     if out.resolve().is_relative_to(cache.data):
@@ -132,14 +153,13 @@ def plan(config: EncodeRun, *, dry_run: bool) -> None:
             f"--out {out} lies among the class folders of {cache.data}",
             "as one of them it would be taken for a class",
         )
-    there = latents.finished_shards(out, cache)
+    there, _ = finished_shards(out, cache)
     total = cache.num_files * cache.bytes_per_image
-    needed = total - sum(shard.size for shard in there.values())
+    needed = total - sum(shard.num_bytes for shard in there.values())
     hint = "free some, or name another disk by --out"
     check_space((out, needed), what="the latents", hint=hint)
     if not is_first_process():
         return
-    vae = local_vae(config.vae)
     found = (
         f"{vae.folder}, sha256 {cache.vae_sha256[:16]}" if vae else "not here (it would be fetched)"
     )
@@ -149,48 +169,49 @@ def plan(config: EncodeRun, *, dry_run: bool) -> None:
     for line in (
         f"data   {cache.data}: {cache.num_files} images, {len(cache.class_names)} classes",
         f"crop   {height}x{width} px, ADM's centre crop, plain and mirrored",
-        f"VAE    {config.vae}: {found}, {cache.precision}",
+        f"VAE    {run.vae}: {found}, {cache.precision}",
         f"cache  {out}: {human_size(total)} in {cache.num_shards} shards{goes_on}; "
         f"{channels}x{rows}x{columns} latents, mean and deviation in float32",
-        f"work   {world_size(config.machine)} process(es) x {config.batch_size} images at a time",
+        f"work   {world_size(run.machine)} process(es) x {run.batch_size} images at a time",
     ):
         say(line)
 
 
-def work(config: EncodeRun) -> None:
-    """Encodes what is missing or damaged, and writes the manifest; executed by every worker.
+def work(plan: EncodePlan) -> None:
+    """Encodes what is missing or damaged; executed by every worker.
 
     Raises:
-        DataError: the folder holds other latents, or an image cannot be read.
+        DataError: the folder holds other latents, or no image can be read.
         CheckpointError: the folder is in use, or the VAE cannot be read.
     """
-    from spiralrope_cli.core.data import latents
-    from spiralrope_cli.core.runtime import distributed
+    from spiralrope_cli.core.data.latents import damaged_shards, finished_shards
     from spiralrope_cli.core.runtime.distributed import open_context
 
-    out = Path(config.out)
-    with open_context(config.machine, out) as ctx:
+    run, cache, out = plan.run, plan.cache, Path(plan.out)
+    with open_context(run.machine, out) as ctx:
         shown_on = console(stderr=True, quiet=not ctx.is_first)
-        with distributed.main_process_first():  # it may have to fetch the VAE
-            cache, images = settle(config)
-        there = latents.finished_shards(out, cache)
-        wrong = latents.wrong_shards(out, list(there.values()))
-        for shard in there.values():
-            if readable_now(shard, config.machine.skip_bad):
+        shards, wrong = finished_shards(out, cache)
+        wrong |= damaged_shards(out, list(shards.values()))
+        for shard in shards.values():
+            if readable_now(shard, run.machine.skip_bad):
                 wrong[shard.file] = "was made when some images could not be read that now can"
-        shards = {number: shard for number, shard in there.items() if shard.file not in wrong}
-        missing = [number for number in range(cache.num_shards) if number not in shards]
-        if not missing and (out / latents.MANIFEST_FILE).is_file():
-            say(f"{out} is finished: all {cache.num_shards} shards are as they should be", shown_on)
-            return
         for file, what in wrong.items():
             say(f"{out / file} {what}; its images are encoded again", shown_on)
-        if ctx.is_first:
-            latents.begin(out, cache, shards.values())
-        distributed.barrier()
-        shards.update(encode_missing(config, ctx, cache, images, missing))
-        if ctx.is_first:
-            report(latents.finish(out, cache, [shards[n] for n in range(cache.num_shards)]))
+        absent = [
+            n for n in range(cache.num_shards) if n not in shards and shard_file(n) not in wrong
+        ]
+        if absent and shards:
+            more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
+            say(f"{out / shard_file(absent[0])} is missing{more}: its images are encoded", shown_on)
+        shards = {number: shard for number, shard in shards.items() if shard.file not in wrong}
+        missing = [number for number in range(cache.num_shards) if number not in shards]
+        shards.update(encode_missing(plan, ctx, missing))
+        if not any(shard.count for shard in shards.values()):
+            raise DataError(f"none of the {cache.num_files} images in {cache.data} can be read")
+        if not missing:
+            say(f"{out} is finished: all {cache.num_shards} shards are as they should be", shown_on)
+        elif ctx.is_first:
+            report(plan, [shards[number] for number in range(cache.num_shards)])
 
 
 def readable_now(shard: Shard, skip_bad: bool) -> bool:
@@ -208,34 +229,41 @@ def readable_now(shard: Shard, skip_bad: bool) -> bool:
     return len(bad) < len(still)
 
 
-def encode_missing(
-    config: EncodeRun, ctx: DistContext, cache: CachePlan, images: Images, missing: list[int]
-) -> dict[int, Shard]:
+def encode_missing(plan: EncodePlan, ctx: DistContext, missing: list[int]) -> dict[int, Shard]:
     """The missing shards, one per process at a time; in the end all processes know of all.
 
     Where a signal asks for it, everybody leaves with its exit code; shards that are done stay.
     """
-    from spiralrope_cli.core.diffusion.vae import load_vae
-    from spiralrope_cli.core.runtime import distributed
+    if not missing:
+        return {}
 
-    vae = load_vae(find_vae(config.vae).folder, ctx.device, ctx.dtype)
-    mine = missing[ctx.rank :: ctx.world_size]
+    from spiralrope_cli.core.data.augment import cropped_array
+    from spiralrope_cli.core.data.files import ImageFiles, load
+    from spiralrope_cli.core.diffusion.vae import load_vae
+    from spiralrope_cli.core.runtime.distributed import all_gather_object
+
+    run, cache, size = plan.run, plan.cache, plan.run.batch_size
+    vae = load_vae((plan.vae or find_vae(run.vae)).folder, ctx.device, ctx.dtype)
+    # What this process will encode is read ahead; no batch reaches into the next shard.
+    keys = (
+        [(number, None) for number in numbers[first : first + size]]
+        for numbers in map(cache.files_of, missing[ctx.rank :: ctx.world_size])
+        for first in range(0, len(numbers), size)
+    )
+    files = ImageFiles(plan.images, partial(cropped_array, size=run.image_size), grey=False)
+    reading = load(files, keys, run.machine.workers, ctx.device.type == "cuda")
     done = cache.num_files - sum(len(cache.files_of(number)) for number in missing)
-    shards: dict[int, Shard] = {}
     progress = counted("encoded", cache.num_files, shown=ctx.is_first, done=done, unit="images/s")
-    reading = contextlib.closing(image_batches(config, ctx, cache, images, mine))
-    with progress as advance, reading as batches:
+    shards: dict[int, Shard] = {}
+    with progress as advance, contextlib.closing(reading) as batches:
         for first in range(0, len(missing), ctx.world_size):
-            busy = len(missing[first : first + ctx.world_size])
-            number = missing[first + ctx.rank] if ctx.rank < busy else None
+            together = missing[first : first + ctx.world_size]
             shard = None
-            if number is not None:
-                # The others are about as far as this process.
-                pace = partial(_times, advance, busy)
-                shard = encode_shard(config, ctx, cache, vae, batches, number, pace)
+            if ctx.rank < len(together):
+                number, busy = together[ctx.rank], len(together)
+                shard = encode_shard(plan, ctx, vae, batches, number, busy, advance)
             # A meeting in every round: nobody waits for long, and all stop together.
-            met = distributed.all_gather_object((number, shard))
-            shards.update({n: each for n, each in met if n is not None and each is not None})
+            shards.update({each.number: each for each in all_gather_object(shard) if each})
             if stop := ctx.stop.agreed(ctx.device, ask_all=True):
                 if ctx.is_first:
                     say("stopped; the shards that are done stay, the same command goes on")
@@ -243,38 +271,16 @@ def encode_missing(
     return shards
 
 
-def _times(advance: Callable[[int], None], processes: int, count: int) -> None:
-    advance(count * processes)
-
-
-def image_batches(
-    config: EncodeRun, ctx: DistContext, cache: CachePlan, images: Images, mine: list[int]
-) -> Generator[files.Loaded, None, None]:
-    """The images of this process's shards, read ahead; no batch reaches into the next shard."""
-    from spiralrope_cli.core.data import files
-    from spiralrope_cli.core.data.augment import cropped_array
-
-    size = config.batch_size
-    keys = (
-        [(number, None) for number in numbers[first : first + size]]
-        for numbers in map(cache.files_of, mine)
-        for first in range(0, len(numbers), size)
-    )
-    crop = partial(cropped_array, size=config.image_size)
-    source = files.ImageFiles(images, crop, grey=False)
-    return files.load(source, keys, config.machine.workers, ctx.device.type == "cuda")
-
-
 def encode_shard(
-    config: EncodeRun,
+    plan: EncodePlan,
     ctx: DistContext,
-    cache: CachePlan,
     vae: Vae,
-    batches: Iterator[files.Loaded],
+    batches: Iterator[Loaded],
     number: int,
+    busy: int,
     advance: Callable[[int], None],
 ) -> Shard | None:
-    """Encodes and writes one shard; None where a signal came in between.
+    """Encodes and writes one shard, as `busy` processes do; None where a signal came in between.
 
     Raises:
         UnreadableImageError: without --skip-bad.
@@ -284,34 +290,34 @@ def encode_shard(
     from spiralrope_cli.core.data import latents
     from spiralrope_cli.core.data.files import BadImages
 
-    num_files = len(cache.files_of(number))
+    run, cache, num_files = plan.run, plan.cache, len(plan.cache.files_of(number))
     # They stay on the device until the shard is full: no batch waits for a copy.
     sides = torch.empty(2, num_files, 2, *cache.latent_shape, device=ctx.device)
-    labels: list[Tensor] = []
-    bad, count = BadImages(), 0
-    for first in range(0, num_files, config.batch_size):
+    labels, bad, count = [torch.empty(0, dtype=torch.int64)], BadImages(), 0
+    for first in range(0, num_files, run.batch_size):
         if ctx.stop.signal_number:
             return None
         loaded = next(batches)
-        bad.meet(loaded.unreadable, config.machine.skip_bad)
+        bad.meet(loaded.unreadable, run.machine.skip_bad)
         if len(loaded.labels):
-            pictures = loaded.images.to(ctx.device, non_blocking=True).float() / 127.5 - 1
-            rows = slice(count, count + len(pictures))
-            for side, seen in enumerate((pictures, pictures.flip(-1))):
+            images = loaded.images.to(ctx.device, non_blocking=True).float() / 127.5 - 1
+            rows = slice(count, count + len(images))
+            for side, seen in enumerate((images, images.flip(-1))):
                 sides[side, rows] = torch.stack(vae.encode(seen), dim=1)
             labels.append(loaded.labels)
             count = rows.stop
-        advance(min(config.batch_size, num_files - first))
+        # The other processes are about as far as this one.
+        advance(busy * min(run.batch_size, num_files - first))
     plain, mirrored = sides[:, :count].cpu()
-    every_label = torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64)
-    return latents.write_shard(Path(config.out), number, plain, mirrored, every_label, bad.reasons)
+    out = Path(run.out)
+    return latents.write_shard(out, cache, number, plain, mirrored, torch.cat(labels), bad.reasons)
 
 
-def report(manifest: Manifest) -> None:
+def report(plan: EncodePlan, shards: list[Shard]) -> None:
     """What was left out, and on stdout what there is now."""
-    say_unreadable({p: why for shard in manifest.shards for p, why in shard.unreadable.items()})
-    size = human_size(sum(shard.size for shard in manifest.shards))
+    say_unreadable({path: why for shard in shards for path, why in shard.unreadable.items()})
     say_result(
-        f"{manifest.folder}: {manifest.count} images of {len(manifest.plan.class_names)} classes, "
-        f"{size} in {len(manifest.shards)} shards"
+        f"{plan.out}: {sum(shard.count for shard in shards)} images of "
+        f"{len(plan.cache.class_names)} classes, "
+        f"{human_size(sum(shard.num_bytes for shard in shards))} in {len(shards)} shards"
     )

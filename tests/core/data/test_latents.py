@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from spiralrope_cli.core.config.latents import CachePlan, read_manifest, shard_size_for
+from spiralrope_cli.core.config.latents import CachePlan, read_metadata, shard_size_for
 from spiralrope_cli.core.data import latents
 from spiralrope_cli.core.data.latents import LatentCache
 from spiralrope_cli.core.errors import ConfigError, DataError
@@ -36,13 +38,13 @@ def moments(plan, number):
 def write(folder, plan, number, values=None):
     plain, mirrored = moments(plan, number) if values is None else values
     labels = torch.tensor([n % 3 for n in plan.files_of(number)])
-    return latents.write_shard(folder, number, plain, mirrored, labels, {})
+    return latents.write_shard(folder, plan, number, plain, mirrored, labels, {})
 
 
 def make(folder, plan=PLAN):
-    latents.begin(folder, plan, [])
-    shards = [write(folder, plan, number) for number in range(plan.num_shards)]
-    latents.finish(folder, plan, shards)
+    folder.mkdir(exist_ok=True)
+    for number in range(plan.num_shards):
+        write(folder, plan, number)
     return folder
 
 
@@ -69,7 +71,7 @@ def test_any_image_is_found_in_any_order(folder):
         assert torch.equal(std[place], every[side, number, 1])
     assert len(cache) == 23
     assert cache.labels.tolist() == [n % 3 for n in range(23)]
-    assert cache.manifest.plan.class_names == ("a", "b", "c")
+    assert cache.metadata.plan.class_names == ("a", "b", "c")
     assert cache.scale == 0.18215
 
 
@@ -85,18 +87,25 @@ def test_batches_read_ahead_come_in_order(folder):
 
 
 def test_shards_of_fewer_images_than_files_are_counted_right(tmp_path):
-    latents.begin(tmp_path, PLAN, [])
-    shards = [write(tmp_path, PLAN, 0)]
+    write(tmp_path, PLAN, 0)
     two = moments(PLAN, 1)[:, :2]
     labels = torch.tensor([1, 2])
-    shards.append(latents.write_shard(tmp_path, 1, *two, labels, {"a.png": "empty"}))
+    latents.write_shard(tmp_path, PLAN, 1, *two, labels, {"a.png": "empty"})
     nothing = moments(PLAN, 2)[:, :0]
-    shards.append(latents.write_shard(tmp_path, 2, *nothing, labels[:0], {}))
-    manifest = latents.finish(tmp_path, PLAN, shards)
-    assert manifest.count == 10
+    latents.write_shard(tmp_path, PLAN, 2, *nothing, labels[:0], {})
+    assert read_metadata(tmp_path).count == 10
     mean, _ = LatentCache(tmp_path).mean_std(torch.tensor([9]), torch.tensor([True]))
     assert torch.equal(mean[0], two[1, 1, 0])
-    assert read_manifest(tmp_path).shards[1].unreadable == {"a.png": "empty"}
+    assert read_metadata(tmp_path).shards[1].unreadable == {"a.png": "empty"}
+    LatentCache(tmp_path).verify()
+
+
+def test_a_cache_of_no_readable_image_is_refused(tmp_path):
+    for number in range(3):
+        nothing, labels = moments(PLAN, number)[:, :0], torch.empty(0, dtype=torch.int64)
+        latents.write_shard(tmp_path, PLAN, number, *nothing, labels, {"a.png": "empty"})
+    with pytest.raises(DataError, match="none of its 23 images could be read"):
+        LatentCache(tmp_path)
 
 
 def test_reading_leaves_no_memory_behind(tmp_path):
@@ -127,7 +136,7 @@ def test_a_missing_shard_is_named_at_once(folder):
 def test_a_shard_that_was_cut_is_named_at_once(folder):
     path = folder / "00002.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(DataError, match=r"00002\.safetensors has \d+ bytes, not \d+") as told:
+    with pytest.raises(DataError, match=r"00002\.safetensors is damaged: .*not fully") as told:
         LatentCache(folder)
     assert "dit-encode" in told.value.hint
 
@@ -149,29 +158,75 @@ def test_a_damaged_header_is_told_in_one_line(folder):
     assert "\n" not in told.value.message
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"shards": [{"x": 1}]}', "[1]"])
-def test_a_damaged_manifest_is_refused(folder, content):
-    (folder / "manifest.json").write_text(content)
-    with pytest.raises(DataError, match=r"manifest\.json is damaged, or of another version"):
+def test_a_changed_bit_of_the_metadata_is_found(folder):
+    path = folder / "00001.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(rb"\"c\"]", rb"\"d\"]"))
+    assert path.read_bytes() != content
+    with pytest.raises(DataError, match=r"00001\.safetensors is of other options than the first"):
+        LatentCache(folder)
+    for each in folder.glob("*.safetensors"):  # all alike, so that the checksum alone can tell
+        each.write_bytes(each.read_bytes().replace(rb"\"c\"]", rb"\"d\"]"))
+    with pytest.raises(DataError, match=r"00000\.safetensors is damaged: its checksum"):
+        LatentCache(folder).verify()
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"latents": ""}, {"latents": "{}"}])
+def test_a_file_that_is_no_shard_is_damaged(folder, metadata):
+    tensors = load_file(folder / "00001.safetensors")
+    save_file(tensors, folder / "00001.safetensors", metadata)
+    with pytest.raises(DataError, match=r"00001\.safetensors is damaged: ") as told:
+        LatentCache(folder)
+    assert "\n" not in told.value.message
+
+
+def test_a_shard_of_another_size_or_name_than_it_says_is_damaged(folder):
+    path = folder / "00001.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    fewer = {name: each[:2].contiguous() for name, each in load_file(path).items()}
+    save_file(fewer, path, metadata)
+    with pytest.raises(DataError, match="not those that its metadata describe"):
+        LatentCache(folder)
+    (folder / "00002.safetensors").rename(path)
+    with pytest.raises(DataError, match="not those that its metadata describe"):
         LatentCache(folder)
 
 
+def test_a_folder_without_latents_is_refused(tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(DataError, match="holds no latents") as told:
+            LatentCache(folder)
+        assert "dit-encode makes them" in told.value.hint
+
+
 def test_an_unfinished_cache_is_refused(tmp_path):
-    latents.begin(tmp_path, PLAN, [])
     write(tmp_path, PLAN, 0)
-    with pytest.raises(DataError, match=r"has no manifest\.json"):
+    with pytest.raises(DataError, match=r"00001\.safetensors is missing \(and 1 more are wrong\)"):
         LatentCache(tmp_path)
 
 
 def test_finished_shards_are_known_again(tmp_path):
-    latents.begin(tmp_path, PLAN, [])
     first, third = write(tmp_path, PLAN, 0), write(tmp_path, PLAN, 2)
-    assert latents.finished_shards(tmp_path, PLAN) == {0: first, 2: third}
-    latents.finish(tmp_path, PLAN, [first, write(tmp_path, PLAN, 1), third])
-    assert set(latents.finished_shards(tmp_path, PLAN)) == {0, 1, 2}
-    assert not (tmp_path / "unfinished").exists()
+    assert latents.finished_shards(tmp_path, PLAN) == ({0: first, 2: third}, {})
+    write(tmp_path, PLAN, 1)
+    assert set(latents.finished_shards(tmp_path, PLAN)[0]) == {0, 1, 2}
     moved = dataclasses.replace(PLAN, data="elsewhere/photos", vae="copy/of/ema")
-    assert latents.finished_shards(tmp_path, moved)
+    assert latents.finished_shards(tmp_path, moved)[0]
+
+
+def test_a_shard_that_was_cut_is_not_finished(folder):
+    path = folder / "00001.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    shards, wrong = latents.finished_shards(folder, PLAN)
+    assert set(shards) == {0, 2}
+    assert list(wrong) == ["00001.safetensors"]
+
+
+def test_the_same_latents_are_the_same_bytes(folder, tmp_path):
+    again = make(tmp_path / "again")
+    for path in folder.iterdir():
+        assert path.read_bytes() == (again / path.name).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -186,15 +241,15 @@ def test_finished_shards_are_known_again(tmp_path):
 )
 @pytest.mark.parametrize("finished", [True, False])
 def test_another_plan_is_refused(tmp_path, change, words, finished):
-    latents.begin(tmp_path, PLAN, [])
     if finished:
         make(tmp_path)
+    else:
+        write(tmp_path, PLAN, 1)
     with pytest.raises(DataError, match=words):
         latents.finished_shards(tmp_path, dataclasses.replace(PLAN, **change))
 
 
 def test_a_shard_that_is_not_finite_is_not_written(tmp_path):
-    latents.begin(tmp_path, PLAN, [])
     values = moments(PLAN, 0)
     values[1, 3, 0, 0, 0, 0] = float("nan")
     with pytest.raises(DataError, match="not finite"):
@@ -206,8 +261,7 @@ def test_what_a_kill_left_is_written_over(tmp_path):
     (tmp_path / ".00000.safetensors.new").write_bytes(b"half a shard")
     make(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "00000.safetensors",
-        *("00001.safetensors", "00002.safetensors", "manifest.json"),
+        *("00000.safetensors", "00001.safetensors", "00002.safetensors"),
     ]
 
 
@@ -221,23 +275,26 @@ def test_other_people_may_read_the_shards(tmp_path):
 
 
 def test_latents_of_another_run_are_refused(folder):
-    manifest = read_manifest(folder)
-    manifest.check_fits((16, 24), "ema")
+    metadata = read_metadata(folder)
+    metadata.check_fits((16, 24), "ema")
     with pytest.raises(ConfigError, match="are of 16x24 px images, --image-size is 24x24"):
-        manifest.check_fits((24, 24), "ema")
+        metadata.check_fits((24, 24), "ema")
     with pytest.raises(ConfigError, match="made with --vae ema, not with mse\n"):
-        manifest.check_fits((16, 24), "mse")
+        metadata.check_fits((16, 24), "mse")
 
 
-def test_the_manifest_tells_what_the_cache_is(folder):
-    told = json.loads((folder / "manifest.json").read_text())
-    assert told["count"] == 23
-    assert told["class_names"] == ["a", "b", "c"]
-    assert (told["crop"], told["scale"], told["vae_sha256"]) == ("adm-centre", 0.18215, "e" * 64)
-    assert [shard["count"] for shard in told["shards"]] == [8, 8, 7]
-    sizes = [(folder / shard["file"]).stat().st_size for shard in told["shards"]]
-    assert sizes == [shard["size"] for shard in told["shards"]]
-    assert all(re.fullmatch("[0-9a-f]{8}", shard["crc32"]) for shard in told["shards"])
+def test_every_shard_tells_what_it_is(folder):
+    counts = []
+    for path in sorted(folder.iterdir()):
+        with safe_open(path, "pt") as file:
+            told = json.loads(file.metadata()["latents"])
+        assert told["plan"]["class_names"] == ["a", "b", "c"]
+        plan = told["plan"]
+        assert (plan["crop"], plan["scale"]) == ("adm-centre", 0.18215)
+        assert plan["vae_sha256"] == "e" * 64
+        assert re.fullmatch("[0-9a-f]{8}", told["crc32"])
+        counts.append(told["count"])
+    assert counts == [8, 8, 7]
 
 
 @pytest.mark.parametrize(
