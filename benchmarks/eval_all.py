@@ -25,7 +25,7 @@ from spiralrope_cli import load_model
 from spiralrope_cli.core.config.runs import EvalProtocol
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.batches import ValidationImages
-from spiralrope_cli.core.metrics.accuracy import evaluate
+from spiralrope_cli.core.metrics.accuracy import measure_accuracy
 from spiralrope_cli.core.runtime.device import autocast, pick_precision
 
 CPU = torch.device("cpu")
@@ -69,7 +69,7 @@ def main() -> None:
 
         def forward() -> float:
             start = time.perf_counter()
-            evaluate({"model": model}, batches, CPU, context)
+            measure_accuracy({"model": model}, batches, CPU, context)
             return time.perf_counter() - start
 
         forward()

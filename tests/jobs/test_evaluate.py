@@ -25,7 +25,7 @@ from spiralrope_cli.core.jobs import evaluate, train
 from spiralrope_cli.core.jobs.export import export
 from spiralrope_cli.core.metrics import accuracy
 
-FIGURES = ("acc1", "acc5", "loss", "count")
+METRICS = ("acc1", "acc5", "loss", "count")
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoints" / "deit_tiny_checkpoint.pth"
 FP32 = MachineConfig(nproc=1, device="cpu", precision="fp32")
 
@@ -52,13 +52,13 @@ def rows_of(capsys):
 
 
 def by_hand(source, **which):
-    """Figures of `load_model` on the digits, without the command's own loaders."""
+    """Metrics of `load_model` on the digits, without the command's own loaders."""
     model = load_model(source, **which)
     _, val = load_digits()
     images = (val.images.float() / 255 - 0.3054) / 0.3760
     batches = [(images, val.labels)]
     none = contextlib.nullcontext
-    return accuracy.evaluate({"": model}, batches, torch.device("cpu"), none)[""]
+    return accuracy.measure_accuracy({"": model}, batches, torch.device("cpu"), none)[""]
 
 
 def test_ema_is_ema_and_raw_is_raw(source, rows_of):
@@ -80,7 +80,7 @@ def test_a_published_file_has_the_figures_of_the_run_that_it_came_from(
     for ema in (False, True):
         (row,) = rows_of(path, data="digits", ema=ema)["rows"]
         (expected,) = rows_of(source, ema=ema)["rows"]
-        assert {name: row[name] for name in FIGURES} == {name: expected[name] for name in FIGURES}
+        assert {name: row[name] for name in METRICS} == {name: expected[name] for name in METRICS}
 
 
 def test_all_decodes_every_image_once_per_crop_ratio(source, rows_of):
@@ -99,7 +99,7 @@ def test_all_decodes_every_image_once_per_crop_ratio(source, rows_of):
         for row in told["rows"]
         if (row["checkpoint"], row["weights"], row["crop_ratio"]) == ("best", "EMA", 0.875)
     )
-    assert {name: single[name] for name in FIGURES} == {name: again[name] for name in FIGURES}
+    assert {name: single[name] for name in METRICS} == {name: again[name] for name in METRICS}
 
 
 def test_equal_checkpoints_are_measured_once_and_shown_twice(source, rows_of, monkeypatch):
@@ -173,19 +173,18 @@ def test_eval_json_says_what_produced_the_figures_and_keeps_other_rows(source, r
 
 def test_what_is_measured_is_known_and_shown(source, rows_of, capsys):
     run = settled(EvalOptions(sources=(str(source),), every=True))
-    assert not evaluate.is_measured(run)
+    assert not evaluate.measured_rows(run)
     rows_of(source, ema=True)
-    assert not evaluate.is_measured(run)
-    rows_of(source, every=True)
-    assert evaluate.is_measured(run)
+    assert not evaluate.measured_rows(run)
+    rows = rows_of(source, every=True)["rows"]
+    assert evaluate.measured_rows(run) == rows
     assert capsys.readouterr().out == ""
-    assert evaluate.is_measured(run, show=True)
+    accuracy.print_table(evaluate.measured_rows(run))
     assert "best, EMA" in capsys.readouterr().out
     in_bf16 = replace(run, machine=replace(FP32, precision="bf16"))
-    assert not evaluate.is_measured(in_bf16)
-    turned = settled(EvalOptions(sources=(str(source),), every=True, rope={"theta": 5.0}))
-    assert not evaluate.is_measured(turned, show=True)
-    assert capsys.readouterr().out == ""
+    assert not evaluate.measured_rows(in_bf16)
+    rotated = settled(EvalOptions(sources=(str(source),), every=True, rope={"theta": 5.0}))
+    assert not evaluate.measured_rows(rotated)
 
 
 def test_a_damaged_eval_json_is_set_aside(source, rows_of):

@@ -114,43 +114,23 @@ class EvalOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRow:
-    """One set of weights under one protocol.
+    """One set of weights under one protocol."""
 
-    Attributes:
-        source: as the user named it.
-        file: the file that holds the weights.
-        checkpoint: `best`, `last`, or nothing where there is no such choice.
-        step: optimizer steps they were trained for, None where unknown.
-        ema: whether they are averaged.
-        arch: theirs.
-        rope: the options in force.
-        model: sizes as evaluated.
-        trained_size: (height, width) in pixels that the positions refer to.
-        protocol: the images.
-        folder: where `eval.json` goes.
-    """
-
-    source: str
-    file: str
-    checkpoint: str
-    step: int | None
+    source: str  # as the user named it
+    file: str  # that holds the weights
+    checkpoint: str  # `best`, `last`, or nothing where there is no such choice
+    step: int | None  # optimizer steps they were trained for, None where unknown
     ema: bool
     arch: str
     rope: RopeConfig
-    model: ModelConfig
-    trained_size: tuple[int, int]
+    model: ModelConfig  # sizes as evaluated
     protocol: EvalProtocol
-    folder: str
+    folder: str  # of `eval.json`
 
     @property
     def weights(self) -> str:
         """`raw` or `EMA`."""
         return "EMA" if self.ema else "raw"
-
-    @property
-    def label(self) -> str:
-        """The weights in words: `best, EMA`."""
-        return ", ".join(part for part in (self.checkpoint, self.weights) if part)
 
     @property
     def network(self) -> tuple[str, bool, RopeConfig, ModelConfig]:
@@ -160,21 +140,15 @@ class EvalRow:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRun:
-    """All rows of one evaluation, the same in every process.
+    """All rows of one evaluation, the same in every process."""
 
-    Attributes:
-        rows: in the order of the table.
-        output: `table`, `json` or `csv`.
-        out: the folder of `eval.json`, or the first of several.
-    """
-
-    rows: tuple[EvalRow, ...]
-    output: str
-    out: str
+    rows: tuple[EvalRow, ...]  # in the order of the table
+    output: str  # `table`, `json` or `csv`
+    out: str  # folder of `eval.json`, or the first of several
     machine: MachineConfig
 
 
-LABELS = {
+FID_METRICS = {
     "fid": ("FID", "lower is better", 4),
     "sfid": ("sFID", "lower is better", 4),
     "is": ("Inception Score", "higher is better", 4),
@@ -182,15 +156,14 @@ LABELS = {
     "precision": ("Precision", "higher is better", 4),
     "recall": ("Recall", "higher is better", 4),
 }
-"""Figure -> its name in a table, which way is better, and its decimals."""
-FIGURES = tuple(LABELS)
+"""Metric -> its name in a table, which way is better, and its decimals."""
 EXTRACTOR = "inception-v3-compat 2015-12-05"
 
 
 def words(text: str) -> tuple[str, ...]:
     """`fid, IS` as ("fid", "is"), each once; `all` as all of them."""
     names = tuple(dict.fromkeys(word.strip().lower() for word in text.split(",")))
-    return FIGURES if names == ("all",) else names
+    return tuple(FID_METRICS) if names == ("all",) else names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +175,7 @@ class FeatureMachine(MachineConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class FidRun:
-    """Figures of one set of images, measured against another."""
+    """Metrics of one set of images, measured against another."""
 
     samples: Annotated[
         str, Opt("Generated images: a folder, or an .npz.", metavar="SAMPLES", argument=True)
@@ -221,8 +194,8 @@ class FidRun:
     weights: Annotated[str, Opt("Inception's, if not those fetched.", IMAGES, metavar="FILE")] = ""
     select: Annotated[
         tuple[str, ...],
-        Opt(f"Of {','.join(FIGURES)}.", SCORES, metavar="NAMES", read=words, expects="names"),
-    ] = FIGURES
+        Opt(f"Of {','.join(FID_METRICS)}.", SCORES, metavar="NAMES", read=words, expects="names"),
+    ] = tuple(FID_METRICS)
     kid_subsets: Annotated[int, Opt("KID's subsets.", SCORES, ge=1)] = 100
     kid_subset_size: Annotated[int, Opt("Images in each of them.", SCORES, ge=2)] = 1000
     bootstrap: Annotated[
@@ -238,19 +211,19 @@ class FidRun:
             metavar="FILE",
         ),
     ] = ""
-    facts_file: str = ""  # where the JSON goes too
+    result_file: str = ""  # where the JSON goes too
     batch_size: Annotated[
-        int, Opt("Images at a time per process; it changes no figure.", MACHINE, ge=1)
+        int, Opt("Images at a time per process; it changes no metric.", MACHINE, ge=1)
     ] = 32
     machine: FeatureMachine = field(default_factory=FeatureMachine)
 
     def __post_init__(self) -> None:
         check_fields(self)
-        unknown = [name for name in self.select if name not in FIGURES]
+        unknown = [name for name in self.select if name not in FID_METRICS]
         if unknown or not self.select:
             raise ConfigError(
                 f"--select {','.join(self.select)}: there is no {unknown[0] if unknown else ''!r}",
-                f"there are {', '.join(FIGURES)}",
+                f"there are {', '.join(FID_METRICS)}",
             )
         if self.seed >= 2**32:
             raise ConfigError(f"--seed is {self.seed}; it must be below 2^32")
@@ -263,10 +236,9 @@ class FidRun:
                 "REFERENCE is missing: SAMPLES comes first, and what it is measured against second",
                 "only --select is and --save-stats do without",
             )
-        if self.save_stats:
-            self._check_target(Path(self.save_stats))
-
-    def _check_target(self, target: Path) -> None:
+        if not self.save_stats:
+            return
+        target = Path(self.save_stats)
         if target.suffix != ".npz":
             raise ConfigError(f"--save-stats {target} must end in .npz")
         if target.exists():
@@ -287,12 +259,7 @@ class FidRun:
 
 
 def fid_notes(run: FidRun, given: Collection[str]) -> list[str]:
-    """One line for every option that was given and changes nothing.
-
-    Args:
-        run: complete.
-        given: fields that an option set.
-    """
+    """One line for every option that was given and changes nothing."""
     kid = () if "kid" in run.select else ("kid_subsets", "kid_subset_size")
     reasons = dict.fromkeys(kid, "--select lacks kid")
     if "kid" not in run.select and not run.bootstrap:

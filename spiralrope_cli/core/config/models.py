@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from spiralrope_cli.core.errors import ConfigError
@@ -154,6 +154,12 @@ def size(text: str) -> tuple[int, int]:
     if not found:
         raise ValueError
     return int(found[1]), int(found[2] or found[1])
+
+
+def format_size(size: Sequence[int]) -> str:
+    """(height, width) as `size` reads it: `224`, or `224x448`."""
+    height, width = size
+    return str(height) if height == width else f"{height}x{width}"
 
 
 SIZE: dict[str, Any] = {

@@ -10,7 +10,7 @@ import hashlib
 import math
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -196,7 +196,7 @@ def read_statistics(path: Path, figure: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 class ReferenceCache:
-    """Named parts of the statistics of one reference.
+    """Statistics of one reference, a file for each part.
 
     Args:
         content: digest of the reference.
@@ -210,23 +210,24 @@ class ReferenceCache:
     def _path(self, part: str) -> Path:
         return self._stem.with_name(f"{self._stem.name}-{part}.npz")
 
-    def load(self, part: str) -> dict[str, np.ndarray] | None:
-        """The arrays of a part; None if it is not here, or damaged."""
-        path = self._path(part)
-        if not path.is_file():
-            return None
-        try:
-            return {name: read_array(path, name) for name in read_headers(path)}
-        except DataError:
-            return None
+    def load(self, parts: Iterable[str]) -> dict[str, dict[str, np.ndarray]]:
+        """Part -> its arrays; nothing unless all of them are here, and whole."""
+        found = {}
+        for part in parts:
+            path = self._path(part)
+            try:
+                found[part] = {name: read_array(path, name) for name in read_headers(path)}
+            except DataError:
+                return {}
+        return found
 
-    def store(self, part: str, **arrays: np.typing.ArrayLike) -> str:
-        """Keeps a part; says what went wrong, if anything, as the figures matter more."""
+    def store(self, part: str, **arrays: np.typing.ArrayLike) -> None:
+        """Keeps a part; what goes wrong is a warning, as the metrics matter more."""
         try:
             write_npz(self._path(part), **arrays)
         except OSError as error:
-            return f"statistics of REFERENCE cannot be kept in {self._stem.parent}: {error}"
-        return ""
+            folder = self._stem.parent
+            say(f"warning: statistics of REFERENCE cannot be kept in {folder}: {error}")
 
 
 def save_statistics(

@@ -43,7 +43,7 @@ from spiralrope_cli.core.data.image_sets import look_at
 from spiralrope_cli.core.errors import CheckpointError, FetchError
 from spiralrope_cli.core.hub.networks import find_inception, find_vae, local_vae
 from spiralrope_cli.core.jobs import evaluate, sample, score, train
-from spiralrope_cli.core.runtime.launch import check_not_joined, launch, world_size
+from spiralrope_cli.core.runtime.launch import check_not_joined, launch, say_notes, world_size
 from spiralrope_cli.core.runtime.progress import check_tracker, say
 from spiralrope_cli.core.runtime.run_folder import (
     FID_FILE,
@@ -154,10 +154,12 @@ def score_stage_of(own: DiTStages, folder: Path, machine: dict[str, Any]) -> Sta
         samples=str(folder / SAMPLE / NPZ_FILE),
         reference=own.reference,
         weights=own.weights,
-        facts_file=str(folder / FID_FILE),
+        result_file=str(folder / FID_FILE),
         machine=build(FeatureMachine, {**machine, "precision": FeatureMachine.precision}),
     )
-    line = f" {run.samples} against {run.reference}: {', '.join(run.select)}, into {run.facts_file}"
+    line = (
+        f" {run.samples} against {run.reference}: {', '.join(run.select)}, into {run.result_file}"
+    )
     return Stage("fid", str(folder), run, score_stage, line)
 
 
@@ -264,17 +266,19 @@ def eval_stage(stage: Stage, *, dry_run: bool, show: bool) -> bool:
     """Best and last checkpoint, both crops, raw and EMA; `config` is where that runs."""
     options = EvalOptions(sources=(stage.folder,), every=True)
     run, notes = evaluate.settle(options, stage.config, set())
-    measured = evaluate.is_measured(run)
+    rows = evaluate.measured_rows(run)
     if dry_run:
         say(stage.line)
-    elif measured:
-        say(f"{stage.folder} is measured: {len(run.rows)} rows")
+    elif rows:
+        say(f"{stage.folder} is measured: {len(rows)} rows")
         if show:
-            evaluate.is_measured(run, show=True)
+            from spiralrope_cli.core.metrics.accuracy import print_table
+
+            print_table(rows)
     else:
-        evaluate.plan(notes)
+        say_notes(notes)
         launch(evaluate.JOB, run)
-    return measured
+    return bool(rows)
 
 
 def sample_stage(stage: Stage, *, dry_run: bool, show: bool) -> bool:
@@ -291,15 +295,15 @@ def sample_stage(stage: Stage, *, dry_run: bool, show: bool) -> bool:
 def score_stage(stage: Stage, *, dry_run: bool, show: bool) -> bool:
     """Figures of the samples against the reference; `config` is a FidRun."""
     run: FidRun = stage.config
-    facts = score.already(run)
-    if dry_run or not facts:
+    result = score.earlier_result(run)
+    if dry_run or not result:
         say(stage.line)
-    if facts and not dry_run:
-        say(f"{run.facts_file} is there")
-        score.report(run, facts)
+    if result and not dry_run:
+        say(f"{run.result_file} is there")
+        score.report(run, result)
     elif not dry_run:
         launch(score.JOB, score.settle(run))
-    return bool(facts)
+    return bool(result)
 
 
 # ---- report

@@ -1,14 +1,13 @@
-"""`fid`: measures a set of images against another, from two inputs to figures with their protocol.
+"""`fid`: measures a set of images against another, from two inputs to metrics with their protocol.
 
-Torch is loaded in `work` alone, so that what is wrong with the inputs is told at once.
+Torch is imported in `work` alone, so that what is wrong with the inputs is told at once.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Collection
-from concurrent.futures import Future
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Column, Table
 
 from spiralrope_cli import __version__
-from spiralrope_cli.core.config.evals import EXTRACTOR, LABELS, FidRun, fid_notes
+from spiralrope_cli.core.config.evals import EXTRACTOR, FID_METRICS, FidRun, fid_notes
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.option import idle_lines
 from spiralrope_cli.core.config.training import MachineConfig
@@ -25,7 +24,7 @@ from spiralrope_cli.core.data.image_sets import Side, digest_of, digests_beside,
 from spiralrope_cli.core.errors import ConfigError, DataError
 from spiralrope_cli.core.hub.catalog import find
 from spiralrope_cli.core.hub.networks import find_inception
-from spiralrope_cli.core.runtime.launch import is_first_process, launch
+from spiralrope_cli.core.runtime.launch import launch, say_notes
 from spiralrope_cli.core.runtime.progress import console, say, say_result
 from spiralrope_cli.core.runtime.run_folder import differences, read_json, write_json
 
@@ -34,48 +33,37 @@ if TYPE_CHECKING:
     from spiralrope_cli.core.metrics.inception import InceptionFeatures
 
 JOB = "spiralrope_cli.core.jobs.score:work"
-FEATURES = ("kid", "precision", "recall")
-"""Figures that need the features of every image, not only sums over them."""
 NEIGHBOURHOOD = 4
 """Images that Precision and Recall need: one, and its neighbours."""
 USUAL_COUNT = 50_000
-"""Samples behind the figures of papers."""
-OF_FEATURES = {"weights", "batch_size", "skip_bad", "nproc", "device", "precision", "workers"}
+"""Samples behind the metrics of papers."""
+OF_FEATURES = ("batch_size", "device", "nproc", "precision", "skip_bad", "weights", "workers")
 """Options without effect where both sides hold statistics alone."""
 
 
 def score(given: dict[str, Any]) -> None:
-    """Measures one set of images, against another if there is one.
-
-    Args:
-        given: field name -> value of the options that the user gave.
-    """
+    """Measures one set of images, against another if there is one; `given`: field -> value."""
     run: FidRun = build(FidRun, given)
     say_notes(fid_notes(run, given))
     plan = settle(run)
-    say_notes(idle_options(plan, given))
+    idle = () if plan.run.weights else OF_FEATURES
+    say_notes(idle_lines(FidRun, [(name, "no image is looked at") for name in idle], given))
     launch(JOB, plan)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `work` does.
+    """What `work` does."""
 
-    Attributes:
-        run: with the path of the weights; without weights where no image is looked at.
-        weights_sha256: of those weights.
-        samples: the one side.
-        reference: the other, if there is one.
-        figures: those that can be computed.
-        left_out: figure -> why it cannot.
-    """
+    run: FidRun  # with the path of the weights; without weights where no image is looked at
+    weights_sha256: str  # empty without weights
+    sides: tuple[Side, ...]  # SAMPLES, and REFERENCE if there is one
+    left_out: dict[str, str]  # metric -> why it cannot be computed
 
-    run: FidRun
-    weights_sha256: str
-    samples: Side
-    reference: Side | None
-    figures: tuple[str, ...]
-    left_out: dict[str, str]
+    @property
+    def metrics(self) -> list[str]:
+        """Those that can be computed."""
+        return [name for name in self.run.select if name not in self.left_out]
 
     @property
     def machine(self) -> MachineConfig:
@@ -88,6 +76,7 @@ class Plan:
         return self.run.out
 
 
+# ---- settle
 def settle(run: FidRun) -> Plan:
     """Checks all that can be checked before any image is looked at, and finds the weights.
 
@@ -95,104 +84,88 @@ def settle(run: FidRun) -> Plan:
         DataError: a side is missing, damaged or too small, or allows nothing of what was asked.
         FetchError: there are no weights.
     """
-    samples = look_at(Path(run.samples).expanduser(), "SAMPLES", run.num)
-    reference = look_at(Path(run.reference).expanduser(), "REFERENCE") if run.reference else None
-    figures, left_out = possible(run, samples, reference)
-    if run.save_stats and samples.images is None:
-        raise ConfigError(f"--save-stats: {samples.path} already is a file of statistics")
-    saved = {"fid", *({"sfid"} & set(run.select))} if run.save_stats else set()
-    if run.bootstrap and not ("fid" in figures and samples.images):
+    sides = [look_at(Path(run.samples).expanduser(), "SAMPLES", run.num)]
+    if run.reference:
+        sides.append(look_at(Path(run.reference).expanduser(), "REFERENCE"))
+    left_out = check_possible(run, sides)
+    metrics = set(run.select).difference(left_out)
+    has_images = sides[0].images is not None
+    if run.save_stats and not has_images:
+        raise ConfigError(f"--save-stats: {sides[0].path} already is a file of statistics")
+    if run.bootstrap and not ("fid" in metrics and has_images):
         raise DataError("--bootstrap draws images of SAMPLES, and there are none to measure")
-    samples = with_needed(samples, saved.union(figures), features=bool(run.bootstrap))
-    reference = reference and with_needed(reference, set(figures) - {"is"})
-    holders = [
-        side for side in (samples, reference) if side and not set(side.stored).isdisjoint(figures)
-    ]
-    for side in holders:
-        for figure in side.stored:
-            if figure in figures:
-                npz.read_statistics(side.path, figure)
-    if samples.needed or (reference and reference.needed):
+    wanted = metrics | ({"features"} if run.bootstrap else set())
+    if run.save_stats:
+        wanted |= {"fid"} | {"sfid"}.intersection(run.select)
+    sides[0] = replace(sides[0], needed=needed_parts(sides[0], wanted))
+    sides[1:] = [replace(side, needed=needed_parts(side, metrics - {"is"})) for side in sides[1:]]
+    used = [(side, name) for side in sides for name in side.stored if name in metrics]
+    for side, name in used:
+        npz.read_statistics(side.path, name)  # refuses what is no covariance
+    protocols = {side.role: side.protocol for side, _ in used if side.protocol}
+    sha256 = ""
+    if any(side.needed for side in sides):
         path, sha256 = find_inception(run.weights)
         run = replace(run, weights=str(path))
+        protocols["this run"] = run.protocol(sha256)
     else:
-        sha256 = ""
         nproc = 1 if run.machine.nnodes == 1 else run.machine.nproc
         run = replace(run, weights="", machine=replace(run.machine, nproc=nproc))
-    protocols = {side.role: side.protocol for side in holders if side.protocol}
-    if sha256:
-        protocols["this run"] = run.protocol(sha256)
     if len(set(protocols.values())) > 1:
         raise DataError(
             "statistics that were made differently cannot be compared",
             "; ".join(f"{who}: {protocol}" for who, protocol in protocols.items()),
         )
-    return Plan(run, sha256, samples, reference, figures, left_out)
+    return Plan(run, sha256, tuple(sides), left_out)
 
 
-def with_needed(side: Side, figures: Collection[str], features: bool = False) -> Side:
-    """A side that knows what its images must be looked at for."""
+def needed_parts(side: Side, wanted: Collection[str]) -> tuple[str, ...]:
+    """What the images of a side must be looked at for: of `fid`, `sfid`, `is`, `features`."""
     if side.images is None:
-        return side
-    parts = [name for name in ("fid", "sfid") if name in figures and name not in side.stored]
-    parts += ["is"] if "is" in figures else []
-    parts += ["features"] if features or not set(FEATURES).isdisjoint(figures) else []
-    return replace(side, needed=tuple(parts))
+        return ()
+    parts = [name for name in ("fid", "sfid") if name in wanted and name not in side.stored]
+    parts += ["is"] if "is" in wanted else []
+    # The others need the features of every image, not only sums over them.
+    each_image = {"features", "kid", "precision", "recall"}
+    return (*parts, "features") if each_image & set(wanted) else tuple(parts)
 
 
-def possible(
-    run: FidRun, samples: Side, reference: Side | None
-) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The figures that can be computed, and why the others cannot.
+def check_possible(run: FidRun, sides: Sequence[Side]) -> dict[str, str]:
+    """Metric -> why it cannot be computed.
 
     Raises:
-        DataError: that leaves nothing of what was asked.
+        DataError: none of what was asked can be.
     """
-    reasons = {figure: _obstacle(figure, run, samples, reference) for figure in run.select}
-    figures = tuple(figure for figure, reason in reasons.items() if not reason)
-    left_out = {figure: reason for figure, reason in reasons.items() if reason}
-    if not figures and reference:
-        figure, reason = next(iter(left_out.items()))
-        raise DataError(f"nothing of --select can be computed; {figure}: {reason}")
-    return figures, left_out
+    reasons = {name: _obstacle(name, run, sides) for name in run.select}
+    left_out = {name: reason for name, reason in reasons.items() if reason}
+    if len(left_out) == len(reasons) and run.reference:
+        name, reason = next(iter(left_out.items()))
+        raise DataError(f"nothing of --select can be computed; {name}: {reason}")
+    return left_out
 
 
-def _obstacle(figure: str, run: FidRun, samples: Side, reference: Side | None) -> str:
-    """Why a figure cannot be computed, empty where it can."""
-    if figure == "is":
-        return "" if samples.images is not None else "SAMPLES holds no images"
-    if reference is None:
+def _obstacle(metric: str, run: FidRun, sides: Sequence[Side]) -> str:
+    """Why a metric cannot be computed, empty where it can."""
+    if metric == "is":
+        return "" if sides[0].images is not None else "SAMPLES holds no images"
+    if not run.reference:
         return "there is no REFERENCE"
     least = {"kid": run.kid_subset_size, "precision": NEIGHBOURHOOD, "recall": NEIGHBOURHOOD}
-    for side in (samples, reference):
-        if side.images is None and figure not in side.stored:
-            names = (
-                f"no {' and '.join(npz.STATISTICS[figure][:2])}, and " if figure == "sfid" else ""
-            )
-            return f"{side.role} holds {names}no images"
-        if side.images is not None and (side.num or 0) < least.get(figure, 2):
-            option = " (--kid-subset-size)" if figure == "kid" else ""
-            return f"{side.role} has {side.num} images, and {least[figure]} are needed{option}"
+    for side in sides:
+        if side.images is None and metric not in side.stored:
+            names = f"no {' and '.join(npz.STATISTICS['sfid'][:2])}, and "
+            return f"{side.role} holds {names if metric == 'sfid' else ''}no images"
+        if side.images is not None and (side.num or 0) < least.get(metric, 2):
+            option = " (--kid-subset-size)" if metric == "kid" else ""
+            return f"{side.role} has {side.num} images, and {least[metric]} are needed{option}"
     return ""
 
 
-def idle_options(plan: Plan, given: Collection[str]) -> list[str]:
-    """One line for every option that was given and does nothing, as no image is looked at."""
-    idle = () if plan.run.weights else sorted(OF_FEATURES)
-    return idle_lines(FidRun, [(name, "no image is looked at") for name in idle], given)
-
-
-def say_notes(lines: list[str]) -> None:
-    """What the user should know before it starts, from the process that speaks for all."""
-    for line in lines if is_first_process() else ():
-        say(f"note: {line}")
-
-
-def already(run: FidRun) -> dict[str, Any]:
-    """The facts that an earlier run left, if of these samples, this reference and these weights."""
-    samples, result = Path(run.samples), Path(run.facts_file)
-    found = read_json(result)
-    if not found or not samples.exists() or result.stat().st_mtime < samples.stat().st_mtime:
+def earlier_result(run: FidRun) -> dict[str, Any]:
+    """What an earlier run left, if of these samples, this reference and these weights."""
+    samples, path = Path(run.samples), Path(run.result_file)
+    found = read_json(path)
+    if not found or not samples.exists() or path.stat().st_mtime < samples.stat().st_mtime:
         return {}
     reference, protocol = (found.get(part) or {} for part in ("reference", "protocol"))
     before = {"reference": reference.get("sha256"), "weights": protocol.get("weights_sha256")}
@@ -203,6 +176,7 @@ def already(run: FidRun) -> dict[str, Any]:
     return {} if differences(before, now, ()) else found
 
 
+# ---- work
 def work(plan: Plan) -> None:
     """Measures, compares and reports; executed by every worker.
 
@@ -210,44 +184,38 @@ def work(plan: Plan) -> None:
         DataError: an input is damaged, or holds too little.
         CheckpointError: the weights are damaged, or of another network.
     """
-    from spiralrope_cli.core.metrics.features import compare, measure
+    from spiralrope_cli.core.metrics.features import compare, measure_side
     from spiralrope_cli.core.runtime.device import forbid_tf32, return_freed_memory
     from spiralrope_cli.core.runtime.distributed import open_context
 
-    run = plan.run
-    with open_context(run.machine, None) as ctx:
+    run, sha256, samples = plan.run, plan.weights_sha256, plan.sides[0]
+    protocol = run.protocol(sha256) if sha256 else samples.protocol
+    with open_job(run.machine, None) as job:
         forbid_tf32()
-        network = functools.partial(_load_once, Path(run.weights), str(ctx.device))
-        sides = [side for side in (plan.samples, plan.reference) if side and ctx.is_first]
-        with digests_beside(sides) as digests:
-            samples = measure(run, ctx, plan.samples, network)
+        network = functools.partial(_load_once, Path(run.weights), str(job.device))
+        with digests_beside(list(plan.sides) if job.is_first else []) as digests:
+            measured = [measure_side(run, job, samples, network)]
             return_freed_memory()  # what the other side adds would come on top of it
-            sha256 = plan.weights_sha256
-            protocol = run.protocol(sha256) if sha256 else plan.samples.protocol
-            if run.save_stats and ctx.is_first:
+            if run.save_stats and job.is_first:
                 # What a file of images had stored is of no one knows which images and weights.
-                known = (samples.num or 0, protocol) if not plan.samples.stored else (0, "")
-                npz.save_statistics(Path(run.save_stats), samples.stats, *known)
-            reference, cache = None, None
-            if plan.reference:
-                if ctx.is_first and plan.reference.needed:
+                known = (0, "") if samples.stored else (measured[0].num or 0, protocol)
+                npz.save_statistics(Path(run.save_stats), measured[0].stats, *known)
+            for side in plan.sides[1:]:
+                cache = None
+                if job.is_first and side.needed:
                     how = f"{protocol}, skip_bad {run.machine.skip_bad}"
                     cache = npz.ReferenceCache(digests[1].result(), how)
-                reference = measure(run, ctx, plan.reference, network, cache)
-            if ctx.is_first:
+                measured.append(measure_side(run, job, side, network, cache))
+            if job.is_first:
                 return_freed_memory()
-                # Unreadable images may have left too few for some figures.
-                read = replace(plan.samples, num=samples.num)
-                against = plan.reference
-                if against and reference:
-                    against = replace(against, num=reference.num)
-                figures, left_out = possible(run, read, against)
-                plan = replace(plan, figures=figures, left_out=left_out)
-                values = compare(run, figures, samples, reference)
-                facts = describe(plan, values, samples, reference, digests)
-                report(run, facts)
-                if run.facts_file:
-                    write_json(Path(run.facts_file), facts)
+                # Unreadable images may have left too few for some metrics.
+                read = [replace(s, num=m.num) for s, m in zip(plan.sides, measured, strict=True)]
+                plan = replace(plan, left_out=check_possible(run, read))
+                values = compare(run, plan.metrics, *measured)
+                result = describe(plan, values, measured, [each.result() for each in digests])
+                report(run, result)
+                if run.result_file:
+                    write_json(Path(run.result_file), result)
 
 
 @functools.lru_cache(maxsize=1)
@@ -259,34 +227,31 @@ def _load_once(weights: Path, device: str) -> InceptionFeatures:
     return build_extractor(load_safely(weights), weights).to(device)
 
 
+# ---- report
 def describe(
     plan: Plan,
-    figures: dict[str, float | None],
-    samples: Measured,
-    reference: Measured | None,
-    digests: list[Future[str]],
+    values: dict[str, float | None],
+    measured: Sequence[Measured],
+    digests: Sequence[str],
 ) -> dict[str, Any]:
-    """Everything that the JSON holds: the figures, and what they rest on."""
+    """Everything that the JSON holds: the metrics, and what they rest on."""
     from spiralrope_cli.core.metrics.inception_score import SPLIT_SIZE
 
     run, sha256 = plan.run, plan.weights_sha256
     keys = ("fid", "fid_std", "sfid", "is", "is_std", "kid", "kid_std", "precision", "recall")
-    facts: dict[str, Any] = {key: figures.get(key) for key in keys}
-    facts |= {"samples": None, "reference": None}
-    for side, measured, digest in zip(
-        (plan.samples, plan.reference), (samples, reference), digests, strict=False
-    ):
-        if side and measured:
-            facts[side.role.lower()] = {
-                "path": str(side.path),
-                "holds": side.words,
-                "count": measured.num,
-                "unreadable": measured.num_unreadable,
-                "stored_statistics": list(side.stored),
-                "from_cache": list(measured.from_cache),
-                "sha256": digest.result(),
-            }
-    facts["protocol"] = {
+    result: dict[str, Any] = {key: values.get(key) for key in keys}
+    result |= {"samples": None, "reference": None}
+    for side, found, digest in zip(plan.sides, measured, digests, strict=True):
+        result[side.role.lower()] = {
+            "path": str(side.path),
+            "holds": side.words,
+            "count": found.num,
+            "unreadable": found.num_unreadable,
+            "stored_statistics": list(side.stored),
+            "from_cache": list(found.from_cache),
+            "sha256": digest,
+        }
+    result["protocol"] = {
         "extractor": EXTRACTOR,
         "weights": run.weights or None,
         "weights_sha256": sha256 or None,
@@ -301,67 +266,65 @@ def describe(
         "seed": run.seed,
         "spiralrope": __version__,
     }
-    facts["left_out"] = plan.left_out
-    return facts | {"warnings": _warnings(plan, facts)}
+    return result | {"left_out": plan.left_out, "warnings": _warnings(plan, result)}
 
 
-def _warnings(plan: Plan, facts: dict[str, Any]) -> list[str]:
-    biased = {"fid", "sfid"}.intersection(plan.figures)
+def _warnings(plan: Plan, result: dict[str, Any]) -> list[str]:
+    """Why the metrics must not be compared with those of papers."""
     lines = []
-    for side in (plan.samples, plan.reference):
-        if side is None or not biased:
-            continue
+    biased = {"fid", "sfid"}.intersection(plan.metrics)
+    for side in plan.sides if biased else ():
+        count, is_samples = result[side.role.lower()]["count"], side.role == "SAMPLES"
         # Statistics that a file of images holds are not of these images alone.
-        others = side.images is not None and biased <= set(side.stored)
-        some = None if others else facts[side.role.lower()]["count"]
-        if some is None:
-            if side is plan.samples:
+        if count is None or (side.images is not None and biased <= set(side.stored)):
+            if is_samples:
                 lines.append("SAMPLES does not say of how many images its statistics are")
             continue
-        if side is plan.samples and some < USUAL_COUNT:
+        if is_samples and count < USUAL_COUNT:
             lines.append(
-                f"{some:,} samples are fewer than the {USUAL_COUNT:,} of papers: FID and sFID come "
-                "out too large"
+                f"{count:,} samples are fewer than the {USUAL_COUNT:,} of papers: FID and sFID "
+                "come out too large"
             )
-        if some <= npz.POOL_SIZE:
+        if count <= npz.POOL_SIZE:
             lines.append(
-                f"{some:,} images of {side.role} are at most the {npz.POOL_SIZE} features: their "
+                f"{count:,} images of {side.role} are at most the {npz.POOL_SIZE} features: their "
                 "covariance is singular"
             )
-    count, protocol = facts["samples"]["count"], facts["protocol"]
+    count, protocol = result["samples"]["count"], result["protocol"]
     split_size = protocol["is_split_size"]
     if protocol["weights_published"] is False:
         lines.append("the weights are not the published ones: nothing compares with papers")
     if protocol["precision"] != "fp32":
         lines.append(f"features in {protocol['precision']}: papers compute them in fp32")
-    if "is" in plan.figures and count is not None and count < split_size:
+    if "is" in plan.metrics and count is not None and count < split_size:
         lines.append(f"the Inception Score is of one split of {count:,} images, not {split_size:,}")
     return lines
 
 
-def report(run: FidRun, facts: dict[str, Any]) -> None:
+def report(run: FidRun, result: dict[str, Any]) -> None:
     """JSON on stdout and nothing else there, or a table."""
     if run.as_json:
-        print(json.dumps(facts, indent=2))  # noqa: T201 - rich would wrap it
+        print(json.dumps(result, indent=2))  # noqa: T201 - rich would wrap it
         return
     for role in ("samples", "reference"):
-        if side := facts[role]:
+        if side := result[role]:
             say_result(f"{role.upper():<9}  {side['path']}")
             bad = side["unreadable"]
             bad = f", {side['count']:,} measured and {bad:,} unreadable" if bad else ""
             say_result(f"           {side['holds']}{bad}, sha256 {side['sha256'][:16]}")
             if side["from_cache"]:
                 say_result("           its statistics were computed by an earlier run")
-    protocol = facts["protocol"]
+    protocol = result["protocol"]
     if weights := protocol["weights_sha256"]:
         say_result(f"FEATURES   {EXTRACTOR}, {protocol['precision']}, sha256 {weights[:16]}")
-    table = Table("figure", Column("value", justify="right"), Column("±", justify="right"), "")
+    table = Table("metric", Column("value", justify="right"), Column("±", justify="right"), "")
     for name in run.select:
-        label, better, digits = LABELS[name]
-        value, spread = facts[name], facts.get(f"{name}_std")
-        shown = "-" if value is None else f"{value:.{digits}f}"
-        spread_shown = "" if spread is None else f"{spread:.{digits}f}"
-        table.add_row(label, shown, spread_shown, facts["left_out"].get(name, better))
+        label, better, digits = FID_METRICS[name]
+        value, spread = (
+            None if (number := result.get(key)) is None else f"{number:.{digits}f}"
+            for key in (name, f"{name}_std")
+        )
+        table.add_row(label, value or "-", spread or "", result["left_out"].get(name, better))
     console().print(table)
-    for line in facts["warnings"]:
+    for line in result["warnings"]:
         say(f"warning: {line}")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from rich import box
 from rich.table import Table
 from torch import Tensor, nn
 
+from spiralrope_cli.core.config.models import format_size
 from spiralrope_cli.core.runtime import distributed
 from spiralrope_cli.core.runtime.progress import console, say_result
 from spiralrope_cli.core.runtime.run_folder import differences, read_rows, write_json
@@ -22,22 +23,16 @@ from spiralrope_cli.core.runtime.run_folder import differences, read_rows, write
 SAME = ("sha256", "checkpoint", "weights", "data", "image_size", "crop_ratio", "rope", "precision")
 """Two rows that agree in these measure the same thing."""
 
-SENTENCES = {"step": "step {}", "size": "{} px", "crop": "crop ratio {}"}
-"""How a column is told above the table where it says the same in all rows."""
+TITLES = {"step": "step {}", "size": "{} px", "crop": "crop ratio {}"}
+"""A column of numbers, as it stands above the table where it is the same in all rows."""
 
 Record = dict[str, Any]
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Figures of one set of weights on one data set.
-
-    Attributes:
-        acc1: top-1 accuracy in percent.
-        acc5: top-5 accuracy in percent.
-        loss: mean cross entropy in nats.
-        count: images, each counted once.
-    """
+    """Top-1 and top-5 accuracy in percent, mean cross entropy in nats, and number of images."""
 
     acc1: float
     acc5: float
@@ -46,12 +41,12 @@ class Accuracy:
 
 
 @torch.inference_mode()
-def evaluate(
-    models: dict[str, nn.Module],
+def measure_accuracy(
+    models: Mapping[Name, nn.Module],
     batches: Iterable[tuple[Tensor, Tensor]],
     device: torch.device,
-    autocast: Callable[[], object],
-) -> dict[str, Accuracy]:
+    autocast: Callable[[], Any],
+) -> dict[Name, Accuracy]:
     """Accuracy of several models in one pass over the data, summed over all processes.
 
     Args:
@@ -59,30 +54,26 @@ def evaluate(
         batches: this process's images [B, ...] and labels [B].
         device: where the models are.
         autocast: makes the context of the forward passes.
-
-    Returns:
-        name -> figures.
     """
-    was_training = {name: model.training for name, model in models.items()}
+    was_training = [model.training for model in models.values()]
     # Counts in float32 would lose images beyond 16 million.
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    sums = torch.zeros(len(models), 4, dtype=wide, device=device)
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    sums = torch.zeros(len(models), 4, dtype=dtype, device=device)
     for model in models.values():
         model.eval()
     for images, labels in batches:
         for number, model in enumerate(models.values()):
-            with autocast():  # type: ignore[attr-defined]
+            with autocast():
                 logits = model(images)
             sums[number] += _batch_sums(logits.float(), labels)
-    for name, model in models.items():
-        model.train(was_training[name])
-    figures = {}
-    for name, (top1, top5, loss, count) in zip(
-        models, distributed.all_reduce_sum(sums).tolist(), strict=True
-    ):
-        many = max(count, 1)
-        figures[name] = Accuracy(100 * top1 / many, 100 * top5 / many, loss / many, int(count))
-    return figures
+    for model, training in zip(models.values(), was_training, strict=True):
+        model.train(training)
+    found = {}
+    for name, (*hits, loss, count) in zip(models, distributed.total(sums).tolist(), strict=True):
+        num = max(count, 1)
+        acc1, acc5 = (100 * each / num for each in hits)
+        found[name] = Accuracy(acc1, acc5, loss / num, int(count))
+    return found
 
 
 def _batch_sums(logits: Tensor, labels: Tensor) -> Tensor:
@@ -102,12 +93,7 @@ def is_same(before: Record, now: Record) -> bool:
 
 
 def add_rows(path: Path, rows: Sequence[Record], decoded: int) -> None:
-    """Writes an `eval.json` anew: its old rows, without those that are measured anew, then these.
-
-    Args:
-        path: of the file, which need not be there.
-        rows: with figures.
-        decoded: images that were read for them.
+    """Adds rows to an `eval.json`, in place of those that they measure anew.
 
     Raises:
         OSError: it cannot be written.
@@ -118,28 +104,31 @@ def add_rows(path: Path, rows: Sequence[Record], decoded: int) -> None:
 
 
 def print_table(rows: Sequence[Record]) -> None:
-    """Figures of all rows; what is the same in all of them stands above."""
-    told = {
+    """Metrics of all rows; what is the same in all of them stands above."""
+    cells = {
         "source": [row["source"] for row in rows],
         "arch": [row["arch"] for row in rows],
         "data": [Path(row["data"]).name for row in rows],
         "weights": [", ".join(filter(None, (row["checkpoint"], row["weights"]))) for row in rows],
         "step": ["" if row["step"] is None else str(row["step"]) for row in rows],
-        "size": [size_words(row["image_size"]) for row in rows],
+        "size": [format_size(row["image_size"]) for row in rows],
         "scaling": [r["scaling"] if r["enabled"] else "no RoPE" for r in (x["rope"] for x in rows)],
         "crop": [f"{row['crop_ratio']:g}" for row in rows],
     }
-    columns = {n: cells for n, cells in told.items() if n == "weights" or len(set(cells)) > 1}
-    same = {n: cells[0] for n, cells in told.items() if n not in columns and n != "scaling"}
-    title = [SENTENCES.get(name, "{}").format(cell) for name, cell in same.items() if cell]
+    title = []
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for name in columns:
-        table.add_column(name, justify="right" if name in SENTENCES else "left", overflow="fold")
+    columns = []
+    for name, column in cells.items():
+        if name == "weights" or len(set(column)) > 1:
+            columns.append(column)
+            table.add_column(name, justify="right" if name in TITLES else "left", overflow="fold")
+        elif column[0] and name != "scaling":
+            title.append(TITLES.get(name, "{}").format(column[0]))
     for name in ("acc@1 %", "acc@5 %", "loss", "images"):
         table.add_column(name, justify="right", no_wrap=True)
-    for row, *cells in zip(rows, *columns.values(), strict=True):
-        figures = (f"{row['acc1']:.2f}", f"{row['acc5']:.2f}", f"{row['loss']:.4f}")
-        table.add_row(*cells, *figures, str(row["count"]))
+    for row, *words in zip(rows, *columns, strict=True):
+        metrics = (f"{row['acc1']:.2f}", f"{row['acc5']:.2f}", f"{row['loss']:.4f}")
+        table.add_row(*words, *metrics, str(row["count"]))
     say_result(", ".join([*title, rows[0]["precision"]]))
     console().print(table)
 
@@ -151,7 +140,7 @@ def print_csv(rows: Sequence[Record]) -> None:
         line: Record = {}
         for key, value in row.items():
             if isinstance(value, dict):
-                line.update({f"{key}_{name}": item for name, item in value.items()})
+                line |= {f"{key}_{name}": item for name, item in value.items()}
             elif isinstance(value, list):
                 line[key] = ("/" if key in ("mean", "std") else "x").join(map(str, value))
             else:
@@ -160,9 +149,3 @@ def print_csv(rows: Sequence[Record]) -> None:
     writer = csv.DictWriter(sys.stdout, list(lines[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
-
-
-def size_words(size: Sequence[int]) -> str:
-    """`224`, or `224x448` (height x width)."""
-    height, width = size
-    return str(height) if height == width else f"{height}x{width}"

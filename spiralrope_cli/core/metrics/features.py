@@ -6,9 +6,12 @@ Legend: N images, D features.
 from __future__ import annotations
 
 import contextlib
+import math
+from collections import ChainMap
 from collections.abc import Callable, Collection, Generator, Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -25,8 +28,8 @@ from spiralrope_cli.core.metrics.kid import kernel_distance
 from spiralrope_cli.core.metrics.precision_recall import precision_recall
 from spiralrope_cli.core.runtime import distributed
 from spiralrope_cli.core.runtime.device import autocast
-from spiralrope_cli.core.runtime.distributed import DistContext
-from spiralrope_cli.core.runtime.progress import counted, say, say_unreadable
+from spiralrope_cli.core.runtime.distributed import Job
+from spiralrope_cli.core.runtime.progress import counted, say_unreadable
 
 ARRAYS = {
     "fid": ("mean", "covariance"),
@@ -38,83 +41,67 @@ ARRAYS = {
 
 @dataclass
 class Measured:
-    """What is known of one side; on all but the first process it is not complete.
+    """What is known of one side; on all but the first process it is not complete."""
 
-    Attributes:
-        num: images that were measured; None where nobody knows.
-        num_unreadable: images that were left out.
-        stats: `fid` and `sfid` -> mean [D] and covariance [D, D], float64, on the CPU;
-            `features` -> pool features [N, 2048] float32 in the order of the images.
-        inception_score: mean and standard deviation.
-        from_cache: parts that an earlier run had computed.
-    """
-
-    num: int | None
-    num_unreadable: int = 0
+    num: int | None  # images that were measured; None where nobody knows
+    num_unreadable: int = 0  # images that were left out
+    # `fid` and `sfid`: mean [D] and covariance [D, D], float64, on the CPU.
+    # `features`: pool features [N, 2048], float32, in the order of the images.
     stats: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
-    inception_score: tuple[float, float | None] | None = None
-    from_cache: tuple[str, ...] = ()
+    inception_score: tuple[float, float | None] | None = None  # mean and standard deviation
+    from_cache: tuple[str, ...] = ()  # parts that an earlier run had computed
 
 
-def measure(
+def measure_side(
     run: FidRun,
     ctx: DistContext,
     side: Side,
     network: Callable[[], InceptionFeatures],
     cache: ReferenceCache | None = None,
 ) -> Measured:
-    """Statistics of a side: those in its file, those that an earlier run kept, and the others.
+    """Statistics of a side: those that an earlier run kept or that its images have, and its file's.
 
     Args:
         run: with the settings.
         ctx: this process; all of them call this.
         side: with what is needed of its images.
         network: gives the extractor; called only if images must be looked at.
-        cache: on the first process, where parts are kept for another run.
+        cache: on the first process, where statistics are kept for another run.
 
     Raises:
         UnreadableImageError: an image cannot be decoded, and `skip_bad` is off.
         DataError: an input is damaged, or holds too little.
         CheckpointError: the weights are damaged, or of another network.
     """
-    cached = {part: kept for part in side.needed if cache and (kept := cache.load(part))}
-    from_cache = distributed.all_gather_object(tuple(cached))[0]  # what the first process has
-    missing = [part for part in side.needed if part not in from_cache]
-    if missing and side.images is not None:
-        result = _measure_images(run, ctx, side, side.images, missing, network())
+    kept = cache.load(side.needed) if cache else {}
+    if distributed.gathered(bool(kept))[0]:  # the first process has them
+        result = Measured(side.num, from_cache=side.needed)
+        for part, arrays in kept.items():
+            result.num, result.num_unreadable = int(arrays["num"]), int(arrays["bad"])
+            result.stats[part] = tuple(torch.from_numpy(arrays[name]) for name in ARRAYS[part])
+    elif side.needed and side.images is not None:
+        result = _measure_images(run, job, side, side.images, network())
+        if cache:
+            for part in side.needed:
+                tensors = (each.cpu().numpy() for each in result.stats[part])
+                named = dict(zip(ARRAYS[part], tensors, strict=True))
+                cache.store(part, num=result.num or 0, bad=result.num_unreadable, **named)
     else:
         result = Measured(side.num)
-    result.from_cache = from_cache
-    if cache:
-        for part in missing:
-            arrays = (each.cpu().numpy() for each in result.stats[part])
-            named = dict(zip(ARRAYS[part], arrays, strict=True))
-            if problem := cache.store(
-                part, num=result.num or 0, bad=result.num_unreadable, **named
-            ):
-                say(f"warning: {problem}")
-    for part, kept in cached.items():
-        result.num, result.num_unreadable = int(kept["num"]), int(kept["bad"])
-        result.stats[part] = tuple(torch.from_numpy(kept[name]) for name in ARRAYS[part])
-    stored = [part for part in side.stored if part in run.select or run.save_stats]
-    for part in stored if ctx.is_first else ():
-        mean, covariance = read_statistics(side.path, part)
-        result.stats[part] = torch.from_numpy(mean), torch.from_numpy(covariance)
+    for part in side.stored if job.is_first else ():
+        if part in run.select or run.save_stats:
+            mean, covariance = read_statistics(side.path, part)
+            result.stats[part] = torch.from_numpy(mean), torch.from_numpy(covariance)
     return result
 
 
 def _measure_images(
-    run: FidRun,
-    ctx: DistContext,
-    side: Side,
-    images: ImageInput,
-    parts: Collection[str],
-    network: InceptionFeatures,
+    run: FidRun, job: Job, side: Side, images: ImageInput, network: InceptionFeatures
 ) -> Measured:
     num = side.num or 0
-    mine = range(num * ctx.rank // ctx.world_size, num * (ctx.rank + 1) // ctx.world_size)
-    sums = Sums(parts, mine, num, ctx.device)
-    cores = torch.get_num_threads() if ctx.device.type == "cpu" else 1
+    mine = range(num * job.rank // job.world_size, num * (job.rank + 1) // job.world_size)
+    sums = Sums(side.needed, mine, num, job.device)
+    cores = torch.get_num_threads() if job.device.type == "cpu" else 1
     opened = image_batches(
         images,
         mine,
@@ -125,8 +112,8 @@ def _measure_images(
     unreadable: dict[str, str] = {}
     with (
         contextlib.closing(opened) as batches,
-        contextlib.closing(in_features(batches, network, parts, ctx)) as measured,
-        counted(side.role, num, shown=ctx.is_first) as advance,
+        contextlib.closing(in_features(batches, network, side.needed, job)) as measured,
+        counted(side.role, num, shown=job.is_first) as advance,
         torch.inference_mode(),
     ):
         for batch, features in measured:
@@ -138,14 +125,24 @@ def _measure_images(
                 sums.add(batch.numbers, features)
             advance((len(batch.numbers) + len(batch.unreadable)) * ctx.world_size)
         result = sums.merged()
-    reasons = {
-        path: why
-        for each in distributed.all_gather_object(unreadable)
-        for path, why in each.items()
-    }
-    if ctx.is_first:
-        say_unreadable(reasons)
-    _check(run, side, result)
+    unreadable = dict(ChainMap(*distributed.gathered(unreadable)))
+    if job.is_first:
+        say_unreadable(unreadable)
+    # Refuse too few images, and features that are no numbers.
+    asked = run.num if side.role == "SAMPLES" else 0
+    if (result.num or 0) < max(2, asked):
+        raise DataError(
+            (f"--num {run.num}: " if run.num else "")
+            + f"only {result.num} image(s) of {side.role} {side.path} could be read",
+            "make more, or ask for fewer" if run.num else "2 or more are needed",
+        )
+    sample = [stats[0].sum().item() for stats in result.stats.values()]
+    sample += result.inception_score[:1] if result.inception_score else ()
+    if not all(map(math.isfinite, sample)):
+        raise CheckpointError(
+            f"features of {side.role} are not finite",
+            f"the weights in {run.weights} are damaged, or are not those of this network",
+        )
     return result
 
 
@@ -212,15 +209,14 @@ class Sums:
         """Takes in the features of some images, by their places in the set."""
         places = torch.tensor(numbers)
         self.read[places - self.mine.start] = True
-        if "fid" in self.moments and features.pool is not None:
-            self.moments["fid"].add(features.pool)
-        if "sfid" in self.moments and features.spatial is not None:
-            self.moments["sfid"].add(features.spatial)
-        if self.score and features.logits is not None:
-            self.score.add(places, features.logits)
-        if self.features is not None and features.pool is not None:
+        for name, moments in self.moments.items():
+            rows = features.pool if name == "fid" else features.spatial
+            moments.add(cast(Tensor, rows))
+        if self.score:
+            self.score.add(places, cast(Tensor, features.logits))
+        if self.features is not None:
             places = (places - self.mine.start).to(self.features.device, non_blocking=True)
-            self.features[places] = features.pool
+            self.features[places] = cast(Tensor, features.pool)
 
     def merged(self) -> Measured:
         """The sums over all processes."""
@@ -242,55 +238,40 @@ class Sums:
         return result
 
 
-def _check(run: FidRun, side: Side, result: Measured) -> None:
-    """Refuses too few images, and features that are no numbers."""
-    if (result.num or 0) < max(2, run.num if side.role == "SAMPLES" else 0):
-        asked = f"--num {run.num}: " if run.num else ""
-        raise DataError(
-            f"{asked}only {result.num} image(s) of {side.role} {side.path} could be read",
-            "2 or more are needed" if not asked else "make more, or ask for fewer",
-        )
-    checked = [result.stats[name][0].sum() for name in result.stats]
-    checked += [torch.tensor(result.inception_score[0])] if result.inception_score else []
-    if not all(bool(each.isfinite()) for each in checked):
-        raise CheckpointError(
-            f"features of {side.role} are not finite",
-            f"the weights in {run.weights} are damaged, or are not those of this network",
-        )
-
-
 @torch.inference_mode()
 def compare(
-    run: FidRun, figures: Collection[str], samples: Measured, reference: Measured | None
+    run: FidRun,
+    metrics: Collection[str],
+    samples: Measured,
+    reference: Measured | None = None,
 ) -> dict[str, float | None]:
-    """The figures of one side against the other, by their names in the JSON."""
+    """The metrics of one side against the other, by their names in the JSON."""
     values: dict[str, float | None] = {}
     if samples.inception_score:
         values["is"], values["is_std"] = samples.inception_score
     if reference is None:
         return values
     for name in ("fid", "sfid"):
-        if name in figures:
+        if name in metrics:
             values[name] = frechet_distance(*samples.stats[name], *reference.stats[name])
     if run.bootstrap:
+        (features,) = samples.stats["features"]
         values["fid_std"] = fid_spread(
-            *samples.stats["features"],
-            *reference.stats["fid"],
-            times=run.bootstrap,
-            seed=run.seed,
+            features, *reference.stats["fid"], times=run.bootstrap, seed=run.seed
         )
     if "features" not in samples.stats or "features" not in reference.stats:
         return values
     (features,), (features2,) = (side.stats["features"] for side in (samples, reference))
-    pair = features, features2.to(features.device)
-    if "kid" in figures:
+    features2 = features2.to(features.device)
+    if "kid" in metrics:
         values["kid"], values["kid_std"] = kernel_distance(
-            *pair,
+            features,
+            features2,
             num_subsets=run.kid_subsets,
             subset_size=run.kid_subset_size,
             seed=run.seed,
         )
-    if "precision" in figures or "recall" in figures:
-        both = dict(zip(("precision", "recall"), precision_recall(*pair), strict=True))
-        values.update({name: both[name] for name in both if name in figures})
+    if "precision" in metrics or "recall" in metrics:
+        both = zip(("precision", "recall"), precision_recall(features, features2), strict=True)
+        values |= {name: value for name, value in both if name in metrics}
     return values

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 from rich.table import Table as RichTable
 
-from spiralrope_cli.core.config.evals import LABELS
+from spiralrope_cli.core.config.evals import FID_METRICS
 from spiralrope_cli.core.runtime.progress import console, read_metrics, say_result
 from spiralrope_cli.core.runtime.run_folder import (
     CURVES_FILE,
@@ -196,7 +196,7 @@ def evaluation(records: list[Record]) -> Table:
 def scores(facts: Record) -> Table:
     """FID and its relatives, with what they rest on."""
     rows = []
-    for name, (label, better, digits) in LABELS.items():
+    for name, (label, better, digits) in FID_METRICS.items():
         if (value := facts.get(name)) is not None:
             spread = facts.get(f"{name}_std")
             spread = "" if spread is None else f"{spread:.{digits}f}"

@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -28,6 +29,7 @@ from spiralrope_cli.core.errors import (
     dead_loader,
     refused_path,
 )
+from spiralrope_cli.core.runtime.progress import say
 
 SHUTDOWN_SECONDS = 600
 """How long workers may take to write a checkpoint after a signal."""
@@ -84,6 +86,12 @@ def is_first_process() -> bool:
     """Whether this command speaks for all that a launcher started."""
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     return rank == "0" or joined_world_size() is None
+
+
+def say_notes(notes: Iterable[str]) -> None:
+    """What the user should know before a job starts, from the process that speaks for all."""
+    for note in notes if is_first_process() else ():
+        say(f"note: {note}")
 
 
 def num_local_workers(machine: MachineConfig) -> int:

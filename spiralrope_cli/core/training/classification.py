@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from spiralrope_cli.core.config.runs import ClassifierRun, EvalProtocol
 from spiralrope_cli.core.data.batches import Batch, ValidationImages, classifier_data
-from spiralrope_cli.core.metrics.accuracy import evaluate
+from spiralrope_cli.core.metrics.accuracy import measure_accuracy
 from spiralrope_cli.core.models.deit import DeiT
 from spiralrope_cli.core.runtime.device import autocast
 from spiralrope_cli.core.runtime.distributed import DistContext
@@ -72,7 +72,7 @@ def validate(
     reporter: Reporter,
 ) -> None:
     """Measures raw and averaged weights, and remembers the best raw ones."""
-    figures = evaluate(
+    figures = measure_accuracy(
         {"raw": state.model, "ema": state.ema.module},
         held_out.batches(),
         ctx.device,
