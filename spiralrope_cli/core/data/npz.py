@@ -1,6 +1,6 @@
-"""`.npz` files without pickle: headers, rows streamed out of the zip, and statistics of images.
+"""`.npz` files without pickle: headers, rows streamed from the zip, statistics of images. No torch.
 
-No torch.
+`numpy.load` reads an array of an `.npz` only as a whole: 50,000 images would be 10 GB of memory.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, Runtim
 
 POOL_SIZE, SPATIAL_SIZE = 2048, 2023
 STATISTICS = {"fid": ("mu", "sigma", POOL_SIZE), "sfid": ("mu_s", "sigma_s", SPATIAL_SIZE)}
-"""Figure -> names of mean and covariance in a file, as ADM's reference batches have, and size."""
+"""Metric -> names of mean and covariance in a file, as ADM's reference batches have, and size."""
 
 LAYOUT = 1
-"""Raised where older statistics must not be found again."""
+"""Increased where kept statistics of older versions must not be used."""
 
 
 # --- Any array
@@ -39,12 +39,17 @@ LAYOUT = 1
 
 @dataclass(frozen=True)
 class Header:
-    """What an array says of itself: its shape, its type, and where its bytes begin."""
+    """Shape and type of an array, and where its bytes begin."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     fortran_order: bool
     offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole array."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @contextlib.contextmanager
@@ -71,20 +76,16 @@ def read_headers(path: Path) -> dict[str, Header]:
             if entry.filename.endswith(".npy"):
                 with archive.open(entry) as stream:
                     header = _read_header(stream, path, entry.filename)
-                if entry.file_size != header.offset + _num_bytes(header):
+                if entry.file_size != (size := header.offset + header.num_bytes):
                     raise DataError(
                         f"{path} is damaged: {entry.filename} is {entry.file_size} bytes long, and "
-                        f"its header speaks of {header.offset + _num_bytes(header)}",
+                        f"its header speaks of {size}",
                         "copy or write it again",
                     )
                 headers[entry.filename.removesuffix(".npy")] = header
     if not headers:
         raise DataError(f"{path} holds no arrays", "numpy.savez writes such files")
     return headers
-
-
-def _num_bytes(header: Header) -> int:
-    return math.prod(header.shape) * header.dtype.itemsize
 
 
 def _read_header(stream: IO[bytes], path: Path, name: str) -> Header:
@@ -117,48 +118,35 @@ def stream_rows(
 ) -> Iterator[np.ndarray]:
     """A part of an array, some rows at a time, in C order.
 
-    A stored entry is entered at the right place; a compressed one is unpacked up to there.
-
-    Args:
-        path: of the file.
-        name: of the array.
-        header: of the array.
-        part: which rows, one after the other.
-        rows: how many at a time.
-
     Raises:
         DataError: the file is damaged.
     """
-    row_shape, row_bytes = header.shape[1:], _num_bytes(header) // header.shape[0]
+    num_rows = header.shape[0]
     with _readable(path), zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stream:
-        stream.seek(header.offset + part.start * row_bytes)
+        # A stored entry is not read up to there; a compressed one is unpacked.
+        stream.seek(header.offset + part.start * (header.num_bytes // num_rows))
         for first in range(part.start, part.stop, rows):
-            piece = np.empty((min(rows, part.stop - first), *row_shape), header.dtype)
-            _fill(stream, piece)
+            piece = np.empty((min(rows, part.stop - first), *header.shape[1:]), header.dtype)
+            view = piece.reshape(-1).view(np.uint8).data
+            while view:
+                if not (count := stream.readinto(view)):  # type: ignore[attr-defined]
+                    raise EOFError("it ends early")
+                view = view[count:]
             yield piece
-        if part.stop == header.shape[0]:
+        if part.stop == num_rows:
             stream.read(1)  # at its end a zip compares what was read with the checksum
-
-
-def _fill(stream: IO[bytes], array: np.ndarray) -> None:
-    view, have = array.reshape(-1).view(np.uint8).data, 0
-    while have < len(view):
-        more = stream.readinto(view[have:])  # type: ignore[attr-defined]
-        if not more:
-            raise EOFError("it ends early")
-        have += more
 
 
 # --- Statistics
 
 
-def check_statistics(path: Path, headers: dict[str, Header], figure: str) -> None:
-    """Refuses a file whose statistics are not those of a figure's features.
+def check_statistics(path: Path, headers: dict[str, Header], metric: str) -> None:
+    """Refuses a file that lacks one of the two, or has it in another shape or type.
 
     Raises:
-        DataError: one of the two is missing, or of another shape or type.
+        DataError: says which.
     """
-    mean, covariance, size = STATISTICS[figure]
+    mean, covariance, size = STATISTICS[metric]
     if covariance not in headers:
         raise DataError(f"{path} has {mean} but no {covariance}")
     for name, shape in ((mean, (size,)), (covariance, (size, size))):
@@ -171,13 +159,13 @@ def check_statistics(path: Path, headers: dict[str, Header], figure: str) -> Non
             raise DataError(f"{path}: {name} is {headers[name].dtype}, and it must be float")
 
 
-def read_statistics(path: Path, figure: str) -> tuple[np.ndarray, np.ndarray]:
+def read_statistics(path: Path, metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Mean [D] and covariance [D, D], float64.
 
     Raises:
         DataError: they are not finite, or no covariance.
     """
-    mean_name, covariance_name, _ = STATISTICS[figure]
+    mean_name, covariance_name, _ = STATISTICS[metric]
     mean = read_array(path, mean_name).astype(np.float64)
     covariance = read_array(path, covariance_name).astype(np.float64)
     for name, values in ((mean_name, mean), (covariance_name, covariance)):
@@ -233,13 +221,9 @@ class ReferenceCache:
 def save_statistics(
     path: Path, stats: Mapping[str, tuple[Any, ...]], num: int, protocol: str
 ) -> None:
-    """Writes mean and covariance under the names that pytorch-fid and ADM read.
+    """Writes mean [D] and covariance [D, D] under the names that pytorch-fid and ADM read.
 
-    Args:
-        path: of the file.
-        stats: `fid`, perhaps `sfid` -> mean [D] and covariance [D, D].
-        num: of how many images they are, 0 if unknown.
-        protocol: by which they were made, empty if unknown.
+    How many images they are of, and how they were made, is 0 and empty where it is unknown.
     """
     arrays = {}
     for name, (mean, covariance, _) in STATISTICS.items():

@@ -1,4 +1,4 @@
-"""FID: mean and covariance of features as they come, the Fréchet distance, its error bar.
+"""FID: mean and covariance of features in batches, the Fréchet distance, its error bar.
 
 Legend: B batch, N images, D features, R rank.
 """
@@ -13,9 +13,9 @@ from spiralrope_cli.core.runtime import distributed
 from spiralrope_cli.core.runtime.seeds import generator_for
 
 LEFT_OVER = 1e-9
-"""Share of the variance that a factorisation may miss."""
+"""Fraction of the variance that a factorisation may miss."""
 BLOCK = 4096
-"""Rows at a time that are drawn anew."""
+"""Rows at a time of a resampled set."""
 
 
 class Moments:
@@ -26,41 +26,40 @@ class Moments:
 
     Args:
         size: D.
-        device: where the features are; float64 is kept on the CPU for MPS, which lacks it.
+        device: where the features are.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
-        place = torch.device("cpu") if device.type == "mps" else device
+        place = torch.device("cpu") if device.type == "mps" else device  # MPS lacks float64
         self.count = 0
         self.mean = torch.zeros(size, dtype=torch.float64, device=place)
         self.products = torch.zeros(size, size, dtype=torch.float64, device=place)
 
     def add(self, features: Tensor) -> None:
-        """Takes in some rows [B, D]; no rows are allowed."""
+        """Takes in rows [B, D]; B may be 0."""
         if not len(features):
             return
         rows = features.to(self.mean)
         batch_mean = rows.mean(0)
-        total = self.count + len(rows)
-        apart = batch_mean - self.mean
-        # The distance of the means is one more row, so that the large matrix is gone through once.
-        weight = (self.count * len(rows) / total) ** 0.5
-        rows = torch.cat((rows - batch_mean, weight * apart[None]))
+        count = self.count + len(rows)
+        delta = batch_mean - self.mean
+        # The difference of the means is one more row, so that the [D, D] matrix is updated once.
+        weight = (self.count * len(rows) / count) ** 0.5
+        rows = torch.cat((rows - batch_mean, weight * delta[None]))
         self.products.addmm_(rows.T, rows)
-        self.mean += apart * (len(rows) - 1) / total
-        self.count = total
+        self.mean += delta * (len(rows) - 1) / count
+        self.count = count
 
     def merge_processes(self) -> None:
         """Makes every process hold the moments of the rows of all."""
         if distributed.world_size() == 1:
             return
-        count = torch.tensor(float(self.count), dtype=torch.float64, device=self.mean.device)
-        total = int(distributed.all_reduce_sum(count).item())
-        mean = distributed.all_reduce_sum(self.mean * self.count) / max(total, 1)
-        apart = self.mean - mean
-        self.products.addr_(apart, apart, alpha=self.count)
-        distributed.all_reduce_sum(self.products)
-        self.mean, self.count = mean, total
+        count = int(distributed.total(self.mean.new_tensor(self.count)).item())
+        mean = distributed.total(self.mean * self.count) / max(count, 1)
+        delta = self.mean - mean
+        self.products.addr_(delta, delta, alpha=self.count)
+        distributed.total(self.products)
+        self.mean, self.count = mean, count
 
     def covariance(self) -> Tensor:
         """[D, D], unbiased, as numpy.cov; needs two rows."""
@@ -70,18 +69,18 @@ class Moments:
 def frechet_distance(mean: Tensor, covariance: Tensor, mean2: Tensor, covariance2: Tensor) -> float:
     """|μ1−μ2|² + tr Σ1 + tr Σ2 − 2 tr (Σ1Σ2)^½, arXiv 1706.08500, equation 6.
 
-    With any root Σ1 = AAᵀ the product Σ1Σ2 has the eigenvalues of AᵀΣ2A besides zeros. That matrix
-    is symmetric and has no negative ones, so no root of a matrix is ever formed, and nothing can
-    become complex.
+    With any root Σ1 = AAᵀ the nonzero eigenvalues of Σ1Σ2 are those of AᵀΣ2A. That matrix is
+    symmetric and positive semidefinite: no matrix root is formed, and nothing becomes complex, as
+    with `scipy.linalg.sqrtm`.
 
     Args:
         mean: [D] finite.
         covariance: [D, D] finite, symmetric, without negative eigenvalues beyond rounding.
-        mean2: of the other one.
-        covariance2: of the other one.
+        mean2: as `mean`, of the other set.
+        covariance2: as `covariance`, of the other set.
 
     Returns:
-        the distance, squared as the field reports it; what rounding makes negative is 0.
+        the squared distance, as papers report it; 0 where rounding makes it negative.
     """
     mean, mean2, first, second = (
         part.to("cpu", torch.float64) for part in (mean, mean2, covariance, covariance2)
@@ -91,20 +90,20 @@ def frechet_distance(mean: Tensor, covariance: Tensor, mean2: Tensor, covariance
         root, other = root2, first
     eigenvalues = torch.linalg.eigvalsh(root.T @ other @ root)
     trace_of_root = eigenvalues.clamp_min(0).sqrt().sum()
-    apart = mean - mean2
-    distance = apart @ apart + first.trace() + second.trace() - 2 * trace_of_root
+    delta = mean - mean2
+    distance = delta @ delta + first.trace() + second.trace() - 2 * trace_of_root
     return max(distance.item(), 0.0)
 
 
 def _root(covariance: Tensor) -> Tensor:
-    """[D, R] whose product with its transpose is the covariance [D, D] of rank R."""
-    # Cholesky with pivots stops by itself where nothing but rounding is left.
+    """A [D, R] with AAᵀ the covariance [D, D] of rank R."""
+    # Cholesky with pivots stops where nothing but rounding is left.
     factor, order, rank, _ = dpstrf(covariance.numpy(), lower=1)
     root = torch.empty(len(covariance), rank, dtype=covariance.dtype)
     root[torch.from_numpy(order).long() - 1] = torch.from_numpy(factor).tril()[:, :rank]
     if (covariance.trace() - root.square().sum()).abs() <= LEFT_OVER * covariance.trace():
         return root
-    # Coarser rounding, as of float32, made negative eigenvalues, which Cholesky cannot pass over.
+    # float32 statistics may have negative eigenvalues, at which Cholesky stops too early.
     values, vectors = torch.linalg.eigh(covariance)
     return vectors * values.clamp_min(0).sqrt()
 
@@ -112,7 +111,7 @@ def _root(covariance: Tensor) -> Tensor:
 def fid_spread(
     features: Tensor, mean: Tensor, covariance: Tensor, *, times: int, seed: int
 ) -> float:
-    """Standard deviation of the FID over samples drawn anew with replacement.
+    """Standard deviation of the FID over bootstrap samples (drawn with replacement).
 
     Their mean would mislead: a set with repetitions has fewer images, and so a larger FID.
 
@@ -120,7 +119,7 @@ def fid_spread(
         features: [N, D] of the samples.
         mean: [D] of the reference.
         covariance: [D, D] of the reference.
-        times: how often the samples are drawn.
+        times: number of bootstrap samples.
         seed: of the draws.
     """
     values = []
@@ -142,6 +141,6 @@ def _weighted(features: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         mean += (rows * some).sum(0) / total
     products = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=mean.device)
     for rows, some in zip(features.split(BLOCK), weights.split(BLOCK), strict=True):
-        apart = rows - mean
-        products.addmm_((apart * some).T, apart)
+        centred = rows - mean
+        products.addmm_((centred * some).T, centred)
     return mean, products / (total - 1)

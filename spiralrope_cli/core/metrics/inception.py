@@ -1,7 +1,7 @@
-"""Features of the Inception of 2015-12-05, the field's: torch-fidelity's network, made faster.
+"""Features of the Inception of 2015-12-05, which papers use: torch-fidelity's network, made faster.
 
-Batch norms are folded into the convolutions before them, and memory is laid out with the channels
-last. Both change float32 rounding alone.
+Batch norms are folded into the convolutions before them, and the memory format is channels last.
+Both change float32 rounding only.
 
 Legend: B batch, D features, K classes.
 """
@@ -31,17 +31,11 @@ _SPATIAL_STAGE = "Mixed_6d"
 
 @dataclass(frozen=True)
 class Features:
-    """What the network says of B images; None where it was not asked.
+    """Features of B images; None for those that were not asked for."""
 
-    Attributes:
-        pool: [B, 2048], of FID, KID, precision and recall.
-        spatial: [B, 2023], of sFID.
-        logits: [B, 1008] float64, without the bias, of the Inception Score.
-    """
-
-    pool: Tensor | None
-    spatial: Tensor | None
-    logits: Tensor | None
+    pool: Tensor | None  # [B, 2048], of FID, KID, precision and recall
+    spatial: Tensor | None  # [B, 2023], of sFID
+    logits: Tensor | None  # [B, 1008] float64, without the bias, of the Inception Score
 
 
 class InceptionFeatures(nn.Module):
@@ -76,68 +70,57 @@ class InceptionFeatures(nn.Module):
     def forward(
         self, groups: list[Tensor], *, pool: bool = True, spatial: bool = True, logits: bool = True
     ) -> Features:
-        """Those features that are wanted.
+        """The features that are asked for, of all images in the order of the groups.
 
         Args:
             groups: images [B, 3, h, w] uint8, a tensor for every size.
-            pool: whether pool features are wanted.
-            spatial: whether spatial features are wanted.
-            logits: whether logits are wanted.
-
-        Returns:
-            features of all images, in the order of the groups.
+            pool: whether to return pool features; so for the others.
+            spatial: features of an inner layer.
+            logits: class logits.
         """
         at_once = _FEW if self.classes.device.type == "cpu" else max(map(len, groups))
         few = [part for group in groups for part in group.split(at_once)]
-        x = torch.cat([self.stem(self._input(part)) for part in few])
+        inputs = (resize(part).sub_(128).div_(128) for part in few)
+        channels_last = torch.channels_last
+        x = torch.cat([self.stem(x.contiguous(memory_format=channels_last)) for x in inputs])
         for name, stage in self.stages.items():
             x = stage(x)
             if name == _SPATIAL_STAGE and not (pool or logits):
                 break
         # Height, width, channel, as ADM has it.
-        seen = self._spatial.pop(threading.get_ident()).float().permute(0, 2, 3, 1).flatten(1)
+        inner = self._spatial.pop(threading.get_ident()).float().permute(0, 2, 3, 1).flatten(1)
         x = x.float().flatten(1)
+        # In float64 a row of a product does not depend on the other rows.
+        dtype = torch.float32 if x.device.type == "mps" else torch.float64
         return Features(
             pool=x if pool else None,
-            spatial=seen if spatial else None,
-            logits=self._logits(x) if logits else None,
+            spatial=inner if spatial else None,
+            logits=x.to(dtype) @ cast(Tensor, self.classes).to(dtype) if logits else None,
         )
-
-    def _input(self, images: Tensor) -> Tensor:
-        x = resize(images).sub_(128).div_(128)
-        return x.contiguous(memory_format=torch.channels_last)
-
-    def _logits(self, pool: Tensor) -> Tensor:
-        """[B, K], in float64, where a row of a product does not depend on the other rows."""
-        wide = torch.float32 if pool.device.type == "mps" else torch.float64
-        return pool.to(wide) @ cast(Tensor, self.classes).to(wide)
 
 
 def resize(images: Tensor) -> Tensor:
-    """[B, 3, h, w] as float32 [B, 3, 299, 299], bilinear as TensorFlow 1 did it.
+    """[B, 3, h, w] as float32 [B, 3, 299, 299], bilinear as in TensorFlow 1.
 
-    Output pixel i looks at i * h / 299, without the half pixel that would centre it.
+    Output pixel i samples i * h / 299, without the half pixel that would centre it
+    (`F.interpolate` has either that or aligned corners).
     """
     images = images.float()
     for dim in (2, 3):
         size = images.shape[dim]
         at = torch.arange(SIDE, device=images.device) * torch.tensor(size / SIDE)
         low = at.long()
-        share = (at - low).view((-1, 1) if dim == 2 else (-1,))
+        weight = (at - low).view((-1, 1) if dim == 2 else (-1,))
         high = (low + 1).clamp_max(size - 1)
-        images = torch.lerp(images.index_select(dim, low), images.index_select(dim, high), share)
+        images = torch.lerp(images.index_select(dim, low), images.index_select(dim, high), weight)
     return images
 
 
 def build_extractor(weights: object, path: Path) -> InceptionFeatures:
-    """The network with its weights, ready to be called.
-
-    Args:
-        weights: what a file holds.
-        path: of that file, for messages.
+    """The network with the weights that a file holds, in eval mode.
 
     Raises:
-        CheckpointError: it is something else, or of another network.
+        CheckpointError: they are something else, or of another network.
     """
     if not isinstance(weights, dict) or "Mixed_7c.branch_pool.conv.weight" not in weights:
         raise CheckpointError(
@@ -172,7 +155,7 @@ def _network(weights: dict[str, Tensor]) -> nn.Module:
 
 
 def _fold_batch_norms(module: nn.Module) -> None:
-    """In float64, one by one, so that little is rounded and less is in memory."""
+    """In float64, for less rounding; one by one, for less memory."""
     for child in module.children():
         norm = getattr(child, "bn", None)
         if isinstance(norm, nn.BatchNorm2d):

@@ -1,4 +1,4 @@
-"""Inception Score, summed up as logits come.
+"""Inception Score, from sums over batches of logits.
 
 Legend: B batch, S splits, K classes.
 """
@@ -16,8 +16,8 @@ SPLIT_SIZE = 5000
 class InceptionScore:
     """exp of the mean KL divergence between p(y|x) and p(y), arXiv 1606.03498, in splits.
 
-    The mean of KL(p(y|x) ‖ p(y)) over a split is the mean of Σ p log p less Σ q log q of the mean
-    q of p, so that sums suffice.
+    The mean of KL(p(y|x) ‖ p(y)) over a split is the mean of Σ p log p minus Σ q log q, where q is
+    the mean of p: sums are enough.
 
     Args:
         num_images: of all processes together; image i belongs to split i // 5000, as in ADM.
@@ -32,7 +32,7 @@ class InceptionScore:
         self.sums = torch.zeros(num_splits, num_classes + 2, dtype=torch.float64, device=place)
 
     def add(self, numbers: Tensor, logits: Tensor) -> None:
-        """Takes in images by their place in the set, [B], and their logits [B, K]."""
+        """Takes in logits [B, K] of images, with their places in the set [B]."""
         log_p = logits.to(self.sums).log_softmax(1)
         p = log_p.exp()
         rows = torch.cat((p, (p * log_p).sum(1, keepdim=True), torch.ones_like(p[:, :1])), 1)

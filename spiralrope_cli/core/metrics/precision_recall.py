@@ -13,24 +13,20 @@ from torch import Tensor
 NEIGHBOURS = 3
 BLOCK = 2048
 CLOSE = 1e-2
-"""Squared distances below this share of the squared lengths would be mostly rounding of the matrix
-product, and are computed from the differences: images that occur several times are at distance 0.
-"""
+"""Squared distances below this fraction of the squared lengths would be mostly rounding of the
+matrix product. They are computed from the differences: the same image twice is at distance 0."""
 
 
 def precision_recall(samples: Tensor, reference: Tensor, block: int = BLOCK) -> tuple[float, float]:
-    """Share of samples within the manifold of the reference, and the other way round.
+    """Precision: fraction of samples in the manifold of the reference. Recall: the other way round.
 
-    An image lies within the manifold of a set if it is no further from one of its images than
-    that one's third nearest neighbour in the set.
+    The manifold of a set is a ball around each of its images, as far as the third nearest neighbour
+    of that image in the set.
 
     Args:
         samples: [N, D] float32, N above 3.
         reference: [N2, D] float32, on the same device.
-        block: rows at a time; it changes no figure.
-
-    Returns:
-        precision, of the samples, and recall, of the reference.
+        block: rows at a time; it changes no metric.
     """
     # Distances do not depend on the origin, but their rounding does.
     centre = reference[:block].mean(0)
@@ -47,7 +43,7 @@ def precision_recall(samples: Tensor, reference: Tensor, block: int = BLOCK) -> 
 
 def _squared_radii(features: Tensor, centre: Tensor, block: int) -> Tensor:
     """[N]: squared distance of every image to its third nearest neighbour in the set."""
-    # The nearest of all is the image itself, at distance 0.
+    # The nearest one is the image itself, at distance 0.
     nearest = features.new_full((len(features), NEIGHBOURS + 1), torch.inf)
     for rows in _blocks(features, block):
         some = features[rows] - centre
@@ -62,7 +58,7 @@ def _squared_radii(features: Tensor, centre: Tensor, block: int) -> Tensor:
 
 
 def _smallest(nearest: Tensor, distances: Tensor) -> Tensor:
-    """[N, K]: the K smallest of what was nearest so far, [N, K], and more distances [N, M]."""
+    """[N, K]: the K smallest of those so far [N, K] and of more distances [N, M]."""
     more = distances.topk(min(nearest.shape[1], distances.shape[1]), largest=False).values
     return torch.cat((nearest, more), 1).topk(nearest.shape[1], largest=False).values
 
