@@ -199,11 +199,11 @@ def work(config: EvalRun) -> None:
         DataError: the data set is missing or damaged.
     """
     from spiralrope_cli.core.data.batches import ValidationImages
-    from spiralrope_cli.core.runtime.distributed import gathered, open_job
+    from spiralrope_cli.core.runtime.distributed import all_gather_object, open_context
 
     machine = config.machine
-    with open_job(machine, None) as job:
-        if len(set(gathered(config.rows))) > 1:
+    with open_context(machine, None) as ctx:
+        if len(set(all_gather_object(config.rows))) > 1:
             raise CheckpointError(
                 "the machines see different weights or data sets",
                 "sources and --data must lie in folders that all of them share",
@@ -213,18 +213,19 @@ def work(config: EvalRun) -> None:
         decoded = 0
         for protocol in dict.fromkeys(row.protocol for row in config.rows):
             rows = [row for row in config.rows if row.protocol == protocol]
-            images = ValidationImages(protocol, machine, job.device, job.rank, job.world_size)
-            metrics |= measure_rows(rows, images, job)
+            images = ValidationImages(protocol, machine, ctx.device, ctx.rank, ctx.world_size)
+            metrics |= measure_rows(rows, images, ctx)
             decoded += images.decoded
             unreadable |= images.bad.reasons
-        decoded, unreadable = sum(gathered(decoded)), dict(ChainMap(*gathered(unreadable)))
-        if job.is_first:
+        decoded = sum(all_gather_object(decoded))
+        unreadable = dict(ChainMap(*all_gather_object(unreadable)))
+        if ctx.is_first:
             say_unreadable(unreadable)
-            report(config, metrics, decoded, job)
+            report(config, metrics, decoded, ctx)
 
 
 def measure_rows(
-    rows: list[EvalRow], images: ValidationImages, job: Job
+    rows: list[EvalRow], images: ValidationImages, ctx: DistContext
 ) -> dict[EvalRow, Accuracy]:
     """Metrics of the rows of one protocol, in one pass; equal networks see it once."""
     from spiralrope_cli.core import load
@@ -238,7 +239,7 @@ def measure_rows(
             source, model = Source(row.source, Path(row.file)), row.model
             weights = read_weights(source, ema=row.ema, rope=asdict(row.rope))
             size, grid = model.image_size, model.pretrain_grid
-            network = load.build(weights, job.device, image_size=size, pretrain_grid=grid)
+            network = load.build(weights, ctx.device, image_size=size, pretrain_grid=grid)
             if images.machine.compile:
                 network.compile()
             models[row.network] = network
@@ -252,22 +253,24 @@ def measure_rows(
                 yield pixels, labels
                 advance(len(labels) * ctx.world_size)  # the others are as far
 
-        in_precision = partial(autocast, job.device, job.dtype)
-        found = measure_accuracy(models, batches(), job.device, in_precision)
+        in_precision = partial(autocast, ctx.device, ctx.dtype)
+        found = measure_accuracy(models, batches(), ctx.device, in_precision)
     return {row: found[row.network] for row in rows}
 
 
 # ---- report
-def report(config: EvalRun, metrics: dict[EvalRow, Accuracy], decoded: int, job: Job) -> None:
+def report(
+    config: EvalRun, metrics: dict[EvalRow, Accuracy], decoded: int, ctx: DistContext
+) -> None:
     """Writes and prints everything, from the first process alone."""
     from spiralrope_cli.core.metrics import accuracy
     from spiralrope_cli.core.report.page import is_stage, leave_report
     from spiralrope_cli.core.runtime.device import PRECISIONS, versions
 
     circumstances = {
-        "precision": PRECISIONS[job.dtype],
-        "device": job.device.type,
-        "processes": job.world_size,
+        "precision": PRECISIONS[ctx.dtype],
+        "device": ctx.device.type,
+        "processes": ctx.world_size,
         "versions": versions(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -339,4 +342,4 @@ def describe_row(row: EvalRow) -> Record:
 @cache
 def sha256(file: str) -> str:
     """Digest of a whole file, once for all of its rows."""
-    return digest_like(Path(file), "")[1]
+    return sha256_of(Path(file))

@@ -190,23 +190,23 @@ def work(plan: Plan) -> None:
 
     run, sha256, samples = plan.run, plan.weights_sha256, plan.sides[0]
     protocol = run.protocol(sha256) if sha256 else samples.protocol
-    with open_job(run.machine, None) as job:
+    with open_context(run.machine, None) as ctx:
         forbid_tf32()
-        network = functools.partial(_load_once, Path(run.weights), str(job.device))
-        with digests_beside(list(plan.sides) if job.is_first else []) as digests:
-            measured = [measure_side(run, job, samples, network)]
+        network = functools.partial(_load_once, Path(run.weights), str(ctx.device))
+        with digests_beside(list(plan.sides) if ctx.is_first else []) as digests:
+            measured = [measure_side(run, ctx, samples, network)]
             return_freed_memory()  # what the other side adds would come on top of it
-            if run.save_stats and job.is_first:
+            if run.save_stats and ctx.is_first:
                 # What a file of images had stored is of no one knows which images and weights.
                 known = (0, "") if samples.stored else (measured[0].num or 0, protocol)
                 npz.save_statistics(Path(run.save_stats), measured[0].stats, *known)
             for side in plan.sides[1:]:
                 cache = None
-                if job.is_first and side.needed:
+                if ctx.is_first and side.needed:
                     how = f"{protocol}, skip_bad {run.machine.skip_bad}"
                     cache = npz.ReferenceCache(digests[1].result(), how)
-                measured.append(measure_side(run, job, side, network, cache))
-            if job.is_first:
+                measured.append(measure_side(run, ctx, side, network, cache))
+            if ctx.is_first:
                 return_freed_memory()
                 # Unreadable images may have left too few for some metrics.
                 read = [replace(s, num=m.num) for s, m in zip(plan.sides, measured, strict=True)]

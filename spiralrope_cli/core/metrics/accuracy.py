@@ -69,7 +69,8 @@ def measure_accuracy(
     for model, training in zip(models.values(), was_training, strict=True):
         model.train(training)
     found = {}
-    for name, (*hits, loss, count) in zip(models, distributed.total(sums).tolist(), strict=True):
+    totals = distributed.all_reduce_sum(sums).tolist()
+    for name, (*hits, loss, count) in zip(models, totals, strict=True):
         num = max(count, 1)
         acc1, acc5 = (100 * each / num for each in hits)
         found[name] = Accuracy(acc1, acc5, loss / num, int(count))

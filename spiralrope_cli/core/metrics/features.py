@@ -28,7 +28,7 @@ from spiralrope_cli.core.metrics.kid import kernel_distance
 from spiralrope_cli.core.metrics.precision_recall import precision_recall
 from spiralrope_cli.core.runtime import distributed
 from spiralrope_cli.core.runtime.device import autocast
-from spiralrope_cli.core.runtime.distributed import Job
+from spiralrope_cli.core.runtime.distributed import DistContext
 from spiralrope_cli.core.runtime.progress import counted, say_unreadable
 
 ARRAYS = {
@@ -74,13 +74,13 @@ def measure_side(
         CheckpointError: the weights are damaged, or of another network.
     """
     kept = cache.load(side.needed) if cache else {}
-    if distributed.gathered(bool(kept))[0]:  # the first process has them
+    if distributed.all_gather_object(bool(kept))[0]:  # the first process has them
         result = Measured(side.num, from_cache=side.needed)
         for part, arrays in kept.items():
             result.num, result.num_unreadable = int(arrays["num"]), int(arrays["bad"])
             result.stats[part] = tuple(torch.from_numpy(arrays[name]) for name in ARRAYS[part])
     elif side.needed and side.images is not None:
-        result = _measure_images(run, job, side, side.images, network())
+        result = _measure_images(run, ctx, side, side.images, network())
         if cache:
             for part in side.needed:
                 tensors = (each.cpu().numpy() for each in result.stats[part])
@@ -88,7 +88,7 @@ def measure_side(
                 cache.store(part, num=result.num or 0, bad=result.num_unreadable, **named)
     else:
         result = Measured(side.num)
-    for part in side.stored if job.is_first else ():
+    for part in side.stored if ctx.is_first else ():
         if part in run.select or run.save_stats:
             mean, covariance = read_statistics(side.path, part)
             result.stats[part] = torch.from_numpy(mean), torch.from_numpy(covariance)
@@ -96,12 +96,12 @@ def measure_side(
 
 
 def _measure_images(
-    run: FidRun, job: Job, side: Side, images: ImageInput, network: InceptionFeatures
+    run: FidRun, ctx: DistContext, side: Side, images: ImageInput, network: InceptionFeatures
 ) -> Measured:
     num = side.num or 0
-    mine = range(num * job.rank // job.world_size, num * (job.rank + 1) // job.world_size)
-    sums = Sums(side.needed, mine, num, job.device)
-    cores = torch.get_num_threads() if job.device.type == "cpu" else 1
+    mine = range(num * ctx.rank // ctx.world_size, num * (ctx.rank + 1) // ctx.world_size)
+    sums = Sums(side.needed, mine, num, ctx.device)
+    cores = torch.get_num_threads() if ctx.device.type == "cpu" else 1
     opened = image_batches(
         images,
         mine,
@@ -112,8 +112,8 @@ def _measure_images(
     unreadable: dict[str, str] = {}
     with (
         contextlib.closing(opened) as batches,
-        contextlib.closing(in_features(batches, network, side.needed, job)) as measured,
-        counted(side.role, num, shown=job.is_first) as advance,
+        contextlib.closing(in_features(batches, network, side.needed, ctx)) as measured,
+        counted(side.role, num, shown=ctx.is_first) as advance,
         torch.inference_mode(),
     ):
         for batch, features in measured:
@@ -125,8 +125,8 @@ def _measure_images(
                 sums.add(batch.numbers, features)
             advance((len(batch.numbers) + len(batch.unreadable)) * ctx.world_size)
         result = sums.merged()
-    unreadable = dict(ChainMap(*distributed.gathered(unreadable)))
-    if job.is_first:
+    unreadable = dict(ChainMap(*distributed.all_gather_object(unreadable)))
+    if ctx.is_first:
         say_unreadable(unreadable)
     # Refuse too few images, and features that are no numbers.
     asked = run.num if side.role == "SAMPLES" else 0

@@ -54,11 +54,11 @@ class Moments:
         """Makes every process hold the moments of the rows of all."""
         if distributed.world_size() == 1:
             return
-        count = int(distributed.total(self.mean.new_tensor(self.count)).item())
-        mean = distributed.total(self.mean * self.count) / max(count, 1)
+        count = int(distributed.all_reduce_sum(self.mean.new_tensor(self.count)).item())
+        mean = distributed.all_reduce_sum(self.mean * self.count) / max(count, 1)
         delta = self.mean - mean
         self.products.addr_(delta, delta, alpha=self.count)
-        distributed.total(self.products)
+        distributed.all_reduce_sum(self.products)
         self.mean, self.count = mean, count
 
     def covariance(self) -> Tensor:
