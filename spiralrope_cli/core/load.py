@@ -24,8 +24,7 @@ from spiralrope_cli.core.models.dit import DiT
 from spiralrope_cli.core.models.factory import create_model
 from spiralrope_cli.core.weights import SHOWN_KEYS, Weights, here, read_weights
 
-ALIGNMENT = 64
-"""Bytes; of torch's own tensors on a CPU."""
+ALIGNMENT = 64  # bytes; of torch's own tensors on a CPU
 
 
 def create(weights: Weights, **changes: Any) -> DeiT | DiT:
@@ -59,14 +58,8 @@ def load_model(
 def build(weights: Weights, device: torch.device | str = "cpu", **changes: Any) -> DeiT | DiT:
     """The network with its weights, in eval mode on a device.
 
-    Args:
-        weights: as read.
-        device: where it goes.
-        changes: arguments of `create_model` that replace the weights' own; another image size
-            resamples the position embedding.
-
-    Raises:
-        CheckpointError: names or shapes differ.
+    Changes replace arguments of `create_model`; another image size resamples the position
+    embedding.
     """
     with torch.device("meta"):  # the initial values would be thrown away
         model = create(weights, **changes)
@@ -90,9 +83,6 @@ def start_from(weights: Weights, model: DeiT | DiT) -> None:
     """Puts weights into a fresh network; a head or label table of other classes stays fresh.
 
     So do the fixed positions of a diffusion transformer of another size.
-
-    Raises:
-        CheckpointError: other names or shapes differ.
     """
     fresh = ("y_embedder.", "pos_embed") if isinstance(model, DiT) else ("head.",)
     state = fit_state_dict(weights, model, may_differ=fresh)
@@ -102,15 +92,10 @@ def start_from(weights: Weights, model: DeiT | DiT) -> None:
 def fit_state_dict(
     weights: Weights, model: DeiT | DiT, may_differ: tuple[str, ...] = ()
 ) -> StateDict:
-    """The weights' tensors as a network takes them.
+    """The weights' tensors as a network takes them, the position embedding resampled to its grid.
 
-    Args:
-        weights: as read.
-        model: whose position embedding they are resampled for.
-        may_differ: beginnings of names that are left out where their shapes differ.
-
-    Raises:
-        CheckpointError: lists what is missing, left over or of another shape.
+    Names that begin as those in `may_differ` are left out where their shapes differ; what else is
+    missing, unexpected or reshaped is refused.
     """
     state = dict(weights.state)
     if isinstance(model, DeiT) and "pos_embed" in state:
@@ -145,9 +130,6 @@ def at_size(weights: Weights, size: tuple[int, int], rope: dict[str, Any]) -> di
         weights: as read with those options.
         size: of a DeiT's image or a DiT's latent, (height, width).
         rope: field name -> value, the options that the user gave.
-
-    Returns:
-        the size by its name, `pretrain_grid` and `rope`.
     """
     scaling, grid = positions_at(described(weights), size, rope.get("scaling"))
     name = "input_size" if is_dit(weights.arch) else "image_size"
@@ -164,10 +146,6 @@ def starting_point(
         rope: field name -> value, options of the user, which win over the source's.
         dit: whether they must be those of a diffusion transformer, or of a classifier.
         download: whether published weights that are not here are fetched.
-
-    Raises:
-        CheckpointError: no weights there, or those of another kind of network.
-        ConfigError: a bare state dict without RoPE options.
     """
     weights = read_weights(here(source, download=download), ema=True, rope=rope)
     if is_dit(weights.arch) != dit:

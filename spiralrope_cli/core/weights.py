@@ -53,31 +53,18 @@ SHOWN_KEYS = 4
 
 @dataclass(frozen=True)
 class Weights:
-    """One set of weights and what they belong to.
-
-    Attributes:
-        source: where they come from.
-        file: the file that holds them.
-        ema: whether they are averaged ones.
-        arch: `--arch`, or its form by numbers for sizes outside the table.
-        rope: the options they were trained with, or those of the user in their place.
-        options: further arguments of `create_model`.
-        state: name -> tensor, mapped from the disk, without frequencies.
-        config: the run's config where it is stored with them, else empty.
-        notes: what the user should know, one line each.
-        progress: how far they were trained, in words, or nothing.
-    """
+    """One set of weights and what they belong to."""
 
     source: Source
     file: Path
-    ema: bool
-    arch: str
-    rope: RopeConfig
-    options: dict[str, Any]
-    state: StateDict
-    config: dict[str, Any]
-    notes: tuple[str, ...]
-    progress: str
+    ema: bool  # whether they are averaged ones
+    arch: str  # `--arch`, or its form by numbers for sizes outside the table
+    rope: RopeConfig  # as they were trained, but for what the user chose
+    options: dict[str, Any]  # further arguments of `create_model`
+    state: StateDict  # mapped from the disk, without frequencies
+    config: dict[str, Any]  # of the run, where it is stored with them
+    notes: tuple[str, ...]  # what the user should know, one line each
+    progress: str  # how far they were trained, in words, or nothing
 
     def what(self, kind: str = "") -> str:
         """What was loaded, in words; `kind` names both sets where there are two."""
@@ -92,12 +79,7 @@ class Weights:
 
 
 def here(source: Source, *, download: bool = True) -> Source:
-    """The source on this machine; what is published is fetched, unless `download` is off.
-
-    Raises:
-        CheckpointError: published, but no network's weights, or not here and not to be fetched.
-        FetchError: it cannot be had.
-    """
+    """The source on this machine; what is published is fetched, unless `download` is off."""
     if source.row is None or source.place is not None:
         return source
     if source.row.kind not in ("deit", "dit"):
@@ -123,10 +105,6 @@ def read_weights(
         source: what `find_source` and `here` gave.
         ema: averaged in place of raw ones; a bare state dict has one set alone.
         rope: field name -> value, RoPE options of the user, which win over the source's.
-
-    Raises:
-        CheckpointError: damaged, or no DeiT and no DiT.
-        ConfigError: a bare state dict without RoPE options.
     """
     file, chosen = source.file(ema), rope or {}
     if file.suffix != ".safetensors":

@@ -18,36 +18,20 @@ _REFERENCES = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One entry.
+    """One entry, of a repository on the Hub or of a plain URL."""
 
-    Attributes:
-        name: what `fetch` and the other commands call it.
-        kind: deit, dit, vae, inception or reference.
-        what: in words.
-        file: path in the repository, or the file's name where there is no repository.
-        repo: on the Hub; empty for plain downloads.
-        more_files: further files of the repository that belong to it.
-        arch: its `--arch`, empty for what is not ours.
-        steps: training steps; the file's name can say something else.
-        rope: options by the fields of RopeConfig, None where the file itself holds them or
-            there are none.
-        url: of plain downloads.
-        url_variable: environment variable that names a mirror.
-        sha256: how the digest of a plain download begins, empty where none is published.
-    """
-
-    name: str
-    kind: str
-    what: str
-    file: str
+    name: str  # for `fetch` and the other commands
+    kind: str  # deit, dit, vae, inception or reference
+    what: str  # in words
+    file: str  # path in the repository, or the file's name where there is no repository
     repo: str = ""
-    more_files: tuple[str, ...] = ()
-    arch: str = ""
-    steps: int | None = None
-    rope: dict[str, Any] | None = None
+    more_files: tuple[str, ...] = ()  # of the repository, that belong to it
+    arch: str = ""  # `--arch`, of our networks
+    steps: int | None = None  # of training; the file's name can say something else
+    rope: dict[str, Any] | None = None  # by the fields of RopeConfig, where the file lacks them
     url: str = ""
-    url_variable: str = ""
-    sha256: str = ""
+    url_variable: str = ""  # environment variable that names a mirror
+    sha256: str = ""  # how the digest of a plain download begins, empty where none is published
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -65,28 +49,17 @@ class Row:
         return os.environ.get(self.url_variable or "", "") or self.url
 
 
-def _deit(name: str, folder: str) -> Row:
-    return Row(
-        name=name,
-        kind="deit",
-        what=f"DeiT-{name[-1].upper()}, ImageNet-1K 224 px",
-        file=f"{folder}/checkpoint.pth",
-        repo=WEIGHTS_REPO,
-        arch=name,
-    )
+def _deit(size: str, folder: str) -> Row:
+    what = f"DeiT-{size.upper()}, ImageNet-1K 224 px"
+    name, file = f"deit-{size}", f"{folder}/checkpoint.pth"
+    return Row(name=name, kind="deit", what=what, file=file, repo=WEIGHTS_REPO, arch=name)
 
 
-def _dit(name: str, what: str, file: str, steps: int, rope: dict[str, Any] | None = None) -> Row:
-    return Row(
-        name=name,
-        kind="dit",
-        what=what,
-        file=file,
-        repo=WEIGHTS_REPO,
-        arch=name.partition("@")[0],
-        steps=steps,
-        rope=rope,
-    )
+def _dit(name: str, file: str, steps: int, **more: Any) -> Row:
+    arch = name.partition("@")[0]
+    what = f"DiT-{arch[4:-1].upper()}/{arch[-1]}, ImageNet 256 px"
+    row = {"what": what, "file": file, "repo": WEIGHTS_REPO, "arch": arch, "steps": steps, **more}
+    return Row(name=name, kind="dit", **row)
 
 
 def _vae(name: str, what: str) -> Row:
@@ -111,21 +84,21 @@ def _reference(side: int, file: str) -> Row:
 
 
 ROWS = (
-    _deit("deit-s", "deit_small_patch16_LS_rms_rope"),
-    _deit("deit-b", "deit_base_patch16_LS_rms_rope"),
-    _deit("deit-l", "deit_large_patch16_LS_rms_rope"),
-    _dit("dit-s2", "DiT-S/2, ImageNet 256 px", "dit_s2/0400000.pt", 400_000),
-    _dit("dit-b2", "DiT-B/2, ImageNet 256 px", "dit_b2/0400000.pt", 400_000),
-    _dit("dit-l2", "DiT-L/2, ImageNet 256 px", "dit_l2/0400000.pt", 400_000),
-    _dit("dit-xl2@400k", "DiT-XL/2, ImageNet 256 px", "dit_xl2/0400000.pt", 400_000),
+    _deit("s", "deit_small_patch16_LS_rms_rope"),
+    _deit("b", "deit_base_patch16_LS_rms_rope"),
+    _deit("l", "deit_large_patch16_LS_rms_rope"),
+    _dit("dit-s2", "dit_s2/0400000.pt", 400_000),
+    _dit("dit-b2", "dit_b2/0400000.pt", 400_000),
+    _dit("dit-l2", "dit_l2/0400000.pt", 400_000),
+    _dit("dit-xl2@400k", "dit_xl2/0400000.pt", 400_000),
     # The name of this file is one digit short: it holds the weights of step 7 000 000. It is a
     # bare state dict, so that its RoPE options are known from the authors' run name alone.
     _dit(
         "dit-xl2@7m",
-        "DiT-XL/2, best; its file name lacks a zero",
         "dit_xl2/0700000.pth",
         7_000_000,
-        {"rotate": 4, "max_freq_lang": 1.5, "same_theta": False},
+        what="DiT-XL/2, best; its file name lacks a zero",
+        rope={"rotate": 4, "max_freq_lang": 1.5, "same_theta": False},
     ),
     _vae("vae-ema", "the VAE of DiT training"),
     _vae("vae-mse", "the VAE of sampling, for the published FID"),
@@ -143,20 +116,15 @@ ROWS = (
 )
 
 ALIASES = {"dit-xl2": "dit-xl2@7m"}
-_BY_NAME = {row.name: row for row in ROWS}
 
 
 def find(name: str) -> Row:
-    """The row of that name.
-
-    Raises:
-        ConfigError: there is none; the nearest name is suggested.
-    """
+    """The row of that name; where there is none, the nearest name is suggested."""
     wanted = name.strip().lower()
-    wanted = ALIASES.get(wanted, wanted)
-    if wanted in _BY_NAME:
-        return _BY_NAME[wanted]
-    near = difflib.get_close_matches(wanted, [*_BY_NAME, *ALIASES], n=1, cutoff=0.5)
+    by_name = {row.name: row for row in ROWS}
+    if row := by_name.get(ALIASES.get(wanted, wanted)):
+        return row
+    near = difflib.get_close_matches(wanted, [*by_name, *ALIASES], n=1, cutoff=0.5)
     guess = f"did you mean {near[0]}? " if near else ""
     raise ConfigError(
         f"{name} is not among the published weights",

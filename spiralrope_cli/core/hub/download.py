@@ -106,17 +106,7 @@ class Remote(NamedTuple):
 
 
 def look_up(row: Row, revision: str | None, *, timeout: float | None = None) -> list[Remote]:
-    """Asks the Hub for commit, digest and size of each file.
-
-    Args:
-        row: of the catalogue.
-        revision: branch, tag or commit.
-        timeout: seconds to wait for an answer; by default huggingface_hub's.
-
-    Raises:
-        NoRouteError: nobody answers.
-        FetchError: the Hub refuses, or it is no Hub that answers.
-    """
+    """Asks the Hub for commit, digest and size of each file; `timeout` is in seconds."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 

@@ -49,12 +49,9 @@ def digest_like(path: Path, expected: str) -> tuple[str, str]:
 
 
 def is_right(path: Path, expected: str, owner: str) -> bool:
-    """Compares a file with its digest, or how that begins, and says the outcome.
+    """Compares a file with its owner's digest, or how that begins, and says the outcome.
 
-    Args:
-        path: the file.
-        expected: the digest; text that is none counts as right, and the outcome says so.
-        owner: whose digest it is.
+    What is no digest, as the ETag of some servers, counts as right, and the outcome says so.
     """
     comparable = DIGEST.fullmatch(expected)
     kind, found = digest_like(path, expected if comparable else "")
@@ -73,11 +70,7 @@ def disk_error(error: Exception, where: Path) -> FetchError:
 
 
 def refuse_existing(target: Path) -> None:
-    """Refuses to write where something already lies; an empty folder is nothing.
-
-    Raises:
-        FetchError: there is something.
-    """
+    """Refuses to write where something already lies; an empty folder is nothing."""
     empty_folder = target.is_dir() and not any(target.iterdir())
     if (target.is_symlink() or target.exists()) and not empty_folder:
         raise FetchError(f"{target} exists already", "choose another --out, or move it away")
@@ -87,8 +80,7 @@ def refuse_existing(target: Path) -> None:
 def new_path(target: Path) -> Iterator[Path]:
     """A path beside the target to write a file or a folder at; it gets its name when it is whole.
 
-    Raises:
-        FetchError: something has that name, the disk is full, or it cannot be written.
+    Unlike `atomic_write` it takes folders, replaces nothing, and words what the disk refused.
     """
     refuse_existing(target)
     beside = target.with_name(f".{target.name}.{os.getpid()}")
@@ -110,17 +102,13 @@ def new_path(target: Path) -> Iterator[Path]:
 
 
 def check_room(cache: Path, missing: int, out: Path | None, sizes: dict[str, int]) -> None:
-    """Refuses a download, and its copy, before a byte comes.
+    """Refuses, before a byte comes, what the disks cannot hold, and a copy over another file.
 
     Args:
         cache: where the download goes.
         missing: bytes of it that are not there yet.
         out: folder of the copy, if one is wanted.
         sizes: file name -> bytes of the copy.
-
-    Raises:
-        DiskError: too little is free.
-        FetchError: another file has the name of the copy.
     """
     needs = [(cache, missing)]
     if out:
@@ -133,11 +121,7 @@ def check_room(cache: Path, missing: int, out: Path | None, sizes: dict[str, int
 
 
 def place_copy(source: Path, folder: Path) -> Path:
-    """Copies a file into a folder; it has its name only when it is whole.
-
-    Raises:
-        FetchError: another file has that name, or the folder cannot be written.
-    """
+    """Copies a file into a folder, unless it is there; another file is never replaced."""
     target = folder / source.name
     if target.is_file() and filecmp.cmp(source, target, shallow=False):
         return target

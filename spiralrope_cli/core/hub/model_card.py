@@ -17,15 +17,12 @@ METRICS = {"acc1": "acc@1", "acc5": "acc@5"}
 
 
 def eval_rows(folders: list[Path], sha256: str, ema: bool) -> list[dict[str, Any]]:
-    """What `eval` measured of one set of weights of one file.
+    """What `eval` measured of the averaged or the raw weights of one file.
 
     Args:
         folders: where an `eval.json` may lie.
-        sha256: of the file that holds the weights; rows of other files are left out.
+        sha256: of the file; rows of other files are left out.
         ema: whether rows of the averaged or of the raw weights count.
-
-    Raises:
-        CheckpointError: an `eval.json` that cannot be read.
     """
     found: list[dict[str, Any]] = []
     for path in dict.fromkeys(folder / EVAL_FILE for folder in folders):
@@ -64,7 +61,7 @@ def model_card(
         rope: options of the rotary embedding.
         options: further arguments of `create_model`.
         data: the training set, empty where unknown.
-        rows: of `eval.json`.
+        rows: from `eval_rows`.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 

@@ -1,11 +1,10 @@
-"""Networks of others that are used as they are: where VAE and Inception lie on this disk."""
+"""Networks of others that are used unchanged: where VAE and Inception lie on this disk."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from spiralrope_cli.core.config.latents import LATENT_CHANNELS, LATENT_SCALE, VAE_FACTOR, VAE_NAMES
 from spiralrope_cli.core.errors import CheckpointError, ConfigError, FetchError
@@ -19,15 +18,10 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
 
 @dataclass(frozen=True)
 class VaeFiles:
-    """A VAE in the layout of diffusers, on this machine.
+    """A VAE in the layout of diffusers, on this machine."""
 
-    Attributes:
-        given: as the user named it.
-        folder: with its config and its weights.
-    """
-
-    given: str
-    folder: Path
+    given: str  # as the user named it
+    folder: Path  # with its config and its weights
 
     @property
     def weights(self) -> Path:
@@ -46,56 +40,43 @@ class VaeFiles:
 
 
 def find_vae(given: str) -> VaeFiles:
-    """The VAE that `--vae` names; `ema` and `mse` are fetched unless they are here.
-
-    Args:
-        given: `ema`, `mse`, or a folder with config.json and safetensors.
-
-    Raises:
-        ConfigError: neither a name nor a folder.
-        CheckpointError: no VAE in it, or one that DiT cannot work with.
-        FetchError: it cannot be had.
-    """
-    files = local_vae(given)
-    if files is None:
-        files = VaeFiles(given, fetch(find(f"vae-{given}")))
-        _check(files)
-    return files
+    """The VAE that `--vae` names; `ema` and `mse` are fetched unless they are here."""
+    return local_vae(given) or _checked(VaeFiles(given, fetch(find(f"vae-{given}"))))
 
 
 def local_vae(given: str) -> VaeFiles | None:
     """The same without asking anyone; None for a published VAE that is not here yet."""
     if given in VAE_NAMES:
         folder = local_path(find(f"vae-{given}"))
-        if folder is None:
-            return None
-    else:
-        folder = Path(given).expanduser()
-        if not folder.is_dir():
-            raise ConfigError(f"--vae {given} is neither {' nor '.join(VAE_NAMES)} nor a folder")
-    files = VaeFiles(given, folder)
-    _check(files)
-    return files
+        return _checked(VaeFiles(given, folder)) if folder else None
+    folder = Path(given).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"--vae {given} is neither {' nor '.join(VAE_NAMES)} nor a folder")
+    return _checked(VaeFiles(given, folder))
 
 
-def _check(files: VaeFiles) -> None:
-    folder = files.folder
+def _checked(files: VaeFiles) -> VaeFiles:
+    """Refuses a folder without a VAE, and a VAE that DiT cannot work with."""
+    path = files.folder / CONFIG_FILE
     layout = f"a VAE's folder holds {CONFIG_FILE} and {WEIGHTS_FILE}, as diffusers saves it"
     for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"--vae {files.given}: {folder} has no {name}", layout)
+        if not (files.folder / name).is_file():
+            raise CheckpointError(f"--vae {files.given}: {files.folder} has no {name}", layout)
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text())
-        kind, channels, factor = _shape(config)
+        config = json.loads(path.read_text())
+        # What a config leaves out is as diffusers defaults it.
+        kind = config.get("_class_name", "AutoencoderKL")
+        pixels, back = config.get("in_channels", 3), config.get("out_channels", 3)
+        latents = config.get("latent_channels", 4)
+        factor = 2 ** (len(config.get("block_out_channels", (64,))) - 1)
         float(config.get("scaling_factor", LATENT_SCALE))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"--vae {files.given}: {folder / CONFIG_FILE} is no config of a VAE", layout
+            f"--vae {files.given}: {path} is no config of a VAE", layout
         ) from error
     if kind != "AutoencoderKL":
         raise CheckpointError(f"--vae {files.given} is of the kind {kind}, not AutoencoderKL")
-    if channels != (3, 3, LATENT_CHANNELS):
-        pixels, back, latents = channels
+    if (pixels, back, latents) != (3, 3, LATENT_CHANNELS):
         raise CheckpointError(
             f"--vae {files.given} makes {latents} channels of {pixels} and gives {back} back; DiT "
             f"takes one that makes {LATENT_CHANNELS} of 3"
@@ -105,30 +86,11 @@ def _check(files: VaeFiles) -> None:
             f"--vae {files.given} shrinks images {factor} times; DiT takes one that does so "
             f"{VAE_FACTOR} times"
         )
-
-
-def _shape(config: dict[str, Any]) -> tuple[str, tuple[int, int, int], int]:
-    """Class, channels of image, image back and latents, and factor; as diffusers defaults them."""
-    channels = (
-        config.get("in_channels", 3),
-        config.get("out_channels", 3),
-        config.get("latent_channels", 4),
-    )
-    levels = len(config.get("block_out_channels", (64,)))
-    return config.get("_class_name", "AutoencoderKL"), channels, 2 ** (levels - 1)
+    return files
 
 
 def find_inception(given: str) -> tuple[Path, str]:
-    """The weights' file and its SHA-256.
-
-    Args:
-        given: `--weights`, empty for those that `fetch inception` brings.
-
-    Raises:
-        ConfigError: no such file.
-        FetchError: nothing was fetched yet.
-        CheckpointError: what was fetched is damaged.
-    """
+    """The file of Inception's weights and its SHA-256: `--weights`, or what `fetch` brought."""
     row = find("inception")
     path = Path(given).expanduser() if given else target_of(row)
     if given and not path.is_file():

@@ -45,11 +45,8 @@ def fetch_file(row: Row, barred: str, out: Path | None) -> Path:
 
     Args:
         row: of the catalogue.
-        barred: what forbids a download, empty where nothing does.
+        barred: the option or variable that forbids a download, empty where none does.
         out: folder of the copy that is made afterwards.
-
-    Raises:
-        FetchError: it cannot be had, or it is not what it should be.
     """
     from huggingface_hub.utils import WeakFileLock
 
@@ -72,11 +69,7 @@ def fetch_file(row: Row, barred: str, out: Path | None) -> Path:
 
 
 def look_up(row: Row) -> Remote:
-    """Asks for a file's size without reading it.
-
-    Raises:
-        FetchError: it cannot be had there.
-    """
+    """Asks for a file's size without reading it."""
     url = row.source_url
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"{row.url_variable} is {url}; it must begin with https:// or http://")

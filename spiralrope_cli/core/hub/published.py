@@ -32,30 +32,17 @@ FREQS_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class PublishedFile:
-    """One file, unpacked.
+    """One file, unpacked; raw and averaged weights are the same where it holds one set alone."""
 
-    Attributes:
-        raw: weights, mapped from the disk where the file's format allows it.
-        ema: averaged weights; the raw ones where the file holds one set alone.
-        has_both: whether the two differ in origin.
-        args: options of the run that made it, empty in a bare state dict.
-        progress: epoch or step that it was saved at, in words, or nothing.
-    """
-
-    raw: StateDict
+    raw: StateDict  # mapped from the disk where the file's format allows it
     ema: StateDict
     has_both: bool
-    args: dict[str, Any]
-    progress: str = ""
+    args: dict[str, Any]  # options of the run that made it, none in a bare state dict
+    progress: str = ""  # epoch or step that it was saved at, in words
 
 
 def read_published(path: Path) -> PublishedFile:
-    """Reads a `.pth` or `.pt` file; what its optimizer holds stays on the disk.
-
-    Raises:
-        CheckpointError: it is damaged, no checkpoint, or needs more than tensors and plain
-            values.
-    """
+    """Reads a `.pth` or `.pt` file; what its optimizer holds stays on the disk."""
     content = load_safely(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__} and no weights")
@@ -98,11 +85,7 @@ def _state_dict_in(content: dict[str, Any], key: str) -> StateDict:
 
 
 def load_safely(path: Path) -> Any:
-    """What torch saved in a file, of either of its formats, without running anything.
-
-    Raises:
-        CheckpointError: it is damaged, or needs more than tensors and plain values.
-    """
+    """What torch saved in a file, of either of its formats, without running anything."""
     try:
         with path.open("rb") as file:
             head = file.read(512)
@@ -169,24 +152,14 @@ def freqs_note(stored: list[Tensor], rope: RopeConfig, head_dim: int) -> str | N
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """The network that weights belong to, as far as a published file tells of it.
-
-    Attributes:
-        arch: `--arch`.
-        rope: options of the rotary embedding.
-        num_classes: outputs of a DeiT; classes of a DiT, without the null class.
-        size: (height, width) in pixels, or of the latent.
-        grid: patches as (rows, columns).
-        pretrain_grid: patches that positions refer to.
-        qk_norm: whether queries and keys are normalised.
-    """
+    """The network that weights belong to, as far as a published file tells of it."""
 
     arch: str
     rope: RopeConfig
-    num_classes: int
-    size: tuple[int, int]
-    grid: tuple[int, int]
-    pretrain_grid: tuple[int, int]
+    num_classes: int  # of a DiT without the null class
+    size: tuple[int, int]  # (height, width) in pixels, or of the latent
+    grid: tuple[int, int]  # patches as (rows, columns)
+    pretrain_grid: tuple[int, int]  # patches that positions refer to
     qk_norm: bool = False
 
     @property

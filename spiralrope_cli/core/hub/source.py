@@ -29,19 +29,12 @@ CLASSIFIERS = ("pretrain", "finetune")
 
 @dataclass(frozen=True)
 class Source:
-    """Weights that exist here, or that can be fetched.
+    """Weights that exist here, or that can be fetched."""
 
-    Attributes:
-        given: as the user named them.
-        place: the file, the folder of one checkpoint of a run, or None until it is fetched.
-        run: the run folder, None for a file.
-        row: of the catalogue, None for what is not published.
-    """
-
-    given: str
-    place: Path | None
-    run: Path | None = None
-    row: Row | None = None
+    given: str  # as the user named them
+    place: Path | None  # a file, the folder of one checkpoint, or None until it is fetched
+    run: Path | None = None  # its folder, None for a file
+    row: Row | None = None  # of the catalogue, None for what is not published
 
     def file(self, ema: bool) -> Path:
         """Where the raw or the averaged weights are; one published file may hold both."""
@@ -58,11 +51,7 @@ def find_source(given: str, *, best: bool = False) -> Source:
 
     Args:
         given: a run folder, a checkpoint folder in it, a file, or a published name.
-        best: a run's best checkpoint in place of its last.
-
-    Raises:
-        CheckpointError: no such file, or a folder without checkpoints.
-        ConfigError: neither a path nor a published name.
+        best: a run's best checkpoint, not its last.
     """
     path = Path(given).expanduser()
     if path.is_dir():
@@ -95,11 +84,7 @@ def _in_folder(given: str, folder: Path, best: bool) -> Source:
 
 
 def best_step(run: Path) -> int:
-    """Step of a run's best checkpoint.
-
-    Raises:
-        CheckpointError: the run never validated, or its best is gone.
-    """
+    """Step of a run's best checkpoint, which only a run that validated has."""
     pointer = run / CHECKPOINTS / "best.json"
     try:
         step = int(json.loads(pointer.read_text())["step"])
@@ -111,11 +96,7 @@ def best_step(run: Path) -> int:
 
 
 def newest_run(commands: tuple[str, ...] = CLASSIFIERS, folder: Path | None = None) -> Path:
-    """The run of certain commands that saved a checkpoint last.
-
-    Raises:
-        CheckpointError: there is none below the runs folder.
-    """
+    """The run of certain commands that saved a checkpoint last."""
     folder = folder or Path(RUNS_FOLDER)
     saved: list[tuple[float, Path]] = []
     for config in run_configs(folder):

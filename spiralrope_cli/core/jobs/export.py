@@ -33,14 +33,7 @@ GENERIC_NAMES = ("model", "ema", "checkpoint", "best_checkpoint")
 
 
 def export(given: dict[str, Any]) -> None:
-    """Writes a source's weights in another layout and prints where they are.
-
-    Args:
-        given: field name -> value of the options that the user gave.
-
-    Raises:
-        FetchError: something lies where they go, or the disk cannot hold it.
-    """
+    """Writes a source's weights in another layout and prints where they are."""
     rope = given_rope(given)
     config: ExportRun = build(ExportRun, given)
     settled = settle(config, rope)
@@ -54,30 +47,18 @@ def export(given: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Export:
-    """What is written, and where.
+    """What is written, and where."""
 
-    Attributes:
-        weights: the first set of weights.
-        network: what it belongs to.
-        sets: name -> tensor of each set, none missing, in the network's order: one set, or the
-            raw and the averaged one.
-        target: file or folder.
-    """
-
-    weights: Weights
+    weights: Weights  # the first set
     network: NetworkSpec
-    sets: tuple[StateDict, ...]
-    target: Path
+    sets: tuple[StateDict, ...]  # whole and in the network's order; one, or raw and averaged
+    target: Path  # file or folder
 
 
 def settle(config: ExportRun, rope: dict[str, Any]) -> Export:
     """Reads the weights, all of them, and finds where they go; what is published is fetched.
 
     Without a choice of `ema` these are the raw weights, and both sets for a published file.
-
-    Raises:
-        CheckpointError: weights that cannot be read or are not whole.
-        ConfigError: a bare state dict without RoPE options, or no run to choose the best of.
     """
     source = find_source(config.source, best=config.best)
     if config.best and source.run != Path(config.source).expanduser():

@@ -19,18 +19,14 @@ LINE = "{:<15} {:>5}  {:>7}  {:<4}  {}"
 
 
 def fetch(given: dict[str, Any]) -> None:
-    """Fetches what the user named and prints where each one is, or lists all that there is.
-
-    Args:
-        given: field name -> value of the options that the user gave.
-    """
+    """Fetches what the user named and prints where each one is, or lists all that there is."""
     config: FetchRun = build(FetchRun, given)
     if config.show_list:
         show_list(as_json=config.as_json)
         return
     out = Path(config.out).expanduser() if config.out else None
     found = []
-    for row in settle(config.names, flat=out is not None):
+    for row in settle(config.names, one_folder=out is not None):
         path = download.fetch(row, revision=config.revision, offline=config.offline, out=out)
         found.append({"name": row.name, "path": str(path)})
         if not config.as_json:
@@ -39,21 +35,12 @@ def fetch(given: dict[str, Any]) -> None:
         say_result(json.dumps(found, indent=2))
 
 
-def settle(names: Sequence[str], *, flat: bool) -> list[Row]:
-    """The rows of some names, each once.
-
-    Args:
-        names: as the user gave them.
-        flat: whether all files go into one folder, under their own names.
-
-    Raises:
-        ConfigError: an unknown name, or files of the same name for one folder.
-    """
+def settle(names: Sequence[str], *, one_folder: bool) -> list[Row]:
+    """The rows of some names, each once; in one folder no two may have a file of the same name."""
     rows = list({row.name: row for row in map(find, names)}.values())
     owner: dict[str, str] = {}
-    for row in rows if flat else ():
-        for file in row.files:
-            name = Path(file).name
+    for row in rows if one_folder else ():
+        for name in (Path(file).name for file in row.files):
             if owner.setdefault(name, row.name) != row.name:
                 raise ConfigError(
                     f"{owner[name]} and {row.name} both have a file {name}",
@@ -64,16 +51,16 @@ def settle(names: Sequence[str], *, flat: bool) -> list[Row]:
 
 def show_list(*, as_json: bool) -> None:
     """Prints all rows and what of them is here."""
-    listed = [facts_of(row) for row in ROWS]
+    listed = [listing(row) for row in ROWS]
     if as_json:
         say_result(json.dumps(listed, indent=2))
         return
     say_result(LINE.format("name", "steps", "size", "here", "what and where from"))
-    for row, facts in zip(ROWS, listed, strict=True):
-        size = human_size(facts["size"]) if facts["size"] else "-"
-        here = "yes" if facts["here"] else "-"
+    for row, entry in zip(ROWS, listed, strict=True):
+        size = human_size(entry["size"]) if entry["size"] else "-"
+        here = "yes" if entry["here"] else "-"
         say_result(LINE.format(row.name, short(row.steps), size, here, row.what))
-        where = f"{row.repo}: " if row.repo and row.kind == "vae" else ""
+        where = f"{row.repo}: " if row.kind == "vae" else ""
         say_result(f"  {where}{', '.join(row.files)}")
         if row.rope:
             options = (
@@ -81,14 +68,13 @@ def show_list(*, as_json: bool) -> None:
                 for name, value in row.rope.items()
             )
             say_result(f"  RoPE: {', '.join(options)}")
-        if facts["aliases"]:
-            say_result(f"  also called {', '.join(facts['aliases'])}")
+        if entry["aliases"]:
+            say_result(f"  also called {', '.join(entry['aliases'])}")
 
 
-def facts_of(row: Row) -> dict[str, Any]:
-    """What `--list --json` tells of a row."""
-    files = local_files(row)
-    here = local_path(row)
+def listing(row: Row) -> dict[str, Any]:
+    """A row as `--list --json` shows it."""
+    files, here = local_files(row), local_path(row)
     return {
         "name": row.name,
         "aliases": [alias for alias, name in ALIASES.items() if name == row.name],
