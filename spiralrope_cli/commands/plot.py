@@ -5,17 +5,14 @@ from typing import Any
 import typer
 
 from spiralrope_cli.commands.command import SETTINGS, command
-from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.plots import (
-    ROPE_PANELS,
     AttentionPlot,
-    PictureFile,
+    FigureFile,
     RopePlot,
     RunPlot,
     SamplesPlot,
-    published_sizes,
 )
-from spiralrope_cli.core.config.rope import BY_WEIGHTS, RopeConfig, given_rope
+from spiralrope_cli.core.config.rope import BY_WEIGHTS, RopeConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,7 +31,7 @@ Examples:
 """
 
 
-@command(app, "run", RunPlot, PictureFile, examples=RUN_EXAMPLES)
+@command(app, "run", RunPlot, FigureFile, examples=RUN_EXAMPLES)
 def plot_run(given: dict[str, Any]) -> None:
     """Loss, accuracy or variational bound, learning rate and speed of training runs.
 
@@ -42,7 +39,7 @@ def plot_run(given: dict[str, Any]) -> None:
     """
     from spiralrope_cli.core.jobs.plot import draw_run
 
-    draw_run(build(RunPlot, given), build(PictureFile, given))
+    draw_run(given)
 
 
 ROPE_EXAMPLES = """
@@ -65,7 +62,7 @@ Examples:
     "rope",
     RopePlot,
     RopeConfig,
-    PictureFile,
+    FigureFile,
     examples=ROPE_EXAMPLES,
     leave_out=("enabled", "rotate"),
     defaults={"panels": ""},
@@ -75,19 +72,9 @@ def plot_rope(given: dict[str, Any]) -> None:
 
     Prints the path of the picture.
     """
-    chosen = given_rope(given)
-    rotates = dict.fromkeys(given.get("rotates", RopePlot.rotates))
-    ropes = tuple(RopeConfig(rotate=each, **chosen) for each in rotates)
-    head_dim, side = published_sizes(given.get("arch", RopePlot.arch))
-    grid = given.get("grid", (side, side))
-    values = {"head_dim": head_dim, "grid": grid, "pretrain_grid": grid, **given}
-    panels = tuple(dict.fromkeys(given.get("panels", ROPE_PANELS)))
-    plot: RopePlot = build(RopePlot, {**values, "ropes": ropes, "panels": panels})
-    file: PictureFile = build(PictureFile, given)
-
     from spiralrope_cli.core.jobs.plot import draw_rope
 
-    draw_rope(plot, set(chosen), file)
+    draw_rope(given)
 
 
 ATTENTION_EXAMPLES = """
@@ -106,7 +93,7 @@ Examples:
     "attention",
     AttentionPlot,
     RopeConfig,
-    PictureFile,
+    FigureFile,
     examples=ATTENTION_EXAMPLES,
     defaults=BY_WEIGHTS,
 )
@@ -115,12 +102,9 @@ def plot_attention(given: dict[str, Any]) -> None:
 
     Brightness goes up to the largest value of each map, which is written above it.
     """
-    plot: AttentionPlot = build(AttentionPlot, {**given, "rope": given_rope(given)})
-    file: PictureFile = build(PictureFile, given)
-
     from spiralrope_cli.core.jobs.plot import draw_attention
 
-    draw_attention(plot, file)
+    draw_attention(given)
 
 
 SAMPLES_EXAMPLES = """
@@ -134,12 +118,9 @@ Examples:
 """
 
 
-@command(app, "samples", SamplesPlot, PictureFile, examples=SAMPLES_EXAMPLES)
+@command(app, "samples", SamplesPlot, FigureFile, examples=SAMPLES_EXAMPLES)
 def plot_samples(given: dict[str, Any]) -> None:
     """A grid of generated images, or of any others, with their classes where known."""
-    plot: SamplesPlot = build(SamplesPlot, given)
-    file: PictureFile = build(PictureFile, given)
-
     from spiralrope_cli.core.jobs.plot import draw_samples
 
-    draw_samples(plot, file)
+    draw_samples(given)

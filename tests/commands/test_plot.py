@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from spiralrope_cli import main
 from spiralrope_cli.core.errors import SpiralRopeError
-from spiralrope_cli.core.jobs.plot import look_at
-from spiralrope_cli.core.plots import attention, samples
+from spiralrope_cli.core.jobs.plot import read_image
+from spiralrope_cli.core.plots import attention, rope, samples
 from spiralrope_cli.core.runtime.seeds import drawn_class
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoints"
@@ -147,9 +147,8 @@ def test_a_pipeline_stands_for_its_samples_and_names_its_runs(plot, run, digit_p
 
 def test_options_reach_the_rope(plot, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        "spiralrope_cli.core.jobs.plot.draw_rope", lambda plot, *more: seen.append(plot)
-    )
+    draw = rope.rope_figure
+    monkeypatch.setattr(rope, "rope_figure", lambda plot: (seen.append(plot), draw(plot))[1])
     words = ("--rotate", 1, "--rotate", 4, "--theta", 100, "--arch", "dit-xl2", "--grid", "7x28")
     CliRunner().invoke(main.app, ["plot", "rope", *map(str, words)])
     assert [(rope.rotate, rope.theta) for rope in seen[0].ropes] == [(1, 100), (4, 100)]
@@ -169,10 +168,10 @@ def test_a_rope_is_drawn_and_idle_options_are_told(plot):
 
 def test_attention_of_a_run_of_a_file_and_of_a_patch(plot, source, picture, monkeypatch):
     seen = []
-    draw = attention.attention
+    draw = attention.attention_figure
     monkeypatch.setattr(
         attention,
-        "attention",
+        "attention_figure",
         lambda shown, maps, **more: (seen.append((shown, maps, more)), draw(shown, maps, **more))[
             1
         ],
@@ -201,7 +200,7 @@ def test_what_a_network_sees_is_what_eval_shows_it(source, digit_pictures):
     _, val = load_digits()
     path = source / "digit.png"
     Image.fromarray(val.images[0, 0].numpy()).save(path)
-    _, images = look_at(str(path), read_weights(find_source(str(source))), (8, 8))
+    _, images = read_image(str(path), read_weights(find_source(str(source))), (8, 8))
     expected = (val.images[:1].float() / 255 - 0.3054) / 0.3760
     assert images.numpy() == pytest.approx(expected.numpy(), abs=1e-5)
 
@@ -220,10 +219,10 @@ def test_a_bare_state_dict_takes_rope_options(plot, picture, runs):
 def labels_of(plot, monkeypatch):
     """The labels that `plot samples` writes."""
     seen = []
-    draw = samples.samples
+    draw = samples.samples_figure
     monkeypatch.setattr(
         samples,
-        "samples",
+        "samples_figure",
         lambda levels, labels, *more: (seen.append((levels, labels)), draw(levels, labels, *more))[
             1
         ],

@@ -1,4 +1,4 @@
-"""What a picture is of. Standard library only."""
+"""What a figure shows. Standard library only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from spiralrope_cli.core.config.models import SIZE, deit_size, dit_size, is_dit
+from spiralrope_cli.core.config.models import SIZE
 from spiralrope_cli.core.config.option import (
     LOOK,
     MODEL,
@@ -17,7 +17,6 @@ from spiralrope_cli.core.config.option import (
     SOURCE,
     Opt,
     check_fields,
-    idle_lines,
     leaves,
     pair,
 )
@@ -27,15 +26,15 @@ from spiralrope_cli.core.errors import ConfigError, DataError
 FORMATS = ("png", "svg")
 PLOTS_FOLDER = "plots"
 ROPE_PANELS = ("rose", "frequencies", "clamp", "score")
-PUBLISHED_GRID = {False: 14, True: 32}
-"""Of a DeiT in patches (224 px of 16 px), and of a DiT in latents (256 px), before its patches."""
+DEIT_GRID, DIT_LATENT = 14, 32
+"""Sides as published: of a DeiT in patches (224 px by 16), of a DiT's latent (256 px by 8)."""
 LARGEST_SIDE = 256
 MOST_IMAGES = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureFile:
-    """Where a picture goes."""
+class FigureFile:
+    """Where a figure goes."""
 
     out: Annotated[
         str,
@@ -129,7 +128,7 @@ class RopePlot:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionPlot:
-    """Where a token of a DeiT looks in one picture."""
+    """Where a token of a DeiT looks in one image."""
 
     source: Annotated[str, SOURCE]
     image: Annotated[str, Opt("A picture's file.", metavar="IMAGE", argument=True)]
@@ -208,25 +207,4 @@ class SamplesPlot:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.num > MOST_IMAGES:
-            raise ConfigError(f"--num is {self.num}; a picture takes {MOST_IMAGES} at most")
-
-
-def published_sizes(arch: str) -> tuple[int, int]:
-    """Channels per head of an architecture, and the side of the grid it was published with.
-
-    Raises:
-        ConfigError: no such architecture.
-    """
-    if is_dit(arch):
-        size = dit_size(arch)
-        return size.head_dim, max(1, PUBLISHED_GRID[True] // size.patch_size)
-    return deit_size(arch).head_dim, PUBLISHED_GRID[False]
-
-
-def notes(plot: RopePlot, given: set[str]) -> list[str]:
-    """One line for each of the `given` field names that changes nothing in any row."""
-    inert = [dict(rope.inert_options(given)) for rope in plot.ropes]
-    told = {name: why for name, why in inert[0].items() if all(name in row for row in inert)}
-    if "scaling" in given and plot.grid == plot.pretrain_grid:
-        told["scaling"] = "--grid is that of --pretrain-grid"
-    return idle_lines(RopeConfig, told.items(), given)
+            raise ConfigError(f"--num is {self.num}; a figure takes {MOST_IMAGES} at most")

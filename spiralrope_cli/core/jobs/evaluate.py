@@ -29,8 +29,8 @@ from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.hub.files import sha256_of
 from spiralrope_cli.core.hub.source import Source, find_source, newest_run
-from spiralrope_cli.core.plots.curves import sizes
-from spiralrope_cli.core.plots.style import save
+from spiralrope_cli.core.plots.curves import sizes_figure
+from spiralrope_cli.core.plots.style import save_figure
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, say_notes
 from spiralrope_cli.core.runtime.progress import counted, say, say_unreadable
 from spiralrope_cli.core.runtime.run_folder import EVAL_FILE, SIZES_FILE, read_rows
@@ -284,7 +284,7 @@ def report(
             accuracy.add_rows(path, records, decoded)
             say(f"metrics: {path}")
             if len({tuple(record["image_size"]) for record in records}) > 1:
-                save(sizes(records), folder / SIZES_FILE)
+                save_figure(sizes_figure(records), folder / SIZES_FILE)
                 say(f"plot: {folder / SIZES_FILE}")
         except OSError as error:
             say(f"note: {path} was not written: {error.strerror or error}; --out names a folder")

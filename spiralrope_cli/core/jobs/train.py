@@ -316,9 +316,10 @@ def starting_weights(run: TrainingRun) -> Weights:
 
 def report(out: Path) -> None:
     """Leaves curves and the page of a finished run, and prints its figures."""
-    from spiralrope_cli.core.plots.curves import draw_curves
+    from spiralrope_cli.core.plots.curves import curves_figure
+    from spiralrope_cli.core.plots.style import save_figure
     from spiralrope_cli.core.report.page import leave_report
 
-    draw_curves([out], out / CURVES_FILE)
+    save_figure(curves_figure([out]), out / CURVES_FILE)
     leave_report(out)
     print_results(out)

@@ -1,4 +1,4 @@
-"""Where a token looks: attention maps over the picture, one per head."""
+"""Where a token looks: attention maps over the image, one per head."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spiralrope_cli.core.plots.style import COLOR_MAP, SMALL, grid_of_axes
+from spiralrope_cli.core.plots.style import COLOR_MAP, HEADING, SMALL, grid_of_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,11 +21,11 @@ MOST_COLUMNS = 5
 
 OPACITY = 0.65
 DIMMED = 160
-"""Levels that black and white move towards each other below a map, whose brightness counts."""
+"""How far black and white move towards each other below a map, whose own brightness counts."""
 
 
-def attention(
-    picture: np.ndarray,
+def attention_figure(
+    image: np.ndarray,
     maps: np.ndarray,
     *,
     grid: tuple[int, int],
@@ -34,10 +34,10 @@ def attention(
     patch: tuple[int, int] | None,
     title: str,
 ) -> Figure:
-    """The picture, and over it what each head of each layer attends to.
+    """The image, and over it what each head of each layer attends to.
 
     Args:
-        picture: [height, width] grey or [height, width, 3], uint8.
+        image: [height, width] grey or [height, width, 3], uint8.
         maps: [layers, heads, 1 + h*w] attention to the class token and to the patches.
         grid: patches as (rows, columns).
         layers: their numbers.
@@ -53,63 +53,46 @@ def attention(
         maps, names = np.concatenate((maps, maps.mean(1, keepdims=True)), axis=1), [*names, "mean"]
     cells = len(layers) * (1 + len(names))
     columns = 1 + len(names) if len(layers) > 1 else min(MOST_COLUMNS, cells)
-    rows, shape = -(-cells // columns), picture.shape[0] / picture.shape[1]
-    height = rows * (PANEL * shape + 0.4) + 0.5
-    figure = Figure(figsize=(PANEL * columns + 0.8, height), layout="constrained")
+    height, width = image.shape[:2]
+    rows, extent = -(-cells // columns), (0, width, height, 0)
+    inches = (PANEL * columns + 0.8, rows * (PANEL * (height / width) + 0.4) + 0.5)
+    figure = Figure(figsize=inches, layout="constrained")
     axes = grid_of_axes(figure, cells, columns)
     panels = iter(axes)
     for layer, of_layer in zip(layers, maps, strict=True):
         axis = next(panels)
-        _show(axis, picture, patch, grid, dimmed=False)
+        axis.imshow(image, cmap="gray", vmin=0, vmax=255, extent=extent)
         axis.set_title(f"layer {layer}\n", fontsize=SMALL)
-        for name, row in zip(names, of_layer, strict=True):
+        _frame(axis, patch, grid)
+        for name, attended in zip(names, of_layer, strict=True):
             axis = next(panels)
-            _show(axis, picture, patch, grid, dimmed=True)
-            extent = (0, picture.shape[1], picture.shape[0], 0)
-            looks: dict[str, Any] = {
-                "cmap": COLOR_MAP,
-                "vmin": 0,
-                "alpha": OPACITY,
-                "extent": extent,
-            }
-            axis.imshow(row[1:].reshape(grid), interpolation="nearest", **looks)
-            told = f"{name}\nmax {100 * row[1:].max():.2g} %, class {100 * row[0]:.2g} %"
-            axis.set_title(told, fontsize=SMALL)
+            grey = image.mean(-1) if image.ndim == 3 else image
+            axis.imshow(grey, cmap="gray", vmin=-DIMMED, vmax=255 + DIMMED, extent=extent)
+            look: dict[str, Any] = {"cmap": COLOR_MAP, "vmin": 0, "alpha": OPACITY}
+            to_patches = attended[1:].reshape(grid)
+            axis.imshow(to_patches, interpolation="nearest", extent=extent, **look)
+            most, to_class = 100 * attended[1:].max(), 100 * attended[0]
+            axis.set_title(f"{name}\nmax {most:.2g} %, class {to_class:.2g} %", fontsize=SMALL)
+            _frame(axis, patch, grid)
     bar = figure.colorbar(
         ScalarMappable(cmap=COLOR_MAP), ax=axes, shrink=0.6 if rows > 1 else 1, aspect=25
     )
     bar.set_ticks([0, 1], labels=["0", "max"])
     bar.set_label("attention to a patch", fontsize=SMALL)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=HEADING)
     return figure
 
 
-def _show(
-    axis: Axes,
-    picture: np.ndarray,
-    patch: tuple[int, int] | None,
-    grid: tuple[int, int],
-    *,
-    dimmed: bool,
-) -> None:
+def _frame(axis: Axes, patch: tuple[int, int] | None, grid: tuple[int, int]) -> None:
+    """No ticks, and a frame around the patch that looks, in white and black to be seen on both."""
     from matplotlib.patches import Rectangle
 
-    height, width = picture.shape[:2]
-    grey = dimmed and picture.ndim == 3
-    shown, dim = picture.mean(-1) if grey else picture, DIMMED if dimmed else 0
-    extent = (0, width, height, 0)
-    axis.imshow(shown, cmap="gray", vmin=-dim, vmax=255 + dim, extent=extent)
     axis.set(xticks=[], yticks=[])
     if patch is None:
         return
-    tall, wide = height / grid[0], width / grid[1]
-    place = (patch[1] * wide, patch[0] * tall)
+    right, bottom = axis.get_xlim()[1], axis.get_ylim()[0]
+    width, height = right / grid[1], bottom / grid[0]
+    corner = (patch[1] * width, patch[0] * height)
     for color, style in (("white", "-"), ("black", "--")):
-        box: dict[str, Any] = {
-            "fill": False,
-            "edgecolor": color,
-            "linestyle": style,
-            "linewidth": 1.8,
-            "zorder": 3,
-        }
-        axis.add_patch(Rectangle(place, wide, tall, **box))
+        line: dict[str, Any] = {"edgecolor": color, "linestyle": style, "linewidth": 1.8}
+        axis.add_patch(Rectangle(corner, width, height, fill=False, zorder=3, **line))

@@ -20,9 +20,8 @@ from spiralrope_cli.core.plots.style import (
     MARKERS,
     SMALL,
     TITLE,
-    color_bar,
-    finish,
     grid_of_axes,
+    style_lines,
 )
 from spiralrope_cli.core.rope import SpiralRoPE, leaves_grid, pair_layout, projections
 
@@ -35,23 +34,23 @@ MOST_LABELS = 4
 
 
 @dataclass(frozen=True)
-class Measured:
+class RopeView:
     """What is drawn of one set of options.
 
     Attributes:
         config: the options.
         frequency: [P] radians per patch.
-        turn: [P] degrees by which a pair's axes are turned.
-        first_half: [P] bool, True where a pair follows the turned row axis.
+        angle: [P] degrees between a pair's axes and those of the grid.
+        first_half: [P] bool, True where a pair follows the rotated row axis.
         across: [P] patches along a pair's direction per column to the right.
         down: [P] the same per row downwards.
-        clamped: [h, w] share of the channels whose position leaves the grid.
+        clamped: [h, w] fraction of the channels whose position leaves the grid.
         scores: [h, w] of the centre's query with every patch's key.
     """
 
     config: RopeConfig
     frequency: Tensor
-    turn: Tensor
+    angle: Tensor
     first_half: Tensor
     across: Tensor
     down: Tensor
@@ -59,22 +58,17 @@ class Measured:
     scores: Tensor
 
     @property
-    def turns(self) -> list[float]:
-        """Every turn once, in degrees."""
-        return sorted(set(self.turn.tolist()))
+    def angles(self) -> list[float]:
+        """Every angle once."""
+        return sorted(set(self.angle.tolist()))
 
     @property
     def labelled(self) -> list[float]:
         """Those of them that are written."""
-        return self.turns[:: math.ceil(len(self.turns) / MOST_LABELS)]
-
-    @property
-    def apart(self) -> float:
-        """Degrees between neighbouring directions."""
-        return 180 / self.config.num_directions
+        return self.angles[:: math.ceil(len(self.angles) / MOST_LABELS)]
 
 
-def rope(plot: RopePlot) -> Figure:
+def rope_figure(plot: RopePlot) -> Figure:
     """Directions, frequencies, the clamp's reach and the scores of a query in the centre.
 
     One set of options has a panel each; several have a row each, or stand side by side where
@@ -85,29 +79,29 @@ def rope(plot: RopePlot) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    found = [measure(config, plot) for config in plot.ropes]
-    cells = [(each, panel) for each in found for panel in plot.panels]
-    columns = len(plot.panels) if len(found) > 1 else math.ceil(len(cells) ** 0.5)
+    views = [view_of(config, plot) for config in plot.ropes]
+    cells = [(view, panel) for view in views for panel in plot.panels]
+    columns = len(plot.panels) if len(views) > 1 else math.ceil(len(cells) ** 0.5)
     if len(plot.panels) == 1:
-        columns = min(len(found), 4)
+        columns = min(len(views), 4)
     rows = math.ceil(len(cells) / columns)
     figure = Figure(figsize=(4.6 * columns, 4.2 * rows), layout="constrained")
-    axes = grid_of_axes(figure, len(cells), columns)
-    for axis, (each, panel) in zip(axes, cells, strict=True):
-        PANELS[panel](axis, each, plot, found)
+    for axis, (view, panel) in zip(grid_of_axes(figure, len(cells), columns), cells, strict=True):
+        title = PANELS[panel](axis, view, plot, views)
+        axis.set_title(f"rotate {view.config.rotate}: {title}", fontsize=TITLE, loc="left")
     return figure
 
 
-def measure(config: RopeConfig, plot: RopePlot) -> Measured:
+def view_of(config: RopeConfig, plot: RopePlot) -> RopeView:
     """What one set of options does."""
     frequency, angle, first_half = pair_layout(config, plot.head_dim)
     # One step to the right and one step down from the middle of three by three patches.
     row_half, column_half = projections((3, 3), angle)
     across, down = (torch.where(first_half, row_half[n], column_half[n]) for n in (5, 7))
-    return Measured(
+    return RopeView(
         config=config,
         frequency=frequency,
-        turn=(angle * 180 / math.pi).round(decimals=6),
+        angle=(angle * 180 / math.pi).round(decimals=6),
         first_half=first_half,
         across=across,
         down=down,
@@ -120,105 +114,117 @@ def centre_scores(config: RopeConfig, plot: RopePlot) -> Tensor:
     """[h, w] scores of a query in the centre with every key, all of equal content.
 
     q and k are all ones, so a score is the mean cosine of the differences of their phases: 1
-    where nothing is turned.
+    where nothing is rotated.
     """
     embedding = SpiralRoPE(plot.head_dim, config, plot.pretrain_grid)
     rows, columns = plot.grid
-    tokens = torch.ones(1, 1, rows * columns, plot.head_dim)
-    turned = embedding(tokens, plot.grid)[0, 0]
-    scores = turned @ turned[rows // 2 * columns + columns // 2] / plot.head_dim
+    rotated = embedding(torch.ones(1, 1, rows * columns, plot.head_dim), plot.grid)[0, 0]
+    scores = rotated @ rotated[rows // 2 * columns + columns // 2] / plot.head_dim
     return scores.view(plot.grid)
 
 
-def _draw_rose(axis: Axes, each: Measured, plot: RopePlot, found: list[Measured]) -> None:
+# --- Panels: each draws into its axis and gives the title.
+
+
+def _draw_rose(axis: Axes, view: RopeView, plot: RopePlot, views: list[RopeView]) -> str:
     counts = []
-    for number, turn in enumerate(each.turns):
+    for number, angle in enumerate(view.angles):
         color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
         for first, style, face in ((True, "-", color), (False, "--", "white")):
-            mine = (each.turn == turn) & (each.first_half == first)
+            mine = (view.angle == angle) & (view.first_half == first)
             if not mine.any():
                 continue
             counts.append(2 * int(mine.sum()))
-            x, y = (float(along[mine][0]) for along in (each.across, each.down))
+            x, y = float(view.across[mine][0]), float(view.down[mine][0])
             axis.plot([-x, 0], [-y, 0], style, color=color, linewidth=0.8, alpha=0.4)
             axis.plot([0, x], [0, y], style, color=color, linewidth=2)
             axis.plot(x, y, marker, color=color, markersize=6, markerfacecolor=face)
-            if turn in each.labelled:
+            if angle in view.labelled:
                 side = "left" if x > 0.3 else "center"
-                axis.text(1.1 * x, 1.14 * y, f"{turn:.4g}°", ha=side, va="center", fontsize=SMALL)
+                axis.text(1.1 * x, 1.14 * y, f"{angle:.4g}°", ha=side, va="center", fontsize=SMALL)
     axis.set(xlim=(-1.45, 1.45), ylim=(1.45, -1.45), aspect="equal", xticks=[], yticks=[])
     axis.set_xlabel("columns →\nsolid: row half of a head, dashed: column half")
     axis.set_ylabel("← rows")
     axis.spines[:].set_color("0.8")
     channels = " to ".join(map(str, sorted({min(counts), max(counts)})))
-    _title(axis, each, f"{len(counts)} directions, {channels} channels each")
+    return f"{len(counts)} directions, {channels} channels each"
 
 
-def _draw_frequencies(axis: Axes, each: Measured, plot: RopePlot, found: list[Measured]) -> None:
-    turning = each.frequency > 0
-    unturned = float(each.frequency[turning].min()) / 3
-    height = torch.where(turning, each.frequency, unturned)
-    for number, turn in enumerate(each.turns):
+def _draw_frequencies(axis: Axes, view: RopeView, plot: RopePlot, views: list[RopeView]) -> str:
+    rotated = view.frequency > 0
+    # A logarithmic axis has no zero: what is not rotated stands below a line.
+    below = float(view.frequency[rotated].min()) / 3
+    height = torch.where(rotated, view.frequency, below)
+    apart = 180 / view.config.num_directions
+    for number, angle in enumerate(view.angles):
         color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
         for first, shift, face in ((True, -0.15, color), (False, 0.15, "white")):
-            mine = (each.turn == turn) & (each.first_half == first)
-            place = turn + shift * each.apart
-            seen, zero = (height[mine & part].numpy() for part in (turning, ~turning))
-            axis.plot([place] * len(seen), seen, marker, color=color, ms=5, markerfacecolor=face)
-            axis.plot([place] * len(zero), zero, "x", color=color, ms=5)
+            mine = (view.angle == angle) & (view.first_half == first)
+            place = angle + shift * apart
+            dots, crosses = (height[mine & part].numpy() for part in (rotated, ~rotated))
+            axis.plot([place] * len(dots), dots, marker, color=color, ms=5, markerfacecolor=face)
+            axis.plot([place] * len(crosses), crosses, "x", color=color, ms=5)
     axis.set_yscale("log")
-    if not turning.all():
-        axis.axhline(unturned * 1.7, color="0.5", linewidth=0.8)
+    if not rotated.all():
+        axis.axhline(below * 1.7, color="0.5", linewidth=0.8)
     side = max(plot.pretrain_grid)
     axis.axhline(2 * math.pi / side, color="0.3", linestyle=":", linewidth=1.2, zorder=0)
-    axis.set(xlim=(-each.apart / 2, 90 - each.apart / 2), ylabel="radians per patch")
-    axis.set_xticks(each.labelled, [f"{turn:.4g}°" for turn in each.labelled])
+    axis.set(xlim=(-apart / 2, 90 - apart / 2), ylabel="radians per patch")
+    axis.set_xticks(view.labelled, [f"{angle:.4g}°" for angle in view.labelled])
     axis.set_box_aspect(1)
-    zeros = "" if turning.all() else "; ×: not turned"
+    zeros = "" if rotated.all() else "; ×: not turned"
     halves = f"filled: row half, open: column half{zeros}"
-    finish(axis, "", f"turn of the axes (dotted: one turn in {side} patches)\n{halves}")
-    other = axis.secondary_yaxis("right", functions=(_inverse, _inverse))
+    style_lines(axis, "", f"turn of the axes (dotted: one turn in {side} patches)\n{halves}")
+    other = axis.secondary_yaxis("right", functions=(_wavelength, _wavelength))
     other.set_ylabel("wavelength (patches)")
-    count = len(set(each.frequency[turning].tolist()))
-    _title(axis, each, f"{count} frequencies up to {each.frequency.max():.3g}")
+    count = len(set(view.frequency[rotated].tolist()))
+    return f"{count} frequencies up to {view.frequency.max():.3g}"
 
 
-def _inverse(values: Any) -> Any:
-    """Radians per patch to patches per turn, and back."""
+def _wavelength(frequency: Any) -> Any:
+    """Radians per patch to patches per period, and back."""
     import numpy as np
 
     with np.errstate(divide="ignore"):
-        return 2 * math.pi / np.asarray(values, dtype=float)
+        return 2 * math.pi / np.asarray(frequency, dtype=float)
 
 
-def _draw_clamp(axis: Axes, each: Measured, plot: RopePlot, found: list[Measured]) -> None:
-    highest = 100 * max(float(other.clamped.max()) for other in found)
-    image = axis.imshow(100 * each.clamped.numpy(), cmap=COLOR_MAP, vmin=0, vmax=highest or 1)
-    color_bar(axis, image, "% of the channels")
+def _draw_clamp(axis: Axes, view: RopeView, plot: RopePlot, views: list[RopeView]) -> str:
+    highest = 100 * max(float(each.clamped.max()) for each in views)
+    image = axis.imshow(100 * view.clamped.numpy(), cmap=COLOR_MAP, vmin=0, vmax=highest or 1)
+    _add_color_bar(axis, image, "% of the channels")
     axis.set(xlabel="column", ylabel="row")
-    if not each.clamped.any():
+    if not view.clamped.any():
         middle: dict[str, Any] = {"transform": axis.transAxes, "ha": "center", "va": "center"}
         axis.text(0.5, 0.5, "no patch", color="white", **middle)
-    exact = each.config.projection == "exact"
-    _title(axis, each, "positions beyond the grid" if exact else "positions the clamp moves")
+    exact = view.config.projection == "exact"
+    return "positions beyond the grid" if exact else "positions the clamp moves"
 
 
-def _draw_score(axis: Axes, each: Measured, plot: RopePlot, found: list[Measured]) -> None:
-    lowest = min(float(other.scores.min()) for other in found)
+def _draw_score(axis: Axes, view: RopeView, plot: RopePlot, views: list[RopeView]) -> str:
+    lowest = min(float(each.scores.min()) for each in views)
     rows, columns = plot.grid
     top, left = -(rows // 2) - 0.5, -(columns // 2) - 0.5
-    extent = (left, left + columns, top + rows, top)
     image = axis.imshow(
-        each.scores.numpy(), cmap=COLOR_MAP, vmin=min(lowest, 0.99), vmax=1, extent=extent
+        view.scores.numpy(),
+        cmap=COLOR_MAP,
+        vmin=min(lowest, 0.99),
+        vmax=1,
+        extent=(left, left + columns, top + rows, top),
     )
-    color_bar(axis, image, "mean cosine")
+    _add_color_bar(axis, image, "mean cosine")
     axis.plot(0, 0, "x", color="black", markersize=7)
     axis.set(xlabel="columns from the query", ylabel="rows from the query")
-    _title(axis, each, "score of a query in the centre")
+    return "score of a query in the centre"
 
 
-def _title(axis: Axes, each: Measured, text: str) -> None:
-    axis.set_title(f"rotate {each.config.rotate}: {text}", fontsize=TITLE, loc="left")
+def _add_color_bar(axis: Axes, image: Any, label: str) -> None:
+    """A scale as high as the map; the map's sides count whole patches."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.figure.colorbar(image, cax=axis.inset_axes((1.03, 0, 0.05, 1)), label=label)
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_locator(MaxNLocator("auto", integer=True))
 
 
 PANELS = {

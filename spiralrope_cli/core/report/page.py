@@ -1,6 +1,7 @@
 """`report.html`: one page of what a run was, what came out, and how to do it again.
 
 A folder that holds the folders of several stages gets one page with a part for each of them.
+`page.html.j2` says what stands where; here it is collected from the files of the folder.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ from spiralrope_cli.core.config.samples import SampleRun
 from spiralrope_cli.core.config.training import TrainOptions
 from spiralrope_cli.core.data.sample_files import FACTS_FILE, read_facts
 from spiralrope_cli.core.errors import SpiralRopeError
-from spiralrope_cli.core.plots.curves import curves
-from spiralrope_cli.core.plots.style import Drawing, drawings
+from spiralrope_cli.core.plots.curves import curves_figure
+from spiralrope_cli.core.report.images import Drawing, data_url, drawings
 from spiralrope_cli.core.report.results import Result, results
 from spiralrope_cli.core.runtime.progress import METRICS_FILE, read_metrics, say
 from spiralrope_cli.core.runtime.run_folder import (
@@ -45,44 +46,37 @@ from spiralrope_cli.core.runtime.run_folder import (
     read_json,
 )
 
-TEMPLATE, STYLE = "page.html.j2", "report.css"
 STAGES = (PRETRAIN, FINETUNE, TRAIN, SAMPLE)
 """Folders of a pipeline in their order; others come after them, by name."""
+
+FILES = (
+    *(CONFIG_FILE, SOURCES_FILE, ENVIRONMENT_FILE, METRICS_FILE, CURVES_FILE),
+    *(EVAL_FILE, SAMPLES_FILE, FACTS_FILE, NPZ_FILE, FID_FILE),
+)
+"""Those that a page leads to."""
 
 ANOTHER = "again"
 """Added to the folder: in its own a repeated run would find itself finished."""
 
-Groups = dict[str, list[tuple[str, str, str]]]
-"""Caption -> rows of (name, value, where it came from)."""
+Tables = Mapping[str, Mapping[str, Any]]
+"""Caption -> name -> value."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What the page says of one folder, in this order; what is empty is left out.
-
-    Attributes:
-        name: of the folder.
-        page: address of the page of a stage alone.
-        lead: what was done, in one sentence.
-        tiles: the few numbers that matter most, as (name, value).
-        results: what came out.
-        curves: of a training run.
-        configuration: every value.
-        environment: where it happened.
-        command: command line that does the same into another folder.
-        files: that are there, as (name, address).
-    """
+    """What the page says of one folder, in this order; what is empty is left out."""
 
     name: str
-    page: str = ""
-    lead: str = ""
-    tiles: Sequence[tuple[str, str]] = ()
+    page: str = ""  # address of the page of a stage alone
+    lead: str = ""  # what was done, in a sentence or two
+    tiles: Mapping[str, str] = field(default_factory=dict)  # the few numbers that matter most
     results: Sequence[Result] = ()
     curves: Sequence[Drawing] = ()
-    configuration: Groups | None = None
-    environment: Groups | None = None
-    command: str = ""
-    files: Sequence[tuple[str, str]] = ()
+    configuration: Tables = field(default_factory=dict)
+    origins: Mapping[str, str] = field(default_factory=dict)  # where those values came from
+    environment: Tables = field(default_factory=dict)
+    command: str = ""  # that does the same into another folder
+    files: Sequence[tuple[str, str]] = ()  # (name, address)
 
 
 def leave_report(folder: Path) -> None:
@@ -97,36 +91,30 @@ def leave_report(folder: Path) -> None:
 def write_report(folder: Path) -> Path:
     """Makes the page of a run folder, or of a folder of stages, from the files in it.
 
-    Args:
-        folder: with `config.yaml`, or `samples.json`, or folders that have one.
-
-    Returns:
-        the page.
-
     Raises:
         SpiralRopeError: there is nothing to report, or a file is damaged.
         OSError: the page cannot be written.
     """
-    inside, members = stages(folder), pipelines(folder)
+    inside, runs = stages(folder), pipelines(folder)
     recorded = any((folder / name).is_file() for name in (PIPELINE_FILE, SWEEP_FILE))
-    if not (inside or members or recorded or is_stage(folder)):
+    if not (inside or runs or recorded or is_stage(folder)):
         raise SpiralRopeError(f"{folder} holds no run", f"a run folder has a {CONFIG_FILE}")
-    template = Environment(
+    environment = Environment(
         loader=PackageLoader("spiralrope_cli.core", "report"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
-    ).get_template(TEMPLATE, globals={"zip": zip})
-    content = template.render(
-        style=(resources.files("spiralrope_cli") / "data" / STYLE).read_text(),
+    )
+    environment.filters |= {"in_short": in_short, "data_url": data_url}
+    content = environment.get_template("page.html.j2", globals={"zip": zip}).render(
+        style=(resources.files("spiralrope_cli") / "data" / "report.css").read_text(),
         version=__version__,
-        contents=[(stage.name, f"#{stage.name}") for stage in inside],
         whole=part(folder, folder)
         if is_stage(folder)
         else Part(name=folder.name, results=results(folder)),
         stages=[part(stage, folder) for stage in inside],
-        members=[(member.name, f"{member.name}/{REPORT_FILE}") for member in members],
+        runs=[(run.name, f"{run.name}/{REPORT_FILE}") for run in runs],
     )
     target = folder / REPORT_FILE
     write_whole(target, content)
@@ -152,118 +140,94 @@ def pipelines(folder: Path) -> list[Path]:
 
 
 def part(folder: Path, page: Path) -> Part:
-    """Everything about one run.
-
-    Args:
-        folder: of the run.
-        page: where the page will be, for links.
-    """
+    """Everything about one run, for a page in that folder."""
     training = (folder / CONFIG_FILE).is_file()
-    lead, tiles = about_training(folder) if training else (about_samples(folder), [])
-    logged = training and read_metrics(folder)
-    names = (
-        *(CONFIG_FILE, SOURCES_FILE, ENVIRONMENT_FILE, METRICS_FILE, CURVES_FILE),
-        *(EVAL_FILE, SAMPLES_FILE, FACTS_FILE, NPZ_FILE, FID_FILE),
-    )
-    inside = folder.relative_to(page)
+    metadata = {} if training else read_facts(folder) or {}
+    lead, tiles = about_training(folder) if training else (about_samples(metadata), {})
+    logged, inside = training and read_metrics(folder), folder.relative_to(page)
     return Part(
         name=folder.name,
         page=f"{inside}/{REPORT_FILE}" if (folder / REPORT_FILE).exists() else "",
         lead=lead,
         tiles=tiles,
         results=results(folder),
-        curves=drawings(curves([folder]), folder.name) if logged else (),
-        configuration=configuration(folder),
-        environment=environment(folder),
-        command=re.sub(r" --", " \\\\\n  --", command(folder)),
-        files=[(name, (inside / name).as_posix()) for name in names if (folder / name).is_file()],
+        curves=drawings(curves_figure([folder]), folder.name) if logged else (),
+        configuration=configuration(folder, metadata),
+        origins=read_json(folder / SOURCES_FILE),
+        environment=machine(folder, metadata),
+        command=re.sub(r" --", " \\\\\n  --", repeat_command(folder)),
+        files=[(name, (inside / name).as_posix()) for name in FILES if (folder / name).is_file()],
     )
 
 
-def about_training(folder: Path) -> tuple[str, list[tuple[str, str]]]:
+def about_training(folder: Path) -> tuple[str, dict[str, str]]:
     """What was trained, and the numbers that matter most."""
     config = read_config(folder / CONFIG_FILE)
     run: TrainingRun = build(RUN_KINDS[config["command"]], config)
     lines = read_metrics(folder)
     last = lines[-1]["step"] if lines else 0
+    tiles = {"steps": f"{last}" if last == run.total_steps else f"{last} of {run.total_steps}"}
+    if validations := [line for line in lines if "acc1" in line]:
+        best = max(line["acc1"] for line in validations)
+        tiles["acc@1, last"] = f"{validations[-1]['acc1']:.2f} %"
+        tiles["acc@1, EMA"] = f"{validations[-1]['ema_acc1']:.2f} %"
+        tiles["acc@1, best"] = f"{best:.2f} %"
+    if logged := [line for line in lines if "loss" in line]:
+        tiles["training loss"] = f"{logged[-1]['loss']:.4f}"
+        tiles["images per second"] = f"{logged[-1]['images_per_s']:,.0f}"
     rope = run.rope.summary if run.rope.enabled else "no RoPE: absolute positions alone"
-    found = [("steps", f"{last}" if last == run.total_steps else f"{last} of {run.total_steps}")]
-    validations = [line for line in lines if "acc1" in line]
-    logged = [line for line in lines if "loss" in line]
-    if validations:
-        best = max(validations, key=lambda line: line["acc1"])
-        found += [
-            ("acc@1, last", f"{validations[-1]['acc1']:.2f} %"),
-            ("acc@1, EMA", f"{validations[-1]['ema_acc1']:.2f} %"),
-            ("acc@1, best", f"{best['acc1']:.2f} %"),
-        ]
-    if logged:
-        found += [
-            ("training loss", f"{logged[-1]['loss']:.4f}"),
-            ("images per second", f"{logged[-1]['images_per_s']:,.0f}"),
-        ]
     what = f"{run.command} of {run.arch}" + (f", from {run.source}" if run.source else "")
-    return f"{what}. Data: {run.data_line}. Positions: {rope}.", found
+    return f"{what}. Data: {run.data_line}. Positions: {rope}.", tiles
 
 
-def about_samples(folder: Path) -> str:
+def about_samples(metadata: dict[str, Any]) -> str:
     """What was drawn, and from which weights."""
-    facts = read_facts(folder) or {}
-    height, width = facts["image_size"]
+    height, width = metadata["image_size"]
     return (
-        f"dit-sample of {facts['arch']} from {facts['source']}: {facts['num']:,} images of "
-        f"{height}x{width} px, {facts['sampler']} in {facts['steps']} steps, guidance "
-        f"{facts['cfg_scale']:g}, {facts['weights']} weights."
+        f"dit-sample of {metadata['arch']} from {metadata['source']}: {metadata['num']:,} images "
+        f"of {height}x{width} px, {metadata['sampler']} in {metadata['steps']} steps, guidance "
+        f"{metadata['cfg_scale']:g}, {metadata['weights']} weights."
     )
 
 
-def configuration(folder: Path) -> Groups:
-    """Every value, by group, and where it came from."""
-    if not (folder / CONFIG_FILE).is_file():
-        facts = read_facts(folder) or {}
-        facts.pop("versions", None)  # stand with the environment
-        rope = facts.pop("rope", {})
-        return _groups({"samples": facts, "rope": rope}, {})
+def configuration(folder: Path, metadata: dict[str, Any]) -> Tables:
+    """Every value of a training run, or of samples, by group."""
+    if metadata:
+        apart = ("rope", "versions")  # versions stand with the machine
+        own = {name: value for name, value in metadata.items() if name not in apart}
+        return {"samples": own, "rope": metadata["rope"]}
     import yaml
 
     nested = yaml.safe_load((folder / CONFIG_FILE).read_text())
-    plain = {name: value for name, value in nested.items() if not isinstance(value, dict)}
-    grouped = {name: value for name, value in nested.items() if isinstance(value, dict)}
-    return _groups({"run": plain, **grouped}, read_json(folder / SOURCES_FILE))
+    groups = {name: value for name, value in nested.items() if isinstance(value, dict)}
+    return {"run": {n: value for n, value in nested.items() if n not in groups}, **groups}
 
 
-def environment(folder: Path) -> Groups:
-    """Where it happened."""
-    found = read_json(folder / ENVIRONMENT_FILE)
-    if not found and (facts := read_facts(folder)):
-        found = {"precision": facts["precision"], "versions": facts["versions"]}
+def machine(folder: Path, metadata: dict[str, Any]) -> Tables:
+    """Where it happened, and the versions of packages."""
+    known = ("precision", "versions")
+    found = read_json(folder / ENVIRONMENT_FILE) or {n: metadata[n] for n in known if metadata}
     versions = found.pop("versions", {})
-    machine = {name.replace("_", " "): value for name, value in found.items() if value != ""}
-    return _groups({"machine": machine, "versions": versions}, {})
+    values = {name.replace("_", " "): value for name, value in found.items() if value != ""}
+    return {"machine": values, "versions": versions}
 
 
-def _groups(tables: Mapping[str, Mapping[str, Any]], origins: Mapping[str, str]) -> Groups:
-    return {
-        caption: [(name, _short(value), origins.get(name, "")) for name, value in values.items()]
-        for caption, values in tables.items()
-        if values
-    }
-
-
-def _short(value: Any) -> str:
+def in_short(value: Any) -> str:
+    """A value of a config, as a table shows it."""
     if isinstance(value, list):
-        return ", ".join(map(_short, value)) or "-"
+        return ", ".join(map(in_short, value)) or "-"
     if isinstance(value, bool):
         return "on" if value else "off"
     return f"{value:g}" if isinstance(value, float) else "-" if value in (None, "") else str(value)
 
 
-def command(folder: Path) -> str:
+def repeat_command(folder: Path) -> str:
     """A command line that repeats a run, into another folder."""
-    out, origins = f"{folder}-{ANOTHER}", read_json(folder / SOURCES_FILE)
+    origins = read_json(folder / SOURCES_FILE)
+    out = f"{folder}-{ANOTHER}"
     if not (folder / CONFIG_FILE).is_file():
-        facts = read_facts(folder) or {}
-        words, given = ["dit-sample", facts["source"]], _of_sampling(facts, [*origins])
+        metadata = read_facts(folder) or {}
+        words, given = ["dit-sample", metadata["source"]], _sampling_options(metadata, [*origins])
         known = {**leaves(SampleRun), **leaves(RopeConfig)}
         given["out"] = out
     else:
@@ -280,18 +244,18 @@ def command(folder: Path) -> str:
     return shlex.join(["spiralrope", *words])
 
 
-def _of_sampling(facts: dict[str, Any], given_rope: list[str]) -> dict[str, Any]:
+def _sampling_options(metadata: dict[str, Any], given_rope: list[str]) -> dict[str, Any]:
     """Field name -> value of the options of `dit-sample`, by what it left."""
-    low, high = facts["cfg_interval"]
+    low, high = metadata["cfg_interval"]
     return {
-        **{name: facts[name] for name in ("num", "steps", "sampler", "seed")},
-        "cfg_scale": f"{facts['cfg_scale']:g}",
-        "cfg_channels": facts["cfg_channels"],
+        **{name: metadata[name] for name in ("num", "steps", "sampler", "seed")},
+        "cfg_scale": f"{metadata['cfg_scale']:g}",
+        "cfg_channels": metadata["cfg_channels"],
         "cfg_interval": f"{low},{high}",
-        "classes": ",".join(map(str, facts["classes"])),
-        "vae": facts["vae"],
-        "image_size": "x".join(map(str, facts["image_size"])),
-        "precision": {"float32": "fp32", "bfloat16": "bf16"}[facts["precision"]],
-        "ema": facts["weights"] == "ema",
-        **{name: facts["rope"][name] for name in given_rope},
+        "classes": ",".join(map(str, metadata["classes"])),
+        "vae": metadata["vae"],
+        "image_size": "x".join(map(str, metadata["image_size"])),
+        "precision": {"float32": "fp32", "bfloat16": "bf16"}[metadata["precision"]],
+        "ema": metadata["weights"] == "ema",
+        **{name: metadata["rope"][name] for name in given_rope},
     }

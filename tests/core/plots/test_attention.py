@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spiralrope_cli.core.plots.attention import attention
+from spiralrope_cli.core.plots.attention import attention_figure
 
 
 def drawn(**changes):
     maps = np.random.default_rng(0).random((1, 3, 1 + 2 * 3))
     maps /= maps.sum(-1, keepdims=True)
     options = {"grid": (2, 3), "layers": [4], "heads": [0, 1, 5], "patch": (1, 2), "title": "x"}
-    return maps, attention(np.zeros((20, 30), np.uint8), maps, **{**options, **changes})
+    return maps, attention_figure(np.zeros((20, 30), np.uint8), maps, **{**options, **changes})
 
 
 def test_each_head_has_its_map_and_several_have_a_mean():
@@ -42,7 +42,7 @@ def test_the_query_is_framed_in_every_panel():
 def test_no_panel_is_empty(layers, heads, panels):
     maps = np.full((layers, heads, 7), 1 / 7)
     _, figure = drawn()
-    figure = attention(
+    figure = attention_figure(
         np.zeros((20, 30, 3), np.uint8),
         maps,
         grid=(2, 3),

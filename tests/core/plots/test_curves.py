@@ -7,8 +7,8 @@ import json
 import pytest
 
 from spiralrope_cli.core.errors import ConfigError, DataError
-from spiralrope_cli.core.plots.curves import curves
-from spiralrope_cli.core.plots.style import save
+from spiralrope_cli.core.plots.curves import curves_figure
+from spiralrope_cli.core.plots.style import save_figure
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def heights(axis):
 
 
 def test_a_classifier_has_loss_accuracy_rate_and_speed(logged):
-    figure = curves([logged("a")])
+    figure = curves_figure([logged("a")])
     assert titles(figure) == ["Loss", "Held-out acc@1 (%)", "Learning rate", "Images per second"]
     loss, accuracy, *_ = figure.axes
     assert heights(loss) == [[0.5, 0.25, 1 / 6], [1, 0.5, 1 / 3]]
@@ -52,14 +52,14 @@ def test_a_classifier_has_loss_accuracy_rate_and_speed(logged):
 
 
 def test_a_diffusion_transformer_has_its_bound_and_nothing_empty(logged):
-    figure = curves([logged("a", dit=True)])
+    figure = curves_figure([logged("a", dit=True)])
     assert titles(figure)[1].startswith("Variational bound")
     assert len(figure.axes) == 4
     assert all(axis.lines for axis in figure.axes)
 
 
 def test_several_runs_differ_by_more_than_colour(logged):
-    figure = curves([logged("a"), logged("b", dit=True)], over="epoch")
+    figure = curves_figure([logged("a"), logged("b", dit=True)], over="epoch")
     assert len(figure.axes) == 5
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
     looks = {(line.get_color(), line.get_marker()) for line in figure.axes[-1].lines}
@@ -68,27 +68,27 @@ def test_several_runs_differ_by_more_than_colour(logged):
 
 
 def test_equal_names_are_told_apart_by_their_folders(logged):
-    figure = curves([logged("one/a"), logged("two/a")])
+    figure = curves_figure([logged("one/a"), logged("two/a")])
     first, second = (text.get_text() for text in figure.legends[0].get_texts())
     assert first.endswith("one/a")
     assert second.endswith("two/a")
 
 
 def test_a_single_point_is_seen(logged):
-    figure = curves([logged("a", steps=(2,))])
+    figure = curves_figure([logged("a", steps=(2,))])
     assert all(line.get_marker() == "o" for axis in figure.axes for line in axis.lines)
 
 
 def test_a_run_without_metrics_is_told(tmp_path):
     with pytest.raises(DataError, match="has logged nothing"):
-        curves([tmp_path])
+        curves_figure([tmp_path])
 
 
 def test_files_are_whole_or_absent(logged, tmp_path):
-    figure = curves([logged("a")])
-    save(figure, tmp_path / "new" / "a.SVG")
+    figure = curves_figure([logged("a")])
+    save_figure(figure, tmp_path / "new" / "a.SVG")
     assert (tmp_path / "new" / "a.SVG").read_bytes().startswith(b"<?xml")
     with pytest.raises(ConfigError, match=r"must end in \.png or \.svg"):
-        save(figure, tmp_path / "a.bmp")
+        save_figure(figure, tmp_path / "a.bmp")
     with pytest.raises(DataError, match="cannot be written"):
-        save(figure, tmp_path / "new" / "a.SVG" / "b.png")
+        save_figure(figure, tmp_path / "new" / "a.SVG" / "b.png")

@@ -9,8 +9,8 @@ import torch
 
 from spiralrope_cli import RopeConfig, SpiralRoPE
 from spiralrope_cli.core.config.plots import ROPE_PANELS, RopePlot
-from spiralrope_cli.core.plots.rope import measure, rope
-from spiralrope_cli.core.plots.style import render
+from spiralrope_cli.core.plots.rope import rope_figure, view_of
+from spiralrope_cli.core.plots.style import save_figure
 from spiralrope_cli.core.rope import clamped_fraction
 
 VARIANTS = (
@@ -30,7 +30,7 @@ def plot_of(*ropes, grid=(7, 7), head_dim=64, **more):
 
 
 def test_directions_are_evenly_spread_over_half_the_plane():
-    found = measure(RopeConfig(rotate=4), plot_of())
+    found = view_of(RopeConfig(rotate=4), plot_of())
     assert found.across.square() + found.down.square() == pytest.approx(1)
     degrees = torch.atan2(-found.down, found.across).rad2deg().round(decimals=6)
     spread = sorted(set(degrees.tolist()))
@@ -40,7 +40,7 @@ def test_directions_are_evenly_spread_over_half_the_plane():
 @pytest.mark.parametrize("config", VARIANTS)
 def test_scores_and_reach_are_those_of_the_embedding(config):
     plot = plot_of(config, grid=(5, 9), pretrain_grid=(4, 6))
-    found = measure(config, plot)
+    found = view_of(config, plot)
     assert found.clamped.mean() == pytest.approx(clamped_fraction((5, 9), config, 64))
     cos, sin = SpiralRoPE(64, config, (4, 6)).tables((5, 9))
     middle = 2 * 9 + 4
@@ -50,35 +50,36 @@ def test_scores_and_reach_are_those_of_the_embedding(config):
 
 
 def test_on_odd_grids_opposite_displacements_score_alike():
-    scores = measure(RopeConfig(rotate=4), plot_of()).scores
+    scores = view_of(RopeConfig(rotate=4), plot_of()).scores
     torch.testing.assert_close(scores, scores.flip(0, 1), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", VARIANTS, ids=str)
 @pytest.mark.parametrize("grid", [(7, 7), (1, 6)])
-def test_every_variant_is_drawn_in_full(config, grid):
-    figure = rope(plot_of(config, grid=grid))
+def test_every_variant_is_drawn_in_full(config, grid, tmp_path):
+    figure = rope_figure(plot_of(config, grid=grid))
     assert len(figure.axes) == 4
     _, frequencies, clamp, score = figure.axes
     dots = sum(len(line.get_xdata()) for line in frequencies.lines)
     rules = 1 + 2 * bool(config.truncate_percentage)  # lines of two points each
     assert dots - 2 * (2 if rules > 1 else 1) == 32
     assert clamp.images[0].get_array().shape == score.images[0].get_array().shape == grid
-    assert render(figure, "png").startswith(b"\x89PNG")
+    save_figure(figure, tmp_path / "rope.png")
+    assert (tmp_path / "rope.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_several_have_a_row_each_and_one_panel_stands_alone():
-    several = rope(plot_of(*VARIANTS[:3]))
+    several = rope_figure(plot_of(*VARIANTS[:3]))
     assert len(several.axes) == 12
     titles = [axis.get_title(loc="left") for axis in several.axes]
     assert [title[:8] for title in titles[::4]] == ["rotate 0", "rotate 1", "rotate 2"]
-    assert len(rope(plot_of(VARIANTS[0], panels=("rose", "clamp", "score"))).axes) == 3
+    assert len(rope_figure(plot_of(VARIANTS[0], panels=("rose", "clamp", "score"))).axes) == 3
     ranges = {axis.images[0].get_clim() for axis in several.axes[3::4]}
-    assert len(ranges) == 1  # or their colours could not be compared
+    assert len(ranges) == 1  # or their mean_std could not be compared
 
 
 def test_no_words_lie_upon_each_other():
-    figure = rope(plot_of(RopeConfig(rotate=4)))
+    figure = rope_figure(plot_of(RopeConfig(rotate=4)))
     figure.draw_without_rendering()
     rose = figure.axes[0]
     boxes = [text.get_window_extent() for text in rose.texts]
@@ -86,8 +87,10 @@ def test_no_words_lie_upon_each_other():
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
-def test_equal_figures_are_equal_files():
+def test_equal_figures_are_equal_files(tmp_path):
     plot = plot_of(RopeConfig(rotate=2), panels=ROPE_PANELS)
-    first, again = (render(rope(plot), "svg") for _ in range(2))
+    for name in ("first.svg", "again.svg"):
+        save_figure(rope_figure(plot), tmp_path / name)
+    first, again = ((tmp_path / name).read_bytes() for name in ("first.svg", "again.svg"))
     assert first == again
     assert b"<dc:date>" not in first

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from spiralrope_cli.core.plots.samples import samples
-from spiralrope_cli.core.plots.style import render
+from spiralrope_cli.core.plots.samples import samples_figure
+from spiralrope_cli.core.plots.style import save_figure
 
 
 @pytest.mark.parametrize("labels", [[], [str(n) for n in range(5)]])
-def test_every_picture_is_there_with_its_own_pixels(labels):
+def test_every_picture_is_there_with_its_own_pixels(labels, tmp_path):
     levels = torch.randint(20, 230, (5, 3, 8, 12), dtype=torch.uint8)
-    figure = samples(levels, labels, "title", columns=3)
-    file = np.asarray(Image.open(io.BytesIO(render(figure, "png"))).convert("RGB"))
+    figure = samples_figure(levels, labels, "title", columns=3)
+    save_figure(figure, tmp_path / "grid.png")
+    file = np.asarray(Image.open(tmp_path / "grid.png").convert("RGB"))
     for picture in levels:
         for pixel in picture.flatten(1).T[::17]:
             assert (file == pixel.numpy()).all(-1).any()
@@ -26,7 +25,7 @@ def test_every_picture_is_there_with_its_own_pixels(labels):
 
 def test_labels_stand_below_their_pictures_in_their_order():
     levels = torch.zeros(5, 3, 64, 64, dtype=torch.uint8)
-    figure = samples(levels, list("abcde"), "title", columns=3)
+    figure = samples_figure(levels, list("abcde"), "title", columns=3)
     places = [text.get_position() for text in figure.axes[0].texts]
     assert [x for x, _ in places[:2]] == [x for x, _ in places[3:]]
     assert places[0][0] < places[1][0] < places[2][0]
@@ -37,7 +36,7 @@ def test_labels_stand_below_their_pictures_in_their_order():
 
 
 def test_long_titles_and_labels_fit():
-    figure = samples(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), ["a" * 99], "long " * 12)
+    figure = samples_figure(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), ["a" * 99], "long " * 12)
     figure.draw_without_rendering()
     title = figure.texts[0].get_window_extent()
     whole = figure.bbox

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from spiralrope_cli import main as cli
 from spiralrope_cli.core.config.nested import read_config
 from spiralrope_cli.core.errors import SpiralRopeError
-from spiralrope_cli.core.report.page import command, leave_report, stages, write_report
+from spiralrope_cli.core.report.page import leave_report, repeat_command, stages, write_report
 from spiralrope_cli.core.runtime.run_folder import SOURCES_FILE, write_json
 
 BROWSER = next(
@@ -165,7 +165,7 @@ def test_samples_are_embedded_and_large_grids_made_smaller(sample_folder):
 
 
 def test_the_command_of_samples_is_one_that_dit_sample_takes(sample_folder):
-    line = command(sample_folder)
+    line = repeat_command(sample_folder)
     assert "--cfg-scale 4 " in line
     assert "--no-ema" in line
     assert "--classes 1,2" in line
@@ -175,7 +175,7 @@ def test_the_command_of_samples_is_one_that_dit_sample_takes(sample_folder):
 
 
 def test_the_command_of_a_run_repeats_it(trained_once, runs):
-    words = command(trained_once).split()[1:]
+    words = repeat_command(trained_once).split()[1:]
     result = CliRunner().invoke(cli.app, [*words, "--dry-run"], env={"COLUMNS": "300"})
     assert result.exit_code == 0, result.output
     assert "deit-64x2x2" in result.output
