@@ -1,8 +1,7 @@
 """Faster forms of plain expressions. Each says what it equals, and where and why it is faster.
 
-No other file of the networks knows of devices or libraries for the sake of speed: read
-`models/deit.py`, `models/dit.py`, `models/layers.py` and `rope.py` with the plain expressions in
-mind. The file lies beside the rooms because `rope.py` and `models/` both use it.
+Only this file treats devices and libraries differently for the sake of speed. Read `models/` and
+`rope.py` with the plain expressions in mind.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ Gelu = Literal["none", "tanh"]
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, then `F.gelu(approximate=gelu)` where it is named.
+    """`nn.Linear`, then `F.gelu(approximate=gelu)` if `gelu` is given.
 
-    On a CPU it infers with oneDNN, as torch.compile does there: in fp32 that takes half the time
-    of MKL on AMD's CPUs, a quarter to a half for few rows, and GELU is taken on the way out.
-    oneDNN's product has no gradient, so training takes PyTorch's.
+    On a CPU, inference calls oneDNN's matmul with the GELU fused, as torch.compile does. In fp32
+    that takes half the time of MKL on AMD's CPUs, and a quarter to a half for few rows. The
+    operator has no gradient, so training calls PyTorch's.
     """
 
     def forward(self, input: Tensor, gelu: Gelu | None = None) -> Tensor:
@@ -41,7 +40,7 @@ class Linear(nn.Linear):
 
 
 def _onednn_dtype(input: Tensor, weight: Tensor) -> torch.dtype | None:
-    """What oneDNN computes such a product in, None where it is not for oneDNN."""
+    """The dtype in which oneDNN computes this matmul; None if PyTorch's should."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
     if input.device.type != "cpu" or not input.numel() or not torch.backends.mkldnn.is_available():
@@ -58,22 +57,19 @@ if torch.backends.mkldnn.is_available():
 
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
     def _flops(x: list[int], weight: list[int], *_: Any, **__: Any) -> int:
-        """What `FlopCounterMode` counts for it, as for any other linear layer."""
+        """`FlopCounterMode` knows PyTorch's own operators only."""
         return 2 * math.prod(x) * weight[0]
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """`F.gelu(x, approximate="tanh")`, which takes twice as long on a CPU.
-
-    Computed in chunks whose copies stay in the cache.
-    """
+    """`F.gelu(x, approximate="tanh")`; on a CPU in half the time, in chunks that fit the cache."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         return _GeluTanh.apply(x.contiguous())
     return F.gelu(x, approximate="tanh")
 
 
 class _GeluTanh(torch.autograd.Function):
-    """x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)), which is the tanh form in other words."""
+    """x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)), as (1 + tanh(z)) / 2 = sigmoid(2z)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -81,7 +77,7 @@ class _GeluTanh(torch.autograd.Function):
         out, slope = torch.empty_like(x), 2 * math.sqrt(2 / math.pi)
         exact = torch.promote_types(x.dtype, torch.float32)
         first = torch.tensor(slope, dtype=exact)
-        size = torch.get_num_threads() << 18
+        size = torch.get_num_threads() << 18  # 1 MiB of float32 per thread
         chunks = zip(x.reshape(-1).split(size), out.view(-1).split(size), strict=True)
         for part, into in chunks:
             x_fp32 = part.to(exact)
@@ -98,7 +94,7 @@ class _GeluTanh(torch.autograd.Function):
 def layer_norm(x: Tensor, eps: float) -> Tensor:
     """`F.layer_norm(x, x.shape[-1:], eps=eps)`: [..., C] -> [..., C], without parameters.
 
-    A CPU gets a weight of ones and a bias of zeros: without them its kernel takes twice as long.
+    A CPU is given ones and zeros as parameters: without any, its kernel takes twice as long.
     """
     channels, on_cpu = x.shape[-1:], x.device.type == "cpu"
     one, zero = (x.new_ones(channels), x.new_zeros(channels)) if on_cpu else (None, None)
@@ -108,8 +104,8 @@ def layer_norm(x: Tensor, eps: float) -> Tensor:
 def fp32_on_cpu(qkv: Tensor) -> Tensor:
     """`qkv` itself; bf16 on a CPU as float32, for `attention` below.
 
-    The CPU's attention in bf16 has a slower backward than in fp32: 1.3 x at 197 tokens, 7 x at
-    17. And what is rotated in fp32 need not be rounded in between.
+    There the backward of attention is slower in bf16 than in fp32: 1.3 x at 197 tokens, 7 x at 17.
+    And the result of the rotation, which is in fp32, need not be rounded before the attention.
     """
     return qkv.float() if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 else qkv
 
@@ -117,7 +113,7 @@ def fp32_on_cpu(qkv: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`F.scaled_dot_product_attention(q, k, v)`: [B, H, N, D] -> [B, H, N, D].
 
-    On a CPU in the dtype of q, k and v even under autocast, which would take `fp32_on_cpu` back.
+    Without autocast on a CPU: it would cast what `fp32_on_cpu` gives back to bf16.
     """
     on_cpu = q.device.type == "cpu"
     with torch.autocast("cpu", enabled=False) if on_cpu else contextlib.nullcontext():
@@ -127,18 +123,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def apply_rotary_complex(x: Tensor, cos_sin: Tensor) -> Tensor:
     """`rope.apply_rotary`: a' = a cos - b sin, b' = b cos + a sin for each channel pair.
 
-    Without a compiler the formula takes six passes over the memory and autograd keeps x. As a
-    product of complex numbers it takes one pass each way and keeps nothing, on any device.
+    In eager mode the formula takes six passes over the memory, and autograd keeps x. A product of
+    complex numbers takes one pass forward and one backward and keeps nothing, on any device.
 
     Args:
         x: [..., D] floating point, in any memory layout.
-        cos_sin: cosines and sines, broadcastable to [..., D/2, 2].
+        cos_sin: float32, or float64 for float64 x; broadcastable to [..., D/2, 2].
+
+    Returns:
+        [..., D] in the dtype of x.
     """
     return _RotaryComplex.apply(x, cos_sin)
 
 
 class _RotaryComplex(torch.autograd.Function):
-    """A rotation's gradient is the gradient turned back."""
+    """The gradient of a rotation is the inverse rotation of the gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos_sin: Tensor) -> Tensor:
@@ -156,18 +155,18 @@ def _complex_product(x: Tensor, cos_sin: Tensor) -> Tensor:
     if ours:
         x = x.to(torch.float32, memory_format=torch.contiguous_format)
     elif x.stride(-1) != 1 or any(n % 2 for n in (*x.stride()[:-1], x.storage_offset())):
-        # A pair must lie side by side at an even place to be read as one complex number.
+        # A view as complex needs both numbers of a pair side by side, at an even offset.
         x = x.clone(memory_format=torch.contiguous_format)
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    # The widened copy is ours, so the product can take its place.
+    # The float32 copy is ours, so the product can overwrite it.
     product = pairs.mul_(cos_sin) if ours else pairs * cos_sin
     return torch.view_as_real(product).flatten(-2).to(dtype)
 
 
 def cast_blocks(blocks: nn.Module, dtype: torch.dtype) -> None:
-    """Casts the matrices of a DiT's blocks once, for inference under autocast.
+    """Casts the linear layers of a DiT's blocks once, for inference under autocast.
 
-    Autocast gives the same bits without it, but casts every weight in every call. The modulation
+    Without it autocast gives the same bits, but casts every weight in every call. The modulation
     is computed outside autocast and keeps its dtype.
     """
     for name, module in blocks.named_modules():

@@ -1,10 +1,10 @@
-"""Spiral RoPE: groups of channels rotate by a token's position along their own direction.
+"""Spiral RoPE: each group of channels is rotated by the position along its own direction.
 
 Legend: B batch, H heads, N tokens, D channels of a head, F = D/4 frequencies per half,
 R = `rotate`, K = 2R directions, (h, w) the grid of patch tokens in row-major order.
 
 The channels of one head, with D = 32 and R = 2 (one letter per chunk of 4 channels; chunk c has
-direction c mod R, so `a` turns with the axes and `b` with the axes turned by 45 degrees):
+direction c mod R, so `a` follows the axes and `b` the axes rotated by 45 degrees):
 
     channel    0       4       8       12    | 16      20      24      28
     chunk      a       b       a       b     | a       b       a       b
@@ -30,7 +30,7 @@ Grid = int | tuple[int, int]
 
 
 def frequencies(config: RopeConfig, head_dim: int) -> Tensor:
-    """The distinct frequencies, in radians per patch, as published files store them in `freqs`.
+    """Distinct frequencies in radians per patch, as the published files store them in `freqs`.
 
     Returns:
         [D/4] float64, or [D/(4R)] with `same_theta`; highest first for `lang`, lowest first
@@ -50,7 +50,8 @@ def frequencies(config: RopeConfig, head_dim: int) -> Tensor:
     if config.same_theta:
         num //= config.rotate
     lowest = config.min_freq_lang
-    if lowest < MIN_FREQ_IS_SET or num == 1:  # The only frequency is the highest.
+    # With a single frequency there is no ratio to span, and it is the highest.
+    if lowest < MIN_FREQ_IS_SET or num == 1:
         lowest = highest / config.theta ** ((num - 1) / num)
     falling = torch.arange(num - 1, -1, -1, dtype=torch.float64) / max(num - 1, 1)
     series = lowest * (highest / lowest) ** falling
@@ -60,7 +61,7 @@ def frequencies(config: RopeConfig, head_dim: int) -> Tensor:
 
 
 def pair_layout(config: RopeConfig, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What each pair of neighbouring channels of a head turns with.
+    """Frequency and direction of each pair of neighbouring channels of a head.
 
     Returns:
         frequency [D/2] float64 in radians per patch, direction angle [D/2] float64 in radians,
@@ -73,21 +74,22 @@ def pair_layout(config: RopeConfig, head_dim: int) -> tuple[Tensor, Tensor, Tens
     index = in_half // 2
     if config.same_theta and config.rotate >= 1 and config.freqs_for == "lang":
         index = (4 * (in_half // 4 // rotate) + in_half % 4) // 2
-    # A chunk is counted over the whole head: with D/2 no multiple of 4 one straddles the middle.
+    # Chunks are counted over the whole head, as published: where D/2 is no multiple of 4, one
+    # straddles the middle.
     direction = (channel // 4) % rotate
     angle = direction.double() * (math.pi / 2 / rotate)
     return frequencies(config, head_dim)[index], angle, in_first_half
 
 
 def projections(grid: tuple[int, int], angle: Tensor) -> tuple[Tensor, Tensor]:
-    """Every token's place along the turned axes, in patches from the grid's centre.
+    """Position of every token along the rotated axes, in patches from the grid's centre.
 
     Args:
         grid: patches as (rows, columns).
         angle: [P] float64 direction angles in radians.
 
     Returns:
-        along the turned column direction and along the turned row direction, [h*w, P] each.
+        positions along the rotated column axis and along the rotated row axis, [h*w, P] each.
     """
     rows, columns = grid
     y = torch.arange(rows, dtype=torch.float64) - (rows - 1) / 2
@@ -103,13 +105,16 @@ def build_angles(
     config: RopeConfig,
     pretrain_grid: tuple[int, int],
 ) -> Tensor:
-    """Angle by which each channel pair of each token is turned.
+    """Angle by which each channel pair of each token is rotated.
+
+    With `clamped`, positions beyond the grid's border are set to the border, as in the published
+    code: rotated axes leave the grid at its corners. `exact` is the paper's formula.
 
     Args:
         grid: patches now, as (rows, columns).
         head_dim: channels per head, a multiple of 4.
         config: the options.
-        pretrain_grid: patches that the model was trained at; `interpolate` maps onto them.
+        pretrain_grid: patches that the model was trained at; `interpolate` scales to them.
 
     Returns:
         [h*w, D/2] float64 radians, tokens in row-major order.
@@ -121,12 +126,12 @@ def build_angles(
         raise ConfigError(f"a grid of {grid} patches (trained at {pretrain_grid}) has no tokens")
     frequency, angle, in_first_half = pair_layout(config, head_dim)
     halves = []
-    for along, side, trained in zip(projections(grid, angle), grid, pretrain_grid, strict=True):
-        reach = (side - 1) / 2
+    for pos, side, trained in zip(projections(grid, angle), grid, pretrain_grid, strict=True):
+        half_extent = (side - 1) / 2
         if config.projection == "clamped":
-            along = along.clamp(-reach, reach)
+            pos = pos.clamp(-half_extent, half_extent)
         factor = trained / side if config.scaling == "interpolate" else 1.0
-        halves.append((along + reach) * factor)
+        halves.append((pos + half_extent) * factor)
     return torch.where(in_first_half, halves[0], halves[1]) * frequency
 
 
@@ -134,21 +139,21 @@ def leaves_grid(grid: tuple[int, int], config: RopeConfig, head_dim: int) -> Ten
     """Which channel pairs of which tokens `projection="clamped"` moves: [h*w, D/2] bool."""
     _, angle, in_first_half = pair_layout(config, head_dim)
     beyond = [
-        along.abs() > (side - 1) / 2 + 1e-9
-        for along, side in zip(projections(grid, angle), grid, strict=True)
+        pos.abs() > (side - 1) / 2 + 1e-9  # more than the rounding of a sine
+        for pos, side in zip(projections(grid, angle), grid, strict=True)
     ]
     return torch.where(in_first_half, beyond[0], beyond[1])
 
 
 def clamped_fraction(grid: tuple[int, int], config: RopeConfig, head_dim: int) -> float:
-    """Share of all positions that `projection="clamped"` moves, in [0, 1]."""
+    """Fraction of all positions that `projection="clamped"` moves, in [0, 1]."""
     return leaves_grid(grid, config, head_dim).double().mean().item()
 
 
 def apply_rotary(x: Tensor, cos_sin: Tensor) -> Tensor:
-    """Turns each channel pair (a, b) by its angle: a' = a cos - b sin, b' = b cos + a sin.
+    """Rotates each channel pair (a, b): a' = a cos - b sin, b' = b cos + a sin.
 
-    The product is formed in float32 or better, whatever the dtype of x.
+    Computed in float32 or better, whatever the dtype of x.
 
     Args:
         x: [..., D] floating point.
@@ -159,7 +164,7 @@ def apply_rotary(x: Tensor, cos_sin: Tensor) -> Tensor:
     """
     if not torch.compiler.is_compiling():
         return apply_rotary_complex(x, cos_sin)
-    # The compiler fuses the formula, and knows no complex numbers.
+    # torch.compile fuses the plain formula, and does not fuse complex numbers.
     x_fp32 = x if x.dtype == torch.float64 else x.float()
     (a, b), (cos, sin) = x_fp32.unflatten(-1, (-1, 2)).unbind(-1), cos_sin.unbind(-1)
     return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x.dtype)
@@ -168,8 +173,8 @@ def apply_rotary(x: Tensor, cos_sin: Tensor) -> Tensor:
 class SpiralRoPE(nn.Module):
     """Rotary position embedding with many directions, for the q and k of any 2D attention.
 
-    It has no parameters and nothing in its state dict. Tables are made once per grid and
-    device, in float64, and kept as float32.
+    It has no parameters and nothing in its state dict. Tables are computed once per grid and
+    device, in float64, and kept in float32: in bf16, neighbouring positions would round to one.
 
     Args:
         head_dim: channels per head, a multiple of 4.
@@ -198,19 +203,20 @@ class SpiralRoPE(nn.Module):
         """[prefix + h*w, D/2, 2] float32 cosines and sines; prefix tokens have the identity."""
         key = (to_2tuple(grid), prefix_tokens, device)
         if key not in self._cos_sin:
-            # A table made in inference mode could never be used in training.
+            # An inference tensor in the cache would break a later backward pass. On the CPU, so
+            # that the table is the same on every device.
             with torch.inference_mode(False), torch.device("cpu"):
                 angle = build_angles(key[0], self.head_dim, self.config, self.pretrain_grid)
                 angle = torch.cat((angle.new_zeros(prefix_tokens, angle.shape[1]), angle))
-                both = torch.stack((angle.cos(), angle.sin()), dim=-1)
-                self._cos_sin[key] = both.to(torch.float32).to(device)
+                table = torch.stack((angle.cos(), angle.sin()), dim=-1)
+                self._cos_sin[key] = table.to(torch.float32).to(device)
         return self._cos_sin[key]
 
     def tables(self, grid: Grid) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of every channel's angle; the two channels of a pair have the same.
+        """Cosine and sine of every channel's angle, for kernels of your own.
 
         Returns:
-            two float32 tensors [h*w, D] on the CPU.
+            two float32 tensors [h*w, D] on the CPU; the two channels of a pair have the same.
         """
         cos_sin = self.cos_sin(grid, 0, torch.device("cpu"))
         cos, sin = cos_sin.repeat_interleave(2, dim=1).unbind(-1)

@@ -1,9 +1,9 @@
-"""Gaussian diffusion with a learned variance: the schedule, the loss and the step back.
+"""Gaussian diffusion with a learned variance: schedule, loss, and p(x_{t-1} | x_t).
 
-Legend: B batch, L latent channels, S steps in the chain, e noise. The network's output has 2L
-channels: e, and v that says where between its bounds the log variance lies.
+Legend: B batch, L latent channels, S steps in the chain, e noise, alpha_bar the fraction of the
+signal's power at a step. The network's output has 2L channels: e, and v of eq. 15.
 
-Source: "Improved Denoising Diffusion Probabilistic Models", arXiv 2102.09672.
+Source: "Improved Denoising Diffusion Probabilistic Models", arXiv 2102.09672; equations are its.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from spiralrope_cli.core.errors import ConfigError
 
 HALF_BIN = 1 / 255
 OPEN_BEYOND = 0.999
+"""The outermost bins, black and white, are open: they take all of the tail."""
 LEAST_PROBABILITY = 1e-12
 
 
 class Constants(NamedTuple):
-    """Factors of every step; a is alphas_cumprod, the share of the signal's power that is left."""
+    """Factors of every step, under the names of the published code; alphas_cumprod is alpha_bar."""
 
     alphas_cumprod: Tensor
     alphas_cumprod_prev: Tensor
@@ -50,18 +51,7 @@ class Constants(NamedTuple):
 class Schedule:
     """Linear betas from 1e-4 to 0.02 over 1000 steps, or the chain of some of these steps.
 
-    All that follows from the betas is kept in float64.
-
-    Args:
-        steps: as in `space_timesteps`.
-
-    Attributes:
-        timesteps: [S] int64, original number of each step, ascending.
-        betas: [S] float64.
-        constants: [S] float64 each.
-
-    Raises:
-        ConfigError: no such chain exists.
+    Its attributes are [S], all but the int64 `timesteps` in float64.
     """
 
     def __init__(self, steps: str | int) -> None:
@@ -69,6 +59,7 @@ class Schedule:
         all_betas = torch.linspace(BETA_FIRST, BETA_LAST, NUM_TRAIN_STEPS, dtype=torch.float64)
         alpha_bar = (1 - all_betas).cumprod(0)[self.timesteps]
         alpha_bar_prev = torch.cat((alpha_bar.new_ones(1), alpha_bar[:-1]))
+        # Eq. 19: the betas of a shorter chain that keeps alpha_bar at its steps.
         self.betas = betas = 1 - alpha_bar / alpha_bar_prev
         posterior_variance = betas * (1 - alpha_bar_prev) / (1 - alpha_bar)
         self.constants = Constants(
@@ -90,34 +81,33 @@ class Schedule:
         self._timesteps_on: dict[torch.device, Tensor] = {}
 
     def extract(self, index: int | Tensor, like: Tensor) -> Constants:
-        """Constants of one step of the chain, or of one for each sample.
-
-        The tables lie on each device once, so nothing waits for it.
+        """Constants of one step of the chain, or of one step per sample.
 
         Args:
             index: step of the chain, 0 to S - 1, as a number or [B].
-            like: [B, ...] whose device and dtype they are made for; float32 or better.
+            like: [B, ...] with their device and dtype, which is widened to float32.
 
         Returns:
             [1 or B, 1, ...] each.
         """
         key = (like.device, torch.promote_types(like.dtype, torch.float32))
         if key not in self._tables:
-            # A table made in inference mode could never be used in training.
+            # Kept on the device, so that no step waits for a copy. An inference tensor in the cache
+            # would break a later backward pass.
             with torch.inference_mode(False):
                 self._tables[key] = torch.stack(self.constants).to(key[1]).to(key[0])
         table = self._tables[key][:, index]
         return Constants(*table.reshape(len(table), -1, *(1,) * (like.ndim - 1)))
 
     def original(self, index: Tensor) -> Tensor:
-        """[B] steps of the chain -> [B] original numbers, which the network is given."""
+        """[B] steps of the chain -> [B] original step numbers, the input of the network."""
         if index.device not in self._timesteps_on:
             self._timesteps_on[index.device] = self.timesteps.to(index.device)
         return self._timesteps_on[index.device][index]
 
 
 class PMeanVariance(NamedTuple):
-    """The distribution of x_(t-1) that the network sees from x_t, [B, L, H, W] each."""
+    """Predicted p(x_{t-1} | x_t), and the x_0 and noise that it follows from: [B, L, H, W] each."""
 
     mean: Tensor
     log_variance: Tensor
@@ -150,7 +140,7 @@ class GaussianDiffusion:
         self.alphas_cumprod = self.schedule.constants.alphas_cumprod
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Noised latents, x_t = sqrt(a) x_0 + sqrt(1 - a) e.
+        """Noised latents (eq. 9), x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) e.
 
         Args:
             x0: [B, ...].
@@ -171,9 +161,10 @@ class GaussianDiffusion:
         noise: Tensor | None = None,
         **model_kwargs: Any,
     ) -> dict[str, Tensor]:
-        """Loss of each sample: squared error of the noise, plus the variational bound.
+        """Loss of each sample (eq. 16): squared error of the noise, plus its term of the bound.
 
-        The bound teaches the variance alone: the noise in it is detached.
+        The paper weights the sum of the 1000 terms by 0.001; a sample has one of them, by 1. The
+        bound trains the variance only: the noise in it is detached.
 
         Args:
             model: called as `model(x_t, original step numbers, **model_kwargs)`.
@@ -194,7 +185,7 @@ class GaussianDiffusion:
         return {"loss": mse + vb, "mse": mse, "vb": vb}
 
     def _bound(self, x0: Tensor, t: Tensor, error: Tensor, v: Tensor) -> Tensor:
-        """[B] bits per dimension between the true step back and the predicted one."""
+        """[B] bits per dimension: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), NLL at t = 0."""
         coef = self.schedule.extract(t, x0)
         log_variance = _log_variance(v, coef)
         # Eq. 11: both means have the same multiple of x_t, so their difference is that of the two
@@ -212,7 +203,7 @@ class GaussianDiffusion:
     def p_mean_variance(
         self, out: Tensor, x: Tensor, index: int | Tensor, clip_denoised: bool = False
     ) -> PMeanVariance:
-        """What the network's output says about the step before.
+        """Predicted p(x_{t-1} | x_t) from the network's output (eq. 9, 11 and 15).
 
         Args:
             out: [B, 2L, H, W] from the network.
@@ -277,12 +268,12 @@ class GaussianDiffusion:
 
 
 def _log_variance(v: Tensor, coef: Constants) -> Tensor:
-    """Log variance between that of the posterior, at v = -1, and log beta, at v = 1."""
+    """Eq. 15, with v in [-1, 1] as published: the posterior's at -1, log beta at 1."""
     return torch.lerp(coef.posterior_log_variance_clipped, coef.log_betas, (v + 1) / 2)
 
 
 def _normal_cdf(z: Tensor) -> Tensor:
-    """The published approximation, 1/2 (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3)))."""
+    """The published approximation; the exact function would give other figures of `vb`."""
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
 

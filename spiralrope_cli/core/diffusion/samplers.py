@@ -38,7 +38,7 @@ StepNoise = Callable[[], Tensor]
 
 
 class GuidedNetwork(Protocol):
-    """What guidance needs of a network; a DiT has it."""
+    """The interface of a DiT that guidance calls."""
 
     num_classes: int
 
@@ -54,8 +54,8 @@ class GuidedNetwork(Protocol):
 def guided(network: GuidedNetwork, labels: Tensor, guidance: GuidanceConfig) -> Predict:
     """The network as samplers call it, with labels and guidance.
 
-    The null class is computed in guided steps alone: without guidance, and outside its interval,
-    a step costs one pass of B samples.
+    Without guidance, and outside its interval (arXiv 2404.07724), a step computes B samples in
+    place of 2B.
 
     Args:
         network: a DiT.
@@ -87,12 +87,12 @@ def ddpm(
     eta: float = 0.0,
     clip_denoised: bool = False,
 ) -> Iterator[Tensor]:
-    """Ancestral sampling with the learned variance (arXiv 2006.11239)."""
+    """Ancestral sampling with the learned variance (arXiv 2006.11239, algorithm 2)."""
     x = start
-    for index, timestep in _downwards(diffusion):
+    for index, timestep in _reversed_steps(diffusion):
         step = diffusion.p_mean_variance(predict(x, timestep), x, index, clip_denoised)
         x = step.mean
-        if index:
+        if index:  # The last step adds no noise.
             x = torch.addcmul(x, (0.5 * step.log_variance).exp(), step_noise())
         yield x
 
@@ -105,10 +105,10 @@ def ddim(
     eta: float = 0.0,
     clip_denoised: bool = False,
 ) -> Iterator[Tensor]:
-    """Deterministic sampling, or with eta times the noise of ancestral (arXiv 2010.02502)."""
+    """Deterministic at eta 0, with the noise of DDPM at 1 (arXiv 2010.02502, eq. 12 and 16)."""
     x = start
     constants = diffusion.schedule.constants
-    for index, timestep in _downwards(diffusion):
+    for index, timestep in _reversed_steps(diffusion):
         step = diffusion.p_mean_variance(predict(x, timestep), x, index, clip_denoised)
         alpha_bar = constants.alphas_cumprod[index].item()
         alpha_bar_prev = constants.alphas_cumprod_prev[index].item()
@@ -130,11 +130,11 @@ def dpm_solver(
     eta: float = 0.0,
     clip_denoised: bool = False,
 ) -> Iterator[Tensor]:
-    """DPM-Solver++ (2M), deterministic (arXiv 2211.01095), through diffusers' scheduler.
+    """DPM-Solver++ (2M), deterministic (arXiv 2211.01095, algorithm 2), by diffusers' scheduler.
 
     It takes as many steps as the chain has, but spaces them itself.
     """
-    # Imported where it is used: it takes seconds.
+    # Imported here, since it takes seconds.
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
     if diffusion.num_steps >= NUM_TRAIN_STEPS:
@@ -142,7 +142,7 @@ def dpm_solver(
             f"--steps {diffusion.num_steps}: dpm++ takes at most {NUM_TRAIN_STEPS - 1}",
             "10 to 50 are its usual range",
         )
-    # Thresholding between 1 and 1 is a clamp.
+    # With sample_max_value 1 dynamic thresholding is a clamp to [-1, 1], our clip_denoised.
     scheduler = DPMSolverMultistepScheduler(
         NUM_TRAIN_STEPS, BETA_FIRST, BETA_LAST, thresholding=clip_denoised, sample_max_value=1.0
     )
@@ -155,8 +155,8 @@ def dpm_solver(
         yield x
 
 
-def _downwards(diffusion: GaussianDiffusion) -> Iterator[tuple[int, int]]:
-    """(index in the chain, original number) of every step, the noisiest first."""
+def _reversed_steps(diffusion: GaussianDiffusion) -> Iterator[tuple[int, int]]:
+    """(index in the chain, original step number), the noisiest first."""
     yield from reversed(list(enumerate(diffusion.timesteps.tolist())))
 
 

@@ -18,15 +18,7 @@ from spiralrope_cli.core.errors import CheckpointError
 
 
 class Vae:
-    """A frozen VAE; no gradient passes it.
-
-    Args:
-        model: AutoencoderKL of diffusers.
-
-    Attributes:
-        model: the same, in eval mode.
-        scale: what DiT's latents are multiplied by.
-    """
+    """A frozen `AutoencoderKL` of diffusers; a DiT sees its latents times `scale`."""
 
     def __init__(self, model: Any) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -34,7 +26,7 @@ class Vae:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The posterior of the latents, not scaled.
+        """Posterior of the latents, not scaled; its exp is computed in float32.
 
         Args:
             images: [B, 3, H, W] in [-1, 1].
@@ -43,8 +35,8 @@ class Vae:
             mean and standard deviation, [B, L, h, w] float32 each.
         """
         posterior = self.model.encode(images.to(self.model.dtype)).latent_dist
-        exact = type(posterior)(posterior.parameters.float())
-        return exact.mean, exact.std
+        posterior = type(posterior)(posterior.parameters.float())
+        return posterior.mean, posterior.std
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -60,24 +52,12 @@ class Vae:
 
 
 def draw(mean: Tensor, std: Tensor, noise: Tensor, scale: float = LATENT_SCALE) -> Tensor:
-    """Latents as DiT sees them: scale (mean + std e).
-
-    Args:
-        mean: of the posterior, [B, L, h, w].
-        std: of the posterior, likewise.
-        noise: e, standard normal, likewise.
-        scale: of the VAE.
-    """
+    """Latents as DiT sees them: scale (mean + std noise), [B, L, h, w] each."""
     return torch.addcmul(mean, std, noise) * scale
 
 
 def load_vae(folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Vae:
-    """A VAE from a folder in the layout of diffusers.
-
-    Args:
-        folder: with config.json and diffusion_pytorch_model.safetensors.
-        device: where it computes.
-        dtype: in which it computes; what it takes and gives is float32.
+    """A VAE from a folder in the layout of diffusers, computing in `dtype`.
 
     Raises:
         CheckpointError: the weights are damaged, or not those of the config.
@@ -87,7 +67,7 @@ def load_vae(folder: Path, device: torch.device, dtype: torch.dtype = torch.floa
     try:
         # Without accelerate, diffusers prints advice to install it.
         with contextlib.redirect_stderr(io.StringIO()):
-            model, told = AutoencoderKL.from_pretrained(
+            model, info = AutoencoderKL.from_pretrained(
                 str(folder),
                 local_files_only=True,
                 use_safetensors=True,
@@ -96,12 +76,12 @@ def load_vae(folder: Path, device: torch.device, dtype: torch.dtype = torch.floa
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, TypeError) as error:
-        # Its own words for a damaged file are about network and Hub.
+        # The message of diffusers for a damaged file is about the network and the Hub.
         raise CheckpointError(
             f"the VAE in {folder} cannot be read: its weights are damaged, or another VAE's",
             "fetch or copy it again",
         ) from error
-    wrong = [*told["missing_keys"], *told["unexpected_keys"], *told["mismatched_keys"]]
+    wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     if wrong:
         raise CheckpointError(
             f"the VAE in {folder} does not fit its config: {len(wrong)} weights are missing, left "

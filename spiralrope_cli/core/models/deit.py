@@ -1,6 +1,7 @@
-"""DeiT-III style vision transformer with Spiral RoPE, under the published parameter names.
+"""DeiT-III style vision transformer (arXiv 2204.07118) with Spiral RoPE, under the published names.
 
-Legend: B batch, N = h*w patch tokens, C width, D channels of a head.
+Legend: B batch, N = h*w patch tokens, C width, H heads, D channels of a head. A `cos_sin` is the
+rotation table of `SpiralRoPE.cos_sin`, [tokens, D/2, 2].
 """
 
 from __future__ import annotations
@@ -13,11 +14,108 @@ from torch.utils.checkpoint import checkpoint
 from spiralrope_cli.core.config.models import check_divides
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.errors import ConfigError
-from spiralrope_cli.core.models.layers import Block, PatchEmbed, RMSNorm
-from spiralrope_cli.core.rope import Grid, SpiralRoPE, to_2tuple
+from spiralrope_cli.core.kernels import Gelu, Linear, attention, fp32_on_cpu
+from spiralrope_cli.core.rope import Grid, SpiralRoPE, apply_rotary, to_2tuple
 
 INIT_STD = 0.02
 LAYER_SCALE_INIT = 1e-4
+
+
+class RMSNorm(nn.Module):
+    """scale * x / (rms(x) + eps) (arXiv 1910.07467, eq. 4).
+
+    Unlike `nn.RMSNorm`, eps is outside the root: the published weights were trained so.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C] in the scale's dtype, the statistic in float32 or better."""
+        x_fp32 = x if x.dtype == torch.float64 else x.float()
+        rms = torch.linalg.vector_norm(x_fp32, dim=-1, keepdim=True) * x_fp32.shape[-1] ** -0.5
+        return (x_fp32 * (rms + self.eps).reciprocal() * self.scale).to(self.scale.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with rotary embedding of the queries and keys.
+
+    With `qk_norm` each head's queries and keys are normalised before they are rotated.
+    """
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = Linear(dim, 3 * dim)
+        self.q_norm = RMSNorm(dim // num_heads) if qk_norm else None
+        self.k_norm = RMSNorm(dim // num_heads) if qk_norm else None
+        self.proj = Linear(dim, dim)
+
+    def forward(self, x: Tensor, cos_sin: Tensor | None) -> Tensor:
+        """[B, N, C] and [N, D/2, 2] cosines and sines -> [B, N, C]."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, H, D]
+        # One unbind: its gradient is one stack, where slices would each fill a whole tensor.
+        q, k, v = fp32_on_cpu(qkv).unbind(2)  # [B, N, H, D]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if cos_sin is not None:
+            q, k = apply_rotary(q, cos_sin[:, None]), apply_rotary(k, cos_sin[:, None])
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # [B, H, N, D]
+        out = attention(q, k, v).to(qkv.dtype)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, linear: [B, N, C] -> [B, N, C]."""
+
+    def __init__(self, dim: int, hidden_dim: int, gelu: Gelu = "none") -> None:
+        super().__init__()
+        self.gelu = gelu
+        self.fc1 = Linear(dim, hidden_dim)
+        self.fc2 = Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The GELU is computed by `fc1`, where oneDNN fuses it."""
+        return self.fc2(self.fc1(x, self.gelu))
+
+
+class PatchEmbed(nn.Module):
+    """Image to patch tokens by a strided convolution."""
+
+    def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, channels, h*patch, w*patch] -> [B, h*w, C], row-major."""
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class Block(nn.Module):
+    """Pre-norm block with LayerScale (arXiv 2103.17239) and stochastic depth (arXiv 1603.09382)."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, init_scale: float) -> None:
+        super().__init__()
+        self.gamma_1 = nn.Parameter(torch.full((dim,), init_scale))
+        self.gamma_2 = nn.Parameter(torch.full((dim,), init_scale))
+        self.norm1 = RMSNorm(dim)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = RMSNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor, cos_sin: Tensor | None, drop_path_mask: Tensor | None) -> Tensor:
+        """[B, N, C] -> [B, N, C]; the mask is [2, B], one row per branch."""
+        gamma_1: Tensor = self.gamma_1
+        gamma_2: Tensor = self.gamma_2
+        if drop_path_mask is not None:
+            # Folded into the layer scale, [B, 1, C], which saves a pass over the tokens.
+            gamma_1 = gamma_1 * drop_path_mask[0, :, None, None]
+            gamma_2 = gamma_2 * drop_path_mask[1, :, None, None]
+        # x + branch * gamma, in one pass.
+        x = torch.addcmul(x, self.attn(self.norm1(x), cos_sin), gamma_1)
+        return torch.addcmul(x, self.mlp(self.norm2(x)), gamma_2)
 
 
 class DeiT(nn.Module):
@@ -83,7 +181,10 @@ class DeiT(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Published init: truncated normal 0.02 for linears and embeddings, zero biases."""
+        """Published init: truncated normal 0.02 for linears and embeddings, zero biases.
+
+        A seed stands for the same weights as long as this order of draws stays.
+        """
         nn.init.trunc_normal_(self.cls_token, std=INIT_STD)
         nn.init.trunc_normal_(self.pos_embed, std=INIT_STD)
         for module in self.modules():
@@ -92,23 +193,24 @@ class DeiT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def drop_path_mask(self, batch_size: int, generator: torch.Generator) -> Tensor | None:
-        """Which samples take which branch in one step (stochastic depth).
+        """Draws which samples keep which branch in one step (stochastic depth).
 
-        The random numbers are the argument's, so that they can belong to a step and not to a
-        process.
+        The generator is the caller's: seeded by the step, it gives each image the same mask
+        whatever the number of processes and micro batches.
 
         Args:
             batch_size: B, the images of the whole step.
             generator: a CPU generator.
 
         Returns:
-            [depth, 2, B] float32 on the CPU, 0 or 1 / (1 - rate); None when the rate is 0.
+            [depth, 2, B] float32 on the CPU: 0 where a sample skips the branch, else
+            1 / (1 - rate). None when the rate is 0.
         """
         if not self.drop_path:
             return None
-        share = 1 - self.drop_path
-        drawn = torch.rand(len(self.blocks), 2, batch_size, generator=generator)
-        return (drawn < share).float() / share
+        keep_prob = 1 - self.drop_path
+        mask = torch.rand(len(self.blocks), 2, batch_size, generator=generator) < keep_prob
+        return mask.float() / keep_prob
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """[B, channels, height, width] -> [B, 1 + N, C] before the first block, and its cos_sin."""

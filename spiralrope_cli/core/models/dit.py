@@ -1,9 +1,10 @@
 """Diffusion transformer with Spiral RoPE, under the published parameter names.
 
 Legend: B batch, L latent channels, (H, W) the latent's size, p patch side, N = h*w patch tokens,
-C width.
+C width, D channels of a head.
 
-Source: "Scalable Diffusion Models with Transformers", arXiv 2212.09748 (adaLN-Zero blocks).
+Source: "Scalable Diffusion Models with Transformers", arXiv 2212.09748: section 3.2, figure 3
+(adaLN-Zero blocks). As there, attention and MLP are those of the ViT.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.kernels import Linear, layer_norm
-from spiralrope_cli.core.models.layers import Attention, Mlp, PatchEmbed
+from spiralrope_cli.core.models.deit import Attention, Mlp, PatchEmbed
 from spiralrope_cli.core.rope import Grid, SpiralRoPE, to_2tuple
 
 INIT_STD = 0.02
@@ -29,10 +30,10 @@ MAX_PERIOD = 10000.0
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """What is computed inside keeps the dtype of its inputs."""
+    """Computes in the dtype of the inputs; a no-op on devices without autocast, such as meta."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()  # Such as "meta".
+    return contextlib.nullcontext()
 
 
 class TimestepEmbedder(nn.Module):
@@ -43,41 +44,45 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(Linear(NUM_SINUSOIDS, dim), nn.SiLU(), Linear(dim, dim))
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """[B] steps of the 1000 -> [B, C]. The phases are formed in float32 or better."""
-        fp32 = torch.promote_types(dtype, torch.float32)
-        number = torch.arange(NUM_SINUSOIDS // 2, dtype=fp32, device=t.device)
-        frequency = torch.exp(number * (-2 * math.log(MAX_PERIOD) / NUM_SINUSOIDS))
-        phase = t[:, None].to(fp32) * frequency
+        """[B] steps of the 1000 -> [B, C].
+
+        The phases are computed in float32 or better: bf16 cannot tell step 998 from 999.
+        """
+        at_least_fp32 = torch.promote_types(dtype, torch.float32)
+        index = torch.arange(NUM_SINUSOIDS // 2, dtype=at_least_fp32, device=t.device)
+        frequency = torch.exp(index * (-2 * math.log(MAX_PERIOD) / NUM_SINUSOIDS))
+        phase = t[:, None].to(at_least_fp32) * frequency
         return self.mlp(torch.cat((phase.cos(), phase.sin()), dim=-1).to(dtype))
 
 
 class LabelEmbedder(nn.Module):
-    """Class to vector; the last row of the table is the null class of guidance."""
+    """Class to vector, [B] -> [B, C]; the table's last row is the null class of guidance."""
 
     def __init__(self, num_classes: int, dim: int) -> None:
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + 1, dim)
 
     def forward(self, y: Tensor) -> Tensor:
-        """[B] -> [B, C]."""
+        """Looks the rows up."""
         return self.embedding_table(y)
 
 
 def modulation(dim: int, num_signals: int) -> nn.Sequential:
     """Linear layer from the condition to shifts, scales and gates, [B, C] -> [B, signals * C].
 
-    Its SiLU is taken once for all blocks, in `DiT.forward`; index 1 is the published name.
+    The identity stands for the published SiLU, so that the linear layer keeps its name
+    (`adaLN_modulation.1`). `DiT.forward` computes the SiLU once for all blocks.
     """
     return nn.Sequential(nn.Identity(), Linear(dim, num_signals * dim))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without parameters, scaled and shifted: [B, N, C] and [B, 1, C] -> [B, N, C]."""
+    """Adaptive layer norm, shift + (1 + scale) LN(x): [B, N, C], shifts [B, 1, C] -> [B, N, C]."""
     return torch.addcmul(shift, layer_norm(x, NORM_EPS), 1 + scale)
 
 
 class DiTBlock(nn.Module):
-    """Pre-norm transformer block whose norms and branches a condition steers (adaLN-Zero)."""
+    """Pre-norm block with adaptive layer norm and gated branches (adaLN-Zero)."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qk_norm: bool) -> None:
         super().__init__()
@@ -96,7 +101,7 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm, then a linear layer to the values of each patch."""
+    """Adaptive layer norm, then a linear layer to the values of each patch."""
 
     def __init__(self, dim: int, patch_size: int, out_chans: int) -> None:
         super().__init__()
@@ -110,7 +115,7 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """Predicts a latent's noise, and how large the variance of the step back is.
+    """Predicts a latent's noise, and the variance of p(x_{t-1} | x_t).
 
     Args:
         embed_dim: width C.
@@ -122,7 +127,7 @@ class DiT(nn.Module):
         in_chans: channels L of the latent.
         num_classes: classes; the null class of guidance is one more, with this number.
         pretrain_grid: patch grid that the positions refer to; by default the model's own.
-        label_dropout: share of labels that `label_drop_mask` makes null in training.
+        label_dropout: fraction of labels that `label_drop_mask` makes null in training.
         qk_norm: normalises queries and keys.
         mlp_ratio: hidden width of the MLP over C.
 
@@ -179,12 +184,14 @@ class DiT(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Published init: Xavier uniform, normal 0.02 for the embedders, zeros where it counts.
+        """Published init: Xavier uniform, normal 0.02 for the embedders, zeros for adaLN-Zero.
 
-        Zeros in the modulation shut every branch off, and in the final layer the output is 0.
+        Zero gates make each block the identity, and a zero final layer makes the output 0. A seed
+        stands for the same weights as long as this order of draws stays.
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
+                # The patch embedding too is initialised as a matrix, as published.
                 nn.init.xavier_uniform_(module.weight.data.flatten(1))
                 nn.init.zeros_(module.get_parameter("bias"))
         for name in ("t_embedder.mlp.0", "t_embedder.mlp.2", "y_embedder.embedding_table"):
@@ -196,7 +203,7 @@ class DiT(nn.Module):
             self.pos_embed.data.copy_(sincos_pos_embed(self.grid, self.pos_embed.shape[-1]))
 
     def label_drop_mask(self, batch_size: int, generator: torch.Generator) -> Tensor | None:
-        """Which samples of one training step lose their label, so that guidance has a null class.
+        """Draws which samples of one step lose their label, which trains the null class.
 
         Args:
             batch_size: B, the samples of the whole step.
@@ -214,8 +221,8 @@ class DiT(nn.Module):
     ) -> Tensor:
         """Predicts noise and variance.
 
-        Under autocast the blocks' products are in half precision. What few rows or few channels
-        make cheap stays in the weights' own: embedders, modulation and the final layer.
+        Under autocast the blocks' matmuls are in half precision. Embedders, modulation and the
+        final layer are cheap and keep the dtype of the weights.
 
         Args:
             x: noised latents [B, L, H, W]; with RoPE of any size that patches divide.
@@ -224,7 +231,11 @@ class DiT(nn.Module):
             label_drop_mask: [B] bool from `label_drop_mask`, True where the label becomes null.
 
         Returns:
-            [B, 2L, H, W]: noise, then the place between the log variances, in [-1, 1] about.
+            [B, 2L, H, W]: noise, then v, which interpolates the log variance (`GaussianDiffusion`),
+            about -1 to 1.
+
+        Raises:
+            ValueError: a size that patches do not divide, or without RoPE another than the model's.
         """
         height, width = x.shape[-2:]
         if self.rope is None and (height, width) != self.input_size:
@@ -259,15 +270,17 @@ class DiT(nn.Module):
     def forward_with_cfg(
         self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, cfg_channels: int | None = 3
     ) -> Tensor:
-        """Prediction under classifier-free guidance, e = e_null + scale * (e_label - e_null).
+        """Classifier-free guidance (arXiv 2207.12598, eq. 6).
+
+        e = e_null + scale * (e_label - e_null)
 
         Args:
             x: latents [2B, L, H, W], of which the first half is used for both halves.
             t: [2B] original step numbers.
             y: [2B] labels, then B times the null class.
-            cfg_scale: 1 is no guidance.
-            cfg_channels: the leading noise channels that are guided: 3 as in the published
-                figures, None for all.
+            cfg_scale: 1 is no guidance; 1 + w in the paper.
+            cfg_channels: the leading noise channels that are guided. 3 of 4 as in the published
+                code, whose authors kept it for reproducibility; None for all.
 
         Returns:
             [2B, 2L, H, W]; guided channels are the same in both halves, the others each half's.
@@ -281,7 +294,7 @@ class DiT(nn.Module):
 
 
 def sincos_pos_embed(grid: tuple[int, int], dim: int) -> Tensor:
-    """Fixed positions: the first half of the width follows the column, the second the row.
+    """Fixed sin-cos positions: half of the channels encode the column, then half the row.
 
     Args:
         grid: patches as (rows, columns).
@@ -297,6 +310,5 @@ def sincos_pos_embed(grid: tuple[int, int], dim: int) -> Tensor:
         raise ConfigError(f"a width of {dim} is not a multiple of 4")
     frequency = MAX_PERIOD ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     row, column = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
-    phases = [place.reshape(-1, 1) * frequency for place in (column, row)]
-    waves = [wave for phase in phases for wave in (phase.sin(), phase.cos())]
-    return torch.cat(waves, dim=1).float()[None]
+    x, y = column.reshape(-1, 1) * frequency, row.reshape(-1, 1) * frequency
+    return torch.cat((x.sin(), x.cos(), y.sin(), y.cos()), dim=1).float()[None]

@@ -12,8 +12,13 @@ from safetensors.torch import load_file
 from spiralrope_cli import RopeConfig, create_model
 from spiralrope_cli.core.config.models import DEIT_SIZES
 from spiralrope_cli.core.errors import ConfigError
-from spiralrope_cli.core.models.deit import DeiT, resize_pos_embed
-from spiralrope_cli.core.models.layers import Block
+from spiralrope_cli.core.models.deit import (
+    Attention,
+    Block,
+    DeiT,
+    RMSNorm,
+    resize_pos_embed,
+)
 from spiralrope_cli.core.rope import build_angles, frequencies
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -365,3 +370,30 @@ def test_a_width_that_does_not_divide_into_heads_is_refused(enabled):
 def test_heads_that_rope_cannot_turn_are_refused():
     with pytest.raises(ConfigError, match="head dimension 10 is not a multiple of 4"):
         DeiT(30, 1, 3, rope=RopeConfig(), image_size=8, patch_size=4)
+
+
+# ---- parts
+
+
+def test_the_small_constant_of_rms_norm_lies_outside_the_root():
+    norm = RMSNorm(4)
+    norm.scale.data.fill_(3.0)
+    x = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
+    torch.testing.assert_close(norm(x * 1e-6), x * 3 / 2)
+    assert not norm(torch.zeros(1, 4)).any()
+
+
+def test_rms_norm_of_half_precision_takes_its_statistic_in_float32():
+    x = torch.full((1, 4), 300.0, dtype=torch.float16)
+    torch.testing.assert_close(RMSNorm(4)(x), torch.ones(1, 4))
+
+
+def test_normalised_heads_have_length_one_per_channel():
+    torch.manual_seed(0)
+    attention, seen = Attention(16, 2, qk_norm=True), []
+    for norm in (attention.q_norm, attention.k_norm):
+        norm.register_forward_hook(lambda *args: seen.append(args[2]))
+    attention(torch.randn(2, 3, 16) * 50, None)
+    for heads in seen:
+        assert heads.shape == (2, 3, 2, 8)
+        torch.testing.assert_close(heads.square().mean(-1), torch.ones(2, 3, 2))
