@@ -118,9 +118,9 @@ def test_an_interrupted_run_goes_on_with_the_missing_images(sample, pixels, monk
     assert "stopped with 6 of 9 images" in told
     assert not (runs / "parts" / "samples.npz").exists()
     drawn = []
-    draw = job.Drawer.__call__
+    draw = job.Sampler.__call__
     monkeypatch.setattr(
-        job.Drawer,
+        job.Sampler,
         "__call__",
         lambda self, mine, *rest: (drawn.extend(mine), draw(self, mine, *rest))[1],
     )
@@ -195,7 +195,7 @@ def test_what_made_the_samples_is_told_whatever_its_length(tmp_path):
     files.begin(facts)
     files.put([0], torch.zeros(1, 3, 2, 2, dtype=torch.uint8))
     files.finish(facts)
-    assert sample_files.facts_in(files.npz) == {"seed": 3, "classes": "20000 classes"}
+    assert sample_files.npz_metadata(files.npz) == {"seed": 3, "classes": "20000 classes"}
 
 
 def test_a_finished_run_makes_what_is_asked_for_later(sample, pixels, monkeypatch, runs):
@@ -203,7 +203,7 @@ def test_a_finished_run_makes_what_is_asked_for_later(sample, pixels, monkeypatc
     sample(*words)
     folder = runs / "here"
     npz, grid = ((folder / name).read_bytes() for name in ("samples.npz", "samples.png"))
-    monkeypatch.setattr(job, "Drawer", None)  # no network is needed for what is drawn
+    monkeypatch.setattr(job, "Sampler", None)  # no network is needed for what is drawn
     sample(*words, "--png")
     assert len(list((folder / "png").glob("*.png"))) == 5
     (folder / "png" / "000003.png").unlink()

@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 from spiralrope_cli import main as cli
 from spiralrope_cli.core.config.legacy import DEIT_WORDS, DIT_WORDS
-from spiralrope_cli.core.config.pipelines import KINDS, acting
 from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.errors import DataError, SpiralRopeError
@@ -23,7 +22,7 @@ from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.jobs import pipeline as pipelines
 from spiralrope_cli.core.jobs import sample, train
 from spiralrope_cli.core.jobs.pipeline import settle_deit
-from spiralrope_cli.core.jobs.sweep import settle_sweep, spread
+from spiralrope_cli.core.jobs.sweep import SWEPT, acting, settle_sweep, spread
 from spiralrope_cli.core.load import starting_point
 from spiralrope_cli.core.models.factory import create_model
 from spiralrope_cli.core.runtime.distributed import StopRequest
@@ -275,9 +274,9 @@ def test_a_sweep_runs_the_grid_and_sums_it_up(run, launched):
 def test_points_share_all_but_what_is_swept(runs):
     grid = {"sweep": ("rotate=none,1,4",), "seeds": (0, 3)}
     sweep = settle_sweep({"arch": "deit-32x1x1", "epochs": 9, **grid})
-    assert len(sweep.members) == 6
+    assert len(sweep.runs) == 6
     for seed in (0, 3):
-        mine = [trainings(member.pipeline) for member in sweep.members if member.seed == seed]
+        mine = [trainings(each.pipeline) for each in sweep.runs if each.seed == seed]
         same = [
             [replace(run, out="", source="", rope=RopeConfig()) for run in runs] for runs in mine
         ]
@@ -299,7 +298,7 @@ def test_spread_is_the_sample_deviation():
 
 def test_every_rope_option_can_be_swept():
     fields = set(RopeConfig.__dataclass_fields__) - {"enabled"} | {"rope"}
-    assert fields | {"lr", "arch", "drop_path"} <= KINDS.keys()
+    assert fields | {"lr", "arch", "drop_path"} <= SWEPT.keys()
 
 
 def test_options_that_cannot_act_make_no_other_network():
@@ -385,14 +384,14 @@ def test_a_dry_run_of_a_dit_fetches_nothing(run, monkeypatch, image_folder, tiny
 
 def test_an_interrupted_sampling_goes_on(run, launched, monkeypatch):
     with monkeypatch.context() as patch:
-        plain = sample.Drawer.__call__
+        plain = sample.Sampler.__call__
 
         def drawn(self, indices, each_step):
             images = plain(self, indices, each_step)
             self.ctx.stop.signal_number = signal.SIGINT
             return images
 
-        patch.setattr(sample.Drawer, "__call__", drawn)
+        patch.setattr(sample.Sampler, "__call__", drawn)
         run("dit", *DIT, expect=130)
     folder = Path("runs/run-dit-dit-32x2x2-2-digits-r0")
     assert marks(folder) == ["dit-train"]

@@ -1,16 +1,9 @@
-"""What a whole pipeline is: its options, its stages, and what a grid of them is.
-
-Standard library only.
-"""
+"""Options of `run deit` and `run dit` beside those of their trainings. Standard library only."""
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated
 
 from spiralrope_cli.core.config.option import (
     PATH,
@@ -18,17 +11,14 @@ from spiralrope_cli.core.config.option import (
     RUN,
     SAMPLES,
     STAGES,
-    Leaf,
     Opt,
     check_fields,
     leaves,
     numbers,
 )
-from spiralrope_cli.core.config.rope import RopeConfig
-from spiralrope_cli.core.config.runs import ClassifierRun
-from spiralrope_cli.core.config.samples import GuidanceConfig, Sampler, SampleRun
-from spiralrope_cli.core.config.training import MachineConfig, OptimConfig, TrainOptions
-from spiralrope_cli.core.errors import CheckpointError, ConfigError
+from spiralrope_cli.core.config.samples import GuidanceConfig, SamplerName, SampleRun
+from spiralrope_cli.core.config.training import MachineConfig, OptimConfig
+from spiralrope_cli.core.errors import ConfigError
 
 PRETRAIN, FINETUNE, EVALUATE = "pretrain", "finetune", "eval"
 TRAIN, SAMPLE = "dit-train", "dit-sample"
@@ -140,7 +130,7 @@ class DiTStages:
     num: Annotated[
         int | None, Opt("Images to draw; 50000, or 200 for a built-in set.", SAMPLES, ge=1)
     ] = None
-    sampler: Annotated[Sampler, Opt("As dit-sample --sampler.", SAMPLES)] = SampleRun.sampler
+    sampler: Annotated[SamplerName, Opt("As dit-sample --sampler.", SAMPLES)] = SampleRun.sampler
     sampling_steps: Annotated[str, Opt("250, or ddim25, ..., as dit-sample --steps.", SAMPLES)] = (
         SampleRun.steps
     )
@@ -163,187 +153,3 @@ class DiTStages:
 
     def __post_init__(self) -> None:
         check_fields(self)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One part of a pipeline.
-
-    Attributes:
-        name: for the heading and the record.
-        folder: where its results go.
-        config: what its job takes.
-        job: called as job(stage, dry_run=, show=), skips what is done, and returns whether it
-            was; `show` lets eval print what was measured before.
-        line: what it will do, as far as that is known before the stage ahead of it is done.
-    """
-
-    name: str
-    folder: str
-    config: Any
-    job: Callable[..., bool]
-    line: str = ""
-
-
-@dataclass(frozen=True)
-class Pipeline:
-    """Stages in order.
-
-    Attributes:
-        command: of them all.
-        folder: with a folder for each of them.
-        stages: settled.
-        note: what is left out, and why.
-    """
-
-    command: str
-    folder: str
-    stages: tuple[Stage, ...]
-    note: str = ""
-
-
-def of_training(given: dict[str, Any], own: type) -> dict[str, Any]:
-    """The given options without those of the pipeline itself."""
-    not_here = leaves(own).keys() | leaves(TrainOptions)
-    return {name: value for name, value in given.items() if name not in not_here}
-
-
-def of_finetuning(given: dict[str, Any]) -> dict[str, Any]:
-    """The given options of finetuning, by the names that it has for them."""
-    ahead = "finetune_"
-    return {n.removeprefix(ahead): value for n, value in given.items() if n.startswith(ahead)}
-
-
-@contextlib.contextmanager
-def refusals_of(stage: str) -> Iterator[None]:
-    """Puts a stage's name before what it refuses, and calls its options as `run` does."""
-    try:
-        yield
-    except (ConfigError, CheckpointError) as error:
-        if stage not in CALLED_HERE:
-            raise
-        message, hint = (
-            re.sub(r"--[\w-]+", lambda word: CALLED_HERE[stage].get(word[0], word[0]), text)
-            for text in (error.message, error.hint)
-        )
-        raise type(error)(f"{stage}: {message}", hint) from error
-
-
-OFF = "none"
-"""`rotate=none` is the baseline without rotary embedding."""
-
-_OF_RUN = leaves(ClassifierRun)
-_OF_TRAINING = ("epochs", "steps", "lr", "warmup_epochs", "batch_size")
-KINDS: dict[str, Leaf] = {
-    **{("rope" if n == "enabled" else n): leaf for n, leaf in leaves(RopeConfig).items()},
-    **{name: _OF_RUN[name] for name in ("arch", "drop_path", *_OF_TRAINING)},
-    **{f"finetune_{name}": _OF_RUN[name] for name in _OF_TRAINING},
-}
-"""What can be swept: name of the option -> its field."""
-CALLED_HERE = {
-    FINETUNE: {_OF_RUN[n].called: leaves(DeiTStages)[f"finetune_{n}"].called for n in _OF_TRAINING},
-    SAMPLE: {"--steps": "--sampling-steps"},
-}
-"""Stage -> its options that have another name in `run`."""
-
-
-@dataclass(frozen=True)
-class Point:
-    """One configuration of a grid.
-
-    Attributes:
-        words: name -> value, as the user wrote them.
-        options: field name -> value.
-    """
-
-    words: tuple[tuple[str, str], ...]
-    options: tuple[tuple[str, Any], ...]
-
-    @property
-    def label(self) -> str:
-        """For people: `rotate=2 same_theta=true`."""
-        return " ".join(f"{name}={word}" for name, word in self.words) or "as given"
-
-    @property
-    def slug(self) -> str:
-        """For a folder."""
-        return re.sub(r"[^A-Za-z0-9._=-]+", "-", "-".join(self.label.split()))
-
-
-@dataclass(frozen=True)
-class Member:
-    """One pipeline of a sweep."""
-
-    point: Point
-    seed: int
-    pipeline: Pipeline
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """Pipelines to run one after the other.
-
-    Attributes:
-        folder: with a folder for each member.
-        members: all seeds of the first point, then those of the next.
-        notes: what the grid holds that changes nothing, one line each.
-    """
-
-    folder: str
-    members: tuple[Member, ...]
-    notes: tuple[str, ...]
-
-
-def points(axes: Sequence[str]) -> list[Point]:
-    """The grid of `NAME=V,V` words; one point without options where there are none.
-
-    Raises:
-        ConfigError: no such name, or a value that is none of its kind.
-    """
-    choices = [_axis(text) for text in axes]
-    names = [axis[0][0] for axis in choices]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ConfigError(f"--sweep {twice[0]} is given twice", f"as one: {twice[0]}=V,V,V")
-    if "rope" in names and any(word == OFF for axis in choices for _, word, _ in axis):
-        raise ConfigError(f"--sweep rope and --sweep rotate={OFF} say the same", "leave one out")
-    return [
-        Point(
-            tuple((name, word) for name, word, _ in combination),
-            tuple(option for _, _, option in combination),
-        )
-        for combination in itertools.product(*choices)
-    ]
-
-
-def _axis(text: str) -> list[tuple[str, str, tuple[str, Any]]]:
-    name, equals, listed = text.partition("=")
-    name = name.strip().removeprefix("--").replace("-", "_")
-    words = [word.strip() for word in listed.split(",")]
-    if not equals or not all(words):
-        raise ConfigError(f"--sweep {text} is not NAME=V,V", "such as --sweep rotate=none,1,2,4")
-    if name not in KINDS:
-        raise ConfigError(
-            f"--sweep {text}: {name} cannot be swept", f"these can: {', '.join(KINDS)}"
-        )
-    if len(set(words)) < len(words):
-        raise ConfigError(f"--sweep {text} holds a value twice")
-    return [(name, word, _value(text, name, word)) for word in words]
-
-
-def _value(text: str, name: str, word: str) -> tuple[str, Any]:
-    """Field and value of an option in words."""
-    if name == "rotate" and word == OFF:
-        return "enabled", False
-    leaf = KINDS[name]
-    try:
-        return ("enabled" if name == "rope" else name), leaf.read(word)
-    except ConfigError as error:
-        raise ConfigError(f"--sweep {text}: {word} must be {leaf.readable()}") from error
-
-
-def acting(rope: RopeConfig) -> RopeConfig:
-    """The same RoPE with options that cannot act at their defaults: equal for equal networks."""
-    if not rope.enabled:
-        return RopeConfig(enabled=False)
-    plain, names = RopeConfig(), {field.name for field in fields(rope)}
-    return replace(rope, **{name: getattr(plain, name) for name, _ in rope.inert_options(names)})

@@ -312,9 +312,13 @@ def fit_name(values: dict[str, Any], data_set: DataSet, head_dim: int, name: str
     rope: RopeConfig = build(RopeConfig, values)
     rope.check_head_dim(head_dim)
     turned = f"r{rope.rotate}" if rope.enabled else "norope"
-    parts = [values["command"], values["arch"], data_set.slug, turned, *([name] if name else [])]
-    folder = re.sub(r"[^\w.-]+", "-", "-".join(parts))
-    values.setdefault("out", str(Path(RUNS_FOLDER) / folder))
+    folder = named_folder(values["command"], values["arch"], data_set.slug, turned, name)
+    values.setdefault("out", folder)
+
+
+def named_folder(*words: str) -> str:
+    """A folder for runs, named by the words that are not empty."""
+    return str(Path(RUNS_FOLDER) / re.sub(r"[^\w.-]+", "-", "-".join(filter(None, words))))
 
 
 def choose_data(layers: list[Layer]) -> tuple[str, str]:

@@ -26,8 +26,8 @@ from spiralrope_cli.core.errors import ConfigError
 
 NUM_TRAIN_STEPS = 1000
 BETA_FIRST, BETA_LAST = 1e-4, 0.02
-Sampler = Literal["ddpm", "ddim", "dpm++"]
-SAMPLERS: tuple[str, ...] = get_args(Sampler)
+SamplerName = Literal["ddpm", "ddim", "dpm++"]
+SAMPLERS: tuple[str, ...] = get_args(SamplerName)
 SAMPLING_VAE = "mse"
 
 
@@ -62,6 +62,21 @@ class GuidanceConfig:
                 f"--cfg-interval {low},{high}: it must be LO,HI with "
                 f"0 <= LO < HI <= {NUM_TRAIN_STEPS}"
             )
+
+    @property
+    def summary(self) -> str:
+        """For the plan."""
+        if self.cfg_scale == 1:
+            return "none"
+        low, high = self.cfg_interval
+        channels = "all channels" if self.cfg_channels == "all" else "3 channels"
+        return f"{self.cfg_scale:g} on {channels}, timesteps {low} to {high}"
+
+    def notes(self) -> list[str]:
+        """What of it has no effect."""
+        if self.cfg_scale > 1 or self == GuidanceConfig():
+            return []
+        return ["--cfg-channels and --cfg-interval have no effect: --cfg-scale is 1"]
 
 
 def space_timesteps(steps: str | int) -> list[int]:
@@ -111,6 +126,11 @@ def _strided(text: str) -> list[int]:
 def num_samples(data: str) -> int:
     """How many images are drawn of weights that were trained on a data set, empty if unknown."""
     return BUILT_IN.get(data, DataSet).num_samples
+
+
+def default_batch_size(image_size: tuple[int, int]) -> int:
+    """Images at a time: 64 of 256 px, as many pixels of other sizes, and 100 at most."""
+    return max(1, min(100, 64 * 256 * 256 // (image_size[0] * image_size[1])))
 
 
 def decoder_of(vae: str) -> str:
@@ -197,7 +217,7 @@ class SampleRun:
     steps: Annotated[str, Opt("250, counts per section as 10,15,20, or ddim25.", SAMPLING)] = (
         "250"  # this and the next: as the published figures were made
     )
-    sampler: Annotated[Sampler, Opt("How noise is taken away.", SAMPLING)] = "ddpm"
+    sampler: Annotated[SamplerName, Opt("How noise is taken away.", SAMPLING)] = "ddpm"
     guidance: GuidanceConfig
     classes: Annotated[
         tuple[int, ...],
@@ -251,8 +271,3 @@ class SampleRun:
     def input_size(self) -> tuple[int, int]:
         """(height, width) that the network draws."""
         return self.image_size[0] // self.factor, self.image_size[1] // self.factor
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all images, 8 bits per channel."""
-        return 3 * self.num * self.image_size[0] * self.image_size[1]

@@ -1,15 +1,16 @@
-"""Whole pipelines, `run deit` and `run dit`: stages in order, each by its own job.
+"""Whole pipelines, `run deit` and `run dit`: a list of stages, each of them a job with its config.
 
-What every stage is, is settled and checked before the first one starts. Then each looks at its
-folder: what is done is skipped, what was stopped goes on. `pipeline.json` says what finished when.
-No torch at module level, so that a wrong option of the last stage is told at once.
+All stages are settled and checked before the first one starts. Each job skips what its folder
+already holds and resumes what was stopped. `pipeline.json` says what finished when.
+No torch at module level: a wrong option of the last stage is refused at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from spiralrope_cli import __version__
 from spiralrope_cli.core.config.dit_runs import NO_VAE, DiTRun, TrainingRun
 from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions, FeatureMachine, FidRun
 from spiralrope_cli.core.config.nested import build
+from spiralrope_cli.core.config.option import leaves
 from spiralrope_cli.core.config.pipelines import (
     EVALUATE,
     FINETUNE,
@@ -29,18 +31,13 @@ from spiralrope_cli.core.config.pipelines import (
     TRAIN,
     DeiTStages,
     DiTStages,
-    Pipeline,
-    Stage,
-    of_finetuning,
-    of_training,
-    refusals_of,
 )
 from spiralrope_cli.core.config.resolve import Resolved, StartingPoint, resolve
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.samples import check_chain, decoder_of, num_samples
 from spiralrope_cli.core.config.training import MachineConfig, TrainOptions
 from spiralrope_cli.core.data.image_sets import look_at
-from spiralrope_cli.core.errors import CheckpointError, FetchError
+from spiralrope_cli.core.errors import CheckpointError, ConfigError, FetchError
 from spiralrope_cli.core.hub.networks import find_inception, find_vae, local_vae
 from spiralrope_cli.core.jobs import evaluate, sample, score, train
 from spiralrope_cli.core.runtime.launch import check_not_joined, launch, say_notes, world_size
@@ -59,35 +56,62 @@ from spiralrope_cli.core.runtime.run_folder import (
     write_json,
 )
 
+FINETUNE_PREFIX = "finetune_"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One job of a pipeline, called as `job(config, dry_run=)`; it says whether all was done."""
+
+    name: str
+    folder: str
+    config: Any
+    job: Callable[..., bool]
+    line: str = ""  # what it will do; a training has a plan before the stage ahead of it is done
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Stages in order, each with a folder in `folder`; `note` says what is left out, and why."""
+
+    command: str
+    folder: str
+    stages: tuple[Stage, ...]
+    note: str = ""
+
 
 # ---- settle
-def settle_deit(given: dict[str, Any]) -> Pipeline:
-    """Pretrain, finetune and eight evaluations, from the options that the user gave.
+def settle_deit(given: dict[str, Any], *, show_measured: bool = True) -> Pipeline:
+    """Pretrain, finetune and eight evaluations.
 
     What is not trained now is taken as its folder says; options may repeat that, not change it.
 
-    Raises:
-        ConfigError: a value that cannot work.
-        CheckpointError: a folder that holds another run, or none where one is needed.
-        DataError: no such data set.
+    Args:
+        given: field name -> value of the options that the user gave.
+        show_measured: whether rows that an earlier run measured are printed.
     """
     check_not_joined()
     own: DeiTStages = build(DeiTStages, given)
     build(TrainOptions, given).check_folder(own.out)
-    options, finetuning = of_training(given, DeiTStages), of_finetuning(given)
+    options = training_options(given, DeiTStages)
+    finetuning = {
+        name.removeprefix(FINETUNE_PREFIX): value
+        for name, value in given.items()
+        if name.startswith(FINETUNE_PREFIX)
+    }
     first = resolve(PRETRAIN, options, name=given.get("name", ""))
-    folder = folder_of(own.out, first.run, "run-deit")
+    folder = pipeline_folder("run-deit", own.out, first.run)
     before, after = folder / PRETRAIN, folder / FINETUNE
     stages: list[Stage] = []
     if own.pretrains:
-        stages.append(train_stage_of(first, before))
+        stages.append(train_stage(first, before))
     if own.finetunes:
         run = stages[0].config.run if stages else saved_run(before, "--skip-training", options)
         shared = {name: value for name, value in options.items() if name in OF_BOTH_TRAININGS}
         start = StartingPoint(run.out, run.arch, run.rope, run.model, run.data)
-        with refusals_of(FINETUNE):
+        with refused_by(FINETUNE):
             second = resolve(FINETUNE, finetuning | shared, start=start)
-        stages.append(train_stage_of(second, after))
+        stages.append(train_stage(second, after))
     evaluated = after if own.with_finetune else before
     if not stages:
         idle = OF_PRETRAINING if own.with_finetune else set()
@@ -98,28 +122,26 @@ def settle_deit(given: dict[str, Any]) -> Pipeline:
         f" best and last checkpoint of {evaluated}, crop ratios "
         f"{' and '.join(map(str, BOTH_CROP_RATIOS))}, raw and EMA weights"
     )
-    stages.append(Stage(EVALUATE, str(evaluated), build(MachineConfig, given), eval_stage, line))
+    config = {
+        "options": EvalOptions(sources=(str(evaluated),), every=True),
+        "machine": build(MachineConfig, given),
+        "show": show_measured,
+    }
+    stages.append(Stage(EVALUATE, str(evaluated), config, evaluate_all, line))
     return Pipeline("run deit", str(folder), tuple(stages))
 
 
 def settle_dit(given: dict[str, Any]) -> Pipeline:
-    """Train, draw and measure, from the options that the user gave.
-
-    Raises:
-        ConfigError: a value that cannot work.
-        CheckpointError: a folder that holds another run, or a damaged VAE or Inception.
-        DataError: no such data set or reference.
-        FetchError: a VAE that cannot be had; a dry run asks for none.
-    """
+    """Train, draw and measure, from the options that the user gave."""
     check_not_joined()
     own: DiTStages = build(DiTStages, given)
     build(TrainOptions, given).check_folder(own.out)
-    with refusals_of(SAMPLE):
+    with refused_by(SAMPLE):
         check_chain(own.sampler, own.sampling_steps)
-    options, name = of_training(given, DiTStages), given.get("name", "")
-    resolved = resolve("dit-train", options, name=name)
-    folder = folder_of(own.out, resolved.run, "run-dit")
-    training = train_stage_of(resolved, folder / TRAIN)
+    options = training_options(given, DiTStages)
+    resolved = resolve("dit-train", options, name=given.get("name", ""))
+    folder = pipeline_folder("run-dit", own.out, resolved.run)
+    training = train_stage(resolved, folder / TRAIN)
     run: DiTRun = training.config.run
     if own.reference:
         look_at(Path(own.reference).expanduser(), "REFERENCE")
@@ -130,7 +152,7 @@ def settle_dit(given: dict[str, Any]) -> Pipeline:
             f"{drawn} was drawn from weights that {run.out} does not hold yet",
             f"remove {drawn}, or give this pipeline another --name or --out",
         )
-    note = why_no_figures(own)
+    note = why_no_fid(own)
     for vae in (run.vae_in_loop, decoder_of(run.pictures.vae)):
         if vae not in ("", NO_VAE):
             local_vae(vae) if own.dry_run else find_vae(vae)
@@ -138,51 +160,68 @@ def settle_dit(given: dict[str, Any]) -> Pipeline:
     chosen["num"] = own.num or num_samples(run.data)
     if own.cfg_scale != 1:
         chosen["cfg_scale"] = own.cfg_scale
-    told = ", ".join(f"{name} {value}" for name, value in chosen.items())
-    line = f" {drawn} from the averaged (EMA) weights of {run.out}: {told}"
+    in_words = ", ".join(f"{name} {value}" for name, value in chosen.items())
+    line = f" {drawn} from the averaged (EMA) weights of {run.out}: {in_words}"
     machine = {name: value for name, value in given.items() if name in MACHINE_FIELDS}
     sampling = {**machine, **chosen, "source": run.out, "out": str(drawn)}
-    stages = [training, Stage(SAMPLE, str(drawn), sampling, sample_stage, line)]
+    stages = [training, Stage(SAMPLE, str(drawn), sampling, draw_samples, line)]
     if not note:
-        stages.append(score_stage_of(own, folder, machine))
+        fid = FidRun(
+            samples=str(drawn / NPZ_FILE),
+            reference=own.reference,
+            weights=own.weights,
+            result_file=str(folder / FID_FILE),
+            # Features in full precision, whatever the network is trained and sampled in.
+            machine=build(FeatureMachine, {**machine, "precision": FeatureMachine.precision}),
+        )
+        line = f" {fid.samples} against {fid.reference}: {', '.join(fid.select)}"
+        stages.append(
+            Stage("fid", str(folder), fid, score_samples, f"{line}, into {fid.result_file}")
+        )
     return Pipeline("run dit", str(folder), tuple(stages), note)
 
 
-def score_stage_of(own: DiTStages, folder: Path, machine: dict[str, Any]) -> Stage:
-    """Figures of the samples, on the machine that is given but in full precision."""
-    run = FidRun(
-        samples=str(folder / SAMPLE / NPZ_FILE),
-        reference=own.reference,
-        weights=own.weights,
-        result_file=str(folder / FID_FILE),
-        machine=build(FeatureMachine, {**machine, "precision": FeatureMachine.precision}),
-    )
-    line = (
-        f" {run.samples} against {run.reference}: {', '.join(run.select)}, into {run.result_file}"
-    )
-    return Stage("fid", str(folder), run, score_stage, line)
+def training_options(given: dict[str, Any], own: type) -> dict[str, Any]:
+    """The given options without those of the pipeline itself."""
+    not_of_run = leaves(own).keys() | leaves(TrainOptions)
+    return {name: value for name, value in given.items() if name not in not_of_run}
 
 
-def folder_of(out: str, run: TrainingRun, pipeline: str) -> Path:
+@contextlib.contextmanager
+def refused_by(stage: str) -> Iterator[None]:
+    """Names the stage in what it refuses, and its options as `run` spells them."""
+    here, of_run = leaves(DeiTStages), leaves(ClassifierRun)
+    of_finetuning = [name for name in of_run if FINETUNE_PREFIX + name in here]
+    spelled = {
+        SAMPLE: {"--steps": "--sampling-steps"},
+        FINETUNE: {of_run[n].called: here[FINETUNE_PREFIX + n].called for n in of_finetuning},
+    }.get(stage, {})
+    try:
+        yield
+    except (ConfigError, CheckpointError) as error:
+        message, hint = (
+            " ".join(spelled.get(word, word) for word in text.split(" "))
+            for text in (error.message, error.hint)
+        )
+        raise type(error)(f"{stage}: {message}", hint) from error
+
+
+def pipeline_folder(command: str, out: str, run: TrainingRun) -> Path:
     """The pipeline's folder: as given, or named as its training's but for the command."""
     usual = Path(run.out)
-    folder = Path(out) if out else usual.with_name(pipeline + usual.name.removeprefix(run.command))
+    folder = Path(out) if out else usual.with_name(command + usual.name.removeprefix(run.command))
     refuse_run(folder)
     return folder
 
 
-def train_stage_of(resolved: Resolved[Any], folder: Path) -> Stage:
+def train_stage(resolved: Resolved[Any], folder: Path) -> Stage:
     """A training, in the folder that it has in the pipeline."""
     run = replace(resolved.run, out=str(folder))
-    return Stage(run.command, run.out, replace(resolved, run=run), train_stage)
+    return Stage(run.command, run.out, replace(resolved, run=run), train.carry_out)
 
 
 def saved_run(folder: Path, option: str, given: dict[str, Any]) -> TrainingRun:
-    """The run in a folder, which an option wants as it is.
-
-    Raises:
-        CheckpointError: it has no checkpoint, or was made with other options than those given.
-    """
+    """The run in a folder, which an option takes as it is; the given options may repeat its own."""
     if not steps_on_disk(folder):
         other = folder.with_name(PRETRAIN)
         raise CheckpointError(
@@ -196,16 +235,11 @@ def saved_run(folder: Path, option: str, given: dict[str, Any]) -> TrainingRun:
 
 
 def check_trainings(runs: Sequence[TrainingRun]) -> None:
-    """Refuses what could not end well, before anything is computed.
-
-    Raises:
-        CheckpointError: a folder holds another run, or one from weights that are gone.
-        ConfigError: a batch that does not split over the processes, or no such tracker.
-    """
+    """Refuses what a training could only find out when its turn comes."""
     unfinished = ""
     for run in runs:
         check_tracker(run.machine.tracker)
-        with refusals_of(run.command):
+        with refused_by(run.command):
             run.split_batch(world_size(run.machine))
             step = first_step(run)
         if step and unfinished:
@@ -216,7 +250,7 @@ def check_trainings(runs: Sequence[TrainingRun]) -> None:
         unfinished = "" if is_finished(run, step) else run.out
 
 
-def why_no_figures(own: DiTStages) -> str:
+def why_no_fid(own: DiTStages) -> str:
     """Why samples will not be measured, empty where they will; refuses weights that are damaged."""
     if not own.reference:
         return "fid is left out: there is no --reference to measure against"
@@ -228,26 +262,23 @@ def why_no_figures(own: DiTStages) -> str:
 
 
 # ---- plan and work
-def carry_out(pipeline: Pipeline, *, dry_run: bool, show: bool = True) -> None:
-    """Stages in order, without those that are done, then the page of them all; or plans alone.
-
-    Raises:
-        SpiralRopeError: a stage failed; the next ones are left out.
-    """
+def carry_out(pipeline: Pipeline, *, dry_run: bool) -> None:
+    """Stages in order, without those that are done, then the page of them all; or plans alone."""
     folder, waiting = Path(pipeline.folder), False
     for number, stage in enumerate(pipeline.stages, 1):
         say(f"[{number}/{len(pipeline.stages)}] {stage.name}")
-        if waiting and stage.line:
+        if stage.line:
             say(stage.line)
-            continue
+            if waiting:
+                continue
         start = time.monotonic()
-        done = stage.job(stage, dry_run=dry_run, show=show)
-        if dry_run:
-            waiting |= not done
-            if done:
-                say(f" {stage.name} is finished")
-        else:
+        done = stage.job(stage.config, dry_run=dry_run)
+        if not dry_run:
             record(pipeline, stage, None if done else time.monotonic() - start)
+        elif done:
+            say(f" {stage.name} is finished")
+        else:
+            waiting = True
     if not dry_run:
         from spiralrope_cli.core.report.page import leave_report
 
@@ -257,47 +288,32 @@ def carry_out(pipeline: Pipeline, *, dry_run: bool, show: bool = True) -> None:
         say(pipeline.note)
 
 
-def train_stage(stage: Stage, *, dry_run: bool, show: bool) -> bool:
-    """A training of either network; `config` is a Resolved."""
-    return train.carry_out(stage.config, dry_run=dry_run)
-
-
-def eval_stage(stage: Stage, *, dry_run: bool, show: bool) -> bool:
-    """Best and last checkpoint, both crops, raw and EMA; `config` is where that runs."""
-    options = EvalOptions(sources=(stage.folder,), every=True)
-    run, notes = evaluate.settle(options, stage.config, set())
+def evaluate_all(config: dict[str, Any], *, dry_run: bool) -> bool:
+    """Best and last checkpoint, both crops, raw and EMA weights."""
+    options = config["options"]
+    run, notes = evaluate.settle(options, config["machine"], set())
     rows = evaluate.measured_rows(run)
-    if dry_run:
-        say(stage.line)
-    elif rows:
-        say(f"{stage.folder} is measured: {len(rows)} rows")
-        if show:
+    if rows and not dry_run:
+        say(f"{options.sources[0]} is measured: {len(rows)} rows")
+        if config["show"]:
             from spiralrope_cli.core.metrics.accuracy import print_table
 
             print_table(rows)
-    else:
+    elif not dry_run:
         say_notes(notes)
         launch(evaluate.JOB, run)
     return bool(rows)
 
 
-def sample_stage(stage: Stage, *, dry_run: bool, show: bool) -> bool:
-    """Images from the averaged weights; `config` has options of `dit-sample`."""
-    run, weights = sample.settle(stage.config, download=not dry_run)
-    try:
-        sample.is_drawn(run, weights)
-    except CheckpointError as error:
-        hint = f"remove {run.out} to draw again, or draw others: spiralrope dit-sample {run.source}"
-        raise CheckpointError(error.message, hint) from error
+def draw_samples(given: dict[str, Any], *, dry_run: bool) -> bool:
+    """Images from the averaged weights, by options of `dit-sample`."""
+    run, weights = sample.settle(given, download=not dry_run)
     return sample.carry_out(run, weights, dry_run=dry_run)
 
 
-def score_stage(stage: Stage, *, dry_run: bool, show: bool) -> bool:
-    """Figures of the samples against the reference; `config` is a FidRun."""
-    run: FidRun = stage.config
+def score_samples(run: FidRun, *, dry_run: bool) -> bool:
+    """Metrics of the samples against the reference."""
     result = score.earlier_result(run)
-    if dry_run or not result:
-        say(stage.line)
     if result and not dry_run:
         say(f"{run.result_file} is there")
         score.report(run, result)

@@ -226,7 +226,7 @@ def find_images(given: str) -> Path:
         CheckpointError: no such folder and no such run.
         DataError: a run that has no images, or not yet.
     """
-    from spiralrope_cli.core.data.sample_files import FACTS_FILE
+    from spiralrope_cli.core.data.sample_files import METADATA_FILE
 
     path = Path(given).expanduser()
     if not path.exists() and path.suffix != ".npz":
@@ -239,7 +239,7 @@ def find_images(given: str) -> Path:
         path = path / SAMPLE
     if (path / NPZ_FILE).is_file():
         return path / NPZ_FILE
-    if (path / FACTS_FILE).is_file():
+    if (path / METADATA_FILE).is_file():
         raise DataError(f"{path} is not finished", "the same dit-sample command goes on with it")
     if (path / CONFIG_FILE).is_file():
         raise DataError(f"{path} is a training run", f"spiralrope dit-sample {given} draws images")
@@ -250,13 +250,13 @@ def labels_of(images: ImageInput, part: range) -> list[str]:
     """The class of each image in words; none where nobody knows."""
     from spiralrope_cli.core.data.image_sets import NpzImages, names_of
     from spiralrope_cli.core.data.npz import read_array, read_headers
-    from spiralrope_cli.core.data.sample_files import facts_in
+    from spiralrope_cli.core.data.sample_files import npz_metadata
     from spiralrope_cli.core.runtime.seeds import drawn_class
 
     if not isinstance(images, NpzImages):
         inside = [Path(images.files[number]).relative_to(images.path).parts for number in part]
         return [parts[0] for parts in inside] if all(len(parts) > 1 for parts in inside) else []
-    metadata = facts_in(images.path)
+    metadata = npz_metadata(images.path)
     classes, num_classes = metadata.get("classes"), metadata.get("num_classes", 0)
     if classes:
         numbers = [classes[number % len(classes)] for number in part]

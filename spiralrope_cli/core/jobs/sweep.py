@@ -5,10 +5,11 @@ No torch at module level: all pipelines are settled, and checked, before the fir
 
 from __future__ import annotations
 
+import itertools
 import re
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +18,14 @@ from rich.table import Table
 
 from spiralrope_cli.core.config.datasets import find_held_out
 from spiralrope_cli.core.config.nested import build
-from spiralrope_cli.core.config.option import leaves
-from spiralrope_cli.core.config.pipelines import (
-    KINDS,
-    PRETRAIN,
-    DeiTStages,
-    Member,
-    Pipeline,
-    Point,
-    Sweep,
-    acting,
-    of_training,
-    points,
-)
-from spiralrope_cli.core.config.resolve import RUNS_FOLDER, resolve
+from spiralrope_cli.core.config.option import Leaf, leaves
+from spiralrope_cli.core.config.pipelines import PRETRAIN, DeiTStages
+from spiralrope_cli.core.config.resolve import named_folder, resolve
+from spiralrope_cli.core.config.rope import RopeConfig
+from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import TrainOptions
 from spiralrope_cli.core.errors import ConfigError
-from spiralrope_cli.core.jobs.pipeline import carry_out, settle_deit
+from spiralrope_cli.core.jobs.pipeline import Pipeline, carry_out, settle_deit, training_options
 from spiralrope_cli.core.report.results import with_spread
 from spiralrope_cli.core.runtime.progress import console, say, say_result
 from spiralrope_cli.core.runtime.run_folder import (
@@ -44,12 +36,57 @@ from spiralrope_cli.core.runtime.run_folder import (
     write_json,
 )
 
-FIGURES = ("acc1", "acc5", "loss")
-SHOWN = (("raw", "acc1", "acc@1 %"), ("EMA", "acc1", "acc@1 % EMA"), ("EMA", "loss", "loss EMA"))
-"""Weights, figure and heading of the table's columns; all of the last checkpoint: the best one was
+METRICS = ("acc1", "acc5", "loss")
+COLUMNS = (("raw", "acc1", "acc@1 %"), ("EMA", "acc1", "acc@1 % EMA"), ("EMA", "loss", "loss EMA"))
+"""Weights, metric and heading of the table's columns; all of the last checkpoint: the best one was
 chosen by the very images that it is measured on."""
 
+OFF = "none"
+"""`rotate=none` is the baseline without rotary embedding."""
+_OF_RUN = leaves(ClassifierRun)
+_OF_TRAINING = ("epochs", "steps", "lr", "warmup_epochs", "batch_size")
+SWEPT: dict[str, Leaf] = {
+    **{("rope" if n == "enabled" else n): leaf for n, leaf in leaves(RopeConfig).items()},
+    **{name: _OF_RUN[name] for name in ("arch", "drop_path", *_OF_TRAINING)},
+    **{f"finetune_{name}": _OF_RUN[name] for name in _OF_TRAINING},
+}
+"""What can be swept: name of the option -> its field."""
+
 Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One configuration of a grid: name -> value in the user's words, and field name -> value."""
+
+    words: tuple[tuple[str, str], ...]
+    options: tuple[tuple[str, Any], ...]
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={word}" for name, word in self.words) or "as given"
+
+    @property
+    def slug(self) -> str:
+        """For a folder."""
+        return re.sub(r"[^A-Za-z0-9._=-]+", "-", "-".join(str(self).split()))
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One pipeline of a sweep."""
+
+    point: Point
+    seed: int
+    pipeline: Pipeline
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Runs, all seeds of the first point first; `notes` say what of the grid changes nothing."""
+
+    folder: str
+    runs: tuple[SweepRun, ...]
+    notes: tuple[str, ...]
 
 
 # ---- settle
@@ -70,35 +107,79 @@ def settle_sweep(given: dict[str, Any]) -> Sweep:
     grid = points(own.sweep)
     for name, _ in grid[0].words:
         if {"rope": "enabled"}.get(name, name) in given:
-            word = leaves(DeiTStages).get(name, KINDS[name]).called
+            word = leaves(DeiTStages).get(name, SWEPT[name]).called
             raise ConfigError(f"{word} is given and swept", "leave one of them out")
     if own.seeds and "seed" in given:
         raise ConfigError("--seed and --seeds exclude each other", "use --seeds alone")
     common = {n: v for n, v in given.items() if n not in ("sweep", "seeds", "name", "out")}
-    first = resolve(PRETRAIN, {**of_training(common, DeiTStages), **dict(grid[0].options)}).run
-    words = ["sweep-deit", first.arch, Path(first.data).name, *filter(None, [given.get("name")])]
-    folder = (
-        Path(own.out) if own.out else Path(RUNS_FOLDER) / re.sub(r"[^\w.-]+", "-", "-".join(words))
-    )
-    members: list[Member] = []
+    first = resolve(PRETRAIN, {**training_options(common, DeiTStages), **dict(grid[0].options)}).run
+    usual = named_folder("sweep-deit", first.arch, Path(first.data).name, given.get("name", ""))
+    folder = Path(own.out or usual)
+    runs: list[SweepRun] = []
     swept = {value for point in grid for field, value in point.options if field == "rotate"}
     notes = ["rotate=0 and rotate=1 are both plain axial RoPE"] if {0, 1} <= swept else []
     seen: dict[Any, Point] = {}
-    for point in grid:
-        for seed in own.seeds or (first.seed,):
-            place = str(folder / f"{point.slug}-seed{seed}")
-            try:
-                pipeline = settle_deit(
-                    {**common, **dict(point.options), "seed": seed, "out": place}
-                )
-            except ConfigError as error:
-                raise ConfigError(f"{point.label}: {error.message}", error.hint) from error
-            key = (seed, *computed(pipeline))
-            if (same := seen.setdefault(key, point)) is point:
-                members.append(Member(point, seed, pipeline))
-            else:
-                notes.append(f"{point.label} is the same as {same.label}, and runs once")
-    return Sweep(str(folder), tuple(members), tuple(dict.fromkeys(notes)))
+    for point, seed in itertools.product(grid, own.seeds or (first.seed,)):
+        out = str(folder / f"{point.slug}-seed{seed}")
+        values = {**common, **dict(point.options), "seed": seed, "out": out}
+        try:
+            pipeline = settle_deit(values, show_measured=False)
+        except ConfigError as error:
+            raise ConfigError(f"{point}: {error.message}", error.hint) from error
+        same = seen.setdefault((seed, *computed(pipeline)), point)
+        if same is point:
+            runs.append(SweepRun(point, seed, pipeline))
+        else:
+            notes.append(f"{point} is the same as {same}, and runs once")
+    return Sweep(str(folder), tuple(runs), tuple(dict.fromkeys(notes)))
+
+
+def points(axes: Sequence[str]) -> list[Point]:
+    """The grid of `NAME=V,V` words; one point without options where there are none.
+
+    Raises:
+        ConfigError: no such name, or a value that is none of its kind.
+    """
+    choices = [_axis(text) for text in axes]
+    names = [axis[0][0] for axis in choices]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"--sweep {twice[0]} is given twice", f"as one: {twice[0]}=V,V,V")
+    if "rope" in names and any(word == OFF for axis in choices for _, word, _ in axis):
+        raise ConfigError(f"--sweep rope and --sweep rotate={OFF} say the same", "leave one out")
+    return [
+        Point(
+            tuple((name, word) for name, word, _ in combination),
+            tuple(option for _, _, option in combination),
+        )
+        for combination in itertools.product(*choices)
+    ]
+
+
+def _axis(text: str) -> list[tuple[str, str, tuple[str, Any]]]:
+    """(name, word, (field, value)) of each value of `NAME=V,V`."""
+    name, equals, listed = text.partition("=")
+    name = name.strip().removeprefix("--").replace("-", "_")
+    words = [word.strip() for word in listed.split(",")]
+    if not equals or not all(words):
+        raise ConfigError(f"--sweep {text} is not NAME=V,V", "such as --sweep rotate=none,1,2,4")
+    if name not in SWEPT:
+        raise ConfigError(
+            f"--sweep {text}: {name} cannot be swept", f"these can: {', '.join(SWEPT)}"
+        )
+    if len(set(words)) < len(words):
+        raise ConfigError(f"--sweep {text} holds a value twice")
+    return [(name, word, _value(text, name, word)) for word in words]
+
+
+def _value(text: str, name: str, word: str) -> tuple[str, Any]:
+    """Field and value of an option in words."""
+    if name == "rotate" and word == OFF:
+        return "enabled", False
+    leaf = SWEPT[name]
+    try:
+        return ("enabled" if name == "rope" else name), leaf.read(word)
+    except ConfigError as error:
+        raise ConfigError(f"--sweep {text}: {word} must be {leaf.readable()}") from error
 
 
 def computed(pipeline: Pipeline) -> list[Any]:
@@ -110,64 +191,71 @@ def computed(pipeline: Pipeline) -> list[Any]:
     ]
 
 
+def acting(rope: RopeConfig) -> RopeConfig:
+    """The same RoPE with options that cannot act at their defaults: equal for equal networks."""
+    if not rope.enabled:
+        return RopeConfig(enabled=False)
+    plain, names = RopeConfig(), {field.name for field in fields(rope)}
+    return replace(rope, **{name: getattr(plain, name) for name, _ in rope.inert_options(names)})
+
+
 # ---- plan and work
 def run_sweep(given: dict[str, Any]) -> None:
-    """Runs what is missing of the grid, then shows all of it; or prints plans alone.
-
-    Raises:
-        SpiralRopeError: a member failed; the same command goes on with it.
-    """
+    """Runs what is missing of the grid, then shows all of it; or prints plans alone."""
     sweep, dry_run = settle_sweep(given), given.get("dry_run", False)
     for note in sweep.notes:
         say(f"note: {note}")
-    for number, member in enumerate(sweep.members, 1):
-        say(f"== {number}/{len(sweep.members)}: {member.point.label}, seed {member.seed}")
+    for number, run in enumerate(sweep.runs, 1):
+        say(f"== {number}/{len(sweep.runs)}: {run.point}, seed {run.seed}")
         if dry_run and number > 1:
-            say(f" as the first one, into {member.pipeline.folder}")
+            say(f" as the first one, into {run.pipeline.folder}")
         else:
-            carry_out(member.pipeline, dry_run=dry_run, show=False)
+            carry_out(run.pipeline, dry_run=dry_run)
     if not dry_run:
         report(sweep)
 
 
 # ---- report
 def report(sweep: Sweep) -> None:
-    """Figures of all members as a file, a table and a page."""
+    """Metrics of all runs as a file, a table and a page."""
     from spiralrope_cli.core.report.page import leave_report
 
-    folder, records = Path(sweep.folder), summary(sweep.members)
+    folder, records = Path(sweep.folder), summary(sweep.runs)
     write_json(folder / SWEEP_FILE, {"rows": records})
     print_table(records)
-    say(f"figures: {folder / SWEEP_FILE}")
+    say(f"metrics: {folder / SWEEP_FILE}")
     leave_report(folder)
     say(f"report: {folder / REPORT_FILE}")
 
 
-def summary(members: Sequence[Member]) -> list[Record]:
+def summary(runs: Sequence[SweepRun]) -> list[Record]:
     """One row for each point, set of weights and crop ratio, with mean and spread over seeds."""
     records = []
-    for point in dict.fromkeys(member.point for member in members):
-        mine = [member for member in members if member.point == point]
-        by_seed = [measured(member) for member in mine]
+    for point in dict.fromkeys(run.point for run in runs):
+        of_point = [run for run in runs if run.point == point]
+        by_seed = [measured(run) for run in of_point]
         for key in by_seed[0]:
             rows = [rows[key] for rows in by_seed]
             checkpoint, weights, crop_ratio = key
+            usual = find_held_out(rows[0]["data"]).defaults["crop_ratio"]
             records.append(
                 {
-                    **{"point": dict(point.words), "seeds": [member.seed for member in mine]},
-                    **{"checkpoint": checkpoint, "weights": weights, "crop_ratio": crop_ratio},
-                    "usual_crop": crop_ratio
-                    == find_held_out(rows[0]["data"]).defaults["crop_ratio"],
-                    **{name: spread([row[name] for row in rows]) for name in FIGURES},
+                    "point": dict(point.words),
+                    "seeds": [run.seed for run in of_point],
+                    "checkpoint": checkpoint,
+                    "weights": weights,
+                    "crop_ratio": crop_ratio,
+                    "usual_crop": crop_ratio == usual,
+                    **{name: spread([row[name] for row in rows]) for name in METRICS},
                     "images": rows[0]["count"],
                 }
             )
     return records
 
 
-def measured(member: Member) -> dict[tuple[str, str, float], Record]:
+def measured(run: SweepRun) -> dict[tuple[str, str, float], Record]:
     """The rows of one pipeline by checkpoint, weights and crop ratio; the newest ones."""
-    rows = read_rows(Path(member.pipeline.stages[-1].folder) / EVAL_FILE)
+    rows = read_rows(Path(run.pipeline.stages[-1].folder) / EVAL_FILE)
     return {(row["checkpoint"], row["weights"], row["crop_ratio"]): row for row in rows}
 
 
@@ -186,21 +274,20 @@ def print_table(records: Sequence[Record]) -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     for name in rows[0]["point"] or {"options": ""}:
         table.add_column(name, justify="right", overflow="fold")
-    for heading in ("seeds", *(heading for _, _, heading in SHOWN)):
+    for heading in ("seeds", *(heading for _, _, heading in COLUMNS)):
         table.add_column(heading, justify="right", no_wrap=True)
-    points: dict[tuple[str, ...], dict[str, Record]] = {}
+    by_point: dict[tuple[str, ...], dict[str, Record]] = {}
     for each in rows:
         words = tuple(each["point"].values()) or ("as given",)
-        points.setdefault(words, {})[each["weights"]] = each
-    for words, by_weights in points.items():
-        figures = [
-            with_spread(by_weights[weights][figure], 4 if figure == "loss" else 2)
-            for weights, figure, _ in SHOWN
+        by_point.setdefault(words, {})[each["weights"]] = each
+    for words, by_weights in by_point.items():
+        cells = [
+            with_spread(by_weights[weights][metric], 4 if metric == "loss" else 2)
+            for weights, metric, _ in COLUMNS
         ]
-        table.add_row(*words, str(len(by_weights["raw"]["seeds"])), *figures)
-    images = rows[0]["images"]
+        table.add_row(*words, str(len(by_weights["raw"]["seeds"])), *cells)
     say_result(
-        f"last checkpoint, crop ratio {rows[0]['crop_ratio']:g}, {images} held-out images; "
-        "mean ± standard deviation over seeds"
+        f"last checkpoint, crop ratio {rows[0]['crop_ratio']:g}, {rows[0]['images']} validation "
+        "images; mean ± standard deviation over seeds"
     )
     console().print(table)

@@ -25,7 +25,7 @@ from spiralrope_cli.core.config.pipelines import FINETUNE, PRETRAIN, SAMPLE, TRA
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.samples import SampleRun
 from spiralrope_cli.core.config.training import TrainOptions
-from spiralrope_cli.core.data.sample_files import FACTS_FILE, read_facts
+from spiralrope_cli.core.data.sample_files import METADATA_FILE, read_metadata
 from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.plots.curves import curves_figure
 from spiralrope_cli.core.report.images import Drawing, data_url, drawings
@@ -51,7 +51,7 @@ STAGES = (PRETRAIN, FINETUNE, TRAIN, SAMPLE)
 
 FILES = (
     *(CONFIG_FILE, SOURCES_FILE, ENVIRONMENT_FILE, METRICS_FILE, CURVES_FILE),
-    *(EVAL_FILE, SAMPLES_FILE, FACTS_FILE, NPZ_FILE, FID_FILE),
+    *(EVAL_FILE, SAMPLES_FILE, METADATA_FILE, NPZ_FILE, FID_FILE),
 )
 """Those that a page leads to."""
 
@@ -123,7 +123,7 @@ def write_report(folder: Path) -> Path:
 
 def is_stage(folder: Path) -> bool:
     """Whether a folder is that of one command."""
-    return (folder / CONFIG_FILE).is_file() or (folder / FACTS_FILE).is_file()
+    return (folder / CONFIG_FILE).is_file() or (folder / METADATA_FILE).is_file()
 
 
 def stages(folder: Path) -> list[Path]:
@@ -142,7 +142,7 @@ def pipelines(folder: Path) -> list[Path]:
 def part(folder: Path, page: Path) -> Part:
     """Everything about one run, for a page in that folder."""
     training = (folder / CONFIG_FILE).is_file()
-    metadata = {} if training else read_facts(folder) or {}
+    metadata = {} if training else read_metadata(folder) or {}
     lead, tiles = about_training(folder) if training else (about_samples(metadata), {})
     logged, inside = training and read_metrics(folder), folder.relative_to(page)
     return Part(
@@ -226,7 +226,7 @@ def repeat_command(folder: Path) -> str:
     origins = read_json(folder / SOURCES_FILE)
     out = f"{folder}-{ANOTHER}"
     if not (folder / CONFIG_FILE).is_file():
-        metadata = read_facts(folder) or {}
+        metadata = read_metadata(folder) or {}
         words, given = ["dit-sample", metadata["source"]], _sampling_options(metadata, [*origins])
         known = {**leaves(SampleRun), **leaves(RopeConfig)}
         given["out"] = out
