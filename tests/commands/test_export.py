@@ -222,12 +222,12 @@ def test_the_folder_has_all_that_a_stranger_needs(export, runs):
     weights = run / "checkpoints" / "0000008" / "ema.safetensors"
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     row = {
-        **{"weights": "ema", "sha256": digest, "data": "digits", "image_size": [16, 16]},
+        **{"weights": "EMA", "sha256": digest, "data": "digits", "image_size": [16, 16]},
         **{"crop_ratio": 1.0, "acc1": 93.25, "acc5": 99.5, "loss": 0.25, "count": 360},
     }
     stale = {**row, "sha256": "0" * 64, "acc1": 11.0}
     raw = {**row, "weights": "raw", "acc1": 22.0}
-    (run / "eval.json").write_text(json.dumps([row, stale, raw]))
+    (run / "eval.json").write_text(json.dumps({"rows": [row, stale, raw]}))
     folder, _ = export(run, "--layout", "safetensors", "--ema")
     assert folder.name == "run-0000008-ema"
     assert sorted(p.name for p in folder.iterdir()) == [

@@ -3,44 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
-from spiralrope_cli.core.config.models import is_dit
+from spiralrope_cli.core.config.models import format_size, is_dit
 from spiralrope_cli.core.config.rope import RopeConfig
-from spiralrope_cli.core.errors import CheckpointError
-from spiralrope_cli.core.runtime.run_folder import EVAL_FILE
+from spiralrope_cli.core.runtime.run_folder import EVAL_FILE, read_rows
 
 TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 METRICS = {"acc1": "acc@1", "acc5": "acc@5"}
 
 
 def eval_rows(folders: list[Path], sha256: str, ema: bool) -> list[dict[str, Any]]:
-    """What `eval` measured of the averaged or the raw weights of one file.
+    """The rows of every `eval.json` in some folders that are of one set of weights of one file.
 
-    Args:
-        folders: where an `eval.json` may lie.
-        sha256: of the file; rows of other files are left out.
-        ema: whether rows of the averaged or of the raw weights count.
+    Raises:
+        CheckpointError: an `eval.json` that cannot be read.
     """
-    found: list[dict[str, Any]] = []
-    for path in dict.fromkeys(folder / EVAL_FILE for folder in folders):
-        if not path.is_file():
-            continue
-        try:
-            content = json.loads(path.read_text())
-            rows = content["rows"] if isinstance(content, dict) else content
-            found += [
-                row
-                for row in rows
-                if row["sha256"] == sha256 and ("ema" in str(row["weights"]).lower()) == ema
-            ]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{path} cannot be read: {error}", "evaluate again, or move it away"
-            ) from error
-    return found
+    return [
+        row
+        for path in dict.fromkeys(folder / EVAL_FILE for folder in folders)
+        for row in read_rows(path, strict=True)
+        if row.get("sha256") == sha256 and row.get("weights") == ("EMA" if ema else "raw")
+    ]
 
 
 def model_card(
@@ -67,7 +52,8 @@ def model_card(
 
     # The path of a folder of images means nothing elsewhere.
     rows = [
-        {**row, "data": Path(row["data"]).name, "pixels": _by(row["image_size"])} for row in rows
+        {**row, "data": Path(row["data"]).name, "pixels": format_size(row["image_size"])}
+        for row in rows
     ]
     results = [
         EvalResult(
@@ -97,15 +83,13 @@ def model_card(
         name=name,
         summary=f"{summary[:1].upper()}{summary[1:]}",
         rows=rows,
-        model={"arch": arch, **{option: _by(value) for option, value in options.items()}},
+        model={"arch": arch, **{option: _plain(value) for option, value in options.items()}},
         rope=dataclasses.asdict(rope),
         command="dit-sample" if is_dit(arch) else "eval",
     )
     return f"{card}\n"
 
 
-def _by(value: Any) -> Any:
-    """Sides as 224 or 224x448; anything else as it is."""
-    if not isinstance(value, (list, tuple)):
-        return value
-    return "x".join(map(str, value[:1] if len(set(value)) == 1 else value))
+def _plain(value: Any) -> Any:
+    """A size as it is typed; anything else as it is."""
+    return format_size(value) if isinstance(value, (list, tuple)) else value

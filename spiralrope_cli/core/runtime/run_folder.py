@@ -254,16 +254,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of an `eval.json`, none where there is no such file; a damaged one is set aside."""
+def read_rows(path: Path, *, strict: bool = False) -> list[dict[str, Any]]:
+    """Rows of an `eval.json`, none where there is no such file; a damaged one is set aside.
+
+    Raises:
+        CheckpointError: it is damaged, and `strict` forbids to go on without it.
+    """
     if not path.exists():
         return []
     try:
         rows = json.loads(path.read_text())["rows"]
-        if all(isinstance(each, dict) for each in rows):
-            return list(rows)
-    except (ValueError, KeyError, TypeError):
-        pass
+        if not all(isinstance(each, dict) for each in rows):
+            raise TypeError("it holds no list of rows")
+        return list(rows)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if strict:
+            raise CheckpointError(
+                f"{path} cannot be read: {error}", "evaluate again, or move it away"
+            ) from error
     aside = path.with_suffix(".damaged")
     os.replace(path, aside)
     say(f"note: {path} was no list of rows; it is now {aside.name}")
