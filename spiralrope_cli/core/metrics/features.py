@@ -11,7 +11,6 @@ from collections import ChainMap
 from collections.abc import Callable, Collection, Generator, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -37,11 +36,13 @@ ARRAYS = {
     "features": ("features",),
 }
 """Part of the statistics of a side -> what it consists of; so the cache names them too."""
+OF_PART = {"fid": "pool", "features": "pool", "sfid": "spatial", "is": "logits"}
+"""Part -> the features that it is computed from."""
 
 
 @dataclass
 class Measured:
-    """What is known of one side; on all but the first process it is not complete."""
+    """What is known of one side; complete on the first process only."""
 
     num: int | None  # images that were measured; None where nobody knows
     num_unreadable: int = 0  # images that were left out
@@ -164,13 +165,7 @@ def in_features(
             return batch, None
         groups = [group.to(ctx.device, non_blocking=True) for group in batch.groups]
         with autocast(ctx.device, ctx.dtype):
-            features = network(
-                groups,
-                pool="fid" in parts or "features" in parts,
-                spatial="sfid" in parts,
-                logits="is" in parts,
-            )
-        return batch, features
+            return batch, network(groups, {OF_PART[part] for part in parts})
 
     if ctx.device.type != "cpu":
         yield from map(compute, batches)
@@ -184,14 +179,7 @@ def in_features(
 
 
 class Sums:
-    """What one process gathers from its images.
-
-    Args:
-        parts: what of them.
-        mine: their places in the set.
-        num_images: of all processes.
-        device: where features are computed.
-    """
+    """What one process gathers from its images, which are at the places `mine` of the set."""
 
     def __init__(
         self, parts: Collection[str], mine: range, num_images: int, device: torch.device
@@ -210,13 +198,12 @@ class Sums:
         places = torch.tensor(numbers)
         self.read[places - self.mine.start] = True
         for name, moments in self.moments.items():
-            rows = features.pool if name == "fid" else features.spatial
-            moments.add(cast(Tensor, rows))
+            moments.add(features[OF_PART[name]])
         if self.score:
-            self.score.add(places, cast(Tensor, features.logits))
+            self.score.add(places, features["logits"])
         if self.features is not None:
             places = (places - self.mine.start).to(self.features.device, non_blocking=True)
-            self.features[places] = cast(Tensor, features.pool)
+            self.features[places] = features["pool"]
 
     def merged(self) -> Measured:
         """The sums over all processes."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import threading
-from dataclasses import dataclass
+from collections.abc import Collection
 from pathlib import Path
 from typing import cast
 
@@ -29,13 +29,9 @@ _SPATIAL_CHANNELS = 7
 _SPATIAL_STAGE = "Mixed_6d"
 
 
-@dataclass(frozen=True)
-class Features:
-    """Features of B images; None for those that were not asked for."""
-
-    pool: Tensor | None  # [B, 2048], of FID, KID, precision and recall
-    spatial: Tensor | None  # [B, 2023], of sFID
-    logits: Tensor | None  # [B, 1008] float64, without the bias, of the Inception Score
+Features = dict[str, Tensor]
+"""Of B images, those that were asked for: `pool` [B, 2048], of FID, KID, precision and recall;
+`spatial` [B, 2023], of sFID; `logits` [B, 1008], without the bias, of the Inception Score."""
 
 
 class InceptionFeatures(nn.Module):
@@ -68,15 +64,13 @@ class InceptionFeatures(nn.Module):
         self._spatial[threading.get_ident()] = output[:, :_SPATIAL_CHANNELS]
 
     def forward(
-        self, groups: list[Tensor], *, pool: bool = True, spatial: bool = True, logits: bool = True
+        self, groups: list[Tensor], wanted: Collection[str] = ("pool", "spatial", "logits")
     ) -> Features:
-        """The features that are asked for, of all images in the order of the groups.
+        """Features of all images in the order of the groups, float32; logits are float64.
 
         Args:
             groups: images [B, 3, h, w] uint8, a tensor for every size.
-            pool: whether to return pool features; so for the others.
-            spatial: features of an inner layer.
-            logits: class logits.
+            wanted: names of the features.
         """
         at_once = _FEW if self.classes.device.type == "cpu" else max(map(len, groups))
         few = [part for group in groups for part in group.split(at_once)]
@@ -85,18 +79,16 @@ class InceptionFeatures(nn.Module):
         x = torch.cat([self.stem(x.contiguous(memory_format=channels_last)) for x in inputs])
         for name, stage in self.stages.items():
             x = stage(x)
-            if name == _SPATIAL_STAGE and not (pool or logits):
+            if name == _SPATIAL_STAGE and set(wanted) == {"spatial"}:
                 break
         # Height, width, channel, as ADM has it.
-        inner = self._spatial.pop(threading.get_ident()).float().permute(0, 2, 3, 1).flatten(1)
-        x = x.float().flatten(1)
-        # In float64 a row of a product does not depend on the other rows.
-        dtype = torch.float32 if x.device.type == "mps" else torch.float64
-        return Features(
-            pool=x if pool else None,
-            spatial=inner if spatial else None,
-            logits=x.to(dtype) @ cast(Tensor, self.classes).to(dtype) if logits else None,
-        )
+        spatial = self._spatial.pop(threading.get_ident()).float().permute(0, 2, 3, 1).flatten(1)
+        found = {"pool": x.float().flatten(1), "spatial": spatial}
+        if "logits" in wanted:
+            # In float64 a row of a product does not depend on the other rows.
+            dtype = torch.float32 if x.device.type == "mps" else torch.float64
+            found["logits"] = found["pool"].to(dtype) @ cast(Tensor, self.classes).to(dtype)
+        return {name: found[name] for name in wanted}
 
 
 def resize(images: Tensor) -> Tensor:
