@@ -93,7 +93,7 @@ def test_model_and_rope_come_from_the_source_and_fresh_things_are_said(finetune,
     assert (run.arch, run.rope.rotate, run.model.patch_size) == ("deit-64x2x2", 2, 16)
     assert run.model.num_classes == 2
     assert "head re-initialised: 10 -> 2 classes" in said
-    assert "position embedding resampled: 64x64 -> 96x96 px" in said
+    assert "position embedding resampled: 64 -> 96 px" in said
     assert "averaged (EMA) weights of deit-64x2x2, rotate 2, epoch 17" in said
     # The trained range of positions is kept, as the published code itself would not.
     assert run.model.pretrain_grid == (4, 4)

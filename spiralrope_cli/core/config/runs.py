@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from spiralrope_cli.core.config.datasets import DataSet
-from spiralrope_cli.core.config.models import SIZE, check_divides, deit_size
+from spiralrope_cli.core.config.models import SIZE, check_divides, deit_size, format_size
 from spiralrope_cli.core.config.option import (
     DATA,
     MODEL,
@@ -301,9 +301,7 @@ class ClassifierRun:
                 f"head re-initialised: {before['num_classes']} -> {self.model.num_classes} classes"
             )
         if before["image_size"] != self.model.image_size:
-            was, now = (
-                "x".join(map(str, size)) for size in (before["image_size"], self.model.image_size)
-            )
+            was, now = map(format_size, (before["image_size"], self.model.image_size))
             told.append(f"position embedding resampled: {was} -> {now} px")
         return told
 

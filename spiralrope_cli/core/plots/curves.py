@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from spiralrope_cli.core.config.models import format_size
 from spiralrope_cli.core.errors import DataError
 from spiralrope_cli.core.plots.style import (
     COLORS,
@@ -150,8 +151,7 @@ def sizes_figure(rows: Sequence[Line]) -> Figure:
     for side in {_side(row["trained_size"]) for row in rows}:
         axis.axvline(side, color="0.5", linestyle=":", linewidth=1, zorder=0, label="trained at")
     ticks = {_side(row["image_size"]): row["image_size"] for row in rows}
-    words_of = [str(h) if h == w else f"{h}x{w}" for h, w in ticks.values()]
-    axis.set_xticks(list(ticks), words_of)
+    axis.set_xticks(list(ticks), list(map(format_size, ticks.values())))
     style_lines(axis, "Held-out acc@1 (%)", "image size (px)")
     axis.legend(frameon=False, fontsize=SMALL)
     figure.suptitle(f"{rows[0]['arch']} on {Path(rows[0]['data']).name}", fontsize=HEADING)

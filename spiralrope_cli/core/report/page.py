@@ -19,6 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from spiralrope_cli import __version__
 from spiralrope_cli.core.atomic import write_whole
 from spiralrope_cli.core.config.dit_runs import TrainingRun
+from spiralrope_cli.core.config.models import format_size
 from spiralrope_cli.core.config.nested import RUN_KINDS, build, read_config
 from spiralrope_cli.core.config.option import leaves
 from spiralrope_cli.core.config.pipelines import FINETUNE, PRETRAIN, SAMPLE, TRAIN
@@ -30,7 +31,7 @@ from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.plots.curves import curves_figure
 from spiralrope_cli.core.report.images import Drawing, data_url, drawings
 from spiralrope_cli.core.report.results import Result, results
-from spiralrope_cli.core.runtime.progress import METRICS_FILE, read_metrics, say
+from spiralrope_cli.core.runtime.progress import METRICS_FILE, best_validation, read_metrics, say
 from spiralrope_cli.core.runtime.run_folder import (
     CONFIG_FILE,
     CURVES_FILE,
@@ -168,10 +169,9 @@ def about_training(folder: Path) -> tuple[str, dict[str, str]]:
     last = lines[-1]["step"] if lines else 0
     tiles = {"steps": f"{last}" if last == run.total_steps else f"{last} of {run.total_steps}"}
     if validations := [line for line in lines if "acc1" in line]:
-        best = max(line["acc1"] for line in validations)
         tiles["acc@1, last"] = f"{validations[-1]['acc1']:.2f} %"
         tiles["acc@1, EMA"] = f"{validations[-1]['ema_acc1']:.2f} %"
-        tiles["acc@1, best"] = f"{best:.2f} %"
+        tiles["acc@1, best"] = f"{best_validation(validations)['acc1']:.2f} %"
     if logged := [line for line in lines if "loss" in line]:
         tiles["training loss"] = f"{logged[-1]['loss']:.4f}"
         tiles["images per second"] = f"{logged[-1]['images_per_s']:,.0f}"
@@ -254,7 +254,7 @@ def _sampling_options(metadata: dict[str, Any], given_rope: list[str]) -> dict[s
         "cfg_interval": f"{low},{high}",
         "classes": ",".join(map(str, metadata["classes"])),
         "vae": metadata["vae"],
-        "image_size": "x".join(map(str, metadata["image_size"])),
+        "image_size": format_size(metadata["image_size"]),
         "precision": {"float32": "fp32", "bfloat16": "bf16"}[metadata["precision"]],
         "ema": metadata["weights"] == "ema",
         **{name: metadata["rope"][name] for name in given_rope},

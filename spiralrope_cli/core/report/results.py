@@ -10,7 +10,8 @@ from typing import Any
 from rich.table import Table
 
 from spiralrope_cli.core.config.evals import FID_METRICS
-from spiralrope_cli.core.runtime.progress import console, read_metrics, say_result
+from spiralrope_cli.core.config.models import format_size
+from spiralrope_cli.core.runtime.progress import best_validation, console, read_metrics, say_result
 from spiralrope_cli.core.runtime.run_folder import (
     CURVES_FILE,
     EVAL_FILE,
@@ -54,7 +55,7 @@ def print_results(folder: Path) -> None:
 def accuracy_rows(validations: list[Record]) -> list[list[str]]:
     """Raw and averaged weights at the last and at the best validation, by `ACCURACY_COLUMNS`."""
     last = validations[-1]
-    best = max(validations, key=lambda line: (line["acc1"], -line["step"]))
+    best = best_validation(validations)
     return [
         [
             f"{name}, {weights}",
@@ -123,7 +124,7 @@ def of_evaluation(rows: list[Record], sizes: Path | None) -> Result:
         "data": [Path(row["data"]).name for row in rows],
         "weights": [f"{row['checkpoint']} {row['weights']}".strip() for row in rows],
         "step": ["" if row["step"] is None else str(row["step"]) for row in rows],
-        "image size": ["x".join(map(str, row["image_size"])) for row in rows],
+        "image size": [format_size(row["image_size"]) for row in rows],
         "crop ratio": [f"{row['crop_ratio']:g}" for row in rows],
         "precision": [str(row["precision"]) for row in rows],
     }

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -322,6 +322,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return lines
+
+
+def best_validation(validations: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The one of the highest acc@1 of the raw weights, the first of several."""
+    return max(validations, key=lambda values: values["acc1"])
 
 
 def say_unreadable(reasons: dict[str, str]) -> None:

@@ -14,7 +14,7 @@ from spiralrope_cli.core.metrics.accuracy import measure_accuracy
 from spiralrope_cli.core.models.deit import DeiT
 from spiralrope_cli.core.runtime.device import autocast
 from spiralrope_cli.core.runtime.distributed import DistContext
-from spiralrope_cli.core.runtime.progress import Reporter
+from spiralrope_cli.core.runtime.progress import Reporter, best_validation
 from spiralrope_cli.core.runtime.seeds import generator_for
 from spiralrope_cli.core.training.loop import Task, due
 from spiralrope_cli.core.training.step import TrainState
@@ -72,13 +72,13 @@ def validate(
     reporter: Reporter,
 ) -> None:
     """Measures raw and averaged weights, and remembers the best raw ones."""
-    figures = measure_accuracy(
+    metrics = measure_accuracy(
         {"raw": state.model, "ema": state.ema.module},
         held_out.batches(),
         ctx.device,
         partial(autocast, ctx.device, ctx.dtype),
     )
-    raw, ema = figures["raw"], figures["ema"]
+    raw, ema = metrics["raw"], metrics["ema"]
     values = {
         "epoch": state.step / config.steps_per_epoch,
         "acc1": raw.acc1,
@@ -89,6 +89,6 @@ def validate(
         "ema_val_loss": ema.loss,
         "count": raw.count,
     }
-    if not state.best or raw.acc1 > state.best["acc1"]:
-        state.best = {"step": state.step, **values}
+    now = {"step": state.step, **values}
+    state.best = best_validation([state.best, now]) if state.best else now
     reporter.validated(state.step, values, state.best["acc1"])

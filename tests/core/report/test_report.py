@@ -142,7 +142,7 @@ def test_text_is_escaped(run_folder):
 
 def test_evaluation_shows_what_differs_and_the_best(run_folder):
     page = Page(write_report(run_folder).read_text())
-    for word in ("last raw", "last EMA", "8x8", "12x12", "15.00 (best)"):
+    for word in ("last raw", "last EMA", "8", "12", "15.00 (best)"):
         assert word in page.words
     assert any("crop ratio 1" in word for word in page.words)
     rows = json.loads((run_folder / "eval.json").read_text())["rows"]
