@@ -18,7 +18,9 @@ from torch import Tensor
 from spiralrope_cli import GaussianDiffusion, create_model
 from spiralrope_cli.core.config.latents import CachePlan
 from spiralrope_cli.core.data import latents
+from spiralrope_cli.core.data.batches import from_cache
 from spiralrope_cli.core.data.latents import LatentCache
+from spiralrope_cli.core.data.loader import Places
 from spiralrope_cli.core.diffusion.vae import Vae, draw
 
 BATCH, ROUNDS, CACHED = 8, 2, 64
@@ -75,11 +77,17 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         cache = random_cache(Path(folder))
-        keys = ((torch.randint(CACHED, (BATCH,)), torch.rand(BATCH) < 0.5) for _ in range(10**6))
-        batches = cache.batches(keys, CPU)
+        places = (Places(torch.randint(CACHED, (BATCH,)).tolist(), []) for _ in range(10**6))
+        batches = from_cache(cache, CPU, lambda at: torch.rand(BATCH) < 0.5, places)
+
+        def from_disk() -> tuple[Tensor, Tensor]:
+            batch = next(batches)
+            assert batch.std is not None
+            return batch.images, batch.std
+
         for dtype in DTYPES:
             sides = {
-                "from the cache": step(dtype, lambda: next(batches)),
+                "from the cache": step(dtype, from_disk),
                 "with the VAE": step(dtype, with_vae),
             }
             seconds = interleaved(sides, ROUNDS, warmup=1)

@@ -9,7 +9,7 @@ import torch
 
 from spiralrope_cli import GaussianDiffusion, load_model
 from spiralrope_cli.core.config.samples import GuidanceConfig
-from spiralrope_cli.core.data.images import picture_grid, to_levels
+from spiralrope_cli.core.data.images import image_grid, to_uint8
 from spiralrope_cli.core.diffusion.samplers import guided
 
 ROWS = 4
@@ -36,7 +36,7 @@ def main(
     images = draw(source, steps)
     if images.shape[1] not in (1, 3):
         sys.exit(f"{source} draws latents; spiralrope dit-sample takes them through the VAE")
-    picture_grid(to_levels(images), columns=len(images) // ROWS).save(out)
+    image_grid(to_uint8(images), columns=len(images) // ROWS).save(out)
     print(out)
 
 

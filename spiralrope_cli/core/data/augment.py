@@ -22,7 +22,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from spiralrope_cli.core.config.runs import MIX_GROUP, AugmentConfig
-from spiralrope_cli.core.data.files import Transform
+from spiralrope_cli.core.data.loader import Transform
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.runtime.seeds import generator_for, seed_everything
 
@@ -235,7 +235,7 @@ def mix(
     Returns:
         images, and [B, K] mixed labels with smoothing; without mixing the labels as they came.
     """
-    if not augment.mixes:
+    if not (augment.mixup or augment.cutmix):
         return images, labels
     mixup = Mixup(
         augment.mixup,

@@ -1,8 +1,7 @@
 """Batches of both models: which image stands where in a run, and how it comes to the device.
 
 What stands in a step is a function of seed and step, and so is all that is random about it: the
-same for any number of processes and any micro batch size. The places of a micro batch travel with
-its images from the reading to the loss.
+same for any number of processes and any micro batch size.
 
 Legend: B images at a time per process, (h, w) pixels or latents, K classes.
 """
@@ -11,11 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from timm.data.distributed_sampler import RepeatAugSampler
@@ -26,12 +23,19 @@ from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
 from spiralrope_cli.core.config.runs import ClassifierRun, EvalProtocol
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data import augment, memory
-from spiralrope_cli.core.data.files import BadImages, ImageFiles, TrainFiles, load
+from spiralrope_cli.core.data.images import in_order
 from spiralrope_cli.core.data.latents import LatentCache
+from spiralrope_cli.core.data.loader import MAX_TRIES, Batch, ImageFiles, Places, load
 from spiralrope_cli.core.errors import DataError
 from spiralrope_cli.core.runtime.seeds import generator_for, seed_for
 
 EVAL_BATCH = 256
+
+LATENTS_AHEAD = 2
+"""Batches of cached latents that are read while the network is busy."""
+
+Read = Callable[[Iterable[Places]], Generator[Batch, None, None]]
+"""Gives the images that stand at some places, on the device, in [0, 255] or as latents."""
 
 
 # --- Which image stands where
@@ -39,17 +43,14 @@ EVAL_BATCH = 256
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(num_images: int, repeats: int, seed: int, epoch: int) -> Tensor:
-    """Image numbers of one epoch.
+    """[num_images] int64, the image numbers of one epoch.
 
     Args:
         num_images: size of the training set.
-        repeats: how often each picture stands in a row (repeated augmentation, by timm's
+        repeats: how often each image stands in a row (repeated augmentation, by timm's
             sampler, which then covers a part of the set per epoch); 1 is plain shuffling.
         seed: of the run.
         epoch: counted from 0.
-
-    Returns:
-        [num_images] int64.
     """
     if repeats == 1:
         generator = generator_for(seed, "order", epoch)
@@ -68,73 +69,21 @@ def repeated_order(num_images: int, repeats: int, epoch: int) -> Tensor:
 
 
 def apart(batch_size: int, repeats: int) -> Tensor:
-    """[batch_size] places within a step, so that repeats of a picture are not neighbours.
+    """[batch_size] places within a step, so that repeats of an image are not neighbours.
 
-    Neighbours are mixed with each other, and a picture mixed with itself would be none.
+    Neighbours are mixed with each other, and an image mixed with itself would be none.
     """
     places = torch.arange(batch_size)
     return torch.cat([places[first::repeats] for first in range(repeats)])
 
 
-def step_slice(step: int, steps_per_epoch: int, batch_size: int) -> tuple[int, int]:
-    """Epoch of a step, and the place of its first image in that epoch."""
-    epoch, within = divmod(step, steps_per_epoch)
-    return epoch, within * batch_size
-
-
-def own_parts(rank: int, micro: int, accumulation: int) -> list[slice]:
+def own_parts(rank: int, micro: int, grad_accum_steps: int) -> list[slice]:
     """The parts of a step's batch that one process takes, one per micro batch."""
-    first = rank * accumulation
-    return [slice(n * micro, (n + 1) * micro) for n in range(first, first + accumulation)]
-
-
-class Places(NamedTuple):
-    """What stands in one micro batch.
-
-    Attributes:
-        epoch: counted from 0.
-        part: its place in the step's batch.
-        first: place of its first image in the run.
-        places: [B] in the epoch, on the CPU.
-        numbers: [B] of the images in the training set, on the CPU.
-    """
-
-    epoch: int
-    part: slice
-    first: int
-    places: Tensor
-    numbers: Tensor
-
-
-def own_places(run: TrainingRun, step: int, repeats: int, parts: list[slice]) -> Iterator[Places]:
-    """What stands in the given parts of a step."""
-    size = run.optim.batch_size
-    epoch, first = step_slice(step, run.steps_per_epoch, size)
-    order = epoch_order(run.num_train, repeats, run.seed, epoch)
-    places = first + apart(size, repeats)
-    for part in parts:
-        yield Places(epoch, part, step * size + part.start, places[part], order[places[part]])
+    first = rank * grad_accum_steps
+    return [slice(n * micro, (n + 1) * micro) for n in range(first, first + grad_accum_steps)]
 
 
 # --- Training
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro batch on the device.
-
-    Attributes:
-        at: what stands in it.
-        images: [B, channels, h, w] float32, normalised, or in [-1, 1] for a DiT; of cached
-            latents, the means of their posteriors.
-        labels: [B] class numbers, or [B, K] where they are mixed.
-        std: standard deviations of cached posteriors, as images, else None.
-    """
-
-    at: Places
-    images: Tensor
-    labels: Tensor
-    std: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -144,29 +93,38 @@ class TrainingData:
     Attributes:
         run: the run.
         parts: of each step's batch, those that this process takes.
-        read: gives the images in [0, 255] that stand at some places.
+        read: gives the images that stand at some places.
         finish: augments and normalises them.
-        bad: images that could not be read.
+        unreadable: path -> reason, images that were left out so far.
         repeats: how often each image stands in a row.
         scale: what cached latents are multiplied by; pixels are taken as they are.
     """
 
     run: TrainingRun
     parts: list[slice]
-    read: Callable[[Iterator[Places]], Generator[Batch, None, None]]
+    read: Read
     finish: Callable[[Batch], Batch]
-    bad: BadImages
+    unreadable: dict[str, str] = field(default_factory=dict)
     repeats: int = 1
     scale: float = 1.0
 
     def train_steps(self, first_step: int, last_step: int) -> Generator[list[Batch], None, None]:
         """This process's micro batches of each step, from `first_step` up to `last_step`."""
-        steps = range(first_step, last_step)
-        own = (own_places(self.run, step, self.repeats, self.parts) for step in steps)
-        places = itertools.chain.from_iterable(own)
-        with contextlib.closing(self.read(places)) as batches:
-            for _ in steps:
+        with contextlib.closing(self.read(self.places(first_step, last_step))) as batches:
+            for _ in range(first_step, last_step):
                 yield [self.finish(next(batches)) for _ in self.parts]
+
+    def places(self, first_step: int, last_step: int) -> Iterator[Places]:
+        """What stands in those micro batches."""
+        size, steps_per_epoch = self.run.optim.batch_size, self.run.steps_per_epoch
+        for step in range(first_step, last_step):
+            epoch, within = divmod(step, steps_per_epoch)
+            order = epoch_order(self.run.num_train, self.repeats, self.run.seed, epoch)
+            places = within * size + apart(size, self.repeats)
+            for part in self.parts:
+                mine = places[part]
+                numbers, first = order[mine].tolist(), step * size + part.start
+                yield Places(numbers, mine.tolist(), epoch, part, first)
 
     def remake(self, step: int, labels: str = "labels") -> dict[str, Tensor]:
         """What this process saw in a step, on the CPU; `labels` is what those are called."""
@@ -174,26 +132,28 @@ class TrainingData:
         return {
             "images": torch.cat([batch.images.cpu() for batch in batches]),
             labels: torch.cat([batch.labels.cpu() for batch in batches]),
-            "numbers": torch.cat([batch.at.numbers for batch in batches]),
+            "numbers": torch.tensor([n for batch in batches for n in batch.at.numbers]),
         }
 
 
 def classifier_data(
-    run: ClassifierRun, device: torch.device, rank: int, world_size: int, bad: BadImages
+    run: ClassifierRun, device: torch.device, rank: int, world_size: int, unreadable: dict[str, str]
 ) -> TrainingData:
-    """The training set of a classifier, which notes what cannot be read in `bad`.
+    """The training set of a classifier, which notes what cannot be read in `unreadable`.
 
     Raises:
         DataError: the set is missing.
     """
     model, options = run.model, run.augment
+    read: Read
     if in_memory := run.data in BUILT_IN:
         split, _ = memory.splits_on(device, run.data, model.in_chans)
         read = functools.partial(from_memory, split)
     else:
-        transform = augment.train_transform(model.image_size, options)
-        files = TrainFiles(list_images(Path(run.data) / "train"), transform, model.in_chans == 1)
-        read = functools.partial(from_files, run, files, bad, device, True)
+        listed = list_images(Path(run.data) / "train")
+        transform, grey = augment.train_transform(model.image_size, options), model.in_chans == 1
+        files = ImageFiles(listed, transform, grey, MAX_TRIES, run.seed)
+        read = functools.partial(load, files, run.machine, device, unreadable)
     normalise = augment.Normalise(options.mean, options.std, device)
 
     def finish(batch: Batch) -> Batch:
@@ -201,13 +161,12 @@ def classifier_data(
         if in_memory:
             draws = augment.epoch_draws(run.num_train, run.seed, at.epoch)[at.places]
             images = augment.warp(images, draws, options, model.image_size)
-        images = normalise(images)
-        images = augment.erase(images, options.random_erasing, run.seed, at.first)
+        images = augment.erase(normalise(images), options.random_erasing, run.seed, at.first)
         mixed = augment.mix(images, batch.labels, options, model.num_classes, run.seed, at.first)
         return Batch(at, *mixed)
 
     parts = own_parts(rank, *run.split_batch(world_size))
-    return TrainingData(run, parts, read, finish, bad, repeats=options.repeated_aug)
+    return TrainingData(run, parts, read, finish, unreadable, repeats=options.repeated_aug)
 
 
 def dit_data(run: DiTRun, device: torch.device, rank: int, world_size: int) -> TrainingData:
@@ -216,73 +175,65 @@ def dit_data(run: DiTRun, device: torch.device, rank: int, world_size: int) -> T
     Raises:
         DataError: the set is missing, or a shard of the cached latents is missing or damaged.
     """
-    size, bad = run.pictures.image_size, BadImages()
+    size, unreadable = run.pictures.image_size, dict[str, str]()
     parts = own_parts(rank, *run.split_batch(world_size))
+    read: Read
+
+    def mirrored(at: Places) -> Tensor:
+        """[B] bool on the CPU: by seed, epoch and place, for all kinds of data alike."""
+        draws = augment.mirror_draws(run.num_train, run.seed, at.epoch)
+        return draws[at.places] < run.pictures.hflip
+
     if run.pictures.latents:
         cache = LatentCache(Path(run.pictures.latents).expanduser())
         cache.verify()
-        read = functools.partial(from_cache, run, cache, device)
-        return TrainingData(run, parts, read, lambda batch: batch, bad, scale=cache.scale)
+        read = functools.partial(from_cache, cache, device, mirrored)
+        return TrainingData(run, parts, read, lambda batch: batch, scale=cache.scale)
     if run.data in BUILT_IN:
         channels = 3 if run.pictures.in_latents else run.model.in_chans
         split, _ = memory.splits_on(device, run.data, channels)
         read = functools.partial(from_memory, split)
     else:
         crop = functools.partial(augment.cropped_array, size=size)
-        files = TrainFiles(list_images(class_folders(Path(run.data))), crop, grey=False)
-        read = functools.partial(from_files, run, files, bad, device, False)
+        files = ImageFiles(list_images(class_folders(Path(run.data))), crop, tries=MAX_TRIES)
+        read = functools.partial(load, files, run.machine, device, unreadable)
 
     def finish(batch: Batch) -> Batch:
         images = augment.resize_and_crop(batch.images, size, 1.0) / 127.5 - 1
-        return replace(batch, images=augment.mirror(images, mirrored(run, batch.at)))
+        return replace(batch, images=augment.mirror(images, mirrored(batch.at)))
 
-    return TrainingData(run, parts, read, finish, bad)
-
-
-def mirrored(run: DiTRun, at: Places) -> Tensor:
-    """[B] bool on the CPU: by seed, epoch and place, for all kinds of data alike."""
-    return augment.mirror_draws(run.num_train, run.seed, at.epoch)[at.places] < run.pictures.hflip
+    return TrainingData(run, parts, read, finish, unreadable)
 
 
 def from_memory(
-    split: memory.MemorySplit, places: Iterator[Places]
+    split: memory.MemorySplit, batches: Iterable[Places]
 ) -> Generator[Batch, None, None]:
     """Images of a set that lives on the device."""
-    for at in places:
-        chosen = at.numbers.to(split.images.device, non_blocking=True)
+    for at in batches:
+        chosen = torch.tensor(at.numbers).to(split.images.device, non_blocking=True)
         yield Batch(at, split.images[chosen].float(), split.labels[chosen])
 
 
-def from_files(
-    run: TrainingRun,
-    files: TrainFiles,
-    bad: BadImages,
-    device: torch.device,
-    random: bool,
-    places: Iterator[Places],
-) -> Generator[Batch, None, None]:
-    """Images that loader processes decode, augmented by seed, epoch and place if `random`."""
-
-    def key(at: Places) -> list[tuple[int, tuple[int, ...] | None]]:
-        seeds = [(run.seed, at.epoch, place) if random else None for place in at.places.tolist()]
-        return list(zip(at.numbers.tolist(), seeds, strict=True))
-
-    places, ahead = itertools.tee(places)  # keys are asked for some batches ahead
-    loader = load(files, map(key, ahead), run.machine.workers, device.type == "cuda")
-    with contextlib.closing(loader) as batches:
-        for at, loaded in zip(places, batches, strict=True):
-            bad.pass_over(loaded, run.machine.skip_bad, len(at.numbers))
-            yield Batch(at, *loaded.on(device))
-
-
 def from_cache(
-    run: DiTRun, cache: LatentCache, device: torch.device, places: Iterator[Places]
+    cache: LatentCache,
+    device: torch.device,
+    mirrored: Callable[[Places], Tensor],
+    batches: Iterable[Places],
 ) -> Generator[Batch, None, None]:
-    """Posteriors of latents; those of the mirrored image lie in the cache too."""
-    places, ahead = itertools.tee(places)
-    keys = ((at.numbers, mirrored(run, at)) for at in ahead)
-    for at, (mean, std) in zip(places, cache.batches(keys, device), strict=True):
-        yield Batch(at, mean, cache.labels[at.numbers].to(device, non_blocking=True), std)
+    """Posteriors of latents, read ahead in a thread; those of mirrored images lie there too."""
+
+    def read(at: Places) -> Batch:
+        numbers = torch.tensor(at.numbers)
+        mean, std = cache.mean_std(numbers, mirrored(at), pin_memory=device.type == "cuda")
+        return Batch(at, mean, cache.labels[numbers], std)
+
+    tasks = (functools.partial(read, at) for at in batches)
+    with contextlib.closing(in_order(tasks, 1, LATENTS_AHEAD)) as ahead:
+        for batch in ahead:
+            yield batch.on(device)
+
+
+# --- Validation
 
 
 class ValidationImages:
@@ -296,7 +247,7 @@ class ValidationImages:
         world_size: processes that share the images.
 
     Attributes:
-        bad: images that could not be read.
+        unreadable: path -> reason, images that were left out so far.
         decoded: images that this process took out of the data set so far.
     """
 
@@ -308,42 +259,39 @@ class ValidationImages:
         rank: int,
         world_size: int,
     ) -> None:
-        self.protocol, self.machine, self.device = protocol, machine, device
-        self.bad, self.decoded = BadImages(), 0
+        self.unreadable: dict[str, str] = {}
+        self.decoded = 0
+        self.protocol, self.machine = protocol, machine
+        self._in_memory = protocol.data in BUILT_IN
         self._normalise = augment.Normalise(protocol.mean, protocol.std, device)
-        # The same spans for any number of processes, so that figures do not depend on it.
+        # The same spans for any number of processes, so that metrics do not depend on it.
         starts = range(rank * EVAL_BATCH, protocol.num_val, world_size * EVAL_BATCH)
-        self._spans = [slice(first, min(first + EVAL_BATCH, protocol.num_val)) for first in starts]
-        if protocol.data in BUILT_IN:
-            _, self._split = memory.splits_on(device, protocol.data, protocol.in_chans)
+        self._spans = [range(first, min(first + EVAL_BATCH, protocol.num_val)) for first in starts]
+        self._read: Read
+        if self._in_memory:
+            _, split = memory.splits_on(device, protocol.data, protocol.in_chans)
+            self._read = functools.partial(from_memory, split)
         else:
             folder = val_folder(Path(protocol.data))
             if folder is None:
                 raise DataError(f"{protocol.data} has no val/")
             transform = augment.eval_transform(protocol.image_size, protocol.crop_ratio)
-            self._files = ImageFiles(list_images(folder), transform, protocol.in_chans == 1)
+            files = ImageFiles(list_images(folder), transform, protocol.in_chans == 1)
+            self._read = functools.partial(load, files, machine, device, self.unreadable)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Normalised images [B, channels, h, w] and labels [B].
 
         Over all processes every image comes exactly once.
         """
-        from_memory = self.protocol.data in BUILT_IN
-        for images, labels in self._from_memory() if from_memory else self._from_files():
-            self.decoded += len(labels)
-            yield self._normalise(images), labels
-
-    def _from_memory(self) -> Iterator[tuple[Tensor, Tensor]]:
         size, ratio = self.protocol.image_size, self.protocol.crop_ratio
-        for span in self._spans:
-            images = self._split.images[span].float()
-            yield augment.resize_and_crop(images, size, ratio), self._split.labels[span]
-
-    def _from_files(self) -> Iterator[tuple[Tensor, Tensor]]:
-        keys = [[(n, None) for n in range(span.start, span.stop)] for span in self._spans]
-        loader = load(self._files, keys, self.machine.workers, self.device.type == "cuda")
-        with contextlib.closing(loader) as batches:
-            for loaded in batches:
-                self.bad.meet(loaded.unreadable, self.machine.skip_bad)
-                if len(loaded.labels):
-                    yield loaded.on(self.device)
+        with contextlib.closing(
+            self._read(Places(list(span), []) for span in self._spans)
+        ) as batches:
+            for batch in batches:
+                images = batch.images
+                if self._in_memory:
+                    images = augment.resize_and_crop(images, size, ratio)
+                self.decoded += len(batch.labels)
+                if len(batch.labels):  # else none of them could be read
+                    yield self._normalise(images), batch.labels

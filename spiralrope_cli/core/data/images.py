@@ -1,6 +1,6 @@
-"""Images of a set in batches of uint8 tensors, and tensors as images.
+"""Images of any kind as uint8: one file, a folder or an `.npz` in batches, tensors as a grid.
 
-Reading and decoding go on in threads beside the computation; memory does not grow with the set.
+Batches are read and decoded in threads beside the computation; memory does not grow with the set.
 
 Legend: B batch, (h, w) pixels.
 """
@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+import struct
+import zlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -21,19 +24,89 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from spiralrope_cli.core.data.files import Unreadable, open_picture
+from spiralrope_cli.core.config.datasets import list_images
 from spiralrope_cli.core.data.image_sets import FolderInput, ImageInput, NpzImages
 from spiralrope_cli.core.data.npz import stream_rows
+from spiralrope_cli.core.errors import UnreadableImageError
 from spiralrope_cli.core.runtime.launch import cores_per_process
 
 T = TypeVar("T")
+
+BROKEN_IMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error)
 
 LARGEST_BATCH = 1 << 28
 """Bytes of pixels after which a batch is closed before it is full."""
 MOST_THREADS = 8
 
 SMALLEST_SIDE = 64
-"""Smaller pictures are enlarged in a grid, pixel by pixel."""
+"""Smaller images are enlarged in a grid, pixel by pixel."""
+
+
+# --- One file
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An image that could not be decoded, carried out of a loader process in one piece."""
+
+    path: str
+    reason: str
+
+    def error(self) -> UnreadableImageError:
+        """The error that ends a run without --skip-bad."""
+        return UnreadableImageError(
+            f"image {self.path} cannot be read: {self.reason}",
+            "remove it, or go on without such images by --skip-bad",
+        )
+
+
+def open_image(
+    path: str, convert: Callable[[Image.Image], Image.Image]
+) -> Image.Image | Unreadable:
+    """A decoded and converted image, or why there is none."""
+    try:
+        with Image.open(path) as image:
+            return convert(image)
+    except BROKEN_IMAGE as error:
+        reason = str(error).replace(path, "").strip(" '") or type(error).__name__
+        return Unreadable(path, reason)
+    except Image.DecompressionBombError:
+        return Unreadable(path, "it is too large")
+
+
+def note_unreadable(unreadable: Iterable[Unreadable], skip: bool, reasons: dict[str, str]) -> None:
+    """Puts unreadable images into `reasons`, path -> reason, or raises for the first one."""
+    for bad in unreadable:
+        if not skip:
+            raise bad.error()
+        reasons[bad.path] = bad.reason
+
+
+def decode(path: str) -> np.ndarray | Unreadable:
+    """[h, w, 3] uint8 of any image: grey and palettes become RGB, alpha is dropped.
+
+    So do the other tools whose metrics ours are compared with.
+    """
+    image = open_image(path, lambda image: image.convert("RGB"))
+    return image if isinstance(image, Unreadable) else np.array(image)
+
+
+def decode_some(folders: Iterable[Path | None], most: int) -> tuple[int, list[Unreadable]]:
+    """Decodes some images of each folder of classes, evenly spread, and at most so many.
+
+    Returns:
+        how many, and those of them that cannot be decoded.
+    """
+    chosen: list[str] = []
+    for folder in folders:
+        paths = [path for path, _ in list_images(folder)] if folder else []
+        count = min(most, len(paths))
+        chosen += [paths[number * len(paths) // count] for number in range(count)]
+    decoded = map(decode, chosen)
+    return len(chosen), [each for each in decoded if isinstance(each, Unreadable)]
+
+
+# --- Sets
 
 
 @dataclass
@@ -91,39 +164,29 @@ def _decoded(
 ) -> Generator[ImageBatch, None, None]:
     if threads < 0:
         threads = min(MOST_THREADS, cores_per_process())
+    batch, num_bytes = ImageBatch(), 0
+    sizes: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = defaultdict(list)
     tasks = (partial(decode, images.files[number]) for number in part)
-    batch, sizes, num_bytes = ImageBatch(), _BySize(list), 0
-    with contextlib.closing(in_order(tasks, max(threads, 1), 4 * threads)) as pictures:
-        for number, picture in zip(part, pictures, strict=True):
-            if isinstance(picture, Unreadable):
-                batch.unreadable.append(picture)
+    with contextlib.closing(in_order(tasks, max(threads, 1), 4 * threads)) as decoded:
+        for number, image in zip(part, decoded, strict=True):
+            if isinstance(image, Unreadable):
+                batch.unreadable.append(image)
             else:
-                sizes[picture.shape].append((number, picture))
-                num_bytes += picture.nbytes
+                sizes[image.shape].append((number, image))
+                num_bytes += image.nbytes
             waiting = sum(map(len, sizes.values()))
             if waiting == batch_size or num_bytes > LARGEST_BATCH or number == part[-1]:
                 for group in sizes.values():
                     batch.numbers += [number for number, _ in group]
-                    batch.groups.append(_tensor(np.stack([picture for _, picture in group])))
+                    batch.groups.append(_tensor(np.stack([image for _, image in group])))
                 yield batch
-                batch, sizes, num_bytes = ImageBatch(), _BySize(list), 0
+                batch, num_bytes = ImageBatch(), 0
+                sizes.clear()
 
 
-_BySize = defaultdict[tuple[int, ...], list[tuple[int, np.ndarray]]]
-
-
-def _tensor(pictures: np.ndarray) -> Tensor:
+def _tensor(images: np.ndarray) -> Tensor:
     """[B, h, w, 3] as [B, 3, h, w], without a copy."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2)
-
-
-def decode(path: str) -> np.ndarray | Unreadable:
-    """[h, w, 3] uint8 of any image: grey and palettes become RGB, alpha is dropped.
-
-    So do the other tools whose figures ours are compared with.
-    """
-    picture = open_picture(path, lambda image: image.convert("RGB"))
-    return picture if isinstance(picture, Unreadable) else np.array(picture)
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
 def in_order(
@@ -133,6 +196,8 @@ def in_order(
     prepare: Callable[[], object] | None = None,
 ) -> Generator[T, None, None]:
     """The tasks' results in their order; who stops early should close it.
+
+    `Executor.map` would take all tasks at once, and so all images into memory.
 
     Args:
         tasks: what to call; taken one by one, in this thread.
@@ -154,23 +219,21 @@ def in_order(
                 future.cancel()
 
 
-def to_levels(images: Tensor) -> Tensor:
+# --- Tensors as images
+
+
+def to_uint8(images: Tensor) -> Tensor:
     """[N, 1 or 3, H, W] in [-1, 1] -> [N, 3, H, W] uint8 on the CPU; grey becomes RGB."""
-    levels = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return levels.to("cpu").expand(-1, 3, -1, -1)
+    pixels = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return pixels.to("cpu").expand(-1, 3, -1, -1)
 
 
-def picture_grid(levels: Tensor, columns: int | None = None) -> Image.Image:
-    """Pictures side by side.
-
-    Args:
-        levels: [N, 3, H, W] uint8.
-        columns: per row; by default a square of pictures.
-    """
+def image_grid(images: Tensor, columns: int | None = None) -> Image.Image:
+    """[N, 3, H, W] uint8 side by side, by default in a square."""
     from torchvision.utils import make_grid
 
-    larger = max(1, math.ceil(SMALLEST_SIDE / min(levels.shape[-2:])))
-    levels = levels.repeat_interleave(larger, 2).repeat_interleave(larger, 3)
-    columns = columns or math.ceil(math.sqrt(len(levels)))
-    pixels = make_grid(levels, nrow=columns, padding=2, pad_value=255)
+    larger = max(1, math.ceil(SMALLEST_SIDE / min(images.shape[-2:])))
+    images = images.repeat_interleave(larger, 2).repeat_interleave(larger, 3)
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    pixels = make_grid(images, nrow=columns, padding=2, pad_value=255)
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())

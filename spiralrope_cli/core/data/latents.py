@@ -13,9 +13,8 @@ import itertools
 import json
 import os
 import zlib
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,15 +32,11 @@ from spiralrope_cli.core.config.latents import (
     read_metadata,
     read_shards,
 )
-from spiralrope_cli.core.data.images import in_order
 from spiralrope_cli.core.errors import DataError
 from spiralrope_cli.core.runtime import distributed
 from spiralrope_cli.core.runtime.launch import cores_per_process
 from spiralrope_cli.core.runtime.progress import counted
 from spiralrope_cli.core.runtime.run_folder import differences
-
-AHEAD = 2
-"""Batches that are read while the network is busy."""
 
 SAY_ABOVE = 1 << 30
 """Bytes whose check takes long enough to show its progress."""
@@ -220,14 +215,6 @@ class LatentCache:
             row = number - (self._ends[shard - 1] if shard else 0)
             both[:, place] = self._sides[shard][side][row]
         return both[0], both[1]
-
-    def batches(
-        self, keys: Iterable[tuple[Tensor, Tensor]], device: torch.device
-    ) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """`mean_std` of each (numbers, mirrored) on a device, read ahead in a thread."""
-        read = partial(self.mean_std, pin_memory=device.type == "cuda")
-        for mean, std in in_order((partial(read, *key) for key in keys), 1, AHEAD):
-            yield mean.to(device, non_blocking=True), std.to(device, non_blocking=True)
 
 
 def open_shard(folder: Path, shard: Shard) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,7 +25,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from spiralrope_cli.core.atomic import atomic_write, flush, write_whole
-from spiralrope_cli.core.data.images import picture_grid
+from spiralrope_cli.core.data.images import image_grid
 from spiralrope_cli.core.data.npz import read_headers, stream_rows
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.runtime.progress import say
@@ -198,7 +198,7 @@ class SampleFiles:
         """The first images as one that says what made it."""
         count = min(self.num, GRID_IMAGES)
         (first,) = self._images(range(count), count)
-        grid = picture_grid(torch.from_numpy(first).permute(0, 3, 1, 2))
+        grid = image_grid(torch.from_numpy(first).permute(0, 3, 1, 2))
         _save_png(grid, self.grid, metadata)
 
     def missing_pngs(self) -> int:

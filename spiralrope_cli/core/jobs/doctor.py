@@ -29,7 +29,7 @@ from spiralrope_cli.core.config.hub import cache_folder
 from spiralrope_cli.core.config.resolve import choose_data
 from spiralrope_cli.core.config.samples import num_samples
 from spiralrope_cli.core.data import memory
-from spiralrope_cli.core.data.files import decode_some
+from spiralrope_cli.core.data.images import decode_some
 from spiralrope_cli.core.errors import CheckpointError, DataError, FetchError, SpiralRopeError
 from spiralrope_cli.core.hub import download
 from spiralrope_cli.core.hub.catalog import ROWS, find

@@ -44,7 +44,7 @@ from spiralrope_cli.core.runtime.progress import (
 from spiralrope_cli.core.runtime.run_folder import check_space, refuse_run
 
 if TYPE_CHECKING:
-    from spiralrope_cli.core.data.files import Loaded
+    from spiralrope_cli.core.data.loader import Batch
     from spiralrope_cli.core.diffusion.vae import Vae
     from spiralrope_cli.core.runtime.distributed import DistContext
 
@@ -220,9 +220,9 @@ def readable_now(shard: Shard, skip_bad: bool) -> bool:
     Raises:
         UnreadableImageError: one still cannot, and without --skip-bad none is left out.
     """
-    from spiralrope_cli.core.data.files import Unreadable, open_picture
+    from spiralrope_cli.core.data.images import Unreadable, open_image
 
-    still = [open_picture(path, lambda image: image.copy()) for path in shard.unreadable]
+    still = [open_image(path, lambda image: image.copy()) for path in shard.unreadable]
     bad = [each for each in still if isinstance(each, Unreadable)]
     if bad and not skip_bad:
         raise bad[0].error()
@@ -238,20 +238,20 @@ def encode_missing(plan: EncodePlan, ctx: DistContext, missing: list[int]) -> di
         return {}
 
     from spiralrope_cli.core.data.augment import cropped_array
-    from spiralrope_cli.core.data.files import ImageFiles, load
+    from spiralrope_cli.core.data.loader import ImageFiles, Places, load
     from spiralrope_cli.core.diffusion.vae import load_vae
     from spiralrope_cli.core.runtime.distributed import all_gather_object
 
     run, cache, size = plan.run, plan.cache, plan.run.batch_size
     vae = load_vae((plan.vae or find_vae(run.vae)).folder, ctx.device, ctx.dtype)
     # What this process will encode is read ahead; no batch reaches into the next shard.
-    keys = (
-        [(number, None) for number in numbers[first : first + size]]
+    places = (
+        Places(list(numbers[first : first + size]), [])
         for numbers in map(cache.files_of, missing[ctx.rank :: ctx.world_size])
         for first in range(0, len(numbers), size)
     )
-    files = ImageFiles(plan.images, partial(cropped_array, size=run.image_size), grey=False)
-    reading = load(files, keys, run.machine.workers, ctx.device.type == "cuda")
+    files = ImageFiles(plan.images, partial(cropped_array, size=run.image_size))
+    reading = load(files, run.machine, ctx.device, {}, places)
     done = cache.num_files - sum(len(cache.files_of(number)) for number in missing)
     progress = counted("encoded", cache.num_files, shown=ctx.is_first, done=done, unit="images/s")
     shards: dict[int, Shard] = {}
@@ -275,7 +275,7 @@ def encode_shard(
     plan: EncodePlan,
     ctx: DistContext,
     vae: Vae,
-    batches: Iterator[Loaded],
+    batches: Iterator[Batch],
     number: int,
     busy: int,
     advance: Callable[[int], None],
@@ -288,29 +288,34 @@ def encode_shard(
     import torch
 
     from spiralrope_cli.core.data import latents
-    from spiralrope_cli.core.data.files import BadImages
 
     run, cache, num_files = plan.run, plan.cache, len(plan.cache.files_of(number))
     # They stay on the device until the shard is full: no batch waits for a copy.
     sides = torch.empty(2, num_files, 2, *cache.latent_shape, device=ctx.device)
-    labels, bad, count = [torch.empty(0, dtype=torch.int64)], BadImages(), 0
+    labels, unreadable, count = (
+        [torch.empty(0, dtype=torch.int64, device=ctx.device)],
+        dict[str, str](),
+        0,
+    )
     for first in range(0, num_files, run.batch_size):
         if ctx.stop.signal_number:
             return None
-        loaded = next(batches)
-        bad.meet(loaded.unreadable, run.machine.skip_bad)
-        if len(loaded.labels):
-            images = loaded.images.to(ctx.device, non_blocking=True).float() / 127.5 - 1
+        batch = next(batches)
+        unreadable.update({bad.path: bad.reason for bad in batch.unreadable})
+        if len(batch.labels):
+            images = batch.images / 127.5 - 1
             rows = slice(count, count + len(images))
             for side, seen in enumerate((images, images.flip(-1))):
                 sides[side, rows] = torch.stack(vae.encode(seen), dim=1)
-            labels.append(loaded.labels)
+            labels.append(batch.labels)
             count = rows.stop
         # The other processes are about as far as this one.
         advance(busy * min(run.batch_size, num_files - first))
     plain, mirrored = sides[:, :count].cpu()
     out = Path(run.out)
-    return latents.write_shard(out, cache, number, plain, mirrored, torch.cat(labels), bad.reasons)
+    return latents.write_shard(
+        out, cache, number, plain, mirrored, torch.cat(labels).cpu(), unreadable
+    )
 
 
 def report(plan: EncodePlan, shards: list[Shard]) -> None:

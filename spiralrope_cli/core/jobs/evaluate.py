@@ -216,7 +216,7 @@ def work(config: EvalRun) -> None:
             images = ValidationImages(protocol, machine, ctx.device, ctx.rank, ctx.world_size)
             metrics |= measure_rows(rows, images, ctx)
             decoded += images.decoded
-            unreadable |= images.bad.reasons
+            unreadable |= images.unreadable
         decoded = sum(all_gather_object(decoded))
         unreadable = dict(ChainMap(*all_gather_object(unreadable)))
         if ctx.is_first:

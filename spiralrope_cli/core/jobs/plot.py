@@ -172,14 +172,14 @@ def read_image(file: str, weights: Weights, size: tuple[int, int]) -> tuple[np.n
     import torch
 
     from spiralrope_cli.core.data.augment import eval_transform
-    from spiralrope_cli.core.data.files import ImageFiles
+    from spiralrope_cli.core.data.loader import ImageFiles
     from spiralrope_cli.core.weights import mean_std
 
     channels = weights.options["in_chans"]
     files = ImageFiles([(file, 0)], eval_transform(size, 1.0), grey=channels == 1)
     pixels, _, unreadable = files[0, None]
-    if unreadable is not None:
-        raise DataError(f"IMAGE {file} cannot be read: {unreadable.reason}")
+    if pixels is None:
+        raise DataError(f"IMAGE {file} cannot be read: {unreadable[0].reason}")
     known = mean_std(weights, PHOTOGRAPHS, channels)
     mean, std = (torch.tensor(known[name]).view(-1, 1, 1) for name in ("mean", "std"))
     batch = (torch.from_numpy(pixels.copy()).float() / 255 - mean) / std

@@ -267,7 +267,7 @@ class Sampler:
         """[B, 3, H, W] uint8 of the images with these numbers; None where a signal came."""
         import torch
 
-        from spiralrope_cli.core.data.images import to_levels
+        from spiralrope_cli.core.data.images import to_uint8
         from spiralrope_cli.core.diffusion.samplers import BY_NAME, guided
         from spiralrope_cli.core.runtime.device import autocast
         from spiralrope_cli.core.runtime.seeds import NoisePerImage, drawn_class
@@ -287,7 +287,7 @@ class Sampler:
                     return None
                 latents = x
                 after_step()
-        return to_levels(self.vae.decode(latents) if self.vae else latents)
+        return to_uint8(self.vae.decode(latents) if self.vae else latents)
 
 
 def draw_missing(missing: Sequence[int], sampler: Sampler, files: SampleFiles) -> None:

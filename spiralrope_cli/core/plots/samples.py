@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spiralrope_cli.core.data.images import SMALLEST_SIDE, picture_grid
+from spiralrope_cli.core.data.images import SMALLEST_SIDE, image_grid
 from spiralrope_cli.core.plots.style import DPI, SMALL, TITLE
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def samples_figure(
     count, side = len(images), images.shape[-2]
     columns = min(columns or math.ceil(count**0.5), count)
     strip = math.ceil(STRIP * side) if labels else 0
-    grid = picture_grid(F.pad(images, (0, 0, 0, strip), value=255), columns)
+    grid = image_grid(F.pad(images, (0, 0, 0, strip), value=255), columns)
     larger = max(1, round(SMALLEST_TILE / max(SMALLEST_SIDE, min(images.shape[-2:]))))
     width, height = (larger * pixels / DPI for pixels in grid.size)
     lines = textwrap.wrap(title, max(12, int(width / CHARACTER)))

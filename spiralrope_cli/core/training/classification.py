@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spiralrope_cli.core.config.runs import ClassifierRun, EvalProtocol
-from spiralrope_cli.core.data.batches import Batch, ValidationImages, classifier_data
+from spiralrope_cli.core.data.batches import ValidationImages, classifier_data
+from spiralrope_cli.core.data.loader import Batch
 from spiralrope_cli.core.metrics.accuracy import measure_accuracy
 from spiralrope_cli.core.models.deit import DeiT
 from spiralrope_cli.core.runtime.device import autocast
@@ -37,12 +38,12 @@ def classification(config: ClassifierRun, ctx: DistContext) -> Task:
         std=augment.std,
     )
     held_out = ValidationImages(protocol, config.machine, ctx.device, ctx.rank, ctx.world_size)
-    data = classifier_data(config, ctx.device, ctx.rank, ctx.world_size, held_out.bad)
+    data = classifier_data(config, ctx.device, ctx.rank, ctx.world_size, held_out.unreadable)
     validate_steps = config.checkpoint.validate_every * config.steps_per_epoch
     return Task(
         train_steps=data.train_steps,
         remake=partial(data.remake, labels="targets"),
-        unreadable=data.bad.reasons,
+        unreadable=data.unreadable,
         loss=partial(classifier_loss, config, ctx),
         look_at=lambda step: due(step, validate_steps, config.total_steps),
         validate=partial(validate, config, ctx, held_out),

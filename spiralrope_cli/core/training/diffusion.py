@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from spiralrope_cli.core.atomic import atomic_write
 from spiralrope_cli.core.config.dit_runs import DiTRun
-from spiralrope_cli.core.data.batches import Batch, dit_data
-from spiralrope_cli.core.data.images import picture_grid, to_levels
+from spiralrope_cli.core.data.batches import dit_data
+from spiralrope_cli.core.data.images import image_grid, to_uint8
+from spiralrope_cli.core.data.loader import Batch
 from spiralrope_cli.core.diffusion.gaussian import GaussianDiffusion
 from spiralrope_cli.core.diffusion.vae import Vae, draw, load_vae
 from spiralrope_cli.core.errors import SpiralRopeError
@@ -61,7 +62,7 @@ def diffusion(
     return Task(
         train_steps=data.train_steps,
         remake=data.remake,
-        unreadable=data.bad.reasons,
+        unreadable=data.unreadable,
         loss=DiffusionLoss(config, ctx.device, ctx.dtype, vae, scale, GaussianDiffusion(), bound),
         extra=lambda: {"vb": bound.read()[0]},
         look_at=config.samples_at,
@@ -154,7 +155,7 @@ def draw_grid(
     images = grid_samples(config, ctx, cast(DiT, state.ema.module))
     if vae is not None:
         images = torch.cat([vae.decode(part) for part in images.split(DECODED_AT_ONCE)])
-    grid = picture_grid(to_levels(images), columns=len(images) // ROWS)
+    grid = image_grid(to_uint8(images), columns=len(images) // ROWS)
     for path in (target, folder / run_folder.SAMPLES_FILE):
         with atomic_write(path, sole=True) as beside:
             grid.save(beside, "png")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spiralrope_cli.core.data.batches import (
+    TrainingData,
     apart,
     epoch_order,
     own_parts,
     repeated_order,
-    step_slice,
 )
 
 SAMPLER = json.loads((Path(__file__).parents[2] / "golden" / "manifest.json").read_text())[
@@ -85,14 +86,28 @@ def test_the_parts_of_all_ranks_tile_the_batch(world, accumulation, micro):
 @law
 @given(st.integers(1, 50), st.integers(1, 64))
 def test_the_steps_of_an_epoch_tile_it(steps_per_epoch, batch_size):
-    starts = [step_slice(step, steps_per_epoch, batch_size) for step in range(2 * steps_per_epoch)]
-    expected = [(e, n * batch_size) for e in range(2) for n in range(steps_per_epoch)]
-    assert starts == expected
+    num_train = steps_per_epoch * batch_size + 1  # the last image of an order is left out
+    run = SimpleNamespace(
+        optim=SimpleNamespace(batch_size=batch_size),
+        steps_per_epoch=steps_per_epoch,
+        num_train=num_train,
+        seed=3,
+    )
+    data = TrainingData(run, [slice(0, batch_size)], read=None, finish=None)
+    seen = list(data.places(0, 2 * steps_per_epoch))
+    assert [at.epoch for at in seen] == [0] * steps_per_epoch + [1] * steps_per_epoch
+    for epoch in range(2):
+        of_epoch = seen[epoch * steps_per_epoch : (epoch + 1) * steps_per_epoch]
+        places = [place for at in of_epoch for place in at.places]
+        assert places == list(range(num_train - 1))
+        order = epoch_order(num_train, 1, 3, epoch).tolist()
+        assert [number for at in of_epoch for number in at.numbers] == order[:-1]
+    assert [at.first for at in seen] == [n * batch_size for n in range(len(seen))]
 
 
 @pytest.mark.parametrize(("batch_size", "repeats"), [(32, 3), (64, 3), (48, 2), (16, 1)])
-def test_repeats_of_a_picture_are_no_neighbours(batch_size, repeats):
+def test_repeats_of_an_image_are_no_neighbours(batch_size, repeats):
     places = apart(batch_size, repeats)
     assert sorted(places.tolist()) == list(range(batch_size))
-    pictures = places // repeats if repeats > 1 else places
-    assert (pictures[1:] != pictures[:-1]).all()
+    images = places // repeats if repeats > 1 else places
+    assert (images[1:] != images[:-1]).all()

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from spiralrope_cli.core.config.latents import CachePlan, read_metadata, shard_size_for
 from spiralrope_cli.core.data import latents
+from spiralrope_cli.core.data.batches import from_cache
 from spiralrope_cli.core.data.latents import LatentCache
+from spiralrope_cli.core.data.loader import Places
 from spiralrope_cli.core.errors import ConfigError, DataError
 
 PLAN = CachePlan(
@@ -77,13 +79,16 @@ def test_any_image_is_found_in_any_order(folder):
 
 def test_batches_read_ahead_come_in_order(folder):
     cache = LatentCache(folder)
-    keys = [(torch.randint(23, (4,)), torch.rand(4) < 0.5) for _ in range(7)]
-    batches = list(cache.batches(iter(keys), torch.device("cpu")))
-    assert len(batches) == 7
-    for key, (mean, std) in zip(keys, batches, strict=True):
-        expected = cache.mean_std(*key)
-        assert torch.equal(mean, expected[0])
-        assert torch.equal(std, expected[1])
+    mirrored = [torch.rand(4) < 0.5 for _ in range(7)]
+    places = [Places(torch.randint(23, (4,)).tolist(), [], epoch=n) for n in range(7)]
+    batches = list(from_cache(cache, torch.device("cpu"), lambda at: mirrored[at.epoch], places))
+    assert [batch.at for batch in batches] == places
+    for batch, flip in zip(batches, mirrored, strict=True):
+        numbers = torch.tensor(batch.at.numbers)
+        mean, std = cache.mean_std(numbers, flip)
+        assert torch.equal(batch.images, mean)
+        assert torch.equal(batch.std, std)
+        assert torch.equal(batch.labels, cache.labels[numbers])
 
 
 def test_shards_of_fewer_images_than_files_are_counted_right(tmp_path):

@@ -4,28 +4,26 @@ import contextlib
 import dataclasses
 import io
 import multiprocessing
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from spiralrope_cli.core.config.datasets import PHOTOGRAPHS, find_data_set, list_images, val_folder
+from spiralrope_cli.core.config.datasets import PHOTOGRAPHS, list_images, val_folder
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.recipes import PRETRAIN
 from spiralrope_cli.core.config.runs import AugmentConfig
-from spiralrope_cli.core.data import files
+from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.augment import eval_transform, train_transform
-from spiralrope_cli.core.data.files import (
-    ImageFiles,
-    TrainFiles,
-    Unreadable,
-    collate,
-    load,
-)
+from spiralrope_cli.core.data.images import Unreadable
+from spiralrope_cli.core.data.loader import MAX_TRIES, ImageFiles, Places, load
 from spiralrope_cli.core.errors import DataError
 from spiralrope_cli.core.runtime.seeds import seed_everything
 
+TrainFiles = partial(ImageFiles, tries=MAX_TRIES, seed=0)
+CPU = torch.device("cpu")
 RECIPE = build(AugmentConfig, {**PRETRAIN, **PHOTOGRAPHS})
 PLAIN = dataclasses.replace(RECIPE, auto_augment="none", color_jitter=0.0, hflip=0.0)
 SIZE = (16, 24)
@@ -55,81 +53,6 @@ def root(tmp_path):
 def val_files(root):
     transform = eval_transform(SIZE, 0.875)
     return ImageFiles(list_images(val_folder(root)), transform, grey=False)
-
-
-# ---- folders
-
-
-def test_classes_are_numbered_in_plain_sorted_order(root):
-    data_set = find_data_set(str(root))
-    assert (data_set.num_classes, data_set.num_train, data_set.num_val) == (4, 12, 8)
-    images = list_images(root / "train")
-    assert images == sorted(images)
-    names = {number: path.split("/")[-2] for path, number in images}
-    assert [names[number] for number in range(4)] == ["10", "2", "A", "b"]
-
-
-def test_images_are_found_below_their_class_in_any_usual_format(root):
-    folder = root / "train" / "A"
-    for name in ("deep/er/x.jpeg", "Y.JPG", "z.webp", "w.tif"):
-        save(folder / name)
-    for name in ("notes.txt", ".hidden.png", "archive.zip"):
-        (folder / name).write_text("no image")
-    (root / "train" / ".cache").mkdir()
-    (root / "train" / "stray.png").write_text("beside the classes")
-    found = [path for path, number in list_images(root / "train") if number == 2]
-    assert [path.removeprefix(f"{folder}/") for path in found] == [
-        *("0.png", "1.png", "2.png", "Y.JPG", "deep/er/x.jpeg", "w.tif", "z.webp")
-    ]
-
-
-@pytest.mark.parametrize(
-    ("there", "message"),
-    [((), "no train/ and no val/"), (("val",), "no train/"), (("train",), "no val/")],
-)
-def test_a_missing_split_is_named(tmp_path, there, message):
-    for split in there:
-        save(tmp_path / split / "a" / "0.png")
-    with pytest.raises(DataError) as caught:
-        find_data_set(str(tmp_path))
-    assert caught.value.message == f"{tmp_path} has {message}"
-    assert "train/ and val/" in caught.value.hint
-
-
-@pytest.mark.parametrize("name", ["val", "validation", "test"])
-def test_the_validation_folder_may_have_any_usual_name(tmp_path, name):
-    save(tmp_path / "train" / "a" / "0.png")
-    save(tmp_path / name / "a" / "0.png")
-    assert find_data_set(str(tmp_path)).num_val == 1
-    assert len(val_files(tmp_path)) == 1
-
-
-def test_no_folder_and_no_name_lists_what_there_is(tmp_path):
-    with pytest.raises(DataError, match="is no folder and no built-in name") as caught:
-        find_data_set(str(tmp_path / "nowhere"))
-    assert "digits" in caught.value.hint
-
-
-def test_a_split_without_class_folders_is_refused(root):
-    for path in sorted((root / "val").rglob("*"), reverse=True):
-        path.unlink() if path.is_file() else path.rmdir()
-    save(root / "val" / "0.png")
-    with pytest.raises(DataError, match="val has no class folders"):
-        find_data_set(str(root))
-
-
-def test_a_class_without_images_is_named(root):
-    for path in (root / "train" / "2").iterdir():
-        path.unlink()
-    with pytest.raises(DataError, match="train/2 holds no images") as caught:
-        find_data_set(str(root))
-    assert ".png" in caught.value.hint
-
-
-def test_splits_with_different_classes_are_refused(root):
-    (root / "val" / "b").rename(root / "val" / "c")
-    with pytest.raises(DataError, match=r"differ in 2 class folder\(s\): b, c"):
-        find_data_set(str(root))
 
 
 # ---- decoding
@@ -204,7 +127,7 @@ def test_sixteen_bits_of_grey_are_scaled_not_cut(tmp_path):
 def test_file_names_of_any_language_are_read(tmp_path, name):
     path = save(tmp_path / name)
     array, _, bad = ImageFiles([(path, 0)], eval_transform(SIZE, 0.875), grey=False)[0, None]
-    assert bad is None
+    assert not bad
     assert array.shape == (3, *SIZE)
 
 
@@ -221,7 +144,8 @@ def damaged(tmp_path, how):
 @pytest.mark.parametrize("how", ["text", "empty", "cut", "missing"])
 def test_an_unreadable_image_is_told_by_name(tmp_path, how):
     path = damaged(tmp_path, how)
-    array, label, bad = ImageFiles([(path, 3)], eval_transform(SIZE, 0.875), grey=False)[0, None]
+    files = ImageFiles([(path, 3)], eval_transform(SIZE, 0.875), grey=False)
+    array, label, (bad,) = files[0, None]
     assert array is None
     assert label == 3
     assert bad.path == path
@@ -235,7 +159,7 @@ def test_a_picture_too_large_to_be_true_is_told(tmp_path, monkeypatch):
     path = save(tmp_path / "x.png", picture(60, 60))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     _, _, bad = ImageFiles([(path, 0)], eval_transform(SIZE, 0.875), grey=False)[0, None]
-    assert bad == Unreadable(path, "it is too large")
+    assert bad == (Unreadable(path, "it is too large"),)
 
 
 def test_training_replaces_an_unreadable_image_by_the_next_and_tells(tmp_path):
@@ -254,49 +178,61 @@ def test_training_replaces_an_unreadable_image_by_the_next_and_tells(tmp_path):
 def test_training_gives_up_after_many_unreadable_images_in_a_row(tmp_path):
     path = damaged(tmp_path, "text")
     good = save(tmp_path / "good.png")
-    listed = [(path, 0)] * files.MAX_TRIES + [(good, 1)]
+    listed = [(path, 0)] * MAX_TRIES + [(good, 1)]
     trained = TrainFiles(listed, train_transform(SIZE, RECIPE), grey=False)
     array, _, told = trained[0, (0, 0, 0)]
     assert array is None
-    assert len(told) == files.MAX_TRIES
+    assert len(told) == MAX_TRIES
     assert trained[1, (0, 0, 0)][1] == 1
 
 
-def test_a_batch_holds_what_could_be_read_and_names_the_rest():
-    one, other = Unreadable("one", "why"), Unreadable("other", "why")
-    pixels = np.ones((3, 2, 2), dtype=np.uint8)
-    mixed = collate([(pixels, 3, None), (None, 1, one), (pixels * 2, 0, (other,))])
-    assert mixed.images.shape == (2, 3, 2, 2)
+def test_a_batch_holds_what_could_be_read_and_names_the_rest(tmp_path):
+    bad = [damaged(tmp_path, how) for how in ("text", "cut")]
+    listed = [
+        (save(tmp_path / "a.png"), 3),
+        (bad[0], 1),
+        (save(tmp_path / "b.png"), 0),
+        (bad[1], 2),
+    ]
+    files = ImageFiles(listed, eval_transform(SIZE, 0.875))
+    at = Places([0, 1, 2, 3], [])
+    mixed = files.__getitems__(at)
+    assert mixed.at == at
+    assert mixed.images.shape == (2, 3, *SIZE)
     assert mixed.images.dtype == torch.uint8
     assert mixed.labels.tolist() == [3, 0]
-    assert mixed.unreadable == (one, other)
-    nothing = collate([(None, 1, one)])
+    assert [each.path for each in mixed.unreadable] == bad
+    nothing = files.__getitems__(Places([1], []))
     assert len(nothing.labels) == 0
-    assert nothing.unreadable == (one,)
+    assert [each.path for each in nothing.unreadable] == bad[:1]
 
 
 # ---- augmentation
 
 
-def test_the_same_keys_give_the_same_bytes_for_any_number_of_workers(root):
-    keys = [[(n % 12, (0, 0, n)) for n in range(first, first + 6)] for first in range(0, 24, 6)]
+def loaded(files, batches, workers, skip_bad=True, unreadable=None):
+    machine = MachineConfig(workers=workers, skip_bad=skip_bad)
+    return load(files, machine, CPU, {} if unreadable is None else unreadable, batches)
+
+
+def test_the_same_places_give_the_same_bytes_for_any_number_of_workers(root):
+    places = [list(range(first, first + 6)) for first in range(0, 24, 6)]
+    batches = [Places([n % 12 for n in each], each) for each in places]
     trained = TrainFiles(list_images(root / "train"), train_transform(SIZE, RECIPE), grey=False)
-    alone, shared, again = (
-        list(load(trained, keys, workers, pin_memory=False)) for workers in (0, 2, 2)
-    )
-    for batches in (shared, again):
-        assert len(batches) == len(alone) == 4
-        for ours, expected in zip(batches, alone, strict=True):
+    alone, shared, again = (list(loaded(trained, batches, workers)) for workers in (0, 2, 2))
+    for others in (shared, again):
+        assert [batch.at for batch in others] == batches
+        for ours, expected in zip(others, alone, strict=True):
             assert torch.equal(ours.images, expected.images)
             assert torch.equal(ours.labels, expected.labels)
     assert alone[0].images.shape == (6, 3, *SIZE)
     assert alone[0].labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert torch.equal(alone[0].images[3], torch.tensor(trained[3, (0, 0, 3)][0]).float())
 
 
 def test_closing_ends_the_workers_while_an_error_is_on_its_way(root):
-    keys = [[(n % 12, None)] for n in range(1000)]
     before = set(multiprocessing.active_children())
-    batches = load(val_files(root), keys, 2, pin_memory=False)
+    batches = loaded(val_files(root), [Places([n % 8], []) for n in range(1000)], 2)
     next(batches)
     workers = set(multiprocessing.active_children()) - before
     assert len(workers) == 2
@@ -306,9 +242,8 @@ def test_closing_ends_the_workers_while_an_error_is_on_its_way(root):
 
 
 def test_a_worker_that_was_killed_is_one_line(root):
-    keys = [[(n % 12, None)] for n in range(1000)]
     before = set(multiprocessing.active_children())
-    batches = load(val_files(root), keys, 1, pin_memory=False)
+    batches = loaded(val_files(root), [Places([n % 8], []) for n in range(1000)], 1)
     next(batches)
     [worker] = set(multiprocessing.active_children()) - before
     worker.kill()
@@ -319,13 +254,30 @@ def test_a_worker_that_was_killed_is_one_line(root):
 def test_workers_name_unreadable_images(root):
     bad = root / "val" / "2" / "1.png"
     bad.write_bytes(b"no image")
-    evaluated = val_files(root)
-    keys = [[(n, None) for n in range(first, first + 4)] for first in (0, 4)]
-    first, second = load(evaluated, keys, 2, pin_memory=False)
-    assert [each.path for each in first.unreadable] == [str(bad)]
+    unreadable = {}
+    batches = [Places([0, 1, 2, 3], []), Places([4, 5, 6, 7], [])]
+    first, second = loaded(val_files(root), batches, 2, unreadable=unreadable)
+    assert [each.path for each in first.unreadable] == list(unreadable) == [str(bad)]
     assert first.labels.tolist() == [0, 0, 1]
     assert second.labels.tolist() == [2, 2, 3, 3]
     assert second.unreadable == ()
+    with pytest.raises(DataError, match=r"1\.png cannot be read"):
+        list(loaded(val_files(root), batches, 2, skip_bad=False))
+
+
+def test_a_training_batch_is_filled_up_or_the_run_ends(tmp_path):
+    bad, good = damaged(tmp_path, "text"), save(tmp_path / "good.png")
+    unreadable = {}
+    for num_bad, batch in ((MAX_TRIES - 1, Places([0, 1], [0, 1])), (MAX_TRIES, Places([0], [0]))):
+        listed = [(bad, 0)] * num_bad + [(good, 1)]
+        trained = TrainFiles(listed, train_transform(SIZE, RECIPE))
+        batches = loaded(trained, [batch], 0, unreadable=unreadable)
+        if num_bad < MAX_TRIES:
+            assert next(batches).labels.tolist() == [1, 1]
+            assert list(unreadable) == [bad]
+        else:
+            with pytest.raises(DataError, match="16 training images in a row cannot be read"):
+                next(batches)
 
 
 @pytest.mark.parametrize("grey", [False, True])

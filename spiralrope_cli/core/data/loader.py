@@ -1,0 +1,219 @@
+"""Image files of classes in batches: decoded and augmented by loader processes.
+
+Legend: B images in a batch, K classes, (h, w) pixels or latents.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from spiralrope_cli.core.config.training import MachineConfig
+from spiralrope_cli.core.data.images import Unreadable, note_unreadable, open_image
+from spiralrope_cli.core.errors import DataError, dead_loader
+from spiralrope_cli.core.runtime.launch import cores_per_process
+from spiralrope_cli.core.runtime.seeds import seed_everything
+
+Transform = Callable[[Image.Image], np.ndarray]
+"""An image as uint8 [channels, h, w]."""
+
+Key = tuple[int, tuple[int, ...] | None]
+"""Number of an image in its set, and the seed parts of its augmentation, if it has one."""
+
+MAX_TRIES = 16
+"""Unreadable images in a row before a training sample is given up with `skip_bad`."""
+
+GRACE_SECONDS = 60
+"""How long loader processes outlive a SIGTERM: the trainer finishes its step meanwhile."""
+
+
+class Places(NamedTuple):
+    """Which images a batch holds, and where they stand in a training run.
+
+    Lists, as loader processes get it too: tensors would travel through shared memory.
+
+    Attributes:
+        numbers: [B] of the images in their set.
+        places: [B] in the epoch; none where they belong to no training run.
+        epoch: counted from 0.
+        part: of the step's batch, this micro batch.
+        first: place of its first image in the run.
+    """
+
+    numbers: list[int]
+    places: list[int]
+    epoch: int = 0
+    part: slice = slice(0)
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One (micro) batch.
+
+    Attributes:
+        at: what stands in it.
+        images: [B, channels, h, w], uint8 as loaded, float32 on the device: in [0, 255], in the
+            end normalised, or in [-1, 1] for a DiT; of cached latents, the means of posteriors.
+        labels: [B] class numbers, or [B, K] where they are mixed.
+        std: standard deviations of cached posteriors, as images, else None.
+        unreadable: images that were left out or replaced.
+    """
+
+    at: Places
+    images: Tensor
+    labels: Tensor
+    std: Tensor | None = None
+    unreadable: tuple[Unreadable, ...] = ()
+
+    def pin_memory(self) -> Batch:
+        """The same in page-locked memory; the loader asks, as it knows no such class."""
+        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
+
+    def on(self, device: torch.device) -> Batch:
+        """The same on a device, images as float32."""
+        images = self.images.to(device, non_blocking=True).float()
+        std = None if self.std is None else self.std.to(device, non_blocking=True)
+        labels = self.labels.to(device, non_blocking=True)
+        return replace(self, images=images, labels=labels, std=std)
+
+
+class ImageFiles(Dataset[Any]):
+    """Image files of classes.
+
+    Args:
+        files: (path, class number) of every image.
+        transform: image to uint8 array [channels, h, w].
+        grey: whether the network takes one channel.
+        tries: images in a row that are tried: the next readable one replaces an unreadable one.
+        seed: of the run, if the transform draws random numbers; they follow from seed, epoch and
+            place.
+    """
+
+    def __init__(
+        self,
+        files: list[tuple[str, int]],
+        transform: Transform,
+        grey: bool = False,
+        tries: int = 1,
+        seed: int | None = None,
+    ) -> None:
+        # Plain arrays: a list of a million tuples would be copied page by page in each worker.
+        self.paths = np.array([os.fsencode(path) for path, _ in files])
+        self.labels = np.array([label for _, label in files], dtype=np.int64)
+        self.transform, self.mode = transform, "L" if grey else "RGB"
+        self.tries, self.seed = tries, seed
+
+    def __getitem__(self, key: Key) -> tuple[np.ndarray | None, int, tuple[Unreadable, ...]]:
+        """Array, label, and what was unreadable; without an array where no try was readable."""
+        number, parts = key
+        failed: list[Unreadable] = []
+        for place in range(number, number + self.tries):
+            path = os.fsdecode(self.paths[place % len(self.paths)])
+            image = open_image(path, lambda image: _flattened(image).convert(self.mode))
+            if not isinstance(image, Unreadable):
+                if parts is not None:
+                    seed_everything("augment", *parts)
+                label = int(self.labels[place % len(self.paths)])
+                return np.asarray(self.transform(image)), label, tuple(failed)
+            failed.append(image)
+        return None, int(self.labels[number]), tuple(failed)
+
+    def __getitems__(self, at: Places) -> Batch:
+        """A batch of what could be read; the loader calls this once for each batch."""
+        seeds = [None if self.seed is None else (self.seed, at.epoch, place) for place in at.places]
+        keys = zip(at.numbers, seeds or [None] * len(at.numbers), strict=True)
+        arrays, labels, failed = zip(*(self[key] for key in keys), strict=True)
+        good = [array for array in arrays if array is not None]
+        images = torch.from_numpy(np.stack(good)) if good else torch.empty(0)
+        kept = [label for array, label in zip(arrays, labels, strict=True) if array is not None]
+        unreadable = tuple(each for some in failed for each in some)
+        return Batch(at, images, torch.tensor(kept, dtype=torch.int64), unreadable=unreadable)
+
+
+def _flattened(image: Image.Image) -> Image.Image:
+    """Transparency over black, and 16 bits of grey as 8: a plain conversion would lose both."""
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        grey = np.asarray(image).clip(0, 65535) / 257  # else all but the darkest become white
+        return Image.fromarray(grey.round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    return image
+
+
+def load(
+    files: ImageFiles,
+    machine: MachineConfig,
+    device: torch.device,
+    unreadable: dict[str, str],
+    batches: Iterable[Places],
+) -> Generator[Batch, None, None]:
+    """Batches on the device, read ahead by loader processes, which end when it is closed.
+
+    Args:
+        files: that are read.
+        machine: number of processes, and whether unreadable images are skipped.
+        device: where batches go.
+        unreadable: path -> reason, takes the images that are skipped.
+        batches: what each batch holds.
+
+    Raises:
+        UnreadableImageError: without `skip_bad`.
+        DataError: a loader process was killed, or no readable image replaces an unreadable one.
+    """
+    workers = machine.workers if machine.workers >= 0 else min(4, cores_per_process())
+    loader = DataLoader(
+        files,
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=_as_it_is,  # type: ignore[arg-type]
+        pin_memory=device.type == "cuda",
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_one_thread if workers else None,
+        # Processes that a launcher spawned would spawn in turn, and load torch for each anew.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+    )
+    loading = iter(loader)
+    try:
+        for batch in loading:
+            note_unreadable(batch.unreadable, machine.skip_bad, unreadable)
+            if files.tries > 1 and len(batch.labels) < len(batch.at.numbers):
+                raise DataError(
+                    f"{files.tries} training images in a row cannot be read",
+                    f"the last: {batch.unreadable[-1].path}",
+                )
+            yield batch.on(device)
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if died := dead_loader(error):
+            raise died from error
+        raise
+    finally:
+        # Traceback or not: an iterator that lives on keeps its processes until the very end,
+        # where they take a SIGTERM for one that the trainer answers.
+        if workers:
+            with contextlib.suppress(RuntimeError):  # one that was killed is told above
+                loading._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _one_thread(worker: int) -> None:
+    """Loader processes share the cores; a signal to the whole group is the trainer's to answer."""
+    import signal
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_SECONDS))
