@@ -92,6 +92,7 @@ class TrainingData:
 
     Attributes:
         run: the run.
+        steps_per_epoch: of the run.
         parts: of each step's batch, those that this process takes.
         read: gives the images that stand at some places.
         finish: augments and normalises them.
@@ -101,6 +102,7 @@ class TrainingData:
     """
 
     run: TrainingRun
+    steps_per_epoch: int
     parts: list[slice]
     read: Read
     finish: Callable[[Batch], Batch]
@@ -116,9 +118,9 @@ class TrainingData:
 
     def places(self, first_step: int, last_step: int) -> Iterator[Places]:
         """What stands in those micro batches."""
-        size, steps_per_epoch = self.run.optim.batch_size, self.run.steps_per_epoch
+        size = self.run.optim.batch_size
         for step in range(first_step, last_step):
-            epoch, within = divmod(step, steps_per_epoch)
+            epoch, within = divmod(step, self.steps_per_epoch)
             order = epoch_order(self.run.num_train, self.repeats, self.run.seed, epoch)
             places = within * size + apart(size, self.repeats)
             for part in self.parts:
@@ -166,7 +168,9 @@ def classifier_data(
         return Batch(at, *mixed)
 
     parts = own_parts(rank, *run.split_batch(world_size))
-    return TrainingData(run, parts, read, finish, unreadable, repeats=options.repeated_aug)
+    return TrainingData(
+        run, run.steps_per_epoch, parts, read, finish, unreadable, repeats=options.repeated_aug
+    )
 
 
 def dit_data(run: DiTRun, device: torch.device, rank: int, world_size: int) -> TrainingData:
@@ -188,7 +192,9 @@ def dit_data(run: DiTRun, device: torch.device, rank: int, world_size: int) -> T
         cache = LatentCache(Path(run.pictures.latents).expanduser())
         cache.verify()
         read = functools.partial(from_cache, cache, device, mirrored)
-        return TrainingData(run, parts, read, lambda batch: batch, scale=cache.scale)
+        return TrainingData(
+            run, run.steps_per_epoch, parts, read, lambda batch: batch, scale=cache.scale
+        )
     if run.data in BUILT_IN:
         channels = 3 if run.pictures.in_latents else run.model.in_chans
         split, _ = memory.splits_on(device, run.data, channels)
@@ -202,7 +208,7 @@ def dit_data(run: DiTRun, device: torch.device, rank: int, world_size: int) -> T
         images = augment.resize_and_crop(batch.images, size, 1.0) / 127.5 - 1
         return replace(batch, images=augment.mirror(images, mirrored(batch.at)))
 
-    return TrainingData(run, parts, read, finish, unreadable)
+    return TrainingData(run, run.steps_per_epoch, parts, read, finish, unreadable)
 
 
 def from_memory(

@@ -1,4 +1,4 @@
-"""Images of any kind as uint8: one file, a folder or an `.npz` in batches, tensors as a grid.
+"""Sets of images as uint8, from a folder or an `.npz`, and tensors as images.
 
 Batches are read and decoded in threads beside the computation; memory does not grow with the set.
 
@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import struct
-import zlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,13 +24,11 @@ from torch import Tensor
 
 from spiralrope_cli.core.config.datasets import list_images
 from spiralrope_cli.core.data.image_sets import FolderInput, ImageInput, NpzImages
+from spiralrope_cli.core.data.loader import Unreadable, open_image
 from spiralrope_cli.core.data.npz import stream_rows
-from spiralrope_cli.core.errors import UnreadableImageError
 from spiralrope_cli.core.runtime.launch import cores_per_process
 
 T = TypeVar("T")
-
-BROKEN_IMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error)
 
 LARGEST_BATCH = 1 << 28
 """Bytes of pixels after which a batch is closed before it is full."""
@@ -40,46 +36,6 @@ MOST_THREADS = 8
 
 SMALLEST_SIDE = 64
 """Smaller images are enlarged in a grid, pixel by pixel."""
-
-
-# --- One file
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """An image that could not be decoded, carried out of a loader process in one piece."""
-
-    path: str
-    reason: str
-
-    def error(self) -> UnreadableImageError:
-        """The error that ends a run without --skip-bad."""
-        return UnreadableImageError(
-            f"image {self.path} cannot be read: {self.reason}",
-            "remove it, or go on without such images by --skip-bad",
-        )
-
-
-def open_image(
-    path: str, convert: Callable[[Image.Image], Image.Image]
-) -> Image.Image | Unreadable:
-    """A decoded and converted image, or why there is none."""
-    try:
-        with Image.open(path) as image:
-            return convert(image)
-    except BROKEN_IMAGE as error:
-        reason = str(error).replace(path, "").strip(" '") or type(error).__name__
-        return Unreadable(path, reason)
-    except Image.DecompressionBombError:
-        return Unreadable(path, "it is too large")
-
-
-def note_unreadable(unreadable: Iterable[Unreadable], skip: bool, reasons: dict[str, str]) -> None:
-    """Puts unreadable images into `reasons`, path -> reason, or raises for the first one."""
-    for bad in unreadable:
-        if not skip:
-            raise bad.error()
-        reasons[bad.path] = bad.reason
 
 
 def decode(path: str) -> np.ndarray | Unreadable:
@@ -104,9 +60,6 @@ def decode_some(folders: Iterable[Path | None], most: int) -> tuple[int, list[Un
         chosen += [paths[number * len(paths) // count] for number in range(count)]
     decoded = map(decode, chosen)
     return len(chosen), [each for each in decoded if isinstance(each, Unreadable)]
-
-
-# --- Sets
 
 
 @dataclass

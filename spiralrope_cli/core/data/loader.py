@@ -1,4 +1,4 @@
-"""Image files of classes in batches: decoded and augmented by loader processes.
+"""Image files: opened, and in batches decoded and augmented by loader processes.
 
 Legend: B images in a batch, K classes, (h, w) pixels or latents.
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import struct
 import sys
+import zlib
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -19,8 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from spiralrope_cli.core.config.training import MachineConfig
-from spiralrope_cli.core.data.images import Unreadable, note_unreadable, open_image
-from spiralrope_cli.core.errors import DataError, dead_loader
+from spiralrope_cli.core.errors import DataError, UnreadableImageError, dead_loader
 from spiralrope_cli.core.runtime.launch import cores_per_process
 from spiralrope_cli.core.runtime.seeds import seed_everything
 
@@ -30,11 +31,56 @@ Transform = Callable[[Image.Image], np.ndarray]
 Key = tuple[int, tuple[int, ...] | None]
 """Number of an image in its set, and the seed parts of its augmentation, if it has one."""
 
+BROKEN_IMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error)
+
 MAX_TRIES = 16
 """Unreadable images in a row before a training sample is given up with `skip_bad`."""
 
 GRACE_SECONDS = 60
 """How long loader processes outlive a SIGTERM: the trainer finishes its step meanwhile."""
+
+
+# --- One file
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An image that could not be decoded, carried out of a loader process in one piece."""
+
+    path: str
+    reason: str
+
+    def error(self) -> UnreadableImageError:
+        """The error that ends a run without --skip-bad."""
+        return UnreadableImageError(
+            f"image {self.path} cannot be read: {self.reason}",
+            "remove it, or go on without such images by --skip-bad",
+        )
+
+
+def open_image(
+    path: str, convert: Callable[[Image.Image], Image.Image]
+) -> Image.Image | Unreadable:
+    """A decoded and converted image, or why there is none."""
+    try:
+        with Image.open(path) as image:
+            return convert(image)
+    except BROKEN_IMAGE as error:
+        reason = str(error).replace(path, "").strip(" '") or type(error).__name__
+        return Unreadable(path, reason)
+    except Image.DecompressionBombError:
+        return Unreadable(path, "it is too large")
+
+
+def note_unreadable(unreadable: Iterable[Unreadable], skip: bool, reasons: dict[str, str]) -> None:
+    """Puts unreadable images into `reasons`, path -> reason, or raises for the first one."""
+    for bad in unreadable:
+        if not skip:
+            raise bad.error()
+        reasons[bad.path] = bad.reason
+
+
+# --- Batches
 
 
 class Places(NamedTuple):

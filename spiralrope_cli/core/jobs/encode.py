@@ -220,7 +220,7 @@ def readable_now(shard: Shard, skip_bad: bool) -> bool:
     Raises:
         UnreadableImageError: one still cannot, and without --skip-bad none is left out.
     """
-    from spiralrope_cli.core.data.images import Unreadable, open_image
+    from spiralrope_cli.core.data.loader import Unreadable, open_image
 
     still = [open_image(path, lambda image: image.copy()) for path in shard.unreadable]
     bad = [each for each in still if isinstance(each, Unreadable)]

@@ -89,11 +89,10 @@ def test_the_steps_of_an_epoch_tile_it(steps_per_epoch, batch_size):
     num_train = steps_per_epoch * batch_size + 1  # the last image of an order is left out
     run = SimpleNamespace(
         optim=SimpleNamespace(batch_size=batch_size),
-        steps_per_epoch=steps_per_epoch,
         num_train=num_train,
         seed=3,
     )
-    data = TrainingData(run, [slice(0, batch_size)], read=None, finish=None)
+    data = TrainingData(run, steps_per_epoch, [slice(0, batch_size)], read=None, finish=None)
     seen = list(data.places(0, 2 * steps_per_epoch))
     assert [at.epoch for at in seen] == [0] * steps_per_epoch + [1] * steps_per_epoch
     for epoch in range(2):
