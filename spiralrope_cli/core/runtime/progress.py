@@ -1,6 +1,6 @@
-"""What a job says: results on stdout, all else on stderr; how far it is; what a run records.
+"""What a command says: results on stdout, all else on stderr; how far it is; what a run records.
 
-What can be counted shows as a bar on a terminal, and as lines elsewhere. Of the processes of a job
+What can be counted shows as a bar on a terminal, and as lines elsewhere. Of the processes of a run
 the first one alone speaks and records.
 """
 
@@ -14,8 +14,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -24,28 +23,30 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    Task,
     TextColumn,
     TimeRemainingColumn,
 )
 from rich.text import Text
 
 from spiralrope_cli.core.atomic import write_whole
+from spiralrope_cli.core.config.nested import to_nested
 from spiralrope_cli.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from spiralrope_cli.core.config.dit_runs import TrainingRun
 
 SECONDS = 30.0
 """Between lines in a log."""
 
-Track = Callable[[int, dict[str, float]], None]
-
 METRICS_FILE = "metrics.jsonl"
-UNITS = {
-    "lr": "{:.3g}",
-    "loss": "{:.4f}",
-    "vb": "{:.5f}",
-    "grad_norm": "{:.3f}",
-    "images_per_s": "{:.0f}",
+SHOWN = {
+    "lr": "lr {:.3g}",
+    "loss": "loss {:.4f}",
+    "vb": "vb {:.5f}",
+    "grad_norm": "|grad| {:.3f}",
+    "images_per_s": "images/s {:.0f}",
 }
-LABELS = {"grad_norm": "|grad|", "images_per_s": "images/s"}
 
 
 def console(*, stderr: bool = False, quiet: bool = False) -> Console:
@@ -61,6 +62,15 @@ def say(line: str, to: Console | None = None) -> None:
 def say_result(line: str) -> None:
     """One line on stdout, never cut."""
     console().print(line, soft_wrap=True)
+
+
+def say_unreadable(reasons: dict[str, str]) -> None:
+    """How many images were left out, and the first of them with the reason."""
+    if not reasons:
+        return
+    say(f"{len(reasons)} image(s) could not be read and were left out:")
+    for path, reason in sorted(reasons.items())[:10]:
+        say(f"  {path}: {reason}")
 
 
 def human_size(size: float) -> str:
@@ -86,19 +96,26 @@ def counted(
         unit: of the pace.
         parts: of each one, where those are told; whole ones are shown.
     """
-    shown_on = console(stderr=True, quiet=not shown)
-    pace = Pace(total, done, parts)
-    if not shown_on.is_terminal:
-        yield _lines(shown_on, what, pace, unit)
-        return
+    out = console(stderr=True, quiet=not shown)
     columns = bar_columns(what, MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-    with Progress(*columns, console=shown_on, transient=True) as progress:
-        task = progress.add_task("", total=total, completed=done, rate="")
+    bar = Progress(*columns, console=out, transient=True)
+    bar.add_task("", total=total, completed=done, rate="")
+    [task] = bar.tasks
+    parts_done, said = 0, time.monotonic()
 
-        def advance(more: int) -> None:
-            pace.advance(more)
-            progress.update(task, completed=pace.done, rate=f"{_short(pace.rate)} {unit}")
+    def advance(more: int) -> None:
+        nonlocal parts_done, said
+        parts_done += more
+        before, now = task.completed, min(done + parts_done // parts, total)
+        pace = (now - done) / max(task.elapsed or 0, 1e-9)
+        rate = f"{pace:.0f} {unit}" if pace >= 100 else f"{pace:.3g} {unit}"
+        bar.update(task.id, completed=now, rate=rate)
+        late = time.monotonic() - said >= SECONDS
+        if not out.is_terminal and (late or before < now == total):
+            said = time.monotonic()
+            say(f"{what}  {now}/{total}  {rate}  left {time_left(task, done)}", out)
 
+    with bar if out.is_terminal else contextlib.nullcontext():
         yield advance
 
 
@@ -107,137 +124,71 @@ def bar_columns(what: str, *counts: ProgressColumn) -> list[ProgressColumn]:
     return [TextColumn(what), BarColumn(None), *counts, TimeRemainingColumn(), TextColumn("left")]
 
 
-class Pace:
-    """How many are done, how fast, and for how long it will go on."""
-
-    def __init__(self, total: int, done: int, parts: int = 1) -> None:
-        self.total, self.done = total, done
-        self._parts, self._parts_done = parts, 0
-        self._first, self._start = done, time.monotonic()
-
-    def advance(self, more: int) -> None:
-        """Counts parts, and with them whole ones; never beyond the total."""
-        self._parts_done += more
-        self.done = min(self._first + self._parts_done // self._parts, self.total)
-
-    @property
-    def rate(self) -> float:
-        """Per second, since the start of this process."""
-        return (self.done - self._first) / max(time.monotonic() - self._start, 1e-9)
-
-    @property
-    def left(self) -> timedelta:
-        """Time until the end at this pace."""
-        return timedelta(seconds=round((self.total - self.done) / max(self.rate, 1e-9)))
-
-
-def _lines(to: Console, what: str, pace: Pace, unit: str) -> Callable[[int], None]:
-    said = time.monotonic()
-
-    def advance(more: int) -> None:
-        nonlocal said
-        before = pace.done
-        pace.advance(more)
-        now = time.monotonic()
-        if now - said >= SECONDS or before < pace.done == pace.total:
-            said = now
-            rate = f"{_short(pace.rate)} {unit}"
-            say(f"{what}  {pace.done}/{pace.total}  {rate}  left {pace.left}", to)
-
-    return advance
-
-
-def _short(rate: float) -> str:
-    return f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
+def time_left(task: Task, first: int) -> str:
+    """Until the end, at the pace since this process began with the first."""
+    done, left = task.completed - first, (task.total or 0) - task.completed
+    if left and not done:
+        return "?"
+    return str(timedelta(seconds=round((task.elapsed or 0) * left / done if left else 0)))
 
 
 # --- A training run
 
 
 class Reporter:
-    """Shows and records the progress of a run.
-
-    Args:
-        folder: the run folder.
-        total_steps: of the run.
-        steps_per_epoch: of the run.
-        tracker: `none`, `tensorboard` or `wandb`.
-        config: nested values, for trackers.
-        first: whether this worker speaks; a silent reporter accepts everything.
-    """
+    """Shows and records the progress of a training run; where `first` is False, nothing."""
 
     def __init__(
-        self,
-        folder: Path,
-        *,
-        total_steps: int,
-        steps_per_epoch: int,
-        tracker: str,
-        config: dict[str, Any],
-        first: bool,
+        self, run: TrainingRun, *, step: int, best_acc1: float | None, first: bool
     ) -> None:
-        self.first = first
-        self.folder = folder
+        self.folder, self.first, self._first_step = Path(run.out), first, step
+        self._total_steps, self._steps_per_epoch = run.total_steps, run.steps_per_epoch
         self.console = console(stderr=True, quiet=not first)
-        self._total_steps, self._steps_per_epoch = total_steps, steps_per_epoch
-        self._best, self._parts = "", list[str]()
-        self._live: Live | None = None
-        kind = tracker if first else "none"
-        self._track, self._close_tracker = open_tracker(kind, folder, config)
-        columns = bar_columns(
-            "epoch {task.fields[epoch]}", TextColumn("step"), MofNCompleteColumn()
-        )
-        self._progress = Progress(*columns, console=self.console, expand=True)
-        self._task = self._progress.add_task("", total=total_steps, epoch="")
+        tracker = run.machine.tracker if first else "none"
+        self._track, self._close_tracker = open_tracker(tracker, self.folder, to_nested(run))
+        counts = (TextColumn("step"), MofNCompleteColumn())
+        columns = bar_columns("epoch {task.fields[epoch]}", *counts)
+        self._bar = Progress(*columns, console=self.console, expand=True)
+        self._bar.add_task("", total=run.total_steps, completed=step, epoch=self._epoch(step))
+        [self._task] = self._bar.tasks
+        self._metrics, self._best = "", ""
         self._status = Text()
+        self._show_status(best_acc1)
+        below_each_other = Group(self._bar, self._status)
+        self._live = Live(below_each_other, console=self.console, refresh_per_second=4)
 
-    def start(self, step: int, best_acc1: float | None) -> None:
-        """Opens the display at a step, with the best accuracy before it."""
-        self._pace = Pace(self._total_steps, step)
-        self._show(best_acc1=best_acc1)
+    def __enter__(self) -> Reporter:
         if self.first and self.console.is_terminal:
-            self._progress.reset(self._task, completed=step, epoch=self._epoch(step))
-            self._live = Live(
-                Group(self._progress, self._status), console=self.console, refresh_per_second=4
-            )
             self._live.start()
+        return self
 
-    def _epoch(self, step: int) -> str:
-        return f"{step / self._steps_per_epoch:.1f}/{self._total_steps / self._steps_per_epoch:.3g}"
+    def __exit__(self, *error: object) -> None:
+        self._live.stop()
+        self._close_tracker()
 
-    def _show(self, parts: list[str] | None = None, best_acc1: float | None = None) -> None:
-        if parts is not None:
-            self._parts = parts
-        if best_acc1 is not None:
-            self._best = f"best acc@1 {best_acc1:.2f} %"
-        self._status.plain = "  ".join([*self._parts, self._best])
-
-    def moved(self, step: int) -> None:
-        """Advances the bar; costs nothing where there is none."""
-        if self._live:
-            self._progress.update(self._task, completed=step, epoch=self._epoch(step))
+    def advance(self, step: int) -> None:
+        """Moves the bar."""
+        self._bar.update(self._task.id, completed=step, epoch=self._epoch(step))
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """A log point: loss, lr, grad_norm, images_per_s."""
         self._record(step, {"epoch": step / self._steps_per_epoch, **values})
-        parts = [
-            f"{LABELS.get(key, key)} {form.format(values[key])}"
-            for key, form in UNITS.items()
-            if key in values
-        ]
-        if self._live:
-            self._show(parts)
-            return
-        self._pace.done = step
-        self.say(
-            f"epoch {self._epoch(step)}  step {step}/{self._total_steps}  "
-            f"{'  '.join(parts)}  left {self._pace.left}"
+        self.advance(step)
+        self._metrics = "  ".join(
+            words.format(values[key]) for key, words in SHOWN.items() if key in values
         )
+        if self._live.is_started:
+            self._show_status()
+        else:
+            self.say(
+                f"epoch {self._epoch(step)}  step {step}/{self._total_steps}  {self._metrics}  "
+                f"left {time_left(self._task, self._first_step)}"
+            )
 
     def validated(self, step: int, values: dict[str, float], best_acc1: float) -> None:
         """A validation of raw and averaged weights."""
         self._record(step, values)
-        self._show(best_acc1=best_acc1)
+        self._show_status(best_acc1)
         self.say(
             f"step {step}  acc@1 {values['acc1']:.2f} %  EMA {values['ema_acc1']:.2f} %  "
             f"loss {values['val_loss']:.4f}  {self._best}"
@@ -247,6 +198,14 @@ class Reporter:
         """One plain line."""
         say(line, self.console)
 
+    def _epoch(self, step: int) -> str:
+        return f"{step / self._steps_per_epoch:.1f}/{self._total_steps / self._steps_per_epoch:.3g}"
+
+    def _show_status(self, best_acc1: float | None = None) -> None:
+        if best_acc1 is not None:
+            self._best = f"best acc@1 {best_acc1:.2f} %"
+        self._status.plain = f"{self._metrics}  {self._best}"
+
     def _record(self, step: int, values: dict[str, float]) -> None:
         if not self.first:
             return
@@ -255,18 +214,26 @@ class Reporter:
             file.write(json.dumps(line) + "\n")
         self._track(step, values)
 
-    def __enter__(self) -> Reporter:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._live:
-            self._live.stop()
-        self._close_tracker()
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All lines of `metrics.jsonl`; a line that a crash cut off is left out."""
+    path = folder / METRICS_FILE
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def best_validation(validations: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The one of the highest acc@1 of the raw weights, the first of several."""
+    return max(validations, key=lambda values: values["acc1"])
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Drops what was logged beyond a checkpoint: the resumed run will log it again."""
+    lines = [line for line in read_metrics(folder) if line["step"] <= step]
+    write_whole(folder / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def check_tracker(kind: str) -> None:
@@ -281,8 +248,8 @@ def check_tracker(kind: str) -> None:
 
 def open_tracker(
     kind: str, folder: Path, config: dict[str, Any]
-) -> tuple[Track, Callable[[], None]]:
-    """A function that takes (step, values), and one that closes it."""
+) -> tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]:
+    """A function that takes (step, values), and one that closes the tracker."""
     if kind == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
@@ -310,35 +277,3 @@ def open_tracker(
         )
         return lambda step, values: session.log(values, step=step), session.finish
     return lambda step, values: None, lambda: None
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All lines of `metrics.jsonl`; a line that a crash cut off is left out."""
-    path = folder / METRICS_FILE
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return lines
-
-
-def best_validation(validations: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The one of the highest acc@1 of the raw weights, the first of several."""
-    return max(validations, key=lambda values: values["acc1"])
-
-
-def say_unreadable(reasons: dict[str, str]) -> None:
-    """How many images were left out, and the first of them."""
-    if not reasons:
-        return
-    say(f"{len(reasons)} image(s) could not be read and were left out:")
-    for path, reason in sorted(reasons.items())[:10]:
-        say(f"  {path}: {reason}")
-
-
-def forget_after(folder: Path, step: int) -> None:
-    """Drops what was logged beyond a checkpoint: the resumed run will log it again."""
-    lines = [line for line in read_metrics(folder) if line["step"] <= step]
-    write_whole(folder / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in lines))

@@ -91,7 +91,7 @@ def training_loop(
                 want_grad_norm=log_now,
             )
             meter.add(state.step, loss)
-            reporter.moved(state.step)
+            reporter.advance(state.step)
             if log_now:
                 mean = read_finite(meter, config, ctx, task.remake)
                 values = {"loss": mean, "lr": lr, **task.extra()}
@@ -177,21 +177,14 @@ def open_report(config: TrainingRun, ctx: DistContext, state: TrainState) -> Rep
         run_folder.write_config(config)
         distributed.write_environment(out, ctx)
         forget_after(out, step)
-    reporter = Reporter(
-        out,
-        total_steps=config.total_steps,
-        steps_per_epoch=config.steps_per_epoch,
-        tracker=config.machine.tracker,
-        config=to_nested(config),
-        first=ctx.is_first,
-    )
+    best_acc1 = state.best.get("acc1")
+    reporter = Reporter(config, step=step, best_acc1=best_acc1, first=ctx.is_first)
     if step:
         reporter.say(f"resumed at step {step} of {config.total_steps}")
     reporter.say(
         f"{ctx.device.type}, {str(ctx.dtype).removeprefix('torch.')} ({ctx.precision_reason}), "
         f"{ctx.world_size} process(es) with {torch.get_num_threads()} thread(s) each"
     )
-    reporter.start(step, state.best.get("acc1"))
     return reporter
 
 

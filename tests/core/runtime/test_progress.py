@@ -3,32 +3,56 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 
-from spiralrope_cli.core.runtime.progress import Pace, human_size
+from spiralrope_cli.core.runtime import progress
+from spiralrope_cli.core.runtime.progress import human_size
+
+
+@pytest.fixture
+def counts(monkeypatch, capsys):
+    """Counts what it is told; gives what is shown after each time, as in a log without waiting."""
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+
+    def shown(*told, **more):
+        seen = []
+        with progress.counted("images", shown=True, **more) as advance:
+            for number in told:
+                advance(number)
+                [line] = capsys.readouterr().err.splitlines()
+                seen.append(int(re.match(r"images  (\d+)/", line)[1]))
+        return seen
+
+    return shown
 
 
 @pytest.mark.parametrize(("images", "parts"), [(7, 3), (3, 7), (64, 251), (1, 1)])
-def test_parts_add_up_to_whole_images_and_all_of_them(images, parts):
-    pace = Pace(total=2 + images + 5, done=2, parts=parts)
-    seen = [pace.done]
-    for _ in range(parts):
-        pace.advance(images)
-        seen.append(pace.done)
-    steps = [after - before for before, after in itertools.pairwise(seen)]
-    assert pace.done == 2 + images
+def test_parts_add_up_to_whole_images_and_all_of_them(counts, images, parts):
+    total = 2 + images + 5
+    seen = counts(*[images] * parts, *[5] * parts, total=total, done=2, parts=parts)
+    steps = [after - before for before, after in itertools.pairwise([2, *seen[:parts]])]
+    assert seen[parts - 1] == 2 + images
     assert max(steps) - min(steps) <= 1
-    for _ in range(parts):
-        pace.advance(5)
-    assert pace.done == pace.total
+    assert seen[-1] == total
 
 
-def test_it_never_counts_beyond_the_total():
-    pace = Pace(total=5, done=0)
-    pace.advance(4)
-    pace.advance(4)
-    assert pace.done == 5
+def test_it_never_counts_beyond_the_total(counts):
+    assert counts(4, 4, total=5) == [4, 5]
+
+
+def test_the_time_left_waits_for_the_first_one(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    with progress.counted("images", 10**6, shown=True, parts=100) as advance:
+        advance(1)
+    assert "images  0/1000000  0 per second  left ?" in capsys.readouterr().err
+
+
+def test_others_than_the_first_process_say_nothing(capsys):
+    with progress.counted("images", 2, shown=False) as advance:
+        advance(2)
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
