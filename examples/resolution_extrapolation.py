@@ -14,7 +14,7 @@ import torch
 from spiralrope_cli.core.data.augment import resize_and_crop
 from spiralrope_cli.core.data.memory import load_digits
 from spiralrope_cli.core.hub.source import find_source
-from spiralrope_cli.core.load import build
+from spiralrope_cli.core.load import build_network
 from spiralrope_cli.core.weights import read_weights
 
 SIDES = (8, 12, 16, 24, 32)
@@ -26,7 +26,7 @@ def accuracy(source: str, side: int, scaling: str) -> float:
     weights = read_weights(find_source(source), ema=True, rope={"scaling": scaling})
     patch, (height, width) = weights.options["patch_size"], weights.options["image_size"]
     grid = (height // patch, width // patch)
-    model = build(weights, image_size=(side, side), pretrain_grid=grid)
+    model = build_network(weights, image_size=(side, side), pretrain_grid=grid)
 
     held_out, augment = load_digits()[1], weights.config["augment"]
     pictures = resize_and_crop(held_out.images.float(), (side, side), crop_ratio=1.0) / 255

@@ -30,7 +30,7 @@ COMMANDS = {
     "dit-encode": "Encode images by a VAE once, so that DiT trains from cached latents.",
     "dit-sample": "Draw images with a DiT: a run, a checkpoint file or published weights.",
     "fetch": "Fetch published weights, the VAEs, Inception's weights or reference batches.",
-    "export": "Write weights to hand on, in the published layout or as safetensors.",
+    "export": "Write weights to share, in the published layout or as safetensors.",
     "fid": "FID, sFID, Inception Score, KID, Precision and Recall of generated images.",
     "plot": "Draw runs, what a Spiral RoPE does, attention maps, or generated images.",
     "doctor": "Look at this machine and at what a run would need.",

@@ -25,7 +25,7 @@ app = typer.Typer(**SETTINGS)
 
 @command(app, "export", ExportRun, RopeConfig, examples=EXAMPLES, defaults=BY_WEIGHTS)
 def export(given: dict[str, Any]) -> None:
-    """Write weights to hand on, in the published layout or as safetensors.
+    """Write weights to share, in the published layout or as safetensors.
 
     That is a file as the published ones, or a folder with a model card.
 

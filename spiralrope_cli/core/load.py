@@ -22,14 +22,15 @@ from spiralrope_cli.core.hub.source import Source, find_source
 from spiralrope_cli.core.models.deit import DeiT, resize_pos_embed
 from spiralrope_cli.core.models.dit import DiT
 from spiralrope_cli.core.models.factory import create_model
-from spiralrope_cli.core.weights import SHOWN_KEYS, Weights, here, read_weights
+from spiralrope_cli.core.weights import SHOWN_KEYS, Weights, fetch_source, read_weights
 
 ALIGNMENT = 64  # bytes; of torch's own tensors on a CPU
 
 
-def create(weights: Weights, **changes: Any) -> DeiT | DiT:
+def network_on_meta(weights: Weights, **changes: Any) -> DeiT | DiT:
     """A network of the weights' sizes without their values; changes replace arguments."""
-    return create_model(weights.arch, **{"rope": weights.rope, **weights.options, **changes})
+    with torch.device("meta"):
+        return create_model(weights.arch, **{"rope": weights.rope, **weights.options, **changes})
 
 
 def load_model(
@@ -49,20 +50,21 @@ def load_model(
         FetchError: published weights that cannot be had.
     """
     chosen = asdict(rope) if rope is not None else {}
-    weights = read_weights(here(find_source(str(source))), ema=ema, rope=chosen)
+    weights = read_weights(fetch_source(find_source(str(source))), ema=ema, rope=chosen)
     for note in weights.notes:
         warnings.warn(note, stacklevel=2)
-    return build(weights)
+    return build_network(weights)
 
 
-def build(weights: Weights, device: torch.device | str = "cpu", **changes: Any) -> DeiT | DiT:
+def build_network(
+    weights: Weights, device: torch.device | str = "cpu", **changes: Any
+) -> DeiT | DiT:
     """The network with its weights, in eval mode on a device.
 
     Changes replace arguments of `create_model`; another image size resamples the position
     embedding.
     """
-    with torch.device("meta"):  # the initial values would be thrown away
-        model = create(weights, **changes)
+    model = network_on_meta(weights, **changes)  # initial values would be thrown away
     state = fit_state_dict(weights, model)
     model.load_state_dict(
         {name: aligned(value.to(device, torch.float32)) for name, value in state.items()},
@@ -131,7 +133,7 @@ def at_size(weights: Weights, size: tuple[int, int], rope: dict[str, Any]) -> di
         size: of a DeiT's image or a DiT's latent, (height, width).
         rope: field name -> value, the options that the user gave.
     """
-    scaling, grid = positions_at(described(weights), size, rope.get("scaling"))
+    scaling, grid = positions_at(as_starting_point(weights), size, rope.get("scaling"))
     name = "input_size" if is_dit(weights.arch) else "image_size"
     return {name: size, "pretrain_grid": grid, "rope": replace(weights.rope, scaling=scaling)}
 
@@ -147,7 +149,7 @@ def starting_point(
         dit: whether they must be those of a diffusion transformer, or of a classifier.
         download: whether published weights that are not here are fetched.
     """
-    weights = read_weights(here(source, download=download), ema=True, rope=rope)
+    weights = read_weights(fetch_source(source, download=download), ema=True, rope=rope)
     if is_dit(weights.arch) != dit:
         raise CheckpointError(
             f"{source.given} holds {weights.arch}, "
@@ -160,14 +162,14 @@ def starting_point(
         height, width = weights.options["input_size"]
         pictures = {"image_size": (VAE_FACTOR * height, VAE_FACTOR * width)}
     start = replace(
-        described(weights),
+        as_starting_point(weights),
         data=str(of_run.get("data", "")),
         pictures={name: pictures[name] for name in ("image_size", "vae") if name in pictures},
     )
     return start, weights.notes
 
 
-def described(weights: Weights) -> StartingPoint:
+def as_starting_point(weights: Weights) -> StartingPoint:
     """What weights are, without what made them."""
     return StartingPoint(
         source=str(Path(weights.source.given)),  # the same with a slash at its end

@@ -31,7 +31,7 @@ from spiralrope_cli.core.config.option import leaves
 from spiralrope_cli.core.config.resolve import fit_channels
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
-from spiralrope_cli.core.hub.download import fetch, local_path
+from spiralrope_cli.core.hub.download import fetch_published, local_path
 from spiralrope_cli.core.hub.published import (
     PublishedFile,
     StateDict,
@@ -78,7 +78,7 @@ class Weights:
         return f"{self.source.given}: {self.what()}"
 
 
-def here(source: Source, *, download: bool = True) -> Source:
+def fetch_source(source: Source, *, download: bool = True) -> Source:
     """The source on this machine; what is published is fetched, unless `download` is off."""
     if source.row is None or source.place is not None:
         return source
@@ -93,7 +93,7 @@ def here(source: Source, *, download: bool = True) -> Source:
             f"the weights of {source.given} are not here, and --dry-run fetches none",
             f"spiralrope fetch {source.given} brings them",
         )
-    return dataclasses.replace(source, place=path or fetch(source.row))
+    return dataclasses.replace(source, place=path or fetch_published(source.row))
 
 
 def read_weights(
@@ -102,7 +102,7 @@ def read_weights(
     """One set of weights of a source that is here.
 
     Args:
-        source: what `find_source` and `here` gave.
+        source: what `find_source` and `fetch_source` gave.
         ema: averaged in place of raw ones; a bare state dict has one set alone.
         rope: field name -> value, RoPE options of the user, which win over the source's.
     """

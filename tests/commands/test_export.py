@@ -312,7 +312,7 @@ def test_too_little_space_is_told_before_anything_is_written(export, runs, monke
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (("deit-s", "--layout", "onnx"), "--layout is onnx; it must be published or safetensors"),
         (("deit-s", "--layout", "published", "--out", "x"), "does not end with .pth or .pt"),
@@ -321,8 +321,8 @@ def test_too_little_space_is_told_before_anything_is_written(export, runs, monke
         (("deit-q", "--layout", "published"), "no published name"),
     ],
 )
-def test_wrong_words_are_usage_errors(export, words, told):
-    with pytest.raises(ConfigError, match=told):
+def test_wrong_words_are_usage_errors(export, words, message):
+    with pytest.raises(ConfigError, match=message):
         export(*words)
 
 

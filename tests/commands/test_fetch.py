@@ -61,7 +61,7 @@ def fetch(spiralrope, hub, home):
     return call
 
 
-def told(done):
+def error_of(done):
     """The error, which must be one or two lines."""
     lines = done.stderr.splitlines()
     first = next(at for at, line in enumerate(lines) if line.startswith("error: "))
@@ -107,16 +107,16 @@ def test_a_connection_broken_in_the_middle_goes_on(fetch, hub):
 
 def test_a_connection_that_stays_broken_leaves_nothing(fetch, hub, home):
     hub.cut[SMALL] = [10] * 9
-    error = told(fetch("dit-s2", expect=1))
+    error = error_of(fetch("dit-s2", expect=1))
     assert "the download of dit-s2 broke off" in error
     assert not weights_in(home)
 
 
 def test_wrong_bytes_of_the_right_size_never_stay(fetch, hub, home):
     hub.wrong.add(SMALL)
-    assert "arrived with wrong bytes, their digest is not" in told(fetch("dit-s2", expect=1))
+    assert "arrived with wrong bytes, their digest is not" in error_of(fetch("dit-s2", expect=1))
     assert not weights_in(home)
-    assert "is not here" in told(fetch("dit-s2", "--offline", expect=1))
+    assert "is not here" in error_of(fetch("dit-s2", "--offline", expect=1))
     hub.wrong.clear()
     path = Path(fetch("dit-s2").stdout.strip())
     assert path.read_bytes() == hub.repos[WEIGHTS_REPO][SMALL]
@@ -130,7 +130,7 @@ def test_what_was_damaged_here_is_found_out(fetch, hub, home):
     assert "0400000.pt was damaged, and is fetched again" in done.stderr
     assert path.read_bytes() == content
     path.resolve().write_bytes(content[:-1] + b"?")
-    error = told(fetch("dit-s2", "--offline", expect=1))
+    error = error_of(fetch("dit-s2", "--offline", expect=1))
     assert "dit-s2 was damaged, and is deleted" in error
     assert not weights_in(home)
 
@@ -148,7 +148,7 @@ def test_what_was_damaged_here_is_found_out(fetch, hub, home):
 )
 def test_refusals_are_one_line(fetch, hub, status, code, words):
     hub.refuse[SMALL] = (status, code)
-    assert words in told(fetch("dit-s2", expect=1))
+    assert words in error_of(fetch("dit-s2", expect=1))
 
 
 def test_revisions(fetch, hub):
@@ -156,30 +156,30 @@ def test_revisions(fetch, hub):
     assert OLD_COMMIT in old.parts
     assert COMMIT in Path(fetch("dit-s2", "--revision", COMMIT).stdout.strip()).parts
     assert len(hub.bodies()) == 1, "the same content is not sent twice"
-    error = told(fetch("dit-s2", "--revision", "nowhere", expect=1))
+    error = error_of(fetch("dit-s2", "--revision", "nowhere", expect=1))
     assert "has no revision nowhere (404)" in error
 
 
 def test_nobody_answers(fetch, hub):
     here = fetch("dit-s2").stdout
     hub.close()
-    assert f"no route to {hub.url}" in told(fetch("dit-b2", expect=1))
+    assert f"no route to {hub.url}" in error_of(fetch("dit-b2", expect=1))
     done = fetch("dit-s2")
     assert done.stdout == here, "what is here is taken"
     assert "no route to" in done.stderr
     assert fetch("dit-s2", "--offline").stdout == here
     assert fetch("dit-s2", HF_HUB_OFFLINE="1").stdout == here
-    assert "dit-b2 is not here" in told(fetch("dit-b2", "--offline", expect=1))
+    assert "dit-b2 is not here" in error_of(fetch("dit-b2", "--offline", expect=1))
 
 
 def test_someone_else_answers(fetch, hub):
     hub.hub = False
-    assert "does not answer as the Hub does" in told(fetch("dit-s2", expect=1))
+    assert "does not answer as the Hub does" in error_of(fetch("dit-s2", expect=1))
 
 
 def test_too_little_disk_is_told_before_a_byte_comes(fetch, hub):
     hub.announce[SMALL] = 10**18
-    assert "1,000,000 TB are needed" in told(fetch("dit-s2", expect=1))
+    assert "1,000,000 TB are needed" in error_of(fetch("dit-s2", expect=1))
     assert not hub.bodies()
 
 
@@ -187,13 +187,15 @@ def test_a_disk_that_fills_up_in_the_middle_leaves_nothing(fetch, hub, home):
     def small_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (4 * MIB, 4 * MIB))
 
-    error = told(fetch("dit-xl2", expect=1, preexec_fn=small_disk))
+    error = error_of(fetch("dit-xl2", expect=1, preexec_fn=small_disk))
     assert "the disk is full" in error
     assert "HF_HOME" in error
     assert not weights_in(home)
     hub.plain["i.pth"] = LARGE
     mirror = {"SPIRALROPE_INCEPTION_URL": f"{hub.url}/plain/i.pth"}
-    assert "the disk is full" in told(fetch("inception", expect=1, preexec_fn=small_disk, **mirror))
+    assert "the disk is full" in error_of(
+        fetch("inception", expect=1, preexec_fn=small_disk, **mirror)
+    )
     kept = {path.suffix for path in (home / "ours").rglob("*") if path.is_file()}
     assert kept == {".lock", ".part"}
 
@@ -214,9 +216,9 @@ def test_a_copy_is_real_and_flat(fetch, hub, tmp_path):
     assert [path.name for path in copy.parent.iterdir()] == ["0400000.pt"]
     fetch("dit-s2", "--out", "weights")
     copy.write_text("mine")
-    assert "is another file" in told(fetch("dit-s2", "--out", "weights", expect=1))
+    assert "is another file" in error_of(fetch("dit-s2", "--out", "weights", expect=1))
     assert copy.read_text() == "mine"
-    error = told(fetch("dit-s2", "dit-b2", "--out", "both", expect=2))
+    error = error_of(fetch("dit-s2", "dit-b2", "--out", "both", expect=2))
     assert "dit-s2 and dit-b2 both have a file 0400000.pt" in error
     assert not (tmp_path / "both").exists()
 
@@ -233,14 +235,14 @@ def test_a_vae_is_a_folder_with_its_config(fetch, hub, tmp_path):
 
 def test_a_wrong_config_is_found_out_too(fetch, hub, home):
     hub.wrong.add("config.json")
-    assert "config.json arrived with wrong bytes" in told(fetch("vae-mse", expect=1))
+    assert "config.json arrived with wrong bytes" in error_of(fetch("vae-mse", expect=1))
     assert not weights_in(home)
 
 
 def test_inception_comes_from_its_mirror_and_must_have_its_digest(fetch, hub, home):
     hub.plain["i.pth"] = b"not the true ones" * 999
     mirror = {"SPIRALROPE_INCEPTION_URL": f"{hub.url}/plain/i.pth"}
-    error = told(fetch("inception", expect=1, **mirror))
+    error = error_of(fetch("inception", expect=1, **mirror))
     assert "sha256 does not begin with 6726825d" in error
     kept = [path.name for path in (home / "ours").rglob("*") if path.is_file()]
     assert all(name.endswith(".lock") for name in kept)
@@ -265,8 +267,8 @@ def test_the_list_shows_true_steps_and_what_is_here(fetch, hub):
 
 
 def test_usage(fetch):
-    assert "did you mean dit-xl2" in told(fetch("dit-x2", expect=2))
-    assert "--list shows what there is" in told(fetch(expect=2))
+    assert "did you mean dit-xl2" in error_of(fetch("dit-x2", expect=2))
+    assert "--list shows what there is" in error_of(fetch(expect=2))
 
 
 def test_help_shows_examples():

@@ -367,7 +367,7 @@ def test_a_dry_run_of_a_dit_fetches_nothing(run, monkeypatch, image_folder, tiny
         "spiralrope_cli.core.hub.networks.local_path", lambda row: here.get(row.name)
     )
     monkeypatch.setattr(
-        "spiralrope_cli.core.hub.networks.fetch", lambda row: pytest.fail("fetched")
+        "spiralrope_cli.core.hub.networks.fetch_published", lambda row: pytest.fail("fetched")
     )
     small = ("--arch", "dit-32x2x2-2", "--steps", 2, "--batch-size", 4, "--num", 2, *FAST)
     words = (*small, "--data", image_folder, "--vae", "ema", "--image-size", 32, "--workers", 0)

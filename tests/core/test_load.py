@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from spiralrope_cli import RopeConfig, create_model, load_model
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.hub.source import find_source
-from spiralrope_cli.core.load import build, start_from, starting_point
+from spiralrope_cli.core.load import build_network, start_from, starting_point
 from spiralrope_cli.core.weights import read_weights
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -71,9 +71,9 @@ def test_sizes_come_from_the_tensors_and_options_from_args():
 def test_an_option_wins_over_the_file_and_contradiction_is_told():
     weights = read_weights(find_source(str(DEIT)), rope={"rotate": 4, "max_freq_lang": 1.5})
     assert weights.rope.rotate == 4
-    told = weights.notes[0]
-    assert told.startswith("--rotate 4 contradicts")
-    assert told.endswith("trained with --rotate 2")
+    message = weights.notes[0]
+    assert message.startswith("--rotate 4 contradicts")
+    assert message.endswith("trained with --rotate 2")
     # R changes the directions alone: with the file's theta the frequencies stay the same.
     assert len(weights.notes) == 1
 
@@ -94,7 +94,7 @@ def test_frequencies_that_do_not_follow_from_the_options_are_told(tmp_path):
 
 def test_another_size_resamples_the_position_embedding():
     weights = read_weights(find_source(str(DEIT)))
-    model = build(weights, image_size=96)
+    model = build_network(weights, image_size=96)
     assert model.pos_embed.shape == (1, 36, 64)
     assert model(torch.zeros(1, 3, 96, 96)).shape == (1, 10)
 
@@ -119,10 +119,10 @@ def test_what_is_missing_left_over_or_misshaped_is_listed(tmp_path):
     torch.save(published(model=state), tmp_path / "other.pth")
     with pytest.raises(CheckpointError) as refused:
         load_model(tmp_path / "other.pth")
-    told = refused.value.message
-    assert "1 missing (norm.scale)" in told
-    assert "1 unexpected (extra.weight)" in told
-    assert "1 reshaped (head.bias)" in told
+    message = refused.value.message
+    assert "1 missing (norm.scale)" in message
+    assert "1 unexpected (extra.weight)" in message
+    assert "1 reshaped (head.bias)" in message
 
 
 def test_a_head_that_is_not_whole_is_no_head_of_other_classes():
@@ -163,7 +163,7 @@ def test_files_in_the_old_format_load_too(runs):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"", "is empty"),
         (b"<!DOCTYPE html><html>Not found</html>", "is a web page and no checkpoint"),
@@ -174,9 +174,9 @@ def test_files_in_the_old_format_load_too(runs):
         (bytes(1000), "is no checkpoint of torch"),
     ],
 )
-def test_what_is_no_checkpoint_has_its_own_line(runs, content, told):
+def test_what_is_no_checkpoint_has_its_own_line(runs, content, message):
     (runs / "x.pth").write_bytes(content)
-    with pytest.raises(CheckpointError, match=told) as refused:
+    with pytest.raises(CheckpointError, match=message) as refused:
         load_model("x.pth")
     assert "\n" not in refused.value.message
 
@@ -191,7 +191,7 @@ def test_state_dicts_of_other_models_have_their_own_line(runs):
     torch.save([1, 2], "list.pth")
     save_file({"weight": torch.zeros(2)}, "plain.safetensors")
     (runs / "broken.safetensors").write_bytes(b"12345678901234567890")
-    for name, told in (
+    for name, message in (
         ("vit.pth", "neither a DeiT nor a DiT"),
         ("linear.pth", "2 tensors such as weight, bias"),
         ("wrapped.pth", "it holds state_dict, epoch"),
@@ -199,7 +199,7 @@ def test_state_dicts_of_other_models_have_their_own_line(runs):
         ("plain.safetensors", "neither a DeiT nor a DiT"),
         ("broken.safetensors", "cannot be read"),
     ):
-        with pytest.raises(CheckpointError, match=told):
+        with pytest.raises(CheckpointError, match=message):
             load_model(name)
 
 
@@ -210,12 +210,12 @@ def test_a_bare_state_dict_in_safetensors_is_read_with_options(runs):
 
 
 def test_unknown_sources(runs):
-    for given, told in (
+    for given, message in (
         ("deit-bb", "no file, no run folder and no published name"),
         ("gone/checkpoint.pth", "no file and no folder"),
         (".", "holds no checkpoint"),
     ):
-        with pytest.raises((CheckpointError, ConfigError), match=told):
+        with pytest.raises((CheckpointError, ConfigError), match=message):
             find_source(given)
 
 

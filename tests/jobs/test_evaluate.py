@@ -105,8 +105,10 @@ def test_all_decodes_every_image_once_per_crop_ratio(source, rows_of):
 def test_equal_checkpoints_are_measured_once_and_shown_twice(source, rows_of, monkeypatch):
     (source / "checkpoints/best.json").write_text('{"step": 8}')
     loaded = []
-    build = load.build
-    monkeypatch.setattr(load, "build", lambda *of, **size: loaded.append(of) or build(*of, **size))
+    build = load.build_network
+    monkeypatch.setattr(
+        load, "build_network", lambda *of, **size: loaded.append(of) or build(*of, **size)
+    )
     rows = rows_of(source, every=True)["rows"]
     assert len(rows) == 8
     assert len(loaded) == 4

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from spiralrope_cli.core.config.option import PATH, SHOW, SOURCE, WHERE, WRITE, Opt, check_fields
 from spiralrope_cli.core.errors import ConfigError
 
-FILE_SUFFIXES = (".pth", ".pt")
+PUBLISHED_SUFFIXES = (".pth", ".pt")
 
 
 def cache_folder() -> Path:
@@ -77,12 +77,12 @@ class ExportRun:
     def __post_init__(self) -> None:
         check_fields(self)
         suffix = Path(self.out).suffix
-        if self.out and self.layout == "published" and suffix not in FILE_SUFFIXES:
+        if self.out and self.layout == "published" and suffix not in PUBLISHED_SUFFIXES:
             raise ConfigError(
-                f"--out {self.out} does not end with {' or '.join(FILE_SUFFIXES)}",
+                f"--out {self.out} does not end with {' or '.join(PUBLISHED_SUFFIXES)}",
                 "the published layout is one file",
             )
-        if self.layout == "safetensors" and suffix in (*FILE_SUFFIXES, ".safetensors"):
+        if self.layout == "safetensors" and suffix in (*PUBLISHED_SUFFIXES, ".safetensors"):
             raise ConfigError(
                 f"--out {self.out} names a file",
                 "the safetensors layout is a folder: model.safetensors, config.yaml, README.md",

@@ -51,7 +51,7 @@ def damaged_files(row: Row) -> list[Path]:
     return bad
 
 
-def fetch(
+def fetch_published(
     row: Row, *, revision: str | None = None, offline: bool = False, out: Path | None = None
 ) -> Path:
     """Brings a row here, unless it is, and says on stderr what comes and its digest.
@@ -97,7 +97,7 @@ def named_digest(path: Path) -> str:
     return Path(os.readlink(path)).name if path.is_symlink() else ""
 
 
-class Remote(NamedTuple):
+class HubFile(NamedTuple):
     """What the Hub says of a file."""
 
     commit: str
@@ -105,7 +105,7 @@ class Remote(NamedTuple):
     size: int
 
 
-def look_up(row: Row, revision: str | None, *, timeout: float | None = None) -> list[Remote]:
+def look_up(row: Row, revision: str | None, *, timeout: float | None = None) -> list[HubFile]:
     """Asks the Hub for commit, digest and size of each file; `timeout` is in seconds."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
@@ -130,7 +130,7 @@ def look_up(row: Row, revision: str | None, *, timeout: float | None = None) -> 
                 f"{constants.ENDPOINT} does not answer as the Hub does for {row.repo}/{file}",
                 "check HF_ENDPOINT and the proxy",
             )
-        found.append(Remote(metadata.commit_hash, metadata.etag, metadata.size))
+        found.append(HubFile(metadata.commit_hash, metadata.etag, metadata.size))
     return found
 
 
@@ -139,7 +139,7 @@ def _fetch_from_hub(row: Row, revision: str | None, barred: str, out: Path | Non
     from huggingface_hub import constants
 
     there = local_files(row, revision=revision)
-    remotes: list[Remote] = []
+    remotes: list[HubFile] = []
     if not barred:
         try:
             remotes = look_up(row, revision)
@@ -178,7 +178,7 @@ def _take_cached(row: Row, files: list[Path], barred: str) -> list[Path]:
 
 
 def _fetch_one(
-    row: Row, file: str, revision: str | None, remote: Remote, here: Path | None
+    row: Row, file: str, revision: str | None, remote: HubFile, here: Path | None
 ) -> Path:
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HTTPError

@@ -19,7 +19,6 @@ from spiralrope_cli.core.errors import FetchError
 from spiralrope_cli.core.runtime.progress import human_size, say
 from spiralrope_cli.core.runtime.run_folder import check_space
 
-CHUNK = 1 << 20
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OTHER_DISK = "free some, or name another disk with --out (for downloads HF_HOME, SPIRALROPE_CACHE)"
 # How safetensors and torch word a write that the disk cut short.
@@ -32,7 +31,7 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file's content, as hexadecimal digits."""
     state = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
+        while chunk := file.read(1 << 20):
             state.update(chunk)
     return state.hexdigest()
 

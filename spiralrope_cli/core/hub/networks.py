@@ -9,7 +9,7 @@ from pathlib import Path
 from spiralrope_cli.core.config.latents import LATENT_CHANNELS, LATENT_SCALE, VAE_FACTOR, VAE_NAMES
 from spiralrope_cli.core.errors import CheckpointError, ConfigError, FetchError
 from spiralrope_cli.core.hub.catalog import find
-from spiralrope_cli.core.hub.download import fetch, local_path
+from spiralrope_cli.core.hub.download import fetch_published, local_path
 from spiralrope_cli.core.hub.files import sha256_of
 from spiralrope_cli.core.hub.plain import target_of
 
@@ -41,7 +41,7 @@ class VaeFiles:
 
 def find_vae(given: str) -> VaeFiles:
     """The VAE that `--vae` names; `ema` and `mse` are fetched unless they are here."""
-    return local_vae(given) or _checked(VaeFiles(given, fetch(find(f"vae-{given}"))))
+    return local_vae(given) or _checked(VaeFiles(given, fetch_published(find(f"vae-{given}"))))
 
 
 def local_vae(given: str) -> VaeFiles | None:

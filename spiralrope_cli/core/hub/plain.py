@@ -28,7 +28,7 @@ TIMEOUT_SECONDS = 30.0
 HEADERS = {"User-Agent": f"spiralrope/{__version__}", "Accept-Encoding": "identity"}
 
 
-class Remote(NamedTuple):
+class FileVersion(NamedTuple):
     """What a server says of a file; `validator` names this very version of it."""
 
     size: int
@@ -68,7 +68,7 @@ def fetch_file(row: Row, barred: str, out: Path | None) -> Path:
     return target
 
 
-def look_up(row: Row) -> Remote:
+def file_version(row: Row) -> FileVersion:
     """Asks for a file's size without reading it."""
     url = row.source_url
     if not url.startswith(("http://", "https://")):
@@ -82,7 +82,7 @@ def look_up(row: Row) -> Remote:
                 raise FetchError(f"{url} answers with something other than a file", _mirror(row))
             etag = answer.headers.get("ETag", "")
             validator = etag if etag.startswith('"') else answer.headers.get("Last-Modified", "")
-            return Remote(int(length), validator)
+            return FileVersion(int(length), validator)
     except urllib.error.HTTPError as error:
         raise _refusal(row, error.code) from error
     except (OSError, http.client.HTTPException) as error:
@@ -96,14 +96,14 @@ def _download(row: Row, target: Path, out: Path | None) -> None:
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
     from huggingface_hub.file_download import http_get
 
-    remote = look_up(row)
-    part = _part_of(row, target, remote)
+    version = file_version(row)
+    part = _part_of(row, target, version)
     have = part.stat().st_size if part.exists() else 0
-    check_room(target.parent, remote.size - have, out, {target.name: remote.size})
+    check_room(target.parent, version.size - have, out, {target.name: version.size})
     at = f", going on at {human_size(have)}" if have else ""
-    say(f"{row.name}: {human_size(remote.size)} from {row.source_url}{at}")
+    say(f"{row.name}: {human_size(version.size)} from {row.source_url}{at}")
     # A server that has another version by now sends that one whole.
-    same = {"If-Range": remote.validator} if remote.validator else {}
+    same = {"If-Range": version.validator} if version.validator else {}
     try:
         with part.open("ab") as sink:
             http_get(
@@ -111,7 +111,7 @@ def _download(row: Row, target: Path, out: Path | None) -> None:
                 sink,
                 resume_size=have,
                 headers={**HEADERS, **same},
-                expected_size=remote.size,
+                expected_size=version.size,
                 displayed_filename=row.file_name,
             )
         if right := is_right(part, row.sha256, "its name"):
@@ -124,7 +124,7 @@ def _download(row: Row, target: Path, out: Path | None) -> None:
             raise disk_error(error, target.parent) from error
         have = part.stat().st_size
         raise FetchError(
-            f"the download broke off at {human_size(have)} of {human_size(remote.size)}: "
+            f"the download broke off at {human_size(have)} of {human_size(version.size)}: "
             f"{first_line(error)}",
             "the same command goes on from there",
         ) from error
@@ -136,13 +136,13 @@ def _download(row: Row, target: Path, out: Path | None) -> None:
         )
 
 
-def _part_of(row: Row, target: Path, remote: Remote) -> Path:
+def _part_of(row: Row, target: Path, version: FileVersion) -> Path:
     """Where the pieces gather; named by the version, so that two never mix in one file."""
-    version = hashlib.sha256(repr(remote).encode()).hexdigest()[:12]
-    part = target.with_name(f".{target.name}.{version}.part")
+    digest = hashlib.sha256(repr(version).encode()).hexdigest()[:12]
+    part = target.with_name(f".{target.name}.{digest}.part")
     for other in target.parent.glob(f".{target.name}.*.part"):
         # Without a name for the version and without a digest nothing would show a mixture.
-        mixed = not (remote.validator or row.sha256) or other.stat().st_size > remote.size
+        mixed = not (version.validator or row.sha256) or other.stat().st_size > version.size
         if other != part or mixed:
             other.unlink()
     return part

@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from spiralrope_cli.core.config.hub import PUBLISHED_SUFFIXES
 from spiralrope_cli.core.config.nested import read_config
 from spiralrope_cli.core.config.resolve import RUNS_FOLDER
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
@@ -23,7 +24,7 @@ from spiralrope_cli.core.runtime.run_folder import (
     steps_on_disk,
 )
 
-FILE_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
+FILE_SUFFIXES = (*PUBLISHED_SUFFIXES, ".bin", ".safetensors")
 CLASSIFIERS = ("pretrain", "finetune")
 
 

@@ -104,7 +104,7 @@ def checkpoints(
     source: Source, options: EvalOptions, notes: list[str]
 ) -> Iterator[tuple[str, Source]]:
     """The checkpoints of one source that are asked for: `best`, `last` or nothing, and where."""
-    from spiralrope_cli.core.weights import here
+    from spiralrope_cli.core.weights import fetch_source
 
     given = source.given
     if source.run is None or source.place == Path(given).expanduser().resolve():
@@ -112,7 +112,7 @@ def checkpoints(
             notes.append(f"{given} has no best and last checkpoint: its own rows alone")
         elif options.best:
             notes.append(f"--best without effect: {given} has no best and last checkpoint")
-        yield "", here(source)
+        yield "", fetch_source(source)
     elif options.every:
         try:
             yield "best", find_source(given, best=True)
@@ -239,7 +239,7 @@ def measure_rows(
             source, model = Source(row.source, Path(row.file)), row.model
             weights = read_weights(source, ema=row.ema, rope=asdict(row.rope))
             size, grid = model.image_size, model.pretrain_grid
-            network = load.build(weights, ctx.device, image_size=size, pretrain_grid=grid)
+            network = load.build_network(weights, ctx.device, image_size=size, pretrain_grid=grid)
             if images.machine.compile:
                 network.compile()
             models[row.network] = network

@@ -66,9 +66,9 @@ def settle(config: ExportRun, rope: dict[str, Any]) -> Export:
             f"--best chooses among a run's checkpoints, and {config.source} is no run folder",
             "leave --best out",
         )
-    from spiralrope_cli.core.weights import here, read_weights
+    from spiralrope_cli.core.weights import fetch_source, read_weights
 
-    source, layout = here(source), config.layout
+    source, layout = fetch_source(source), config.layout
     weights = read_weights(source, ema=bool(config.ema), rope=rope)
     network, state = whole_state(weights)
     sets: tuple[StateDict, ...] = (state,)
@@ -83,15 +83,12 @@ def settle(config: ExportRun, rope: dict[str, Any]) -> Export:
 
 def whole_state(weights: Weights) -> tuple[NetworkSpec, StateDict]:
     """What the weights belong to, and their tensors, none missing, in the network's order."""
-    import torch
-
     from spiralrope_cli.core.hub.published import NetworkSpec
-    from spiralrope_cli.core.load import create, fit_state_dict
+    from spiralrope_cli.core.load import fit_state_dict, network_on_meta
     from spiralrope_cli.core.models.dit import DiT
     from spiralrope_cli.core.rope import to_2tuple
 
-    with torch.device("meta"):
-        model = create(weights)
+    model = network_on_meta(weights)
     found = fit_state_dict(weights, model)
     network = NetworkSpec(
         arch=weights.arch,

@@ -27,7 +27,9 @@ def fetch(given: dict[str, Any]) -> None:
     out = Path(config.out).expanduser() if config.out else None
     found = []
     for row in settle(config.names, one_folder=out is not None):
-        path = download.fetch(row, revision=config.revision, offline=config.offline, out=out)
+        path = download.fetch_published(
+            row, revision=config.revision, offline=config.offline, out=out
+        )
         found.append({"name": row.name, "path": str(path)})
         if not config.as_json:
             say_result(str(path))

@@ -121,13 +121,12 @@ def draw_attention(given: dict[str, Any]) -> None:
         raise ConfigError(f"--out {file.out} is IMAGE itself", "name another file")
     source = find_source(plot.source, best=plot.best)
 
-    from spiralrope_cli.core.load import at_size
-    from spiralrope_cli.core.load import build as build_network
+    from spiralrope_cli.core.load import at_size, build_network
     from spiralrope_cli.core.models.attention_maps import attention_from
     from spiralrope_cli.core.plots.attention import attention_figure
-    from spiralrope_cli.core.weights import here, read_weights
+    from spiralrope_cli.core.weights import fetch_source, read_weights
 
-    weights = read_weights(here(source), ema=plot.ema, rope=plot.rope)
+    weights = read_weights(fetch_source(source), ema=plot.ema, rope=plot.rope)
     if is_dit(weights.arch):
         raise CheckpointError(
             f"{source.given} holds {weights.arch}, a diffusion transformer",

@@ -111,9 +111,9 @@ def resolve_weights(given: str, ema: bool, rope: dict[str, Any], download: bool)
     """The diffusion transformer's weights that SOURCE names, with the RoPE options of the user."""
     source = find_source(given)
 
-    from spiralrope_cli.core.weights import here, read_weights
+    from spiralrope_cli.core.weights import fetch_source, read_weights
 
-    weights = read_weights(here(source, download=download), ema=ema, rope=rope)
+    weights = read_weights(fetch_source(source, download=download), ema=ema, rope=rope)
     if not is_dit(weights.arch):
         raise CheckpointError(
             f"{given} holds {weights.arch}, a classifier, which draws nothing",
@@ -251,11 +251,11 @@ class Sampler:
         from spiralrope_cli.core.diffusion.gaussian import GaussianDiffusion
         from spiralrope_cli.core.diffusion.vae import load_vae
         from spiralrope_cli.core.kernels import cast_blocks
-        from spiralrope_cli.core.load import at_size, build
+        from spiralrope_cli.core.load import at_size, build_network
 
         self.run, self.ctx, self.diffusion = run, ctx, GaussianDiffusion(run.steps)
         changes = at_size(weights, run.input_size, run.rope)
-        model = cast("DiT", build(weights, ctx.device, **changes))
+        model = cast("DiT", build_network(weights, ctx.device, **changes))
         if ctx.dtype != torch.float32:
             cast_blocks(model.blocks, ctx.dtype)
         if run.machine.compile:

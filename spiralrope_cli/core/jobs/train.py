@@ -309,9 +309,9 @@ def decoder_here(given: str) -> Path:
 
 def starting_weights(run: TrainingRun) -> Weights:
     """The averaged weights that a run starts from."""
-    from spiralrope_cli.core.weights import here, read_weights
+    from spiralrope_cli.core.weights import fetch_source, read_weights
 
-    return read_weights(here(find_source(run.source)), ema=True, rope=asdict(run.rope))
+    return read_weights(fetch_source(find_source(run.source)), ema=True, rope=asdict(run.rope))
 
 
 def report(out: Path) -> None:

@@ -13,7 +13,7 @@ from hub_server import HubServer
 from spiralrope_cli.core.errors import ConfigError, DiskError, FetchError, NoRouteError
 from spiralrope_cli.core.hub import plain
 from spiralrope_cli.core.hub.catalog import find
-from spiralrope_cli.core.hub.download import fetch, local_path
+from spiralrope_cli.core.hub.download import fetch_published, local_path
 
 NAME = "VIRTUAL_imagenet512.npz"
 CONTENT = random.Random(0).randbytes(3_000_000)
@@ -48,15 +48,15 @@ def parts(tmp_path):
 
 def test_a_file_comes_whole_and_is_then_here(row, server, capsys):
     assert local_path(row) is None
-    assert plain.look_up(row).size == len(CONTENT)
-    path = fetch(row)
+    assert plain.file_version(row).size == len(CONTENT)
+    path = fetch_published(row)
     assert path.read_bytes() == CONTENT
     assert path.name == NAME
     assert local_path(row) == path
     assert hashlib.sha256(CONTENT).hexdigest() in capsys.readouterr().err
     before = len(server.asked)
-    assert fetch(row) == path
-    assert fetch(row, offline=True) == path
+    assert fetch_published(row) == path
+    assert fetch_published(row, offline=True) == path
     assert len(server.asked) == before
 
 
@@ -67,7 +67,7 @@ def test_a_broken_connection_goes_on_within_the_call(row, server, tmp_path, monk
         lambda message, *values: messages.append(message % values),
     )
     server.cut[NAME] = [len(CONTENT), 1_000_000, 700_000]
-    assert fetch(row).read_bytes() == CONTENT
+    assert fetch_published(row).read_bytes() == CONTENT
     assert [each.range for each in server.bodies()[2:]] == ["bytes=1000000-", "bytes=1700000-"]
     assert [row.url in message and "resume" in message for message in messages] == [True, True]
     assert not parts(tmp_path)
@@ -76,20 +76,20 @@ def test_a_broken_connection_goes_on_within_the_call(row, server, tmp_path, monk
 def test_a_later_call_goes_on_where_the_last_one_ended(row, server, tmp_path):
     server.cut[NAME] = [len(CONTENT), 2_000_000, *[0] * 5]
     with pytest.raises(FetchError, match=r"broke off at 2 MB of 3 MB(.|\n)*goes on from there"):
-        fetch(row)
+        fetch_published(row)
     assert local_path(row) is None
     assert parts(tmp_path)[0].stat().st_size == 2_000_000
     asked = len(server.asked)
-    assert fetch(row).read_bytes() == CONTENT
+    assert fetch_published(row).read_bytes() == CONTENT
     assert [each.range for each in server.asked[asked:]] == ["", "bytes=2000000-"]
 
 
 def test_a_part_of_another_version_is_not_continued(row, server, tmp_path):
     server.cut[NAME] = [len(CONTENT), 2_000_000, *[0] * 5]
     with pytest.raises(FetchError):
-        fetch(row)
+        fetch_published(row)
     server.plain[NAME] = newer = CONTENT[::-1]
-    assert fetch(row).read_bytes() == newer
+    assert fetch_published(row).read_bytes() == newer
     assert not parts(tmp_path)
 
 
@@ -101,36 +101,36 @@ def test_a_file_that_changes_in_the_middle_never_mixes(row, server, monkeypatch)
         server.plain[NAME] = newer
 
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", changes)
-    assert fetch(row).read_bytes() == newer
+    assert fetch_published(row).read_bytes() == newer
 
 
 def test_a_server_without_ranges_starts_anew(row, server):
     server.ranges = False
     server.cut[NAME] = [len(CONTENT), 2_000_000]
-    assert fetch(row).read_bytes() == CONTENT
+    assert fetch_published(row).read_bytes() == CONTENT
 
 
 def test_wrong_bytes_never_get_the_name(checked, server, tmp_path):
     server.wrong.add(NAME)
     with pytest.raises(FetchError, match="sent wrong bytes: sha256 does not begin with"):
-        fetch(checked)
+        fetch_published(checked)
     assert local_path(checked) is None
     assert not parts(tmp_path)
     server.wrong.clear()
-    path = fetch(checked)
+    path = fetch_published(checked)
     assert path.read_bytes() == CONTENT
     path.write_bytes(CONTENT[:-1] + b"x")
-    assert fetch(checked).read_bytes() == CONTENT
+    assert fetch_published(checked).read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize(
-    ("status", "told"),
+    ("status", "message"),
     [(401, "asks for a login"), (403, "refuses access"), (404, "no such file"), (500, "500")],
 )
-def test_refusals_are_one_line(row, server, status, told):
+def test_refusals_are_one_line(row, server, status, message):
     server.refuse[NAME] = (status, "")
-    with pytest.raises(FetchError, match=told) as refused:
-        fetch(row)
+    with pytest.raises(FetchError, match=message) as refused:
+        fetch_published(row)
     assert len(str(refused.value).splitlines()) <= 2
     assert refused.value.exit_code == 1
 
@@ -138,45 +138,47 @@ def test_refusals_are_one_line(row, server, status, told):
 def test_a_web_page_is_no_file(row, server):
     server.content_type = "text/html; charset=utf-8"
     with pytest.raises(FetchError, match="something other than a file"):
-        fetch(row)
+        fetch_published(row)
 
 
 def test_nobody_answers(row, server):
     server.close()
     with pytest.raises(NoRouteError, match=r"no route to http://127(.|\n)*check network"):
-        fetch(row)
+        fetch_published(row)
     with pytest.raises(FetchError, match=r"is not here\nfetch it once without --offline"):
-        fetch(row, offline=True)
+        fetch_published(row, offline=True)
 
 
 def test_a_mirror_must_be_a_web_address(monkeypatch, server):
     monkeypatch.setenv("SPIRALROPE_INCEPTION_URL", "ftp://example.org/i.pth")
     with pytest.raises(ConfigError, match="SPIRALROPE_INCEPTION_URL is ftp"):
-        fetch(find("inception"))
+        fetch_published(find("inception"))
 
 
 def test_too_little_disk_is_told_before_a_byte_comes(row, server, tmp_path):
     server.announce[NAME] = 10**18
     with pytest.raises(DiskError, match="free, and 1,000,000 TB are needed for the download"):
-        fetch(row)
+        fetch_published(row)
     assert not parts(tmp_path)
 
 
 def test_a_copy_is_whole_and_never_replaces_another_file(row, tmp_path):
     out = tmp_path / "new" / "folder"
-    assert fetch(row, out=out) == out / NAME
+    assert fetch_published(row, out=out) == out / NAME
     assert (out / NAME).read_bytes() == CONTENT
-    assert fetch(row, out=out) == out / NAME
+    assert fetch_published(row, out=out) == out / NAME
     (out / NAME).write_text("mine")
     with pytest.raises(FetchError, match="is another file"):
-        fetch(row, out=out)
+        fetch_published(row, out=out)
     assert (out / NAME).read_text() == "mine"
     assert [path.name for path in out.iterdir()] == [NAME]
 
 
 def test_two_at_once_download_once(row, server):
     found = []
-    threads = [threading.Thread(target=lambda: found.append(fetch(row))) for _ in range(2)]
+    threads = [
+        threading.Thread(target=lambda: found.append(fetch_published(row))) for _ in range(2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

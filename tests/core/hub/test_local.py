@@ -11,7 +11,7 @@ from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.hub.catalog import WEIGHTS_REPO, find
 from spiralrope_cli.core.hub.networks import CONFIG_FILE, WEIGHTS_FILE, find_vae, local_vae
 from spiralrope_cli.core.hub.source import find_source
-from spiralrope_cli.core.weights import here
+from spiralrope_cli.core.weights import fetch_source
 
 
 @pytest.fixture
@@ -49,28 +49,28 @@ def test_a_folder_that_holds_no_vae_is_told_without_a_download(tmp_path):
 def test_weights_are_taken_where_they_are_here(hub):
     source = find_source("dit-s2")
     with pytest.raises(CheckpointError, match="the weights of dit-s2 are not here") as refused:
-        here(source, download=False)
+        fetch_source(source, download=False)
     assert refused.value.hint == "spiralrope fetch dit-s2 brings them"
     assert refused.value.exit_code == 1
     assert len(str(refused.value).splitlines()) == 2
     assert not hub.asked
-    fetched = here(source)
+    fetched = fetch_source(source)
     assert fetched.place is not None
     assert fetched.place.read_bytes() == b"weights"
     asked = len(hub.asked)
-    assert here(source, download=False) == fetched
+    assert fetch_source(source, download=False) == fetched
     assert len(hub.asked) == asked
 
 
 @pytest.mark.parametrize("download", [False, True])
 def test_what_is_no_network_is_told_before_that(hub, download):
     with pytest.raises(CheckpointError, match="no weights of a DeiT or DiT"):
-        here(find_source("vae-ema"), download=download)
+        fetch_source(find_source("vae-ema"), download=download)
     assert not hub.asked
 
 
 def test_a_file_needs_no_download(tmp_path):
     (tmp_path / "weights.pth").touch()
     source = find_source(str(tmp_path / "weights.pth"))
-    assert here(source, download=False) is source
+    assert fetch_source(source, download=False) is source
     assert source.place == Path(tmp_path / "weights.pth")
