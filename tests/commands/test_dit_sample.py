@@ -319,7 +319,7 @@ def test_bad_input_has_its_own_line(sample, pixels, words, code, told):
 def test_sources_that_draw_nothing(sample):
     told = sample(GOLDEN / "deit_tiny_checkpoint.pth", expect=1)
     assert "a classifier, which draws nothing" in told
-    assert "which only a VAE turns into pictures" in sample(DIT, "--vae", "none", expect=2)
+    assert "which only a VAE turns into images" in sample(DIT, "--vae", "none", expect=2)
     assert "neither ema nor mse nor a folder" in sample(DIT, "--vae", "gone", expect=2)
     assert "no published name" in sample("dit-xxl", expect=2)
     told = sample(DIT, "--name", "x", "--out", "y", expect=2)

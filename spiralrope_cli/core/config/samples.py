@@ -140,11 +140,7 @@ def decoder_of(vae: str) -> str:
 
 
 def resolve_vae(source: str, channels: int, *, trained: str | None, given: str | None) -> str:
-    """The VAE that decodes: the one given, or what goes with that of the training, if known.
-
-    Raises:
-        ConfigError: it is not there, or the network draws nothing that it could decode.
-    """
+    """The VAE that decodes: the one given, or what goes with that of the training, if known."""
     if trained is None:
         trained = SAMPLING_VAE if channels == LATENT_CHANNELS else NO_VAE
     vae = decoder_of(trained) if given is None else given
@@ -155,7 +151,7 @@ def resolve_vae(source: str, channels: int, *, trained: str | None, given: str |
         )
     if vae == NO_VAE and channels not in (1, 3):
         raise ConfigError(
-            f"--vae none: {source} draws {channels} channels, which only a VAE turns into pictures",
+            f"--vae none: {source} draws {channels} channels, which only a VAE turns into images",
             "use --vae mse, ema or a folder",
         )
     if vae != NO_VAE and channels != LATENT_CHANNELS:
@@ -173,11 +169,7 @@ def resolve_image_size(
     given: tuple[int, int] | None,
     rope: bool,
 ) -> tuple[int, int]:
-    """(height, width) in pixels: those given, or what `trained` latents or pixels decode to.
-
-    Raises:
-        ConfigError: the network cannot draw it.
-    """
+    """(height, width) in pixels: those given, or what `trained` latents or pixels decode to."""
     factor = 1 if vae == NO_VAE else VAE_FACTOR
     own = factor * trained[0], factor * trained[1]
     image_size = own if given is None else given
@@ -191,11 +183,7 @@ def resolve_image_size(
 
 
 def check_chain(sampler: str, steps: str) -> None:
-    """Refuses a chain that no sampler, or not this one, can walk.
-
-    Raises:
-        ConfigError: names the option and what is allowed.
-    """
+    """Refuses a chain that no sampler, or not this one, can walk."""
     count = len(space_timesteps(steps))
     if sampler == "dpm++" and not steps.isdecimal():
         raise ConfigError(f"--steps {steps}: dpm++ spaces its steps itself", "give their number")
@@ -263,11 +251,7 @@ class SampleRun:
             )
 
     @property
-    def factor(self) -> int:
-        """Pixels along a side for each one that the network draws."""
-        return 1 if self.vae == NO_VAE else VAE_FACTOR
-
-    @property
     def input_size(self) -> tuple[int, int]:
         """(height, width) that the network draws."""
-        return self.image_size[0] // self.factor, self.image_size[1] // self.factor
+        factor = 1 if self.vae == NO_VAE else VAE_FACTOR
+        return self.image_size[0] // factor, self.image_size[1] // factor

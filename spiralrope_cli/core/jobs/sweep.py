@@ -41,8 +41,8 @@ COLUMNS = (("raw", "acc1", "acc@1 %"), ("EMA", "acc1", "acc@1 % EMA"), ("EMA", "
 """Weights, metric and heading of the table's columns; all of the last checkpoint: the best one was
 chosen by the very images that it is measured on."""
 
-OFF = "none"
-"""`rotate=none` is the baseline without rotary embedding."""
+BASELINE = ("rotate", "none")
+"""Without rotary embedding."""
 _OF_RUN = leaves(ClassifierRun)
 _OF_TRAINING = ("epochs", "steps", "lr", "warmup_epochs", "batch_size")
 SWEPT: dict[str, Leaf] = {
@@ -57,13 +57,17 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Point:
-    """One configuration of a grid: name -> value in the user's words, and field name -> value."""
+    """One configuration of a grid: (name, value) of each option, as the user wrote them."""
 
     words: tuple[tuple[str, str], ...]
-    options: tuple[tuple[str, Any], ...]
 
     def __str__(self) -> str:
         return " ".join(f"{name}={word}" for name, word in self.words) or "as given"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Field name -> value."""
+        return dict(_option(name, word) for name, word in self.words)
 
     @property
     def slug(self) -> str:
@@ -95,12 +99,6 @@ def settle_sweep(given: dict[str, Any]) -> Sweep:
 
     A seed decides data order and augmentation, which all points share, and initial weights, which
     those of one architecture share: RoPE has no parameters.
-
-    Args:
-        given: field name -> value of the options that the user gave.
-
-    Raises:
-        ConfigError: a point that cannot work, or an option that is swept and given.
     """
     own: DeiTStages = build(DeiTStages, given)
     build(TrainOptions, given).check_folder(own.out)
@@ -112,16 +110,16 @@ def settle_sweep(given: dict[str, Any]) -> Sweep:
     if own.seeds and "seed" in given:
         raise ConfigError("--seed and --seeds exclude each other", "use --seeds alone")
     common = {n: v for n, v in given.items() if n not in ("sweep", "seeds", "name", "out")}
-    first = resolve(PRETRAIN, {**training_options(common, DeiTStages), **dict(grid[0].options)}).run
+    first = resolve(PRETRAIN, training_options(common, DeiTStages) | grid[0].options).run
     usual = named_folder("sweep-deit", first.arch, Path(first.data).name, given.get("name", ""))
     folder = Path(own.out or usual)
     runs: list[SweepRun] = []
-    swept = {value for point in grid for field, value in point.options if field == "rotate"}
-    notes = ["rotate=0 and rotate=1 are both plain axial RoPE"] if {0, 1} <= swept else []
+    rotates = {point.options.get("rotate") for point in grid}
+    notes = ["rotate=0 and rotate=1 are both plain axial RoPE"] if {0, 1} <= rotates else []
     seen: dict[Any, Point] = {}
     for point, seed in itertools.product(grid, own.seeds or (first.seed,)):
         out = str(folder / f"{point.slug}-seed{seed}")
-        values = {**common, **dict(point.options), "seed": seed, "out": out}
+        values = {**common, **point.options, "seed": seed, "out": out}
         try:
             pipeline = settle_deit(values, show_measured=False)
         except ConfigError as error:
@@ -135,28 +133,18 @@ def settle_sweep(given: dict[str, Any]) -> Sweep:
 
 
 def points(axes: Sequence[str]) -> list[Point]:
-    """The grid of `NAME=V,V` words; one point without options where there are none.
-
-    Raises:
-        ConfigError: no such name, or a value that is none of its kind.
-    """
+    """The grid of `NAME=V,V` words; one point without options where there are none."""
     choices = [_axis(text) for text in axes]
     names = [axis[0][0] for axis in choices]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"--sweep {twice[0]} is given twice", f"as one: {twice[0]}=V,V,V")
-    if "rope" in names and any(word == OFF for axis in choices for _, word, _ in axis):
-        raise ConfigError(f"--sweep rope and --sweep rotate={OFF} say the same", "leave one out")
-    return [
-        Point(
-            tuple((name, word) for name, word, _ in combination),
-            tuple(option for _, _, option in combination),
-        )
-        for combination in itertools.product(*choices)
-    ]
+    if "rope" in names and any(BASELINE in axis for axis in choices):
+        raise ConfigError("--sweep rope and --sweep rotate=none say the same", "leave one out")
+    return [Point(words) for words in itertools.product(*choices)]
 
 
-def _axis(text: str) -> list[tuple[str, str, tuple[str, Any]]]:
-    """(name, word, (field, value)) of each value of `NAME=V,V`."""
+def _axis(text: str) -> list[tuple[str, str]]:
+    """(name, word) of each value of `NAME=V,V`."""
     name, equals, listed = text.partition("=")
     name = name.strip().removeprefix("--").replace("-", "_")
     words = [word.strip() for word in listed.split(",")]
@@ -168,18 +156,20 @@ def _axis(text: str) -> list[tuple[str, str, tuple[str, Any]]]:
         )
     if len(set(words)) < len(words):
         raise ConfigError(f"--sweep {text} holds a value twice")
-    return [(name, word, _value(text, name, word)) for word in words]
+    for word in words:
+        try:
+            _option(name, word)
+        except ConfigError as error:
+            allowed = SWEPT[name].readable()
+            raise ConfigError(f"--sweep {text}: {word} must be {allowed}") from error
+    return [(name, word) for word in words]
 
 
-def _value(text: str, name: str, word: str) -> tuple[str, Any]:
+def _option(name: str, word: str) -> tuple[str, Any]:
     """Field and value of an option in words."""
-    if name == "rotate" and word == OFF:
+    if (name, word) == BASELINE:
         return "enabled", False
-    leaf = SWEPT[name]
-    try:
-        return ("enabled" if name == "rope" else name), leaf.read(word)
-    except ConfigError as error:
-        raise ConfigError(f"--sweep {text}: {word} must be {leaf.readable()}") from error
+    return ("enabled" if name == "rope" else name), SWEPT[name].read(word)
 
 
 def computed(pipeline: Pipeline) -> list[Any]:

@@ -71,7 +71,7 @@ def test_the_vae_is_the_one_given_or_goes_with_the_training(channels, trained, g
     ("channels", "trained", "given", "told"),
     [
         (4, "gone", None, "it was trained through the VAE gone, which is not there"),
-        (4, None, "none", "it draws 4 channels, which only a VAE turns into pictures"),
+        (4, None, "none", "it draws 4 channels, which only a VAE turns into images"),
         (2, None, None, "it draws 2 channels"),
         (3, None, "mse", "it draws pixels, 3 channel"),
     ],
