@@ -20,7 +20,7 @@ VAL_FOLDERS = ("val", "validation", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
-    """One data set as a run sees it before any picture is read."""
+    """One data set as a run sees it before any image is read."""
 
     data: str  # the built-in name, or the folder as it was given
     slug: str  # short name for run folders
@@ -47,7 +47,7 @@ class DataSet:
         return {**self.defaults, **(self.finetune if command == "finetune" else {})}
 
 
-# What the memory sets have in common: small grey pictures.
+# What the memory sets have in common: small grey images.
 _SMALL_GREY = {
     "in_chans": 1,
     "crop_ratio": 1.0,
@@ -61,7 +61,7 @@ _SMALL_GREY = {
     "min_lr": 1e-5,
 }
 
-# Few grey pixels need no VAE; pictures of digits must not be mirrored.
+# Few grey pixels need no VAE; images of digits must not be mirrored.
 _DIT_SMALL_GREY = {
     "vae": "none",
     "hflip": 0.0,
@@ -201,21 +201,11 @@ def find_data_set(data: str) -> DataSet:
             f"{train} and {val} differ in {len(odd)} class folder(s): {', '.join(odd[:5])}",
             "both need the same class folders",
         )
-    counts = [len(list_images(folder)) for folder in (train, val)]
-    return DataSet(
-        data=str(root.resolve()),
-        slug=root.resolve().name,
-        kind="folder",
-        default_arch="deit-b",
-        num_classes=len(classes),
-        num_train=counts[0],
-        num_val=counts[1],
-        defaults=PHOTOGRAPHS,
-    )
+    return _of_folder(root, train, val)
 
 
-def find_held_out(data: str) -> DataSet:
-    """The held-out half of the data set of that name, or in that folder; no `train/` is needed.
+def find_val_set(data: str) -> DataSet:
+    """The validation set of that name, or in that folder; no `train/` is needed.
 
     Raises:
         DataError: neither; says what was looked for.
@@ -226,16 +216,19 @@ def find_held_out(data: str) -> DataSet:
     val = val_folder(root)
     if val is None:
         raise DataError(f"{root} has no val/", "a data folder holds val/ with one folder per class")
-    return DataSet(
-        data=str(root.resolve()),
-        slug=root.resolve().name,
-        kind="folder",
-        default_arch="deit-b",
-        num_classes=len(class_names(val)),
-        num_train=0,
-        num_val=len(list_images(val)),
-        defaults=PHOTOGRAPHS,
-    )
+    return _of_folder(root, None, val)
+
+
+def find_train_set(data: str) -> DataSet:
+    """The training set of that name, or in that folder; no `val/` is needed.
+
+    Raises:
+        DataError: neither; says what was looked for.
+    """
+    if data in BUILT_IN:
+        return BUILT_IN[data]
+    root = _data_folder(data, "one folder per class, or train/ with them")
+    return _of_folder(root, class_folders(root), None)
 
 
 def _data_folder(data: str, holds: str) -> Path:
@@ -248,24 +241,18 @@ def _data_folder(data: str, holds: str) -> Path:
     return root
 
 
-def find_pictures(data: str) -> DataSet:
-    """The training pictures of that name, or in that folder, for networks that need no held-out.
-
-    Raises:
-        DataError: neither; says what was looked for.
-    """
-    if data in BUILT_IN:
-        return BUILT_IN[data]
-    root = _data_folder(data, "one folder per class, or train/ with them")
-    classes = class_folders(root)
+def _of_folder(root: Path, train: Path | None, val: Path | None) -> DataSet:
+    """A data set of image files, with the class folders of one split or of both."""
+    classes = train or val
     return DataSet(
         data=str(root.resolve()),
         slug=slug_of(root.resolve()),
         kind="folder",
         default_arch="deit-b",
-        num_classes=len(class_names(classes)),
-        num_train=len(list_images(classes)),
-        num_val=0,
+        num_classes=len(class_names(classes)) if classes else 0,
+        num_train=len(list_images(train)) if train else 0,
+        num_val=len(list_images(val)) if val else 0,
+        defaults=PHOTOGRAPHS,
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from spiralrope_cli.core.config import recipes
-from spiralrope_cli.core.config.datasets import DataSet, find_data_set, find_pictures, slug_of
+from spiralrope_cli.core.config.datasets import DataSet, find_data_set, find_train_set, slug_of
 from spiralrope_cli.core.config.dit_runs import (
     DiTModelConfig,
     DiTRun,
@@ -167,7 +167,7 @@ def find_data(chosen: list[Layer], *, dit: bool) -> tuple[DataSet, str, list[Lay
         of_cache = {"image_size": cache.plan.image_size, "vae": cache.plan.vae}
         return of_latents(cache), "latents", [("latents", of_cache)]
     data, source = choose_data(chosen)
-    return find_pictures(data) if dit else find_data_set(data), source, []
+    return find_train_set(data) if dit else find_data_set(data), source, []
 
 
 def of_latents(cache: CacheMetadata) -> DataSet:

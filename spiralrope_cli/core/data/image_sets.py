@@ -47,11 +47,6 @@ class FolderInput:
     def __len__(self) -> int:
         return len(self.files)
 
-    @property
-    def size_words(self) -> str:
-        """How large the images are, in words."""
-        return ""
-
 
 @dataclass(frozen=True)
 class NpzImages:
@@ -62,11 +57,6 @@ class NpzImages:
 
     def __len__(self) -> int:
         return self.header.shape[0]
-
-    @property
-    def size_words(self) -> str:
-        """How large the images are, in words."""
-        return f" of {self.header.shape[1]}x{self.header.shape[2]}"
 
 
 ImageInput = FolderInput | NpzImages
@@ -80,10 +70,10 @@ class Side:
         role: SAMPLES or REFERENCE.
         path: as it was given.
         images: where its images are; None without images.
-        stored: figures whose statistics it holds.
+        stored: metrics whose statistics it holds.
         num: images that count; None where nobody knows.
         protocol: by which its statistics were made, empty if unknown.
-        needed: what its images must be looked at for: of `fid`, `sfid`, `is`, `features`.
+        needed: what its images are read for: of `fid`, `sfid`, `is`, `features`.
     """
 
     role: str
@@ -98,18 +88,18 @@ class Side:
     def words(self) -> str:
         """What it holds, for the table."""
         parts = [f"statistics for {' and '.join(self.stored)}"] if self.stored else []
-        if self.images is not None:
-            count = f"{self.num:,}"
-            of = f" (of {len(self.images):,})" if self.num != len(self.images) else ""
-            parts.append(f"{count}{of} images{self.images.size_words}")
-        else:
-            parts.append(
-                "an unknown number of images" if self.num is None else f"{self.num:,} images"
-            )
-        return (", " if self.images is not None else " of ").join(parts)
+        if self.images is None:
+            count = "an unknown number of" if self.num is None else f"{self.num:,}"
+            return " of ".join([*parts, f"{count} images"])
+        of = f" (of {len(self.images):,})" if self.num != len(self.images) else ""
+        size = ""
+        if isinstance(self.images, NpzImages):
+            _, height, width, _ = self.images.header.shape
+            size = f" of {height}x{width}"
+        return ", ".join([*parts, f"{self.num:,}{of} images{size}"])
 
 
-def look_at(path: Path, role: str, num: int = 0) -> Side:
+def inspect_side(path: Path, role: str, num: int = 0) -> Side:
     """What is in a folder or file.
 
     Args:
@@ -121,20 +111,27 @@ def look_at(path: Path, role: str, num: int = 0) -> Side:
         DataError: it is not there, is neither, is damaged, or holds too few images.
     """
     images, stored, count, protocol = _contents(path, role)
-    if images is not None:
-        count = _counted(len(images), role, path, num)
-        if count != len(images):
-            stored = ()  # they are of all images
-    elif num and num != count:
-        raise DataError(f"--num {num}: {role} {path} holds statistics, and not of {num} images")
-    return Side(role, path, images, stored, count or None, protocol)
+    if images is None:
+        if num and num != count:
+            raise DataError(f"--num {num}: {role} {path} holds statistics, and not of {num} images")
+        return Side(role, path, None, stored, count or None, protocol)
+    if num > len(images):
+        raise DataError(
+            f"--num {num}: {role} {path} holds {len(images)} images", "make more, or ask for fewer"
+        )
+    count = num or len(images)
+    if count < 2:
+        raise DataError(f"{role} {path} counts {count} image(s); a covariance needs 2 or more")
+    if count != len(images):
+        stored = ()  # they are of all images
+    return Side(role, path, images, stored, count, protocol)
 
 
 def images_in(path: Path, role: str) -> ImageInput:
     """The images of a folder or file, one at least.
 
     Raises:
-        DataError: as `look_at`, or it holds statistics alone.
+        DataError: as `inspect_side`, or it holds statistics alone.
     """
     images, *_ = _contents(path, role)
     if images is None:
@@ -145,49 +142,23 @@ def images_in(path: Path, role: str) -> ImageInput:
 
 
 def _contents(path: Path, role: str) -> tuple[ImageInput | None, tuple[str, ...], int, str]:
+    """Images, metrics with statistics, and of how many images and by which protocol those are."""
     if path.is_dir():
-        folder = FolderInput(path, list_images(path))
-        return folder, (), len(folder), ""
+        if not (files := images_below(path)):
+            known = f"known suffixes: {' '.join(IMAGE_SUFFIXES)}"
+            raise DataError(f"{path} holds no images", known)
+        return FolderInput(path, files), (), 0, ""
     if not path.exists():
         raise DataError(f"{role} {path} does not exist", "it is a folder of images or an .npz file")
-    if path.suffix == ".npz" or zipfile.is_zipfile(path):
-        return _look_into(path)
-    raise DataError(f"{role} {path} is neither a folder of images nor an .npz file")
-
-
-def _counted(there: int, role: str, path: Path, num: int) -> int:
-    if num > there:
-        raise DataError(
-            f"--num {num}: {role} {path} holds {there} images", "make more, or ask for fewer"
-        )
-    if (num or there) < 2:
-        raise DataError(
-            f"{role} {path} counts {num or there} image(s); a covariance needs 2 or more"
-        )
-    return num or there
-
-
-def list_images(folder: Path) -> list[str]:
-    """All images at any depth, in the order of their paths.
-
-    Raises:
-        DataError: there are none.
-    """
-    found = images_below(folder)
-    if not found:
-        raise DataError(f"{folder} holds no images", f"known suffixes: {' '.join(IMAGE_SUFFIXES)}")
-    return found
-
-
-def _look_into(path: Path) -> tuple[NpzImages | None, tuple[str, ...], int, str]:
+    if path.suffix != ".npz" and not zipfile.is_zipfile(path):
+        raise DataError(f"{role} {path} is neither a folder of images nor an .npz file")
     headers = read_headers(path)
-    stored = tuple(figure for figure, (mean, _, _) in STATISTICS.items() if mean in headers)
-    for figure in stored:
-        check_statistics(path, headers, figure)
+    stored = tuple(metric for metric, (mean, _, _) in STATISTICS.items() if mean in headers)
+    for metric in stored:
+        check_statistics(path, headers, metric)
     if "arr_0" in headers:
         _check_images(path, headers["arr_0"])
-        images = NpzImages(path, headers["arr_0"])
-        return images, stored, len(images), ""
+        return NpzImages(path, headers["arr_0"]), stored, 0, ""
     if not stored:
         raise DataError(
             f"{path} has no arr_0 and no mu: it holds {', '.join(list(headers)[:5])}",
@@ -235,7 +206,7 @@ def digests_beside(sides: list[Side]) -> Iterator[list[Future[str]]]:
 
 
 def digest_of(side: Side, stop: threading.Event | None = None) -> str:
-    """SHA-256 of an input, as its figures tell it; anything once it is told to stop."""
+    """SHA-256 of an input, as its metrics name it; anything once it is told to stop."""
     state = hashlib.sha256()
     files = side.images.files if isinstance(side.images, FolderInput) else [side.path]
     for file in files:
@@ -255,20 +226,16 @@ def names_of(data: str, num_classes: int) -> list[str]:
         data: a built-in name, a folder, or nothing for published weights.
         num_classes: how many there must be.
     """
-    names = _known(data, num_classes)
-    return names if len(names) == num_classes else [str(n) for n in range(num_classes)]
-
-
-def _known(data: str, num_classes: int) -> list[str]:
+    names: list[str] = []
     if data == "fashion-mnist":
         from torchvision.datasets import FashionMNIST
 
-        return list(FashionMNIST.classes)
-    if not data and num_classes == IMAGENET_CLASSES:
+        names = list(FashionMNIST.classes)
+    elif data:
+        with contextlib.suppress(DataError):
+            names = class_names(class_folders(Path(data)))
+    elif num_classes == IMAGENET_CLASSES:
         from timm.data import ImageNetInfo
 
-        return [name.split(",")[0] for name in ImageNetInfo().label_descriptions()]
-    try:
-        return class_names(class_folders(Path(data))) if data else []
-    except DataError:
-        return []
+        names = [name.split(",")[0] for name in ImageNetInfo().label_descriptions()]
+    return names if len(names) == num_classes else [str(n) for n in range(num_classes)]

@@ -21,7 +21,7 @@ from spiralrope_cli import __version__
 from spiralrope_cli.core.config.datasets import (
     class_folders,
     find_data_set,
-    find_pictures,
+    find_train_set,
     val_folder,
 )
 from spiralrope_cli.core.config.doctor import Checkup, Finding
@@ -184,7 +184,7 @@ def look_at_data(checkup: Checkup, findings: list[Finding]) -> tuple[Facts, Rows
         DataError: no such data set, an empty class, or splits that differ.
     """
     data, source = choose_data([("option", checkup.options)])
-    data_set = find_pictures(data) if checkup.dit else find_data_set(data)
+    data_set = find_train_set(data) if checkup.dit else find_data_set(data)
     facts: Facts = {
         "data": data_set.data,
         "chosen_by": source,

@@ -17,7 +17,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spiralrope_cli.core.config.datasets import BUILT_IN, DataSet, find_held_out
+from spiralrope_cli.core.config.datasets import BUILT_IN, DataSet, find_val_set
 from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions, EvalRow, EvalRun
 from spiralrope_cli.core.config.models import format_size, is_dit
 from spiralrope_cli.core.config.nested import build
@@ -72,8 +72,8 @@ def settle(
         FetchError: published weights that cannot be had.
     """
     sources = [find_source(each, best=options.best) for each in options.sources]
-    chosen = None if options.data is None else find_held_out(options.data)
-    find = cache(find_held_out)  # it counts the files of a folder
+    chosen = None if options.data is None else find_val_set(options.data)
+    find = cache(find_val_set)  # it counts the files of a folder
     notes: list[str] = []
     idle = {"ema": "--ema", "best": "--best", "crop_ratios": "--crop-ratio"}
     if options.every and (names := [word for name, word in idle.items() if name in given]):

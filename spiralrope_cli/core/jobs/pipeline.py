@@ -36,7 +36,7 @@ from spiralrope_cli.core.config.resolve import Resolved, StartingPoint, resolve
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.samples import check_chain, decoder_of, num_samples
 from spiralrope_cli.core.config.training import MachineConfig, TrainOptions
-from spiralrope_cli.core.data.image_sets import look_at
+from spiralrope_cli.core.data.image_sets import inspect_side
 from spiralrope_cli.core.errors import CheckpointError, ConfigError, FetchError
 from spiralrope_cli.core.hub.networks import find_inception, find_vae, local_vae
 from spiralrope_cli.core.jobs import evaluate, sample, score, train
@@ -144,7 +144,7 @@ def settle_dit(given: dict[str, Any]) -> Pipeline:
     training = train_stage(resolved, folder / TRAIN)
     run: DiTRun = training.config.run
     if own.reference:
-        look_at(Path(own.reference).expanduser(), "REFERENCE")
+        inspect_side(Path(own.reference).expanduser(), "REFERENCE")
     check_trainings([run])
     drawn = folder / SAMPLE
     if drawn.exists() and not is_finished(run, first_step(run)):

@@ -20,7 +20,7 @@ from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.option import idle_lines
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data import npz
-from spiralrope_cli.core.data.image_sets import Side, digest_of, digests_beside, look_at
+from spiralrope_cli.core.data.image_sets import Side, digest_of, digests_beside, inspect_side
 from spiralrope_cli.core.errors import ConfigError, DataError
 from spiralrope_cli.core.hub.catalog import find
 from spiralrope_cli.core.hub.networks import find_inception
@@ -84,9 +84,9 @@ def settle(run: FidRun) -> Plan:
         DataError: a side is missing, damaged or too small, or allows nothing of what was asked.
         FetchError: there are no weights.
     """
-    sides = [look_at(Path(run.samples).expanduser(), "SAMPLES", run.num)]
+    sides = [inspect_side(Path(run.samples).expanduser(), "SAMPLES", run.num)]
     if run.reference:
-        sides.append(look_at(Path(run.reference).expanduser(), "REFERENCE"))
+        sides.append(inspect_side(Path(run.reference).expanduser(), "REFERENCE"))
     left_out = check_possible(run, sides)
     metrics = set(run.select).difference(left_out)
     has_images = sides[0].images is not None
@@ -171,7 +171,7 @@ def earlier_result(run: FidRun) -> dict[str, Any]:
     before = {"reference": reference.get("sha256"), "weights": protocol.get("weights_sha256")}
     now = {
         "weights": find_inception(run.weights)[1],
-        "reference": digest_of(look_at(Path(run.reference).expanduser(), "REFERENCE")),
+        "reference": digest_of(inspect_side(Path(run.reference).expanduser(), "REFERENCE")),
     }
     return {} if differences(before, now, ()) else found
 

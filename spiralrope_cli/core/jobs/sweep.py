@@ -16,7 +16,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from spiralrope_cli.core.config.datasets import find_held_out
+from spiralrope_cli.core.config.datasets import find_val_set
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.option import Leaf, leaves
 from spiralrope_cli.core.config.pipelines import PRETRAIN, DeiTStages
@@ -227,7 +227,7 @@ def summary(runs: Sequence[SweepRun]) -> list[Record]:
         for key in by_seed[0]:
             rows = [rows[key] for rows in by_seed]
             checkpoint, weights, crop_ratio = key
-            usual = find_held_out(rows[0]["data"]).defaults["crop_ratio"]
+            usual = find_val_set(rows[0]["data"]).defaults["crop_ratio"]
             records.append(
                 {
                     "point": dict(point.words),

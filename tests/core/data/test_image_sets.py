@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spiralrope_cli.core.data.image_sets import look_at, names_of
+from spiralrope_cli.core.data.image_sets import inspect_side, names_of
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from spiralrope_cli.core.data.image_sets import look_at, names_of
 )
 def test_what_statistics_say_of_themselves_is_believed_if_it_can_be(tmp_path, notes, num, protocol):
     np.savez(tmp_path / "a.npz", mu=np.zeros(2048), sigma=np.eye(2048), **notes)
-    side = look_at(tmp_path / "a.npz", "REFERENCE")
+    side = inspect_side(tmp_path / "a.npz", "REFERENCE")
     assert (side.num, side.protocol) == (num, protocol)
     assert side.words.startswith("statistics for fid of ")
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from spiralrope_cli.core.config.datasets import images_below
 from spiralrope_cli.core.data import images as reading
-from spiralrope_cli.core.data.image_sets import list_images, look_at
+from spiralrope_cli.core.data.image_sets import inspect_side
 from spiralrope_cli.core.data.images import image_batches
 
 SIZES = [(8, 8), (6, 9), (8, 8), (8, 8), (6, 9), (5, 5), (8, 8)]
@@ -27,13 +28,13 @@ def folder(tmp_path):
 
 
 def read(path, part=None, batch_size=3, threads=2):
-    images = look_at(path, "SAMPLES").images
+    images = inspect_side(path, "SAMPLES").images
     part = part or range(len(images))
     return list(image_batches(images, part, batch_size, threads=threads, pin_memory=False))
 
 
 def test_a_folder_of_any_depth_comes_in_batches_with_sizes_together(folder):
-    files = look_at(folder, "SAMPLES").images.files
+    files = inspect_side(folder, "SAMPLES").images.files
     batches = read(folder)
     assert sorted(number for batch in batches for number in batch.numbers) == list(range(7))
     assert [len(batch.numbers) for batch in batches] == [3, 3, 1]
@@ -46,12 +47,12 @@ def test_a_folder_of_any_depth_comes_in_batches_with_sizes_together(folder):
 
 
 def test_links_are_followed_but_not_in_circles(folder, tmp_path_factory):
-    there = list_images(folder)
+    there = images_below(folder)
     (folder / "again").symlink_to(folder, target_is_directory=True)
-    assert list_images(folder) == there
+    assert images_below(folder) == there
     beside = tmp_path_factory.mktemp("beside")
     (beside / "linked").symlink_to(folder, target_is_directory=True)
-    assert len(list_images(beside)) == len(there)
+    assert len(images_below(beside)) == len(there)
 
 
 def test_no_threads_beside_is_one(folder):
@@ -95,7 +96,7 @@ def test_what_cannot_be_decoded_is_carried_along(folder):
 def test_who_stops_early_leaves_no_thread_behind(folder):
     import threading
 
-    images = look_at(folder, "SAMPLES").images
+    images = inspect_side(folder, "SAMPLES").images
     batches = image_batches(images, range(7), 2, threads=2, pin_memory=False)
     next(batches)
     batches.close()
