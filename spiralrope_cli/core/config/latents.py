@@ -74,22 +74,13 @@ class EncodeRun:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_image_size(self.image_size)
-
-
-def check_image_size(image_size: tuple[int, int]) -> None:
-    """Refuses images that do not give whole latents.
-
-    Raises:
-        ConfigError: says what the sides must be.
-    """
-    if any(side < VAE_FACTOR or side % VAE_FACTOR for side in image_size):
-        height, width = image_size
-        raise ConfigError(
-            f"--image-size {height}x{width}: the VAE needs sides that {VAE_FACTOR} divides",
-            "the nearest: "
-            + "x".join(str(max(1, round(s / VAE_FACTOR)) * VAE_FACTOR) for s in image_size),
-        )
+        nearest = [max(1, round(side / VAE_FACTOR)) * VAE_FACTOR for side in self.image_size]
+        if nearest != [*self.image_size]:
+            height, width = self.image_size
+            raise ConfigError(
+                f"--image-size {height}x{width}: the VAE needs sides that {VAE_FACTOR} divides",
+                f"the nearest: {nearest[0]}x{nearest[1]}",
+            )
 
 
 def class_folder(data: str) -> Path:
@@ -115,33 +106,19 @@ def class_folder(data: str) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class CachePlan:
-    """What a cache is of; every shard of it is made after the same plan.
+    """What a cache is of; every shard of it is made after the same plan."""
 
-    Attributes:
-        data: the class folder.
-        class_names: by class number.
-        num_files: images found there.
-        files_sha256: of their paths below that folder, in order.
-        image_size: (height, width) in pixels.
-        crop: how they are brought to that size.
-        vae: `ema`, `mse`, or the whole path of its folder.
-        vae_sha256: of its weights file; empty for a published VAE that is not here yet.
-        scale: what latents are multiplied by.
-        precision: the VAE computed in.
-        shard_size: images in a shard, but for the last and for unreadable ones.
-    """
-
-    data: str
-    class_names: tuple[str, ...]
-    num_files: int
-    files_sha256: str
-    image_size: tuple[int, int]
-    crop: str = CROP
-    vae: str
-    vae_sha256: str
-    scale: float = LATENT_SCALE
-    precision: str = "float32"
-    shard_size: int
+    data: str  # the class folder
+    class_names: tuple[str, ...]  # by class number
+    num_files: int  # images found there
+    files_sha256: str  # of their paths below that folder, in order
+    image_size: tuple[int, int]  # (height, width) in pixels
+    crop: str = CROP  # how they are brought to that size
+    vae: str  # `ema`, `mse`, or the whole path of its folder
+    vae_sha256: str  # of its weights file; empty for a published VAE that is not here yet
+    scale: float = LATENT_SCALE  # what latents are multiplied by
+    precision: str = "float32"  # that the VAE computed in
+    shard_size: int  # images in a shard, but for the last and for unreadable ones
 
     @property
     def num_shards(self) -> int:
@@ -173,21 +150,13 @@ def shard_size_for(num_files: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """What the metadata of one file say.
+    """What the metadata of one file say."""
 
-    Attributes:
-        number: of the shard, which is its name.
-        plan: that it was made after.
-        count: images in it.
-        unreadable: path -> reason of the images that were left out.
-        crc32: of all that it holds, eight hexadecimal digits.
-    """
-
-    number: int
+    number: int  # which is its name
     plan: CachePlan
-    count: int
-    unreadable: dict[str, str]
-    crc32: str = ""
+    count: int  # images in it
+    unreadable: dict[str, str]  # path -> reason of the images that were left out
+    crc32: str = ""  # of all that it holds, eight hexadecimal digits
 
     @property
     def file(self) -> str:

@@ -30,7 +30,7 @@ POSTERIZE_OPS = ("Posterize", "PosterizeIncreasing", "PosterizeOriginal")
 CROP_ASPECT = (3 / 4, 4 / 3)
 
 
-# --- Single pictures, in loader processes
+# --- Single images, in loader processes
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
@@ -77,12 +77,7 @@ def eval_transform(size: tuple[int, int], crop_ratio: float) -> Transform:
 
 
 def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Halves by boxes while it is twice as large, then bicubic until it covers, then the centre.
-
-    Args:
-        image: of any size.
-        size: (height, width) in pixels.
-    """
+    """ADM's crop to (height, width): halves by boxes, bicubic until it covers, then the centre."""
     height, width = size
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -109,7 +104,7 @@ def epoch_draws(num_images: int, seed: int, epoch: int) -> Tensor:
 
 
 def warp(images: Tensor, draws: Tensor, augment: AugmentConfig, size: tuple[int, int]) -> Tensor:
-    """Moves, turns, crops or mirrors each picture by its own random numbers.
+    """Shifts, rotates, crops or mirrors each image by its own random numbers.
 
     Args:
         images: [B, channels, h, w] float.
@@ -118,7 +113,7 @@ def warp(images: Tensor, draws: Tensor, augment: AugmentConfig, size: tuple[int,
         size: (height, width) to give back.
 
     Returns:
-        [B, channels, *size]; outside the picture lies black, or with `crop` its border.
+        [B, channels, *size]; outside the image is black, or with `crop` its border.
     """
     height, width = images.shape[-2:]
     draws = draws.to(images.device, non_blocking=True)
@@ -129,7 +124,7 @@ def warp(images: Tensor, draws: Tensor, augment: AugmentConfig, size: tuple[int,
         shift_x = centred[:, 2] * (2 * augment.max_shift / width)
         shift_y = centred[:, 3] * (2 * augment.max_shift / height)
         cos, sin, ratio = angle.cos(), angle.sin(), height / width
-        # Coordinates run from -1 to 1 on both axes, whatever the picture's shape.
+        # Coordinates run from -1 to 1 on both axes, whatever the image's shape.
         rows = [cos * mirror, -sin * ratio, shift_x, sin / ratio * mirror, cos, shift_y]
         padding = "zeros"
     else:
@@ -152,7 +147,7 @@ def resize_and_crop(images: Tensor, size: tuple[int, int], crop_ratio: float) ->
     Args:
         images: [B, channels, h, w] float.
         size: (height, width) to give back.
-        crop_ratio: share of the resized picture's shorter side that is kept.
+        crop_ratio: fraction of the resized image's shorter side that is kept.
 
     Returns:
         [B, channels, *size].
@@ -174,7 +169,7 @@ def mirror_draws(num_images: int, seed: int, epoch: int) -> Tensor:
 
 
 def mirror(images: Tensor, chosen: Tensor) -> Tensor:
-    """Mirrors those pictures of [B, L, H, W] that [B] bool on the CPU chooses."""
+    """Mirrors those images of [B, L, H, W] that [B] bool on the CPU chooses."""
     if not chosen.any():
         return images
     where = chosen.to(images.device, non_blocking=True)[:, None, None, None]
@@ -182,13 +177,7 @@ def mirror(images: Tensor, chosen: Tensor) -> Tensor:
 
 
 class Normalise:
-    """Pixels as a classifier takes them.
-
-    Args:
-        mean: of each channel, of pixels in [0, 1].
-        std: likewise.
-        device: where the images are.
-    """
+    """Pixels as a classifier takes them, by mean and deviation of each channel in [0, 1]."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
         self._mean = torch.tensor(mean, device=device).view(-1, 1, 1) * 255
@@ -200,14 +189,7 @@ class Normalise:
 
 
 def erase(images: Tensor, probability: float, seed: int, first: int) -> Tensor:
-    """Random erasing of normalised pictures, each by its own random numbers.
-
-    Args:
-        images: [B, channels, h, w], changed in place.
-        probability: 0 for none.
-        seed: of the run.
-        first: place of the first image in the run.
-    """
+    """Random erasing of normalised [B, channels, h, w], in place, each by its place in the run."""
     if probability:
         erasing = RandomErasing(probability, mode="pixel", device=images.device.type)
         for place, image in enumerate(images, start=first):

@@ -88,27 +88,16 @@ def own_parts(rank: int, micro: int, grad_accum_steps: int) -> list[slice]:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The training set of a run, and how its batches are made; see the two functions below.
-
-    Attributes:
-        run: the run.
-        steps_per_epoch: of the run.
-        parts: of each step's batch, those that this process takes.
-        read: gives the images that stand at some places.
-        finish: augments and normalises them.
-        unreadable: path -> reason, images that were left out so far.
-        repeats: how often each image stands in a row.
-        scale: what cached latents are multiplied by; pixels are taken as they are.
-    """
+    """The training set of a run, and how its batches are made; see the two functions below."""
 
     run: TrainingRun
     steps_per_epoch: int
-    parts: list[slice]
+    parts: list[slice]  # of each step's batch, those that this process takes
     read: Read
-    finish: Callable[[Batch], Batch]
-    unreadable: dict[str, str] = field(default_factory=dict)
-    repeats: int = 1
-    scale: float = 1.0
+    finish: Callable[[Batch], Batch]  # augments and normalises
+    unreadable: dict[str, str] = field(default_factory=dict)  # path -> reason, left out so far
+    repeats: int = 1  # how often each image stands in a row
+    scale: float = 1.0  # what cached latents are multiplied by; pixels are taken as they are
 
     def train_steps(self, first_step: int, last_step: int) -> Generator[list[Batch], None, None]:
         """This process's micro batches of each step, from `first_step` up to `last_step`."""
@@ -243,14 +232,7 @@ def from_cache(
 
 
 class ValidationImages:
-    """The validation images of a data set under one protocol.
-
-    Args:
-        protocol: which images, and how they are resized, cropped and normalised.
-        machine: its loader processes, and whether damaged images are skipped.
-        device: where batches go.
-        rank: of this process.
-        world_size: processes that share the images.
+    """The validation images of a data set under one protocol, shared by all processes.
 
     Attributes:
         unreadable: path -> reason, images that were left out so far.

@@ -64,25 +64,15 @@ ImageInput = FolderInput | NpzImages
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison.
+    """One side of a comparison."""
 
-    Attributes:
-        role: SAMPLES or REFERENCE.
-        path: as it was given.
-        images: where its images are; None without images.
-        stored: metrics whose statistics it holds.
-        num: images that count; None where nobody knows.
-        protocol: by which its statistics were made, empty if unknown.
-        needed: what its images are read for: of `fid`, `sfid`, `is`, `features`.
-    """
-
-    role: str
-    path: Path
+    role: str  # SAMPLES or REFERENCE
+    path: Path  # as it was given
     images: ImageInput | None
-    stored: tuple[str, ...]
-    num: int | None
-    protocol: str = ""
-    needed: tuple[str, ...] = ()
+    stored: tuple[str, ...]  # metrics whose statistics it holds
+    num: int | None  # images that count; None where nobody knows
+    protocol: str = ""  # by which its statistics were made, empty if unknown
+    needed: tuple[str, ...] = ()  # what its images are read for: `fid`, `sfid`, `is`, `features`
 
     @property
     def words(self) -> str:

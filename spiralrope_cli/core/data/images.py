@@ -64,16 +64,10 @@ def decode_some(folders: Iterable[Path | None], most: int) -> tuple[int, list[Un
 
 @dataclass
 class ImageBatch:
-    """Some images, together where they have one size.
+    """Some images, together where they have one size."""
 
-    Attributes:
-        numbers: place in the set of every image, in the order of the groups.
-        groups: [B, 3, h, w] uint8 each, one for every size.
-        unreadable: what could not be decoded.
-    """
-
-    numbers: list[int] = field(default_factory=list)
-    groups: list[Tensor] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)  # places in the set, in the groups' order
+    groups: list[Tensor] = field(default_factory=list)  # [B, 3, h, w] uint8, one for every size
     unreadable: list[Unreadable] = field(default_factory=list)
 
 

@@ -87,20 +87,13 @@ class Places(NamedTuple):
     """Which images a batch holds, and where they stand in a training run.
 
     Lists, as loader processes get it too: tensors would travel through shared memory.
-
-    Attributes:
-        numbers: [B] of the images in their set.
-        places: [B] in the epoch; none where they belong to no training run.
-        epoch: counted from 0.
-        part: of the step's batch, this micro batch.
-        first: place of its first image in the run.
     """
 
-    numbers: list[int]
-    places: list[int]
-    epoch: int = 0
-    part: slice = slice(0)
-    first: int = 0
+    numbers: list[int]  # [B] of the images in their set
+    places: list[int]  # [B] in the epoch; none where they belong to no training run
+    epoch: int = 0  # counted from 0
+    part: slice = slice(0)  # of the step's batch, this micro batch
+    first: int = 0  # place of its first image in the run
 
 
 @dataclass(frozen=True)
@@ -257,7 +250,7 @@ def _as_it_is(batch: Batch) -> Batch:
 
 
 def _one_thread(worker: int) -> None:
-    """Loader processes share the cores; a signal to the whole group is the trainer's to answer."""
+    """Loader processes share the cores; the trainer alone answers a signal to the whole group."""
     import signal
 
     torch.set_num_threads(1)

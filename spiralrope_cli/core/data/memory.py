@@ -1,4 +1,4 @@
-"""Small data sets that live in memory as tensors, and need no loader workers."""
+"""Small data sets that live in memory as tensors, and need no loader processes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class MemorySplit:
     labels: Tensor
 
     def to(self, device: torch.device, channels: int) -> MemorySplit:
-        """The same split on a device, grey pictures in each of so many channels."""
+        """The same split on a device, grey images in each of so many channels."""
         images = self.images.to(device)
         return MemorySplit(images.expand(-1, channels, -1, -1), self.labels.to(device))
 

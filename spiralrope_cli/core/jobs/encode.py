@@ -53,19 +53,12 @@ JOB = "spiralrope_cli.core.jobs.encode:work"
 
 @dataclass(frozen=True)
 class EncodePlan:
-    """What `work` does.
-
-    Attributes:
-        run: the options.
-        cache: what the cache will be of.
-        images: (path, class number) of every image.
-        vae: None for a published one that is not here yet.
-    """
+    """What `work` does."""
 
     run: EncodeRun
-    cache: CachePlan
-    images: list[tuple[str, int]]
-    vae: VaeFiles | None
+    cache: CachePlan  # what the cache will be of
+    images: list[tuple[str, int]]  # (path, class number) of every image
+    vae: VaeFiles | None  # None for a published one that is not here yet
 
     @property
     def machine(self) -> MachineConfig:
