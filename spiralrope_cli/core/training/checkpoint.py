@@ -2,7 +2,7 @@
 
 RUN/checkpoints/0000120/model.safetensors   raw weights, config in the metadata
 RUN/checkpoints/0000120/ema.safetensors     averaged weights, likewise
-RUN/checkpoints/0000120/trainer.pt          optimizer, step and best figures
+RUN/checkpoints/0000120/trainer.pt          optimizer, step and best metrics
 RUN/checkpoints/best.json, last.json        which step is which
 """
 
@@ -34,6 +34,16 @@ from spiralrope_cli.core.runtime.run_folder import check_space as check_disk_spa
 from spiralrope_cli.core.training.step import TrainState
 
 UNFINISHED = ".unfinished-"
+UNREADABLE = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    EOFError,
+    SafetensorError,
+    UnpicklingError,
+)
+"""What safetensors, torch and a damaged pickle raise."""
 
 
 def save(
@@ -55,7 +65,7 @@ def save(
             os.rename(unfinished, final)
             flush(final.parent)
         except (OSError, RuntimeError, SafetensorError) as error:
-            refusal = _cannot_write(final, error)  # looks at the disk while it is still full
+            refusal = _cannot_write(final, error)  # reads the free space while it is still full
             shutil.rmtree(unfinished, ignore_errors=True)
             raise refusal from error
     write_whole(final.with_name("last.json"), json.dumps({"step": state.step}), durable=True)
@@ -66,15 +76,10 @@ def save(
 
 
 def _write(folder: Path, state: TrainState, metadata: dict[str, str]) -> None:
-    modules: dict[str, nn.Module] = {MODEL_FILE: state.model, EMA_FILE: state.ema.module}
-    for name, module in modules.items():
-        kind = Path(name).stem
-        save_model(module, str(folder / name), {**metadata, "weights": kind})
-    trainer = {
-        "optimizer": state.optimizer.state_dict(),
-        "step": state.step,
-        "best": state.best,
-    }
+    for name, module in ((MODEL_FILE, state.model), (EMA_FILE, state.ema.module)):
+        save_model(module, str(folder / name), {**metadata, "weights": Path(name).stem})
+    optimizer = state.optimizer.state_dict()
+    trainer = {"optimizer": optimizer, "step": state.step, "best": state.best}
     torch.save(trainer, folder / TRAINER_FILE)
     for path in folder.iterdir():
         flush(path)
@@ -89,12 +94,15 @@ def _cannot_write(path: Path, error: Exception) -> CheckpointError:
             f"no space left for checkpoint {path} ({free / 2**20:.0f} MiB free)",
             "free some, or choose another --out; the same command then resumes",
         )
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return CheckpointError(f"checkpoint {path} could not be written: {reason}")
+    return CheckpointError(f"checkpoint {path} could not be written: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def remove_unfinished(run_folder: Path) -> None:
-    """Clears what a killed save left behind; only whoever holds the run folder may call it."""
+    """Removes what a killed save left behind; only the holder of the run folder may call it."""
     for leftover in (run_folder / CHECKPOINTS).glob(UNFINISHED + "*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -123,18 +131,9 @@ def restore(run_folder: Path, step: int, state: TrainState) -> None:
         load_model(state.ema.module, str(folder / EMA_FILE))
         trainer = torch.load(folder / TRAINER_FILE, map_location="cpu", weights_only=True)
         state.optimizer.load_state_dict(trainer["optimizer"])
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-        KeyError,
-        ValueError,
-        EOFError,
-        UnpicklingError,
-    ) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except UNREADABLE as error:
         raise CheckpointError(
-            f"checkpoint {folder} cannot be read: {reason}",
+            f"checkpoint {folder} cannot be read: {_first_line(error)}",
             "remove that folder to resume from the one before it",
         ) from error
     state.step, state.best = trainer["step"], trainer["best"]

@@ -22,7 +22,7 @@ from spiralrope_cli.core.training.step import TrainState
 
 
 def classification(config: ClassifierRun, ctx: DistContext) -> Task:
-    """What the training loop is told about a classifier.
+    """Data, loss and validation of a classifier.
 
     Raises:
         DataError: the data set is missing or damaged.
@@ -37,16 +37,16 @@ def classification(config: ClassifierRun, ctx: DistContext) -> Task:
         mean=augment.mean,
         std=augment.std,
     )
-    held_out = ValidationImages(protocol, config.machine, ctx.device, ctx.rank, ctx.world_size)
-    data = classifier_data(config, ctx.device, ctx.rank, ctx.world_size, held_out.unreadable)
+    val_images = ValidationImages(protocol, config.machine, ctx.device, ctx.rank, ctx.world_size)
+    data = classifier_data(config, ctx.device, ctx.rank, ctx.world_size, val_images.unreadable)
     validate_steps = config.checkpoint.validate_every * config.steps_per_epoch
     return Task(
         train_steps=data.train_steps,
         remake=partial(data.remake, labels="targets"),
         unreadable=data.unreadable,
         loss=partial(classifier_loss, config, ctx),
-        look_at=lambda step: due(step, validate_steps, config.total_steps),
-        validate=partial(validate, config, ctx, held_out),
+        inspect_at=lambda step: due(step, validate_steps, config.total_steps),
+        validate=partial(validate, config, ctx, val_images),
     )
 
 
@@ -55,12 +55,15 @@ def classifier_loss(
 ) -> Tensor:
     """Mean cross entropy of one micro batch, with this step's stochastic depth."""
     model = cast(DeiT, state.model)
-    randomness = generator_for(config.seed, "depth", state.step)
-    drop_path_mask = model.drop_path_mask(config.optim.batch_size, randomness)
-    if drop_path_mask is not None:
-        drop_path_mask = drop_path_mask[..., batch.at.part].to(ctx.device, non_blocking=True)
+    # Drawn for the whole batch of the step, of which each process takes its part: so the numbers
+    # do not depend on how the batch is split.
+    generator = generator_for(config.seed, "depth", state.step)
+    mask = model.drop_path_mask(config.optim.batch_size, generator)
+    if mask is not None:
+        mask = mask[..., batch.at.part].to(ctx.device, non_blocking=True)
     with autocast(ctx.device, ctx.dtype):
-        logits = forward(batch.images, drop_path_mask)
+        logits = forward(batch.images, mask)
+    # Mixing smooths its own soft labels.
     smoothing = 0.0 if config.augment.mixes else config.augment.smoothing
     return F.cross_entropy(logits.float(), batch.labels, label_smoothing=smoothing)
 
@@ -68,14 +71,14 @@ def classifier_loss(
 def validate(
     config: ClassifierRun,
     ctx: DistContext,
-    held_out: ValidationImages,
+    val_images: ValidationImages,
     state: TrainState,
     reporter: Reporter,
 ) -> None:
-    """Measures raw and averaged weights, and remembers the best raw ones."""
+    """Measures raw and averaged weights, and records the best raw ones."""
     metrics = measure_accuracy(
         {"raw": state.model, "ema": state.ema.module},
-        held_out.batches(),
+        val_images.batches(),
         ctx.device,
         partial(autocast, ctx.device, ctx.dtype),
     )

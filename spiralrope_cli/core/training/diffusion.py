@@ -1,4 +1,4 @@
-"""The diffusion transformer's task: pictures or latents, noise prediction, sample grids."""
+"""The diffusion transformer's task: images or latents, noise prediction, sample grids."""
 
 from __future__ import annotations
 
@@ -37,13 +37,10 @@ def diffusion(
     find_vae: Callable[[str], Path],
     local_vae: Callable[[str], Path],
 ) -> Task:
-    """What the training loop is told about a diffusion transformer.
+    """Data, loss and sample grids of a diffusion transformer.
 
-    Args:
-        config: the run.
-        ctx: this worker.
-        find_vae: gives the folder of a VAE by its name, which may have to be fetched.
-        local_vae: likewise, but refuses one that is not here.
+    `find_vae` gives the folder of a VAE by its name and may fetch it; `local_vae` refuses one that
+    is not here.
 
     Raises:
         DataError: the data set is missing or damaged.
@@ -55,8 +52,7 @@ def diffusion(
     if config.pictures.in_latents and not config.pictures.latents:
         with distributed.main_process_first():  # it may have to be fetched
             folder = find_vae(config.pictures.vae)
-        # In fp32, as the cache and the published code have it.
-        vae = load_vae(folder, ctx.device)
+        vae = load_vae(folder, ctx.device)  # in fp32, as in the cache and the published code
     bound = LossMeter(ctx.device)
     scale = vae.scale if vae else data.scale
     return Task(
@@ -65,26 +61,17 @@ def diffusion(
         unreadable=data.unreadable,
         loss=DiffusionLoss(config, ctx.device, ctx.dtype, vae, scale, GaussianDiffusion(), bound),
         extra=lambda: {"vb": bound.read()[0]},
-        look_at=config.samples_at,
+        inspect_at=config.samples_at,
         sample=lambda state: draw_grid(config, ctx, state, vae, local_vae),
     )
 
 
 @dataclass(frozen=True)
 class DiffusionLoss:
-    """Mean loss of a micro batch.
+    """Mean loss of a micro batch; the variational bound is added to `bound`.
 
-    All that is random about a sample follows from seed, step and its place in the step, so that
-    it is the same for any number of processes and any accumulation.
-
-    Attributes:
-        config: the run.
-        device: where it computes.
-        dtype: of autocast.
-        vae: of pictures that go through one.
-        scale: of the latents.
-        diffusion: the process.
-        bound: takes the variational bound of each micro batch.
+    Every random number of a sample follows from seed, step and its place in the step, so that it
+    is the same for any number of processes and micro batches.
     """
 
     config: DiTRun
@@ -96,7 +83,7 @@ class DiffusionLoss:
     bound: LossMeter
 
     def __call__(self, state: TrainState, forward: nn.Module, batch: Batch) -> Tensor:
-        """Draws timesteps, noise and dropped labels, and compares the predicted noise."""
+        """Draws timesteps, dropped labels and noise, in generators of their own."""
         seed, step, size = self.config.seed, state.step, self.config.optim.batch_size
         x0 = self.clean(step, batch)
         t = torch.randint(
@@ -115,7 +102,7 @@ class DiffusionLoss:
         return losses["loss"].mean()
 
     def clean(self, step: int, batch: Batch) -> Tensor:
-        """What is noised: pixels, or a fresh draw from the posterior of the latents."""
+        """x_0: pixels, or a new draw from the posterior of the latents."""
         mean, std = batch.images, batch.std
         if self.vae is not None:
             mean, std = self.vae.encode(batch.images)
@@ -124,7 +111,7 @@ class DiffusionLoss:
         return draw(mean, std, self.noise("posterior", step, batch, mean), self.scale)
 
     def noise(self, purpose: str, step: int, batch: Batch, like: Tensor) -> Tensor:
-        """Standard normal, as `like`, from a generator of each sample's own."""
+        """Standard normal like `like`, from one generator per sample."""
         first = step * self.config.optim.batch_size
         samples = range(first + batch.at.part.start, first + batch.at.part.stop)
         return NoisePerImage(self.config.seed, samples, like.shape[1:], self.device, purpose).draw()
@@ -137,14 +124,14 @@ def draw_grid(
     vae: Vae | None,
     local_vae: Callable[[str], Path],
 ) -> str:
-    """Draws the averaged weights' samples, always from the same noise: one column per class.
+    """Samples of the averaged weights, always from the same noise, one column per class.
 
     Returns:
-        where the picture of this step is (`samples.png` in the run folder is the newest one), or
-        why there is none, in words.
+        a message: where the image of this step is (`samples.png` in the run folder is the newest
+        one), or why there is none.
     """
     if config.pictures.latents and vae is None:
-        # Training needs none: it is loaded for the picture alone, if it is here.
+        # Training on a cache needs no VAE: it is loaded for the image, if it is here.
         try:
             vae = load_vae(local_vae(config.pictures.vae), ctx.device)
         except SpiralRopeError as error:

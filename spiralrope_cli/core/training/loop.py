@@ -1,4 +1,4 @@
-"""The training loop of both networks, and what it does around its steps.
+"""The training loop of both networks.
 
 What differs between them is in a `Task`: `classification.py` and `diffusion.py` make one each.
 """
@@ -28,15 +28,22 @@ from spiralrope_cli.core.runtime.distributed import DistContext
 from spiralrope_cli.core.runtime.progress import Reporter, forget_after
 from spiralrope_cli.core.runtime.seeds import seed_everything
 from spiralrope_cli.core.training import checkpoint
-from spiralrope_cli.core.training.optim import freeze_but, lr_at, set_learning_rate
-from spiralrope_cli.core.training.step import Clock, LossMeter, TrainState, train_step
+from spiralrope_cli.core.training.step import (
+    Clock,
+    LossMeter,
+    TrainState,
+    freeze_but,
+    lr_at,
+    set_learning_rate,
+    train_step,
+)
 
 LOWER_LR = "try a lower --lr, --clip-grad 1 or --precision fp32"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What the loop is told about a network, its data and its loss.
+    """A network's data, loss and validation, as the loop calls them.
 
     Attributes:
         train_steps: this process's micro batches of each step, from a step up to another.
@@ -45,10 +52,10 @@ class Task:
         unreadable: path -> reason, images that were left out so far.
         loss: mean loss of one micro batch.
         extra: further values of a log point.
-        look_at: whether weights are validated, or samples drawn, after so many steps.
+        inspect_at: whether weights are validated, or samples drawn, after so many steps.
         validate: measures the weights before they are saved: the best must be on disk.
-        sample: draws from the saved weights, in the first process alone, also after the last
-            step; says where the picture is.
+        sample: draws from the saved weights, in the first process only, also after the last
+            step; says where the image is.
     """
 
     train_steps: Callable[[int, int], Generator[list[Batch], None, None]]
@@ -56,7 +63,7 @@ class Task:
     unreadable: dict[str, str]
     loss: Callable[[TrainState, nn.Module, Batch], Tensor]
     extra: Callable[[], dict[str, float]] = dict
-    look_at: Callable[[int], bool]
+    inspect_at: Callable[[int], bool]
     validate: Callable[[TrainState, Reporter], None] | None = None
     sample: Callable[[TrainState], str] | None = None
 
@@ -92,7 +99,7 @@ def training_loop(
             )
             meter.add(state.step, loss)
             reporter.advance(state.step)
-            if log_now:
+            if log_now:  # the only place where an ordinary step waits for the device
                 mean = read_finite(meter, config, ctx, task.remake)
                 values = {"loss": mean, "lr": lr, **task.extra()}
                 if grad_norm is not None:
@@ -100,17 +107,17 @@ def training_loop(
                 values["images_per_s"] = clock.rate(state.step)
                 reporter.log(state.step, values)
             stop = ctx.stop.agreed(ctx.device, ask_all=log_now)
-            look_now = task.look_at(state.step)
+            inspect_now = task.inspect_at(state.step)
             save_now = stop or due(state.step, config.save_steps, total_steps)
-            if look_now or save_now:
+            if inspect_now or save_now:
                 # Finite before measured, measured before saved, saved before samples are drawn.
                 with clock.pause():
                     read_finite(meter, config, ctx, task.remake)
-                    if look_now and task.validate:
+                    if inspect_now and task.validate:
                         task.validate(state, reporter)
                     if save_now or state.best.get("step") == state.step:
                         save_checkpoint(config, ctx, state)
-                    if look_now and task.sample and ctx.is_first:
+                    if inspect_now and task.sample and ctx.is_first:
                         reporter.say(task.sample(state))
             if stop and state.step < total_steps:
                 reporter.say(f"stopped at step {state.step}; the same command resumes")
@@ -120,12 +127,12 @@ def training_loop(
 
 
 def due(step: int, every: int, total_steps: int) -> bool:
-    """Whether something that happens every so many steps, and at the end, happens after this."""
+    """Whether something that happens every so many steps, and after the last, is due."""
     return step % every == 0 or step == total_steps
 
 
 def agreed_first_step(config: TrainingRun) -> int:
-    """The step at which all processes go on.
+    """The step from which all processes go on.
 
     Raises:
         CheckpointError: the machines of the run see different folders.
@@ -144,11 +151,8 @@ def build_state(
 ) -> tuple[TrainState, nn.Module]:
     """Model, averages and optimizer at a step, and the model as it is called.
 
-    Args:
-        config: the run.
-        ctx: this worker.
-        step: 0 to start, else that of the checkpoint which replaces the initial weights.
-        start_from_source: puts the weights of the run's source into the fresh model.
+    The checkpoint of the step, if it is not 0, replaces the initial weights and those that
+    `start_from_source` loads.
     """
     seed_everything(config.seed, "init")
     model = create_model(config.arch, rope=config.rope, **asdict(config.model))
@@ -170,7 +174,7 @@ def build_state(
 
 
 def open_report(config: TrainingRun, ctx: DistContext, state: TrainState) -> Reporter:
-    """Puts the folder in order for a run from the state's step, and opens its reporter."""
+    """Prepares the folder for a run from the state's step, and opens its reporter."""
     out, step = Path(config.out), state.step
     if ctx.is_first:
         checkpoint.remove_unfinished(out)
@@ -194,16 +198,10 @@ def read_finite(
     ctx: DistContext,
     remake: Callable[[int], dict[str, Tensor]],
 ) -> float:
-    """Mean loss since the last look, or the end of the run where one was not finite.
-
-    Args:
-        meter: what was seen since.
-        config: the run.
-        ctx: this worker.
-        remake: as in `Task`.
+    """Mean loss since the last call.
 
     Raises:
-        TrainingError: names the step and the checkpoint that is good.
+        TrainingError: a loss was not finite; names the step and the last good checkpoint.
     """
     mean, bad_step, mine = meter.read()
     if bad_step is None:

@@ -1,7 +1,8 @@
-"""What a training run would need here, and which values it could have."""
+"""Memory that a training run needs here, and values that its batch and RoPE options accept."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -23,23 +24,24 @@ BYTES_PER_PARAMETER = 20
 
 
 def advice(checkup: Checkup) -> dict[str, Any]:
-    """Sizes, valid values and memory of the run that the options describe.
+    """Sizes, accepted values and memory of the run that the options describe.
 
     Raises:
         ConfigError: no such run exists.
         DataError: no such data set.
     """
-    options = {"nproc": 1, **checkup.options}
-    resolved: Any = resolve("dit-train" if checkup.dit else "pretrain", options)
+    resolved: Any = resolve(
+        "dit-train" if checkup.dit else "pretrain", {"nproc": 1, **checkup.options}
+    )
     run: TrainingRun = resolved.run
     nproc = num_local_workers(checkup.machine)
-    micro, accumulation = run.split_batch(nproc)
-    device = pick_device(checkup.machine)
-    dtype, _ = pick_precision(checkup.machine.precision, device)
+    micro, grad_accum_steps = run.split_batch(nproc)
+    dtype, _ = pick_precision(checkup.machine.precision, pick_device(checkup.machine))
     parameters, flops = model_cost(run)
-    network = on_meta(run)
     fixed = BYTES_PER_PARAMETER * parameters
-    each = activation_bytes(run, network.to(dtype))
+    per_image = activation_bytes(run, on_meta(run).to(dtype))
+    batch_sizes = sorted({run.optim.batch_size, *(2**power for power in range(3, 14))})
+    most_rotate = run.head_dim // 8
     return {
         "arch": run.arch,
         "parameters": parameters,
@@ -47,27 +49,48 @@ def advice(checkup: Checkup) -> dict[str, Any]:
         "batch_size": run.optim.batch_size,
         "nproc": nproc,
         "micro_batch_size": micro,
-        "accumulation": accumulation,
+        "accumulation": grad_accum_steps,
         "picture_size": list(run.image_size),
-        "valid_nproc": [n for n in range(1, max(8, nproc, usable_cores()) + 1) if fits(run, n)],
-        "valid_batch_sizes": valid_batches(run, nproc),
-        "valid_rotate": [r for r in range(run.head_dim // 8 + 1) if turns(run, r, False)],
+        "valid_nproc": [
+            n for n in range(1, max(8, nproc, usable_cores()) + 1) if _accepts(run.split_batch, n)
+        ],
+        "valid_batch_sizes": [n for n in batch_sizes if _accepts(_split, run, n, nproc)],
+        "valid_rotate": [
+            n for n in range(most_rotate + 1) if _accepts(_check_rotate, run, n, False)
+        ],
         "valid_rotate_same_theta": [
-            r for r in range(2, run.head_dim // 8 + 1) if turns(run, r, True)
+            n for n in range(2, most_rotate + 1) if _accepts(_check_rotate, run, n, True)
         ],
         "checkpoint_bytes": needed_bytes(on_meta(run)),
-        # The newest, the best, and the one that is written before an old one goes.
+        # The newest, the best, and the one that is written before an old one is removed.
         "checkpoints": run.checkpoint.keep_last + run.keeps_best + 1,
-        "memory": {"fixed": fixed, "per_image": each, "total": fixed + micro * each},
+        "memory": {"fixed": fixed, "per_image": per_image, "total": fixed + micro * per_image},
     }
 
 
+def _accepts(check: Callable[..., object], *arguments: object) -> bool:
+    try:
+        check(*arguments)
+    except ConfigError:
+        return False
+    return True
+
+
+def _split(run: TrainingRun, batch_size: int, nproc: int) -> None:
+    optim: Any = replace(run.optim, batch_size=batch_size)
+    replace(run, optim=optim).split_batch(nproc)
+
+
+def _check_rotate(run: TrainingRun, rotate: int, same_theta: bool) -> None:
+    replace(run.rope, rotate=rotate, same_theta=same_theta).check_head_dim(run.head_dim)
+
+
 def activation_bytes(run: TrainingRun, network: nn.Module) -> int:
-    """About what one image leaves behind in the forward pass for the backward pass."""
+    """About what the forward pass of one image keeps for the backward pass."""
     dtype = next(network.parameters()).dtype
     own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
     kept: dict[int, int] = {}
-    held = []  # so that no address is given out twice
+    held = []  # alive, so that no address is used twice
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -81,49 +104,22 @@ def activation_bytes(run: TrainingRun, network: nn.Module) -> int:
     return sum(kept.values()) // 2
 
 
-def fits(run: TrainingRun, nproc: int, batch_size: int | None = None) -> bool:
-    """Whether a batch splits over so many processes."""
-    try:
-        size = batch_size or run.optim.batch_size
-        optim: Any = replace(run.optim, batch_size=size)
-        replace(run, optim=optim).split_batch(nproc)
-    except ConfigError:
-        return False
-    return True
-
-
-def valid_batches(run: TrainingRun, nproc: int) -> list[int]:
-    """Powers of two, and the batch itself, that split over so many processes."""
-    sizes = sorted({run.optim.batch_size, *(2**power for power in range(3, 14))})
-    return [size for size in sizes if fits(run, nproc, size)]
-
-
-def turns(run: TrainingRun, rotate: int, same_theta: bool) -> bool:
-    """Whether heads of this size can have so many rotations."""
-    try:
-        replace(run.rope, rotate=rotate, same_theta=same_theta).check_head_dim(run.head_dim)
-    except ConfigError:
-        return False
-    return True
-
-
 def memory_notes(machine: dict[str, Any] | None, planned: dict[str, Any] | None) -> list[str]:
-    """Whether a run is likely to need more memory than there is; an estimate, so no finding."""
+    """A note if the run is likely to need more memory than there is: an estimate, not a finding."""
     if not machine or not planned:
         return []
-    needs, sharing = planned["memory"], planned["nproc"]
-    there = machine["memory"] / sharing
+    needs, available = planned["memory"], machine["memory"] / planned["nproc"]
     if machine["device"] == "cuda":
-        there = min(gpu["memory"] for gpu in machine["gpus"])
-    if needs["total"] <= there:
+        available = min(gpu["memory"] for gpu in machine["gpus"])
+    if needs["total"] <= available:
         return []
-    most = int((there - needs["fixed"]) // needs["per_image"])
+    most = int((available - needs["fixed"]) // needs["per_image"])
     advised = (
         f"--micro-batch-size {most} or less, or --grad-checkpointing"
         if most > 0
         else "a smaller --arch"
     )
     return [
-        f"about {human_size(needs['total'])} per process may be needed, {human_size(there)} are "
-        f"there: {advised}"
+        f"about {human_size(needs['total'])} per process may be needed, "
+        f"{human_size(available)} are there: {advised}"
     ]

@@ -1,8 +1,9 @@
-"""What training changes, one optimizer step, and loss and speed since the last log point."""
+"""One optimizer step: AdamW, learning rate, gradients, averaged weights; mean loss and speed."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,31 +13,98 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from spiralrope_cli.core.config.training import OptimConfig
 from spiralrope_cli.core.runtime import distributed
-from spiralrope_cli.core.training.optim import build_optimizer
 
 Micro = TypeVar("Micro")
+NO_DECAY_NAMES = ("pos_embed", "cls_token")
 NEVER = 2**62
+
+
+# --- Optimizer and learning rate
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Two groups: matrices decay; norms, biases, position and class token do not."""
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            plain = parameter.ndim <= 1 or name.rpartition(".")[2] in NO_DECAY_NAMES
+            (free if plain else decayed).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": free, "weight_decay": 0.0},
+    ]
+
+
+def freeze_but(model: nn.Module, freeze: str) -> None:
+    """Leaves only some parameters of a DeiT to train, by `--freeze`."""
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        trained = freeze == "none" or parts[0] == "head"
+        if freeze == "attn-only":
+            trained = trained or "attn" in parts or name == "pos_embed"
+        parameter.requires_grad_(trained)
+
+
+def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
+    """AdamW, fused where the device has it."""
+    return torch.optim.AdamW(
+        parameter_groups(model, optim.weight_decay),
+        lr=optim.peak_lr,
+        betas=optim.betas,
+        fused=next(model.parameters()).device.type in ("cuda", "cpu", "mps"),
+    )
+
+
+def lr_at(step: int, total_steps: int, steps_per_epoch: int, optim: OptimConfig) -> float:
+    """Learning rate of optimizer step `step`, counted from 0; a pure function, for exact resuming.
+
+    `cosine` rises linearly from warmup_lr to the peak, reached at the end of the warm-up, and
+    falls along half a cosine to min_lr. `published` repeats the schedule of the published runs:
+    it moves once per epoch and one epoch late, and its cosine counts the warm-up in, so that
+    the peak is never reached.
+    """
+    peak, warmup = optim.peak_lr, optim.warmup_epochs * steps_per_epoch
+    if optim.schedule == "constant":
+        return peak
+    if optim.schedule == "published":
+        epoch = max(step // steps_per_epoch - 1, 0)
+        if epoch < optim.warmup_epochs:
+            return optim.warmup_lr + epoch * (peak - optim.warmup_lr) / optim.warmup_epochs
+        return _cosine(min(epoch / optim.epochs, 1.0), peak, optim.min_lr)
+    if step < warmup:
+        return optim.warmup_lr + (peak - optim.warmup_lr) * step / warmup
+    return _cosine((step - warmup) / max(total_steps - 1 - warmup, 1), peak, optim.min_lr)
+
+
+def _cosine(fraction: float, high: float, low: float) -> float:
+    return low + (high - low) * (1 + math.cos(math.pi * fraction)) / 2
+
+
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
+    """Sets the learning rate of all groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+# --- The step
 
 
 @dataclass
 class TrainState:
     """All that training changes, and so all that a checkpoint holds.
 
-    Attributes:
-        model: raw weights.
-        ema: averaged weights, in `ema.module`.
-        optimizer: AdamW.
-        step: optimizer steps done; data order, augmentation, stochastic depth and learning rate
-            follow from it.
-        best: figures of the best validation so far, with their step.
+    `step` counts the optimizer steps done: data order, augmentation, stochastic depth and learning
+    rate follow from it. `best` has the metrics of the best validation so far, with its step.
     """
 
     model: nn.Module
     ema: ModelEmaV3
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     step: int = 0
     best: dict[str, Any] = field(default_factory=dict)
 
@@ -57,7 +125,7 @@ def train_step(
     clip_grad: float = 0.0,
     want_grad_norm: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """One optimizer step over this process's share of the batch, then one EMA update.
+    """One optimizer step over this process's part of the batch, then one EMA update.
 
     Nothing here waits for the device.
 
@@ -67,15 +135,14 @@ def train_step(
         micro_batches: all of the same size.
         loss_fn: mean loss of one micro batch.
         clip_grad: largest gradient norm, 0 for none.
-        want_grad_norm: whether the norm is asked for where nothing is clipped.
+        want_grad_norm: computes the norm even where nothing is clipped.
 
     Returns:
-        mean loss of this process's share, and the gradient norm or None.
+        mean loss of this process's part, and the gradient norm or None.
     """
     losses = []
     for number, micro in enumerate(micro_batches, start=1):
-        last = number == len(micro_batches)
-        with _keep_local(forward, until_last=last):
+        with _gradient_sync(forward, number == len(micro_batches)):
             loss = loss_fn(forward, micro)
             (loss / len(micro_batches)).backward()
         losses.append(loss.detach())
@@ -92,15 +159,18 @@ def train_step(
     return torch.stack(losses).mean(), grad_norm
 
 
-def _keep_local(forward: nn.Module, *, until_last: bool) -> contextlib.AbstractContextManager[None]:
-    """Gradients travel between processes once per step, with the last micro batch."""
-    if isinstance(forward, DistributedDataParallel) and not until_last:
+def _gradient_sync(forward: nn.Module, is_last: bool) -> contextlib.AbstractContextManager[None]:
+    """Processes exchange gradients once per step, with the last micro batch."""
+    if isinstance(forward, DistributedDataParallel) and not is_last:
         return forward.no_sync()
     return contextlib.nullcontext()
 
 
+# --- Between log points
+
+
 class LossMeter:
-    """Mean loss, and the first step whose loss was not finite, both kept on the device."""
+    """Mean loss and the first step whose loss was not finite, both on the device until read."""
 
     def __init__(self, device: torch.device) -> None:
         self._sum = torch.zeros((), device=device)
@@ -108,7 +178,7 @@ class LossMeter:
         self._num_steps = 0
 
     def add(self, step: int, loss: Tensor) -> None:
-        """Takes the loss of one step, without waiting for it."""
+        """Adds the loss of one step, without waiting for it."""
         self._sum += loss
         self._num_steps += 1
         bad = torch.where(torch.isfinite(loss), NEVER, step)
@@ -121,15 +191,12 @@ class LossMeter:
             mean loss over steps and processes, the first non-finite step or None, and whether
             this process saw it.
         """
-        mean = (
-            distributed.all_reduce_sum(self._sum / max(self._num_steps, 1))
-            / distributed.world_size()
-        )
-        mine = self._first_bad.clone()
+        own_mean, own_first = self._sum / max(self._num_steps, 1), self._first_bad.clone()
+        mean = distributed.all_reduce_sum(own_mean) / distributed.world_size()
         first = int(distributed.all_reduce_min(self._first_bad).item())
         self._sum = torch.zeros_like(self._sum)
         self._num_steps = 0
-        return mean.item(), None if first == NEVER else first, int(mine.item()) == first
+        return mean.item(), None if first == NEVER else first, int(own_first.item()) == first
 
 
 class Clock:
@@ -149,7 +216,7 @@ class Clock:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Leaves out what happens inside."""
+        """Does not count the time inside."""
         start = time.perf_counter()
         yield
         self._paused += time.perf_counter() - start

@@ -9,20 +9,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import nn
 
 from spiralrope_cli import RopeConfig, create_model
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.recipes import PRETRAIN
 from spiralrope_cli.core.config.training import OptimConfig
 from spiralrope_cli.core.models.deit import DeiT
-from spiralrope_cli.core.training.optim import (
+from spiralrope_cli.core.training.step import (
+    TrainState,
     build_optimizer,
     lr_at,
     parameter_groups,
     set_learning_rate,
 )
 
-MANIFEST = json.loads((Path(__file__).parents[2] / "golden" / "manifest.json").read_text())
+GOLDEN = Path(__file__).parents[2] / "golden"
+MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
 RUNS = {run["id"]: run for run in MANIFEST["learning_rate"]}
 RECIPE = build(OptimConfig, PRETRAIN)
 
@@ -182,3 +186,43 @@ def test_every_group_gets_the_learning_rate():
     optimizer = torch.optim.AdamW(groups, lr=1.0)
     set_learning_rate(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+
+
+# ---- averaged weights
+
+
+class OneParameter(nn.Module):
+    def __init__(self, values):
+        super().__init__()
+        self.w = nn.Parameter(values.clone())
+
+
+def state_of(values, decay):
+    return TrainState.create(
+        OneParameter(values), build(OptimConfig, {**PRETRAIN, "ema_decay": decay})
+    )
+
+
+@pytest.mark.parametrize("decay", MANIFEST["ema_decays"])
+def test_the_running_average_is_the_published_one(decay):
+    tensors = load_file(GOLDEN / "optim" / "ema.safetensors")
+    history = tensors["w"]
+    state = state_of(history[0], decay)
+    averages = [state.ema.module.w.clone()]
+    for values in history[1:]:
+        state.model.w.data.copy_(values)
+        state.ema.update(state.model)
+        averages.append(state.ema.module.w.clone())
+    published = tensors[f"deit_w_{decay}"]
+    torch.testing.assert_close(torch.stack(averages), published, rtol=0, atol=2e-6)
+
+
+def test_the_average_starts_as_a_copy_that_wants_no_gradient():
+    state = state_of(torch.tensor([1.0, 2.0]), 0.9)
+    assert state.step == 0
+    assert state.ema.module.w is not state.model.w
+    assert torch.equal(state.ema.module.w, state.model.w)
+    assert not state.ema.module.w.requires_grad
+    assert state.model.w.requires_grad
+    state.model.w.data.zero_()
+    assert state.ema.module.w.tolist() == [1.0, 2.0]
