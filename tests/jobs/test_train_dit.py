@@ -191,7 +191,7 @@ def test_init_gives_other_classes_a_fresh_label_table(tiny, runs, image_folder):
             Image.new("RGB", (20, 20), (80 * number, 0, index)).save(folder / f"{index}.png")
     run = tiny(start, out="three", steps=1, lr=0.0, schedule="constant", data=str(third))
     assert run.model.num_classes == 3
-    assert "label table re-initialised: 2 -> 3 classes" in dict(train.plan_lines(run, 0))["start"]
+    assert "label table re-initialised: 2 -> 3 classes" in train.plan_rows(run, 0)["start"]
     train.work(run)
     before, after = weights(runs / "two", "ema"), weights(runs / "three")
     table = "y_embedder.embedding_table.weight"
@@ -203,7 +203,7 @@ def test_init_without_rope_takes_another_size_with_its_own_fixed_positions(tiny,
     train.work(tiny(out="first", enabled=False, steps=1))
     start, _ = starting_point(find_source(str(runs / "first")), {}, dit=True)
     run = tiny(start, out="wide", steps=1, lr=0.0, schedule="constant", image_size=(8, 12))
-    assert "fixed positions made anew" in dict(train.plan_lines(run, 0))["start"]
+    assert "fixed positions made anew" in train.plan_rows(run, 0)["start"]
     train.work(run)
     before, after = weights(runs / "first", "ema"), weights(runs / "wide")
     assert torch.equal(after["pos_embed"], sincos_pos_embed((4, 6), 32))

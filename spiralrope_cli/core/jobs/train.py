@@ -1,7 +1,7 @@
-"""Trains a network: the story of `pretrain`, `finetune` and `dit-train`.
+"""Trains a network: `pretrain`, `finetune` and `dit-train`.
 
-It is settled what the run is, then told; every worker trains, and the first one leaves curves, a
-page and figures. What loads torch is imported where it is needed: a refusal comes without it.
+Settle what the run is, print the plan, train in every worker, and report from the first one. What
+loads torch is imported where it is needed: a refusal comes without it.
 """
 
 from __future__ import annotations
@@ -41,11 +41,13 @@ if TYPE_CHECKING:
     from spiralrope_cli.core.weights import Weights
 
 JOB = "spiralrope_cli.core.jobs.train:work"
-CLAMP_HINT_SHARE = 0.15
+CLAMP_HINT_FRACTION = 0.15
 ORIGINS = (
     *("option", "config file", "environment", "latents", "source", "data set"),
     *("recipe", "default"),
 )
+IN_THE_ROWS = {"out", "num_train", "num_val", "command", "source", "input_size"}
+"""Fields that the rows of the plan show already."""
 
 
 def train(command: str, given: dict[str, Any]) -> None:
@@ -87,15 +89,10 @@ def settle(
 
 
 def carry_out(resolved: Resolved[Any], notes: Iterable[str] = (), *, dry_run: bool) -> bool:
-    """Trains, or says that the run is finished; a dry run shows the plan alone.
-
-    Args:
-        resolved: the run and its sources.
-        notes: for the user.
-        dry_run: nothing is written and nothing fetched.
+    """Trains; a dry run prints the plan, writes nothing and fetches nothing.
 
     Returns:
-        whether it was finished before.
+        whether the run was finished before.
 
     Raises:
         CheckpointError: the folder holds another run.
@@ -122,104 +119,77 @@ def carry_out(resolved: Resolved[Any], notes: Iterable[str] = (), *, dry_run: bo
 
 
 def plan(
-    resolved: Resolved[Any], first_step: int, *, every_value: bool, notes: Iterable[str] = ()
+    resolved: Resolved[Any], first_step: int, *, every_value: bool, notes: Iterable[str]
 ) -> None:
-    """Prints what was settled on, how it was derived, and where the values came from.
-
-    Args:
-        resolved: the run and its sources.
-        first_step: where it goes on, 0 at the start.
-        every_value: also those that are nobody's choice.
-        notes: further lines for the user.
-    """
+    """Prints the resolved plan of a run; with `every_value` also the values that are defaults."""
     table = Table(show_header=False, box=None, padding=(0, 1))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, text in plan_lines(resolved.run, first_step):
+    for name, text in plan_rows(resolved.run, first_step).items():
         table.add_row(name, text)
+    values = flat_values(resolved.run)
     for origin in ORIGINS if every_value else ORIGINS[:-1]:
-        if values := values_from(resolved, origin):
-            table.add_row(f"by {origin}", values, style="dim")
+        shown = [
+            f"{'rope' if name == 'enabled' else name} {_short(value)}"
+            for name, value in values.items()
+            if name not in IN_THE_ROWS and value != ""
+            if resolved.sources.get(name, "default") == origin
+        ]
+        if shown:
+            table.add_row(f"by {origin}", ", ".join(shown), style="dim")
     console(stderr=True).print(table)
-    for warning in [*notes, *resolved.warnings, *hints(resolved.run)]:
-        say(f"note: {warning}")
+    for note in [*notes, *resolved.warnings, *hints(resolved.run)]:
+        say(f"note: {note}")
 
 
-def plan_lines(run: TrainingRun, first_step: int) -> list[tuple[str, str]]:
-    """(subject, sentence) for each thing that a run settles."""
-    optim = run.optim
-    world = world_size(run.machine)
-    micro, accumulation = run.split_batch(world)
-    rule = (
-        f"{optim.lr:g} x {optim.batch_size}/{LINEAR_RULE_BATCH} = {optim.peak_lr:g}"
-        if optim.lr_rule == "linear"
-        else f"{optim.lr:g}, as given"
+def plan_rows(run: TrainingRun, first_step: int) -> dict[str, str]:
+    """What a run settles: its weights, data, model, batch, learning rate and length."""
+    from spiralrope_cli.core.models.factory import model_cost
+
+    rows = {"run": run.out + (f", goes on at step {first_step}" if first_step else "")}
+    if run.source:
+        rows["start"] = start_line(run)
+    parameters, flops = model_cost(run)
+    (rows_of_grid, columns), (_, height, width) = run.grid, run.input_shape
+    rows["data"] = run.data_line
+    rows["model"] = (
+        f"{run.arch}, {height}x{width} {run.unit}, {rows_of_grid}x{columns} patches of "
+        f"{height // rows_of_grid} {run.unit}; "
+        f"{parameters / 1e6:.2f} M parameters, {flops / 1e9:.3g} GFLOPs per image"
     )
-    fall = (
-        ""
-        if optim.schedule == "constant"
-        else f" to {optim.min_lr:g}, warm-up {optim.warmup_epochs} epochs from {optim.warmup_lr:g}"
+    no_rope = f"none: {run.positions} positions alone"
+    rows["RoPE"] = run.rope.summary if run.rope.enabled else no_rope
+    optim, world = run.optim, world_size(run.machine)
+    micro, grad_accum_steps = run.split_batch(world)
+    rows["batch"] = (
+        f"{optim.batch_size} = {world} process(es) x {micro} images x {grad_accum_steps} "
+        "accumulation step(s)"
     )
+    lr = f"{optim.lr:g}, as given"
+    if optim.lr_rule == "linear":
+        lr = f"{optim.lr:g} x {optim.batch_size}/{LINEAR_RULE_BATCH} = {optim.peak_lr:g}"
+    lr += f"; {optim.schedule}"
+    if optim.schedule != "constant":
+        lr += f" to {optim.min_lr:g}, warm-up {optim.warmup_epochs} epochs from {optim.warmup_lr:g}"
+    rows["lr"] = lr
     epochs = run.total_steps / run.steps_per_epoch
-    return [
-        ("run", f"{run.out}" + (f", goes on at step {first_step}" if first_step else "")),
-        *([("start", start_line(run))] if run.source else []),
-        ("data", run.data_line),
-        ("model", model_line(run)),
-        (
-            "RoPE",
-            run.rope.summary if run.rope.enabled else f"none: {run.positions} positions alone",
-        ),
-        (
-            "batch",
-            f"{optim.batch_size} = {world} process(es) x {micro} images x {accumulation} "
-            "accumulation step(s)",
-        ),
-        ("lr", f"{rule}; {optim.schedule}{fall}"),
-        (
-            "length",
-            f"{run.total_steps} steps, {run.steps_per_epoch} per epoch: {epochs:.3g} epochs",
-        ),
-    ]
+    rows["length"] = (
+        f"{run.total_steps} steps, {run.steps_per_epoch} per epoch: {epochs:.3g} epochs"
+    )
+    return rows
 
 
 def start_line(run: TrainingRun) -> str:
-    """Where the weights come from, and what of them does not fit this run."""
+    """Where the weights come from, and which of them do not fit this run."""
     try:
         find_source(run.source)
     except CheckpointError:  # a pipeline is planned before its first training has left any
         return f"the averaged (EMA) weights that {run.source} will hold"
     weights = starting_weights(run)
-    told = [weights.summary(), *run.misfits(weights.options)]
+    parts = [weights.summary(), *run.misfits(weights.options)]
     if run.optim.freeze != "none":
-        told.append(f"trained: {run.optim.freeze}")
-    return "; ".join(told)
-
-
-def model_line(run: TrainingRun) -> str:
-    """What learns."""
-    from spiralrope_cli.core.models.factory import model_cost
-
-    parameters, flops = model_cost(run)
-    rows, columns = run.grid
-    _, height, width = run.input_shape
-    return (
-        f"{run.arch}, {height}x{width} {run.unit}, {rows}x{columns} patches of "
-        f"{height // rows} {run.unit}; "
-        f"{parameters / 1e6:.2f} M parameters, {flops / 1e9:.3g} GFLOPs per image"
-    )
-
-
-def values_from(resolved: Resolved[Any], origin: str) -> str:
-    """All values that came from one place."""
-    values = flat_values(resolved.run)
-    shown = {"out", "num_train", "num_val", "command", "source", "input_size"}
-    words = {"enabled": "rope"}  # the one field that is not named as its option
-    return ", ".join(
-        f"{words.get(name, name)} {_short(value)}"
-        for name, value in values.items()
-        if name not in shown and value != "" and resolved.sources.get(name, "default") == origin
-    )
+        parts.append(f"trained: {run.optim.freeze}")
+    return "; ".join(parts)
 
 
 def _short(value: object) -> str:
@@ -232,30 +202,32 @@ def _short(value: object) -> str:
 
 def hints(run: TrainingRun) -> list[str]:
     """Advice on settings that work but may not be what is wanted."""
-    rope, machine = run.rope, run.machine
-    told = []
+    rope, machine, optim = run.rope, run.machine, run.optim
+    messages = []
     if joined_world_size() is not None and (machine.nproc or machine.nnodes > 1):
-        told.append("--nproc and --nnodes have no effect: another launcher started the processes")
-    optim = run.optim
+        messages.append(
+            "--nproc and --nnodes have no effect: another launcher started the processes"
+        )
     if optim.schedule == "cosine" and optim.peak_lr < optim.min_lr:
-        told.append(
+        messages.append(
             f"the learning rate rises to the end: its peak of {optim.peak_lr:g} is below --min-lr "
             f"{optim.min_lr:g}"
         )
     if rope.enabled and rope.rotate > (most := max(run.head_dim // 8, 1)):
-        told.append(
+        messages.append(
             f"--rotate {rope.rotate}: heads of {run.head_dim} channels have room for {most} at "
-            "most; of more, each direction turns with one of its axes or with none"
+            "most; with more, a direction has one of its two axes or none"
         )
     if rope.enabled and rope.rotate > 1 and rope.projection != "exact":
         from spiralrope_cli.core.rope import clamped_fraction
 
-        share = clamped_fraction(run.grid, rope, run.head_dim)
-        if share >= CLAMP_HINT_SHARE:
-            told.append(
-                f"the grid's border flattens {share:.0%} of the positions; try --projection exact"
+        fraction = clamped_fraction(run.grid, rope, run.head_dim)
+        if fraction >= CLAMP_HINT_FRACTION:
+            messages.append(
+                f"{fraction:.0%} of the positions are clamped to the grid's border; try "
+                "--projection exact"
             )
-    return told
+    return messages
 
 
 def work(config: TrainingRun) -> None:
@@ -287,7 +259,7 @@ def work(config: TrainingRun) -> None:
 
 
 def open_task(config: TrainingRun, ctx: DistContext) -> loop.Task:
-    """Data and loss of the run's kind of network."""
+    """Data, loss and validation of the run's kind of network."""
     from spiralrope_cli.core.training.classification import classification
     from spiralrope_cli.core.training.diffusion import diffusion
 
@@ -315,7 +287,7 @@ def starting_weights(run: TrainingRun) -> Weights:
 
 
 def report(out: Path) -> None:
-    """Leaves curves and the page of a finished run, and prints its figures."""
+    """Leaves curves and the page of a finished run, and prints its metrics."""
     from spiralrope_cli.core.plots.curves import curves_figure
     from spiralrope_cli.core.plots.style import save_figure
     from spiralrope_cli.core.report.page import leave_report
