@@ -1,4 +1,4 @@
-"""Which device and precision a run uses, what makes it fast there, and what it depends on."""
+"""Device and precision of a run, settings that make it fast there, and versions."""
 
 from __future__ import annotations
 
@@ -35,11 +35,7 @@ RATE_SECONDS = 0.3
 
 
 def pick_device(machine: MachineConfig) -> torch.device:
-    """The device of this process; GPUs go by the local rank.
-
-    Raises:
-        ConfigError: a device was asked for that this machine lacks.
-    """
+    """The device of this process, a GPU by the local rank; refuses one that is not here."""
     kind = machine.device
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,7 +44,7 @@ def pick_device(machine: MachineConfig) -> torch.device:
             raise ConfigError("--device cuda: torch sees no GPU here", "use --device cpu")
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if torch.cuda.device_count() == 1 and joined_world_size() is not None:
-            local_rank = 0  # the scheduler shows each task its own GPU alone
+            local_rank = 0  # the scheduler shows each task only its own GPU
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(
                 f"--nproc asks for more processes than the {torch.cuda.device_count()} GPU(s) here"
@@ -81,7 +77,7 @@ def pick_precision(setting: str, device: torch.device) -> tuple[torch.dtype, str
 
 
 def prepare(device: torch.device) -> None:
-    """Settings of the process, once, before the first tensor."""
+    """Sets up the process, once, before the first tensor."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
@@ -91,7 +87,7 @@ def prepare(device: torch.device) -> None:
 
 
 def forbid_tf32() -> None:
-    """Lets fp32 on GPUs be fp32, for figures that others compute in fp32 too."""
+    """Computes fp32 on GPUs in fp32, for metrics that others compute in fp32 too."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
 
@@ -99,9 +95,9 @@ def forbid_tf32() -> None:
 def keep_freed_memory() -> None:
     """Lets glibc keep the memory that a step frees for the next one.
 
-    By default the activations of every step are handed back to the system and faulted in anew,
-    page by page, which costs a CPU train step several percent. All threads share one store, so that
-    what one has freed serves the others too.
+    By default it returns the activations of every step to the system and faults them in again,
+    page by page, which costs a CPU train step several percent. One arena for all threads, so that
+    each can use what another has freed.
     """
     if libc := _glibc():
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 25)
@@ -111,7 +107,7 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Hands back what was kept for a next step when there is none."""
+    """Returns the kept memory to the system when there is no next step."""
     if libc := _glibc():
         libc.malloc_trim(0)
 
@@ -121,17 +117,14 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
-    """Mixed precision for forward passes; nothing at all in float32."""
+    """Autocast for forward passes; a no-op in float32."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating point operations per second of square products, the best of a short while.
-
-    It is the ceiling of every train step here.
-    """
+    """FLOP/s of square matmuls, the best of a short while: the ceiling of a train step here."""
     side = RATE_SIDE.get(device.type, 2048)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     best, begun = float("inf"), time.perf_counter()
@@ -150,18 +143,18 @@ def _wait(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-# --- What figures and speed depend on beside a run's config
+# --- What metrics and speed depend on, besides a run's config
 
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Of what figures depend on."""
+    """Versions of the packages that metrics depend on."""
     used = {name: version(name) for name in ("torch", "timm", "torchvision")}
     return {"spiralrope": __version__, **used, "python": platform.python_version()}
 
 
 def version_of(package: str) -> str | None:
-    """The installed version of a package, None without one."""
+    """The version of an installed package, else None."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -169,9 +162,9 @@ def version_of(package: str) -> str | None:
 
 
 def dependencies() -> Iterator[tuple[Requirement, str | None, bool]]:
-    """What this package needs, the version that is installed, and whether it is optional.
+    """Required packages, the installed version, and whether the package is optional.
 
-    Optional packages only where they are installed, those of developers never.
+    Optional packages only if they are installed; those of developers never.
     """
     try:
         lines = requires(PACKAGE) or []
@@ -188,7 +181,7 @@ def dependencies() -> Iterator[tuple[Requirement, str | None, bool]]:
 
 
 def device_name(device: torch.device) -> str:
-    """The name that its maker gave a GPU or the CPU."""
+    """The model name of the GPU or CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
@@ -203,7 +196,7 @@ def device_name(device: torch.device) -> str:
 
 @functools.cache
 def commit() -> str:
-    """The commit that this code is of, `-dirty` if it was changed since; empty outside git."""
+    """The commit of this checkout, `-dirty` if it was changed since; empty outside git."""
     if not (CHECKOUT / ".git").exists():
         return ""
     words = ("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")

@@ -1,4 +1,4 @@
-"""One worker of a ctx: the process group, sums over it, its folder, signals and surroundings."""
+"""One worker of a job: the process group and its collectives, signals, folder, environment."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ from spiralrope_cli.core.runtime.run_folder import ENVIRONMENT_FILE, hold_folder
 
 T = TypeVar("T")
 
-SLOWEST = timedelta(minutes=30)
-"""How long one process may be busy alone, with a checkpoint or the first look at a data set."""
+TIMEOUT = timedelta(minutes=30)
+"""One process may be busy for long while the others wait: it unpacks a data set, for example."""
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 REPEAT_SECONDS = 2.0
 """One Ctrl-C reaches a worker twice, from the terminal and from the launcher."""
@@ -47,11 +49,11 @@ def world_size() -> int:
 
 
 def start(device: torch.device) -> None:
-    """Joins the group that the launcher's environment describes; NCCL for GPUs, else gloo."""
+    """Joins the launcher's process group; NCCL for GPUs, else gloo."""
     if world_size() > 1 and not dist.is_initialized():
         on_gpu = device.type == "cuda"
         dist.init_process_group(
-            "nccl" if on_gpu else "gloo", timeout=SLOWEST, device_id=device if on_gpu else None
+            "nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device if on_gpu else None
         )
 
 
@@ -62,14 +64,14 @@ def stop() -> None:
 
 
 def barrier() -> None:
-    """Waits for everybody."""
+    """Waits until all processes are here."""
     if dist.is_initialized():
         dist.barrier()
 
 
 @contextlib.contextmanager
 def main_process_first() -> Iterator[None]:
-    """Lets the first process do something before all others do the same."""
+    """Runs the block in the first process before all others run it, as a download into a cache."""
     if rank() > 0:
         barrier()
     yield
@@ -92,7 +94,7 @@ def all_reduce_min(value: Tensor) -> Tensor:
 
 
 def all_gather_object(value: T) -> list[T]:
-    """What every process holds, by rank."""
+    """The values of all processes, by rank."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -105,7 +107,7 @@ def gather_rows(rows: Tensor) -> Tensor | None:
     if not dist.is_initialized():
         return rows
     counts = all_gather_object(len(rows))
-    # A collective takes tensors of one shape alone.
+    # A collective takes tensors of one shape only.
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in counts] if rank() == 0 else None
@@ -127,37 +129,45 @@ def all_reduce_max(value: Tensor) -> Tensor:
 
 @dataclass
 class StopRequest:
-    """Remembers a SIGINT or SIGTERM until the loop comes to a good place to stop."""
+    """Remembers a SIGINT or SIGTERM until the loop can stop; a second one ends the process.
+
+    With `at_once` the first one ends it, where there is nothing to save.
+    """
 
     signal_number: int = 0
     since: float = 0.0
-    _old: dict[int, object] = field(default_factory=dict)
+    at_once: bool = False
+    _old: dict[int, Any] = field(default_factory=dict)
 
     def listen(self) -> None:
-        """Takes the two signals over."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        """Installs the handlers."""
+        for number in SIGNALS:
             self._old[number] = signal.signal(number, self._on_signal)
 
     def restore(self) -> None:
-        """Gives them back."""
+        """Puts the old handlers back."""
         for number, old in self._old.items():
-            signal.signal(number, old)  # type: ignore[arg-type]
+            if signal.getsignal(number) == self._on_signal:
+                signal.signal(number, old)
         self._old.clear()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
+        if self.at_once:
+            for each in SIGNALS:
+                signal.signal(each, signal.SIG_IGN)  # a repeated one would interrupt the clean-up
+            if rank() == 0:
+                say(f"ended by {signal.Signals(number).name}")
+            raise SystemExit(128 + number)
         if not self.signal_number:
             self.signal_number, self.since = number, now
         elif now - self.since > REPEAT_SECONDS:
-            # Asked again, and meant: leave at once, without a checkpoint.
-            os._exit(128 + number)
+            os._exit(128 + number)  # without a checkpoint
 
     def agreed(self, device: torch.device, ask_all: bool) -> int:
-        """The signal that all processes stop for, 0 to go on.
+        """The signal for which all processes stop, 0 to go on.
 
-        Args:
-            device: where the group communicates.
-            ask_all: whether every process is at this point now; alone, no one asks.
+        A collective on `device`, so that `ask_all` must be the same in all processes.
         """
         if world_size() == 1:
             return self.signal_number
@@ -185,7 +195,7 @@ class DistContext:
 
 @contextlib.contextmanager
 def open_context(machine: MachineConfig, folder: Path | None) -> Iterator[DistContext]:
-    """Prepares this process for a run in a folder that nobody else may use meanwhile.
+    """Prepares this process for a run, and locks the run's folder.
 
     Without a folder there is nothing to save before it stops, so a signal ends it at once.
 
@@ -196,43 +206,26 @@ def open_context(machine: MachineConfig, folder: Path | None) -> Iterator[DistCo
     device = devices.pick_device(machine)
     devices.prepare(device)
     dtype, reason = devices.pick_precision(machine.precision, device)
-    request = StopRequest()
+    request = StopRequest(at_once=folder is None)
     start(device)
-    with contextlib.ExitStack() as leave:
+    with contextlib.ExitStack() as stack:
         if folder and rank() == 0:
-            leave.enter_context(hold_folder(folder))
+            stack.enter_context(hold_folder(folder))
         barrier()
-        if folder:
-            request.listen()
-            leave.callback(request.restore)
-        else:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                leave.callback(_restore, number, signal.signal(number, _leave))
+        request.listen()
+        stack.callback(request.restore)
         try:
             yield DistContext(rank(), world_size(), device, dtype, reason, request)
         except SystemExit:
-            stop()  # everybody leaves at the same step
+            stop()  # all processes leave at the same step
             raise
-    # Not after an error: the others would fail on the closed connection before it is told.
+    # Not after an error: the others would fail on the closed connection before it is printed.
     stop()
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)  # the repetition would break into the clean-up
-    if rank() == 0:
-        say(f"ended by {signal.Signals(number).name}")
-    raise SystemExit(128 + number)
-
-
-def _restore(number: int, old: Any) -> None:
-    if signal.getsignal(number) == _leave:
-        signal.signal(number, old)
-
-
-def environment_of(ctx: DistContext) -> dict[str, Any]:
-    """Everything about where a job happens, as plain values."""
-    return {
+def write_environment(folder: Path, ctx: DistContext) -> None:
+    """Writes `environment.json`, of the last process that worked in a run folder."""
+    environment = {
         "device": ctx.device.type,
         "device_name": devices.device_name(ctx.device),
         "precision": str(ctx.dtype).removeprefix("torch."),
@@ -244,8 +237,4 @@ def environment_of(ctx: DistContext) -> dict[str, Any]:
         "commit": devices.commit(),
         "versions": devices.versions(),
     }
-
-
-def write_environment(folder: Path, ctx: DistContext) -> None:
-    """Leaves `environment.json` in a run folder, of the last process that worked there."""
-    write_json(folder / ENVIRONMENT_FILE, environment_of(ctx))
+    write_json(folder / ENVIRONMENT_FILE, environment)

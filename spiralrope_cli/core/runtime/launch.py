@@ -1,6 +1,6 @@
-"""Starts a job's workers or joins a launcher that did, and makes one error of their failures.
+"""Starts a job's worker processes or joins those of a launcher, and raises one error if they fail.
 
-At module level this imports the standard library alone, so that usage errors stay fast.
+At module level this imports the standard library only, so that usage errors stay fast.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ def usable_cores() -> int:
 
 
 def cores_per_process() -> int:
-    """This process's share of the cores, beside the others of this machine's job."""
+    """Cores of this process, where several on this machine share them."""
     return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def share_the_machine() -> None:
-    """Lets OpenMP's threads sleep soon where they wait for each other; before torch is loaded.
+    """Lets OpenMP threads spin for microseconds before they sleep; called before torch is loaded.
 
-    By default they spin for milliseconds. As soon as another process wants a core, each of the
-    thousands of waits of a train step then lasts as long as the system's time slice. Spins of
-    some ten microseconds cost nothing on an idle machine.
+    By default they spin for milliseconds. If another process wants the core, each of the thousands
+    of waits in a train step then lasts a time slice of the system. On an idle machine short spins
+    cost nothing.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def joined_world_size() -> int | None:
-    """Processes of the launcher that started this one (torchrun, srun), None without one."""
+    """Number of processes if torchrun or srun started this one, else None."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     # srun alone sets the step's number of tasks; a batch script without it has only the job's.
@@ -69,11 +69,7 @@ def joined_world_size() -> int | None:
 
 
 def check_not_joined() -> None:
-    """Refuses processes that a launcher started, for `run`: each stage forms a group of its own.
-
-    Raises:
-        ConfigError: says what to use in its place.
-    """
+    """Refuses to run under a launcher, for `run`: each of its stages forms a group of its own."""
     if (joined_world_size() or 1) > 1:
         raise ConfigError(
             "run starts the processes of each stage itself, and cannot join those of a launcher",
@@ -83,7 +79,7 @@ def check_not_joined() -> None:
 
 
 def is_first_process() -> bool:
-    """Whether this command speaks for all that a launcher started."""
+    """Whether this process prints for all that a launcher started."""
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     return rank == "0" or joined_world_size() is None
 
@@ -95,46 +91,37 @@ def say_notes(notes: Iterable[str]) -> None:
 
 
 def num_local_workers(machine: MachineConfig) -> int:
-    """`--nproc`, or one per GPU, or one.
-
-    Counting GPUs imports torch, so it is asked only where no number was given.
-    """
+    """`--nproc`, or one per GPU, or one."""
     if machine.nproc:
         return machine.nproc
     if machine.device == "cpu":
         return 1
-    import torch
+    import torch  # only to count GPUs, if no number was given
 
     return max(torch.cuda.device_count(), 1)
 
 
 def world_size(machine: MachineConfig) -> int:
-    """Processes that will share the work."""
+    """Processes of the run, over all machines."""
     return joined_world_size() or num_local_workers(machine) * machine.nnodes
 
 
 class Launched(Protocol):
-    """What is launched: where it runs, and the folder that it writes to."""
+    """The config of a run: its machine, and the folder that it writes to."""
 
     @property
-    def machine(self) -> MachineConfig:
-        """Where it runs."""
+    def machine(self) -> MachineConfig: ...  # noqa: D102
 
     @property
-    def out(self) -> str:
-        """The folder, which names the group of processes, and a full disk in its error."""
+    def out(self) -> str: ...  # noqa: D102
 
 
 def launch(job: str, run: Launched) -> None:
-    """Runs a job in as many processes as the run's machine settings say.
-
-    Args:
-        job: `module:function`, called as function(run) in every worker.
-        run: its config.
+    """Calls a job, `module:function`, as function(run) in every worker.
 
     Raises:
         SpiralRopeError: what a worker raised, once.
-        LaunchError: a worker that died without a word.
+        LaunchError: a worker died without an error.
     """
     machine = run.machine
     if joined_world_size() is not None:
@@ -168,7 +155,7 @@ def _call(job: str, run: Launched) -> None:
 
 
 def _adopt_slurm() -> None:
-    """Gives srun's tasks the names that torch.distributed reads."""
+    """Sets the variables of torch.distributed from those of srun."""
     if "RANK" in os.environ:
         return
     env = os.environ
@@ -189,12 +176,14 @@ def _launch_elastic(job: str, run: Launched, num_workers: int) -> None:
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # Each of these loggers has a level of its own, so that of their parent would not do.
+    # Silenced one by one: each has a level of its own, so that of the parent has no effect.
     for name in list(logging.root.manager.loggerDict):
         if name.startswith(("torch.distributed.", "torch.multiprocessing")):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     machine = run.machine
-    _limit_threads(num_workers)
+    # Unless the user set a number; torchrun would give each worker one thread.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // num_workers)))
+    endpoint = machine.rdzv_endpoint or "localhost:0"
     with tempfile.TemporaryDirectory(prefix="spiralrope-") as folder:
         os.environ[ERROR_FOLDER_VARIABLE] = folder
         settings = LaunchConfig(
@@ -203,7 +192,7 @@ def _launch_elastic(job: str, run: Launched, num_workers: int) -> None:
             nproc_per_node=num_workers,
             run_id=Path(run.out).name,
             rdzv_backend="c10d",
-            rdzv_endpoint=machine.rdzv_endpoint or "localhost:0",
+            rdzv_endpoint=endpoint,
             max_restarts=0,
             monitor_interval=0.1,
             shutdown_timeout=SHUTDOWN_SECONDS,
@@ -214,22 +203,20 @@ def _launch_elastic(job: str, run: Launched, num_workers: int) -> None:
         except SignalException as stopped:
             sys.exit(128 + stopped.sigval)
         except RendezvousError as error:
-            place = machine.rdzv_endpoint or "localhost:0"
             raise LaunchError(
-                f"--rdzv-endpoint {place} cannot be reached: {str(error).splitlines()[0]}",
+                f"--rdzv-endpoint {endpoint} cannot be reached: {str(error).splitlines()[0]}",
                 "all machines need the same endpoint, on the first of them, with a free port",
             ) from error
         except ChildFailedError as failed:
             _raise_first(Path(folder), failed)
 
 
-def _limit_threads(num_workers: int) -> None:
-    """Cores are shared out, unless the user set the number; torchrun would give each one thread."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // num_workers)))
-
-
 def _work(job: str, run: Launched) -> None:
-    """What a worker process executes; its error is left in a file for the parent."""
+    """The main function of a worker process; writes its error into a file for the parent.
+
+    torch's own `record` does the same, but its file has no hint and no exit code, and it prints a
+    traceback for errors that are not bugs.
+    """
     try:
         _call(job, run)
         return
@@ -247,12 +234,11 @@ def _work(job: str, run: Launched) -> None:
 
 
 def leave_at_once(code: int) -> NoReturn:
-    """Ends a worker after an error, when the group is still there for the others to be told.
+    """Ends a worker after an error, without the interpreter's shutdown.
 
-    The interpreter's own end would meet threads of the group, which then abort the process with a
-    dump of its state, now and then.
+    The process group is still open, and its threads sometimes abort a shutdown with a core dump.
     """
-    gc.collect()  # what the error held, as queues to loader processes, leaves nothing behind
+    gc.collect()  # closes what the error still refers to, such as queues to loader processes
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -260,7 +246,7 @@ def leave_at_once(code: int) -> NoReturn:
 
 def _leave_error(error: SpiralRopeError) -> None:
     path = Path(os.environ[ERROR_FOLDER_VARIABLE]) / f"{os.environ.get('RANK', '0')}.json"
-    told = {
+    report = {
         "time": time.time(),
         "message": error.message,
         "hint": error.hint,
@@ -268,18 +254,18 @@ def _leave_error(error: SpiralRopeError) -> None:
         "is_bug": isinstance(error, LaunchError),
     }
     with contextlib.suppress(OSError):
-        write_whole(path, json.dumps(told))  # the parent may end this process at any moment
+        write_whole(path, json.dumps(report))  # the parent may end this process at any moment
 
 
 def _raise_first(folder: Path, failed: Any) -> None:
     """Raises the first worker's error, before any bug that it may have caused in the others."""
-    told = sorted(
+    reports = sorted(
         (json.loads(path.read_text()) for path in folder.glob("*.json")),
         key=lambda each: (each["is_bug"], each["time"]),
     )
-    if told:
-        error = SpiralRopeError(told[0]["message"], told[0]["hint"])
-        error.exit_code = told[0]["exit_code"]
+    if reports:
+        error = SpiralRopeError(reports[0]["message"], reports[0]["hint"])
+        error.exit_code = reports[0]["exit_code"]
         raise error from None
     rank, failure = failed.get_first_failure()
     code = failure.exitcode
@@ -287,10 +273,7 @@ def _raise_first(folder: Path, failed: Any) -> None:
         sys.exit(code)
     if code < 0:
         why = signal.Signals(-code).name
-        raise LaunchError(
-            f"worker {rank} was killed by {why}",
-            "often the system ran out of memory: try a smaller --micro-batch-size"
-            if why == "SIGKILL"
-            else "",
-        ) from None
+        out_of_memory = "often the system ran out of memory: try a smaller --micro-batch-size"
+        hint = out_of_memory if why == "SIGKILL" else ""
+        raise LaunchError(f"worker {rank} was killed by {why}", hint) from None
     raise LaunchError(f"worker {rank} left with exit code {code}") from None

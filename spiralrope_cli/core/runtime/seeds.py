@@ -30,23 +30,16 @@ def seed_everything(*parts: int | str) -> None:
 
 
 def drawn_class(seed: int, num_classes: int, index: int) -> int:
-    """The class of a sampled image where none was asked for."""
+    """The class of a sampled image if none was asked for."""
     return int(torch.randint(num_classes, (), generator=generator_for(seed, "label", index)))
 
 
 class NoisePerImage:
     """Normal noise of a batch in which every image has its own generator.
 
-    What image i gets follows from (seed, i) alone, whatever the batch and the process it is in.
-    The generators move on from draw to draw: the first is the start of a trajectory, the next
-    ones are its steps.
-
-    Args:
-        seed: of the sampling run.
-        indices: number of each image in the run.
-        shape: of one image's noise.
-        device: where the noise is used; it is drawn on the CPU, the same for all devices.
-        purpose: tells the noise of one use from that of another.
+    The noise of image i follows from (seed, purpose, i), whatever the batch and the process it is
+    in. Each draw advances the generators: the first one starts a trajectory, the next ones are its
+    steps. It is drawn on the CPU, so that it is the same on all devices.
     """
 
     def __init__(
