@@ -133,9 +133,9 @@ def damaged_shards(folder: Path, shards: Sequence[Shard]) -> dict[str, str]:
     All processes must call it, and all get the same answer.
     """
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    mine = shards[distributed.rank() % local :: local]
+    mine = shards[distributed.get_rank() % local :: local]
     total = sum(shard.num_bytes for shard in mine)
-    shown = distributed.rank() == 0 and total > SAY_ABOVE
+    shown = distributed.get_rank() == 0 and total > SAY_ABOVE
     wrong: dict[str, str] = {}
     with (
         ThreadPoolExecutor(cores_per_process()) as pool,

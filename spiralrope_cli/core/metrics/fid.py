@@ -52,7 +52,7 @@ class Moments:
 
     def merge_processes(self) -> None:
         """Makes every process hold the moments of the rows of all."""
-        if distributed.world_size() == 1:
+        if distributed.get_world_size() == 1:
             return
         count = int(distributed.all_reduce_sum(self.mean.new_tensor(self.count)).item())
         mean = distributed.all_reduce_sum(self.mean * self.count) / max(count, 1)

@@ -20,10 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.kernels import Linear, layer_norm
-from spiralrope_cli.core.models.deit import Attention, Mlp, PatchEmbed
+from spiralrope_cli.core.models.deit import INIT_STD, Attention, Mlp, PatchEmbed
 from spiralrope_cli.core.rope import Grid, SpiralRoPE, to_2tuple
 
-INIT_STD = 0.02
 NORM_EPS = 1e-6
 NUM_SINUSOIDS = 256
 MAX_PERIOD = 10000.0

@@ -76,7 +76,7 @@ def pick_precision(setting: str, device: torch.device) -> tuple[torch.dtype, str
     return torch.float32, f"bf16 is untried on {device.type}"
 
 
-def prepare(device: torch.device) -> None:
+def prepare_device(device: torch.device) -> None:
     """Sets up the process, once, before the first tensor."""
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -38,19 +38,19 @@ REPEAT_SECONDS = 2.0
 # --- The process group
 
 
-def rank() -> int:
+def get_rank() -> int:
     """Number of this process, 0 without a group."""
     return int(os.environ.get("RANK", "0"))
 
 
-def world_size() -> int:
+def get_world_size() -> int:
     """Processes in the group, 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def start(device: torch.device) -> None:
     """Joins the launcher's process group; NCCL for GPUs, else gloo."""
-    if world_size() > 1 and not dist.is_initialized():
+    if get_world_size() > 1 and not dist.is_initialized():
         on_gpu = device.type == "cuda"
         dist.init_process_group(
             "nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device if on_gpu else None
@@ -72,10 +72,10 @@ def barrier() -> None:
 @contextlib.contextmanager
 def main_process_first() -> Iterator[None]:
     """Runs the block in the first process before all others run it, as a download into a cache."""
-    if rank() > 0:
+    if get_rank() > 0:
         barrier()
     yield
-    if rank() == 0:
+    if get_rank() == 0:
         barrier()
 
 
@@ -110,7 +110,7 @@ def gather_rows(rows: Tensor) -> Tensor | None:
     # A collective takes tensors of one shape only.
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in counts] if rank() == 0 else None
+    parts = [torch.empty_like(padded) for _ in counts] if get_rank() == 0 else None
     dist.gather(padded, parts)
     if parts is None:
         return None
@@ -156,7 +156,7 @@ class StopRequest:
         if self.at_once:
             for each in SIGNALS:
                 signal.signal(each, signal.SIG_IGN)  # a repeated one would interrupt the clean-up
-            if rank() == 0:
+            if get_rank() == 0:
                 say(f"ended by {signal.Signals(number).name}")
             raise SystemExit(128 + number)
         if not self.signal_number:
@@ -169,7 +169,7 @@ class StopRequest:
 
         A collective on `device`, so that `ask_all` must be the same in all processes.
         """
-        if world_size() == 1:
+        if get_world_size() == 1:
             return self.signal_number
         if not ask_all:
             return 0
@@ -204,18 +204,18 @@ def open_context(machine: MachineConfig, folder: Path | None) -> Iterator[DistCo
         ConfigError: no such device.
     """
     device = devices.pick_device(machine)
-    devices.prepare(device)
+    devices.prepare_device(device)
     dtype, reason = devices.pick_precision(machine.precision, device)
     request = StopRequest(at_once=folder is None)
     start(device)
     with contextlib.ExitStack() as stack:
-        if folder and rank() == 0:
+        if folder and get_rank() == 0:
             stack.enter_context(hold_folder(folder))
         barrier()
         request.listen()
         stack.callback(request.restore)
         try:
-            yield DistContext(rank(), world_size(), device, dtype, reason, request)
+            yield DistContext(get_rank(), get_world_size(), device, dtype, reason, request)
         except SystemExit:
             stop()  # all processes leave at the same step
             raise

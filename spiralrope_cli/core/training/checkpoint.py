@@ -27,10 +27,10 @@ from spiralrope_cli.core.runtime.run_folder import (
     EMA_FILE,
     MODEL_FILE,
     TRAINER_FILE,
+    check_space,
     step_folder,
     steps_on_disk,
 )
-from spiralrope_cli.core.runtime.run_folder import check_space as check_disk_space
 from spiralrope_cli.core.training.step import TrainState
 
 UNFINISHED = ".unfinished-"
@@ -144,11 +144,11 @@ def needed_bytes(model: nn.Module) -> int:
     return 4 * sum(4 * parameter.numel() for parameter in model.parameters())
 
 
-def check_space(run_folder: Path, model: nn.Module) -> None:
+def check_fits(run_folder: Path, model: nn.Module) -> None:
     """Refuses a run whose first checkpoint would not fit on the disk.
 
     Raises:
         DiskError: too little is free.
     """
     hint = "free some, or choose another --out"
-    check_disk_space((run_folder, needed_bytes(model)), what="a checkpoint", hint=hint)
+    check_space((run_folder, needed_bytes(model)), what="a checkpoint", hint=hint)

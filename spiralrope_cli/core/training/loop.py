@@ -165,7 +165,7 @@ def build_state(
     if step:
         checkpoint.restore(Path(config.out), step, state)
     elif ctx.is_first:
-        checkpoint.check_space(Path(config.out), model)
+        checkpoint.check_fits(Path(config.out), model)
     if config.machine.compile:
         model.compile()
     if ctx.world_size == 1:

@@ -192,7 +192,7 @@ class LossMeter:
             this process saw it.
         """
         own_mean, own_first = self._sum / max(self._num_steps, 1), self._first_bad.clone()
-        mean = distributed.all_reduce_sum(own_mean) / distributed.world_size()
+        mean = distributed.all_reduce_sum(own_mean) / distributed.get_world_size()
         first = int(distributed.all_reduce_min(self._first_bad).item())
         self._sum = torch.zeros_like(self._sum)
         self._num_steps = 0

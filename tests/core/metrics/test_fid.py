@@ -48,7 +48,7 @@ def test_processes_merge_to_the_whole(monkeypatch):
         for part in parts
     )
     totals = iter([torch.tensor(50.0), mean * 50, products])
-    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 3)
     monkeypatch.setattr(distributed, "all_reduce_sum", lambda mine: mine.copy_(next(totals)))
     parts[0].merge_processes()
     assert parts[0].count == 50

@@ -142,7 +142,7 @@ def test_a_damaged_file_is_named(tmp_path, state, name):
 
 
 def test_a_run_that_cannot_be_saved_is_refused_at_once(tmp_path, state, monkeypatch):
-    checkpoint.check_space(tmp_path, state.model)
+    checkpoint.check_fits(tmp_path, state.model)
     monkeypatch.setattr(checkpoint, "needed_bytes", lambda model: 2**60)
     with pytest.raises(DiskError, match="are needed for a checkpoint"):
-        checkpoint.check_space(tmp_path, state.model)
+        checkpoint.check_fits(tmp_path, state.model)
