@@ -122,7 +122,7 @@ class SpiralRopeDeiT(DeiT):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Takes published state dicts too, whose frequencies are compared with the model's."""
+        """Also loads published state dicts; warns if their frequencies are not the model's."""
         state, freqs = split_freqs(dict(state_dict))
         rope = self.rope
         if rope is not None and (note := freqs_note(freqs, rope.config, rope.head_dim)):
@@ -157,14 +157,14 @@ class SpiralRopeDeiT(DeiT):
         Args:
             x: images [B, channels, height, width].
             indices: the last so many blocks, blocks by number, or by default all.
-            return_prefix_tokens: pairs each with its class token, [B, 1, C].
-            norm: puts them through the final norm.
-            stop_early: leaves out the blocks behind the last chosen one.
+            return_prefix_tokens: also returns the class tokens, [B, 1, C], as pairs.
+            norm: applies the final norm to them.
+            stop_early: skips the blocks after the last chosen one.
             output_fmt: `NCHW`, [B, C, h, w], or `NLC`, [B, N, C].
-            intermediates_only: leaves out the tokens behind the last block that ran.
+            intermediates_only: returns the list without the final tokens.
 
         Returns:
-            the tokens after the final norm [B, 1 + N, C], and the list; or the list alone.
+            the tokens after the final norm [B, 1 + N, C], and the list; or only the list.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt is {output_fmt!r}; it must be NCHW or NLC")
@@ -192,7 +192,7 @@ class SpiralRopeDeiT(DeiT):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Removes what the chosen blocks do not need; gives their numbers, none negative."""
+        """Removes what the chosen blocks do not need; returns their numbers, none negative."""
         chosen, last = feature_take_indices(len(self.blocks), indices)
         self.blocks = self.blocks[: last + 1]
         if prune_norm:
@@ -206,7 +206,7 @@ class SpiralRopeDeiT(DeiT):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh head, where the old one was; 0 classes leave it out."""
+        """Replaces the head with a new one; 0 classes remove it."""
         if global_pool is not None:
             self.global_pool = _checked_pool(global_pool)
         self.num_classes = num_classes
@@ -224,14 +224,14 @@ class SpiralRopeDeiT(DeiT):
         return {"pos_embed", "cls_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that tell the layers apart, for a learning rate per layer."""
+        """Patterns of the layers, for layer-wise learning rates."""
         return {
             "stem": r"^cls_token|^pos_embed|^patch_embed",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether training computes activations twice in place of keeping them."""
+        """Recomputes activations in the backward pass in place of keeping them."""
         self.grad_checkpointing = enable
 
 

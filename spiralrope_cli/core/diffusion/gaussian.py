@@ -273,7 +273,7 @@ def _log_variance(v: Tensor, coef: Constants) -> Tensor:
 
 
 def _normal_cdf(z: Tensor) -> Tensor:
-    """The published approximation; the exact function would give other figures of `vb`."""
+    """The published approximation; the exact function would give other values of `vb`."""
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
 

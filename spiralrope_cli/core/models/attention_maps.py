@@ -1,7 +1,4 @@
-"""Attention maps of a network that computes none.
-
-The fused attention gives no weights back, so they are computed beside it from the q and k that it
-is handed: normalised and rotated, as they count.
+"""Attention maps, recomputed from the q and k of each fused attention, which returns no weights.
 
 Legend: B batch, N tokens with the prefix, H heads, D channels of a head.
 """
@@ -18,11 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Watch(TorchFunctionMode):
-    """Inside, the q, k, v of every fused attention are kept, in the order of the calls.
-
-    Attributes:
-        calls: q, k and v of each, [B, H, N, D].
-    """
+    """Records q, k and v, [B, H, N, D], of every fused attention inside, call by call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +28,7 @@ class Watch(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Passes every call on."""
+        """Records an attention, and makes the call."""
         if func is F.scaled_dot_product_attention:
             self.calls.append((args[0], args[1], args[2]))
         return func(*args, **(kwargs or {}))

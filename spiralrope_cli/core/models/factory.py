@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -38,39 +37,33 @@ def create_model(
             sizes that do not fit.
     """
     rope = rope if rope is not None else RopeConfig()
-    if is_dit(arch):
-        _check_options(arch, options, OF_DIT)
-        dim, depth, heads, patch = dit_size(arch)
-        return DiT(
-            dim, depth, heads, rope=rope, patch_size=patch, num_classes=num_classes, **options
-        )
-    _check_options(arch, options, OF_DEIT)
-    return DeiT(*deit_size(arch), rope=rope, num_classes=num_classes, **options)
-
-
-def _check_options(arch: str, options: Iterable[str], known: tuple[str, ...]) -> None:
+    known = OF_DIT if is_dit(arch) else OF_DEIT
     for name in options:
         if name not in known:
             raise ConfigError(
                 f"{arch} has no option {name}", f"it has {', '.join(OF_BOTH + known)}"
             )
+    if not is_dit(arch):
+        return DeiT(*deit_size(arch), rope=rope, num_classes=num_classes, **options)
+    dim, depth, heads, patch = dit_size(arch)
+    return DiT(dim, depth, heads, rope=rope, patch_size=patch, num_classes=num_classes, **options)
 
 
 def on_meta(run: TrainingRun) -> DeiT | DiT:
-    """The network of a run without its numbers."""
+    """The network of a run on the meta device, which has shapes and no memory."""
     with torch.device("meta"):
         return create_model(run.arch, rope=run.rope, **asdict(run.model))
 
 
 def meta_inputs(run: TrainingRun, batch_size: int, dtype: torch.dtype) -> list[Tensor]:
-    """What that network takes: images [B, L, H, W]; of a DiT also timesteps and labels, [B]."""
+    """Inputs of that network: images [B, L, H, W]; for a DiT also timesteps and labels, [B]."""
     images = torch.empty(batch_size, *run.input_shape, device="meta", dtype=dtype)
-    numbers = torch.empty(batch_size, device="meta", dtype=torch.int64)
-    return [images, *[numbers] * run.num_conditions]
+    integers = torch.empty(batch_size, device="meta", dtype=torch.int64)
+    return [images, *[integers] * run.num_conditions]
 
 
 def model_cost(run: TrainingRun) -> tuple[int, int]:
-    """Parameters, and floating point operations of one forward pass on one image."""
+    """Number of parameters, and FLOPs of one forward pass on one image."""
     network = on_meta(run)
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         network(*meta_inputs(run, 1, torch.float32))
