@@ -34,12 +34,7 @@ from spiralrope_cli.core.errors import CheckpointError, DataError, FetchError, S
 from spiralrope_cli.core.hub import download
 from spiralrope_cli.core.hub.catalog import ROWS, find
 from spiralrope_cli.core.runtime import device as devices
-from spiralrope_cli.core.runtime.device import (
-    matrix_rate,
-    pick_device,
-    pick_precision,
-    prepare_device,
-)
+from spiralrope_cli.core.runtime.device import matrix_rate, pick_device, pick_precision
 from spiralrope_cli.core.runtime.launch import usable_cores
 from spiralrope_cli.core.runtime.progress import console, human_size
 from spiralrope_cli.core.runtime.run_folder import nearest_folder
@@ -147,7 +142,7 @@ def look_at_machine(checkup: Checkup) -> tuple[Facts, Rows]:
         ConfigError: the device that was asked for is not here.
     """
     device = pick_device(checkup.machine)
-    prepare_device(device)
+    devices.prepare_device(device)
     dtype, reason = pick_precision(checkup.machine.precision, device)
     gpus: list[Facts] = [
         {"name": gpu.name, "memory": int(gpu.total_memory)}
