@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 
-PLACE, SPACE = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST), (errno.EDQUOT, errno.ENOSPC)
-RIGHTS, NAME = (errno.EACCES, errno.EPERM, errno.EROFS), (errno.ENAMETOOLONG, errno.ELOOP)
+PLACE, NAME = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST), (errno.ENAMETOOLONG, errno.ELOOP)
+RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
 """What the system refuses about a path that the user chose."""
+
+SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# How safetensors and torch word a write that the disk cut short.
+CUT_SHORT = re.compile(r"\(os error (27|28|122)\)|No space left|unexpected pos|file write failed")
 
 
 class SpiralRopeError(Exception):
@@ -69,14 +74,23 @@ class LaunchError(SpiralRopeError):
     """Workers that could not be started, or that died."""
 
 
-def refused_path(error: OSError) -> SpiralRopeError | None:
-    """What the system said about a path, for the user; None where no path was refused."""
-    if error.errno not in (*PLACE, *SPACE, *RIGHTS, *NAME) or error.filename is None:
+def is_disk_full(error: Exception) -> bool:
+    """Whether a disk could not hold what was written; some libraries say it as text alone."""
+    return getattr(error, "errno", None) in SPACE or bool(CUT_SHORT.search(str(error)))
+
+
+def refused_path(error: OSError, out: str = "") -> SpiralRopeError | None:
+    """What the system said about a path, for the user; None where no path was refused.
+
+    A full disk is often told without a path: then it is that of the folder `out`.
+    """
+    path = out if error.filename is None else os.fsdecode(error.filename)
+    if path and is_disk_full(error):
+        hint = "free some; the same command then resumes"
+        return DiskError(f"no space left on the disk of {path}", hint)
+    if error.errno not in (*PLACE, *RIGHTS, *NAME) or error.filename is None:
         return None
-    path, why = os.fsdecode(error.filename), os.strerror(error.errno)
-    if error.errno in SPACE:
-        return DiskError(f"{path}: {why}", "free some; the same command then goes on")
-    return SpiralRopeError(f"{path}: {why}")
+    return SpiralRopeError(f"{path}: {os.strerror(error.errno)}")
 
 
 def dead_loader(error: Exception) -> DataError | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import filecmp
 import hashlib
 import os
@@ -15,14 +14,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from spiralrope_cli.core.atomic import flush
-from spiralrope_cli.core.errors import FetchError
+from spiralrope_cli.core.errors import FetchError, is_disk_full
 from spiralrope_cli.core.runtime.progress import human_size, say
 from spiralrope_cli.core.runtime.run_folder import check_space
 
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OTHER_DISK = "free some, or name another disk with --out (for downloads HF_HOME, SPIRALROPE_CACHE)"
-# How safetensors and torch word a write that the disk cut short.
-DISK_REFUSED = re.compile(r"\(os error (27|28|122)\)|unexpected pos|file write failed")
 # A whole SHA-256, how one begins, or git's SHA-1; anything else cannot be compared with.
 DIGEST = re.compile("[0-9a-f]{8}|[0-9a-f]{40}|[0-9a-f]{64}")
 
@@ -63,7 +59,7 @@ def is_right(path: Path, expected: str, owner: str) -> bool:
 
 def disk_error(error: Exception, where: Path) -> FetchError:
     """The line for a write that failed."""
-    if getattr(error, "errno", None) in NO_SPACE or DISK_REFUSED.search(str(error)):
+    if is_disk_full(error):
         return FetchError(f"the disk is full: {where} cannot hold the file", OTHER_DISK)
     return FetchError(f"{where} cannot be written: {getattr(error, 'strerror', None) or error}")
 

@@ -33,7 +33,12 @@ from spiralrope_cli.core.runtime.launch import (
     world_size,
 )
 from spiralrope_cli.core.runtime.progress import check_tracker, console, say, say_unreadable
-from spiralrope_cli.core.runtime.run_folder import CURVES_FILE, first_step, is_finished, prepare
+from spiralrope_cli.core.runtime.run_folder import (
+    CURVES_FILE,
+    first_step,
+    is_finished,
+    write_sources,
+)
 
 if TYPE_CHECKING:
     from spiralrope_cli.core.runtime.distributed import DistContext
@@ -113,7 +118,7 @@ def carry_out(resolved: Resolved[Any], notes: Iterable[str] = (), *, dry_run: bo
             local_vae(run.vae_in_loop) if dry_run else find_vae(run.vae_in_loop)
     if not dry_run:
         if is_first_process():
-            prepare(run, resolved.sources)
+            write_sources(run, resolved.sources)
         launch(JOB, run)
     return finished
 

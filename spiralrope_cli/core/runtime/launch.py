@@ -6,7 +6,6 @@ At module level this imports the standard library only, so that usage errors sta
 from __future__ import annotations
 
 import contextlib
-import errno
 import gc
 import importlib
 import json
@@ -140,12 +139,7 @@ def _call(job: str, run: Launched) -> None:
     try:
         getattr(importlib.import_module(module), name)(run)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise SpiralRopeError(
-                f"no space left on the disk of {error.filename or run.out}",
-                "free some; the same command then resumes",
-            ) from error
-        if refused := refused_path(error):
+        if refused := refused_path(error, run.out):
             raise refused from error
         raise
     except RuntimeError as error:

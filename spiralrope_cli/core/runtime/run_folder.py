@@ -1,4 +1,4 @@
-"""A run's folder: its config, whether a command may go on in it, and whether there is room.
+"""A run's folder: its files, whether a command may go on in it, and whether there is room.
 
 Without torch, so that the parent can refuse before any worker starts.
 """
@@ -65,11 +65,7 @@ def inner_runs(folder: Path) -> str:
 
 
 def find_run(given: str) -> Path:
-    """The run folder that a word names: a path, or a name below the runs folder.
-
-    Raises:
-        CheckpointError: neither; the nearest name is suggested.
-    """
+    """The run folder that a word names: a path, or a name below the runs folder."""
     for folder in (Path(given).expanduser(), Path(RUNS_FOLDER) / given):
         if folder.is_dir():
             return folder
@@ -82,11 +78,7 @@ def find_run(given: str) -> Path:
 
 
 def refuse_run(folder: Path) -> None:
-    """Refuses to put something else into the folder of a training run.
-
-    Raises:
-        CheckpointError: it is one.
-    """
+    """Refuses to put something else into the folder of a training run."""
     if (folder / CONFIG_FILE).exists() or (folder / CHECKPOINTS).is_dir():
         raise CheckpointError(
             f"--out {folder} is the folder of a training run", "name another, perhaps one in it"
@@ -97,8 +89,7 @@ def first_step(run: TrainingRun) -> int:
     """The step at which the run goes on in its folder, 0 to start.
 
     Raises:
-        CheckpointError: the folder holds a run with other options, or `--resume` forbids or
-            demands a checkpoint.
+        CheckpointError: a run with other options, or `--resume` forbids or demands a checkpoint.
     """
     folder = Path(run.out)
     steps = steps_on_disk(folder)
@@ -124,11 +115,7 @@ def is_finished(run: TrainingRun, step: int) -> bool:
 
 
 def check_same(run: TrainingRun, folder: Path) -> None:
-    """Refuses to continue a run with options that compute something else.
-
-    Raises:
-        CheckpointError: names the first options that differ, with both values.
-    """
+    """Refuses to continue a run with options that compute something else."""
     if not (folder / CONFIG_FILE).is_file():
         raise CheckpointError(
             f"{folder} holds checkpoints but no {CONFIG_FILE}",
@@ -150,11 +137,7 @@ def check_same(run: TrainingRun, folder: Path) -> None:
 
 
 def repeated_run(kind: type[TrainingRun], folder: Path, given: Mapping[str, Any]) -> TrainingRun:
-    """The run in a folder; options may repeat those it has, and not change them.
-
-    Raises:
-        CheckpointError: names the first options that differ, with both values.
-    """
+    """The run in a folder; options may repeat those it has, and not change them."""
     values = {**read_config(folder / CONFIG_FILE, kind), "out": str(folder)}
     may_differ = free_fields(kind) | {"precision"}  # of what is done with it now
     changes = {k: v for k, v in given.items() if k in values and k not in may_differ}
@@ -172,19 +155,15 @@ def differences(
 ) -> str:
     """The first values that differ, with what they were and are; empty where none do.
 
-    Args:
-        before: name -> value, as found.
-        now: the same, as wanted.
-        free: names that may differ.
-        word: what a name is called.
+    Those in `free` may differ; `word` gives what a name is called.
     """
-    told = [
+    changed = [
         f"{word(name)} was {before.get(name)}, now {value}"
         for name, value in now.items()
         if name not in free and before.get(name) != value
     ]
-    more = f" (and {len(told) - 3} more)" if len(told) > 3 else ""
-    return "; ".join(told[:3]) + more
+    more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
+    return "; ".join(changed[:3]) + more
 
 
 def write_config(run: TrainingRun) -> None:
@@ -196,11 +175,7 @@ def write_config(run: TrainingRun) -> None:
 
 @contextlib.contextmanager
 def hold_folder(folder: Path) -> Iterator[IO[str]]:
-    """Keeps a run folder for this process until it ends, however it ends.
-
-    Raises:
-        CheckpointError: somebody else holds it, or it cannot be made.
-    """
+    """Keeps a run folder for this process until it ends, however it ends."""
     import fcntl
 
     try:
@@ -227,12 +202,8 @@ def hold_folder(folder: Path) -> Iterator[IO[str]]:
         yield lock
 
 
-def prepare(run: TrainingRun, sources: dict[str, str]) -> None:
-    """Before any worker starts: leaves where each value of the config came from, for the report.
-
-    Raises:
-        CheckpointError: somebody else is writing there, or nobody can.
-    """
+def write_sources(run: TrainingRun, sources: dict[str, str]) -> None:
+    """Where each value of the config came from, for the report; before any worker starts."""
     folder = Path(run.out)
     # Where several machines share the folder, one may be here while the other works already.
     with hold_folder(folder) if run.machine.nnodes == 1 else contextlib.nullcontext():
@@ -247,11 +218,10 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """What such a file holds; nothing where there is none, or a damaged one."""
-    try:
+    with contextlib.suppress(OSError, ValueError):
         content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        return content if isinstance(content, dict) else {}
+    return {}
 
 
 def read_rows(path: Path, *, strict: bool = False) -> list[dict[str, Any]]:
@@ -285,16 +255,7 @@ def nearest_folder(path: Path) -> Path:
 
 
 def check_space(*needs: tuple[Path, int], what: str, hint: str) -> None:
-    """Refuses what the disks cannot hold.
-
-    Args:
-        needs: folders, there or not yet, and the bytes that each is to take.
-        what: they are needed for.
-        hint: what to do about it.
-
-    Raises:
-        DiskError: says where too little is free.
-    """
+    """Refuses what the disks cannot hold: folders, there or not yet, and the bytes for each."""
     by_disk: dict[int, tuple[Path, int]] = {}
     for folder, size in needs:
         there = nearest_folder(folder)

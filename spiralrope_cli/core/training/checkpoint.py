@@ -8,7 +8,6 @@ RUN/checkpoints/best.json, last.json        which step is which
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from spiralrope_cli.core.atomic import flush, write_whole
-from spiralrope_cli.core.errors import CheckpointError
+from spiralrope_cli.core.errors import CheckpointError, is_disk_full
 from spiralrope_cli.core.runtime.run_folder import (
     CHECKPOINTS,
     EMA_FILE,
@@ -88,8 +87,7 @@ def _write(folder: Path, state: TrainState, metadata: dict[str, str]) -> None:
 
 def _cannot_write(path: Path, error: Exception) -> CheckpointError:
     free = shutil.disk_usage(path.parent).free
-    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-    if full or free < 2**20:
+    if is_disk_full(error) or free < 2**20:
         return CheckpointError(
             f"no space left for checkpoint {path} ({free / 2**20:.0f} MiB free)",
             "free some, or choose another --out; the same command then resumes",
