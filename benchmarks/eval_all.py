@@ -50,7 +50,7 @@ def spiralrope(*words: str) -> float:
 
 def make_run(folder: Path) -> None:
     """Two steps of training, with a copy of the checkpoint as the best one, of step 1."""
-    few = ("--steps", "2", "--batch-size", "32", "--micro-batch-size", "32")
+    few = ("--max-steps", "2", "--batch-size", "32", "--micro-batch-size", "32")
     spiralrope("pretrain", "--data", "fashion-mnist", "--out", str(folder), *few)
     checkpoints = folder / "checkpoints"
     shutil.copytree(checkpoints / "0000002", checkpoints / "0000001")

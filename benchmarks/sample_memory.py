@@ -33,7 +33,7 @@ def write_weights(path: Path) -> None:
 
 def sample(weights: Path, num: int, out: Path) -> tuple[float, float]:
     """(peak resident memory in bytes, seconds) of `spiralrope dit-sample`."""
-    words = [str(weights), "--vae", "none", "--num", str(num), "--steps", "2"]
+    words = [str(weights), "--vae", "none", "--num-samples", str(num), "--num-sampling-steps", "2"]
     words += ["--batch-size", str(BATCH), "--out", str(out)]
     command = [sys.executable, "-m", "spiralrope_cli", "dit-sample", *words]
     start = time.perf_counter()

@@ -44,7 +44,8 @@ def options_of(command, *inner):
     group = typer.main.get_command(main.app)
     for word in (command, *inner):
         _, group, _ = group.resolve_command(typer.Context(group), [word])
-    return {parameter.name for parameter in group.params} - {"help"}
+    shown = (each for each in group.params if not getattr(each, "hidden", False))
+    return {parameter.name for parameter in shown} - {"help"}
 
 
 @functools.cache
@@ -179,7 +180,7 @@ def tiny(runs):
 
     def make(**options):
         base = {
-            "steps": 4,
+            "max_steps": 4,
             "batch_size": 32,
             "micro_batch_size": 16,
             "warmup_epochs": 0,
@@ -204,7 +205,13 @@ def trained_once(tmp_path_factory):
 
     out = tmp_path_factory.mktemp("trained") / "tiny"
     fast = {"lr": 1e-2, "lr_rule": "none", "schedule": "constant", "warmup_epochs": 0}
-    options = {"arch": "deit-64x2x2", "steps": 8, "precision": "fp32", "nproc": 1, "ema_decay": 0.9}
+    options = {
+        "arch": "deit-64x2x2",
+        "max_steps": 8,
+        "precision": "fp32",
+        "nproc": 1,
+        "ema_decay": 0.9,
+    }
     run = resolve("pretrain", {**options, **fast, "out": str(out)}).run
     train.work(run)
     last, best = (out / "checkpoints" / f"{step:07d}" for step in (8, 4))
@@ -225,6 +232,6 @@ def drawn_once(tmp_path_factory):
     from spiralrope_cli.core.jobs import train
 
     out = tmp_path_factory.mktemp("drawn") / "tiny"
-    options = {"arch": "dit-64x2x2-2", "steps": 2, "nproc": 1, "precision": "fp32"}
+    options = {"arch": "dit-64x2x2-2", "max_steps": 2, "nproc": 1, "precision": "fp32"}
     train.work(resolve("dit-train", {**options, "out": str(out), "warmup_epochs": 0}).run)
     return out

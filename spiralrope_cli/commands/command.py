@@ -32,6 +32,39 @@ class Group(TyperGroup):
         return flags
 
 
+HABITS = {
+    "--model": ("arch", "source", "sources"),
+    "--pretrained": ("source", "sources", "spiralrope finetune, or dit-train --init-from"),
+    **dict.fromkeys(("--gpus", "--devices"), ("nproc",)),
+    "--wandb": ("tracker wandb",),
+    **dict.fromkeys(("--amp", "--fp16"), ("precision bf16",)),
+    "--reprob": ("random_erasing",),
+    "--crop-pct": ("crop_ratio", "crop_ratios"),
+    "--img-size": ("image_size", "image_sizes"),
+    "--accum": ("micro_batch_size",),
+    "--workers-per-gpu": ("workers",),
+}
+"""Options of timm, torchrun and others -> fields here, and perhaps a value; the first one that a
+command has, counts."""
+
+
+class Command(TyperCommand):
+    """A command that knows what people type by habit."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Names the option of this command that does the same."""
+        here: dict[Any, Any] = {"spiralrope": "spiralrope"}
+        for each in self.params:
+            here[each.name] = each.opts[0] if each.param_type_name == "option" else each.metavar
+        for word in args:
+            option = word.partition("=")[0]
+            for habit in HABITS.get(option, ()):
+                field, _, value = habit.partition(" ")
+                if field in here and not ctx.resilient_parsing:
+                    ctx.fail(f"No such option: {option}. Here it is {here[field]} {value}".strip())
+        return super().parse_args(ctx, args)
+
+
 SETTINGS: dict[str, Any] = {
     "cls": Group,
     "add_completion": False,
@@ -40,6 +73,7 @@ SETTINGS: dict[str, Any] = {
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
 NONE: Mapping[str, str] = MappingProxyType({})
+FORMERLY = "formerly_"
 PLACEHOLDERS = {bool: " ", int: "N", float: "X"}
 
 
@@ -74,7 +108,7 @@ def command(
     leave_out: Iterable[str] = (),
     words: Mapping[str, str] = NONE,
     defaults: Mapping[str, str] = NONE,
-    cls: type[TyperCommand] | None = None,
+    cls: type[TyperCommand] = Command,
 ) -> Callable[[Callable[[dict[str, Any]], None]], Callable[[dict[str, Any]], None]]:
     """Registers `function(given)`, with an option for every field of the configs that has one.
 
@@ -104,9 +138,13 @@ def command(
             typed = [
                 name for name, source in sources.items() if source and source.name == "COMMANDLINE"
             ]
-            given = {name: known[name].read(values[name]) for name in typed}
-            for name, value in given.items():
-                known[name].check(value)
+            given: dict[str, Any] = {}
+            for parameter in typed:
+                leaf = known[name := parameter.removeprefix(FORMERLY)]
+                if name != parameter and leaf.opt and is_first_process():
+                    typer.echo(f"note: {leaf.opt.was} is now {leaf.called}", err=True)
+                given[name] = leaf.read(values[parameter])
+                leaf.check(given[name])
             try:
                 function(given)
             except KeyboardInterrupt:  # with which Typer leaves without a word
@@ -115,10 +153,12 @@ def command(
                 raise
 
         context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-        said = [
-            _parameter(leaf, opt, words.get(leaf.name, opt.help), defaults.get(leaf.name))
-            for leaf, opt in [*arguments, *options]
-        ]
+        said = []
+        for leaf, opt in [*arguments, *options]:
+            said.append(
+                _parameter(leaf, opt, words.get(leaf.name, opt.help), defaults.get(leaf.name))
+            )
+            said += [_former(leaf, opt)] if opt.was else []
         call.__signature__ = inspect.Signature([context, *said])  # type: ignore[attr-defined]
         call.__annotations__ = {}  # Typer would evaluate these too
         app.command(name, help=inspect.getdoc(function), epilog=examples, cls=cls)(call)
@@ -154,6 +194,16 @@ def _parameter(leaf: Leaf, opt: Opt, words: str, default: str | None) -> inspect
         default=inspect.Parameter.empty if required else None,
         annotation=Annotated[kind if required else kind | None, parameter],
     )
+
+
+def _former(leaf: Leaf, opt: Opt) -> inspect.Parameter:
+    """The spelling of an option in earlier versions, which no help shows."""
+    option = typer.Option(
+        opt.was, hidden=True, help=f"Now {leaf.called}.", metavar="X", rich_help_panel=opt.panel
+    )
+    annotation = Annotated[str | None, option]
+    name, kind = FORMERLY + leaf.name, inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=None, annotation=annotation)
 
 
 def _default(leaf: Leaf, opt: Opt) -> str:

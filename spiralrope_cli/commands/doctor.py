@@ -15,7 +15,7 @@ Examples:
 
   spiralrope doctor --data ~/imagenet --arch deit-b --nproc 8
 
-  spiralrope doctor --arch dit-xl2 --data ~/imagenet --num 50000
+  spiralrope doctor --arch dit-xl2 --data ~/imagenet --num-samples 50000
 
   spiralrope doctor --offline --json             for scripts
 """

@@ -4,9 +4,8 @@ import math
 from typing import Any
 
 import typer
-from typer.core import TyperCommand
 
-from spiralrope_cli.commands.command import SETTINGS, command
+from spiralrope_cli.commands.command import SETTINGS, Command, command
 from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions
 from spiralrope_cli.core.config.rope import BY_WEIGHTS, RopeConfig
 from spiralrope_cli.core.config.training import MachineConfig
@@ -28,7 +27,7 @@ Examples:
 """
 
 
-class CropRatioCommand(TyperCommand):
+class CropRatioCommand(Command):
     """A command whose `--crop-ratio` may stand without a value and then means both."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

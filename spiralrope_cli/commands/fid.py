@@ -16,7 +16,7 @@ Examples:
 
   spiralrope fid photos/ --save-stats photos.npz    a reference for later
 
-  spiralrope fid samples/ photos.npz --num 50000 --nproc 8 --json
+  spiralrope fid samples/ photos.npz --num-samples 50000 --nproc 8 --json
 """
 
 app = typer.Typer(**SETTINGS)

@@ -112,9 +112,9 @@ Examples:
 
   spiralrope plot samples runs/dit-sample-dit-xl2-ddpm250
 
-  spiralrope plot samples samples.npz --num 32 --columns 8
+  spiralrope plot samples samples.npz --num-samples 32 --columns 8
 
-  spiralrope plot samples ~/imagenet/val --num 100 --out val.svg
+  spiralrope plot samples ~/imagenet/val --num-samples 100 --out val.svg
 """
 
 

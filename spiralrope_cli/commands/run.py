@@ -38,7 +38,7 @@ Examples:
 
   spiralrope run dit --rotate 2 --data ~/imagenet --arch dit-b4 --nproc 8
 
-  spiralrope run dit --reference imagenet256.npz --num 10000 --dry-run
+  spiralrope run dit --reference imagenet256.npz --num-samples 10000 --dry-run
 
   spiralrope run dit --from-legacy "- 4"                an old line
 """
@@ -95,7 +95,7 @@ def deit(given: dict[str, Any]) -> None:
     TrainOptions,
     DiTStages,
     examples=DIT_EXAMPLES,
-    leave_out=(*NOT_HERE, "qk_norm", "hflip", "label_dropout"),
+    leave_out=(*NOT_HERE, "qk_norm", "hflip", "class_dropout_prob"),
     words=DIT_WORDS,
     defaults=shown_defaults("dit-train"),
 )

@@ -154,17 +154,17 @@ def starting_point(
         raise CheckpointError(
             f"{source.given} holds {weights.arch}, "
             + ("a classifier" if dit else "a diffusion transformer, and no classifier"),
-            "finetune starts from those" if dit else "dit-train --init starts from those",
+            "finetune starts from those" if dit else "dit-train --init-from starts from those",
         )
     of_run = weights.config if weights.source.run else {}
-    pictures = weights.config.get("pictures", {})
-    if dit and not pictures:
+    images = weights.config.get("images", {})
+    if dit and not images:
         height, width = weights.options["input_size"]
-        pictures = {"image_size": (VAE_FACTOR * height, VAE_FACTOR * width)}
+        images = {"image_size": (VAE_FACTOR * height, VAE_FACTOR * width)}
     start = replace(
         as_starting_point(weights),
         data=str(of_run.get("data", "")),
-        pictures={name: pictures[name] for name in ("image_size", "vae") if name in pictures},
+        images={name: images[name] for name in ("image_size", "vae") if name in images},
     )
     return start, weights.notes
 
@@ -175,7 +175,7 @@ def as_starting_point(weights: Weights) -> StartingPoint:
         source=str(Path(weights.source.given)),  # the same with a slash at its end
         arch=weights.arch,
         rope=weights.rope,
-        model=DiTModelConfig(label_dropout=0.0, **weights.options)
+        model=DiTModelConfig(class_dropout_prob=0.0, **weights.options)
         if is_dit(weights.arch)
         else ModelConfig(drop_path=0.0, **weights.options),
     )

@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from spiralrope_cli.core.config.dit_runs import DiTRun
 from spiralrope_cli.core.config.models import (
     DEIT_SIZES,
     DIT_SIZES,
@@ -27,9 +28,11 @@ from spiralrope_cli.core.config.models import (
     dit_size,
     is_dit,
 )
+from spiralrope_cli.core.config.nested import renamed
 from spiralrope_cli.core.config.option import leaves
 from spiralrope_cli.core.config.resolve import fit_channels
 from spiralrope_cli.core.config.rope import RopeConfig
+from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.hub.download import fetch_published, local_path
 from spiralrope_cli.core.hub.published import (
@@ -145,6 +148,7 @@ def _from_own_layout(
     """Our own safetensors, of a run or exported, whose metadata holds the run's config."""
     try:
         config = json.loads(metadata["config"])
+        config = renamed(config, DiTRun if is_dit(config["arch"]) else ClassifierRun)
         arch, model = config["arch"], config["model"]
         trained = RopeConfig(**config["rope"])
         options = {name: model[name] for name in MODEL_OPTIONS[is_dit(arch)] if name in model}

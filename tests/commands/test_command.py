@@ -19,6 +19,7 @@ from spiralrope_cli.core.config.option import PANELS, in_words
 from spiralrope_cli.core.config.plots import RopePlot
 from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.config.rope import RopeConfig
+from spiralrope_cli.core.config.runs import AugmentConfig
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.main import COMMANDS, app
@@ -164,7 +165,7 @@ def test_a_default_of_the_help_is_the_one_that_resolution_gives(name, photograph
                 assert shown[option][place] == in_words(told), option
             else:
                 assert not value, f"{option} is {value}, and the help shows no default"
-                assert isinstance(value, (bool, str)) or option in {*OPEN, "steps"}, option
+                assert isinstance(value, (bool, str)) or option in {*OPEN, "max_steps"}, option
 
 
 def test_finetune_shows_the_recipe_but_not_what_its_source_decides():
@@ -179,7 +180,7 @@ def test_finetune_shows_the_recipe_but_not_what_its_source_decides():
     [
         ("dit-sample", "cfg_interval", "0,1000"),
         ("dit-sample", "cfg_scale", "1"),
-        ("dit-sample", "steps", "250"),
+        ("dit-sample", "num_sampling_steps", "250"),
         ("dit-encode", "image_size", "256"),
         ("dit-encode", "precision", "fp32"),
         ("fid", "select", "all"),
@@ -262,3 +263,69 @@ def test_a_command_can_leave_out_and_reword():
     assert "nproc" not in told
     assert told["precision"] == r"Of the VAE. (auto, fp32, bf16) [dim]\[fp32][/dim]"
     assert told["device"] == "By default a GPU, else the CPU. (auto, cpu, cuda, mps)"
+
+
+# --- Names of earlier versions, and of other tools.
+def test_an_old_spelling_is_taken_and_named_anew():
+    one, got = typer.Typer(**SETTINGS), []
+
+    @command(one, "one", AugmentConfig, examples="")
+    def function(given):
+        """One command."""
+        got.append(given)
+
+    result = CliRunner().invoke(one, ["--max-shift", "2", "--degrees", "5"])
+    assert got == [{"translate": 2.0, "degrees": 5.0}]
+    assert result.stderr == "note: --max-shift is now --translate\n"
+    assert "--max-shift" not in CliRunner().invoke(one, ["--help"]).output
+    with pytest.raises(ConfigError, match="--translate is -1"):
+        CliRunner().invoke(one, ["--max-shift", "-1"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "old", "new"),
+    [
+        ("pretrain", "--steps", "--max-steps"),
+        ("finetune", "--max-rotation", "--degrees"),
+        ("dit-train", "--init", "--init-from"),
+        ("dit-train", "--label-dropout", "--class-dropout-prob"),
+        ("dit-sample", "--steps", "--num-sampling-steps"),
+        ("dit-sample", "--num", "--num-samples"),
+        ("fid", "--num", "--num-samples"),
+        ("doctor", "--num", "--num-samples"),
+        ("plot samples", "--num", "--num-samples"),
+        ("run deit", "--finetune-steps", "--finetune-max-steps"),
+        ("run dit", "--steps", "--max-steps"),
+        ("run dit", "--sampling-steps", "--num-sampling-steps"),
+    ],
+)
+def test_every_old_spelling_is_hidden_beside_its_new_one(words, old, new):
+    parameters = {each.opts[0]: each for each in built(*words.split()).params}
+    assert parameters[old].hidden
+    assert parameters[old].name == f"formerly_{parameters[new].name}"
+    assert not parameters[new].hidden
+
+
+HABITS = {
+    "pretrain": {
+        **{"--model": "--arch", "--pretrained": "spiralrope finetune", "--gpus": "--nproc"},
+        **{"--devices": "--nproc", "--wandb": "--tracker wandb", "--amp": "--precision bf16"},
+        **{"--reprob": "--random-erasing", "--crop-pct": "--crop-ratio"},
+        **{"--img-size": "--image-size", "--accum": "--micro-batch-size"},
+        **{"--workers-per-gpu": "--workers", "--fp16": "--precision bf16"},
+    },
+    "finetune": {"--model": "SOURCE", "--pretrained": "SOURCE"},
+    "dit-train": {"--model": "--arch", "--pretrained": "--init-from"},
+    "eval": {"--model": "SOURCE", "--img-size=32": "--image-size", "--crop-pct": "--crop-ratio"},
+    "fid": {"--devices": "--nproc", "--fp16": "--precision bf16"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "habit", "here"),
+    [(name, *pair) for name, habits in HABITS.items() for pair in habits.items()],
+)
+def test_what_people_type_by_habit_is_named_in_a_line(name, habit, here):
+    result = CliRunner().invoke(app, [name, habit], env={"COLUMNS": "200"})
+    assert result.exit_code == CliRunner().invoke(app, [name, "--unheard-of"]).exit_code == 2
+    assert f"No such option: {habit.partition('=')[0]}. Here it is {here}" in result.output

@@ -29,7 +29,7 @@ from spiralrope_cli.core.runtime.distributed import StopRequest
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoints"
 DIT = GOLDEN / "dit_tiny_0000007.pt"
-FAST = ("--steps", 8, "--precision", "fp32", "--nproc", 1)
+FAST = ("--num-sampling-steps", 8, "--precision", "fp32", "--nproc", 1)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def pixels(tmp_path_factory):
     """A run that learned for a moment: what nothing has learned draws black and white alone."""
     folder = tmp_path_factory.mktemp("runs") / "drawn"
     options = {
-        **{"arch": "dit-32x2x2-2", "rotate": 2, "steps": 120, "lr": 4e-3, "batch_size": 32},
+        **{"arch": "dit-32x2x2-2", "rotate": 2, "max_steps": 120, "lr": 4e-3, "batch_size": 32},
         **{"ema_decay": 0.9, "precision": "fp32", "nproc": 1, "out": str(folder)},
         **{"schedule": "constant", "sample_every": 0},
     }
@@ -66,7 +66,7 @@ def images(folder):
 
 
 def test_the_result_is_an_npz_a_grid_and_what_made_them(sample, pixels, runs):
-    told = sample(pixels, "--num", 12, *FAST, "--png", "--out", "here", "--batch-size", 5)
+    told = sample(pixels, "--num-samples", 12, *FAST, "--png", "--out", "here", "--batch-size", 5)
     drawn = images("here")
     assert (drawn.shape, drawn.dtype) == ((12, 8, 8, 3), np.uint8)
     assert 0.2 < np.isin(drawn, (0, 255)).mean() < 0.9
@@ -93,23 +93,23 @@ def test_the_result_is_an_npz_a_grid_and_what_made_them(sample, pixels, runs):
 
 @pytest.mark.parametrize("words", [(), ("--cfg-scale", 3, "--cfg-channels", "all")])
 def test_an_image_is_the_same_in_any_batch_and_process(spiralrope, sample, pixels, runs, words):
-    sample(pixels, "--num", 7, *FAST, *words, "--batch-size", 7, "--out", "one")
-    sample(pixels, "--num", 7, *FAST, *words, "--batch-size", 2, "--out", "parts")
+    sample(pixels, "--num-samples", 7, *FAST, *words, "--batch-size", 7, "--out", "one")
+    sample(pixels, "--num-samples", 7, *FAST, *words, "--batch-size", 2, "--out", "parts")
     two = ("--nproc", 2, "--batch-size", 2, "--out", "two")
     (runs / "temporary").mkdir()
     env = {"TMPDIR": str(runs / "temporary")}
-    spiralrope("dit-sample", pixels, "--num", 7, *FAST[:-2], *words, *two, env=env)
+    spiralrope("dit-sample", pixels, "--num-samples", 7, *FAST[:-2], *words, *two, env=env)
     assert not list((runs / "temporary").iterdir()), "workers leave nothing"
-    sample(pixels, "--num", 4, *FAST, *words, "--out", "fewer")
+    sample(pixels, "--num-samples", 4, *FAST, *words, "--out", "fewer")
     whole = images("one").astype(int)
     for other in ("parts", "two", "fewer"):
         assert abs(images(other).astype(int) - whole[: len(images(other))]).max() <= 1
-    sample(pixels, "--num", 7, *FAST, *words, "--seed", 1, "--out", "other")
+    sample(pixels, "--num-samples", 7, *FAST, *words, "--seed", 1, "--out", "other")
     assert abs(images("other").astype(int) - whole).mean() > 5
 
 
 def test_an_interrupted_run_goes_on_with_the_missing_images(sample, pixels, monkeypatch, runs):
-    words = (pixels, "--num", 9, *FAST, "--batch-size", 2)
+    words = (pixels, "--num-samples", 9, *FAST, "--batch-size", 2)
     sample(*words, "--out", "whole")
     answers = iter([0, 0, signal.SIGTERM])
     with monkeypatch.context() as patched:
@@ -137,7 +137,7 @@ def test_ended_while_the_archive_is_made_nothing_is_lost(sample, pixels, monkeyp
             first.write(b"PK")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "samples.npz.part")
 
-    words = (pixels, "--num", 3, *FAST)
+    words = (pixels, "--num-samples", 3, *FAST)
     sample(*words, "--out", "whole")
     with monkeypatch.context() as patched:
         patched.setattr(f"spiralrope_cli.core.data.sample_files.{at}", end)
@@ -152,14 +152,14 @@ def test_a_signal_within_a_batch_ends_it_at_once(sample, pixels, monkeypatch, ru
         self.signal_number = signal.SIGINT
 
     monkeypatch.setattr(StopRequest, "listen", ask)
-    told = sample(pixels, "--num", 3, *FAST, "--out", "here", expect=130)
+    told = sample(pixels, "--num-samples", 3, *FAST, "--out", "here", expect=130)
     assert "stopped with 0 of 3 images; the same command goes on" in told
     assert (runs / "here" / "samples.npz.part").exists()
 
 
 @pytest.mark.parametrize("lost", ["samples.npz.part", "samples.json", "samples.done"])
 def test_parts_that_are_not_whole_are_drawn_again(sample, pixels, monkeypatch, runs, lost):
-    words = (pixels, "--num", 5, *FAST, "--steps", 2, "--batch-size", 2)
+    words = (pixels, "--num-samples", 5, *FAST, "--num-sampling-steps", 2, "--batch-size", 2)
     sample(*words, "--out", "whole")
     answers = iter([0, signal.SIGTERM])
     with monkeypatch.context() as patched:
@@ -176,7 +176,7 @@ def test_parts_that_are_not_whole_are_drawn_again(sample, pixels, monkeypatch, r
 
 def test_what_does_not_fit_the_folder_is_told(sample, pixels, runs):
     run = shutil.copytree(pixels, runs / "trained")
-    words = ("--num", 2, *FAST)
+    words = ("--num-samples", 2, *FAST)
     assert "is the folder of a training run" in sample(run, *words, "--out", run, expect=1)
     (runs / "file").touch()
     assert "it is a file" in sample(run, *words, "--out", "file", expect=1)
@@ -199,7 +199,7 @@ def test_what_made_the_samples_is_told_whatever_its_length(tmp_path):
 
 
 def test_a_finished_run_makes_what_is_asked_for_later(sample, pixels, monkeypatch, runs):
-    words = (pixels, "--num", 5, *FAST, "--out", "here")
+    words = (pixels, "--num-samples", 5, *FAST, "--out", "here")
     sample(*words)
     folder = runs / "here"
     npz, grid = ((folder / name).read_bytes() for name in ("samples.npz", "samples.png"))
@@ -223,7 +223,7 @@ def test_the_settled_weights_are_used_whatever_is_saved_meanwhile(
     sample, pixels, monkeypatch, runs
 ):
     run = shutil.copytree(pixels, runs / "trained")
-    sample(run, "--num", 2, *FAST, "--out", "before")
+    sample(run, "--num-samples", 2, *FAST, "--out", "before")
 
     def saved_meanwhile(entry, config):
         older, newer = (run / "checkpoints" / f"0000{step}" for step in (120, 121))
@@ -232,29 +232,29 @@ def test_the_settled_weights_are_used_whatever_is_saved_meanwhile(
         job.work(config)
 
     monkeypatch.setattr(job, "launch", saved_meanwhile)
-    sample(run, "--num", 2, *FAST, "--out", "meanwhile")
+    sample(run, "--num-samples", 2, *FAST, "--out", "meanwhile")
     assert np.array_equal(images("meanwhile"), images("before"))
-    sample(run / "checkpoints" / "0000121", "--num", 2, *FAST, "--out", "control")
+    sample(run / "checkpoints" / "0000121", "--num-samples", 2, *FAST, "--out", "control")
     assert not np.array_equal(images("control"), images("before"))
 
 
 def test_images_that_nothing_tells_of_are_not_overwritten(sample, pixels, runs):
     (runs / "here").mkdir()
     (runs / "here" / "samples.npz").write_bytes(b"somebody's")
-    told = sample(pixels, "--num", 2, *FAST, "--out", "here", expect=1)
+    told = sample(pixels, "--num-samples", 2, *FAST, "--out", "here", expect=1)
     assert "no samples.json says what made it" in told
     assert (runs / "here" / "samples.npz").read_bytes() == b"somebody's"
 
 
 def test_guidance_that_cannot_act_is_a_note(sample, pixels):
-    words = (pixels, "--num", 2, "--dry-run", "--cfg-interval", "100,500")
+    words = (pixels, "--num-samples", 2, "--dry-run", "--cfg-interval", "100,500")
     assert "have no effect: --cfg-scale is 1" in sample(*words)
     assert "no effect" not in sample(*words, "--cfg-scale", 2)
 
 
 def test_other_options_do_not_mix_with_what_is_there(sample, pixels):
-    sample(pixels, "--num", 2, *FAST, "--out", "here")
-    told = sample(pixels, "--num", 2, *FAST, "--cfg-scale", 2, "--out", "here", expect=1)
+    sample(pixels, "--num-samples", 2, *FAST, "--out", "here")
+    told = sample(pixels, "--num-samples", 2, *FAST, "--cfg-scale", 2, "--out", "here", expect=1)
     assert "here holds other samples: cfg_scale was 1.0, now 2.0" in told
 
 
@@ -266,26 +266,28 @@ def test_classes_are_dealt_out_in_turn_or_drawn_by_number(pixels, sample, monkey
         "guided",
         lambda net, labels, g: (asked.extend(labels.tolist()), guided(net, labels, g))[1],
     )
-    sample(pixels, "--num", 5, *FAST, "--classes", "7, 3", "--batch-size", 2, "--out", "dealt")
+    sample(
+        pixels, "--num-samples", 5, *FAST, "--classes", "7, 3", "--batch-size", 2, "--out", "dealt"
+    )
     assert asked == [7, 3, 7, 3, 7]
     asked.clear()
-    sample(pixels, "--num", 40, *FAST, "--out", "drawn")
+    sample(pixels, "--num-samples", 40, *FAST, "--out", "drawn")
     assert len(set(asked)) > 5
     before = list(asked)
     asked.clear()
-    sample(pixels, "--num", 40, *FAST, "--batch-size", 7, "--out", "again")
+    sample(pixels, "--num-samples", 40, *FAST, "--batch-size", 7, "--out", "again")
     assert asked == before
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
 def test_other_samplers_draw_other_pictures(sample, pixels, sampler):
-    sample(pixels, "--num", 3, *FAST, "--out", "ddpm")
-    sample(pixels, "--num", 3, *FAST, "--sampler", sampler, "--out", "other")
+    sample(pixels, "--num-samples", 3, *FAST, "--out", "ddpm")
+    sample(pixels, "--num-samples", 3, *FAST, "--sampler", sampler, "--out", "other")
     assert not np.array_equal(images("ddpm"), images("other"))
 
 
 def test_a_published_file_draws_through_a_vae_in_any_rectangle(sample, tiny_vae):
-    words = (DIT, "--vae", tiny_vae, "--num", 2, *FAST)
+    words = (DIT, "--vae", tiny_vae, "--num-samples", 2, *FAST)
     sample(*words, "--image-size", "32x48", "--out", "wide")
     assert images("wide").shape == (2, 32, 48, 3)
     sample(*words, "--image-size", "32x48", "--no-ema", "--out", "raw")
@@ -302,12 +304,16 @@ def test_a_published_file_draws_through_a_vae_in_any_rectangle(sample, tiny_vae)
         (["--cfg-interval", "9,5"], 2, "--cfg-interval 9,5"),
         (["--image-size", "9"], 2, "--image-size 9 does not split"),
         (["--vae", "mse"], 2, "draws pixels, 1 channel(s)"),
-        (["--num", "0"], 2, "--num is 0"),
-        (["--num", "99999999999"], 1, "are needed for 99999999999 images"),
-        (["--steps", "1"], 2, "--steps 1"),
+        (["--num-samples", "0"], 2, "--num-samples is 0"),
+        (["--num-samples", "99999999999"], 1, "are needed for 99999999999 images"),
+        (["--num-sampling-steps", "1"], 2, "--num-sampling-steps 1"),
         (["--sampler", "euler"], 2, "--sampler is euler"),
-        (["--sampler", "dpm++", "--steps", "1000"], 2, "dpm++ takes at most 999"),
-        (["--sampler", "dpm++", "--steps", "10,15"], 2, "dpm++ spaces its steps itself"),
+        (["--sampler", "dpm++", "--num-sampling-steps", "1000"], 2, "dpm++ takes at most 999"),
+        (
+            ["--sampler", "dpm++", "--num-sampling-steps", "10,15"],
+            2,
+            "dpm++ spaces its steps itself",
+        ),
         (["--out", ""], 2, "--out is empty"),
     ],
 )
@@ -334,7 +340,17 @@ def test_published_weights_come_by_themselves_after_their_size_was_said(
     home = tmp_path / "home"
     env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "SPIRALROPE_CACHE": str(home / "ours")}
     try:
-        words = ("dit-s2", "--num", 2, "--vae", tiny_vae, "--steps", 2, "--nproc", 1)
+        words = (
+            "dit-s2",
+            "--num-samples",
+            2,
+            "--vae",
+            tiny_vae,
+            "--num-sampling-steps",
+            2,
+            "--nproc",
+            1,
+        )
         dry = spiralrope("dit-sample", *words, "--dry-run", env=env, expect=1)
         assert "the weights of dit-s2 are not here, and --dry-run fetches none" in dry.stderr
         assert not hub.asked

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import typing
 from dataclasses import is_dataclass
 
 import pytest
 import yaml
 from conftest import options_of
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from spiralrope_cli import main as cli
@@ -53,9 +56,9 @@ def test_options_and_fields_have_the_same_names():
 
 def test_without_options_digits_are_trained_on_as_pixels(resolved):
     run = resolved()
-    assert (run.arch, run.data, run.pictures.vae) == ("dit-ti2", "digits", "none")
+    assert (run.arch, run.data, run.images.vae) == ("dit-ti2", "digits", "none")
     assert (run.model.input_size, run.model.in_chans, run.model.num_classes) == ((8, 8), 1, 10)
-    assert run.pictures.hflip == 0, "a mirrored digit is another"
+    assert run.images.hflip == 0, "a mirrored digit is another"
     assert run.rope.rotate == recipes.DIT["rotate"] == 0
     assert run.out == "runs/dit-train-dit-ti2-digits-r0"
     assert resolved("--rotate", 4, "--name", "b").out == "runs/dit-train-dit-ti2-digits-r4-b"
@@ -67,10 +70,10 @@ def test_without_options_digits_are_trained_on_as_pixels(resolved):
 def test_the_published_recipe_on_photographs(resolved, image_folder, tiny_vae):
     run = resolved("--data", image_folder, "--batch-size", 8, "--vae", tiny_vae)
     assert run.arch == "dit-b4"
-    assert (run.pictures.image_size, run.pictures.hflip) == ((256, 256), 0.5)
+    assert (run.images.image_size, run.images.hflip) == ((256, 256), 0.5)
     assert (run.model.input_size, run.model.in_chans) == ((32, 32), 4)
     assert (run.optim.lr, run.optim.schedule, run.optim.weight_decay) == (1e-4, "constant", 0)
-    assert (run.optim.ema_decay, run.model.label_dropout) == (0.9999, 0.1)
+    assert (run.optim.ema_decay, run.model.class_dropout_prob) == (0.9999, 0.1)
     assert (run.checkpoint.log_every, run.checkpoint.save_every) == (100, 50_000)
     assert recipes.DIT["vae"] == "ema"
     assert recipes.DIT["epochs"] * (1281167 // recipes.DIT["batch_size"]) == 400_320
@@ -88,7 +91,7 @@ def test_every_architecture_is_taken(arch):
 def test_a_vaes_folder_is_known_by_its_whole_path(runs, image_folder, tiny_vae):
     (runs / "vae").symlink_to(tiny_vae)
     options = {"data": str(image_folder), "image_size": (32, 32), "batch_size": 8, "vae": "vae"}
-    assert resolve("dit-train", options).run.pictures.vae == str(tiny_vae.resolve())
+    assert resolve("dit-train", options).run.images.vae == str(tiny_vae.resolve())
 
 
 def test_a_config_file_repeats_a_run_and_options_win(runs, resolved):
@@ -111,17 +114,17 @@ def test_a_config_file_repeats_a_run_and_options_win(runs, resolved):
         (["--vae", "ema"], "through the VAE, which divides by 8"),
         (["--vae", "nowhere", "--image-size", "16"], "--vae nowhere is neither"),
         (["--latents", "nowhere"], "--latents nowhere holds no latents"),
-        (["--label-dropout", "1"], "--label-dropout is 1.0"),
+        (["--class-dropout-prob", "1"], "--class-dropout-prob is 1.0"),
         (["--hflip", "2"], "--hflip is 2.0"),
         (["--schedule", "published"], "must be cosine or constant"),
         (["--save-every", "0"], "--save-every is 0"),
         (["--sample-every", "-1"], "--sample-every is -1"),
         (["--batch-size", "50", "--micro-batch-size", "16"], "the nearest that do: 48, 64"),
         (["--batch-size", "2000"], "more than the 1437 training images"),
-        (["--init", ""], ". holds no checkpoint"),
+        (["--init-from", ""], ". holds no checkpoint"),
         (["--resume", "must"], "holds no checkpoint"),
         (["--data", "nowhere"], "is no folder and no built-in name"),
-        (["--init", "nowhere/at-all"], "is no file and no folder"),
+        (["--init-from", "nowhere/at-all"], "is no file and no folder"),
     ],
 )
 def test_what_cannot_work_is_told(resolved, words, told):
@@ -135,7 +138,7 @@ def test_what_cannot_work_is_told(resolved, words, told):
     ("options", "told"),
     [
         ({"freqs_for": "pixel", "theta": 5.0}, "--theta has no effect: --freqs-for is pixel"),
-        ({"steps": 900, "epochs": 9}, "--epochs has no effect: --steps is given"),
+        ({"max_steps": 900, "epochs": 9}, "--epochs has no effect: --max-steps is given"),
         ({"schedule": "constant", "min_lr": 1.0}, "--min-lr has no effect"),
         ({"workers": 3}, "--workers has no effect: digits lives in memory"),
         ({"projection": "exact"}, "--projection has no effect: --rotate is 0"),
@@ -156,14 +159,14 @@ def test_a_dry_run_looks_at_a_vaes_folder_and_fetches_none(resolved, monkeypatch
 
 
 def test_the_plan_says_what_was_settled_and_why(spiralrope, runs):
-    done = spiralrope("dit-train", "--steps", 30, "--dry-run")
+    done = spiralrope("dit-train", "--max-steps", 30, "--dry-run")
     for part in (
         "runs/dit-train-dit-ti2-digits-r0",
         "1437 training images, 10 classes; 8x8 px, never mirrored, as pixels, in [-1, 1]",
         "dit-ti2, 8x8 px, 4x4 patches of 2 px; 8.16 M parameters",
         "K = 2 directions",
         "30 steps, 22 per epoch: 1.36 epochs",
-        "by option    steps 30",
+        "by option    max_steps 30",
         "by data set",
         "by recipe",
     ):
@@ -172,8 +175,39 @@ def test_the_plan_says_what_was_settled_and_why(spiralrope, runs):
     assert not (runs / "runs").exists()
 
 
+OLD_NAMES = {"max_steps": "steps", "class_dropout_prob": "label_dropout", "images": "pictures"}
+
+
+def with_names_of_an_earlier_version(folder):
+    """Rewrites a run as it was before some of its keys were renamed."""
+
+    def rename(tree):
+        if not isinstance(tree, dict):
+            return tree
+        return {OLD_NAMES.get(key, key): rename(value) for key, value in tree.items()}
+
+    config = folder / "config.yaml"
+    old = rename(yaml.safe_load(config.read_text()))
+    assert {"pictures"} < old.keys()
+    config.write_text(yaml.safe_dump(old))
+    for file in folder.rglob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            metadata = {**opened.metadata(), "config": json.dumps(old)}
+        save_file(load_file(file), file, metadata)
+
+
 def test_the_command_from_start_to_finish_and_again(spiralrope, runs):
-    words = ("dit-train", "--arch", "dit-32x2x2-2", "--steps", 2, "--batch-size", 8, "--out", "run")
+    words = (
+        "dit-train",
+        "--arch",
+        "dit-32x2x2-2",
+        "--max-steps",
+        2,
+        "--batch-size",
+        8,
+        "--out",
+        "run",
+    )
     first = spiralrope(*words)
     assert "samples: run/samples/0000002.png" in first.stderr
     assert "samples: run/samples.png" in first.stdout
@@ -181,8 +215,13 @@ def test_the_command_from_start_to_finish_and_again(spiralrope, runs):
     again = spiralrope(*words)
     assert "run is finished: 2 steps" in again.stderr
     assert again.stdout == first.stdout
-    said = spiralrope("dit-train", "--init", "run", "--arch", "dit-s2", expect=2).stderr
-    assert "--arch is dit-s2, --init run is dit-32x2x2-2" in said
+    with_names_of_an_earlier_version(runs / "run")
+    again = spiralrope(*words)
+    assert "run is finished: 2 steps" in again.stderr
+    plan = spiralrope("dit-train", "--init-from", "run", "--dry-run").stderr
+    assert "as pixels" in plan
+    said = spiralrope("dit-train", "--init-from", "run", "--arch", "dit-s2", expect=2).stderr
+    assert "--arch is dit-s2, --init-from run is dit-32x2x2-2" in said
     assert "Traceback" not in said
 
 

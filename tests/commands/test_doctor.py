@@ -119,7 +119,7 @@ def test_too_little_memory_is_a_note(check, monkeypatch):
 
 
 def test_a_dit_counts_the_samples_it_would_leave(check):
-    facts = check("--arch", "dit-64x2x2-2", "--num", 1000)
+    facts = check("--arch", "dit-64x2x2-2", "--num-samples", 1000)
     assert facts["disk"]["needs"]["samples"] == 1000 * 3 * 8 * 8
     assert facts["data"]["val"] == 360
 
@@ -135,8 +135,8 @@ def test_a_damaged_picture(check, pictures):
 
 
 def test_samples_are_those_of_a_dit(runs):
-    result = CliRunner().invoke(cli.app, ["doctor", *TINY, "--num", "10"])
-    assert "--num 10 has no effect" in str(result.exception)
+    result = CliRunner().invoke(cli.app, ["doctor", *TINY, "--num-samples", "10"])
+    assert "--num-samples 10 has no effect" in str(result.exception)
 
 
 @pytest.mark.parametrize(

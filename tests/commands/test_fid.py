@@ -218,7 +218,7 @@ def test_an_error_bar(fid, sets):
 
 
 def test_the_inception_score_needs_no_reference(fid, sets):
-    found = fid(sets / "a.npz", "--select", "is", "--num", "6")
+    found = fid(sets / "a.npz", "--select", "is", "--num-samples", "6")
     assert found["is"] > 1
     assert found["samples"]["count"] == 6
     assert found["reference"] is None
@@ -246,8 +246,8 @@ def test_damaged_images_are_named_or_left_out(fid, sets, tmp_path, digit_picture
     found = fid(tmp_path, "--select", "is", "--skip-bad")
     assert (found["samples"]["count"], found["samples"]["unreadable"]) == (3, 1)
     assert "1 image(s) could not be read" in found["stderr"]
-    error = fid(tmp_path, "--select", "is", "--skip-bad", "--num", "4")
-    assert "--num 4: only 3 image(s)" in error.message
+    error = fid(tmp_path, "--select", "is", "--skip-bad", "--num-samples", "4")
+    assert "--num-samples 4: only 3 image(s)" in error.message
 
 
 def test_figures_that_damaged_images_make_impossible_are_left_out(fid, sets, tmp_path):
@@ -312,7 +312,7 @@ def test_other_wrong_inputs(fid, sets, tmp_path):
         ("missing", "REFERENCE " + str(tmp_path / "missing") + " does not exist"),
     ):
         assert message in fid(sets / "a.npz", tmp_path / name).message
-    assert "holds 8 images" in fid(sets / "a.npz", sets / "b.npz", "--num", "9").message
+    assert "holds 8 images" in fid(sets / "a.npz", sets / "b.npz", "--num-samples", "9").message
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,9 @@ def test_wrong_options_are_usage_errors(fid, sets, words, message):
 
 
 def test_options_that_change_nothing_are_told(fid, sets):
-    found = fid(sets / "a.npz", "--select", "is", "--num", "2", "--seed", "3", "--kid-subsets", "4")
+    found = fid(
+        sets / "a.npz", "--select", "is", "--num-samples", "2", "--seed", "3", "--kid-subsets", "4"
+    )
     assert "note: --seed has no effect" in found["stderr"]
     assert "note: --kid-subsets has no effect: --select lacks kid" in found["stderr"]
 
@@ -372,7 +374,7 @@ def test_weights_are_read_in_either_format_of_torch_and_never_run(
     fid, sets, tmp_path, inception_weights
 ):
     """Torch 1.6 changed the format in 2020, the year of the published file."""
-    words = (sets / "a.npz", "--select", "is", "--num", "2")
+    words = (sets / "a.npz", "--select", "is", "--num-samples", "2")
     old, trap, text = (tmp_path / name for name in ("old.pth", "trap.pth", "text.pth"))
     torch.save(torch.load(inception_weights), old, _use_new_zipfile_serialization=False)
     found = fid(*words, "--weights", old, weights=False)

@@ -52,7 +52,7 @@ def pretrained(tmp_path_factory):
     """A run of a few steps whose raw and averaged weights differ."""
     folder = tmp_path_factory.mktemp("runs") / "before"
     options = {
-        **{"arch": "deit-32x2x2", "rotate": 3, "out": str(folder), "lr": 0.05, "steps": 4},
+        **{"arch": "deit-32x2x2", "rotate": 3, "out": str(folder), "lr": 0.05, "max_steps": 4},
         **{"warmup_epochs": 0, "precision": "fp32", "nproc": 1},
     }
     train.work(resolve("pretrain", options).run)
@@ -62,7 +62,7 @@ def pretrained(tmp_path_factory):
 def small(source, **more):
     """A finetuning run of a few steps."""
     chosen = {
-        **{"steps": 4, "batch_size": 32, "micro_batch_size": 16, "precision": "fp32"},
+        **{"max_steps": 4, "batch_size": 32, "micro_batch_size": 16, "precision": "fp32"},
         **{"log_every": 2, "nproc": 1, "warmup_epochs": 0, "out": "after", **more},
     }
     start, _ = starting_point(find_source(str(source)), {})
@@ -102,15 +102,15 @@ def test_model_and_rope_come_from_the_source_and_fresh_things_are_said(finetune,
 
 
 def test_scaling_can_be_wanted_otherwise(finetune):
-    run, _ = finetune(DEIT, "--image-size", 96, "--scaling", "extrapolate", "--steps", 1)
+    run, _ = finetune(DEIT, "--image-size", 96, "--scaling", "extrapolate", "--max-steps", 1)
     assert run.rope.scaling == "extrapolate"
-    run, _ = finetune(DEIT, "--steps", 1, "--name", "own")
+    run, _ = finetune(DEIT, "--max-steps", 1, "--name", "own")
     assert run.rope.scaling == "extrapolate"
     assert run.model.pretrain_grid is None
 
 
 def test_a_rope_option_that_contradicts_the_source_is_said(finetune):
-    run, said = finetune(DEIT, "--rotate", 4, "--steps", 1)
+    run, said = finetune(DEIT, "--rotate", 4, "--max-steps", 1)
     assert run.rope.rotate == 4
     assert "--rotate 4 contradicts" in said
 
@@ -125,8 +125,8 @@ def test_a_file_of_another_run_does_not_decide_how_the_weights_are_read(finetune
 
 
 def test_a_slash_at_the_end_names_the_same_weights(finetune, pretrained):
-    plain, _ = finetune(pretrained, "--steps", 1)
-    completed, _ = finetune(f"{pretrained}/", "--steps", 1)
+    plain, _ = finetune(pretrained, "--max-steps", 1)
+    completed, _ = finetune(f"{pretrained}/", "--max-steps", 1)
     assert plain == completed
 
 
@@ -212,10 +212,10 @@ def test_published_weights_come_by_themselves_after_their_size_was_said(spiralro
         dry = spiralrope("finetune", "deit-s", "--dry-run", env=env, expect=1)
         assert "the weights of deit-s are not here, and --dry-run fetches none" in dry.stderr
         assert not hub.asked
-        done = spiralrope("finetune", "deit-s", "--steps", 1, "--nproc", 1, env=env)
+        done = spiralrope("finetune", "deit-s", "--max-steps", 1, "--nproc", 1, env=env)
     finally:
         hub.close()
     assert "1.24 MB" in done.stderr.split("averaged (EMA) weights")[0]
     # Now it is here, and no server is asked.
-    again = spiralrope("finetune", "deit-s", "--steps", 1, "--nproc", 1, "--dry-run", env=env)
+    again = spiralrope("finetune", "deit-s", "--max-steps", 1, "--nproc", 1, "--dry-run", env=env)
     assert "deit-s: averaged (EMA) weights of deit-64x2x2" in " ".join(again.stderr.split())

@@ -115,7 +115,7 @@ def test_curves_come_without_torch(run):
         (["attention", DEIT, "digit.png", "--out", "digit.png"], 2, "is IMAGE itself"),
         (["samples", "gone"], 1, "gone is no .npz, no folder of images and no run"),
         (["samples", "gone.npz"], 1, "SOURCE gone.npz does not exist"),
-        (["samples", "runs/one", "--num", "0"], 2, "--num is 0"),
+        (["samples", "runs/one", "--num-samples", "0"], 2, "--num-samples is 0"),
         (["samples", "runs/one", "--columns", "-1"], 2, "--columns is -1"),
         (["samples", "runs/one"], 1, "holds no images"),
         (["samples", "digit.png"], 1, "neither a folder of images nor an .npz"),
@@ -252,7 +252,7 @@ def test_samples_of_a_run_have_their_classes(labels_of, runs, plot):
     facts = {"num_classes": 10, "seed": 3, "data": "fashion-mnist"}
     make_samples(runs / "runs" / "dealt", images, classes=[9, 1], **facts)
     make_samples(runs / "runs" / "drawn", images, classes=[], **{**facts, "data": "digits"})
-    levels, labels = labels_of("dealt", "--num", 5)
+    levels, labels = labels_of("dealt", "--num-samples", 5)
     assert torch.equal(levels, images[:5])
     assert labels == ["Ankle boot", "Trouser"] * 2 + ["Ankle boot"]
     assert labels_of("dealt", "--no-labels")[1] == []
@@ -272,7 +272,7 @@ def test_other_peoples_files_and_folders(labels_of, plot, image_folder, runs):
     assert labels_of("adm.npz")[1] == ["7", "8", "9"]
     levels, labels = labels_of("plain.npz")
     assert (levels.shape, labels) == ((1, 3, 8, 12), [])
-    assert labels_of(image_folder / "train", "--num", 9)[1] == ["dark"] * 8 + ["light"]
+    assert labels_of(image_folder / "train", "--num-samples", 9)[1] == ["dark"] * 8 + ["light"]
     mixed = runs / "mixed"
     mixed.mkdir()
     for number, size in enumerate([(8, 8), (30, 10)]):

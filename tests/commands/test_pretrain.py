@@ -118,16 +118,16 @@ def test_names_in_any_script_make_folders_of_their_own(resolved, runs):
 
 def test_epochs_win_over_the_steps_of_a_file(runs, resolved):
     path = runs / "kept.yaml"
-    path.write_text(yaml.safe_dump(to_nested(resolved("--steps", 4))))
+    path.write_text(yaml.safe_dump(to_nested(resolved("--max-steps", 4))))
     assert resolved("--config", path).total_steps == 4
     run = resolved("--config", path, "--epochs", 7)
     assert run.total_steps == 7 * run.steps_per_epoch
 
 
 def test_a_short_run_has_a_short_warm_up(resolved):
-    assert resolved("--steps", 10).optim.warmup_epochs == 0
-    assert resolved("--steps", 352).optim.warmup_epochs == 2
-    assert resolved("--steps", 900).optim.warmup_epochs == resolved().optim.warmup_epochs
+    assert resolved("--max-steps", 10).optim.warmup_epochs == 0
+    assert resolved("--max-steps", 352).optim.warmup_epochs == 2
+    assert resolved("--max-steps", 900).optim.warmup_epochs == resolved().optim.warmup_epochs
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_a_config_file_is_read_strictly(runs, resolved, text, told):
         (["--resume", "perhaps"], "must be auto or must or never"),
         (["--resume", "must"], "holds no checkpoint"),
         (["--rdzv-endpoint", "host:abc"], "it must be HOST:PORT"),
-        (["--schedule", "published", "--steps", "500"], "counts epochs, not --steps"),
+        (["--schedule", "published", "--max-steps", "500"], "counts epochs, not --max-steps"),
         (["--data", "~nosuchuser/x"], "is no folder and no built-in name"),
     ],
 )
@@ -243,8 +243,8 @@ def test_an_unreadable_image_is_named_or_skipped_and_counted(tmp_path, image_fol
         ({"rotate": 0, "truncate_percentage": 0.5}, "--truncate-percentage has no effect"),
         ({"enabled": False, "rotate": 4, "seed": 3}, "--rotate has no effect: RoPE is off"),
         ({"crop_scale": 0.5}, "--crop-scale has no effect: --geometry is shift"),
-        ({"geometry": "crop", "max_shift": 2.0}, "--max-shift has no effect: --geometry is crop"),
-        ({"steps": 900, "epochs": 9}, "--epochs has no effect: --steps is given"),
+        ({"geometry": "crop", "translate": 2.0}, "--translate has no effect: --geometry is crop"),
+        ({"max_steps": 900, "epochs": 9}, "--epochs has no effect: --max-steps is given"),
         ({"schedule": "constant", "min_lr": 1.0}, "--min-lr has no effect"),
         ({"workers": 3}, "--workers has no effect: digits lives in memory"),
     ],
@@ -292,7 +292,7 @@ def test_the_plan_says_what_was_settled_and_why(spiralrope, runs):
 
 @pytest.mark.parametrize(("option", "code"), [("--name", 1), ("--data", 1), ("--config", 2)])
 def test_what_the_system_refuses_about_a_path_is_one_line(spiralrope, option, code):
-    said = spiralrope("pretrain", option, "x" * 300, "--steps", 1, expect=code).stderr
+    said = spiralrope("pretrain", option, "x" * 300, "--max-steps", 1, expect=code).stderr
     assert "File name too long" in said
     assert "Traceback" not in said
 
@@ -312,7 +312,7 @@ def test_a_rate_that_only_rises_is_told(resolved):
 
 def test_names_are_shown_as_they_are_however_long(spiralrope, runs):
     name = f"{'deep/' * 20}a [red] and [/b] name"
-    words = ("pretrain", "--arch", "deit-32x1x1", "--steps", 1, "--out", name)
+    words = ("pretrain", "--arch", "deit-32x1x1", "--max-steps", 1, "--out", name)
     narrow = {"COLUMNS": "80"}
     for done in (spiralrope(*words, env=narrow), spiralrope(*words, env=narrow)):  # then finished
         assert f"report: {name}/report.html" in done.stdout

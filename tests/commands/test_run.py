@@ -30,10 +30,19 @@ from spiralrope_cli.core.runtime.seeds import seed_everything
 from spiralrope_cli.core.training import classification
 
 FAST = ("--precision", "fp32", "--nproc", "1", "--log-every", "2")
-SMALL = ("--arch", "deit-32x2x2", "--steps", "4", *FAST)
-DEIT = (*SMALL, "--finetune-steps", "2")
+SMALL = ("--arch", "deit-32x2x2", "--max-steps", "4", *FAST)
+DEIT = (*SMALL, "--finetune-max-steps", "2")
 DIT = (
-    *("--arch", "dit-32x2x2-2", "--steps", "4", "--num", "5", "--sampling-steps", "4"),
+    *(
+        "--arch",
+        "dit-32x2x2-2",
+        "--max-steps",
+        "4",
+        "--num-samples",
+        "5",
+        "--num-sampling-steps",
+        "4",
+    ),
     *FAST,
 )
 
@@ -117,15 +126,15 @@ def test_deit_runs_every_stage_once(run, launched):
 
 def test_what_finetuning_starts_from_is_what_pretraining_left(run):
     run("deit", *DEIT, "--rotate", 4, "--out", "here", "--drop-path", 0.1)
-    given = {"arch": "deit-32x2x2", "rotate": 4, "steps": 4, "drop_path": 0.1, "seed": 3}
-    own = {"finetune_lr": 3e-3, "finetune_steps": 2, "precision": "fp32", "out": "there"}
+    given = {"arch": "deit-32x2x2", "rotate": 4, "max_steps": 4, "drop_path": 0.1, "seed": 3}
+    own = {"finetune_lr": 3e-3, "finetune_max_steps": 2, "precision": "fp32", "out": "there"}
     first, second = trainings(settle_deit({**given, **own}))
-    assert (first.command, first.out, first.optim.steps) == ("pretrain", "there/pretrain", 4)
+    assert (first.command, first.out, first.optim.max_steps) == ("pretrain", "there/pretrain", 4)
     assert (second.command, second.source) == ("finetune", "there/pretrain")
-    assert (second.optim.lr, second.optim.steps, second.seed) == (3e-3, 2, 3)
+    assert (second.optim.lr, second.optim.max_steps, second.seed) == (3e-3, 2, 3)
     # The plan knows before what reading the weights would tell afterwards.
     start, _ = starting_point(find_source("here/pretrain"), {})
-    single = {"lr": 3e-3, "steps": 2, "precision": "fp32", "seed": 3, "out": second.out}
+    single = {"lr": 3e-3, "max_steps": 2, "precision": "fp32", "seed": 3, "out": second.out}
     read = resolve("finetune", single, start=start).run
     assert replace(read, source=second.source) == second
 
@@ -199,14 +208,18 @@ def test_what_cannot_be_is_told_in_a_line(run, launched, words, code, told):
     ("words", "code", "told"),
     [
         (["--name", "x", "--out", "y"], 2, "--name x and --out y both name the folder"),
-        (["--sampling-steps", 1], 2, "dit-sample: --sampling-steps 1: it must be 2 to 1000"),
-        (["--sampling-steps", "ddim300"], 2, "use --sampling-steps 300"),
+        (
+            ["--num-sampling-steps", 1],
+            2,
+            "dit-sample: --num-sampling-steps 1: it must be 2 to 1000",
+        ),
+        (["--num-sampling-steps", "ddim300"], 2, "use --num-sampling-steps 300"),
         (["--sampling-seed", -1], 2, "--sampling-seed is -1"),
-        (["--sampler", "dpm++", "--sampling-steps", 1000], 2, "dpm++ takes at most 999"),
+        (["--sampler", "dpm++", "--num-sampling-steps", 1000], 2, "dpm++ takes at most 999"),
         (["--sampler", "euler"], 2, "--sampler is euler"),
         (["--cfg-scale", 0], 2, "--cfg-scale is 0"),
-        (["--num", 0], 2, "--num is 0"),
-        (["--steps", -1], 2, "--steps is -1"),
+        (["--num-samples", 0], 2, "--num-samples is 0"),
+        (["--max-steps", -1], 2, "--max-steps is -1"),
         (["--rotate", -1], 2, "--rotate is -1"),
         (["--arch", "dit-x"], 2, "--arch dit-x"),
         (["--reference", "gone.npz"], 1, "REFERENCE gone.npz does not exist"),
@@ -318,7 +331,7 @@ def test_dit_runs_every_stage_once(run, launched):
     _, told = run("dit", *DIT)
     assert "dit-sample is finished: 5 images" in told
     assert len(launched) == 2
-    _, told = run("dit", *DIT, "--num", 6, expect=1)
+    _, told = run("dit", *DIT, "--num-samples", 6, expect=1)
     assert "holds other samples: num was 5, now 6" in told
     _, told = run("dit", *DIT, "--reference", "gone.npz", expect=1)
     assert "gone.npz" in told
@@ -356,7 +369,7 @@ def test_dit_measures_where_reference_and_weights_are(
     run("dit", *DIT, *reference, "--weights", other)
     assert launched[6:] == ["score"]
     assert json.loads((folder / "fid.json").read_text())["protocol"]["weights"] == str(other)
-    _, told = run("dit", *DIT, "--num", 3, expect=1)
+    _, told = run("dit", *DIT, "--num-samples", 3, expect=1)
     assert "num was" in told
     assert "remove runs/run-dit-dit-32x2x2-2-digits-r0/dit-sample to draw again" in told
 
@@ -369,16 +382,26 @@ def test_a_dry_run_of_a_dit_fetches_nothing(run, monkeypatch, image_folder, tiny
     monkeypatch.setattr(
         "spiralrope_cli.core.hub.networks.fetch_published", lambda row: pytest.fail("fetched")
     )
-    small = ("--arch", "dit-32x2x2-2", "--steps", 2, "--batch-size", 4, "--num", 2, *FAST)
+    small = (
+        "--arch",
+        "dit-32x2x2-2",
+        "--max-steps",
+        2,
+        "--batch-size",
+        4,
+        "--num-samples",
+        2,
+        *FAST,
+    )
     words = (*small, "--data", image_folder, "--vae", "ema", "--image-size", 32, "--workers", 0)
-    run("dit", *words, "--sampling-steps", 2)
+    run("dit", *words, "--num-sampling-steps", 2)
     shutil.rmtree(next(Path("runs").glob("*/dit-sample")))
     here.clear()
-    _, told = run("dit", *words, "--sampling-steps", 2, "--dry-run")
+    _, told = run("dit", *words, "--num-sampling-steps", 2, "--dry-run")
     assert "dit-train is finished" in told
     assert "VAE mse (to be fetched)" in told
     shutil.rmtree("runs")
-    _, told = run("dit", *words, "--sampling-steps", 2, "--dry-run")
+    _, told = run("dit", *words, "--num-sampling-steps", 2, "--dry-run")
     assert "from the averaged (EMA) weights" in told
 
 

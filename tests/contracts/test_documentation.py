@@ -63,7 +63,7 @@ FITTED = {
     "finetune": _FEW_PICTURES,
     "dit-train": ["--batch-size", "8", *_NEW],
     "dit-encode": ["--vae", "vae"],
-    "fid": ["--num", "16"],
+    "fid": ["--num-samples", "16"],
     "run": [
         "--dry-run"
     ],  # its stages are those above, its tests run them; --from-legacy only prints
@@ -71,13 +71,21 @@ FITTED = {
 """Options that are added to every line of a command, as the data that stand in are few."""
 
 _ONE_PROCESS = ["--nproc", "1", "--nnodes", "1", "--precision", "fp32"]
-_TINY_RUN = ["--steps", "2", "--micro-batch-size", "8", "--image-size", "32", *_ONE_PROCESS]
+_TINY_RUN = ["--max-steps", "2", "--micro-batch-size", "8", "--image-size", "32", *_ONE_PROCESS]
 TINY = {
     "pretrain": ["--arch", "deit-32x1x1", *_TINY_RUN],
     "finetune": _TINY_RUN,
     "eval": _ONE_PROCESS,
-    "dit-train": ["--arch", "dit-32x1x1-2", "--steps", "2", "--image-size", "32", *_ONE_PROCESS],
-    "dit-sample": ["--num", "2", "--steps", "2", *_ONE_PROCESS],
+    "dit-train": [
+        "--arch",
+        "dit-32x1x1-2",
+        "--max-steps",
+        "2",
+        "--image-size",
+        "32",
+        *_ONE_PROCESS,
+    ],
+    "dit-sample": ["--num-samples", "2", "--num-sampling-steps", "2", *_ONE_PROCESS],
     "dit-encode": ["--image-size", "32", *_ONE_PROCESS],
     "fid": ["--kid-subset-size", "4", *_ONE_PROCESS],
 }
@@ -86,7 +94,7 @@ TINY = {
 PLAN_ONLY = {
     *("--rotate", "--name", "--seed", "--out", "--scaling", "--projection", "--json", "--select"),
     *("--bootstrap", "--kid-subset-size", "--classes", "--rdzv-endpoint", "--dry-run", "--vae"),
-    *("--batch-size", "--num", "--schedule", "--save-stats"),
+    *("--batch-size", "--num-samples", "--schedule", "--save-stats"),
 }
 """Options that alone make no line worth another run to the end."""
 

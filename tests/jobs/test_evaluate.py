@@ -117,7 +117,14 @@ def test_equal_checkpoints_are_measured_once_and_shown_twice(source, rows_of, mo
 
 def test_pictures_are_opened_once_per_crop_ratio(image_folder, runs, rows_of, monkeypatch, capsys):
     size = {"image_size": (16, 16), "patch_size": 8, "batch_size": 4, "micro_batch_size": 4}
-    plain = {"mixup": 0.0, "cutmix": 0.0, "workers": 0, "steps": 2, "warmup_epochs": 0, "nproc": 1}
+    plain = {
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "workers": 0,
+        "max_steps": 2,
+        "warmup_epochs": 0,
+        "nproc": 1,
+    }
     options = {"arch": "deit-64x2x2", "data": str(image_folder), "out": "photos", **size, **plain}
     train.work(resolve("pretrain", options).run)
     capsys.readouterr()

@@ -27,7 +27,7 @@ EVERYTHING_RANDOM = {
     "drop_path": 0.2,
     "random_erasing": 0.25,
     "clip_grad": 1.0,
-    "steps": 12,
+    "max_steps": 12,
     "log_every": 3,
     "schedule": "cosine",
 }
@@ -163,7 +163,7 @@ def trained_by(runs, tiny):
 
 def test_any_number_of_processes_trains_and_counts_the_same(trained_by):
     same = {
-        **{"steps": 10, "batch_size": 48, "micro_batch_size": 8, "log_every": 5},
+        **{"max_steps": 10, "batch_size": 48, "micro_batch_size": 8, "log_every": 5},
         **{"schedule": "constant", "lr": 1e-3, "lr_rule": "none", "drop_path": 0.1},
         **{"mixup": 0.8, "cutmix": 1.0, "random_erasing": 0.25},
     }
@@ -184,7 +184,7 @@ def test_any_number_of_processes_trains_and_counts_the_same(trained_by):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_good(tiny, runs):
-    good = tiny(steps=44, batch_size=32, micro_batch_size=32, log_every=4)
+    good = tiny(max_steps=44, batch_size=32, micro_batch_size=32, log_every=4)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(StopRequest, "agreed", lambda self, device, ask_all: signal.SIGTERM)
         with pytest.raises(SystemExit):
@@ -213,7 +213,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_good(tiny, ru
 
 def test_weights_that_are_not_finite_are_never_saved(tiny, runs):
     # One huge step: its loss is still finite, what it leaves behind is not.
-    run = tiny(steps=1, lr=1e38, lr_rule="none", schedule="constant", weight_decay=1e3)
+    run = tiny(max_steps=1, lr=1e38, lr_rule="none", schedule="constant", weight_decay=1e3)
     with pytest.raises(TrainingError, match="not finite"):
         train.work(run)
     assert run_folder.steps_on_disk(runs / "run") == []
@@ -291,7 +291,7 @@ def test_resume_modes(tiny, runs):
 
 
 def test_what_a_run_writes_can_be_read_without_pickle(tiny, runs):
-    train.work(tiny(steps=45, log_every=44))
+    train.work(tiny(max_steps=45, log_every=44))
     folder = runs / "run"
     assert (folder / "curves.png").stat().st_size > 10_000
     assert (folder / "config.yaml").exists()
@@ -312,7 +312,7 @@ def test_what_a_run_writes_can_be_read_without_pickle(tiny, runs):
 
 
 def test_the_best_is_remembered_across_a_resume(tiny, runs, monkeypatch):
-    run = tiny(steps=88, log_every=44, validate_every=1, save_every=1, keep_last=1)
+    run = tiny(max_steps=88, log_every=44, validate_every=1, save_every=1, keep_last=1)
     given = iter([50.0, 40.0])
 
     def validate(config, ctx, val_images, state, reporter):
@@ -334,7 +334,7 @@ def test_the_best_is_remembered_across_a_resume(tiny, runs, monkeypatch):
 
 
 def test_the_best_is_on_disk_however_seldom_is_saved(tiny, runs):
-    run = tiny(steps=132, log_every=44, validate_every=1, save_every=3, keep_last=1)
+    run = tiny(max_steps=132, log_every=44, validate_every=1, save_every=3, keep_last=1)
     given = iter([50.0, 40.0, 30.0])
 
     def validate(config, ctx, val_images, state, reporter):
@@ -350,7 +350,7 @@ def test_the_best_is_on_disk_however_seldom_is_saved(tiny, runs):
 
 
 def test_nothing_waits_for_the_device_between_log_points(tiny, monkeypatch):
-    run = tiny(steps=8, log_every=4, clip_grad=1.0, mixup=0.8, drop_path=0.1)
+    run = tiny(max_steps=8, log_every=4, clip_grad=1.0, mixup=0.8, drop_path=0.1)
     waits, steps = [], []
     step = loop.train_step
     monkeypatch.setattr(loop, "train_step", lambda *a, **k: (steps.append(1), step(*a, **k))[1])

@@ -41,9 +41,9 @@ def tiny(runs):
 
     def make(start=None, **options):
         base = {
-            **{"arch": "dit-32x2x2-2", "steps": 6, "batch_size": 16, "micro_batch_size": 8},
+            **{"arch": "dit-32x2x2-2", "max_steps": 6, "batch_size": 16, "micro_batch_size": 8},
             **{"precision": "fp32", "log_every": 2, "sample_every": 4, "hflip": 0.5},
-            **{"label_dropout": 0.5, "nproc": 1, "out": str(runs / "run")},
+            **{"class_dropout_prob": 0.5, "nproc": 1, "out": str(runs / "run")},
         }
         if start is not None:
             del base["arch"]
@@ -97,7 +97,7 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tiny,
 
 @pytest.mark.parametrize(("nproc", "micro"), [(2, 4), (1, 16)])
 def test_any_split_of_a_batch_trains_the_same(tiny, runs, nproc, micro):
-    same = {"steps": 4, "schedule": "constant"}
+    same = {"max_steps": 4, "schedule": "constant"}
     train.work(tiny(out="one", **same))
     launch.launch(JOB, tiny(out="other", nproc=nproc, micro_batch_size=micro, **same))
     for kind in ("model", "ema"):
@@ -159,7 +159,7 @@ def test_a_finished_run_that_lost_its_pictures_draws_them_again(tiny, runs):
 
 
 def test_what_a_run_writes_is_read_by_load_model(tiny, runs):
-    train.work(tiny(rotate=2, label_dropout=0.1, qk_norm=True))
+    train.work(tiny(rotate=2, class_dropout_prob=0.1, qk_norm=True))
     model = load_model(runs / "run", ema=True)
     assert (model.grid, model.num_classes, model.in_chans) == ((4, 4), 10, 1)
     assert same_tensors(dict(model.state_dict()), weights(runs / "run", "ema"))
@@ -173,7 +173,7 @@ def test_init_starts_from_averaged_weights_and_keeps_what_fits(tiny, runs):
     train.work(tiny(out="first", rotate=3, lr=1e-2))
     start, notes = starting_point(find_source(str(runs / "first")), {}, dit=True)
     assert not notes
-    same = tiny(start, out="same", steps=1, lr=0.0, schedule="constant")
+    same = tiny(start, out="same", max_steps=1, lr=0.0, schedule="constant")
     assert (same.arch, same.rope.rotate, same.data) == ("dit-32x2x2-2", 3, "digits")
     train.work(same)
     assert same_tensors(weights(runs / "same"), weights(runs / "first", "ema"))
@@ -181,7 +181,7 @@ def test_init_starts_from_averaged_weights_and_keeps_what_fits(tiny, runs):
 
 def test_init_gives_other_classes_a_fresh_label_table(tiny, runs, image_folder):
     on_files = {"data": str(image_folder), "image_size": (8, 8), "vae": "none", "workers": 0}
-    train.work(tiny(out="two", steps=1, **on_files))
+    train.work(tiny(out="two", max_steps=1, **on_files))
     start, _ = starting_point(find_source(str(runs / "two")), {}, dit=True)
     third = image_folder.parent / "three"
     for number in range(3):
@@ -189,7 +189,7 @@ def test_init_gives_other_classes_a_fresh_label_table(tiny, runs, image_folder):
         folder.mkdir(parents=True, exist_ok=True)
         for index in range(8):
             Image.new("RGB", (20, 20), (80 * number, 0, index)).save(folder / f"{index}.png")
-    run = tiny(start, out="three", steps=1, lr=0.0, schedule="constant", data=str(third))
+    run = tiny(start, out="three", max_steps=1, lr=0.0, schedule="constant", data=str(third))
     assert run.model.num_classes == 3
     assert "label table re-initialised: 2 -> 3 classes" in train.plan_rows(run, 0)["start"]
     train.work(run)
@@ -200,9 +200,9 @@ def test_init_gives_other_classes_a_fresh_label_table(tiny, runs, image_folder):
 
 
 def test_init_without_rope_takes_another_size_with_its_own_fixed_positions(tiny, runs):
-    train.work(tiny(out="first", enabled=False, steps=1))
+    train.work(tiny(out="first", enabled=False, max_steps=1))
     start, _ = starting_point(find_source(str(runs / "first")), {}, dit=True)
-    run = tiny(start, out="wide", steps=1, lr=0.0, schedule="constant", image_size=(8, 12))
+    run = tiny(start, out="wide", max_steps=1, lr=0.0, schedule="constant", image_size=(8, 12))
     assert "fixed positions made anew" in train.plan_rows(run, 0)["start"]
     train.work(run)
     before, after = weights(runs / "first", "ema"), weights(runs / "wide")
@@ -231,7 +231,7 @@ def test_resuming_with_other_options_is_refused(tiny, runs):
     run_folder.write_config(tiny())
     for options, told in (
         ({"rotate": 4}, "--rotate was 0, now 4"),
-        ({"label_dropout": 0.2}, "--label-dropout was 0.5, now 0.2"),
+        ({"class_dropout_prob": 0.2}, "--class-dropout-prob was 0.5, now 0.2"),
         ({"hflip": 0.25}, "--hflip was 0.5, now 0.25"),
     ):
         with pytest.raises(CheckpointError, match=told):
@@ -241,12 +241,12 @@ def test_resuming_with_other_options_is_refused(tiny, runs):
 
 def test_image_folders_are_plain_or_hold_train(tiny, image_folder):
     options = {"data": str(image_folder), "image_size": (8, 8), "vae": "none", "workers": 0}
-    run = tiny(steps=1, hflip=0.0, **options)
+    run = tiny(max_steps=1, hflip=0.0, **options)
     assert (run.num_train, run.model.num_classes, run.model.in_chans) == (16, 2, 3)
     (batch, _) = next(dit_data(run, CPU, 0, 1).train_steps(0, 1))
     assert batch.images.shape == (8, 3, 8, 8)
     assert batch.images.abs().max() <= 1
-    plain = tiny(steps=1, hflip=0.0, **{**options, "data": str(image_folder / "train")})
+    plain = tiny(max_steps=1, hflip=0.0, **{**options, "data": str(image_folder / "train")})
     (other, _) = next(dit_data(plain, CPU, 0, 1).train_steps(0, 1))
     assert torch.equal(batch.images, other.images)
 
@@ -264,7 +264,7 @@ def test_nothing_waits_for_the_device_between_log_points(tiny, monkeypatch):
             return method(self, *rest, **more)
 
         monkeypatch.setattr(torch.Tensor, name, spy)
-    train.work(tiny(steps=8, log_every=4, sample_every=0))
+    train.work(tiny(max_steps=8, log_every=4, sample_every=0))
     assert {when for when, _ in waits if when} <= {4, 8}
 
 
@@ -274,7 +274,7 @@ def on_photographs(tiny, image_folder, tiny_vae):
 
     def make(**options):
         base = {"arch": "dit-32x2x2-2", "vae": str(tiny_vae), "data": str(image_folder)}
-        more = {"image_size": (32, 32), "steps": 4, "workers": 0, "schedule": "constant"}
+        more = {"image_size": (32, 32), "max_steps": 4, "workers": 0, "schedule": "constant"}
         return tiny(**{**base, **more, **options})
 
     return make
@@ -292,9 +292,9 @@ def test_cached_latents_train_as_the_vae_in_the_loop_does(
     )
     encode.work(encode.settle(of_encode))
     live = on_photographs(out="live")
-    cached = tiny(out="cached", latents="latents", steps=4, schedule="constant")
+    cached = tiny(out="cached", latents="latents", max_steps=4, schedule="constant")
     assert cached.model == live.model
-    assert (cached.num_train, cached.pictures.vae) == (16, str(tiny_vae))
+    assert (cached.num_train, cached.images.vae) == (16, str(tiny_vae))
     train.work(live)
     train.work(cached)
     for kind in ("model", "ema"):
@@ -307,14 +307,16 @@ def test_cached_latents_train_as_the_vae_in_the_loop_does(
         with Image.open(runs / folder / "samples.png") as grid:
             assert grid.size == (2 * 66 + 2, 4 * 66 + 2)
     # Every epoch draws from the posterior anew: two steps are two epochs here.
-    launch.launch(JOB, tiny(out="two", latents="latents", nproc=2, steps=4, schedule="constant"))
+    launch.launch(
+        JOB, tiny(out="two", latents="latents", nproc=2, max_steps=4, schedule="constant")
+    )
     assert relative_distance(weights(runs / "two"), weights(runs / "cached")) < 1e-5
     (shard,) = (runs / "latents").glob("*.safetensors")
     content = bytearray(shard.read_bytes())
     content[-3] ^= 16
     shard.write_bytes(content)
     with pytest.raises(DataError, match=r"00000.safetensors is damaged"):
-        train.work(tiny(out="damaged", latents="latents", steps=4))
+        train.work(tiny(out="damaged", latents="latents", max_steps=4))
 
 
 def test_the_posterior_is_drawn_anew_for_every_sample(on_photographs, tiny_vae):

@@ -41,8 +41,15 @@ class DiTModelConfig:
     input_size: tuple[int, int]  # of the latents, or of the pixels without a VAE
     in_chans: int
     num_classes: Annotated[int, "the number of classes"]  # without the null class of guidance
-    label_dropout: Annotated[
-        float, Opt("Share of labels made null, for guidance.", RECIPE, ge=0, lt=1)
+    class_dropout_prob: Annotated[
+        float,
+        Opt(
+            "Probability of dropping the class label, for guidance.",
+            RECIPE,
+            ge=0,
+            lt=1,
+            was="--label-dropout",
+        ),
     ]
     qk_norm: Annotated[bool, Opt("Normalise queries and keys.", MODEL)]
     pretrain_grid: tuple[int, int] | None = None  # patches that positions refer to, if not its own
@@ -57,8 +64,8 @@ class DiTModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureConfig:
-    """From a picture to what is noised."""
+class ImageConfig:
+    """From an image to the input of the diffusion process."""
 
     image_size: Annotated[
         tuple[int, int], Opt("Side, or height x width, in pixels.", MODEL, **SIZE)
@@ -157,14 +164,15 @@ class DiTRun:
         Opt(
             "Start from the EMA weights of a run, a file or a published name.",
             MODEL,
-            flag="--init",
+            flag="--init-from",
+            was="--init",
             metavar="SOURCE",
             complete="sources",
         ),
     ] = ""
     rope: RopeConfig
     model: DiTModelConfig
-    pictures: PictureConfig
+    images: ImageConfig = field(metadata={"was": "pictures"})
     optim: DiTOptimConfig
     checkpoint: DiTCheckpointConfig
     machine: MachineConfig = field(default_factory=MachineConfig)
@@ -183,7 +191,7 @@ class DiTRun:
 
     def inert_options(self) -> list[tuple[str, str]]:
         """Fields of a diffusion transformer that cannot act in this run, each with the reason."""
-        if not self.pictures.latents:
+        if not self.images.latents:
             return []
         return [(name, "--latents is given") for name in ("data", "workers", "skip_bad")]
 
@@ -199,8 +207,8 @@ class DiTRun:
 
     @property
     def vae_in_loop(self) -> str:
-        """The VAE that pictures go through in every step, empty for none."""
-        return self.pictures.vae if self.pictures.in_latents and not self.pictures.latents else ""
+        """The VAE that images go through in every step, empty for none."""
+        return self.images.vae if self.images.in_latents and not self.images.latents else ""
 
     def samples_at(self, step: int) -> bool:
         """Whether a sample grid is drawn after a step, but for the last one."""
@@ -233,7 +241,7 @@ class DiTRun:
     @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) in pixels."""
-        return self.pictures.image_size
+        return self.images.image_size
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -243,19 +251,19 @@ class DiTRun:
     @property
     def unit(self) -> str:
         """Of the sides of the network's input."""
-        return "latents" if self.pictures.in_latents else "px"
+        return "latents" if self.images.in_latents else "px"
 
     @property
     def data_line(self) -> str:
         """What it learns from, in words."""
-        pictures = self.pictures
+        images = self.images
         seen = "as pixels, in [-1, 1]"
-        if pictures.in_latents:
-            seen = f"through the VAE {pictures.vae}"
-        if pictures.latents:
-            seen = f"as latents of the VAE {pictures.vae}, cached in {pictures.latents}"
-        mirrored = f"mirrored with p = {pictures.hflip:g}" if pictures.hflip else "never mirrored"
-        height, width = pictures.image_size
+        if images.in_latents:
+            seen = f"through the VAE {images.vae}"
+        if images.latents:
+            seen = f"as latents of the VAE {images.vae}, cached in {images.latents}"
+        mirrored = f"mirrored with p = {images.hflip:g}" if images.hflip else "never mirrored"
+        height, width = images.image_size
         return (
             f"{self.data}: {self.num_train} training images, {self.model.num_classes} classes; "
             f"{height}x{width} px, {mirrored}, {seen}"
@@ -294,7 +302,7 @@ def full_vae_name(given: str) -> str:
 
 
 def input_size(arch: str, image_size: tuple[int, int], vae: str) -> tuple[int, int]:
-    """What a picture size is for the network: pixels, or an eighth of them through the VAE.
+    """What an image size is for the network: pixels, or an eighth of them through the VAE.
 
     Raises:
         ConfigError: it does not split into whole patches.

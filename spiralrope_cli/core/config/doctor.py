@@ -43,8 +43,9 @@ class Checkup:
         ),
     ] = ""
     runs: Annotated[str, Opt("Folder of the run folders.", RUN, **PATH)] = RUNS_FOLDER
-    num: Annotated[
-        int, Opt("Images of dit-sample; 50000, or 200 of a built-in set.", RUN, ge=0)
+    num_samples: Annotated[
+        int,
+        Opt("Images of dit-sample; 50000, or 200 of a built-in set.", RUN, ge=0, was="--num"),
     ] = 0
     batch_size: Annotated[int | None, Opt("Images per optimizer step, in all.", RUN, ge=1)] = None
     micro_batch_size: Annotated[
@@ -57,10 +58,11 @@ class Checkup:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.num and not self.dit:
+        if self.num_samples and not self.dit:
             raise ConfigError(
-                f"--num {self.num} has no effect: it counts the images that a DiT draws",
-                "name it by --arch, or leave --num out",
+                f"--num-samples {self.num_samples} has no effect: it is the number of images "
+                "that a DiT draws",
+                "name it by --arch, or leave --num-samples out",
             )
         if self.arch:
             dit_size(self.arch) if self.dit else deit_size(self.arch)

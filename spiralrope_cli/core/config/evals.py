@@ -188,8 +188,9 @@ class FidRun:
             argument=True,
         ),
     ] = ""
-    num: Annotated[
-        int, Opt("The first NUM of SAMPLES count; fewer are an error. 0: all.", IMAGES, ge=0)
+    num_samples: Annotated[
+        int,
+        Opt("Only the first N of SAMPLES; fewer are an error. 0: all.", IMAGES, ge=0, was="--num"),
     ] = 0
     weights: Annotated[str, Opt("Inception's, if not those fetched.", IMAGES, metavar="FILE")] = ""
     select: Annotated[

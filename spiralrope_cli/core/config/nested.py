@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
-from spiralrope_cli.core.config.option import leaves
+from spiralrope_cli.core.config.option import leaves, renamed_fields
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.errors import ConfigError
 
@@ -47,8 +47,18 @@ def read_config(path: Path, kind: type[TrainingRun] | None = None) -> dict[str, 
     of_file = RUN_KINDS.get(str(command), kind or ClassifierRun)
     if kind is not None and of_file is not kind:
         raise ConfigError(f"--config {path} is of another kind of run, {command}")
-    known = leaves(of_file)
+    known, nested = leaves(of_file), renamed(nested, of_file)
     return {name: known[name].read(value) for name, value in flatten(nested, of_file).items()}
+
+
+def renamed(nested: dict[str, Any], kind: type) -> dict[str, Any]:
+    """A nested config of an earlier version under today's names."""
+    hints, names, found = typing.get_type_hints(kind), renamed_fields(kind), {}
+    for key, value in nested.items():
+        group = hints.get(name := names.get(key, key))
+        inner = isinstance(value, dict) and dataclasses.is_dataclass(group)
+        found[name] = renamed(value, typing.cast(type, group)) if inner else value
+    return found
 
 
 def flatten(

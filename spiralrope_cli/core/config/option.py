@@ -44,6 +44,7 @@ class Opt:
     panel: str = ""  # heading that it stands below in the help
     _: dataclasses.KW_ONLY
     flag: str = ""  # its spelling, where that is not the field's name
+    was: str = ""  # its spelling in earlier versions, which is still taken
     metavar: str = ""  # placeholder of its value, where the type's name would say too little
     ge: float | None = None
     gt: float | None = None
@@ -206,6 +207,16 @@ def _leaves(kind: type) -> dict[str, Leaf]:
 
 
 leaves: Callable[[type], dict[str, Leaf]] = functools.cache(_leaves)
+
+
+def renamed_fields(kind: type) -> dict[str, str]:
+    """Name in earlier versions -> name, of a config's own fields and groups."""
+    found = {field.metadata.get("was", ""): field.name for field in dataclasses.fields(kind)}
+    own = {field.name for field in dataclasses.fields(kind)}
+    for name, leaf in leaves(kind).items():
+        if leaf.opt and name in own:
+            found[leaf.opt.was.removeprefix("--").replace("-", "_")] = name
+    return {was: name for was, name in found.items() if was}
 
 
 def check_fields(config: Any) -> None:

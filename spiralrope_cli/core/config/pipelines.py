@@ -75,8 +75,9 @@ class DeiTStages:
         ),
     ] = ()
     finetune_epochs: Annotated[int | None, Opt("Length of finetuning.", RUN, ge=1)] = None
-    finetune_steps: Annotated[
-        int | None, Opt("Finetuning in steps, in place of epochs.", RECIPE, ge=0)
+    finetune_max_steps: Annotated[
+        int | None,
+        Opt("Finetuning in steps, in place of epochs.", RECIPE, ge=0, was="--finetune-steps"),
     ] = None
     finetune_lr: Annotated[float | None, Opt("Base learning rate of finetuning.", RECIPE, ge=0)] = (
         None
@@ -127,13 +128,15 @@ class DiTStages:
 
     dry_run: Annotated[bool, DRY_RUN] = False
     from_legacy: Annotated[str | None, FROM_LEGACY] = None
-    num: Annotated[
-        int | None, Opt("Images to draw; 50000, or 200 for a built-in set.", SAMPLES, ge=1)
+    num_samples: Annotated[
+        int | None,
+        Opt("Images to draw; 50000, or 200 for a built-in set.", SAMPLES, ge=1, was="--num"),
     ] = None
     sampler: Annotated[SamplerName, Opt("As dit-sample --sampler.", SAMPLES)] = SampleRun.sampler
-    sampling_steps: Annotated[str, Opt("250, or ddim25, ..., as dit-sample --steps.", SAMPLES)] = (
-        SampleRun.steps
-    )
+    num_sampling_steps: Annotated[
+        str,
+        Opt("250, or ddim25, ..., as in dit-sample.", SAMPLES, was="--sampling-steps"),
+    ] = SampleRun.num_sampling_steps
     cfg_scale: Annotated[float, Opt("Guidance; 1 is none.", SAMPLES, ge=1)] = (
         GuidanceConfig.cfg_scale
     )

@@ -193,7 +193,7 @@ class SamplesPlot:
             argument=True,
         ),
     ]
-    num: Annotated[int, Opt("The first so many images, at most.", PICTURE, ge=1)] = 64
+    num_samples: Annotated[int, Opt("At most the first N images.", PICTURE, ge=1, was="--num")] = 64
     columns: Annotated[int, Opt("Images per row; by default a square.", PICTURE, ge=0)] = 0
     labels: Annotated[
         bool,
@@ -206,5 +206,7 @@ class SamplesPlot:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.num > MOST_IMAGES:
-            raise ConfigError(f"--num is {self.num}; a figure takes {MOST_IMAGES} at most")
+        if self.num_samples > MOST_IMAGES:
+            raise ConfigError(
+                f"--num-samples is {self.num_samples}; a figure takes {MOST_IMAGES} at most"
+            )

@@ -17,8 +17,8 @@ PRETRAIN: dict[str, Any] = {
     "geometry": "crop",
     "crop_scale": 0.08,
     "hflip": 0.5,
-    "max_shift": 0.0,
-    "max_rotation": 0.0,
+    "translate": 0.0,
+    "degrees": 0.0,
     "auto_augment": "3a",
     "color_jitter": 0.3,
     "random_erasing": 0.0,
@@ -28,7 +28,7 @@ PRETRAIN: dict[str, Any] = {
     "mixup_switch_prob": 0.5,
     "smoothing": 0.1,
     "epochs": 300,
-    "steps": 0,
+    "max_steps": 0,
     "batch_size": 4096,
     "micro_batch_size": 256,
     "lr": 2e-4,
@@ -73,10 +73,10 @@ DIT: dict[str, Any] = {
     "image_size": (256, 256),
     "vae": "ema",
     "hflip": 0.5,
-    "label_dropout": 0.1,
+    "class_dropout_prob": 0.1,
     "qk_norm": False,
     "epochs": 80,
-    "steps": 0,
+    "max_steps": 0,
     "batch_size": 256,
     "micro_batch_size": 32,
     "lr": 1e-4,
@@ -118,7 +118,7 @@ def shown_defaults(command: str) -> dict[str, str]:
     of_weights = {**BY_WEIGHTS, "image_size": ""} if command == "finetune" else {}
     shown: dict[str, str] = {}
     for name, value in usual.items():
-        if value is False or name == "steps":
+        if value is False or name == "max_steps":
             continue
         words = in_words(value)
         if name == "lr" and usual["lr_rule"] == "linear":

@@ -19,7 +19,7 @@ from spiralrope_cli.core.config.datasets import DataSet, find_data_set, find_tra
 from spiralrope_cli.core.config.dit_runs import (
     DiTModelConfig,
     DiTRun,
-    PictureConfig,
+    ImageConfig,
     TrainingRun,
     full_vae_name,
     input_size,
@@ -58,7 +58,7 @@ class StartingPoint:
     rope: RopeConfig  # the options they were trained with
     model: ModelConfig | DiTModelConfig
     data: str = ""  # the data set of the run that made them, where known
-    pictures: dict[str, Any] = field(default_factory=dict)  # image_size, vae of a DiT, where known
+    images: dict[str, Any] = field(default_factory=dict)  # image_size, vae of a DiT, where known
 
     @property
     def size(self) -> tuple[int, int]:
@@ -77,9 +77,9 @@ class StartingPoint:
     def fields(self) -> dict[str, Any]:
         """Field name -> value of what they decide."""
         values = {**dataclasses.asdict(self.rope), **dataclasses.asdict(self.model)}
-        for name in ("drop_path", "label_dropout"):  # of training, not of the weights
+        for name in ("drop_path", "class_dropout_prob"):  # of training, not of the weights
             values.pop(name, None)
-        values.update(self.pictures, source=self.source, arch=self.arch)
+        values.update(self.images, source=self.source, arch=self.arch)
         return {**values, "data": self.data} if self.data else values
 
 
@@ -196,7 +196,7 @@ def chosen_layers(
     """
     from_file = read_config(Path(config_file), kind) if config_file else {}
     if from_file.get("source") and not start:
-        again = "dit-train --init" if kind is DiTRun else "finetune"
+        again = "dit-train --init-from" if kind is DiTRun else "finetune"
         raise ConfigError(
             f"--config {config_file} is of a run that starts from {from_file['source']}",
             f"spiralrope {again} {from_file['source']} --config {config_file}",
@@ -228,18 +228,18 @@ def fit_channels(values: dict[str, Any]) -> None:
 
 
 def fit_input(values: dict[str, Any], data_set: DataSet) -> None:
-    """What a diffusion transformer is given, by pictures and VAE.
+    """What a diffusion transformer is given, by images and VAE.
 
     Raises:
-        ConfigError: a size that does not split into patches, or latents of other pictures.
+        ConfigError: a size that does not split into patches, or latents of other images.
     """
     values["vae"] = full_vae_name(values["vae"])
-    pictures: PictureConfig = build(PictureConfig, values)
-    if pictures.latents:
-        read_metadata(Path(pictures.latents)).check_fits(pictures.image_size, pictures.vae)
-    values["input_size"] = input_size(values["arch"], pictures.image_size, pictures.vae)
-    of_pictures = 1 if data_set.kind == "memory" else 3
-    values["in_chans"] = LATENT_CHANNELS if pictures.in_latents else of_pictures
+    images: ImageConfig = build(ImageConfig, values)
+    if images.latents:
+        read_metadata(Path(images.latents)).check_fits(images.image_size, images.vae)
+    values["input_size"] = input_size(values["arch"], images.image_size, images.vae)
+    channels = 1 if data_set.kind == "memory" else 3
+    values["in_chans"] = LATENT_CHANNELS if images.in_latents else channels
 
 
 def check_start(values: dict[str, Any], start: StartingPoint) -> None:
@@ -250,18 +250,18 @@ def check_start(values: dict[str, Any], start: StartingPoint) -> None:
     """
     if values["arch"] != dit_name(start.arch):
         raise ConfigError(
-            f"--arch is {values['arch']}, --init {start.source} is {start.arch}",
+            f"--arch is {values['arch']}, --init-from {start.source} is {start.arch}",
             "leave --arch out",
         )
     if values["in_chans"] != start.model.in_chans:
         raise ConfigError(
-            f"--init {start.source} takes {start.model.in_chans} channels; {values['data']} "
+            f"--init-from {start.source} takes {start.model.in_chans} channels; {values['data']} "
             f"with --vae {values['vae']} has {values['in_chans']}",
             "choose another --vae, or --data of the kind that it was trained on",
         )
     if values["qk_norm"] != getattr(start.model, "qk_norm", None):
         raise ConfigError(
-            f"--qk-norm does not fit --init {start.source}", "leave it out: the weights decide"
+            f"--qk-norm does not fit --init-from {start.source}", "leave it out: the weights decide"
         )
 
 
@@ -299,11 +299,11 @@ def fit_positions(
 
 def fit_length(values: dict[str, Any], sources: dict[str, str], options: dict[str, Any]) -> None:
     """Lets `--epochs` win over a file's steps, and a short run have a short warm-up."""
-    if "epochs" in options and "steps" not in options:
-        values["steps"], sources["steps"] = 0, "option"
-    if values["steps"] and sources["warmup_epochs"] in ("recipe", "data set"):
+    if "epochs" in options and "max_steps" not in options:
+        values["max_steps"], sources["max_steps"] = 0, "option"
+    if values["max_steps"] and sources["warmup_epochs"] in ("recipe", "data set"):
         steps_per_epoch = max(values["num_train"] // max(values["batch_size"], 1), 1)
-        longest = int(values["steps"]) // (4 * steps_per_epoch)
+        longest = int(values["max_steps"]) // (4 * steps_per_epoch)
         values["warmup_epochs"] = min(values["warmup_epochs"], longest)
 
 

@@ -68,8 +68,14 @@ class AugmentConfig:
         float, Opt("Smallest share of the area that crop keeps.", DATA, gt=0, le=1)
     ]
     hflip: Annotated[float, Opt("Probability of mirroring.", DATA, ge=0, le=1)]
-    max_shift: Annotated[float, Opt("Pixels that shift moves by, at most.", DATA, ge=0)]
-    max_rotation: Annotated[float, Opt("Degrees that shift turns by, at most.", DATA, ge=0)]
+    translate: Annotated[
+        float,
+        Opt("Largest shift in pixels (geometry shift).", DATA, ge=0, was="--max-shift"),
+    ]
+    degrees: Annotated[
+        float,
+        Opt("Largest rotation in degrees (geometry shift).", DATA, ge=0, was="--max-rotation"),
+    ]
     auto_augment: Annotated[
         str,
         Opt(
@@ -111,7 +117,7 @@ class AugmentConfig:
                 raise ConfigError(
                     f"{leaves(AugmentConfig)[name].called} {value} works on photographs, "
                     f"not on the grey pictures of {data_set.data}",
-                    "use --max-shift, --max-rotation, --random-erasing, --mixup or --cutmix",
+                    "use --translate, --degrees, --random-erasing, --mixup or --cutmix",
                 )
 
     @property
@@ -222,7 +228,7 @@ class ClassifierRun:
         """Fields of a classifier that cannot act in this run, each with the reason."""
         augment, inert = self.augment, []
         if augment.geometry == "crop":
-            inert += [(name, "--geometry is crop") for name in ("max_shift", "max_rotation")]
+            inert += [(name, "--geometry is crop") for name in ("translate", "degrees")]
         else:
             inert += [("crop_scale", "--geometry is shift")]
         if augment.auto_augment not in ("none", "3a") and augment.color_jitter:

@@ -98,7 +98,7 @@ def space_timesteps(steps: str | int) -> list[int]:
     fits = all(1 <= count <= size for count, size in zip(counts, sizes, strict=True))
     if not fits or sum(counts) < 2:
         raise ConfigError(
-            f"--steps {text}: it must be 2 to {NUM_TRAIN_STEPS}, "
+            f"--num-sampling-steps {text}: it must be 2 to {NUM_TRAIN_STEPS}, "
             "counts per section such as 10,15,20, or ddim25"
         )
     chosen, start = [], 0
@@ -118,12 +118,15 @@ def _strided(text: str) -> list[int]:
         if len(range(0, NUM_TRAIN_STEPS, stride)) == count:
             return list(range(0, NUM_TRAIN_STEPS, stride))
     raise ConfigError(
-        f"--steps {text}: no whole stride through {NUM_TRAIN_STEPS} takes so many steps",
-        f"use --steps {count}" if 1 < count <= NUM_TRAIN_STEPS else "for example ddim25 or ddim50",
+        f"--num-sampling-steps {text}: no whole stride through {NUM_TRAIN_STEPS} takes so many "
+        "steps",
+        f"use --num-sampling-steps {count}"
+        if 1 < count <= NUM_TRAIN_STEPS
+        else "for example ddim25 or ddim50",
     )
 
 
-def num_samples(data: str) -> int:
+def default_num_samples(data: str) -> int:
     """How many images are drawn of weights that were trained on a data set, empty if unknown."""
     return BUILT_IN.get(data, DataSet).num_samples
 
@@ -186,9 +189,13 @@ def check_chain(sampler: str, steps: str) -> None:
     """Refuses a chain that no sampler, or not this one, can walk."""
     count = len(space_timesteps(steps))
     if sampler == "dpm++" and not steps.isdecimal():
-        raise ConfigError(f"--steps {steps}: dpm++ spaces its steps itself", "give their number")
+        raise ConfigError(
+            f"--num-sampling-steps {steps}: dpm++ spaces its steps itself", "give their number"
+        )
     if sampler == "dpm++" and count >= NUM_TRAIN_STEPS:
-        raise ConfigError(f"--steps {steps}: dpm++ takes at most {NUM_TRAIN_STEPS - 1}")
+        raise ConfigError(
+            f"--num-sampling-steps {steps}: dpm++ takes at most {NUM_TRAIN_STEPS - 1}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,11 +208,15 @@ class SampleRun:
     vae_sha256: str  # empty without a VAE
     rope: dict[str, Any]  # options of the user over those of the weights
     num_classes: Annotated[int, "the number of classes"]
-    num: Annotated[int, Opt("Images; 50000, or 200 of a run on a built-in set.", SAMPLING, ge=1)]
-    steps: Annotated[str, Opt("250, counts per section as 10,15,20, or ddim25.", SAMPLING)] = (
-        "250"  # this and the next: as the published figures were made
-    )
-    sampler: Annotated[SamplerName, Opt("How noise is taken away.", SAMPLING)] = "ddpm"
+    num_samples: Annotated[
+        int,
+        Opt("Images; 50000, or 200 of a run on a built-in set.", SAMPLING, ge=1, was="--num"),
+    ]
+    # Steps and sampler: as the published metrics were measured.
+    num_sampling_steps: Annotated[
+        str, Opt("250, counts per section as 10,15,20, or ddim25.", SAMPLING, was="--steps")
+    ] = "250"
+    sampler: Annotated[SamplerName, Opt("Sampler.", SAMPLING)] = "ddpm"
     guidance: GuidanceConfig
     classes: Annotated[
         tuple[int, ...],
@@ -242,7 +253,7 @@ class SampleRun:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_chain(self.sampler, self.steps)
+        check_chain(self.sampler, self.num_sampling_steps)
         wrong = [label for label in self.classes if not 0 <= label < self.num_classes]
         if wrong:
             raise ConfigError(

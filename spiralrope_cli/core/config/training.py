@@ -28,7 +28,10 @@ class OptimConfig:
     """Optimizer, schedule and averages."""
 
     epochs: Annotated[int, Opt("Length in epochs.", RUN, ge=1)]
-    steps: Annotated[int, Opt("Length in optimizer steps, in place of epochs.", RECIPE, ge=0)]
+    max_steps: Annotated[
+        int,
+        Opt("Length in optimizer steps, in place of epochs.", RECIPE, ge=0, was="--steps"),
+    ]
     batch_size: Annotated[int, Opt("Images per optimizer step, in all.", RUN, ge=1)]
     micro_batch_size: Annotated[
         int, Opt("Images at a time per process, at most.", RUN, ge=1, free=True)
@@ -61,7 +64,7 @@ class OptimConfig:
 
     def inert_options(self) -> list[tuple[str, str]]:
         """Fields that cannot act, each with the reason."""
-        inert = [("epochs", "--steps is given")] if self.steps else []
+        inert = [("epochs", "--max-steps is given")] if self.max_steps else []
         if self.schedule == "constant":
             inert += [(name, "--schedule is constant") for name in ("min_lr", "warmup_epochs")]
         return inert
@@ -78,7 +81,7 @@ class OptimConfig:
 
     def total_steps(self, num_train: int) -> int:
         """Optimizer steps of a run."""
-        return self.steps or self.epochs * self.steps_per_epoch(num_train)
+        return self.max_steps or self.epochs * self.steps_per_epoch(num_train)
 
     def check_length(self, num_train: int, data: str) -> None:
         """Refuses a batch, or a warm-up, that a training set and a run are too short for.
@@ -92,8 +95,8 @@ class OptimConfig:
                 f"training images of {data}",
                 f"use at most {num_train}",
             )
-        if self.schedule == "published" and self.steps:
-            raise ConfigError("--schedule published counts epochs, not --steps", "use --epochs")
+        if self.schedule == "published" and self.max_steps:
+            raise ConfigError("--schedule published counts epochs, not --max-steps", "use --epochs")
         per_epoch, total_steps = self.steps_per_epoch(num_train), self.total_steps(num_train)
         if self.schedule != "constant" and total_steps <= self.warmup_epochs * per_epoch:
             raise ConfigError(

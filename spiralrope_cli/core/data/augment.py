@@ -120,9 +120,9 @@ def warp(images: Tensor, draws: Tensor, augment: AugmentConfig, size: tuple[int,
     mirror = 1 - 2 * (draws[:, 0] < augment.hflip).float()
     centred = 2 * draws - 1
     if augment.geometry == "shift":
-        angle = centred[:, 1] * math.radians(augment.max_rotation)
-        shift_x = centred[:, 2] * (2 * augment.max_shift / width)
-        shift_y = centred[:, 3] * (2 * augment.max_shift / height)
+        angle = centred[:, 1] * math.radians(augment.degrees)
+        shift_x = centred[:, 2] * (2 * augment.translate / width)
+        shift_y = centred[:, 3] * (2 * augment.translate / height)
         cos, sin, ratio = angle.cos(), angle.sin(), height / width
         # Coordinates run from -1 to 1 on both axes, whatever the image's shape.
         rows = [cos * mirror, -sin * ratio, shift_x, sin / ratio * mirror, cos, shift_y]

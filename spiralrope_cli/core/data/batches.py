@@ -168,24 +168,24 @@ def dit_data(run: DiTRun, device: torch.device, rank: int, world_size: int) -> T
     Raises:
         DataError: the set is missing, or a shard of the cached latents is missing or damaged.
     """
-    size, unreadable = run.pictures.image_size, dict[str, str]()
+    size, unreadable = run.images.image_size, dict[str, str]()
     parts = own_parts(rank, *run.split_batch(world_size))
     read: Read
 
     def mirrored(at: Places) -> Tensor:
         """[B] bool on the CPU: by seed, epoch and place, for all kinds of data alike."""
         draws = augment.mirror_draws(run.num_train, run.seed, at.epoch)
-        return draws[at.places] < run.pictures.hflip
+        return draws[at.places] < run.images.hflip
 
-    if run.pictures.latents:
-        cache = LatentCache(Path(run.pictures.latents).expanduser())
+    if run.images.latents:
+        cache = LatentCache(Path(run.images.latents).expanduser())
         cache.verify()
         read = functools.partial(from_cache, cache, device, mirrored)
         return TrainingData(
             run, run.steps_per_epoch, parts, read, lambda batch: batch, scale=cache.scale
         )
     if run.data in BUILT_IN:
-        channels = 3 if run.pictures.in_latents else run.model.in_chans
+        channels = 3 if run.images.in_latents else run.model.in_chans
         split, _ = memory.splits_on(device, run.data, channels)
         read = functools.partial(from_memory, split)
     else:

@@ -103,11 +103,14 @@ def inspect_side(path: Path, role: str, num: int = 0) -> Side:
     images, stored, count, protocol = _contents(path, role)
     if images is None:
         if num and num != count:
-            raise DataError(f"--num {num}: {role} {path} holds statistics, and not of {num} images")
+            raise DataError(
+                f"--num-samples {num}: {role} {path} holds statistics, and not of {num} images"
+            )
         return Side(role, path, None, stored, count or None, protocol)
     if num > len(images):
         raise DataError(
-            f"--num {num}: {role} {path} holds {len(images)} images", "make more, or ask for fewer"
+            f"--num-samples {num}: {role} {path} holds {len(images)} images",
+            "make more, or ask for fewer",
         )
     count = num or len(images)
     if count < 2:

@@ -139,7 +139,8 @@ def dpm_solver(
 
     if diffusion.num_steps >= NUM_TRAIN_STEPS:
         raise ConfigError(
-            f"--steps {diffusion.num_steps}: dpm++ takes at most {NUM_TRAIN_STEPS - 1}",
+            f"--num-sampling-steps {diffusion.num_steps}: dpm++ takes at most "
+            f"{NUM_TRAIN_STEPS - 1}",
             "10 to 50 are its usual range",
         )
     # With sample_max_value 1 dynamic thresholding is a clamp to [-1, 1], our clip_denoised.

@@ -27,7 +27,7 @@ from spiralrope_cli.core.config.datasets import (
 from spiralrope_cli.core.config.doctor import Checkup, Finding
 from spiralrope_cli.core.config.hub import cache_folder
 from spiralrope_cli.core.config.resolve import choose_data
-from spiralrope_cli.core.config.samples import num_samples
+from spiralrope_cli.core.config.samples import default_num_samples
 from spiralrope_cli.core.data import memory
 from spiralrope_cli.core.data.images import decode_some
 from spiralrope_cli.core.errors import CheckpointError, DataError, FetchError, SpiralRopeError
@@ -288,7 +288,7 @@ def look_at_disk(checkup: Checkup, planned: Facts, findings: list[Finding]) -> t
     needs = {"checkpoints": planned.get("checkpoint_bytes", 0) * planned.get("checkpoints", 0)}
     if checkup.dit and planned:
         data, _ = choose_data([("option", checkup.options)])
-        num = checkup.num or num_samples(data)
+        num = checkup.num_samples or default_num_samples(data)
         height, width = planned["picture_size"]
         needs["samples"] = 3 * num * height * width
     if sum(needs.values()) > free:

@@ -203,7 +203,7 @@ def draw_samples(given: dict[str, Any]) -> None:
     from spiralrope_cli.core.plots.samples import fit_to_size, samples_figure
 
     images = images_in(find_images(plot.source), "SOURCE")
-    part = range(min(plot.num, len(images)))
+    part = range(min(plot.num_samples, len(images)))
     pixels: dict[int, Tensor] = {}
     for batch in image_batches(images, part, len(part), threads=-1, pin_memory=False):
         for unreadable in batch.unreadable:

@@ -24,7 +24,7 @@ from spiralrope_cli.core.config.samples import (
     SampleRun,
     check_chain,
     default_batch_size,
-    num_samples,
+    default_num_samples,
     resolve_image_size,
     resolve_vae,
 )
@@ -70,14 +70,17 @@ def settle(
     rope = given_rope(given)
     build_config(GuidanceConfig, given)
     build_config(MachineConfig, given)
-    check_chain(given.get("sampler", SampleRun.sampler), given.get("steps", SampleRun.steps))
+    check_chain(
+        given.get("sampler", SampleRun.sampler),
+        given.get("num_sampling_steps", SampleRun.num_sampling_steps),
+    )
 
     weights = resolve_weights(given["source"], given.get("ema", SampleRun.ema), rope, download)
     network, trained = weights.options, weights.config
     vae = resolve_vae(
         given["source"],
         network["in_chans"],
-        trained=trained.get("pictures", {}).get("vae"),
+        trained=trained.get("images", {}).get("vae"),
         given=given.get("vae"),
     )
     image_size = resolve_image_size(
@@ -90,7 +93,7 @@ def settle(
     # A dry run leaves the digest of a VAE that is not here empty.
     files = None if vae == NO_VAE else find_vae(vae) if download else local_vae(vae)
     defaults = {
-        "num": num_samples(trained.get("data", "")),
+        "num_samples": default_num_samples(trained.get("data", "")),
         "batch_size": default_batch_size(image_size),
         "out": RUNS_FOLDER,
     }
@@ -128,14 +131,16 @@ def default_folder(run: SampleRun, weights: Weights, name: str) -> str:
     stem = of_run.resolve().name if of_run else Path(run.source).stem
     guided = f"cfg{run.guidance.cfg_scale:g}" if run.guidance.cfg_scale != 1 else ""
     raw = "" if run.ema else "raw"
-    return named_folder("dit-sample", stem, f"{run.sampler}{run.steps}", guided, raw, name)
+    return named_folder(
+        "dit-sample", stem, f"{run.sampler}{run.num_sampling_steps}", guided, raw, name
+    )
 
 
 def carry_out(run: SampleRun, weights: Weights, *, dry_run: bool) -> bool:
     """Draws what is missing, True where nothing was; a dry run shows the plan alone."""
     from spiralrope_cli.core.data.sample_files import SampleFiles
 
-    files = SampleFiles(Path(run.out), run.num, run.image_size)
+    files = SampleFiles(Path(run.out), run.num_samples, run.image_size)
     metadata = metadata_of(run, weights)
     if not run.vae_sha256:
         del metadata["vae_sha256"]  # without a VAE, or of one that a dry run does not fetch
@@ -143,11 +148,11 @@ def carry_out(run: SampleRun, weights: Weights, *, dry_run: bool) -> bool:
     finished = files.finished(run.png)
     if finished and not dry_run:
         if is_first_process():
-            say(f"{run.out} is finished: {run.num} images")
+            say(f"{run.out} is finished: {run.num_samples} images")
             say_result(str(files.npz))
         return True
-    needed, hint = files.bytes_needed(run.png), "use fewer images (--num), or another --out"
-    check_space((files.folder, needed), what=f"{run.num} images and their files", hint=hint)
+    needed, hint = files.bytes_needed(run.png), "use fewer images (--num-samples), or another --out"
+    check_space((files.folder, needed), what=f"{run.num_samples} images and their files", hint=hint)
     if is_first_process():
         plan(run, weights, files)
     if not dry_run:
@@ -172,8 +177,8 @@ def metadata_of(run: SampleRun, weights: Weights) -> dict[str, Any]:
         "data": weights.config.get("data", ""),
         "num_classes": run.num_classes,
         "rope": asdict(weights.rope),
-        "num": run.num,
-        "steps": run.steps,
+        "num": run.num_samples,
+        "steps": run.num_sampling_steps,
         "sampler": run.sampler,
         **asdict(run.guidance),
         "cfg_interval": list(run.guidance.cfg_interval),
@@ -191,15 +196,18 @@ def metadata_of(run: SampleRun, weights: Weights) -> dict[str, Any]:
 def plan(run: SampleRun, weights: Weights, files: SampleFiles) -> None:
     """Says on stderr what will be drawn."""
     height, width = run.image_size
-    drawn = run.num - len(files.missing())
+    drawn = run.num_samples - len(files.missing())
     there = f"; {drawn} are there" if drawn else ""
     vae = run.vae if run.vae_sha256 or run.vae == NO_VAE else f"{run.vae} (to be fetched)"
     classes = ",".join(map(str, run.classes)) if run.classes else f"drawn from {run.num_classes}"
-    chain = f"{run.sampler}, {run.steps} steps, guidance {run.guidance.summary}"
+    chain = f"{run.sampler}, {run.num_sampling_steps} steps, guidance {run.guidance.summary}"
     for name, text in (
         ("samples", run.out),
         ("weights", weights.summary()),
-        ("images", f"{run.num} of {height}x{width} px, VAE {vae}; classes {classes}{there}"),
+        (
+            "images",
+            f"{run.num_samples} of {height}x{width} px, VAE {vae}; classes {classes}{there}",
+        ),
         ("sampler", f"{chain}, seed {run.seed}"),
         ("batch", f"{run.batch_size} at a time in {world_size(run.machine)} process(es)"),
     ):
@@ -218,7 +226,7 @@ def work(run: SampleRun) -> None:
     from spiralrope_cli.core.runtime.distributed import open_context
     from spiralrope_cli.core.weights import read_weights
 
-    out, files = Path(run.out), SampleFiles(Path(run.out), run.num, run.image_size)
+    out, files = Path(run.out), SampleFiles(Path(run.out), run.num_samples, run.image_size)
     with open_context(run.machine, out) as ctx, torch.inference_mode():
         # Of the very file that was settled, whatever its run has saved since.
         source = replace(find_source(run.source), place=Path(run.file))
@@ -253,7 +261,7 @@ class Sampler:
         from spiralrope_cli.core.kernels import cast_blocks
         from spiralrope_cli.core.load import at_size, build_network
 
-        self.run, self.ctx, self.diffusion = run, ctx, GaussianDiffusion(run.steps)
+        self.run, self.ctx, self.diffusion = run, ctx, GaussianDiffusion(run.num_sampling_steps)
         changes = at_size(weights, run.input_size, run.rope)
         model = cast("DiT", build_network(weights, ctx.device, **changes))
         if ctx.dtype != torch.float32:
@@ -339,7 +347,7 @@ def write_pngs(ctx: DistContext, files: SampleFiles, metadata: dict[str, Any]) -
 # ---- report
 def report(run: SampleRun, files: SampleFiles) -> None:
     """Says where the results are."""
-    say_result(f"{run.num} images: {files.npz}")
+    say_result(f"{run.num_samples} images: {files.npz}")
     say_result(f"grid: {files.grid}")
     say_result(f"report: {files.folder / REPORT_FILE}")
     if run.png:

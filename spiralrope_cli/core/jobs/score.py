@@ -84,7 +84,7 @@ def settle(run: FidRun) -> Plan:
         DataError: a side is missing, damaged or too small, or allows nothing of what was asked.
         FetchError: there are no weights.
     """
-    sides = [inspect_side(Path(run.samples).expanduser(), "SAMPLES", run.num)]
+    sides = [inspect_side(Path(run.samples).expanduser(), "SAMPLES", run.num_samples)]
     if run.reference:
         sides.append(inspect_side(Path(run.reference).expanduser(), "REFERENCE"))
     left_out = check_possible(run, sides)

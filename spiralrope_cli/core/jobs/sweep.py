@@ -18,12 +18,12 @@ from rich.table import Table
 
 from spiralrope_cli.core.config.datasets import find_val_set
 from spiralrope_cli.core.config.nested import build
-from spiralrope_cli.core.config.option import Leaf, leaves
+from spiralrope_cli.core.config.option import Leaf, leaves, renamed_fields
 from spiralrope_cli.core.config.pipelines import PRETRAIN, DeiTStages
 from spiralrope_cli.core.config.resolve import named_folder, resolve
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.runs import ClassifierRun
-from spiralrope_cli.core.config.training import TrainOptions
+from spiralrope_cli.core.config.training import OptimConfig, TrainOptions
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.jobs.pipeline import Pipeline, carry_out, settle_deit, training_options
 from spiralrope_cli.core.report.results import with_spread
@@ -44,7 +44,7 @@ chosen by the very images that it is measured on."""
 BASELINE = ("rotate", "none")
 """Without rotary embedding."""
 _OF_RUN = leaves(ClassifierRun)
-_OF_TRAINING = ("epochs", "steps", "lr", "warmup_epochs", "batch_size")
+_OF_TRAINING = ("epochs", "max_steps", "lr", "warmup_epochs", "batch_size")
 SWEPT: dict[str, Leaf] = {
     **{("rope" if n == "enabled" else n): leaf for n, leaf in leaves(RopeConfig).items()},
     **{name: _OF_RUN[name] for name in ("arch", "drop_path", *_OF_TRAINING)},
@@ -147,6 +147,7 @@ def _axis(text: str) -> list[tuple[str, str]]:
     """(name, word) of each value of `NAME=V,V`."""
     name, equals, listed = text.partition("=")
     name = name.strip().removeprefix("--").replace("-", "_")
+    name = (renamed_fields(OptimConfig) | renamed_fields(DeiTStages)).get(name, name)
     words = [word.strip() for word in listed.split(",")]
     if not equals or not all(words):
         raise ConfigError(f"--sweep {text} is not NAME=V,V", "such as --sweep rotate=none,1,2,4")

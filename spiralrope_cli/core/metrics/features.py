@@ -130,12 +130,12 @@ def _measure_images(
     if ctx.is_first:
         say_unreadable(unreadable)
     # Refuse too few images, and features that are no numbers.
-    asked = run.num if side.role == "SAMPLES" else 0
+    asked = run.num_samples if side.role == "SAMPLES" else 0
     if (result.num or 0) < max(2, asked):
         raise DataError(
-            (f"--num {run.num}: " if run.num else "")
+            (f"--num-samples {run.num_samples}: " if run.num_samples else "")
             + f"only {result.num} image(s) of {side.role} {side.path} could be read",
-            "make more, or ask for fewer" if run.num else "2 or more are needed",
+            "make more, or ask for fewer" if run.num_samples else "2 or more are needed",
         )
     sample = [stats[0].sum().item() for stats in result.stats.values()]
     sample += result.inception_score[:1] if result.inception_score else ()

@@ -49,10 +49,18 @@ def create_model(
     return DiT(dim, depth, heads, rope=rope, patch_size=patch, num_classes=num_classes, **options)
 
 
+def model_of(run: TrainingRun) -> DeiT | DiT:
+    """The freshly initialised network of a run."""
+    options = asdict(run.model)
+    if "class_dropout_prob" in options:
+        options["label_dropout"] = options.pop("class_dropout_prob")
+    return create_model(run.arch, rope=run.rope, **options)
+
+
 def on_meta(run: TrainingRun) -> DeiT | DiT:
     """The network of a run on the meta device, which has shapes and no memory."""
     with torch.device("meta"):
-        return create_model(run.arch, rope=run.rope, **asdict(run.model))
+        return model_of(run)
 
 
 def meta_inputs(run: TrainingRun, batch_size: int, dtype: torch.dtype) -> list[Tensor]:

@@ -248,7 +248,8 @@ def _sampling_options(metadata: dict[str, Any], given_rope: list[str]) -> dict[s
     """Field name -> value of the options of `dit-sample`, by what it left."""
     low, high = metadata["cfg_interval"]
     return {
-        **{name: metadata[name] for name in ("num", "steps", "sampler", "seed")},
+        **{"num_samples": metadata["num"], "num_sampling_steps": metadata["steps"]},
+        **{name: metadata[name] for name in ("sampler", "seed")},
         "cfg_scale": f"{metadata['cfg_scale']:g}",
         "cfg_channels": metadata["cfg_channels"],
         "cfg_interval": f"{low},{high}",

@@ -49,9 +49,9 @@ def diffusion(
     """
     data = dit_data(config, ctx.device, ctx.rank, ctx.world_size)
     vae = None
-    if config.pictures.in_latents and not config.pictures.latents:
+    if config.images.in_latents and not config.images.latents:
         with distributed.main_process_first():  # it may have to be fetched
-            folder = find_vae(config.pictures.vae)
+            folder = find_vae(config.images.vae)
         vae = load_vae(folder, ctx.device)  # in fp32, as in the cache and the published code
     bound = LossMeter(ctx.device)
     scale = vae.scale if vae else data.scale
@@ -130,10 +130,10 @@ def draw_grid(
         a message: where the image of this step is (`samples.png` in the run folder is the newest
         one), or why there is none.
     """
-    if config.pictures.latents and vae is None:
+    if config.images.latents and vae is None:
         # Training on a cache needs no VAE: it is loaded for the image, if it is here.
         try:
-            vae = load_vae(local_vae(config.pictures.vae), ctx.device)
+            vae = load_vae(local_vae(config.images.vae), ctx.device)
         except SpiralRopeError as error:
             return f"no samples: {error.message}"
     folder = Path(config.out)

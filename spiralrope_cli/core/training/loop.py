@@ -9,7 +9,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Generator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.nested import to_nested
 from spiralrope_cli.core.data.loader import Batch
 from spiralrope_cli.core.errors import CheckpointError, TrainingError
-from spiralrope_cli.core.models.factory import create_model
+from spiralrope_cli.core.models.factory import model_of
 from spiralrope_cli.core.runtime import distributed, run_folder
 from spiralrope_cli.core.runtime.distributed import DistContext
 from spiralrope_cli.core.runtime.progress import Reporter, forget_after
@@ -155,7 +155,7 @@ def build_state(
     `start_from_source` loads.
     """
     seed_everything(config.seed, "init")
-    model = create_model(config.arch, rope=config.rope, **asdict(config.model))
+    model = model_of(config)
     if config.source and not step:
         start_from_source(model)
     if config.optim.freeze != "none":

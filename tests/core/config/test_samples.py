@@ -31,7 +31,7 @@ def test_one_section_reaches_from_first_to_last():
     ["0", "1", "1001", "-5", "2.5", "", "x", "10,", "600,10", "ddim", "ddim3000", "ddim300"],
 )
 def test_chains_that_do_not_exist_are_refused(steps):
-    with pytest.raises(ConfigError, match="--steps"):
+    with pytest.raises(ConfigError, match="--num-sampling-steps"):
         space_timesteps(steps)
 
 

@@ -31,7 +31,7 @@ MIXES = {
 CLASSES = 5
 STILL = build(
     AugmentConfig,
-    {**PRETRAIN, **DIGITS.defaults, "max_shift": 0.0, "max_rotation": 0.0, "hflip": 0.0},
+    {**PRETRAIN, **DIGITS.defaults, "translate": 0.0, "degrees": 0.0, "hflip": 0.0},
 )
 CROP = dataclasses.replace(STILL, geometry="crop", crop_scale=0.25)
 SHAPES = [(8, 8), (5, 9), (12, 4)]
@@ -128,7 +128,7 @@ def test_hflip_mirrors_the_asked_share_of_the_pictures():
 @pytest.mark.parametrize(("drawn", "pixels"), [(1.0, 2), (0.75, 1), (0.0, -2)])
 def test_shifts_are_counted_in_pixels(shape, drawn, pixels):
     x = pictures(*shape)
-    augment = dataclasses.replace(STILL, max_shift=2.0)
+    augment = dataclasses.replace(STILL, translate=2.0)
     # A positive draw looks to the right or down, so that the picture moves left or up.
     for axis, name in ((-1, "right"), (-2, "down")):
         expected = x.roll(-pixels, axis)
@@ -143,9 +143,7 @@ def test_shifts_are_counted_in_pixels(shape, drawn, pixels):
 @pytest.mark.parametrize(("drawn", "quarters"), [(1.0, 1), (0.0, -1)])
 def test_turning_a_rectangle_keeps_its_pixels_square(height, width, drawn, quarters):
     x = pictures(height, width)
-    turned = warp(
-        x, draws(turn=drawn), dataclasses.replace(STILL, max_rotation=90.0), (height, width)
-    )
+    turned = warp(x, draws(turn=drawn), dataclasses.replace(STILL, degrees=90.0), (height, width))
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     middle = (..., slice(top, top + side), slice(left, left + side))
@@ -155,7 +153,7 @@ def test_turning_a_rectangle_keeps_its_pixels_square(height, width, drawn, quart
 
 def test_each_picture_is_warped_by_its_own_draws():
     x = pictures(8, 8)
-    augment = dataclasses.replace(STILL, max_shift=2.0, max_rotation=20.0, hflip=0.5)
+    augment = dataclasses.replace(STILL, translate=2.0, degrees=20.0, hflip=0.5)
     random = epoch_draws(6, 0, 0)
     for each in (augment, CROP):
         whole = warp(x, random, each, (8, 8))

@@ -153,7 +153,7 @@ def test_without_handed_in_noise_it_is_torchs_own(published_dit):
 def test_what_a_sampler_cannot_do_is_refused():
     with pytest.raises(ConfigError, match="--sampler is euler"):
         GaussianDiffusion("4").sample(perfect(0), (1, 1, 2, 2), sampler="euler")
-    with pytest.raises(ConfigError, match=r"--steps 1000: dpm\+\+ takes at most 999"):
+    with pytest.raises(ConfigError, match=r"--num-sampling-steps 1000: dpm\+\+ takes at most 999"):
         GaussianDiffusion().sample(perfect(0), (1, 1, 2, 2), sampler="dpm++")
 
 

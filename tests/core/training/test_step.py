@@ -116,8 +116,10 @@ def test_the_published_schedule_is_followed_epoch_by_epoch(name, steps_per_epoch
 
 
 def test_a_published_schedule_rests_at_its_end():
-    optim = dataclasses.replace(RECIPE, schedule="published", epochs=30, warmup_epochs=2, steps=90)
-    late = [lr_at(step, optim.steps, 2, optim) for step in range(62, 90)]
+    optim = dataclasses.replace(
+        RECIPE, schedule="published", epochs=30, warmup_epochs=2, max_steps=90
+    )
+    late = [lr_at(step, optim.max_steps, 2, optim) for step in range(62, 90)]
     assert late == pytest.approx([optim.min_lr] * len(late))
 
 
