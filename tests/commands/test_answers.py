@@ -22,11 +22,13 @@ FILES = {
     "d.yaml": "optim: {lr: 1e-3}",
     "g.yaml": "[1, 2]",
     "h.yaml": "optim: {lr: 0.1",
-    "i.yaml": "command: dit-train\narch: dit-32x2x2-2\noptim: {steps: 9}\npictures: {hflip: 0.5}",
+    "i.yaml": "command: dit-train\narch: dit-32x2x2-2\noptim: {max_steps: 9}\nimages: {hflip: 0.5}",
+    "of-an-earlier-version.yaml": "model: {label_dropout: 0.2}\noptim: {steps: 9}\n"
+    "pictures: {hflip: 0.5}",
     "j.yaml": "rope: {rotate: 2.5, same_theta: 'yes'}",
     "k.yaml": "model: {image_size: 16}\nmachine: {workers: 2, compile: true}",
     "l.yaml": "model: {image_size: [16, 8], drop_path: true}",
-    "m.yaml": "optim: {batch_size: '64', steps: '500'}",
+    "m.yaml": "optim: {batch_size: '64', max_steps: '500'}",
 }
 
 REACHED = {
@@ -164,6 +166,10 @@ REACHED = {
         (
             "--config i.yaml",
             {"arch": "dit-32x2x2-2", "hflip": 0.5, "max_steps": 9, "warmup_epochs": 0},
+        ),
+        (
+            "--config of-an-earlier-version.yaml",
+            {"class_dropout_prob": 0.2, "max_steps": 9, "hflip": 0.5, "warmup_epochs": 0},
         ),
         ("--config a.yaml", {"seed": 5, "rotate": 4, "epochs": 7}),
         ("--sample-every 10", {"sample_every": 10}),
