@@ -70,10 +70,8 @@ def settle(
     rope = given_rope(given)
     build_config(GuidanceConfig, given)
     build_config(MachineConfig, given)
-    check_chain(
-        given.get("sampler", SampleRun.sampler),
-        given.get("num_sampling_steps", SampleRun.num_sampling_steps),
-    )
+    num_steps = given.get("num_sampling_steps", SampleRun.num_sampling_steps)
+    check_chain(given.get("sampler", SampleRun.sampler), num_steps)
 
     weights = resolve_weights(given["source"], given.get("ema", SampleRun.ema), rope, download)
     network, trained = weights.options, weights.config
@@ -131,9 +129,8 @@ def default_folder(run: SampleRun, weights: Weights, name: str) -> str:
     stem = of_run.resolve().name if of_run else Path(run.source).stem
     guided = f"cfg{run.guidance.cfg_scale:g}" if run.guidance.cfg_scale != 1 else ""
     raw = "" if run.ema else "raw"
-    return named_folder(
-        "dit-sample", stem, f"{run.sampler}{run.num_sampling_steps}", guided, raw, name
-    )
+    chain = f"{run.sampler}{run.num_sampling_steps}"
+    return named_folder("dit-sample", stem, chain, guided, raw, name)
 
 
 def carry_out(run: SampleRun, weights: Weights, *, dry_run: bool) -> bool:
@@ -200,14 +197,12 @@ def plan(run: SampleRun, weights: Weights, files: SampleFiles) -> None:
     there = f"; {drawn} are there" if drawn else ""
     vae = run.vae if run.vae_sha256 or run.vae == NO_VAE else f"{run.vae} (to be fetched)"
     classes = ",".join(map(str, run.classes)) if run.classes else f"drawn from {run.num_classes}"
+    images = f"{run.num_samples} of {height}x{width} px"
     chain = f"{run.sampler}, {run.num_sampling_steps} steps, guidance {run.guidance.summary}"
     for name, text in (
         ("samples", run.out),
         ("weights", weights.summary()),
-        (
-            "images",
-            f"{run.num_samples} of {height}x{width} px, VAE {vae}; classes {classes}{there}",
-        ),
+        ("images", f"{images}, VAE {vae}; classes {classes}{there}"),
         ("sampler", f"{chain}, seed {run.seed}"),
         ("batch", f"{run.batch_size} at a time in {world_size(run.machine)} process(es)"),
     ):
