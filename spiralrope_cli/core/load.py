@@ -74,10 +74,8 @@ def build_network(
 
 
 def aligned(value: Tensor) -> Tensor:
-    """A tensor where kernels want it; one that is mapped from a file can lie anywhere.
-
-    The last bit of a product depends on that, and no figure should on the layout of a file.
-    """
+    """A tensor at an address that kernels want; one that is mapped from a file can lie anywhere."""
+    # The last bit of a matmul depends on it, and no metric may depend on the layout of a file.
     return value.clone() if value.data_ptr() % ALIGNMENT else value
 
 

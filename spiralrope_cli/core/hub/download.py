@@ -100,6 +100,7 @@ def named_digest(path: Path) -> str:
 class HubFile(NamedTuple):
     """What the Hub says of a file."""
 
+    name: str  # path in the repository
     commit: str
     etag: str
     size: int
@@ -130,7 +131,7 @@ def look_up(row: Row, revision: str | None, *, timeout: float | None = None) -> 
                 f"{constants.ENDPOINT} does not answer as the Hub does for {row.repo}/{file}",
                 "check HF_ENDPOINT and the proxy",
             )
-        found.append(HubFile(metadata.commit_hash, metadata.etag, metadata.size))
+        found.append(HubFile(file, metadata.commit_hash, metadata.etag, metadata.size))
     return found
 
 
@@ -150,18 +151,15 @@ def _fetch_from_hub(row: Row, revision: str | None, barred: str, out: Path | Non
     if not remotes:
         return _take_cached(row, there, barred)
     # By commit, because the revision's name may stand for an older one here.
-    here = [cached(row, file, each.commit) for file, each in zip(row.files, remotes, strict=True)]
-    missing = sum(each.size for path, each in zip(here, remotes, strict=True) if path is None)
-    sizes = {Path(file).name: each.size for file, each in zip(row.files, remotes, strict=True)}
+    here = {each.name: cached(row, each.name, each.commit) for each in remotes}
+    missing = sum(each.size for each in remotes if here[each.name] is None)
+    sizes = {Path(each.name).name: each.size for each in remotes}
     check_room(Path(constants.HF_HUB_CACHE), missing, out, sizes)
     if missing:
         say(f"{row.name}: {human_size(missing)} from {constants.ENDPOINT}/{row.repo}")
     else:
         say(f"{row.name} is here")
-    return [
-        _fetch_one(row, file, revision, remote, path)
-        for file, remote, path in zip(row.files, remotes, here, strict=True)
-    ]
+    return [_fetch_one(row, each, revision, here[each.name]) for each in remotes]
 
 
 def _take_cached(row: Row, files: list[Path], barred: str) -> list[Path]:
@@ -172,26 +170,25 @@ def _take_cached(row: Row, files: list[Path], barred: str) -> list[Path]:
     for path in files:
         if not is_right(path, named_digest(path), "the cache"):
             _drop(path)
-            again = f"fetch it again{barred and f' without {barred}'}"
+            again = f"fetch it again without {barred}" if barred else "fetch it again"
             raise FetchError(f"{row.name} was damaged, and is deleted", again)
     return files
 
 
-def _fetch_one(
-    row: Row, file: str, revision: str | None, remote: HubFile, here: Path | None
-) -> Path:
+def _fetch_one(row: Row, remote: HubFile, revision: str | None, here: Path | None) -> Path:
+    """One file, by huggingface_hub, and compared with the Hub's digest."""
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     if here and not is_right(here, remote.etag, "the Hub"):
         _drop(here)
+        say(f"  {here.name} was damaged, and is fetched again")
         here = None
-        say(f"  {Path(file).name} was damaged, and is fetched again")
     try:
         # Called for files that are here too: it notes which commit the revision stands for.
-        path = Path(hf_hub_download(row.repo, file, revision=revision))
+        path = Path(hf_hub_download(row.repo, remote.name, revision=revision))
     except HfHubHTTPError as error:
-        raise _refusal(row, file, revision, error) from error
+        raise _refusal(row, remote.name, revision, error) from error
     # hf_xet, which brings large files from the real Hub, raises RuntimeError.
     except (HTTPError, OSError, RuntimeError) as error:
         if isinstance(error, OSError) and error.errno:
@@ -203,7 +200,7 @@ def _fetch_one(
     if not here and not is_right(path, remote.etag, "the Hub"):
         _drop(path)
         raise FetchError(
-            f"{row.repo}/{file} arrived with wrong bytes, their digest is not {remote.etag}",
+            f"{row.repo}/{remote.name} arrived with wrong bytes, their digest is not {remote.etag}",
             "nothing of it was kept; try again, or another HF_ENDPOINT",
         )
     return path

@@ -43,7 +43,7 @@ def digest_like(path: Path, expected: str) -> tuple[str, str]:
     return "git sha1", hashlib.sha1(b"blob %d\0%b" % (len(content), content)).hexdigest()
 
 
-def is_right(path: Path, expected: str, owner: str) -> bool:
+def is_right(path: Path, expected: str, owner: str, *, name: str = "") -> bool:
     """Compares a file with its owner's digest, or how that begins, and says the outcome.
 
     What is no digest, as the ETag of some servers, counts as right, and the outcome says so.
@@ -53,7 +53,7 @@ def is_right(path: Path, expected: str, owner: str) -> bool:
     if comparable and not found.startswith(expected):
         return False
     outcome = f"as {owner} says" if comparable else f"{owner} gives none to compare with"
-    say(f"  {path.name}: {human_size(path.stat().st_size)}, {kind} {found}, {outcome}")
+    say(f"  {name or path.name}: {human_size(path.stat().st_size)}, {kind} {found}, {outcome}")
     return True
 
 

@@ -114,7 +114,7 @@ def _download(row: Row, target: Path, out: Path | None) -> None:
                 expected_size=version.size,
                 displayed_filename=row.file_name,
             )
-        if right := is_right(part, row.sha256, "its name"):
+        if right := is_right(part, row.sha256, "its name", name=target.name):
             flush(part)
             os.replace(part, target)
     except HfHubHTTPError as error:

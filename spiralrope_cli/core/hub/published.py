@@ -26,8 +26,7 @@ from spiralrope_cli.core.rope import frequencies
 
 StateDict = dict[str, Tensor]
 ZIP_MAGIC = b"PK\x03\x04"
-FREQS_TOLERANCE = 1e-3
-"""Relative; averaged weights hold frequencies that crept by up to 2e-4."""
+FREQS_TOLERANCE = 1e-3  # relative; in averaged weights frequencies crept by up to 2e-4
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ def freqs_note(stored: list[Tensor], rope: RopeConfig, head_dim: int) -> str | N
     if not stored or not rope.enabled:
         return None
     ours = frequencies(rope, head_dim)
-    for theirs in {id(value): value for value in stored}.values():
+    for theirs in {id(value): value for value in stored}.values():  # often one, in every block
         near = theirs.shape == ours.shape and torch.allclose(
             theirs.double(), ours, rtol=FREQS_TOLERANCE, atol=1e-12
         )
