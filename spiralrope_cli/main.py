@@ -24,7 +24,7 @@ DEBUG_VARIABLE = "SPIRALROPE_DEBUG"
 COMMANDS = {
     "pretrain": "Train a DeiT with Spiral RoPE from scratch.",
     "finetune": "Finetune a DeiT from a run, a checkpoint file or published weights.",
-    "eval": "Measure acc@1, acc@5 and loss on the held-out images.",
+    "eval": "Measure acc@1, acc@5 and loss on the validation images.",
     "run": "Whole pipelines, from the first training to the last figure, in one folder.",
     "dit-train": "Train a DiT with Spiral RoPE: a diffusion transformer, by class.",
     "dit-encode": "Encode images by a VAE once, so that DiT trains from cached latents.",

@@ -71,7 +71,7 @@ app = typer.Typer(**SETTINGS)
     cls=CropRatioCommand,
 )
 def evaluate(given: dict[str, Any]) -> None:
-    """Measure acc@1, acc@5 and loss on the held-out images.
+    """Measure acc@1, acc@5 and loss on the validation images.
 
     Without options: the last weights of the newest classifier run, raw, at the crop ratio of its
     data set. Sizes and RoPE options are the source's; options here win, with a warning.

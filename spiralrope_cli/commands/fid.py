@@ -10,7 +10,7 @@ from spiralrope_cli.core.config.evals import FidRun
 EXAMPLES = """
 Examples:
 
-  spiralrope fid samples.npz imagenet256.npz        all six figures
+  spiralrope fid samples.npz imagenet256.npz        all six metrics
 
   spiralrope fid samples/ photos/ --select fid,is   two of them, from folders
 

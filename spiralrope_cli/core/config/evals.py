@@ -1,6 +1,6 @@
 """What an evaluation is: of classifiers, the rows of a table; of generated images, their scores.
 
-Each row says all that its figures depend on. Standard library only.
+Each row says all that its metrics depend on. Standard library only.
 """
 
 from __future__ import annotations
@@ -105,11 +105,6 @@ class EvalOptions:
             raise ConfigError("--json and --csv exclude each other", "leave one of them out")
         for size in self.image_sizes:
             check_divides(size, 1)
-
-    @property
-    def output(self) -> str:
-        """`table`, `json` or `csv`."""
-        return "json" if self.json else "csv" if self.csv else "table"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,11 +104,7 @@ def _read_header(stream: IO[bytes], path: Path, name: str) -> Header:
 
 
 def read_array(path: Path, name: str) -> np.ndarray:
-    """One whole array, never unpickled.
-
-    Raises:
-        DataError: the file is damaged.
-    """
+    """One whole array, never unpickled."""
     with _readable(path), zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stream:
         return npy.read_array(stream, allow_pickle=False)
 
@@ -116,11 +112,7 @@ def read_array(path: Path, name: str) -> np.ndarray:
 def stream_rows(
     path: Path, name: str, header: Header, part: range, rows: int
 ) -> Iterator[np.ndarray]:
-    """A part of an array, some rows at a time, in C order.
-
-    Raises:
-        DataError: the file is damaged.
-    """
+    """A part of an array, some rows at a time, in C order."""
     num_rows = header.shape[0]
     with _readable(path), zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stream:
         # A stored entry is not read up to there; a compressed one is unpacked.
@@ -141,11 +133,7 @@ def stream_rows(
 
 
 def check_statistics(path: Path, headers: dict[str, Header], metric: str) -> None:
-    """Refuses a file that lacks one of the two, or has it in another shape or type.
-
-    Raises:
-        DataError: says which.
-    """
+    """Refuses a file that lacks one of the two, or has it in another shape or type."""
     mean, covariance, size = STATISTICS[metric]
     if covariance not in headers:
         raise DataError(f"{path} has {mean} but no {covariance}")
@@ -160,11 +148,7 @@ def check_statistics(path: Path, headers: dict[str, Header], metric: str) -> Non
 
 
 def read_statistics(path: Path, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Mean [D] and covariance [D, D], float64.
-
-    Raises:
-        DataError: they are not finite, or no covariance.
-    """
+    """Mean [D] and covariance [D, D], float64; refuses what is not finite, or no covariance."""
     mean_name, covariance_name, _ = STATISTICS[metric]
     mean = read_array(path, mean_name).astype(np.float64)
     covariance = read_array(path, covariance_name).astype(np.float64)
@@ -184,12 +168,7 @@ def read_statistics(path: Path, metric: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 class ReferenceCache:
-    """Statistics of one reference, a file for each part.
-
-    Args:
-        content: digest of the reference.
-        protocol: by which its statistics are made.
-    """
+    """Statistics of one reference, a file for each part, found by its digest and the protocol."""
 
     def __init__(self, content: str, protocol: str) -> None:
         key = hashlib.sha256(repr((LAYOUT, content, protocol)).encode()).hexdigest()[:32]

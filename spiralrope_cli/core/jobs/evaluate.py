@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 JOB = "spiralrope_cli.core.jobs.evaluate:work"
 
+digest_of_file = cache(sha256_of)  # a large file has several rows
+
 
 def evaluate(given: dict[str, Any]) -> None:
     """Measures what the user named, or else the newest run; `given`: field -> value."""
@@ -96,7 +98,8 @@ def settle(
     if all(row.protocol.data in BUILT_IN for row in rows):
         inert = BUILT_IN[rows[0].protocol.data].inert_options()
         notes += idle_lines(MachineConfig, inert, given)
-    run = EvalRun(rows=tuple(rows), output=options.output, out=rows[0].folder, machine=machine)
+    output = "json" if options.json else "csv" if options.csv else "table"
+    run = EvalRun(rows=tuple(rows), output=output, out=rows[0].folder, machine=machine)
     return run, list(dict.fromkeys(notes))
 
 
@@ -192,12 +195,7 @@ def settle_row(
 
 # ---- work
 def work(config: EvalRun) -> None:
-    """Measures all rows and reports them from the first process; executed by every worker.
-
-    Raises:
-        CheckpointError: weights that do not fit, or that are gone since they were read.
-        DataError: the data set is missing or damaged.
-    """
+    """Measures all rows and reports them from the first process; executed by every worker."""
     from spiralrope_cli.core.data.batches import ValidationImages
     from spiralrope_cli.core.runtime.distributed import all_gather_object, open_context
 
@@ -325,7 +323,7 @@ def describe_row(row: EvalRow) -> Record:
         "step": row.step,
         "weights": row.weights,
         "file": row.file,
-        "sha256": sha256(row.file),
+        "sha256": digest_of_file(Path(row.file)),
         "arch": row.arch,
         "rope": asdict(row.rope),
         # Height and width in pixels that the positions refer to.
@@ -337,9 +335,3 @@ def describe_row(row: EvalRow) -> Record:
         "mean": list(protocol.mean),
         "std": list(protocol.std),
     }
-
-
-@cache
-def sha256(file: str) -> str:
-    """Digest of a whole file, once for all of its rows."""
-    return sha256_of(Path(file))

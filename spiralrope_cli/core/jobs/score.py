@@ -178,12 +178,7 @@ def earlier_result(run: FidRun) -> dict[str, Any]:
 
 # ---- work
 def work(plan: Plan) -> None:
-    """Measures, compares and reports; executed by every worker.
-
-    Raises:
-        DataError: an input is damaged, or holds too little.
-        CheckpointError: the weights are damaged, or of another network.
-    """
+    """Measures, compares and reports; executed by every worker."""
     from spiralrope_cli.core.metrics.features import compare, measure_side
     from spiralrope_cli.core.runtime.device import forbid_tf32, return_freed_memory
     from spiralrope_cli.core.runtime.distributed import open_context

@@ -94,11 +94,7 @@ def is_same(before: Record, now: Record) -> bool:
 
 
 def add_rows(path: Path, rows: Sequence[Record], decoded: int) -> None:
-    """Adds rows to an `eval.json`, in place of those that they measure anew.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Adds rows to an `eval.json`, in place of those that they measure anew."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = [old for old in read_rows(path) if not any(is_same(old, new) for new in rows)]
     write_json(path, {"decoded": decoded, "rows": [*kept, *rows]})

@@ -62,12 +62,8 @@ def measure_side(
 ) -> Measured:
     """Statistics of a side: those that an earlier run kept or that its images have, and its file's.
 
-    Args:
-        run: with the settings.
-        ctx: this process; all of them call this.
-        side: with what is needed of its images.
-        network: gives the extractor; called only if images must be looked at.
-        cache: on the first process, where statistics are kept for another run.
+    Every process calls this; `cache` is given on the first one. `network` gives the extractor, and
+    is called only if images must be looked at.
 
     Raises:
         UnreadableImageError: an image cannot be decoded, and `skip_bad` is off.
@@ -99,6 +95,7 @@ def measure_side(
 def _measure_images(
     run: FidRun, ctx: DistContext, side: Side, images: ImageInput, network: InceptionFeatures
 ) -> Measured:
+    """What the images give; each process takes a span of them."""
     num = side.num or 0
     mine = range(num * ctx.rank // ctx.world_size, num * (ctx.rank + 1) // ctx.world_size)
     sums = Sums(side.needed, mine, num, ctx.device)

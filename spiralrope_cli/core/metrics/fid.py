@@ -23,10 +23,6 @@ class Moments:
 
     Updated batch by batch and merged over processes by the formulas of Chan, Golub and LeVeque
     (1979), which never subtract two large sums.
-
-    Args:
-        size: D.
-        device: where the features are.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
