@@ -24,6 +24,7 @@ from spiralrope_cli.core.hub.files import sha256_of
 from spiralrope_cli.core.jobs import evaluate, train
 from spiralrope_cli.core.jobs.export import export
 from spiralrope_cli.core.metrics import accuracy
+from spiralrope_cli.core.report.results import print_evaluation
 
 METRICS = ("acc1", "acc5", "loss", "count")
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoints" / "deit_tiny_checkpoint.pth"
@@ -188,7 +189,7 @@ def test_what_is_measured_is_known_and_shown(source, rows_of, capsys):
     rows = rows_of(source, every=True)["rows"]
     assert evaluate.measured_rows(run) == rows
     assert capsys.readouterr().out == ""
-    accuracy.print_table(evaluate.measured_rows(run))
+    print_evaluation(evaluate.measured_rows(run))
     assert "best, EMA" in capsys.readouterr().out
     in_bf16 = replace(run, machine=replace(FP32, precision="bf16"))
     assert not evaluate.measured_rows(in_bf16)

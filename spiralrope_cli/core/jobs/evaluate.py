@@ -263,6 +263,7 @@ def report(
     """Writes and prints everything, from the first process alone."""
     from spiralrope_cli.core.metrics import accuracy
     from spiralrope_cli.core.report.page import is_stage, leave_report
+    from spiralrope_cli.core.report.results import print_evaluation
     from spiralrope_cli.core.runtime.device import PRECISIONS, versions
 
     circumstances = {
@@ -292,7 +293,7 @@ def report(
     elif config.output == "csv":
         accuracy.print_csv(rows)
     else:
-        accuracy.print_table(rows)
+        print_evaluation(rows)
     for folder in filter(is_stage, folders):
         leave_report(folder)
 

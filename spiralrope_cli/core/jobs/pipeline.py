@@ -298,9 +298,9 @@ def evaluate_all(config: dict[str, Any], *, dry_run: bool) -> bool:
     if rows and not dry_run:
         say(f"{options.sources[0]} is measured: {len(rows)} rows")
         if config["show"]:
-            from spiralrope_cli.core.metrics.accuracy import print_table
+            from spiralrope_cli.core.report.results import print_evaluation
 
-            print_table(rows)
+            print_evaluation(rows)
     elif not dry_run:
         say_notes(notes)
         launch(evaluate.JOB, run)

@@ -11,20 +11,13 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from rich import box
-from rich.table import Table
 from torch import Tensor, nn
 
-from spiralrope_cli.core.config.models import format_size
 from spiralrope_cli.core.runtime import distributed
-from spiralrope_cli.core.runtime.progress import console, say_result
 from spiralrope_cli.core.runtime.run_folder import differences, read_rows, write_json
 
 SAME = ("sha256", "checkpoint", "weights", "data", "image_size", "crop_ratio", "rope", "precision")
 """Two rows that agree in these measure the same thing."""
-
-TITLES = {"step": "step {}", "size": "{} px", "crop": "crop ratio {}"}
-"""A column of numbers, as it stands above the table where it is the same in all rows."""
 
 Record = dict[str, Any]
 Name = TypeVar("Name")
@@ -98,36 +91,6 @@ def add_rows(path: Path, rows: Sequence[Record], decoded: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = [old for old in read_rows(path) if not any(is_same(old, new) for new in rows)]
     write_json(path, {"decoded": decoded, "rows": [*kept, *rows]})
-
-
-def print_table(rows: Sequence[Record]) -> None:
-    """Metrics of all rows; what is the same in all of them stands above."""
-    cells = {
-        "source": [row["source"] for row in rows],
-        "arch": [row["arch"] for row in rows],
-        "data": [Path(row["data"]).name for row in rows],
-        "weights": [", ".join(filter(None, (row["checkpoint"], row["weights"]))) for row in rows],
-        "step": ["" if row["step"] is None else str(row["step"]) for row in rows],
-        "size": [format_size(row["image_size"]) for row in rows],
-        "scaling": [r["scaling"] if r["enabled"] else "no RoPE" for r in (x["rope"] for x in rows)],
-        "crop": [f"{row['crop_ratio']:g}" for row in rows],
-    }
-    title = []
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    columns = []
-    for name, column in cells.items():
-        if name == "weights" or len(set(column)) > 1:
-            columns.append(column)
-            table.add_column(name, justify="right" if name in TITLES else "left", overflow="fold")
-        elif column[0] and name != "scaling":
-            title.append(TITLES.get(name, "{}").format(column[0]))
-    for name in ("acc@1 %", "acc@5 %", "loss", "images"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row, *words in zip(rows, *columns, strict=True):
-        metrics = (f"{row['acc1']:.2f}", f"{row['acc5']:.2f}", f"{row['loss']:.4f}")
-        table.add_row(*words, *metrics, str(row["count"]))
-    say_result(", ".join([*title, rows[0]["precision"]]))
-    console().print(table)
 
 
 def print_csv(rows: Sequence[Record]) -> None:

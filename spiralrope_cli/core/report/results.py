@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from spiralrope_cli.core.config.evals import FID_METRICS
@@ -28,6 +29,8 @@ from spiralrope_cli.core.runtime.run_folder import (
 Record = dict[str, Any]
 
 ACCURACY = ("acc@1 %", "acc@5 %", "loss")
+SHARED = {"step": "step {}", "image size": "{} px", "crop ratio": "crop ratio {}"}
+"""Columns of numbers, as they stand above a table where all rows have the same."""
 ACCURACY_COLUMNS = ("weights", "step", *ACCURACY, "images")
 
 
@@ -50,6 +53,40 @@ def print_results(folder: Path) -> None:
         say_result(f"held-out acc@1 {validations[-1]['acc1']:.2f} %")
     elif lines:
         say_result(f"training loss {lines[-1]['loss']:.4f}")
+
+
+def print_evaluation(rows: Sequence[Record]) -> None:
+    """The rows of an evaluation, on stdout; what all share stands above."""
+    columns, shared = columns_of(rows)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    for name in columns:
+        table.add_column(name, justify="right" if name in SHARED else "left", overflow="fold")
+    for name in (*ACCURACY, "images"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row, *cells in zip(rows, *columns.values(), strict=True):
+        table.add_row(*cells, *in_digits(row), str(row["count"]))
+    say_result(shared)
+    console().print(table)
+
+
+def columns_of(rows: Sequence[Record]) -> tuple[dict[str, list[str]], str]:
+    """Columns that tell rows of an `eval.json` apart, and in words what all of them share."""
+    cells = {
+        "source": [row["source"] for row in rows],
+        "arch": [row["arch"] for row in rows],
+        "data": [Path(row["data"]).name for row in rows],
+        "weights": [", ".join(filter(None, (row["checkpoint"], row["weights"]))) for row in rows],
+        "step": ["" if row["step"] is None else str(row["step"]) for row in rows],
+        "image size": [format_size(row["image_size"]) for row in rows],
+        "scaling": [r["scaling"] if r["enabled"] else "no RoPE" for r in (x["rope"] for x in rows)],
+        "crop ratio": [f"{row['crop_ratio']:g}" for row in rows],
+        "precision": [row["precision"] for row in rows],
+    }
+    columns = {n: column for n, column in cells.items() if n == "weights" or len(set(column)) > 1}
+    shared = {n: column[0] for n, column in cells.items() if n not in (*columns, "scaling")}
+    return columns, ", ".join(
+        SHARED.get(n, "{}").format(cell) for n, cell in shared.items() if cell
+    )
 
 
 def accuracy_rows(validations: list[Record]) -> list[list[str]]:
@@ -119,29 +156,19 @@ def results(folder: Path) -> list[Result]:
 
 def of_evaluation(rows: list[Record], sizes: Path | None) -> Result:
     """One row for each set of weights and protocol; what all share stands above."""
-    told = {
-        "source": [str(row["source"]) for row in rows],
-        "data": [Path(row["data"]).name for row in rows],
-        "weights": [f"{row['checkpoint']} {row['weights']}".strip() for row in rows],
-        "step": ["" if row["step"] is None else str(row["step"]) for row in rows],
-        "image size": [format_size(row["image_size"]) for row in rows],
-        "crop ratio": [f"{row['crop_ratio']:g}" for row in rows],
-        "precision": [str(row["precision"]) for row in rows],
-    }
-    varying = {n: cells for n, cells in told.items() if n == "weights" or len(set(cells)) > 1}
-    same = [f"{n} {cells[0]}" for n, cells in told.items() if n not in varying and cells[0]]
+    columns, shared = columns_of(rows)
     best = max(row["acc1"] for row in rows) if len(rows) > 1 else None
     table = []
-    for row, *cells in zip(rows, *varying.values(), strict=True):
+    for row, *cells in zip(rows, *columns.values(), strict=True):
         acc1, *others = in_digits(row)
         mark = " (best)" if row["acc1"] == best else ""
         table.append([*cells, acc1 + mark, *others, row["count"]])
     return Result(
         title="Evaluation",
-        caption=", ".join(same) or "Validation images",
-        columns=[*varying, *ACCURACY, "images"],
+        caption=shared,
+        columns=[*columns, *ACCURACY, "images"],
         rows=table,
-        words={"source", "data", "weights", "precision"},
+        words=columns.keys() - SHARED.keys(),
         image=sizes,
         alt="acc@1 against the image size",
     )

@@ -62,6 +62,7 @@ def run_folder(trained_once, runs):
     row = {
         **{"source": "x", "checkpoint": "last", "step": 8, "data": "/data/digits", "acc5": 90.0},
         **{"crop_ratio": 1.0, "precision": "fp32", "loss": 1.0, "count": 360},
+        **{"arch": "deit-64x2x2", "rope": {"enabled": True, "scaling": "interpolate"}},
     }
     rows = [
         {**row, "weights": kind, "image_size": [side, side], "acc1": side + len(kind)}
@@ -142,7 +143,7 @@ def test_text_is_escaped(run_folder):
 
 def test_evaluation_shows_what_differs_and_the_best(run_folder):
     page = Page(write_report(run_folder).read_text())
-    for word in ("last raw", "last EMA", "8", "12", "15.00 (best)"):
+    for word in ("last, raw", "last, EMA", "8", "12", "15.00 (best)"):
         assert word in page.words
     assert any("crop ratio 1" in word for word in page.words)
     rows = json.loads((run_folder / "eval.json").read_text())["rows"]
