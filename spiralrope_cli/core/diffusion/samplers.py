@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -37,28 +37,14 @@ Predict = Callable[[Tensor, int], Tensor]
 StepNoise = Callable[[], Tensor]
 
 
-class GuidedNetwork(Protocol):
-    """The interface of a DiT that guidance calls."""
-
-    num_classes: int
-
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """[B, L, H, W], [B] and [B] -> [B, 2L, H, W]."""
-
-    def forward_with_cfg(
-        self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, cfg_channels: int | None
-    ) -> Tensor:
-        """The same for twice the batch: labelled, then null."""
-
-
-def guided(network: GuidedNetwork, labels: Tensor, guidance: GuidanceConfig) -> Predict:
+def guided(network: Any, labels: Tensor, guidance: GuidanceConfig) -> Predict:
     """The network as samplers call it, with labels and guidance.
 
     Without guidance, and outside its interval (arXiv 2404.07724), a step computes B samples in
     place of 2B.
 
     Args:
-        network: a DiT.
+        network: a DiT, or what has its `num_classes` and `forward_with_cfg`.
         labels: [B] classes, on the network's device.
         guidance: scale, channels and interval.
 

@@ -125,6 +125,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of square matmuls, the best of a short while: the ceiling of a train step here."""
+    # Not torch.utils.benchmark: with a CUDA toolkit and no GPU, importing it logs a warning.
     side = RATE_SIDE.get(device.type, 2048)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     best, begun = float("inf"), time.perf_counter()
