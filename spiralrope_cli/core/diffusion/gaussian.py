@@ -48,13 +48,34 @@ class Constants(NamedTuple):
     log_betas: Tensor
 
 
-class Schedule:
-    """Linear betas from 1e-4 to 0.02 over 1000 steps, or the chain of some of these steps.
+class PMeanVariance(NamedTuple):
+    """Predicted p(x_{t-1} | x_t), and the x_0 and noise that it follows from: [B, L, H, W] each."""
 
-    Its attributes are [S], all but the int64 `timesteps` in float64.
+    mean: Tensor
+    log_variance: Tensor
+    pred_x0: Tensor
+    noise: Tensor
+
+
+class GaussianDiffusion:
+    """The diffusion process of the published DiTs: linear betas from 1e-4 to 0.02 over 1000 steps.
+
+    Args:
+        steps: "1000" is the whole chain, as in training; "250" or 250 keeps so many steps,
+            spread evenly; "ddim25" keeps every 40th.
+
+    Attributes:
+        num_steps: S.
+        timesteps: [S] int64, original numbers, ascending.
+        betas: [S] float64.
+        alphas_cumprod: [S] float64.
+        constants: [S] float64 each.
+
+    Raises:
+        ConfigError: no such chain exists.
     """
 
-    def __init__(self, steps: str | int) -> None:
+    def __init__(self, steps: str | int = "1000") -> None:
         self.timesteps = torch.tensor(space_timesteps(steps))
         all_betas = torch.linspace(BETA_FIRST, BETA_LAST, NUM_TRAIN_STEPS, dtype=torch.float64)
         alpha_bar = (1 - all_betas).cumprod(0)[self.timesteps]
@@ -77,6 +98,8 @@ class Schedule:
             ],
             log_betas=betas.log(),
         )
+        self.num_steps = len(self.timesteps)
+        self.alphas_cumprod = alpha_bar
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._timesteps_on: dict[torch.device, Tensor] = {}
 
@@ -99,45 +122,11 @@ class Schedule:
         table = self._tables[key][:, index]
         return Constants(*table.reshape(len(table), -1, *(1,) * (like.ndim - 1)))
 
-    def original(self, index: Tensor) -> Tensor:
+    def original_steps(self, index: Tensor) -> Tensor:
         """[B] steps of the chain -> [B] original step numbers, the input of the network."""
         if index.device not in self._timesteps_on:
             self._timesteps_on[index.device] = self.timesteps.to(index.device)
         return self._timesteps_on[index.device][index]
-
-
-class PMeanVariance(NamedTuple):
-    """Predicted p(x_{t-1} | x_t), and the x_0 and noise that it follows from: [B, L, H, W] each."""
-
-    mean: Tensor
-    log_variance: Tensor
-    pred_x0: Tensor
-    noise: Tensor
-
-
-class GaussianDiffusion:
-    """The diffusion process of the published DiTs.
-
-    Args:
-        steps: "1000" is the whole chain, as in training; "250" or 250 keeps so many steps,
-            spread evenly; "ddim25" keeps every 40th.
-
-    Attributes:
-        num_steps: S.
-        timesteps: [S] int64, original numbers, ascending.
-        betas: [S] float64.
-        alphas_cumprod: [S] float64.
-
-    Raises:
-        ConfigError: no such chain exists.
-    """
-
-    def __init__(self, steps: str | int = "1000") -> None:
-        self.schedule = Schedule(steps)
-        self.timesteps = self.schedule.timesteps
-        self.num_steps = len(self.timesteps)
-        self.betas = self.schedule.betas
-        self.alphas_cumprod = self.schedule.constants.alphas_cumprod
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Noised latents (eq. 9), x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) e.
@@ -150,7 +139,7 @@ class GaussianDiffusion:
         Returns:
             [B, ...].
         """
-        coef = self.schedule.extract(t, x0)
+        coef = self.extract(t, x0)
         return coef.sqrt_alphas_cumprod * x0 + coef.sqrt_one_minus_alphas_cumprod * noise
 
     def training_losses(
@@ -177,7 +166,7 @@ class GaussianDiffusion:
             `loss`, `mse` and `vb` (bits per dimension), [B] each.
         """
         noise = torch.randn_like(x0) if noise is None else noise
-        out = model(self.q_sample(x0, t, noise), self.schedule.original(t), **model_kwargs)
+        out = model(self.q_sample(x0, t, noise), self.original_steps(t), **model_kwargs)
         predicted, v = out.to(x0.dtype).chunk(2, dim=1)
         error = predicted - noise
         mse = error.square().flatten(1).mean(1)
@@ -186,7 +175,7 @@ class GaussianDiffusion:
 
     def _bound(self, x0: Tensor, t: Tensor, error: Tensor, v: Tensor) -> Tensor:
         """[B] bits per dimension: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), NLL at t = 0."""
-        coef = self.schedule.extract(t, x0)
+        coef = self.extract(t, x0)
         log_variance = _log_variance(v, coef)
         # Eq. 11: both means have the same multiple of x_t, so their difference is that of the two
         # x_0, a multiple of the error in e (eq. 9). At t = 0 the true mean is x_0 itself.
@@ -211,7 +200,7 @@ class GaussianDiffusion:
             index: step of the chain, as a number or [B].
             clip_denoised: clamps the predicted x_0 to [-1, 1].
         """
-        coef = self.schedule.extract(index, x)
+        coef = self.extract(index, x)
         noise, v = out.to(x.dtype).chunk(2, dim=1)
         x0 = coef.sqrt_recip_alphas_cumprod * x - coef.sqrt_recipm1_alphas_cumprod * noise
         if clip_denoised:

@@ -93,7 +93,7 @@ def ddim(
 ) -> Iterator[Tensor]:
     """Deterministic at eta 0, with the noise of DDPM at 1 (arXiv 2010.02502, eq. 12 and 16)."""
     x = start
-    constants = diffusion.schedule.constants
+    constants = diffusion.constants
     for index, timestep in _reversed_steps(diffusion):
         step = diffusion.p_mean_variance(predict(x, timestep), x, index, clip_denoised)
         alpha_bar = constants.alphas_cumprod[index].item()

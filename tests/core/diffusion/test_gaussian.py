@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 
 from spiralrope_cli import GaussianDiffusion
-from spiralrope_cli.core.diffusion.gaussian import Schedule
 
 GOLDEN = Path(__file__).parents[2] / "golden/diffusion"
 CHAINS = ("250", "50", "ddim25", "10,15,20", "8")
@@ -65,7 +64,7 @@ def test_the_bound_of_a_perfect_network_is_zero_but_for_the_first_step():
     losses = diffusion.training_losses(lambda x, t: lowest, x0, torch.tensor([0, 1, 999]), noise)
     torch.testing.assert_close(losses["vb"][1:], torch.zeros(2), rtol=0, atol=1e-6)
     # At the first step it pays for the grey level: a Gaussian of known width around it.
-    sigma = math.exp(0.5 * diffusion.schedule.constants.posterior_log_variance_clipped[0])
+    sigma = math.exp(0.5 * diffusion.constants.posterior_log_variance_clipped[0])
     inside = math.erf(1 / 255 / sigma / math.sqrt(2))
     assert losses["vb"][0].item() == pytest.approx(-math.log2(inside), abs=2e-3)
     assert not losses["mse"].any()
@@ -115,7 +114,7 @@ def test_one_step_back_is_the_published_one(published_dit, clip):
     golden = load_file(GOLDEN / "reverse_step.safetensors")
     diffusion, x, t = GaussianDiffusion("8"), golden["x"], golden["t"]
     with torch.no_grad():
-        out = published_dit(x, diffusion.schedule.original(t), golden["y"])
+        out = published_dit(x, diffusion.original_steps(t), golden["y"])
     step = diffusion.p_mean_variance(out, x, t, clip_denoised=clip)
     kind = "clipped" if clip else "unclipped"
     for ours, name in (
@@ -129,7 +128,7 @@ def test_one_step_back_is_the_published_one(published_dit, clip):
 
 def test_constants_are_the_published_ones():
     golden = load_file(GOLDEN / "constants_1000_linear.safetensors")
-    schedule = Schedule("1000")
+    schedule = GaussianDiffusion("1000")
     ours = {"betas": schedule.betas, **schedule.constants._asdict()}
     ours["log_betas"], golden["log_betas"] = ours["log_betas"], golden["betas"].log()
     for name, tensor in ours.items():
@@ -151,7 +150,7 @@ def test_a_number_is_as_good_as_its_digits():
 
 
 def test_constants_of_a_batch_are_shaped_and_cast_for_it():
-    schedule = Schedule("10")
+    schedule = GaussianDiffusion("10")
     for dtype, expected in (
         (torch.float64, torch.float64),
         (torch.float32, torch.float32),
@@ -167,7 +166,7 @@ def test_constants_of_a_batch_are_shaped_and_cast_for_it():
 
 
 def test_tables_are_made_once_and_serve_training_after_inference():
-    schedule, like = Schedule("10"), torch.empty(1, 1)
+    schedule, like = GaussianDiffusion("10"), torch.empty(1, 1)
     with torch.inference_mode():
         first = schedule.extract(0, like)
     table = schedule.extract(0, like).log_betas
@@ -177,5 +176,5 @@ def test_tables_are_made_once_and_serve_training_after_inference():
 
 
 def test_the_network_is_given_original_numbers():
-    schedule = Schedule("ddim25")
-    assert schedule.original(torch.tensor([0, 1, 24])).tolist() == [0, 40, 960]
+    schedule = GaussianDiffusion("ddim25")
+    assert schedule.original_steps(torch.tensor([0, 1, 24])).tolist() == [0, 40, 960]
