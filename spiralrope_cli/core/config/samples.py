@@ -91,7 +91,17 @@ def space_timesteps(steps: str | int) -> list[int]:
     """
     text = str(steps)
     if text.startswith("ddim"):
-        return _strided(text)
+        wanted = int(text[4:]) if text[4:].isdecimal() else 0
+        for step in range(1, NUM_TRAIN_STEPS // 2 + 1):
+            if len(chosen := range(0, NUM_TRAIN_STEPS, step)) == wanted:
+                return list(chosen)
+        raise ConfigError(
+            f"--num-sampling-steps {text}: no whole stride through {NUM_TRAIN_STEPS} takes so many "
+            "steps",
+            f"use --num-sampling-steps {wanted}"
+            if 1 < wanted <= NUM_TRAIN_STEPS
+            else "for example ddim25 or ddim50",
+        )
     counts = [int(part) if part.isdecimal() else 0 for part in text.split(",")]
     size, longer = divmod(NUM_TRAIN_STEPS, len(counts))
     sizes = [size + (number < longer) for number in range(len(counts))]
@@ -101,29 +111,15 @@ def space_timesteps(steps: str | int) -> list[int]:
             f"--num-sampling-steps {text}: it must be 2 to {NUM_TRAIN_STEPS}, "
             "counts per section such as 10,15,20, or ddim25"
         )
-    chosen, start = [], 0
+    kept, start = [], 0
     for count, size in zip(counts, sizes, strict=True):
         # The place is summed up, not multiplied: its rounding is part of the published chains.
         stride, place = (size - 1) / (count - 1) if count > 1 else 1.0, 0.0
         for _ in range(count):
-            chosen.append(start + round(place))
+            kept.append(start + round(place))
             place += stride
         start += size
-    return chosen
-
-
-def _strided(text: str) -> list[int]:
-    count = int(text[4:]) if text[4:].isdecimal() else 0
-    for stride in range(1, NUM_TRAIN_STEPS // 2 + 1):
-        if len(range(0, NUM_TRAIN_STEPS, stride)) == count:
-            return list(range(0, NUM_TRAIN_STEPS, stride))
-    raise ConfigError(
-        f"--num-sampling-steps {text}: no whole stride through {NUM_TRAIN_STEPS} takes so many "
-        "steps",
-        f"use --num-sampling-steps {count}"
-        if 1 < count <= NUM_TRAIN_STEPS
-        else "for example ddim25 or ddim50",
-    )
+    return kept
 
 
 def default_num_samples(data: str) -> int:
@@ -138,7 +134,7 @@ def default_batch_size(image_size: tuple[int, int]) -> int:
 
 def decoder_of(vae: str) -> str:
     """The VAE that decodes what was trained on latents of one."""
-    # Trained with the encoder of `ema`, decoded by `mse`: so the published figures were made.
+    # Trained with the encoder of `ema`, decoded by `mse`: so the published metrics were measured.
     return SAMPLING_VAE if vae == "ema" else vae
 
 

@@ -263,7 +263,7 @@ class Sampler:
             cast_blocks(model.blocks, ctx.dtype)
         if run.machine.compile:
             model.compile()
-        self.model = model
+        self.model, self.shape = model, (model.in_chans, *run.input_size)
         self.vae = None if run.vae == NO_VAE else load_vae(find_vae(run.vae).folder, ctx.device)
 
     def __call__(self, indices: Sequence[int], after_step: Callable[[], None]) -> Tensor | None:
@@ -276,8 +276,7 @@ class Sampler:
         from spiralrope_cli.core.runtime.seeds import NoisePerImage, drawn_class
 
         run, ctx = self.run, self.ctx
-        shape = (self.model.in_chans, *run.input_size)
-        noise = NoisePerImage(run.seed, indices, shape, ctx.device)
+        noise = NoisePerImage(run.seed, indices, self.shape, ctx.device)
         if run.classes:
             classes = [run.classes[index % len(run.classes)] for index in indices]
         else:
