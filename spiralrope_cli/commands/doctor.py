@@ -6,7 +6,6 @@ import typer
 
 from spiralrope_cli.commands.command import SETTINGS, command
 from spiralrope_cli.core.config.doctor import Checkup
-from spiralrope_cli.core.config.nested import build
 
 EXAMPLES = """
 Examples:
@@ -21,7 +20,6 @@ Examples:
 """
 
 app = typer.Typer(**SETTINGS)
-OF_TRAINING = ("arch", "data", "batch_size", "micro_batch_size", "nproc", "device", "precision")
 
 
 @command(
@@ -43,9 +41,7 @@ def doctor(given: dict[str, Any]) -> None:
 
     A Hub that does not answer is told, and is no failure.
     """
-    options = {name: given[name] for name in OF_TRAINING if name in given}
-    checkup: Checkup = build(Checkup, {**given, "options": options})
-    from spiralrope_cli.core.jobs.doctor import run
+    from spiralrope_cli.core.jobs.doctor import check_machine
 
-    if not run(checkup):
+    if not check_machine(given):
         raise typer.Exit(1)

@@ -92,8 +92,7 @@ def test_a_command_knows_its_config_and_its_job_alone():
 
 
 def test_a_job_begins_without_heavy_imports():
-    jobs = [path.stem for path in (PACKAGE / "core" / "jobs").glob("[a-z]*.py")]
-    wanted = ", ".join(name for name in jobs if name != "doctor")  # torch is what it looks at
+    wanted = ", ".join(path.stem for path in (PACKAGE / "core" / "jobs").glob("[a-z]*.py"))
     code = (
         f"import sys\nfrom spiralrope_cli.core.jobs import {wanted}\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules])"

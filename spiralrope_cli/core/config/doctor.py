@@ -71,18 +71,3 @@ class Checkup:
     def dit(self) -> bool:
         """Whether the run in mind is that of a diffusion transformer."""
         return is_dit(self.arch)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something that will fail, or hurt, and what to do about it.
-
-    Attributes:
-        subject: which part of the check-up found it.
-        problem: in one line.
-        hint: what to do, may be empty.
-    """
-
-    subject: str
-    problem: str
-    hint: str = ""
