@@ -179,11 +179,7 @@ PHOTOGRAPHS: dict[str, Any] = {
 
 
 def find_data_set(data: str) -> DataSet:
-    """The data set of that name, or in that folder.
-
-    Raises:
-        DataError: neither; says what was looked for.
-    """
+    """The data set of that name, or in that folder."""
     if data in BUILT_IN:
         return BUILT_IN[data]
     root = _data_folder(data, "train/ and val/ with one folder per class")
@@ -205,11 +201,7 @@ def find_data_set(data: str) -> DataSet:
 
 
 def find_val_set(data: str) -> DataSet:
-    """The validation set of that name, or in that folder; no `train/` is needed.
-
-    Raises:
-        DataError: neither; says what was looked for.
-    """
+    """The validation set of that name, or in that folder; no `train/` is needed."""
     if data in BUILT_IN:
         return BUILT_IN[data]
     root = _data_folder(data, "val/ with one folder per class")
@@ -220,11 +212,7 @@ def find_val_set(data: str) -> DataSet:
 
 
 def find_train_set(data: str) -> DataSet:
-    """The training set of that name, or in that folder; no `val/` is needed.
-
-    Raises:
-        DataError: neither; says what was looked for.
-    """
+    """The training set of that name, or in that folder; no `val/` is needed."""
     if data in BUILT_IN:
         return BUILT_IN[data]
     root = _data_folder(data, "one folder per class, or train/ with them")
@@ -272,11 +260,7 @@ def val_folder(root: Path) -> Path | None:
 
 
 def class_names(folder: Path) -> list[str]:
-    """Class folders in plain sorted order, which gives the class numbers of published weights.
-
-    Raises:
-        DataError: there are none.
-    """
+    """Class folders in plain sorted order, which gives the class numbers of published weights."""
     try:
         entries = list(os.scandir(folder))
     except OSError as error:
@@ -290,11 +274,7 @@ def class_names(folder: Path) -> list[str]:
 
 
 def list_images(folder: Path) -> list[tuple[str, int]]:
-    """All images below the class folders, as (path, class number), sorted.
-
-    Raises:
-        DataError: no class folders, or a class without images.
-    """
+    """All images below the class folders, as (path, class number), sorted."""
     images = []
     for number, name in enumerate(class_names(folder)):
         paths = images_below(folder / name)

@@ -84,11 +84,7 @@ class EncodeRun:
 
 
 def class_folder(data: str) -> Path:
-    """The folder with one folder of images per class: `data` itself, or its `train/`.
-
-    Raises:
-        DataError: no such folder, or one without class folders.
-    """
+    """The folder with one folder of images per class: `data` itself, or its `train/`."""
     if data in BUILT_IN:
         raise DataError(
             f"--data {data} is too small for a VAE",
@@ -188,15 +184,7 @@ class CacheMetadata:
         return sum(shard.count for shard in self.shards)
 
     def check_fits(self, image_size: tuple[int, int], vae: str) -> None:
-        """Refuses latents that are not those of the run.
-
-        Args:
-            image_size: the run's, (height, width).
-            vae: the run's, `ema`, `mse` or the whole path of its folder.
-
-        Raises:
-            ConfigError: names both sides.
-        """
+        """Refuses latents of another image size (height, width) or VAE than a run has."""
         plan = self.plan
         if image_size != plan.image_size:
             ours, theirs = (f"{h}x{w}" for h, w in (image_size, plan.image_size))
@@ -212,11 +200,7 @@ class CacheMetadata:
 
 
 def read_metadata(folder: Path) -> CacheMetadata:
-    """The metadata of a whole cache.
-
-    Raises:
-        DataError: no cache, or one with a shard that is missing, cut or of another plan.
-    """
+    """The metadata of a whole cache; one with a shard that is missing or cut is refused."""
     shards, wrong = read_shards(folder)
     if not (shards or wrong):
         raise DataError(

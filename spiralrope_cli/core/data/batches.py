@@ -130,11 +130,7 @@ class TrainingData:
 def classifier_data(
     run: ClassifierRun, device: torch.device, rank: int, world_size: int, unreadable: dict[str, str]
 ) -> TrainingData:
-    """The training set of a classifier, which notes what cannot be read in `unreadable`.
-
-    Raises:
-        DataError: the set is missing.
-    """
+    """The training set of a classifier, which notes what cannot be read in `unreadable`."""
     model, options = run.model, run.augment
     read: Read
     if in_memory := run.data in BUILT_IN:
@@ -163,11 +159,7 @@ def classifier_data(
 
 
 def dit_data(run: DiTRun, device: torch.device, rank: int, world_size: int) -> TrainingData:
-    """The training set of a diffusion transformer: images, or cached posteriors of a VAE.
-
-    Raises:
-        DataError: the set is missing, or a shard of the cached latents is missing or damaged.
-    """
+    """The training set of a diffusion transformer: images, or cached posteriors of a VAE."""
     size, unreadable = run.images.image_size, dict[str, str]()
     parts = own_parts(rank, *run.split_batch(world_size))
     read: Read

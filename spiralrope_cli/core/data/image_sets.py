@@ -90,16 +90,7 @@ class Side:
 
 
 def inspect_side(path: Path, role: str, num: int = 0) -> Side:
-    """What is in a folder or file.
-
-    Args:
-        path: of the folder or the `.npz`.
-        role: SAMPLES or REFERENCE, for messages.
-        num: how many of its images count, 0 for all.
-
-    Raises:
-        DataError: it is not there, is neither, is damaged, or holds too few images.
-    """
+    """What is in a folder or file, of whose images the first `num` count; 0 for all."""
     images, stored, count, protocol = _contents(path, role)
     if images is None:
         if num and num != count:
@@ -121,11 +112,7 @@ def inspect_side(path: Path, role: str, num: int = 0) -> Side:
 
 
 def images_in(path: Path, role: str) -> ImageInput:
-    """The images of a folder or file, one at least.
-
-    Raises:
-        DataError: as `inspect_side`, or it holds statistics alone.
-    """
+    """The images of a folder or file, one at least."""
     images, *_ = _contents(path, role)
     if images is None:
         raise DataError(f"{role} {path} holds statistics, and no images")
@@ -215,9 +202,7 @@ def digest_of(side: Side, stop: threading.Event | None = None) -> str:
 def names_of(data: str, num_classes: int) -> list[str]:
     """The names of all classes, or their numbers where nobody knows.
 
-    Args:
-        data: a built-in name, a folder, or nothing for published weights.
-        num_classes: how many there must be.
+    `data` is a built-in name, a folder, or nothing for published weights.
     """
     names: list[str] = []
     if data == "fashion-mnist":

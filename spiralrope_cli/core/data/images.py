@@ -48,11 +48,7 @@ def decode(path: str) -> np.ndarray | Unreadable:
 
 
 def decode_some(folders: Iterable[Path | None], most: int) -> tuple[int, list[Unreadable]]:
-    """Decodes some images of each folder of classes, evenly spread, and at most so many.
-
-    Returns:
-        how many, and those of them that cannot be decoded.
-    """
+    """Decodes at most so many images of each folder of classes: how many, and the unreadable."""
     chosen: list[str] = []
     for folder in folders:
         paths = [path for path, _ in list_images(folder)] if folder else []
@@ -74,18 +70,7 @@ class ImageBatch:
 def image_batches(
     images: ImageInput, part: range, batch_size: int, *, threads: int, pin_memory: bool
 ) -> Generator[ImageBatch, None, None]:
-    """The images of a part of a set.
-
-    Args:
-        images: the set.
-        part: which of them, one after the other.
-        batch_size: images in a batch, at most.
-        threads: how many images are decoded at the same time; -1 goes by the cores.
-        pin_memory: whether the tensors will be copied to a GPU.
-
-    Raises:
-        DataError: the file is damaged.
-    """
+    """The images of a part of a set, decoded by so many threads; -1 goes by the cores."""
     if isinstance(images, FolderInput):
         batches = _decoded(images, part, batch_size, threads)
     else:
@@ -144,13 +129,8 @@ def in_order(
 ) -> Generator[T, None, None]:
     """The tasks' results in their order; who stops early should close it.
 
-    `Executor.map` would take all tasks at once, and so all images into memory.
-
-    Args:
-        tasks: what to call; taken one by one, in this thread.
-        threads: how many are called at the same time.
-        depth: how many results may wait, at most.
-        prepare: called once in every thread, before its first task.
+    `Executor.map` would take all tasks at once, and so all images into memory. Here tasks are taken
+    one by one, in this thread, and at most `depth` results wait.
     """
     with ThreadPoolExecutor(threads, "spiralrope", prepare) as pool:
         waiting: deque[Future[T]] = deque()

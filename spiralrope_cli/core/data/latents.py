@@ -7,9 +7,7 @@ Legend: B batch, n images of a shard, L latent channels, (h, w) latent pixels.
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-import itertools
 import json
 import os
 import zlib
@@ -21,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset
 
 from spiralrope_cli.core.atomic import atomic_write
 from spiralrope_cli.core.config.latents import (
@@ -49,11 +48,7 @@ FREE_TO_CHANGE = {"data", "vae"}
 
 
 def finished_shards(folder: Path, plan: CachePlan) -> tuple[dict[int, Shard], dict[str, str]]:
-    """Shards of a plan that lie in a folder, by number, and file -> what is wrong with others.
-
-    Raises:
-        DataError: the folder holds latents made after another plan.
-    """
+    """Shards of a plan that lie in a folder, by number, and file -> what is wrong with others."""
     shards, wrong = read_shards(folder)
     for shard in shards.values():
         if differing := _differences(shard.plan, plan):
@@ -96,10 +91,6 @@ def write_shard(
         mirrored: the same of the mirrored images.
         labels: [n] int64.
         unreadable: path -> reason of what was left out.
-
-    Raises:
-        DataError: a latent is not finite.
-        OSError: the disk is full.
     """
     if not (plain.isfinite().all() and mirrored.isfinite().all()):
         raise DataError(
@@ -157,24 +148,18 @@ def damaged_shards(folder: Path, shards: Sequence[Shard]) -> dict[str, str]:
 class LatentCache:
     """The latents of a folder, mapped: what is read costs no memory that stays.
 
-    Args:
-        folder: of the cache.
-
     Attributes:
         metadata: what it is of.
         labels: [N] int64 class numbers.
-
-    Raises:
-        DataError: no whole cache, or a shard is missing, cut or no safetensors file.
     """
 
     def __init__(self, folder: Path) -> None:
         self.metadata = read_metadata(folder)
-        opened = [open_shard(folder, shard) for shard in self.metadata.shards]
-        self._sides = [(plain, mirrored) for plain, mirrored, _ in opened]
+        opened = (open_shard(folder, shard) for shard in self.metadata.shards)
+        plain, mirrored, labels = zip(*opened, strict=True)
+        self._sides: tuple[Dataset[Tensor], ...] = ConcatDataset(plain), ConcatDataset(mirrored)
         # Copied: a view would need its page of the disk for every look at a label.
-        self.labels = torch.cat([labels for _, _, labels in opened])
-        self._ends = list(itertools.accumulate(shard.count for shard in self.metadata.shards))
+        self.labels = torch.cat(labels)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -185,11 +170,7 @@ class LatentCache:
         return self.metadata.plan.scale
 
     def verify(self) -> None:
-        """Reads every byte once; for the start of a training run, by all its processes.
-
-        Raises:
-            DataError: names the shard that is damaged.
-        """
+        """Reads every byte once; for the start of a training run, by all its processes."""
         if wrong := damaged_shards(self.metadata.folder, self.metadata.shards):
             raise damaged(self.metadata.folder, wrong)
 
@@ -208,12 +189,9 @@ class LatentCache:
         """
         shape = self.metadata.plan.latent_shape
         both = torch.empty(2, len(numbers), *shape, pin_memory=pin_memory)
-        for place, (number, side) in enumerate(
-            zip(numbers.tolist(), mirrored.tolist(), strict=True)
-        ):
-            shard = bisect.bisect_right(self._ends, number)
-            row = number - (self._ends[shard - 1] if shard else 0)
-            both[:, place] = self._sides[shard][side][row]
+        keys = zip(numbers.tolist(), mirrored.tolist(), strict=True)
+        for place, (number, side) in enumerate(keys):
+            both[:, place] = self._sides[side][number]
         return both[0], both[1]
 
 

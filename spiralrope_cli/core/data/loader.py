@@ -200,16 +200,7 @@ def load(
 ) -> Generator[Batch, None, None]:
     """Batches on the device, read ahead by loader processes, which end when it is closed.
 
-    Args:
-        files: that are read.
-        machine: number of processes, and whether unreadable images are skipped.
-        device: where batches go.
-        unreadable: path -> reason, takes the images that are skipped.
-        batches: what each batch holds.
-
-    Raises:
-        UnreadableImageError: without `skip_bad`.
-        DataError: a loader process was killed, or no readable image replaces an unreadable one.
+    Images that are skipped are noted in `unreadable`, path -> reason.
     """
     workers = machine.workers if machine.workers >= 0 else min(4, cores_per_process())
     loader = DataLoader(

@@ -52,21 +52,13 @@ def _is_unpacked(raw: Path) -> bool:
 
 
 def load_memory_set(data: str) -> tuple[MemorySplit, MemorySplit]:
-    """Training and validation split of a built-in set.
-
-    Raises:
-        DataError: the set is not here and cannot be had.
-    """
+    """Training and validation split of a built-in set."""
     return {"digits": load_digits, "fashion-mnist": load_fashion_mnist}[data]()
 
 
 @functools.lru_cache(maxsize=1)
 def splits_on(device: torch.device, data: str, channels: int) -> tuple[MemorySplit, MemorySplit]:
-    """The same on a device, kept there for all that look at the set; every process must ask.
-
-    Raises:
-        DataError: as `load_memory_set`.
-    """
+    """The same on a device, kept there for all that read the set; every process must ask."""
     with distributed.main_process_first():  # it may have to unpack or download
         train, val = load_memory_set(data)
     return train.to(device, channels), val.to(device, channels)

@@ -72,11 +72,7 @@ class EncodePlan:
 
 
 def encode(given: dict[str, Any]) -> None:
-    """Encodes the images of a folder, as far as they are not yet.
-
-    Args:
-        given: field name -> value of the options that the user gave.
-    """
+    """Encodes the images of a folder, as far as they are not yet."""
     own: TrainOptions = build(TrainOptions, given)
     values = {"precision": EXACT, "data": os.environ.get(DATA_VARIABLE), **given}
     if not values["data"]:
@@ -91,16 +87,7 @@ def encode(given: dict[str, Any]) -> None:
 
 
 def settle(run: EncodeRun, *, fetch: bool = True) -> EncodePlan:
-    """What the cache of a run will be of.
-
-    Args:
-        run: the options.
-        fetch: a published VAE, unless it is here; otherwise the plan lacks its digest.
-
-    Raises:
-        DataError: no images.
-        ConfigError, CheckpointError, FetchError: no such VAE, or none that fits.
-    """
+    """What the cache will be of; without `fetch` a published VAE may be missing, and its digest."""
     folder = class_folder(run.data)
     vae = local_vae(run.vae)
 
@@ -129,13 +116,7 @@ def settle(run: EncodeRun, *, fetch: bool = True) -> EncodePlan:
 
 
 def plan(settled: EncodePlan) -> None:
-    """Refuses what cannot work before any worker starts, and says what will be done.
-
-    Raises:
-        ConfigError, CheckpointError: the folder is one of classes, or of a run.
-        DataError: the folder holds other latents.
-        DiskError: the disk is too small.
-    """
+    """Refuses what cannot work before any worker starts, and says what will be done."""
     run, cache, vae, out = settled.run, settled.cache, settled.vae, Path(settled.out)
 
     from spiralrope_cli.core.data.latents import finished_shards
@@ -171,12 +152,7 @@ def plan(settled: EncodePlan) -> None:
 
 
 def work(plan: EncodePlan) -> None:
-    """Encodes what is missing or damaged; executed by every worker.
-
-    Raises:
-        DataError: the folder holds other latents, or no image can be read.
-        CheckpointError: the folder is in use, or the VAE cannot be read.
-    """
+    """Encodes what is missing or damaged; executed by every worker."""
     from spiralrope_cli.core.data.latents import damaged_shards, finished_shards
     from spiralrope_cli.core.runtime.distributed import open_context
 
@@ -188,37 +164,30 @@ def work(plan: EncodePlan) -> None:
         for shard in shards.values():
             if readable_now(shard, run.machine.skip_bad):
                 wrong[shard.file] = "was made when some images could not be read that now can"
-        for file, what in wrong.items():
-            say(f"{out / file} {what}; its images are encoded again", shown_on)
-        absent = [
-            n for n in range(cache.num_shards) if n not in shards and shard_file(n) not in wrong
-        ]
-        if absent and shards:
-            more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
-            say(f"{out / shard_file(absent[0])} is missing{more}: its images are encoded", shown_on)
-        shards = {number: shard for number, shard in shards.items() if shard.file not in wrong}
-        missing = [number for number in range(cache.num_shards) if number not in shards]
-        shards.update(encode_missing(plan, ctx, missing))
-        if not any(shard.count for shard in shards.values()):
+        good = {number: shard for number, shard in shards.items() if shard.file not in wrong}
+        missing = [number for number in range(cache.num_shards) if number not in good]
+        reasons = {number: wrong.get(shard_file(number), "is missing") for number in missing}
+        for reason in dict.fromkeys(reasons.values()) if shards or wrong else ():
+            first, *others = [number for number in missing if reasons[number] == reason]
+            more = f" (and {len(others)} more)" if others else ""
+            say(f"{out / shard_file(first)} {reason}{more}; encoded again", shown_on)
+        good |= encode_missing(plan, ctx, missing)
+        if not any(shard.count for shard in good.values()):
             raise DataError(f"none of the {cache.num_files} images in {cache.data} can be read")
         if not missing:
             say(f"{out} is finished: all {cache.num_shards} shards are as they should be", shown_on)
         elif ctx.is_first:
-            report(plan, [shards[number] for number in range(cache.num_shards)])
+            report(plan, [good[number] for number in range(cache.num_shards)])
 
 
 def readable_now(shard: Shard, skip_bad: bool) -> bool:
-    """Whether an image that was left out of a shard can be read by now.
-
-    Raises:
-        UnreadableImageError: one still cannot, and without --skip-bad none is left out.
-    """
+    """Whether an image that was left out of a shard can be read by now."""
     from spiralrope_cli.core.data.loader import Unreadable, open_image
 
     still = [open_image(path, lambda image: image.copy()) for path in shard.unreadable]
     bad = [each for each in still if isinstance(each, Unreadable)]
     if bad and not skip_bad:
-        raise bad[0].error()
+        raise bad[0].error()  # without --skip-bad none is left out
     return len(bad) < len(still)
 
 
@@ -273,42 +242,31 @@ def encode_shard(
     busy: int,
     advance: Callable[[int], None],
 ) -> Shard | None:
-    """Encodes and writes one shard, as `busy` processes do; None where a signal came in between.
-
-    Raises:
-        UnreadableImageError: without --skip-bad.
-    """
+    """Encodes and writes one shard, as `busy` processes do; None where a signal came in between."""
     import torch
 
     from spiralrope_cli.core.data import latents
 
     run, cache, num_files = plan.run, plan.cache, len(plan.cache.files_of(number))
     # They stay on the device until the shard is full: no batch waits for a copy.
-    sides = torch.empty(2, num_files, 2, *cache.latent_shape, device=ctx.device)
-    labels, unreadable, count = (
-        [torch.empty(0, dtype=torch.int64, device=ctx.device)],
-        dict[str, str](),
-        0,
-    )
+    sides = [torch.empty(2, 0, 2, *cache.latent_shape, device=ctx.device)]
+    labels = [torch.empty(0, dtype=torch.int64, device=ctx.device)]
+    unreadable: dict[str, str] = {}
     for first in range(0, num_files, run.batch_size):
         if ctx.stop.signal_number:
             return None
         batch = next(batches)
-        unreadable.update({bad.path: bad.reason for bad in batch.unreadable})
+        unreadable |= {bad.path: bad.reason for bad in batch.unreadable}
         if len(batch.labels):
             images = batch.images / 127.5 - 1
-            rows = slice(count, count + len(images))
-            for side, seen in enumerate((images, images.flip(-1))):
-                sides[side, rows] = torch.stack(vae.encode(seen), dim=1)
+            both = [torch.stack(vae.encode(seen), dim=1) for seen in (images, images.flip(-1))]
+            sides.append(torch.stack(both).float())
             labels.append(batch.labels)
-            count = rows.stop
         # The other processes are about as far as this one.
         advance(busy * min(run.batch_size, num_files - first))
-    plain, mirrored = sides[:, :count].cpu()
-    out = Path(run.out)
-    return latents.write_shard(
-        out, cache, number, plain, mirrored, torch.cat(labels).cpu(), unreadable
-    )
+    plain, mirrored = torch.cat(sides, dim=1).cpu()
+    tensors = plain, mirrored, torch.cat(labels).cpu()
+    return latents.write_shard(Path(run.out), cache, number, *tensors, unreadable)
 
 
 def report(plan: EncodePlan, shards: list[Shard]) -> None:
