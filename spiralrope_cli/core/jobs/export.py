@@ -9,16 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spiralrope_cli.core.config.hub import ExportRun
-from spiralrope_cli.core.config.models import is_dit
+from spiralrope_cli.core.config.models import format_size, is_dit
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.rope import given_rope
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.hub.catalog import ROWS
 from spiralrope_cli.core.hub.files import OTHER_DISK, new_path, refuse_existing, sha256_of
-from spiralrope_cli.core.hub.model_card import eval_rows, model_card
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.runtime.progress import human_size, say, say_result
-from spiralrope_cli.core.runtime.run_folder import CONFIG_FILE, EVAL_FILE, MODEL_FILE, check_space
+from spiralrope_cli.core.runtime.run_folder import (
+    CONFIG_FILE,
+    EVAL_FILE,
+    MODEL_FILE,
+    check_space,
+    read_rows,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +33,7 @@ if TYPE_CHECKING:
 
 EXPORTS_FOLDER = "exports"
 CARD_FILE = "README.md"
+CARD_TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 HEADROOM = 1 << 20  # bytes for names, args and the card beside the tensors
 GENERIC_NAMES = ("model", "ema", "checkpoint", "best_checkpoint")
 
@@ -158,19 +164,73 @@ def write_safetensors(export: Export) -> None:
         "weights": "ema" if weights.ema else "model",
         "format": "pt",
     }
-    # Of the `eval.json` beside the weights or in their run folder, the rows that are theirs.
-    folders = [weights.file.parent, *([weights.source.run] if weights.source.run else [])]
-    rows: list[dict[str, Any]] = []
-    if any((folder / EVAL_FILE).is_file() for folder in folders):
-        rows = eval_rows(folders, sha256_of(weights.file), weights.ema)
-    of_network = (weights.arch, weights.rope, weights.options)
-    card = model_card(target.name, weights.what(), *of_network, training_set(weights), rows)
+    card = model_card(target.name, weights)
     with new_path(target) as beside:
         beside.mkdir()
         save_file(export.sets[0], beside / MODEL_FILE, metadata)
         plain = json.loads(metadata["config"])  # lists, which YAML knows, in place of tuples
         (beside / CONFIG_FILE).write_text(yaml.safe_dump(plain, sort_keys=False))
         (beside / CARD_FILE).write_text(card)
+
+
+def model_card(name: str, weights: Weights) -> str:
+    """README.md of the folder, by huggingface_hub from the template beside this file."""
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    # The path of a folder of images means nothing elsewhere.
+    rows = [
+        {**row, "data": Path(row["data"]).name, "pixels": format_size(row["image_size"])}
+        for row in measured_rows(weights)
+    ]
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=row["data"],
+            dataset_name=row["data"],
+            metric_type="accuracy",
+            metric_name=f"{metric}, {row['pixels']} px, crop {row['crop_ratio']}",
+            metric_value=row[key],
+        )
+        for row in rows
+        for key, metric in (("acc1", "acc@1"), ("acc5", "acc@5"))
+    ]
+    dit, data, what = is_dit(weights.arch), training_set(weights), weights.what()
+    task = "class-conditional-image-generation" if dit else "image-classification"
+    card_data = ModelCardData(
+        license="unknown",  # licences of weights are their owners' to give
+        library_name="spiralrope",
+        tags=["spiral-rope", "rotary-position-embedding", task, "arxiv:2602.03227"],
+        pipeline_tag=None if dit else task,
+        datasets=[data] if data else None,
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    sizes = {
+        option: format_size(value) if isinstance(value, (list, tuple)) else value
+        for option, value in weights.options.items()
+    }
+    card = ModelCard.from_template(
+        card_data,
+        template_path=str(CARD_TEMPLATE),
+        name=name,
+        summary=what[:1].upper() + what[1:],
+        rows=rows,
+        model={"arch": weights.arch, **sizes},
+        rope=dataclasses.asdict(weights.rope),
+        command="dit-sample" if dit else "eval",
+    )
+    return f"{card}\n"
+
+
+def measured_rows(weights: Weights) -> list[dict[str, Any]]:
+    """Of the `eval.json` beside the weights or in their run folder, the rows that are theirs."""
+    beside = weights.file.parent
+    folders = dict.fromkeys((beside, weights.source.run or beside))
+    rows = [row for folder in folders for row in read_rows(folder / EVAL_FILE, strict=True)]
+    if not rows:
+        return []
+    digest, kind = sha256_of(weights.file), "EMA" if weights.ema else "raw"
+    return [row for row in rows if row.get("sha256") == digest and row.get("weights") == kind]
 
 
 def progress_of(weights: Weights) -> dict[str, int]:
