@@ -374,7 +374,7 @@ def test_a_folder_with_train_is_taken_by_its_train(image_folder):
         (["--data", "digits"], "--data digits is too small for a VAE"),
         (["--data", "nowhere"], "--data nowhere is no folder"),
         (["--data", "."], "has no class folders"),
-        (["--data", "PHOTOS", "--image-size", "20"], "--image-size 20x20: the VAE needs sides"),
+        (["--data", "PHOTOS", "--image-size", "20"], "--image-size 20: the VAE needs sides"),
         (["--data", "PHOTOS", "--batch-size", "0"], "--batch-size is 0"),
         (["--data", "PHOTOS", "--vae", "nowhere"], "--vae nowhere is neither ema nor mse nor"),
         (["--data", "PHOTOS", "--vae", "PHOTOS"], "has no config.json"),

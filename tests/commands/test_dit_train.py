@@ -162,8 +162,8 @@ def test_the_plan_says_what_was_settled_and_why(spiralrope, runs):
     done = spiralrope("dit-train", "--max-steps", 30, "--dry-run")
     for part in (
         "runs/dit-train-dit-ti2-digits-r0",
-        "1437 training images, 10 classes; 8x8 px, never mirrored, as pixels, in [-1, 1]",
-        "dit-ti2, 8x8 px, 4x4 patches of 2 px; 8.16 M parameters",
+        "1437 training images, 10 classes; 8 px, never mirrored, as pixels, in [-1, 1]",
+        "dit-ti2, 8 px, 4x4 patches of 2 px; 8.16 M parameters",
         "K = 2 directions",
         "30 steps, 22 per epoch: 1.36 epochs",
         "by option    max_steps 30",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from spiralrope_cli.core.config.latents import VAE_FACTOR, VAE_NAMES
-from spiralrope_cli.core.config.models import SIZE, dit_size
+from spiralrope_cli.core.config.models import SIZE, dit_size, format_size
 from spiralrope_cli.core.config.option import (
     DATA,
     MODEL,
@@ -263,10 +263,9 @@ class DiTRun:
         if images.latents:
             seen = f"as latents of the VAE {images.vae}, cached in {images.latents}"
         mirrored = f"mirrored with p = {images.hflip:g}" if images.hflip else "never mirrored"
-        height, width = images.image_size
         return (
             f"{self.data}: {self.num_train} training images, {self.model.num_classes} classes; "
-            f"{height}x{width} px, {mirrored}, {seen}"
+            f"{format_size(images.image_size)} px, {mirrored}, {seen}"
         )
 
     def misfits(self, before: dict[str, Any]) -> list[str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated
 
 from spiralrope_cli.core.config.datasets import BUILT_IN, class_folders, class_names
-from spiralrope_cli.core.config.models import SIZE
+from spiralrope_cli.core.config.models import SIZE, format_size
 from spiralrope_cli.core.config.option import DATA, MACHINE, PATH, RUN, Opt, check_fields
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError, DataError
@@ -76,10 +76,10 @@ class EncodeRun:
         check_fields(self)
         nearest = [max(1, round(side / VAE_FACTOR)) * VAE_FACTOR for side in self.image_size]
         if nearest != [*self.image_size]:
-            height, width = self.image_size
             raise ConfigError(
-                f"--image-size {height}x{width}: the VAE needs sides that {VAE_FACTOR} divides",
-                f"the nearest: {nearest[0]}x{nearest[1]}",
+                f"--image-size {format_size(self.image_size)}: the VAE needs sides that "
+                f"{VAE_FACTOR} divides",
+                f"the nearest: {format_size(nearest)}",
             )
 
 
@@ -187,7 +187,7 @@ class CacheMetadata:
         """Refuses latents of another image size (height, width) or VAE than a run has."""
         plan = self.plan
         if image_size != plan.image_size:
-            ours, theirs = (f"{h}x{w}" for h, w in (image_size, plan.image_size))
+            ours, theirs = map(format_size, (image_size, plan.image_size))
             raise ConfigError(
                 f"--latents {self.folder} are of {theirs} px images, --image-size is {ours}",
                 "leave --image-size out, or encode the images anew by spiralrope dit-encode",

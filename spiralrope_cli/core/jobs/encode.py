@@ -27,6 +27,7 @@ from spiralrope_cli.core.config.latents import (
     shard_file,
     shard_size_for,
 )
+from spiralrope_cli.core.config.models import format_size
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.resolve import DATA_VARIABLE
 from spiralrope_cli.core.config.training import MachineConfig, TrainOptions
@@ -137,12 +138,11 @@ def plan(settled: EncodePlan) -> None:
     found = (
         f"{vae.folder}, sha256 {cache.vae_sha256[:16]}" if vae else "not here (it would be fetched)"
     )
-    height, width = cache.image_size
     channels, rows, columns = cache.latent_shape
     goes_on = f", {len(there)} are there" if there else ""
     for line in (
         f"data   {cache.data}: {cache.num_files} images, {len(cache.class_names)} classes",
-        f"crop   {height}x{width} px, ADM's centre crop, plain and mirrored",
+        f"crop   {format_size(cache.image_size)} px, ADM's centre crop, plain and mirrored",
         f"VAE    {run.vae}: {found}, {cache.precision}",
         f"cache  {out}: {human_size(total)} in {cache.num_shards} shards{goes_on}; "
         f"{channels}x{rows}x{columns} latents, mean and deviation in float32",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from spiralrope_cli import __version__
 from spiralrope_cli.core.config.dit_runs import NO_VAE
-from spiralrope_cli.core.config.models import is_dit
+from spiralrope_cli.core.config.models import format_size, is_dit
 from spiralrope_cli.core.config.nested import build as build_config
 from spiralrope_cli.core.config.resolve import RUNS_FOLDER, named_folder
 from spiralrope_cli.core.config.rope import given_rope
@@ -192,12 +192,11 @@ def metadata_of(run: SampleRun, weights: Weights) -> dict[str, Any]:
 # ---- plan
 def plan(run: SampleRun, weights: Weights, files: SampleFiles) -> None:
     """Says on stderr what will be drawn."""
-    height, width = run.image_size
     drawn = run.num_samples - len(files.missing())
     there = f"; {drawn} are there" if drawn else ""
     vae = run.vae if run.vae_sha256 or run.vae == NO_VAE else f"{run.vae} (to be fetched)"
     classes = ",".join(map(str, run.classes)) if run.classes else f"drawn from {run.num_classes}"
-    images = f"{run.num_samples} of {height}x{width} px"
+    images = f"{run.num_samples} of {format_size(run.image_size)} px"
     chain = f"{run.sampler}, {run.num_sampling_steps} steps, guidance {run.guidance.summary}"
     for name, text in (
         ("samples", run.out),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from rich.table import Table
 
 from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
-from spiralrope_cli.core.config.models import is_dit
+from spiralrope_cli.core.config.models import format_size, is_dit
 from spiralrope_cli.core.config.nested import build, flat_values
 from spiralrope_cli.core.config.option import leaves
 from spiralrope_cli.core.config.resolve import Resolved, StartingPoint, resolve
@@ -155,11 +155,11 @@ def plan_rows(run: TrainingRun, first_step: int) -> dict[str, str]:
     if run.source:
         rows["start"] = start_line(run)
     parameters, flops = model_cost(run)
-    (rows_of_grid, columns), (_, height, width) = run.grid, run.input_shape
+    (rows_of_grid, columns), (_, *size) = run.grid, run.input_shape
     rows["data"] = run.data_line
     rows["model"] = (
-        f"{run.arch}, {height}x{width} {run.unit}, {rows_of_grid}x{columns} patches of "
-        f"{height // rows_of_grid} {run.unit}; "
+        f"{run.arch}, {format_size(size)} {run.unit}, {rows_of_grid}x{columns} patches of "
+        f"{size[0] // rows_of_grid} {run.unit}; "
         f"{parameters / 1e6:.2f} M parameters, {flops / 1e9:.3g} GFLOPs per image"
     )
     no_rope = f"none: {run.positions} positions alone"

@@ -182,11 +182,11 @@ def about_training(folder: Path) -> tuple[str, dict[str, str]]:
 
 def about_samples(metadata: dict[str, Any]) -> str:
     """What was drawn, and from which weights."""
-    height, width = metadata["image_size"]
     return (
         f"dit-sample of {metadata['arch']} from {metadata['source']}: {metadata['num']:,} images "
-        f"of {height}x{width} px, {metadata['sampler']} in {metadata['steps']} steps, guidance "
-        f"{metadata['cfg_scale']:g}, {metadata['weights']} weights."
+        f"of {format_size(metadata['image_size'])} px, {metadata['sampler']} in "
+        f"{metadata['steps']} steps, guidance {metadata['cfg_scale']:g}, "
+        f"{metadata['weights']} weights."
     )
 
 
