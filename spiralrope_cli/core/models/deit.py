@@ -56,7 +56,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos_sin: Tensor | None) -> Tensor:
         """[B, N, C] and [N, D/2, 2] cosines and sines -> [B, N, C]."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, H, D]
-        # One unbind: its gradient is one stack, where slices would each fill a whole tensor.
+        # The gradient of unbind is one stack; that of each slice would be a whole tensor.
         q, k, v = fp32_on_cpu(qkv).unbind(2)  # [B, N, H, D]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)

@@ -86,7 +86,7 @@ class DiTBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qk_norm: bool) -> None:
         super().__init__()
         self.attn = Attention(dim, num_heads, qk_norm)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), gelu="tanh")
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), gelu="tanh")  # approximated, as published
         self.adaLN_modulation = modulation(dim, 6)
 
     def forward(self, x: Tensor, cos_sin: Tensor | None, condition: Tensor) -> Tensor:

@@ -86,9 +86,9 @@ class DiffusionLoss:
         """Draws timesteps, dropped labels and noise, in generators of their own."""
         seed, step, size = self.config.seed, state.step, self.config.optim.batch_size
         x0 = self.clean(step, batch)
-        t = torch.randint(
-            self.diffusion.num_steps, (size,), generator=generator_for(seed, "timestep", step)
-        )
+        # Drawn for the whole batch of the step, of which this micro batch is a part.
+        generator = generator_for(seed, "timestep", step)
+        t = torch.randint(self.diffusion.num_steps, (size,), generator=generator)
         t = t[batch.at.part].to(self.device, non_blocking=True)
         drop_mask = cast(DiT, state.model).label_drop_mask(size, generator_for(seed, "label", step))
         if drop_mask is not None:

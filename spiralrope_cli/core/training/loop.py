@@ -154,7 +154,7 @@ def build_state(
     The checkpoint of the step, if it is not 0, replaces the initial weights and those that
     `start_from_source` loads.
     """
-    seed_everything(config.seed, "init")
+    seed_everything(config.seed, "init")  # the same initial weights in every process
     model = model_of(config)
     if config.source and not step:
         start_from_source(model)
