@@ -24,7 +24,7 @@ from spiralrope_cli.core.runtime.launch import usable_cores
 from spiralrope_cli.core.runtime.progress import say
 from spiralrope_cli.core.runtime.run_folder import ENVIRONMENT_FILE, hold_folder, write_json
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 TIMEOUT = timedelta(minutes=30)
 """One process may be busy for long while the others wait: it unpacks a data set, for example."""
@@ -93,7 +93,7 @@ def all_reduce_min(value: Tensor) -> Tensor:
     return value
 
 
-def all_gather_object(value: T) -> list[T]:
+def all_gather_object(value: _T) -> list[_T]:
     """The values of all processes, by rank."""
     if not dist.is_initialized():
         return [value]
