@@ -25,7 +25,7 @@ COMMANDS = {
     "pretrain": "Train a DeiT with Spiral RoPE from scratch.",
     "finetune": "Finetune a DeiT from a run, a checkpoint file or published weights.",
     "eval": "Measure acc@1, acc@5 and loss on the validation images.",
-    "run": "Whole pipelines, from the first training to the last figure, in one folder.",
+    "run": "Whole pipelines, from the first training to the last metric, in one folder.",
     "dit-train": "Train a DiT with Spiral RoPE: a diffusion transformer, by class.",
     "dit-encode": "Encode images by a VAE once, so that DiT trains from cached latents.",
     "dit-sample": "Draw images with a DiT: a run, a checkpoint file or published weights.",
@@ -64,7 +64,7 @@ def main() -> None:
     share_the_machine()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # else it is closed, or a test's
-            stream.reconfigure(errors="replace")  # figures are not lost for want of a letter
+            stream.reconfigure(errors="replace")  # metrics are not lost for want of a letter
     try:
         app(prog_name="spiralrope")
         return

@@ -35,7 +35,7 @@ Examples:
 def plot_run(given: dict[str, Any]) -> None:
     """Loss, accuracy or variational bound, learning rate and speed of training runs.
 
-    Several runs share the panels. Prints the path of the picture.
+    Several runs share the panels. Prints the path of the figure.
     """
     from spiralrope_cli.core.jobs.plot import draw_run
 
@@ -70,7 +70,7 @@ Examples:
 def plot_rope(given: dict[str, Any]) -> None:
     """What a Spiral RoPE does: directions, frequencies, the clamp's reach, scores.
 
-    Prints the path of the picture.
+    Prints the path of the figure.
     """
     from spiralrope_cli.core.jobs.plot import draw_rope
 
@@ -98,7 +98,7 @@ Examples:
     defaults=BY_WEIGHTS,
 )
 def plot_attention(given: dict[str, Any]) -> None:
-    """Where a DeiT's class token, or a patch, looks in a picture: a map for each head.
+    """Where a DeiT's class token, or a patch, looks in an image: a map for each head.
 
     Brightness goes up to the largest value of each map, which is written above it.
     """

@@ -53,7 +53,7 @@ NOT_HERE = (
 
 @app.callback()
 def run() -> None:
-    """Whole pipelines, from the first training to the last figure, in one folder."""
+    """Whole pipelines, from the first training to the last metric, in one folder."""
 
 
 @command(

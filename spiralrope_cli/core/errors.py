@@ -47,7 +47,7 @@ class DataError(SpiralRopeError):
 
 
 class UnreadableImageError(DataError):
-    """One damaged picture, which one process alone may meet."""
+    """One damaged image, which one process alone may meet."""
 
 
 class CheckpointError(SpiralRopeError):

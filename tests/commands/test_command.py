@@ -262,7 +262,8 @@ def test_a_command_can_leave_out_and_reword():
     told = {parameter.name: parameter.help for parameter in typer.main.get_command(one).params}
     assert "nproc" not in told
     assert told["precision"] == r"Of the VAE. (auto, fp32, bf16) [dim]\[fp32][/dim]"
-    assert told["device"] == "By default a GPU, else the CPU. (auto, cpu, cuda, mps)"
+    device = "Device; by default a GPU if there is one, else the CPU. (auto, cpu, cuda, mps)"
+    assert told["device"] == device
 
 
 # --- Names of earlier versions, and of other tools.

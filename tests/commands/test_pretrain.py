@@ -275,7 +275,7 @@ def test_the_plan_says_what_was_settled_and_why(spiralrope, runs):
     plan = spiralrope("pretrain", "--arch", "deit-s", "--nproc", 2, "--dry-run").stderr
     for part in (
         "runs/pretrain-deit-s-digits-r2",
-        "1437 training and 360 held-out images, 10 classes",
+        "1437 training and 360 validation images, 10 classes",
         "21.31 M parameters",
         "GFLOPs per image",
         "K = 4 directions, every 45 degrees",

@@ -51,7 +51,7 @@ class DiTModelConfig:
             was="--label-dropout",
         ),
     ]
-    qk_norm: Annotated[bool, Opt("Normalise queries and keys.", MODEL)]
+    qk_norm: Annotated[bool, Opt("Normalise queries and keys (QK norm).", MODEL)]
     pretrain_grid: tuple[int, int] | None = None  # patches that positions refer to, if not its own
 
     def __post_init__(self) -> None:
@@ -70,7 +70,7 @@ class ImageConfig:
     image_size: Annotated[
         tuple[int, int], Opt("Side, or height x width, in pixels.", MODEL, **SIZE)
     ]
-    hflip: Annotated[float, Opt("Probability of mirroring.", DATA, ge=0, le=1)]
+    hflip: Annotated[float, Opt("Probability of a horizontal flip.", DATA, ge=0, le=1)]
     vae: Annotated[
         str,
         Opt(
@@ -107,12 +107,12 @@ class DiTCheckpointConfig:
     # Log points are the only moments that wait for the device.
     log_every: Annotated[int, Opt("Steps between log points.", RUN, ge=1, free=True)]
     sample_every: Annotated[
-        int, Opt("Steps between sample grids; 0: at the end alone.", RUN, ge=0, free=True)
+        int, Opt("Steps between sample grids; 0: only at the end.", RUN, ge=0, free=True)
     ]
     save_every: Annotated[int, Opt("Steps between checkpoints.", RUN, ge=1, free=True)]
-    keep_last: Annotated[int, Opt("Newest checkpoints kept.", RUN, ge=1, free=True)]
+    keep_last: Annotated[int, Opt("Newest checkpoints to keep.", RUN, ge=1, free=True)]
     keep_every: Annotated[
-        int, Opt("Steps whose multiples are kept for good; 0: none.", RUN, ge=0, free=True)
+        int, Opt("Keep checkpoints at multiples of this; 0: none.", RUN, ge=0, free=True)
     ]
 
     def __post_init__(self) -> None:
@@ -123,7 +123,7 @@ class DiTCheckpointConfig:
 class DiTOptimConfig(OptimConfig):
     """Optimizer, schedule and averages; no run of the published code had another schedule."""
 
-    schedule: Annotated[Literal["cosine", "constant"], Opt("Per step, or flat.", RECIPE)]
+    schedule: Annotated[Literal["cosine", "constant"], Opt("Cosine per step, or constant.", RECIPE)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +157,7 @@ class DiTRun:
             "Run folder; by default runs/COMMAND-ARCH-DATA-rROTATE[-NAME].", RUN, **PATH, free=True
         ),
     ]
-    seed: Annotated[int, Opt("Of initial weights, data order, timesteps and noise.", RUN, ge=0)]
+    seed: Annotated[int, Opt("Seed of weights, data order, timesteps and noise.", RUN, ge=0)]
     num_train: Annotated[int, "the number of training images"]
     source: Annotated[
         str,

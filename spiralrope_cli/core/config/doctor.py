@@ -27,7 +27,7 @@ class Checkup:
     arch: Annotated[
         str,
         Opt(
-            "A deit-... or dit-... whose needs are looked at; by default the data set's.",
+            "Architecture to check, a deit-... or dit-...; by default the data set's.",
             MODEL,
             metavar="NAME",
             complete="archs",
@@ -47,11 +47,11 @@ class Checkup:
         int,
         Opt("Images of dit-sample; 50000, or 200 of a built-in set.", RUN, ge=0, was="--num"),
     ] = 0
-    batch_size: Annotated[int | None, Opt("Images per optimizer step, in all.", RUN, ge=1)] = None
+    batch_size: Annotated[int | None, Opt("Total images per optimizer step.", RUN, ge=1)] = None
     micro_batch_size: Annotated[
-        int | None, Opt("Images at a time per process, at most.", RUN, ge=1)
+        int | None, Opt("Images per process and pass; gradients accumulate.", RUN, ge=1)
     ] = None
-    offline: Annotated[bool, Opt("Do not ask the Hub.", SHOW)] = False
+    offline: Annotated[bool, Opt("Do not contact the Hub.", SHOW)] = False
     as_json: Annotated[bool, Opt("JSON on stdout, nothing else.", SHOW, flag="--json")] = False
     options: dict[str, Any] = field(default_factory=dict)  # those of a training command, as given
     machine: MachineConfig = field(default_factory=MachineConfig)

@@ -17,10 +17,10 @@ from spiralrope_cli.core.config.option import (
     DATA,
     IMAGES,
     MACHINE,
+    METRICS,
     OUTPUT,
     PATH,
-    SCORES,
-    WHICH,
+    WEIGHTS,
     Opt,
     check_fields,
     idle_lines,
@@ -47,15 +47,15 @@ class EvalOptions:
             many=True,
         ),
     ] = ()
-    ema: Annotated[bool, Opt("Averaged weights, not the raw.", WHICH, flag="--ema/--no-ema")] = (
+    ema: Annotated[bool, Opt("EMA weights, not the raw ones.", WEIGHTS, flag="--ema/--no-ema")] = (
         False
     )
-    best: Annotated[bool, Opt("A run's best checkpoint, not its last.", WHICH)] = False
+    best: Annotated[bool, Opt("A run's best checkpoint, not its last.", WEIGHTS)] = False
     every: Annotated[
         bool,
         Opt(
             "Eight rows: best and last, crop ratios 0.875 and 1.0, raw and EMA weights.",
-            WHICH,
+            WEIGHTS,
             flag="--all",
         ),
     ] = False
@@ -187,17 +187,17 @@ class FidRun:
         int,
         Opt("Only the first N of SAMPLES; fewer are an error. 0: all.", IMAGES, ge=0, was="--num"),
     ] = 0
-    weights: Annotated[str, Opt("Inception's, if not those fetched.", IMAGES, metavar="FILE")] = ""
+    weights: Annotated[str, Opt("Inception weights, if not fetched.", IMAGES, metavar="FILE")] = ""
     select: Annotated[
         tuple[str, ...],
-        Opt(f"Of {','.join(FID_METRICS)}.", SCORES, metavar="NAMES", read=words, expects="names"),
+        Opt(f"Of {','.join(FID_METRICS)}.", METRICS, metavar="NAMES", read=words, expects="names"),
     ] = tuple(FID_METRICS)
-    kid_subsets: Annotated[int, Opt("KID's subsets.", SCORES, ge=1)] = 100
-    kid_subset_size: Annotated[int, Opt("Images in each of them.", SCORES, ge=2)] = 1000
+    kid_subsets: Annotated[int, Opt("Subsets of KID.", METRICS, ge=1)] = 100
+    kid_subset_size: Annotated[int, Opt("Images per subset of KID.", METRICS, ge=2)] = 1000
     bootstrap: Annotated[
-        int, Opt("Error bar of the FID from N draws of SAMPLES.", SCORES, ge=0)
+        int, Opt("Resamples of SAMPLES for an error bar of the FID; 0: none.", METRICS, ge=0)
     ] = 0
-    seed: Annotated[int, Opt("Of KID's subsets and of the bootstrap.", SCORES, ge=0)] = 2020
+    seed: Annotated[int, Opt("Seed of KID subsets and bootstrap.", METRICS, ge=0)] = 2020
     as_json: Annotated[bool, Opt("The result as JSON on stdout.", OUTPUT, flag="--json")] = False
     save_stats: Annotated[
         str,
@@ -208,9 +208,7 @@ class FidRun:
         ),
     ] = ""
     result_file: str = ""  # where the JSON goes too
-    batch_size: Annotated[
-        int, Opt("Images at a time per process; it changes no metric.", MACHINE, ge=1)
-    ] = 32
+    batch_size: Annotated[int, Opt("Images per batch and process.", MACHINE, ge=1)] = 32
     machine: FeatureMachine = field(default_factory=FeatureMachine)
 
     def __post_init__(self) -> None:

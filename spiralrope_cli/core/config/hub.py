@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from spiralrope_cli.core.config.option import PATH, SHOW, SOURCE, WHERE, WRITE, Opt, check_fields
+from spiralrope_cli.core.config.option import (
+    DOWNLOAD,
+    EXPORT,
+    PATH,
+    SHOW,
+    SOURCE,
+    Opt,
+    check_fields,
+)
 from spiralrope_cli.core.errors import ConfigError
 
 PUBLISHED_SUFFIXES = (".pth", ".pt")
@@ -26,18 +34,18 @@ class FetchRun:
     names: Annotated[
         tuple[str, ...],
         Opt(
-            "What to fetch; --list shows the names.",
+            "Published name; --list shows them.",
             metavar="NAME",
             complete="published",
             argument=True,
             many=True,
         ),
     ] = ()
-    show_list: Annotated[bool, Opt("Show all names and what is here.", SHOW, flag="--list")] = False
+    show_list: Annotated[bool, Opt("List names and what is here.", SHOW, flag="--list")] = False
     as_json: Annotated[bool, Opt("The result as JSON on stdout.", SHOW, flag="--json")] = False
-    out: Annotated[str, Opt("Folder for a copy under the file's own name.", WHERE, **PATH)] = ""
-    revision: Annotated[str | None, Opt("Branch, tag or commit on the Hub.", WHERE)] = None
-    offline: Annotated[bool, Opt("Take what is here and ask nobody.", WHERE)] = False
+    out: Annotated[str, Opt("Folder for a copy under the file's own name.", DOWNLOAD, **PATH)] = ""
+    revision: Annotated[str | None, Opt("Branch, tag or commit on the Hub.", DOWNLOAD)] = None
+    offline: Annotated[bool, Opt("Use only local files; no network.", DOWNLOAD)] = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -54,22 +62,22 @@ class ExportRun:
     source: Annotated[str, SOURCE]
     layout: Annotated[
         Literal["published", "safetensors"],
-        Opt("A file as the published ones, or a folder with a model card.", WRITE, required=True),
+        Opt("A file as published, or a folder with a model card.", EXPORT, required=True),
     ]
     ema: Annotated[
         bool | None,
         Opt(
-            "Averaged or raw weights alone. Without: raw ones, and both in a published file.",
-            WRITE,
+            "Only the EMA or the raw weights; by default raw, or both in a published file.",
+            EXPORT,
             flag="--ema/--no-ema",
         ),
     ] = None
-    best: Annotated[bool, Opt("A run's best checkpoint, not its last.", WRITE)] = False
+    best: Annotated[bool, Opt("A run's best checkpoint, not its last.", EXPORT)] = False
     out: Annotated[
         str,
         Opt(
             "File (published) or folder (safetensors); by default below exports/.",
-            WRITE,
+            EXPORT,
             **{**PATH, "metavar": "PATH"},
         ),
     ] = ""

@@ -69,7 +69,7 @@ class EncodeRun:
     image_size: Annotated[
         tuple[int, int], Opt("Side, or height x width, after the centre crop.", DATA, **SIZE)
     ] = (256, 256)
-    batch_size: Annotated[int, Opt("Images at a time per process.", MACHINE, ge=1)] = 16
+    batch_size: Annotated[int, Opt("Images per batch and process.", MACHINE, ge=1)] = 16
     machine: MachineConfig = field(default_factory=MachineConfig)
 
     def __post_init__(self) -> None:

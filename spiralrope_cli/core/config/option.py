@@ -2,7 +2,7 @@
 
 The field is the only place of an option:
 
-    epochs: Annotated[int, Opt("Length in epochs.", RUN, ge=1)]
+    epochs: Annotated[int, Opt("Number of epochs.", RUN, ge=1)]
 
 Command line, YAML and Python share its name, type, bounds and messages. A field without `Opt` is
 set by no option; a word in its place, `Annotated[int, "the number of images"]`, is its name in
@@ -24,14 +24,14 @@ from typing import Any
 
 from spiralrope_cli.core.errors import ConfigError
 
-STAGES, WHICH, LOOK, WRITE = "Stages", "Which weights", "What to look at", "What to write"
-WHERE, SHOW, SAMPLING, PICTURES = "Where from and to", "What to show", "Sampling", "Pictures"
-IMAGES, SCORES, MODEL, ROPE = "Images and features", "Figures", "Model", "Spiral RoPE"
-DATA, RECIPE, SAMPLES = "Data and augmentation", "Recipe", "Samples and figures"
-RUN, PICTURE, OUTPUT, MACHINE = "Run", "Picture", "Output", "Machine"
+STAGES, WEIGHTS, ATTENTION, EXPORT = "Stages", "Weights", "Attention", "Export"
+DOWNLOAD, SHOW, SAMPLING, IMAGES = "Download", "Display", "Sampling", "Images"
+METRICS, MODEL, ROPE = "Metrics", "Model", "Spiral RoPE"
+DATA, RECIPE, SAMPLES = "Data and augmentation", "Recipe", "Samples and metrics"
+RUN, FIGURE, OUTPUT, MACHINE = "Run", "Figure", "Output", "Machine"
 PANELS = (
-    *(STAGES, WHICH, LOOK, WRITE, WHERE, SHOW, SAMPLING, PICTURES, IMAGES, SCORES),
-    *(MODEL, ROPE, DATA, RECIPE, SAMPLES, PICTURE, RUN, OUTPUT, MACHINE),
+    *(STAGES, WEIGHTS, ATTENTION, EXPORT, DOWNLOAD, SHOW, SAMPLING, IMAGES, METRICS),
+    *(MODEL, ROPE, DATA, RECIPE, SAMPLES, FIGURE, RUN, OUTPUT, MACHINE),
 )
 """Headings of the help, in this order."""
 

@@ -43,12 +43,12 @@ FOLDER = Opt("Folder of all stages; by default runs/run-...-ARCH-DATA-rROTATE[-N
 class DeiTStages:
     """What `run deit` takes beside the options of its pretraining."""
 
-    eval_only: Annotated[bool, Opt("Measure what is there, train nothing.", STAGES)] = False
-    skip_training: Annotated[bool, Opt("Finetune and measure what was pretrained.", STAGES)] = False
+    eval_only: Annotated[bool, Opt("Evaluate only; train nothing.", STAGES)] = False
+    skip_training: Annotated[bool, Opt("Finetune the saved pretraining run.", STAGES)] = False
     with_finetune: Annotated[
         bool,
         Opt(
-            "With the second training, or measure the first one.",
+            "Finetune after pretraining, or evaluate the pretrained model.",
             STAGES,
             flag="--finetune/--no-finetune",
         ),
@@ -67,21 +67,19 @@ class DeiTStages:
     seeds: Annotated[
         tuple[int, ...],
         Opt(
-            "0,1,2: each configuration with each of these, the data order included.",
+            "0,1,2: repeat every configuration with each seed (weights, data order, augmentation).",
             STAGES,
             metavar="N,N",
             read=numbers,
             expects="a list of numbers, such as 0,1,2",
         ),
     ] = ()
-    finetune_epochs: Annotated[int | None, Opt("Length of finetuning.", RUN, ge=1)] = None
+    finetune_epochs: Annotated[int | None, Opt("Number of epochs of finetuning.", RUN, ge=1)] = None
     finetune_max_steps: Annotated[
         int | None,
-        Opt("Finetuning in steps, in place of epochs.", RECIPE, ge=0, was="--finetune-steps"),
+        Opt("Steps of finetuning, in place of epochs.", RECIPE, ge=0, was="--finetune-steps"),
     ] = None
-    finetune_lr: Annotated[float | None, Opt("Base learning rate of finetuning.", RECIPE, ge=0)] = (
-        None
-    )
+    finetune_lr: Annotated[float | None, Opt("Learning rate of finetuning.", RECIPE, ge=0)] = None
     finetune_warmup_epochs: Annotated[int | None, Opt("Warm-up of finetuning.", RECIPE, ge=0)] = (
         None
     )
@@ -130,28 +128,28 @@ class DiTStages:
     from_legacy: Annotated[str | None, FROM_LEGACY] = None
     num_samples: Annotated[
         int | None,
-        Opt("Images to draw; 50000, or 200 for a built-in set.", SAMPLES, ge=1, was="--num"),
+        Opt("Number of images; 50000, or 200 of a built-in set.", SAMPLES, ge=1, was="--num"),
     ] = None
     sampler: Annotated[SamplerName, Opt("As dit-sample --sampler.", SAMPLES)] = SampleRun.sampler
     num_sampling_steps: Annotated[
         str,
-        Opt("250, or ddim25, ..., as in dit-sample.", SAMPLES, was="--sampling-steps"),
+        Opt("Sampling steps: 250, or ddim25.", SAMPLES, was="--sampling-steps"),
     ] = SampleRun.num_sampling_steps
-    cfg_scale: Annotated[float, Opt("Guidance; 1 is none.", SAMPLES, ge=1)] = (
+    cfg_scale: Annotated[float, Opt("Guidance scale; 1: none.", SAMPLES, ge=1)] = (
         GuidanceConfig.cfg_scale
     )
-    sampling_seed: Annotated[int, Opt("Of the samples, whatever --seed is.", SAMPLES, ge=0)] = (
+    sampling_seed: Annotated[int, Opt("Seed of sampling; not --seed.", SAMPLES, ge=0)] = (
         SampleRun.seed
     )
     reference: Annotated[
         str,
         Opt(
-            "Real images or their statistics, a folder or an .npz: measure FID against them.",
+            "Real images or their statistics, a folder or an .npz, for the FID.",
             SAMPLES,
             metavar="FILE",
         ),
     ] = ""
-    weights: Annotated[str, Opt("Inception's, if not those fetched.", SAMPLES, metavar="FILE")] = ""
+    weights: Annotated[str, Opt("Inception weights, if not fetched.", SAMPLES, metavar="FILE")] = ""
     out: Annotated[str, FOLDER] = ""
 
     def __post_init__(self) -> None:

@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 
 from spiralrope_cli.core.config.models import SIZE
 from spiralrope_cli.core.config.option import (
-    LOOK,
+    ATTENTION,
+    FIGURE,
     MODEL,
     PATH,
-    PICTURE,
     ROPE,
     SOURCE,
     Opt,
@@ -38,10 +38,10 @@ class FigureFile:
 
     out: Annotated[
         str,
-        Opt("A .png or .svg; by default below plots/.", PICTURE, **{**PATH, "metavar": "FILE"}),
+        Opt("A .png or .svg; by default below plots/.", FIGURE, **{**PATH, "metavar": "FILE"}),
     ] = ""
     format: Annotated[
-        Literal["png", "svg"] | None, Opt("Where --out is not given; png.", PICTURE)
+        Literal["png", "svg"] | None, Opt("File format without --out; png.", FIGURE)
     ] = None
 
     def __post_init__(self) -> None:
@@ -69,14 +69,14 @@ class RunPlot:
     runs: Annotated[
         tuple[str, ...],
         Opt(
-            "Run folders, or their names.",
+            "Run folders, or names below runs/.",
             metavar="RUN",
             complete="training_runs",
             argument=True,
             many=True,
         ),
     ]
-    over: Annotated[Literal["step", "epoch"], Opt("Below the curves.", PICTURE)] = "step"
+    over: Annotated[Literal["step", "epoch"], Opt("X axis of the curves.", FIGURE)] = "step"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -99,19 +99,19 @@ class RopePlot:
         ),
     ] = (RopeConfig.rotate,)
     arch: Annotated[
-        str, Opt("Whose heads and grid; deit-s, dit-xl2, ...", MODEL, complete="archs")
+        str, Opt("Gives heads and grid; deit-s, dit-xl2, ...", MODEL, complete="archs")
     ] = "deit-s"
-    head_dim: Annotated[int, Opt("Channels per head; or by --arch.", MODEL)]
+    head_dim: Annotated[int, Opt("Channels per head; by default those of --arch.", MODEL)]
     grid: Annotated[
         tuple[int, int], Opt("Patches, a side or rows x columns; or by --arch.", MODEL, **SIZE)
     ]
     pretrain_grid: Annotated[
         tuple[int, int],
-        Opt("Patches that the model was trained at; by default --grid.", MODEL, **SIZE),
+        Opt("Grid of patches in training; by default --grid.", MODEL, **SIZE),
     ]
     panels: Annotated[
         tuple[Literal["rose", "frequencies", "clamp", "score"], ...],
-        Opt("Panels, repeatable; all.", PICTURE, flag="--show", many=True),
+        Opt("Panel to draw; repeatable. By default all.", FIGURE, flag="--show", many=True),
     ] = ROPE_PANELS  # type: ignore[assignment]
     ropes: tuple[RopeConfig, ...]
 
@@ -131,12 +131,12 @@ class AttentionPlot:
     """Where a token of a DeiT looks in one image."""
 
     source: Annotated[str, SOURCE]
-    image: Annotated[str, Opt("A picture's file.", metavar="IMAGE", argument=True)]
+    image: Annotated[str, Opt("Image file.", metavar="IMAGE", argument=True)]
     patch: Annotated[
         tuple[int, int] | None,
         Opt(
-            "Patch that looks, counted from 0; by default the class token.",
-            LOOK,
+            "Query patch, from 0,0; by default the class token.",
+            ATTENTION,
             metavar="ROW,COL",
             read=pair,
             expects="ROW,COL, as 7,3",
@@ -144,17 +144,17 @@ class AttentionPlot:
     ] = None
     layers: Annotated[
         tuple[int, ...],
-        Opt("From 0, repeatable; by default the last.", LOOK, flag="--layer", ge=0, many=True),
+        Opt("From 0, repeatable; by default the last.", ATTENTION, flag="--layer", ge=0, many=True),
     ] = ()
     heads: Annotated[
         tuple[int, ...],
-        Opt("From 0, repeatable; by default all.", LOOK, flag="--head", ge=0, many=True),
+        Opt("From 0, repeatable; by default all.", ATTENTION, flag="--head", ge=0, many=True),
     ] = ()
-    ema: Annotated[bool, Opt("Averaged weights, not raw ones.", LOOK)] = False
-    best: Annotated[bool, Opt("A run's best checkpoint.", LOOK)] = False
+    ema: Annotated[bool, Opt("EMA weights, not the raw ones.", ATTENTION)] = False
+    best: Annotated[bool, Opt("A run's best checkpoint.", ATTENTION)] = False
     image_size: Annotated[
         tuple[int, int] | None,
-        Opt("Side, or height x width, in pixels; by default as trained.", LOOK, **SIZE),
+        Opt("Side, or height x width, in pixels; by default as trained.", ATTENTION, **SIZE),
     ] = None
     rope: dict[str, Any] = field(default_factory=dict)  # options that win over the source's
 
@@ -193,13 +193,13 @@ class SamplesPlot:
             argument=True,
         ),
     ]
-    num_samples: Annotated[int, Opt("At most the first N images.", PICTURE, ge=1, was="--num")] = 64
-    columns: Annotated[int, Opt("Images per row; by default a square.", PICTURE, ge=0)] = 0
+    num_samples: Annotated[int, Opt("Number of images.", FIGURE, ge=1, was="--num")] = 64
+    columns: Annotated[int, Opt("Images per row; by default a square grid.", FIGURE, ge=0)] = 0
     labels: Annotated[
         bool,
         Opt(
-            "Classes below the images, where they are known.",
-            PICTURE,
+            "Class labels below the images, if known.",
+            FIGURE,
             flag="--labels/--no-labels",
         ),
     ] = True

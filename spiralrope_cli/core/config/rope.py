@@ -19,7 +19,7 @@ class RopeConfig:
     """Options of Spiral RoPE (arXiv 2602.03227) under their published names."""
 
     enabled: Annotated[
-        bool, Opt("Rotary embedding, or the baseline without.", ROPE, flag="--rope/--no-rope")
+        bool, Opt("Rotary embedding, or none; `enabled` in YAML.", ROPE, flag="--rope/--no-rope")
     ] = True
     rotate: Annotated[
         int,
@@ -40,7 +40,7 @@ class RopeConfig:
         float, Opt("Highest frequency (pixel), in half turns per unit.", ROPE, gt=0)
     ] = 10.0
     truncate_percentage: Annotated[
-        float, Opt("Share of the lowest frequencies set to 0, in [0, 1).", ROPE, ge=0, lt=1)
+        float, Opt("Fraction of the lowest frequencies set to 0, in [0, 1).", ROPE, ge=0, lt=1)
     ] = 0.0
     max_freq_lang: Annotated[
         float, Opt("Highest frequency in radians per patch (lang).", ROPE, gt=0)
@@ -59,14 +59,13 @@ class RopeConfig:
     projection: Annotated[
         Literal["clamped", "exact"],
         Opt(
-            "Positions cut off at the grid's border, as the published models have it, or the "
-            "paper's formula.",
+            "Positions clamped to the grid, as in the published models, or the paper's formula.",
             ROPE,
         ),
     ] = "clamped"
     scaling: Annotated[
         Scaling,
-        Opt("Positions on larger grids: squeezed into the trained range, or counted on.", ROPE),
+        Opt("Positions on larger grids: interpolated to the trained range, or extrapolated.", ROPE),
     ] = "interpolate"
 
     def __post_init__(self) -> None:

@@ -53,7 +53,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """From a decoded picture to what the network sees, in training and in evaluation."""
+    """From a decoded image to what the network sees, in training and in evaluation."""
 
     mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
     std: tuple[float, ...]
@@ -65,9 +65,9 @@ class AugmentConfig:
         Literal["crop", "shift"], Opt("Random resized crop, or small shifts and rotations.", DATA)
     ]
     crop_scale: Annotated[
-        float, Opt("Smallest share of the area that crop keeps.", DATA, gt=0, le=1)
+        float, Opt("Smallest fraction of the area that crop keeps.", DATA, gt=0, le=1)
     ]
-    hflip: Annotated[float, Opt("Probability of mirroring.", DATA, ge=0, le=1)]
+    hflip: Annotated[float, Opt("Probability of a horizontal flip.", DATA, ge=0, le=1)]
     translate: Annotated[
         float,
         Opt("Largest shift in pixels (geometry shift).", DATA, ge=0, was="--max-shift"),
@@ -87,11 +87,11 @@ class AugmentConfig:
             "names them",
         ),
     ]
-    color_jitter: Annotated[float, Opt("Strength, 0 for none.", DATA, ge=0)]
-    random_erasing: Annotated[float, Opt("Probability, 0 for none.", DATA, ge=0, le=1)]
-    repeated_aug: Annotated[int, Opt("Times each picture stands in a row; 1 is off.", DATA, ge=1)]
-    mixup: Annotated[float, Opt("Alpha, 0 for none.", DATA, ge=0)]
-    cutmix: Annotated[float, Opt("Alpha, 0 for none.", DATA, ge=0)]
+    color_jitter: Annotated[float, Opt("Strength of color jitter; 0: none.", DATA, ge=0)]
+    random_erasing: Annotated[float, Opt("Probability of erasing; 0: none.", DATA, ge=0, le=1)]
+    repeated_aug: Annotated[int, Opt("Augmented copies per image; 1: off.", DATA, ge=1)]
+    mixup: Annotated[float, Opt("Mixup alpha; 0: none.", DATA, ge=0)]
+    cutmix: Annotated[float, Opt("CutMix alpha; 0: none.", DATA, ge=0)]
     mixup_switch_prob: float  # probability of cutmix where both are on
     smoothing: Annotated[float, Opt("Label smoothing in [0, 1).", DATA, ge=0, lt=1)]
 
@@ -116,7 +116,7 @@ class AugmentConfig:
             if data_set.kind == "memory" and (value := getattr(self, name)) != off:
                 raise ConfigError(
                     f"{leaves(AugmentConfig)[name].called} {value} works on photographs, "
-                    f"not on the grey pictures of {data_set.data}",
+                    f"not on the grey images of {data_set.data}",
                     "use --translate, --degrees, --random-erasing, --mixup or --cutmix",
                 )
 
@@ -156,7 +156,7 @@ class CheckpointConfig:
     save_every: Annotated[int, Opt("Epochs between checkpoints.", RUN, ge=1, free=True)]
     keep_last: Annotated[int, Opt("Newest checkpoints kept beside the best.", RUN, ge=1, free=True)]
     keep_every: Annotated[
-        int, Opt("Steps whose multiples are kept for good; 0: none.", RUN, ge=0, free=True)
+        int, Opt("Keep checkpoints at multiples of this; 0: none.", RUN, ge=0, free=True)
     ]
 
     def __post_init__(self) -> None:
@@ -193,9 +193,9 @@ class ClassifierRun:
             "Run folder; by default runs/COMMAND-ARCH-DATA-rROTATE[-NAME].", RUN, **PATH, free=True
         ),
     ]
-    seed: Annotated[int, Opt("Of initial weights, data order and augmentation.", RUN, ge=0)]
+    seed: Annotated[int, Opt("Seed of weights, data order and augmentation.", RUN, ge=0)]
     num_train: Annotated[int, "the number of training images"]
-    num_val: Annotated[int, "the number of held-out images"]
+    num_val: Annotated[int, "the number of validation images"]
     source: Annotated[str, SOURCE] = ""
     rope: RopeConfig
     model: ModelConfig
@@ -291,7 +291,7 @@ class ClassifierRun:
     def data_line(self) -> str:
         """What it learns from, in words."""
         return (
-            f"{self.data}: {self.num_train} training and {self.num_val} held-out images, "
+            f"{self.data}: {self.num_train} training and {self.num_val} validation images, "
             f"{self.model.num_classes} classes"
         )
 

@@ -11,8 +11,8 @@ from spiralrope_cli.core.config.dit_runs import NO_VAE, input_size
 from spiralrope_cli.core.config.latents import LATENT_CHANNELS, VAE_FACTOR, VAE_NAMES
 from spiralrope_cli.core.config.models import SIZE
 from spiralrope_cli.core.config.option import (
+    IMAGES,
     PATH,
-    PICTURES,
     RUN,
     SAMPLING,
     SOURCE,
@@ -35,18 +35,18 @@ SAMPLING_VAE = "mse"
 class GuidanceConfig:
     """Classifier-free guidance, e = e_null + scale * (e_label - e_null)."""
 
-    cfg_scale: Annotated[float, Opt("Guidance; 1 is none, and twice as fast.", SAMPLING, ge=1)] = (
+    cfg_scale: Annotated[float, Opt("Guidance scale; 1: none, twice as fast.", SAMPLING, ge=1)] = (
         1.0
     )
     cfg_channels: Annotated[
         Literal["3", "all"],
-        Opt("Noise channels that are guided; published figures: 3.", SAMPLING),
+        Opt("Channels of the noise that are guided; published results: 3.", SAMPLING),
     ] = "3"
     # arXiv 2404.07724
     cfg_interval: Annotated[
         tuple[int, int],
         Opt(
-            "Guide where LO <= timestep < HI alone, of 0 to 1000.",
+            "Guide only where LO <= timestep < HI, of 0 to 1000.",
             SAMPLING,
             metavar="LO,HI",
             read=pair,
@@ -210,41 +210,41 @@ class SampleRun:
     ]
     # Steps and sampler: as the published metrics were measured.
     num_sampling_steps: Annotated[
-        str, Opt("250, counts per section as 10,15,20, or ddim25.", SAMPLING, was="--steps")
+        str, Opt("Steps: 250, counts per section as 10,15,20, or ddim25.", SAMPLING, was="--steps")
     ] = "250"
     sampler: Annotated[SamplerName, Opt("Sampler.", SAMPLING)] = "ddpm"
     guidance: GuidanceConfig
     classes: Annotated[
         tuple[int, ...],
         Opt(
-            "Dealt out in turn over the images; by default drawn for each.",
+            "Class labels, used in turn; by default a random one per image.",
             SAMPLING,
             metavar="N,N,...",
             read=numbers,
             expects="a list of class numbers, as 207,88",
         ),
     ] = ()
-    ema: Annotated[bool, Opt("Averaged weights, or raw.", SAMPLING, flag="--ema/--no-ema")] = True
+    ema: Annotated[bool, Opt("EMA or raw weights.", SAMPLING, flag="--ema/--no-ema")] = True
     image_size: Annotated[
         tuple[int, int],
-        Opt("Side, or height x width, in pixels; by default as trained.", PICTURES, **SIZE),
+        Opt("Side, or height x width, in pixels; by default as trained.", IMAGES, **SIZE),
     ]
     vae: Annotated[
         str,
         Opt(
             "mse, ema, a folder in diffusers' layout, or none: pixels.",
-            PICTURES,
+            IMAGES,
             metavar="NAME|FOLDER",
             complete="vaes_or_none",
         ),
     ]
-    png: Annotated[bool, Opt("Write every image as a file too.", PICTURES)] = False
+    png: Annotated[bool, Opt("Write every image as a .png too.", IMAGES)] = False
     out: Annotated[
         str,
         Opt("Folder of samples.npz and samples.png; by default runs/dit-sample-...", RUN, **PATH),
     ]
-    seed: Annotated[int, Opt("Image i follows from it and i alone.", RUN, ge=0)] = 100
-    batch_size: Annotated[int, Opt("Images at a time per process.", RUN, ge=1)]
+    seed: Annotated[int, Opt("Seed; image i depends only on the seed and i.", RUN, ge=0)] = 100
+    batch_size: Annotated[int, Opt("Images per batch and process.", RUN, ge=1)]
     machine: MachineConfig = field(default_factory=MachineConfig)
 
     def __post_init__(self) -> None:

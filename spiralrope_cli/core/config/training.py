@@ -27,34 +27,36 @@ LINEAR_RULE_BATCH = 512
 class OptimConfig:
     """Optimizer, schedule and averages."""
 
-    epochs: Annotated[int, Opt("Length in epochs.", RUN, ge=1)]
+    epochs: Annotated[int, Opt("Number of epochs.", RUN, ge=1)]
     max_steps: Annotated[
         int,
-        Opt("Length in optimizer steps, in place of epochs.", RECIPE, ge=0, was="--steps"),
+        Opt("Number of optimizer steps, in place of --epochs.", RECIPE, ge=0, was="--steps"),
     ]
-    batch_size: Annotated[int, Opt("Images per optimizer step, in all.", RUN, ge=1)]
+    batch_size: Annotated[int, Opt("Total images per optimizer step.", RUN, ge=1)]
     micro_batch_size: Annotated[
-        int, Opt("Images at a time per process, at most.", RUN, ge=1, free=True)
+        int, Opt("Images per process and pass; gradients accumulate.", RUN, ge=1, free=True)
     ]
-    lr: Annotated[float, Opt("Base learning rate, before the rule.", RECIPE, ge=0)]
+    lr: Annotated[float, Opt("Learning rate before linear batch scaling.", RECIPE, ge=0)]
     lr_rule: Annotated[
         Literal["linear", "none"],
         Opt(f"linear: times total batch / {LINEAR_RULE_BATCH}; none: as given.", RECIPE),
     ]
-    min_lr: Annotated[float, Opt("Where the cosine ends.", RECIPE, ge=0)]
+    min_lr: Annotated[float, Opt("Final learning rate of the cosine schedule.", RECIPE, ge=0)]
     warmup_lr: float  # where the warm-up starts
-    warmup_epochs: Annotated[int, Opt("Length of the linear warm-up.", RECIPE, ge=0)]
+    warmup_epochs: Annotated[int, Opt("Epochs of linear warm-up.", RECIPE, ge=0)]
     schedule: Annotated[
         Literal["cosine", "constant", "published"],
-        Opt("Per step, flat, or per epoch as the published code.", RECIPE),
+        Opt("Cosine per step, constant, or cosine per epoch (published).", RECIPE),
     ]
     betas: tuple[float, float]  # of AdamW
-    weight_decay: Annotated[float, Opt("Of AdamW, on matrices alone.", RECIPE, ge=0)]
-    clip_grad: Annotated[float, Opt("Largest gradient norm, 0 for none.", RECIPE, ge=0)]
-    ema_decay: Annotated[float, Opt("Of the averaged weights, per step.", RECIPE, ge=0, lt=1)]
+    weight_decay: Annotated[
+        float, Opt("AdamW weight decay; not of norms, biases, embeddings.", RECIPE, ge=0)
+    ]
+    clip_grad: Annotated[float, Opt("Clip gradients to this norm; 0: none.", RECIPE, ge=0)]
+    ema_decay: Annotated[float, Opt("Decay of the EMA weights, per step.", RECIPE, ge=0, lt=1)]
     freeze: Annotated[
         Literal["none", "attn-only", "head-only"],
-        Opt("Train the attention and the head alone, or the head alone.", RECIPE),
+        Opt("Train everything, attention and head, or only the head.", RECIPE),
     ]
 
     def __post_init__(self) -> None:
@@ -136,11 +138,11 @@ class MachineConfig:
     nproc: Annotated[
         int, Opt("Processes here; by default one per GPU, one on CPU.", MACHINE, ge=0, free=True)
     ] = 0
-    nnodes: Annotated[int, Opt("Machines.", MACHINE, ge=1, free=True)] = 1
+    nnodes: Annotated[int, Opt("Number of machines.", MACHINE, ge=1, free=True)] = 1
     rdzv_endpoint: Annotated[
         str,
         Opt(
-            "Where several machines meet.",
+            "Rendezvous of several machines.",
             MACHINE,
             metavar="HOST:PORT",
             pattern=r"(.+:\d+)?",
@@ -150,39 +152,39 @@ class MachineConfig:
     ] = ""
     device: Annotated[
         Literal["auto", "cpu", "cuda", "mps"],
-        Opt("By default a GPU, else the CPU.", MACHINE, free=True),
+        Opt("Device; by default a GPU if there is one, else the CPU.", MACHINE, free=True),
     ] = "auto"
     precision: Annotated[
         Literal["auto", "fp32", "bf16"], Opt("auto: bf16 where the device computes it.", MACHINE)
     ] = "auto"
     compile: Annotated[
-        bool, Opt("Through torch.compile.", MACHINE, flag="--compile/--no-compile", free=True)
+        bool, Opt("Use torch.compile.", MACHINE, flag="--compile/--no-compile", free=True)
     ] = False
-    grad_checkpointing: Annotated[
-        bool, Opt("Less memory: compute activations twice.", MACHINE, free=True)
-    ] = False
+    grad_checkpointing: Annotated[bool, Opt("Activation checkpointing.", MACHINE, free=True)] = (
+        False
+    )
     workers: Annotated[
         int,
         Opt(
-            "Loader processes per process, for image folders; -1: up to 4, by cores.",
+            "Data loader workers per process, for image folders; -1: up to 4, by CPU cores.",
             MACHINE,
             ge=-1,
             free=True,
         ),
     ] = -1
     skip_bad: Annotated[
-        bool, Opt("Go on without unreadable images, and count them.", DATA, free=True)
+        bool, Opt("Skip and count unreadable images instead of stopping.", DATA, free=True)
     ] = False
     resume: Annotated[
         Literal["auto", "must", "never"],
         Opt(
-            "Go on from the newest checkpoint if there is one, insist on it, or never.",
+            "Resume from the newest checkpoint: if there is one, always, or never.",
             RUN,
             free=True,
         ),
     ] = "auto"
     tracker: Annotated[
-        Literal["none", "tensorboard", "wandb"], Opt("Log to this one too.", RUN, free=True)
+        Literal["none", "tensorboard", "wandb"], Opt("Log to this tracker too.", RUN, free=True)
     ] = "none"
 
     def __post_init__(self) -> None:
@@ -198,7 +200,7 @@ class MachineConfig:
 class TrainOptions:
     """What a training command takes beside its config."""
 
-    name: Annotated[str, Opt("Word at the end of the run folder's name.", RUN)] = ""
+    name: Annotated[str, Opt("Suffix of the run folder's name.", RUN)] = ""
     config: Annotated[
         str,
         Opt(
