@@ -170,6 +170,8 @@ def test_nobody_answers(fetch, hub):
     assert fetch("dit-s2", "--offline").stdout == here
     assert fetch("dit-s2", HF_HUB_OFFLINE="1").stdout == here
     assert "dit-b2 is not here" in error_of(fetch("dit-b2", "--offline", expect=1))
+    error = error_of(fetch("inception", expect=1, HF_HUB_OFFLINE="1"))
+    assert "inception is not here\n  fetch it once without HF_HUB_OFFLINE" in error
 
 
 def test_someone_else_answers(fetch, hub):

@@ -93,6 +93,15 @@ def test_a_part_of_another_version_is_not_continued(row, server, tmp_path):
     assert not parts(tmp_path)
 
 
+def test_a_part_that_is_too_long_is_not_continued(row, server, tmp_path):
+    server.cut[NAME] = [len(CONTENT), 2_000_000, *[0] * 5]
+    with pytest.raises(FetchError):
+        fetch_published(row)
+    parts(tmp_path)[0].write_bytes(CONTENT + b"more")
+    assert fetch_published(row).read_bytes() == CONTENT
+    assert server.bodies()[-1].range == ""
+
+
 def test_a_file_that_changes_in_the_middle_never_mixes(row, server, monkeypatch):
     server.cut[NAME] = [len(CONTENT), 2_000_000]
     newer = CONTENT[::-1]
