@@ -199,7 +199,7 @@ class CacheMetadata:
             )
 
 
-def read_metadata(folder: Path) -> CacheMetadata:
+def read_cache(folder: Path) -> CacheMetadata:
     """The metadata of a whole cache; one with a shard that is missing or cut is refused."""
     shards, wrong = read_shards(folder)
     if not (shards or wrong):

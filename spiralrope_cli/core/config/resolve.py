@@ -24,7 +24,7 @@ from spiralrope_cli.core.config.dit_runs import (
     full_vae_name,
     input_size,
 )
-from spiralrope_cli.core.config.latents import LATENT_CHANNELS, CacheMetadata, read_metadata
+from spiralrope_cli.core.config.latents import LATENT_CHANNELS, CacheMetadata, read_cache
 from spiralrope_cli.core.config.models import deit_size, dit_name, dit_size
 from spiralrope_cli.core.config.nested import RUN_KINDS, build, read_config
 from spiralrope_cli.core.config.option import idle_lines
@@ -163,7 +163,7 @@ def find_data(chosen: list[Layer], *, dit: bool) -> tuple[DataSet, str, list[Lay
     """
     latents, _ = choose("latents", chosen, "")
     if dit and latents:
-        cache = read_metadata(Path(latents))
+        cache = read_cache(Path(latents))
         of_cache = {"image_size": cache.plan.image_size, "vae": cache.plan.vae}
         return of_latents(cache), "latents", [("latents", of_cache)]
     data, source = choose_data(chosen)
@@ -236,7 +236,7 @@ def fit_input(values: dict[str, Any], data_set: DataSet) -> None:
     values["vae"] = full_vae_name(values["vae"])
     images: ImageConfig = build(ImageConfig, values)
     if images.latents:
-        read_metadata(Path(images.latents)).check_fits(images.image_size, images.vae)
+        read_cache(Path(images.latents)).check_fits(images.image_size, images.vae)
     values["input_size"] = input_size(values["arch"], images.image_size, images.vae)
     channels = 1 if data_set.kind == "memory" else 3
     values["in_chans"] = LATENT_CHANNELS if images.in_latents else channels

@@ -33,7 +33,6 @@ from spiralrope_cli.core.data.npz import (
 )
 from spiralrope_cli.core.errors import DataError
 
-CHUNK = 1 << 20
 IMAGENET_CLASSES = 1000
 
 
@@ -194,7 +193,7 @@ def digest_of(side: Side, stop: threading.Event | None = None) -> str:
             state.update(os.fsencode(os.path.relpath(file, side.path)) + b"\0")
         # Who cannot read a file learns so where it is decoded.
         with contextlib.suppress(OSError), open(file, "rb") as stream:
-            while (chunk := stream.read(CHUNK)) and not (stop and stop.is_set()):
+            while (chunk := stream.read(1 << 20)) and not (stop and stop.is_set()):
                 state.update(chunk)
     return state.hexdigest()
 

@@ -28,7 +28,7 @@ from spiralrope_cli.core.data.loader import Unreadable, open_image
 from spiralrope_cli.core.data.npz import stream_rows
 from spiralrope_cli.core.runtime.launch import cores_per_process
 
-T = TypeVar("T")
+Result = TypeVar("Result")
 
 LARGEST_BATCH = 1 << 28
 """Bytes of pixels after which a batch is closed before it is full."""
@@ -122,18 +122,18 @@ def _tensor(images: np.ndarray) -> Tensor:
 
 
 def in_order(
-    tasks: Iterable[Callable[[], T]],
+    tasks: Iterable[Callable[[], Result]],
     threads: int,
     depth: int,
     prepare: Callable[[], object] | None = None,
-) -> Generator[T, None, None]:
+) -> Generator[Result, None, None]:
     """The tasks' results in their order; who stops early should close it.
 
     `Executor.map` would take all tasks at once, and so all images into memory. Here tasks are taken
     one by one, in this thread, and at most `depth` results wait.
     """
     with ThreadPoolExecutor(threads, "spiralrope", prepare) as pool:
-        waiting: deque[Future[T]] = deque()
+        waiting: deque[Future[Result]] = deque()
         try:
             for task in tasks:
                 waiting.append(pool.submit(task))

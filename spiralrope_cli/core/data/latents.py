@@ -28,7 +28,7 @@ from spiralrope_cli.core.config.latents import (
     CachePlan,
     Shard,
     damaged,
-    read_metadata,
+    read_cache,
     read_shards,
 )
 from spiralrope_cli.core.errors import DataError
@@ -36,9 +36,6 @@ from spiralrope_cli.core.runtime import distributed
 from spiralrope_cli.core.runtime.launch import cores_per_process
 from spiralrope_cli.core.runtime.progress import counted
 from spiralrope_cli.core.runtime.run_folder import differences
-
-SAY_ABOVE = 1 << 30
-"""Bytes whose check takes long enough to show its progress."""
 
 FREE_TO_CHANGE = {"data", "vae"}
 """Names of what is known better by its digest: the folders may have moved."""
@@ -126,7 +123,7 @@ def damaged_shards(folder: Path, shards: Sequence[Shard]) -> dict[str, str]:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     mine = shards[distributed.get_rank() % local :: local]
     total = sum(shard.num_bytes for shard in mine)
-    shown = distributed.get_rank() == 0 and total > SAY_ABOVE
+    shown = distributed.get_rank() == 0 and total > 1 << 30  # less is done at once
     wrong: dict[str, str] = {}
     with (
         ThreadPoolExecutor(cores_per_process()) as pool,
@@ -154,7 +151,7 @@ class LatentCache:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.metadata = read_metadata(folder)
+        self.metadata = read_cache(folder)
         opened = (open_shard(folder, shard) for shard in self.metadata.shards)
         plain, mirrored, labels = zip(*opened, strict=True)
         self._sides: tuple[Dataset[Tensor], ...] = ConcatDataset(plain), ConcatDataset(mirrored)

@@ -48,7 +48,7 @@ def photograph(width, height):
 
 @pytest.mark.parametrize(("width", "height"), [(100, 70), (70, 100), (16, 16), (15, 9), (33, 32)])
 @pytest.mark.parametrize("size", [(16, 16), (8, 24)])
-def test_any_picture_gets_the_size(width, height, size):
+def test_any_image_gets_the_size(width, height, size):
     assert cropped_array(photograph(width, height), size).shape == (3, *size)
     assert cropped_array(photograph(width, height).convert("L"), size).shape == (1, *size)
 
@@ -99,7 +99,7 @@ def test_draws_belong_to_seed_and_epoch():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_without_randomness_a_picture_stays(shape):
+def test_without_randomness_a_image_stays(shape):
     x = pictures(*shape)
     random = torch.rand(6, 5, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(warp(x, random, STILL, shape), x, rtol=0, atol=5e-4)
@@ -116,7 +116,7 @@ def test_hflip_mirrors(shape, augment):
     torch.testing.assert_close(warp(x, random, always, shape), x.flip(-1), rtol=0, atol=1e-3)
 
 
-def test_hflip_mirrors_the_asked_share_of_the_pictures():
+def test_hflip_mirrors_the_asked_fraction_of_the_images():
     x = pictures(4, 4, size=4)
     half = dataclasses.replace(STILL, hflip=0.5)
     mirrored = warp(x, draws(4, mirror=torch.tensor([0.0, 0.49, 0.5, 0.99])), half, (4, 4))
@@ -151,7 +151,7 @@ def test_turning_a_rectangle_keeps_its_pixels_square(height, width, drawn, quart
     torch.testing.assert_close(turned[middle], expected, rtol=0, atol=1e-2)
 
 
-def test_each_picture_is_warped_by_its_own_draws():
+def test_each_image_is_warped_by_its_own_draws():
     x = pictures(8, 8)
     augment = dataclasses.replace(STILL, translate=2.0, degrees=20.0, hflip=0.5)
     random = epoch_draws(6, 0, 0)
@@ -161,7 +161,7 @@ def test_each_picture_is_warped_by_its_own_draws():
         torch.testing.assert_close(whole, alone, rtol=0, atol=1e-3)
 
 
-def test_crops_lie_within_the_picture():
+def test_crops_lie_within_the_image():
     ramp = torch.arange(8.0).expand(200, 2, 8, 8)
     both = torch.stack((ramp[:, 0], ramp[:, 0].transpose(1, 2)), dim=1)
     cropped = warp(both, epoch_draws(200, 0, 0), dataclasses.replace(CROP, hflip=0.0), (16, 16))
@@ -200,7 +200,7 @@ def test_resize_and_crop_gives_the_asked_size(shape, size, crop_ratio):
     torch.testing.assert_close(flat, torch.full_like(flat, 100.0))
 
 
-def test_resize_and_crop_leaves_a_fitting_picture_as_it_is():
+def test_resize_and_crop_leaves_a_fitting_image_as_it_is():
     x = pictures(8, 6)
     assert resize_and_crop(x, (8, 6), 1.0) is x
 
@@ -249,7 +249,7 @@ def test_mixing_is_the_same_however_a_batch_is_split(name, micro):
 
 
 @pytest.mark.parametrize("name", MIXES)
-def test_mixed_targets_are_shares_of_one(name):
+def test_mixed_targets_are_fractions_of_one(name):
     augment = dataclasses.replace(RECIPE, **MIXES[name])
     images, labels = batch()
     mixed, targets = mix(images.clone(), labels, augment, CLASSES, 0, 0)
@@ -262,7 +262,7 @@ def test_mixed_targets_are_shares_of_one(name):
     assert not torch.equal(mixed, images)
 
 
-def test_pictures_and_targets_are_mixed_by_the_same_share():
+def test_images_and_targets_are_mixed_by_the_same_fraction():
     augment = dataclasses.replace(RECIPE, mixup=0.8, cutmix=0.0, smoothing=0.0)
     labels = torch.arange(MIX_GROUP)
     images = torch.eye(MIX_GROUP).view(MIX_GROUP, MIX_GROUP, 1, 1).repeat(1, 1, 2, 2)

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from spiralrope_cli.core.config.latents import CachePlan, read_metadata, shard_size_for
+from spiralrope_cli.core.config.latents import CachePlan, read_cache, shard_size_for
 from spiralrope_cli.core.data import latents
 from spiralrope_cli.core.data.batches import from_cache
 from spiralrope_cli.core.data.latents import LatentCache
@@ -98,10 +98,10 @@ def test_shards_of_fewer_images_than_files_are_counted_right(tmp_path):
     latents.write_shard(tmp_path, PLAN, 1, *two, labels, {"a.png": "empty"})
     nothing = moments(PLAN, 2)[:, :0]
     latents.write_shard(tmp_path, PLAN, 2, *nothing, labels[:0], {})
-    assert read_metadata(tmp_path).count == 10
+    assert read_cache(tmp_path).count == 10
     mean, _ = LatentCache(tmp_path).mean_std(torch.tensor([9]), torch.tensor([True]))
     assert torch.equal(mean[0], two[1, 1, 0])
-    assert read_metadata(tmp_path).shards[1].unreadable == {"a.png": "empty"}
+    assert read_cache(tmp_path).shards[1].unreadable == {"a.png": "empty"}
     LatentCache(tmp_path).verify()
 
 
@@ -280,7 +280,7 @@ def test_other_people_may_read_the_shards(tmp_path):
 
 
 def test_latents_of_another_run_are_refused(folder):
-    metadata = read_metadata(folder)
+    metadata = read_cache(folder)
     metadata.check_fits((16, 24), "ema")
     with pytest.raises(ConfigError, match="are of 16x24 px images, --image-size is 24"):
         metadata.check_fits((24, 24), "ema")

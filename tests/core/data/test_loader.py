@@ -67,7 +67,7 @@ def val_files(root):
         *[("CMYK", "jpg"), ("CMYK", "tif"), ("YCbCr", "jpg")],
     ],
 )
-def test_every_kind_of_picture_is_read(tmp_path, mode, suffix, grey):
+def test_every_kind_of_image_is_read(tmp_path, mode, suffix, grey):
     image = picture().convert("L").convert("I;16") if mode == "I;16" else picture(mode=mode)
     path = save(tmp_path / f"x.{suffix}", image)
     channels = 1 if grey else 3
@@ -85,7 +85,7 @@ def test_every_kind_of_picture_is_read(tmp_path, mode, suffix, grey):
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (300, 3), (17, 31), (16, 24)])
 @pytest.mark.parametrize("asked", [(16, 16), (16, 24), (7, 3)])
-def test_every_size_of_picture_is_read(tmp_path, size, asked):
+def test_every_size_of_image_is_read(tmp_path, size, asked):
     path = save(tmp_path / "x.png", picture(*size))
     evaluated = ImageFiles([(path, 0)], eval_transform(asked, 0.875), grey=False)
     trained = TrainFiles([(path, 0)], train_transform(asked, RECIPE), grey=False)
@@ -154,7 +154,7 @@ def test_an_unreadable_image_is_told_by_name(tmp_path, how):
     assert "--skip-bad" in bad.error().hint
 
 
-def test_a_picture_too_large_to_be_true_is_told(tmp_path, monkeypatch):
+def test_a_image_too_large_to_be_true_is_told(tmp_path, monkeypatch):
     path = save(tmp_path / "x.png", picture(60, 60))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     _, _, bad = ImageFiles([(path, 0)], eval_transform(SIZE, 0.875), grey=False)[0, None]
