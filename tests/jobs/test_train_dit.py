@@ -136,8 +136,8 @@ def test_what_is_random_belongs_to_the_sample_and_not_to_the_process(tiny):
     halves = [next(dit_data(run, CPU, rank, 2).train_steps(3, 4)) for rank in (0, 1)]
     for name in ("images", "labels", "at.numbers"):
         get = operator.attrgetter(name)
-        one = torch.cat([get(batch) for batch in whole])
-        two = torch.cat([get(batch) for half in halves for batch in half])
+        one = torch.cat([torch.as_tensor(get(batch)) for batch in whole])
+        two = torch.cat([torch.as_tensor(get(batch)) for half in halves for batch in half])
         assert torch.equal(one, two)
     plain = next(dit_data(tiny(hflip=0.0), CPU, 0, 1).train_steps(3, 4))
     mirrored = next(dit_data(tiny(hflip=1.0), CPU, 0, 1).train_steps(3, 4))
