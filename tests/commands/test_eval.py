@@ -60,7 +60,7 @@ def test_crop_ratio_takes_a_value_or_none(planned, words, expected):
     assert {row.ema for row in run.rows} == {"--ema" in words}
 
 
-def test_without_a_source_the_newest_run_is_taken_and_told(planned):
+def test_without_a_source_the_newest_run_is_taken_and_said(planned):
     run, said = planned()
     assert "newest run: runs/tiny" in said
     (row,) = run.rows
@@ -106,7 +106,7 @@ def test_all_gives_eight_rows_in_order(planned):
     assert "without effect" not in said
 
 
-def test_flags_beside_all_are_told_in_one_line(planned):
+def test_flags_beside_all_are_named_in_one_line(planned):
     run, said = planned("--all", "--ema", "--best", "--crop-ratio", "0.9")
     assert len(run.rows) == 8
     assert "note: --ema, --best, --crop-ratio without effect: --all has all of those rows" in said
@@ -154,7 +154,7 @@ def test_other_image_sizes_keep_the_trained_grid(planned):
     assert {row.rope.scaling for row in run.rows} == {"extrapolate"}
 
 
-def test_published_weights_are_squeezed_at_other_sizes_unless_told(planned):
+def test_published_weights_are_interpolated_at_other_sizes_unless_told(planned):
     file = GOLDEN / "deit_tiny_checkpoint.pth"
     run, _ = planned(file, "--image-size", 64, "--image-size", 96)
     assert [row.rope.scaling for row in run.rows] == ["extrapolate", "interpolate"]
@@ -184,7 +184,7 @@ def test_rope_options_win_with_a_warning(planned):
     assert "--rotate 1 contradicts runs/tiny" in said
 
 
-def test_options_that_cannot_act_are_told(planned):
+def test_options_that_cannot_act_are_named(planned):
     _, said = planned("--workers", 2, "--skip-bad", "--max-freq", 3)
     for name in ("--workers", "--skip-bad", "--max-freq"):
         assert f"{name} has no effect" in said
@@ -227,13 +227,13 @@ def test_other_classes_than_the_data_sets_are_refused(planned, image_folder):
         planned("--data", image_folder)
 
 
-def test_no_run_at_all_is_told(runs):
+def test_no_run_at_all_is_refused(runs):
     with pytest.raises(CheckpointError, match="no SOURCE is given"):
         CliRunner().invoke(cli.app, ["eval"], catch_exceptions=False)
 
 
 @pytest.mark.parametrize("word", ["--image-size=big", "--crop-ratio=", "--rotate=x"])
-def test_values_of_the_wrong_kind_are_told_by_their_option(planned, word):
+def test_values_of_the_wrong_kind_are_named_by_their_option(planned, word):
     option, _, value = word.partition("=")
     with pytest.raises(
         ConfigError, match=f"^{option} is {value or 'empty'}; it must be "
@@ -242,7 +242,7 @@ def test_values_of_the_wrong_kind_are_told_by_their_option(planned, word):
     assert caught.value.exit_code == 2
 
 
-def test_a_folder_of_held_out_images_alone_is_enough(planned, runs):
+def test_a_folder_of_validation_images_alone_is_enough(planned, runs):
     for number in range(10):
         folder = runs / "photos" / "val" / str(number)
         folder.mkdir(parents=True)

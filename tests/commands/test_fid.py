@@ -1,4 +1,4 @@
-"""`spiralrope fid`: random weights, real digits, a handful of pictures each time."""
+"""`spiralrope fid`: random weights, real digits, a handful of images each time."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def fid(cache, inception_weights):
 
 @pytest.fixture(scope="session")
 def sets(tmp_path_factory, digit_pictures):
-    """8 and 7 digits, the latter also as a folder of pictures."""
+    """8 and 7 digits, the latter also as a folder of images."""
     root = tmp_path_factory.mktemp("sets")
     first, second = digit_pictures[:8], digit_pictures[20:27]
     np.savez(root / "a.npz", first)
@@ -64,13 +64,13 @@ def features(inception_weights, digit_pictures):
     network = FeatureExtractorInceptionV3(
         "original", ["2048", "logits_unbiased"], str(inception_weights)
     )
-    pictures = torch.from_numpy(np.concatenate((digit_pictures[:8], digit_pictures[20:27])))
+    images = torch.from_numpy(np.concatenate((digit_pictures[:8], digit_pictures[20:27])))
     with torch.inference_mode():
-        pool, logits = network(pictures.permute(0, 3, 1, 2))
+        pool, logits = network(images.permute(0, 3, 1, 2))
     return pool[:8], pool[8:], logits[:8]
 
 
-def test_all_figures_are_those_of_torch_fidelity(fid, sets, features):
+def test_all_metrics_are_those_of_torch_fidelity(fid, sets, features):
     found = fid(sets / "a.npz", sets / "folder", *FEW)
     x, y, logits = features
     cx, cy = ((each - each.mean(0)).double() / (len(each) - 1) ** 0.5 for each in (x, y))
@@ -204,8 +204,8 @@ def test_statistics_that_a_file_had_stored_are_saved_without_claims(fid, sets, t
     both, saved = tmp_path / "both.npz", tmp_path / "saved.npz"
     with np.load(sets / "b.npz") as arrays:
         np.savez(both, arrays["arr_0"], mu=np.zeros(2048), sigma=np.eye(2048))
-    told = fid(both, "--save-stats", saved, "--select", "is,fid")["stderr"]
-    assert "an unknown number of images" in told
+    said = fid(both, "--save-stats", saved, "--select", "is,fid")["stderr"]
+    assert "an unknown number of images" in said
     with np.load(saved) as arrays:
         assert (arrays["num_images"], arrays["protocol"]) == (0, "")
         assert arrays["mu"].sum() == 0
@@ -224,7 +224,7 @@ def test_the_inception_score_needs_no_reference(fid, sets):
     assert found["reference"] is None
 
 
-def test_the_table_shows_both_sides_and_why_a_figure_is_missing(
+def test_the_table_shows_both_sides_and_why_a_metric_is_missing(
     cache, sets, inception_weights, monkeypatch
 ):
     words = ["fid", sets / "a.npz", sets / "b.npz", "--weights", inception_weights]
@@ -250,7 +250,7 @@ def test_damaged_images_are_named_or_left_out(fid, sets, tmp_path, digit_picture
     assert "--num-samples 4: only 3 image(s)" in error.message
 
 
-def test_figures_that_damaged_images_make_impossible_are_left_out(fid, sets, tmp_path):
+def test_metrics_that_damaged_images_make_impossible_are_left_out(fid, sets, tmp_path):
     for number in range(4):
         (tmp_path / f"{number}.png").write_bytes((sets / "folder" / f"{number}.png").read_bytes())
     (tmp_path / "4.png").write_text("a text")

@@ -85,19 +85,19 @@ def test_a_published_file_has_the_figures_of_the_run_that_it_came_from(
 
 
 def test_all_decodes_every_image_once_per_crop_ratio(source, rows_of):
-    told = rows_of(source, every=True)
-    assert len(told["rows"]) == 8
-    assert told["decoded"] == 2 * 360
-    assert {row["count"] for row in told["rows"]} == {360}
-    assert len({row["loss"] for row in told["rows"]}) == 8
-    assert {(row["checkpoint"], row["step"]) for row in told["rows"]} == {
+    result = rows_of(source, every=True)
+    assert len(result["rows"]) == 8
+    assert result["decoded"] == 2 * 360
+    assert {row["count"] for row in result["rows"]} == {360}
+    assert len({row["loss"] for row in result["rows"]}) == 8
+    assert {(row["checkpoint"], row["step"]) for row in result["rows"]} == {
         ("best", 4),
         ("last", 8),
     }
     single = rows_of(source, best=True, ema=True, crop_ratios=(0.875,))["rows"][0]
     again = next(
         row
-        for row in told["rows"]
+        for row in result["rows"]
         if (row["checkpoint"], row["weights"], row["crop_ratio"]) == ("best", "EMA", 0.875)
     )
     assert {name: single[name] for name in METRICS} == {name: again[name] for name in METRICS}
@@ -116,7 +116,7 @@ def test_equal_checkpoints_are_measured_once_and_shown_twice(source, rows_of, mo
     assert [row["loss"] for row in rows[:4]] == [row["loss"] for row in rows[4:]]
 
 
-def test_pictures_are_opened_once_per_crop_ratio(image_folder, runs, rows_of, monkeypatch, capsys):
+def test_images_are_opened_once_per_crop_ratio(image_folder, runs, rows_of, monkeypatch, capsys):
     size = {"image_size": (16, 16), "patch_size": 8, "batch_size": 4, "micro_batch_size": 4}
     plain = {
         "mixup": 0.0,
@@ -134,9 +134,9 @@ def test_pictures_are_opened_once_per_crop_ratio(image_folder, runs, rows_of, mo
     real = Image.open
     monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or real(path))
     machine = MachineConfig(nproc=1, device="cpu", precision="fp32", workers=0)
-    told = rows_of(out, every=True, machine=machine)
-    assert len(told["rows"]) == 8
-    assert told["decoded"] == len(opened) == 2 * 10
+    result = rows_of(out, every=True, machine=machine)
+    assert len(result["rows"]) == 8
+    assert result["decoded"] == len(opened) == 2 * 10
     assert len(set(opened)) == 10
 
 
@@ -208,30 +208,30 @@ def test_a_folder_that_cannot_be_written_is_a_note(source, runs, capsys):
     (runs / "file").write_text("")
     options = EvalOptions(sources=(str(source),), out=str(runs / "file"))
     evaluate.work(settled(options))
-    told = capsys.readouterr()
-    assert "was not written" in told.err
-    assert "last, raw" in told.out
+    result = capsys.readouterr()
+    assert "was not written" in result.err
+    assert "last, raw" in result.out
 
 
-def test_a_published_file_is_measured_on_grey_pictures(runs, rows_of):
+def test_a_published_file_is_measured_on_grey_images(runs, rows_of):
     file = shutil.copy(GOLDEN, runs)
-    told = rows_of(file, every=True)
-    assert told["decoded"] == 2 * 360
-    assert [row["weights"] for row in told["rows"]] == ["raw", "EMA", "raw", "EMA"]
-    assert {row["count"] for row in told["rows"]} == {360}
-    assert len({row["loss"] for row in told["rows"]}) == 4
+    result = rows_of(file, every=True)
+    assert result["decoded"] == 2 * 360
+    assert [row["weights"] for row in result["rows"]] == ["raw", "EMA", "raw", "EMA"]
+    assert {row["count"] for row in result["rows"]} == {360}
+    assert len({row["loss"] for row in result["rows"]}) == 4
     assert (runs / "eval.json").is_file()
 
 
 def test_several_image_sizes_are_drawn(source, rows_of):
     sizes = ((8, 8), (12, 12))
-    squeezed = rows_of(source, image_sizes=sizes)["rows"]
+    interpolated = rows_of(source, image_sizes=sizes)["rows"]
     assert (source / "eval-sizes.png").stat().st_size > 1000
-    counted_on = rows_of(source, image_sizes=sizes, rope={"scaling": "extrapolate"})["rows"]
-    assert squeezed[0]["loss"] == counted_on[0]["loss"]
-    assert squeezed[1]["loss"] != counted_on[1]["loss"]
+    extrapolated = rows_of(source, image_sizes=sizes, rope={"scaling": "extrapolate"})["rows"]
+    assert interpolated[0]["loss"] == extrapolated[0]["loss"]
+    assert interpolated[1]["loss"] != extrapolated[1]["loss"]
     expected = by_hand(source)
-    assert squeezed[0]["acc1"] == expected.acc1
+    assert interpolated[0]["acc1"] == expected.acc1
 
 
 def test_csv_is_one_line_per_row(source, capsys):

@@ -1,6 +1,6 @@
 """`fid`: measures a set of images against another, from two inputs to metrics with their protocol.
 
-Torch is imported in `work` alone, so that what is wrong with the inputs is told at once.
+Torch is imported in `work` alone, so that wrong inputs are refused at once.
 """
 
 from __future__ import annotations

@@ -58,13 +58,13 @@ def test_processes_merge_to_the_whole(monkeypatch):
 
 D = 60
 ZERO = torch.zeros(D, dtype=torch.float64)
-TURN = torch.linalg.qr(
+ROTATION = torch.linalg.qr(
     torch.randn(D, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 )[0]
 
 
-def turned(variances):
-    return TURN @ torch.diag(variances) @ TURN.T
+def rotated(variances):
+    return ROTATION @ torch.diag(variances) @ ROTATION.T
 
 
 def spectrum(low, high):
@@ -91,13 +91,13 @@ def test_commuting_gaussians_have_a_closed_form(one, other):
     apart = spectrum(-3, 0)
     expected = (one.sqrt() - other.sqrt()).square().sum() + apart.square().sum()
     for first, second in ((one, other), (other, one)):
-        found = frechet_distance(ZERO, turned(first), apart, turned(second))
+        found = frechet_distance(ZERO, rotated(first), apart, rotated(second))
         assert found == pytest.approx(expected.item(), rel=1e-7)
 
 
 @pytest.mark.parametrize("variances", [spectrum(0, 1), spectrum(-12, 0), rank(20), rank(0)])
 def test_a_gaussian_is_at_no_distance_from_itself(variances):
-    found = frechet_distance(ZERO, turned(variances), ZERO, turned(variances))
+    found = frechet_distance(ZERO, rotated(variances), ZERO, rotated(variances))
     assert 0 <= found < 1e-7 * max(variances.sum().item(), 1)
 
 
@@ -130,7 +130,7 @@ def test_fewer_images_than_features():
 def test_statistics_that_were_stored_in_float32():
     one, other = rank(20) * 3, spectrum(-2, 0)
     expected = (one.sqrt() - other.sqrt()).square().sum().item()
-    found = frechet_distance(ZERO, turned(one).float(), ZERO, turned(other).float())
+    found = frechet_distance(ZERO, rotated(one).float(), ZERO, rotated(other).float())
     assert found == pytest.approx(expected, rel=1e-3)
 
 

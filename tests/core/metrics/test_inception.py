@@ -1,4 +1,4 @@
-"""The faster network against torch-fidelity's own, on the same weights and real pictures."""
+"""The faster network against torch-fidelity's own, on the same weights and real images."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from spiralrope_cli.core.metrics.inception import build_extractor, resize
 
 
 @pytest.fixture(scope="module")
-def pictures(digit_pictures):
+def images(digit_pictures):
     return torch.from_numpy(digit_pictures[:5]).permute(0, 3, 1, 2)
 
 
 @pytest.fixture(scope="module")
-def features(inception_weights, pictures):
+def features(inception_weights, images):
     with torch.inference_mode():
-        return load_extractor(inception_weights)([pictures])
+        return load_extractor(inception_weights)([images])
 
 
 def load_extractor(path):
@@ -32,13 +32,13 @@ def relative(one, other):
     return ((one - other).norm() / other.norm()).item()
 
 
-def test_features_are_those_of_torch_fidelity(inception_weights, pictures, features):
+def test_features_are_those_of_torch_fidelity(inception_weights, images, features):
     wanted = ["2048", "logits_unbiased"]
     original = FeatureExtractorInceptionV3("original", wanted, str(inception_weights))
     seen = []
     original.Mixed_6d.branch1x1.register_forward_hook(lambda *call: seen.append(call[-1]))
     with torch.inference_mode():
-        pool, logits = original(pictures)
+        pool, logits = original(images)
     assert pool.std(0).mean() > 0.05, "random weights must not let the features vanish"
     assert relative(features["pool"], pool) < 2e-5
     assert relative(features["logits"], logits.double()) < 2e-5
@@ -48,19 +48,19 @@ def test_features_are_those_of_torch_fidelity(inception_weights, pictures, featu
     assert spatial.std() > 0.05
 
 
-def test_an_image_has_its_features_in_any_company(inception_weights, pictures, features):
+def test_an_image_has_its_features_in_any_company(inception_weights, images, features):
     extractor = load_extractor(inception_weights)
     with torch.inference_mode():
-        apart = extractor([pictures[3:4], pictures[:1].repeat(1, 1, 2, 2)])
+        apart = extractor([images[3:4], images[:1].repeat(1, 1, 2, 2)])
     assert relative(apart["pool"][:1], features["pool"][3:4]) < 1e-6
     assert relative(apart["spatial"][:1], features["spatial"][3:4]) < 1e-6
 
 
-def test_spatial_features_alone_need_no_deeper_layers(inception_weights, pictures, features):
+def test_spatial_features_alone_need_no_deeper_layers(inception_weights, images, features):
     extractor = load_extractor(inception_weights)
     extractor.stages["Mixed_6e"] = None
     with torch.inference_mode():
-        found = extractor([pictures], {"spatial"})
+        found = extractor([images], {"spatial"})
     assert found.keys() == {"spatial"}
     assert relative(found["spatial"], features["spatial"]) < 1e-6
 
