@@ -1,4 +1,4 @@
-"""From the words of `spiralrope dit-sample` to pictures that follow from (seed, number) alone."""
+"""From the words of `spiralrope dit-sample` to images that follow from (seed, number) alone."""
 
 from __future__ import annotations
 
@@ -66,11 +66,13 @@ def images(folder):
 
 
 def test_the_result_is_an_npz_a_grid_and_what_made_them(sample, pixels, runs):
-    told = sample(pixels, "--num-samples", 12, *FAST, "--png", "--out", "here", "--batch-size", 5)
+    printed = sample(
+        pixels, "--num-samples", 12, *FAST, "--png", "--out", "here", "--batch-size", 5
+    )
     drawn = images("here")
     assert (drawn.shape, drawn.dtype) == ((12, 8, 8, 3), np.uint8)
     assert 0.2 < np.isin(drawn, (0, 255)).mean() < 0.9
-    assert "12 images: here/samples.npz" in told
+    assert "12 images: here/samples.npz" in printed
     assert sorted(path.name for path in (runs / "here").iterdir() if path.name[0] != ".") == [
         *("environment.json", "png", "report.html"),
         *("samples.json", "samples.npz", "samples.png", "sources.json"),
@@ -81,13 +83,13 @@ def test_the_result_is_an_npz_a_grid_and_what_made_them(sample, pixels, runs):
         np.array_equal(np.asarray(Image.open(path)), image)
         for path, image in zip(files, drawn, strict=True)
     )
-    facts = json.loads((runs / "here" / "samples.json").read_text())
-    assert len(facts["sha256"]) == 64
-    assert (facts["seed"], facts["steps"], facts["sampler"]) == (100, "8", "ddpm")
+    metadata = json.loads((runs / "here" / "samples.json").read_text())
+    assert len(metadata["sha256"]) == 64
+    assert (metadata["seed"], metadata["steps"], metadata["sampler"]) == (100, "8", "ddpm")
     with zipfile.ZipFile("here/samples.npz") as archive:
-        assert json.loads(archive.comment) == facts
+        assert json.loads(archive.comment) == metadata
     with Image.open("here/samples.png") as grid:
-        assert json.loads(grid.text["spiralrope"]) == facts
+        assert json.loads(grid.text["spiralrope"]) == metadata
         assert min(grid.size) >= 3 * 64
 
 
@@ -114,8 +116,8 @@ def test_an_interrupted_run_goes_on_with_the_missing_images(sample, pixels, monk
     answers = iter([0, 0, signal.SIGTERM])
     with monkeypatch.context() as patched:
         patched.setattr(StopRequest, "agreed", lambda *_, **__: next(answers))
-        told = sample(*words, "--out", "parts", expect=143)
-    assert "stopped with 6 of 9 images" in told
+        printed = sample(*words, "--out", "parts", expect=143)
+    assert "stopped with 6 of 9 images" in printed
     assert not (runs / "parts" / "samples.npz").exists()
     drawn = []
     draw = job.Sampler.__call__
@@ -152,8 +154,8 @@ def test_a_signal_within_a_batch_ends_it_at_once(sample, pixels, monkeypatch, ru
         self.signal_number = signal.SIGINT
 
     monkeypatch.setattr(StopRequest, "listen", ask)
-    told = sample(pixels, "--num-samples", 3, *FAST, "--out", "here", expect=130)
-    assert "stopped with 0 of 3 images; the same command goes on" in told
+    printed = sample(pixels, "--num-samples", 3, *FAST, "--out", "here", expect=130)
+    assert "stopped with 0 of 3 images; the same command goes on" in printed
     assert (runs / "here" / "samples.npz.part").exists()
 
 
@@ -174,7 +176,7 @@ def test_parts_that_are_not_whole_are_drawn_again(sample, pixels, monkeypatch, r
     assert (runs / "parts/samples.npz").read_bytes() == (runs / "whole/samples.npz").read_bytes()
 
 
-def test_what_does_not_fit_the_folder_is_told(sample, pixels, runs):
+def test_what_does_not_fit_the_folder_is_refused(sample, pixels, runs):
     run = shutil.copytree(pixels, runs / "trained")
     words = ("--num-samples", 2, *FAST)
     assert "is the folder of a training run" in sample(run, *words, "--out", run, expect=1)
@@ -183,18 +185,18 @@ def test_what_does_not_fit_the_folder_is_told(sample, pixels, runs):
     sample(run, *words, "--out", "here")
     last = run / "checkpoints" / "0000120"
     shutil.copyfile(last / "model.safetensors", last / "ema.safetensors")
-    told = sample(run, *words, "--out", "here", expect=1)
-    assert "holds samples of other weights" in told
+    printed = sample(run, *words, "--out", "here", expect=1)
+    assert "holds samples of other weights" in printed
     (runs / "here" / "samples.json").write_text("[1]")
     assert "cannot be read" in sample(run, *words, "--out", "here", expect=1)
 
 
-def test_what_made_the_samples_is_told_whatever_its_length(tmp_path):
+def test_the_archive_holds_metadata_of_any_length(tmp_path):
     files = sample_files.SampleFiles(tmp_path, 1, (2, 2))
-    facts = {"seed": 3, "classes": list(range(20_000))}
-    files.begin(facts)
+    metadata = {"seed": 3, "classes": list(range(20_000))}
+    files.begin(metadata)
     files.put([0], torch.zeros(1, 3, 2, 2, dtype=torch.uint8))
-    files.finish(facts)
+    files.finish(metadata)
     assert sample_files.npz_metadata(files.npz) == {"seed": 3, "classes": "20000 classes"}
 
 
@@ -241,8 +243,8 @@ def test_the_settled_weights_are_used_whatever_is_saved_meanwhile(
 def test_images_that_nothing_tells_of_are_not_overwritten(sample, pixels, runs):
     (runs / "here").mkdir()
     (runs / "here" / "samples.npz").write_bytes(b"somebody's")
-    told = sample(pixels, "--num-samples", 2, *FAST, "--out", "here", expect=1)
-    assert "no samples.json says what made it" in told
+    printed = sample(pixels, "--num-samples", 2, *FAST, "--out", "here", expect=1)
+    assert "no samples.json says what made it" in printed
     assert (runs / "here" / "samples.npz").read_bytes() == b"somebody's"
 
 
@@ -254,8 +256,8 @@ def test_guidance_that_cannot_act_is_a_note(sample, pixels):
 
 def test_other_options_do_not_mix_with_what_is_there(sample, pixels):
     sample(pixels, "--num-samples", 2, *FAST, "--out", "here")
-    told = sample(pixels, "--num-samples", 2, *FAST, "--cfg-scale", 2, "--out", "here", expect=1)
-    assert "here holds other samples: cfg_scale was 1.0, now 2.0" in told
+    printed = sample(pixels, "--num-samples", 2, *FAST, "--cfg-scale", 2, "--out", "here", expect=1)
+    assert "here holds other samples: cfg_scale was 1.0, now 2.0" in printed
 
 
 def test_classes_are_dealt_out_in_turn_or_drawn_by_number(pixels, sample, monkeypatch):
@@ -280,7 +282,7 @@ def test_classes_are_dealt_out_in_turn_or_drawn_by_number(pixels, sample, monkey
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
-def test_other_samplers_draw_other_pictures(sample, pixels, sampler):
+def test_other_samplers_draw_other_images(sample, pixels, sampler):
     sample(pixels, "--num-samples", 3, *FAST, "--out", "ddpm")
     sample(pixels, "--num-samples", 3, *FAST, "--sampler", sampler, "--out", "other")
     assert not np.array_equal(images("ddpm"), images("other"))
@@ -295,7 +297,7 @@ def test_a_published_file_draws_through_a_vae_in_any_rectangle(sample, tiny_vae)
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "told"),
+    ("words", "code", "printed"),
     [
         (["--classes", "10"], 2, "--classes 10: the weights know 10 classes, 0 to 9"),
         (["--classes", "a"], 2, "it must be a list of class numbers"),
@@ -317,19 +319,19 @@ def test_a_published_file_draws_through_a_vae_in_any_rectangle(sample, tiny_vae)
         (["--out", ""], 2, "--out is empty"),
     ],
 )
-def test_bad_input_has_its_own_line(sample, pixels, words, code, told):
+def test_bad_input_has_its_own_line(sample, pixels, words, code, printed):
     said = sample(pixels, *words, expect=code)
-    assert told in said
+    assert printed in said
 
 
 def test_sources_that_draw_nothing(sample):
-    told = sample(GOLDEN / "deit_tiny_checkpoint.pth", expect=1)
-    assert "a classifier, which draws nothing" in told
+    printed = sample(GOLDEN / "deit_tiny_checkpoint.pth", expect=1)
+    assert "a classifier, which draws nothing" in printed
     assert "which only a VAE turns into images" in sample(DIT, "--vae", "none", expect=2)
     assert "neither ema nor mse nor a folder" in sample(DIT, "--vae", "gone", expect=2)
     assert "no published name" in sample("dit-xxl", expect=2)
-    told = sample(DIT, "--name", "x", "--out", "y", expect=2)
-    assert "--name x and --out y both name the folder" in told
+    printed = sample(DIT, "--name", "x", "--out", "y", expect=2)
+    assert "--name x and --out y both name the folder" in printed
 
 
 def test_published_weights_come_by_themselves_after_their_size_was_said(

@@ -96,16 +96,16 @@ def test_deit_runs_every_stage_once(run, launched):
     assert len(rows(folder / "finetune")) == 8
     assert "0.875" in said
     before = (folder / "pipeline.json").read_bytes()
-    again, told = run("deit", *DEIT)
+    again, printed = run("deit", *DEIT)
     assert len(launched) == 3
     assert [line for line in said.splitlines() if "best, EMA" in line][-2:] == [
         line for line in again.splitlines() if "best, EMA" in line
     ]
-    assert "pretrain is finished: 4 steps" in told
+    assert "pretrain is finished: 4 steps" in printed
     assert (folder / "pipeline.json").read_bytes() == before
 
-    _, told = run("deit", *DEIT, "--seed", "1", expect=1)
-    assert "pretrain holds a run with other options: --seed was 0, now 1" in told
+    _, printed = run("deit", *DEIT, "--seed", "1", expect=1)
+    assert "pretrain holds a run with other options: --seed was 0, now 1" in printed
     run("deit", *SMALL, "--eval-only", "--no-finetune")
     assert launched[3:] == ["evaluate"]
     assert len(rows(folder / "pretrain")) == 8
@@ -116,12 +116,12 @@ def test_deit_runs_every_stage_once(run, launched):
     (folder / "pretrain" / "eval.json").write_text(json.dumps(measured))
     run("deit", *SMALL, "--eval-only", "--no-finetune")
     assert launched[4:] == ["evaluate"]
-    _, told = run("deit", *DEIT, "--finetune-lr", 0.5, expect=1)
-    assert "finetune holds a run with other options: --finetune-lr was" in told
-    assert told.startswith("finetune: ")
+    _, printed = run("deit", *DEIT, "--finetune-lr", 0.5, expect=1)
+    assert "finetune holds a run with other options: --finetune-lr was" in printed
+    assert printed.startswith("finetune: ")
     run("deit", "--out", folder, "--eval-only")
-    _, told = run("deit", "--out", folder, "--eval-only", "--rotate", 4, expect=1)
-    assert "--rotate was 2, now 4" in told
+    _, printed = run("deit", "--out", folder, "--eval-only", "--rotate", 4, expect=1)
+    assert "--rotate was 2, now 4" in printed
 
 
 def test_what_finetuning_starts_from_is_what_pretraining_left(run):
@@ -151,21 +151,21 @@ def test_a_stage_that_stops_or_fails_ends_the_command_with_its_code(run, launche
     assert not Path("here/finetune").exists()
     run("deit", *DEIT, "--out", "here", "--skip-training")
     assert launched == ["train", "train", "evaluate"]
-    _, told = run("deit", *DEIT, "--out", "here", expect=1)
-    assert "was trained from weights that here/pretrain does not hold yet" in told
+    _, printed = run("deit", *DEIT, "--out", "here", expect=1)
+    assert "was trained from weights that here/pretrain does not hold yet" in printed
 
     def broken(*words):
         raise DataError("the disk is on fire")
 
     monkeypatch.setattr(classification, "validate", broken)
-    _, told = run("deit", *DEIT, "--out", "there", expect=1)
-    assert told == "the disk is on fire"
+    _, printed = run("deit", *DEIT, "--out", "there", expect=1)
+    assert printed == "the disk is on fire"
     assert launched[3:] == ["train"]
     assert not Path("there/pipeline.json").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "told"),
+    ("words", "code", "printed"),
     [
         (["--eval-only"], 1, "run-deit-deit-ti-digits-r2/finetune holds no checkpoint"),
         (["--skip-training"], 1, "run-deit-deit-ti-digits-r2/pretrain holds no checkpoint"),
@@ -199,19 +199,19 @@ def test_a_stage_that_stops_or_fails_ends_the_command_with_its_code(run, launche
         (["--from-legacy", "4", "--sweep", "lr=1,2"], 2, "--from-legacy stands alone"),
     ],
 )
-def test_what_cannot_be_is_told_in_a_line(run, launched, words, code, told):
-    assert told in run("deit", *words, expect=code)[1]
+def test_what_cannot_be_is_refused_in_a_line(run, launched, words, code, printed):
+    assert printed in run("deit", *words, expect=code)[1]
     assert not launched
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "told"),
+    ("words", "code", "printed"),
     [
         (["--name", "x", "--out", "y"], 2, "--name x and --out y both name the folder"),
         (
             ["--num-sampling-steps", 1],
             2,
-            "dit-sample: --num-sampling-steps 1: it must be 2 to 1000",
+            "--num-sampling-steps 1: it must be 2 to 1000",
         ),
         (["--num-sampling-steps", "ddim300"], 2, "use --num-sampling-steps 300"),
         (["--sampling-seed", -1], 2, "--sampling-seed is -1"),
@@ -225,8 +225,8 @@ def test_what_cannot_be_is_told_in_a_line(run, launched, words, code, told):
         (["--reference", "gone.npz"], 1, "REFERENCE gone.npz does not exist"),
     ],
 )
-def test_what_a_dit_cannot_be_is_told_before_it_trains(run, launched, words, code, told):
-    assert told in run("dit", *words, expect=code)[1]
+def test_what_a_dit_cannot_be_is_refused_before_it_trains(run, launched, words, code, printed):
+    assert printed in run("dit", *words, expect=code)[1]
     assert not launched
 
 
@@ -239,27 +239,27 @@ def test_the_processes_of_a_launcher_are_not_joined(run, launched, monkeypatch):
 
 
 def test_a_dry_run_plans_all_stages_and_writes_nothing(run, runs):
-    _, told = run("deit", *DEIT, "--dry-run")
-    assert [line for line in told.splitlines() if line.startswith("[")] == [
+    _, printed = run("deit", *DEIT, "--dry-run")
+    assert [line for line in printed.splitlines() if line.startswith("[")] == [
         "[1/3] pretrain",
         "[2/3] finetune",
         "[3/3] eval",
     ]
-    _, told = run("dit", *DIT, "--dry-run")
-    assert "num 5" in told
-    assert "fid is left out: there is no --reference" in told
-    _, told = run("deit", *DEIT, "--sweep", "rotate=0,1", "--dry-run")
-    assert "note: rotate=0 and rotate=1 are both plain axial RoPE" in told
-    assert "== 2/2: rotate=1, seed 0" in told
+    _, printed = run("dit", *DIT, "--dry-run")
+    assert "5 images from the averaged (EMA) weights" in printed
+    assert "fid is left out: there is no --reference" in printed
+    _, printed = run("deit", *DEIT, "--sweep", "rotate=0,1", "--dry-run")
+    assert "note: rotate=0 and rotate=1 are both plain axial RoPE" in printed
+    assert "== 2/2: rotate=1, seed 0" in printed
     assert not list(runs.iterdir())
 
 
 def test_a_sweep_runs_the_grid_and_sums_it_up(run, launched):
     axes = ("--sweep", "rotate=none,1,2", "--sweep", "same_theta=true,false", "--seeds", "0,3")
     words = ("deit", *SMALL, "--no-finetune", *axes, "--keep-last", 1)
-    said, told = run(*words)
+    said, printed = run(*words)
     # Without RoPE, and in two directions, same_theta changes nothing.
-    assert "rotate=none same_theta=false is the same as rotate=none same_theta=true" in told
+    assert "rotate=none same_theta=false is the same as rotate=none same_theta=true" in printed
     assert launched == ["train", "evaluate"] * 8
     folder = Path("runs/sweep-deit-deit-32x2x2-digits")
     found = json.loads((folder / "sweep.json").read_text())["rows"]
@@ -322,40 +322,40 @@ def test_options_that_cannot_act_make_no_other_network():
 
 
 def test_dit_runs_every_stage_once(run, launched):
-    _, told = run("dit", *DIT)
+    _, printed = run("dit", *DIT)
     folder = Path("runs/run-dit-dit-32x2x2-2-digits-r0")
     assert launched == ["train", "sample"]
     assert marks(folder) == ["dit-train", "dit-sample"]
     assert (folder / "dit-sample" / "samples.npz").is_file()
-    assert "fid is left out: there is no --reference" in told
-    _, told = run("dit", *DIT)
-    assert "dit-sample is finished: 5 images" in told
+    assert "fid is left out: there is no --reference" in printed
+    _, printed = run("dit", *DIT)
+    assert "dit-sample is finished: 5 images" in printed
     assert len(launched) == 2
-    _, told = run("dit", *DIT, "--num-samples", 6, expect=1)
-    assert "holds other samples: num was 5, now 6" in told
-    _, told = run("dit", *DIT, "--reference", "gone.npz", expect=1)
-    assert "gone.npz" in told
+    _, printed = run("dit", *DIT, "--num-samples", 6, expect=1)
+    assert "holds other samples: num was 5, now 6" in printed
+    _, printed = run("dit", *DIT, "--reference", "gone.npz", expect=1)
+    assert "gone.npz" in printed
 
 
 def test_dit_measures_where_reference_and_weights_are(
     run, launched, inception_weights, image_folder
 ):
     reference = ("--reference", image_folder / "val")
-    _, told = run("dit", *DIT, *reference)
-    assert "fid is left out: the weights of Inception are not here" in told
+    _, printed = run("dit", *DIT, *reference)
+    assert "fid is left out: the weights of Inception are not here" in printed
     with_weights = (*reference, "--weights", inception_weights)
     said, _ = run("dit", *DIT, *with_weights)
     assert launched == ["train", "sample", "score"]
     folder = Path("runs/run-dit-dit-32x2x2-2-digits-r0")
-    facts = json.loads((folder / "fid.json").read_text())
-    assert f"{facts['fid']:.4f}" in said
+    result = json.loads((folder / "fid.json").read_text())
+    assert f"{result['fid']:.4f}" in said
     again, _ = run("dit", *DIT, *with_weights)
-    assert f"{facts['fid']:.4f}" in again
+    assert f"{result['fid']:.4f}" in again
     assert len(launched) == 3
     (folder / "fid.json").write_text("{")
     run("dit", *DIT, *with_weights)
     assert launched[3:] == ["score"]
-    assert json.loads((folder / "fid.json").read_text())["fid"] == facts["fid"]
+    assert json.loads((folder / "fid.json").read_text())["fid"] == result["fid"]
     replaced = shutil.copytree(image_folder / "val", Path("reference"))
     shutil.copytree(replaced / "dark", replaced / "once-more")
     replacing = ("--reference", replaced, "--weights", inception_weights)
@@ -363,15 +363,15 @@ def test_dit_measures_where_reference_and_weights_are(
     shutil.rmtree(replaced / "once-more")
     run("dit", *DIT, *replacing)
     assert launched[4:] == ["score"] * 2
-    assert json.loads((folder / "fid.json").read_text())["fid"] == facts["fid"]
+    assert json.loads((folder / "fid.json").read_text())["fid"] == result["fid"]
     other = Path("other.pth")
     torch.save(torch.load(inception_weights), other)
     run("dit", *DIT, *reference, "--weights", other)
     assert launched[6:] == ["score"]
     assert json.loads((folder / "fid.json").read_text())["protocol"]["weights"] == str(other)
-    _, told = run("dit", *DIT, "--num-samples", 3, expect=1)
-    assert "num was" in told
-    assert "remove runs/run-dit-dit-32x2x2-2-digits-r0/dit-sample to draw again" in told
+    _, printed = run("dit", *DIT, "--num-samples", 3, expect=1)
+    assert "num was" in printed
+    assert "remove runs/run-dit-dit-32x2x2-2-digits-r0/dit-sample to draw again" in printed
 
 
 def test_a_dry_run_of_a_dit_fetches_nothing(run, monkeypatch, image_folder, tiny_vae):
@@ -397,12 +397,12 @@ def test_a_dry_run_of_a_dit_fetches_nothing(run, monkeypatch, image_folder, tiny
     run("dit", *words, "--num-sampling-steps", 2)
     shutil.rmtree(next(Path("runs").glob("*/dit-sample")))
     here.clear()
-    _, told = run("dit", *words, "--num-sampling-steps", 2, "--dry-run")
-    assert "dit-train is finished" in told
-    assert "VAE mse (to be fetched)" in told
+    _, printed = run("dit", *words, "--num-sampling-steps", 2, "--dry-run")
+    assert "dit-train is finished" in printed
+    assert "VAE mse (to be fetched)" in printed
     shutil.rmtree("runs")
-    _, told = run("dit", *words, "--num-sampling-steps", 2, "--dry-run")
-    assert "from the averaged (EMA) weights" in told
+    _, printed = run("dit", *words, "--num-sampling-steps", 2, "--dry-run")
+    assert "from the averaged (EMA) weights" in printed
 
 
 def test_an_interrupted_sampling_goes_on(run, launched, monkeypatch):
@@ -449,14 +449,14 @@ LEGACY = [
 
 @pytest.mark.parametrize(("kind", "line", "options"), LEGACY)
 def test_an_old_line_becomes_a_command(run, kind, line, options):
-    said, told = run(kind, "--from-legacy", line)
+    said, printed = run(kind, "--from-legacy", line)
     assert said.strip() == f"spiralrope run {kind} {options}".strip()
     unsaid = "1.0" not in line and line != "False" and "pixel" not in line
-    assert ("scripts passed 0.5 or 1.0" in told) == unsaid
+    assert ("scripts passed 0.5 or 1.0" in printed) == unsaid
 
 
 @pytest.mark.parametrize(
-    ("kind", "line", "told"),
+    ("kind", "line", "printed"),
     [
         ("deit", "four", "word 1, ROTATE, is four; it must be a whole number"),
         ("deit", "- - - - 1", "word 5, SAME_THETA, is 1; it must be True or False"),
@@ -470,8 +470,8 @@ def test_an_old_line_becomes_a_command(run, kind, line, options):
         ("dit", "- - - - - - - - - - DiT-Z/2", "word 11, MODEL, is DiT-Z/2"),
     ],
 )
-def test_a_wrong_word_is_named_with_its_place(run, kind, line, told):
-    assert told in run(kind, "--from-legacy", line, expect=2)[1]
+def test_a_wrong_word_is_named_with_its_place(run, kind, line, printed):
+    assert printed in run(kind, "--from-legacy", line, expect=2)[1]
 
 
 def test_the_words_are_those_of_the_old_documents():

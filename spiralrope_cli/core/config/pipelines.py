@@ -16,7 +16,7 @@ from spiralrope_cli.core.config.option import (
     leaves,
     numbers,
 )
-from spiralrope_cli.core.config.samples import GuidanceConfig, SamplerName, SampleRun
+from spiralrope_cli.core.config.samples import GuidanceConfig, SamplerName, SampleRun, check_chain
 from spiralrope_cli.core.config.training import MachineConfig, OptimConfig
 from spiralrope_cli.core.errors import ConfigError
 
@@ -154,3 +154,4 @@ class DiTStages:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_chain(self.sampler, self.num_sampling_steps)

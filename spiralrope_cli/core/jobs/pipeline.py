@@ -34,7 +34,7 @@ from spiralrope_cli.core.config.pipelines import (
 )
 from spiralrope_cli.core.config.resolve import Resolved, StartingPoint, resolve
 from spiralrope_cli.core.config.runs import ClassifierRun
-from spiralrope_cli.core.config.samples import check_chain, decoder_of, default_num_samples
+from spiralrope_cli.core.config.samples import decoder_of, default_num_samples
 from spiralrope_cli.core.config.training import MachineConfig, TrainOptions
 from spiralrope_cli.core.data.image_sets import inspect_side
 from spiralrope_cli.core.errors import CheckpointError, ConfigError, FetchError
@@ -136,8 +136,6 @@ def settle_dit(given: dict[str, Any]) -> Pipeline:
     check_not_joined()
     own: DiTStages = build(DiTStages, given)
     build(TrainOptions, given).check_folder(own.out)
-    with refused_by(SAMPLE):
-        check_chain(own.sampler, own.num_sampling_steps)
     options = training_options(given, DiTStages)
     resolved = resolve("dit-train", options, name=given.get("name", ""))
     folder = pipeline_folder("run-dit", own.out, resolved.run)
@@ -156,18 +154,22 @@ def settle_dit(given: dict[str, Any]) -> Pipeline:
     for vae in (run.vae_in_loop, decoder_of(run.images.vae)):
         if vae not in ("", NO_VAE):
             local_vae(vae) if own.dry_run else find_vae(vae)
-    chosen = {
+    machine = {name: value for name, value in given.items() if name in MACHINE_FIELDS}
+    sampling = {
+        **machine,
+        "source": run.out,
+        "out": str(drawn),
+        "num_samples": own.num_samples or default_num_samples(run.data),
         "num_sampling_steps": own.num_sampling_steps,
         "sampler": own.sampler,
+        "cfg_scale": own.cfg_scale,
         "seed": own.sampling_seed,
     }
-    chosen["num_samples"] = own.num_samples or default_num_samples(run.data)
-    if own.cfg_scale != 1:
-        chosen["cfg_scale"] = own.cfg_scale
-    in_words = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in chosen.items())
-    line = f" {drawn} from the averaged (EMA) weights of {run.out}: {in_words}"
-    machine = {name: value for name, value in given.items() if name in MACHINE_FIELDS}
-    sampling = {**machine, **chosen, "source": run.out, "out": str(drawn)}
+    line = (
+        f" {sampling['num_samples']} images from the averaged (EMA) weights of {run.out}: "
+        f"{own.sampler}, {own.num_sampling_steps} steps, guidance {own.cfg_scale:g}, "
+        f"seed {own.sampling_seed}"
+    )
     stages = [training, Stage(SAMPLE, str(drawn), sampling, draw_samples, line)]
     if not note:
         fid = FidRun(
@@ -194,10 +196,12 @@ def training_options(given: dict[str, Any], own: type) -> dict[str, Any]:
 @contextlib.contextmanager
 def refused_by(stage: str) -> Iterator[None]:
     """Names the stage in what it refuses, and its options as `run` spells them."""
-    here, of_run = leaves(DeiTStages), leaves(ClassifierRun)
-    of_finetuning = [name for name in of_run if FINETUNE_PREFIX + name in here]
-    spelled = {of_run[n].called: here[FINETUNE_PREFIX + n].called for n in of_finetuning}
-    spelled = spelled if stage == FINETUNE else {}
+    here = leaves(DeiTStages)
+    spelled = {
+        leaf.called: here[FINETUNE_PREFIX + name].called
+        for name, leaf in leaves(ClassifierRun).items()
+        if stage == FINETUNE and FINETUNE_PREFIX + name in here
+    }
     try:
         yield
     except (ConfigError, CheckpointError) as error:
