@@ -121,6 +121,6 @@ Examples:
 @command(app, "samples", SamplesPlot, FigureFile, examples=SAMPLES_EXAMPLES)
 def plot_samples(given: dict[str, Any]) -> None:
     """A grid of generated images, or of any others, with their classes where known."""
-    from spiralrope_cli.core.jobs.plot import draw_samples
+    from spiralrope_cli.core.jobs.plot import draw_grid
 
-    draw_samples(given)
+    draw_grid(given)

@@ -234,7 +234,7 @@ def test_the_same_command_on_a_finished_run_says_so(on_pictures, spiralrope, run
     again = spiralrope(*words)
     assert "is finished: 4 steps" in again.stderr
     assert again.stdout == first.stdout
-    assert "held-out acc@1" in again.stdout
+    assert "validation acc@1" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in (runs / "run").rglob("*")} == before
 
 

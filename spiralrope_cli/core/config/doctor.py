@@ -1,4 +1,4 @@
-"""What `doctor` looks at. Standard library only."""
+"""What `doctor` inspects. Standard library only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from spiralrope_cli.core.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Checkup:
-    """A look at this machine, with one kind of run in mind."""
+    """What is inspected on this machine, with one kind of run in mind."""
 
     arch: Annotated[
         str,

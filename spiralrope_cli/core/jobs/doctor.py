@@ -260,7 +260,7 @@ def inspect_disk(checkup: Checkup, found: Values, findings: list[Finding]) -> tu
     planned = found["run"] or {}
     needs = {"checkpoints": planned.get("checkpoint_bytes", 0) * planned.get("checkpoints", 0)}
     if checkup.dit and planned:
-        height, width = planned["picture_size"]
+        height, width = planned["image_size"]
         num = checkup.num_samples or default_num_samples(found["data"]["data"])
         needs["samples"] = 3 * num * height * width
     if sum(needs.values()) > free:

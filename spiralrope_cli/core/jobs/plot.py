@@ -186,7 +186,7 @@ def read_image(file: str, weights: Weights, size: tuple[int, int]) -> tuple[np.n
 
 
 # ---- plot samples
-def draw_samples(given: dict[str, Any]) -> None:
+def draw_grid(given: dict[str, Any]) -> None:
     """The first images of a set as a grid, with their classes where those are known.
 
     Raises:

@@ -36,7 +36,7 @@ class Series(NamedTuple):
     style: str = "-"
 
 
-PANELS = (
+CURVES = (
     ("Loss", (Series("loss", "training"), Series("val_loss", "held out", "--"))),
     ("Held-out acc@1 (%)", (Series("acc1", "weights"), Series("ema_acc1", "EMA weights", "--"))),
     ("Variational bound (bits per dimension)", (Series("vb"),)),
@@ -66,7 +66,7 @@ def curves_figure(runs: Sequence[Path], over: str = "step") -> Figure:
             message = f"{folder} has logged nothing: {METRICS_FILE} is missing or empty"
             raise DataError(message, inner_runs(folder))
     logged = {key for lines in logs for line in lines for key in line}
-    panels = [(title, [each for each in series if each.key in logged]) for title, series in PANELS]
+    panels = [(title, [each for each in series if each.key in logged]) for title, series in CURVES]
     panels = [(title, series) for title, series in panels if series]
     columns = math.ceil(len(panels) / 2)
     figure = Figure(figsize=(5 * columns, 6.5), layout="constrained")

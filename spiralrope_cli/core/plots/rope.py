@@ -87,7 +87,7 @@ def rope_figure(plot: RopePlot) -> Figure:
     rows = math.ceil(len(cells) / columns)
     figure = Figure(figsize=(4.6 * columns, 4.2 * rows), layout="constrained")
     for axis, (view, panel) in zip(grid_of_axes(figure, len(cells), columns), cells, strict=True):
-        title = PANELS[panel](axis, view, plot, views)
+        title = DRAW[panel](axis, view, plot, views)
         axis.set_title(f"rotate {view.config.rotate}: {title}", fontsize=TITLE, loc="left")
     return figure
 
@@ -227,7 +227,7 @@ def _add_color_bar(axis: Axes, image: Any, label: str) -> None:
         side.set_major_locator(MaxNLocator("auto", integer=True))
 
 
-PANELS = {
+DRAW = {
     "rose": _draw_rose,
     "frequencies": _draw_frequencies,
     "clamp": _draw_clamp,

@@ -50,7 +50,7 @@ def print_results(folder: Path) -> None:
         if (folder / file).exists():
             say_result(f"{name}: {folder / file}")
     if validations:
-        say_result(f"held-out acc@1 {validations[-1]['acc1']:.2f} %")
+        say_result(f"validation acc@1 {validations[-1]['acc1']:.2f} %")
     elif lines:
         say_result(f"training loss {lines[-1]['loss']:.4f}")
 
@@ -188,9 +188,9 @@ def of_scores(scores: Record) -> Result:
         for side in sides
     )
     return Result(
-        title="Figures of the images",
+        title="Metrics of the images",
         caption=caption,
-        columns=("figure", "value", "±", ""),
+        columns=("metric", "value", "±", ""),
         rows=rows,
         words={""},
         warnings=scores.get("warnings", ()),

@@ -50,7 +50,7 @@ def advice(checkup: Checkup) -> dict[str, Any]:
         "nproc": nproc,
         "micro_batch_size": micro,
         "accumulation": grad_accum_steps,
-        "picture_size": list(run.image_size),
+        "image_size": list(run.image_size),
         "valid_nproc": [
             n for n in range(1, max(8, nproc, usable_cores()) + 1) if _accepts(run.split_batch, n)
         ],

@@ -57,7 +57,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def run_folder(trained_once, runs):
-    """A finished run with the figures of two image sizes, and a nasty name."""
+    """A finished run with the metrics of two image sizes, and a nasty name."""
     folder = Path(shutil.copytree(trained_once, runs / "runs" / "a <b> & c"))
     row = {
         **{"source": "x", "checkpoint": "last", "step": 8, "data": "/data/digits", "acc5": 90.0},
@@ -203,7 +203,7 @@ def test_stages_make_one_page(run_folder, sample_folder, runs):
     assert len(names) == len(set(names))
 
 
-def test_a_sweep_shows_its_table_and_leads_to_its_members(run_folder, runs):
+def test_a_sweep_shows_its_table_and_leads_to_its_runs(run_folder, runs):
     whole = runs / "runs" / "sweep"
     member = whole / "rotate2-seed0"
     shutil.copytree(run_folder, member / "pretrain")
