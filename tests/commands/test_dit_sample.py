@@ -12,14 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hub_server import HubServer
 from PIL import Image
 from typer.testing import CliRunner
 
 from spiralrope_cli import main as cli
 from spiralrope_cli.core.config.resolve import resolve
-from spiralrope_cli.core.data import sample_files
 from spiralrope_cli.core.diffusion import samplers as guidance
 from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.hub.catalog import WEIGHTS_REPO
@@ -189,15 +187,6 @@ def test_what_does_not_fit_the_folder_is_refused(sample, pixels, runs):
     assert "holds samples of other weights" in printed
     (runs / "here" / "samples.json").write_text("[1]")
     assert "cannot be read" in sample(run, *words, "--out", "here", expect=1)
-
-
-def test_the_archive_holds_metadata_of_any_length(tmp_path):
-    files = sample_files.SampleFiles(tmp_path, 1, (2, 2))
-    metadata = {"seed": 3, "classes": list(range(20_000))}
-    files.begin(metadata)
-    files.put([0], torch.zeros(1, 3, 2, 2, dtype=torch.uint8))
-    files.finish(metadata)
-    assert sample_files.npz_metadata(files.npz) == {"seed": 3, "classes": "20000 classes"}
 
 
 def test_a_finished_run_makes_what_is_asked_for_later(sample, pixels, monkeypatch, runs):
