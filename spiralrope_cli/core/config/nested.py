@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import typing
 from collections.abc import Collection
 from pathlib import Path
@@ -24,14 +25,9 @@ RUN_KINDS: dict[str, type[TrainingRun]] = {
 
 
 def read_config(path: Path, kind: type[TrainingRun] | None = None) -> dict[str, Any]:
-    """Flat values of a `config.yaml`, in the types of their fields.
+    """Flat values of the `config.yaml` of a training, in the types of their fields.
 
-    Args:
-        path: the file, of any training command.
-        kind: the run that it must be of, where that matters.
-
-    Raises:
-        ConfigError: no such file, no YAML, an unknown key, or another kind of run.
+    Refuses what is no YAML, holds an unknown key, or is of another `kind` of run.
     """
     import yaml
 
@@ -102,13 +98,8 @@ def flat_values(config: Any) -> dict[str, Any]:
 
 def to_nested(run: TrainingRun) -> dict[str, Any]:
     """Plain nested dicts and lists, as `config.yaml` holds them."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, tuple) else value
-
-    return typing.cast(dict[str, Any], plain(dataclasses.asdict(run)))
+    nested: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(run)))  # tuples to lists
+    return nested
 
 
 def build(kind: type, values: dict[str, Any]) -> Any:

@@ -20,6 +20,7 @@ import types
 import typing
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import MISSING, dataclass
+from operator import ge, gt, le, lt
 from typing import Any
 
 from spiralrope_cli.core.errors import ConfigError
@@ -82,7 +83,8 @@ class Leaf:
         opt = self.opt or Opt("")
         if self.choices or opt.expects:
             return opt.expects or " or ".join(self.choices)
-        low, high = _first(opt.ge, opt.gt), _first(opt.le, opt.lt)
+        low = opt.ge if opt.gt is None else opt.gt
+        high = opt.le if opt.lt is None else opt.lt
         if low is not None and high is not None:
             left, right = "[" if opt.gt is None else "(", "]" if opt.lt is None else ")"
             return f"in {left}{low:g}, {high:g}{right}"
@@ -131,27 +133,22 @@ class Leaf:
                 raise self._refused(each, self.allowed())
 
     def _fits(self, value: Any) -> bool:
+        opt = self.opt or Opt("")
         if self.choices:
             return value in self.choices
-        if (opt := self.opt) is None:
-            return True
         if isinstance(value, str):
             return not opt.pattern or re.fullmatch(opt.pattern, value) is not None
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return True
-        low, high = _first(opt.ge, opt.gt), _first(opt.le, opt.lt)
-        above = low is None or value > low or (value == low and opt.gt is None)
-        below = high is None or value < high or (value == high and opt.lt is None)
-        return above and below and (low is high is None or math.isfinite(value))
+        bounds = [(opt.ge, ge), (opt.gt, gt), (opt.le, le), (opt.lt, lt)]
+        return all(
+            holds(value, bound) and math.isfinite(value)
+            for bound, holds in bounds
+            if bound is not None
+        )
 
     def _refused(self, value: Any, allowed: str) -> ConfigError:
         finite = ", and finite" if value in (math.inf, "inf") else ""
         told = "empty" if value == "" else value
         return ConfigError(f"{self.called} is {told}; it must be {allowed}{finite}")
-
-
-def _first(*bounds: float | None) -> float | None:
-    return next((bound for bound in bounds if bound is not None), None)
 
 
 _TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}

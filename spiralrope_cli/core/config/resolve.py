@@ -121,23 +121,30 @@ def resolve(
         DataError: no such data set.
     """
     kind, dit = RUN_KINDS[command], command == "dit-train"
-    chosen = chosen_layers(kind, options, config_file, start)
-    data_set, data_source, of_data = find_data(chosen, dit=dit)
-    chosen = [chosen[0], *of_data, *chosen[1:]]  # over the weights, below file and options
-    arch, arch_source = choose(
-        "arch", chosen, data_set.default_dit if dit else data_set.default_arch
-    )
+    of_start: Layer = ("source", start.fields() if start else {})
+    file: Layer = ("config file", values_of_file(kind, config_file, start))
+    given, sources = merged(default_data(), of_start, file, ("option", options))
+    of_latents: Layer = ("latents", {})
+    if dit and given.get("latents"):
+        cache = read_cache(Path(given["latents"]))
+        data_set = cached_data_set(cache)
+        of_latents = ("latents", {"image_size": cache.plan.image_size, "vae": cache.plan.vae})
+        sources["data"] = "latents"
+    else:
+        data_set = (find_train_set if dit else find_data_set)(given["data"])
+    arch = given.get("arch", data_set.default_dit if dit else data_set.default_arch)
     arch = dit_name(arch) if dit else arch
-    size = dit_size(arch) if dit else deit_size(arch)
-    values, sources = merged(
+    values, origins = merged(
+        ("data set", {"arch": arch}),
         ("recipe", recipes.recipe(command, arch)),
         ("data set", data_set.defaults_of(command)),
-        *chosen,
+        *(of_start, of_latents, file, ("option", options)),
         ("data set", {"num_classes": data_set.num_classes}),
     )
     values.update(command=command, arch=arch, data=data_set.data)
     values.update(num_train=data_set.num_train, num_val=data_set.num_val)
-    sources.update(data=data_source, arch=arch_source)
+    sources = {**origins, "data": sources["data"]}
+    size = dit_size(arch) if dit else deit_size(arch)
     if dit:
         fit_input(values, data_set)
         if start:
@@ -156,21 +163,14 @@ def resolve(
     return Resolved(run, sources, tuple(idle_lines(kind, inert, options)))
 
 
-def find_data(chosen: list[Layer], *, dit: bool) -> tuple[DataSet, str, list[Layer]]:
-    """The data set that the layers name, where that came from, and what else it decides.
-
-    Cached latents name it themselves, and with it image size and VAE.
-    """
-    latents, _ = choose("latents", chosen, "")
-    if dit and latents:
-        cache = read_cache(Path(latents))
-        of_cache = {"image_size": cache.plan.image_size, "vae": cache.plan.vae}
-        return of_latents(cache), "latents", [("latents", of_cache)]
-    data, source = choose_data(chosen)
-    return find_train_set(data) if dit else find_data_set(data), source, []
+def default_data() -> Layer:
+    """The data set where none is named."""
+    if variable := os.environ.get(DATA_VARIABLE):
+        return "environment", {"data": variable}
+    return "default", {"data": "digits"}
 
 
-def of_latents(cache: CacheMetadata) -> DataSet:
+def cached_data_set(cache: CacheMetadata) -> DataSet:
     """Cached latents as a data set."""
     return DataSet(
         data=cache.plan.data,
@@ -183,17 +183,10 @@ def of_latents(cache: CacheMetadata) -> DataSet:
     )
 
 
-def chosen_layers(
-    kind: type[TrainingRun],
-    options: dict[str, Any],
-    config_file: str,
-    start: StartingPoint | None,
-) -> list[Layer]:
-    """What the user settled on, from weak to strong: starting weights, config file, options.
-
-    Raises:
-        ConfigError: the file is of a run that starts from weights, and there are none.
-    """
+def values_of_file(
+    kind: type[TrainingRun], config_file: str, start: StartingPoint | None
+) -> dict[str, Any]:
+    """What a config file decides; refuses one of a run from weights, where none are given."""
     from_file = read_config(Path(config_file), kind) if config_file else {}
     if from_file.get("source") and not start:
         again = "dit-train --init-from" if kind is DiTRun else "finetune"
@@ -202,9 +195,7 @@ def chosen_layers(
             f"spiralrope {again} {from_file['source']} --config {config_file}",
         )
     fixed = NOT_FROM_FILE | (FIXED_BY_SOURCE if start else set())
-    from_file = {key: value for key, value in from_file.items() if key not in fixed}
-    of_start = start.fields() if start else {}
-    return [("source", of_start), ("config file", from_file), ("option", options)]
+    return {key: value for key, value in from_file.items() if key not in fixed}
 
 
 def merged(*layers: Layer) -> tuple[dict[str, Any], dict[str, str]]:
@@ -319,20 +310,3 @@ def fit_name(values: dict[str, Any], data_set: DataSet, head_dim: int, name: str
 def named_folder(*words: str) -> str:
     """A folder for runs, named by the words that are not empty."""
     return str(Path(RUNS_FOLDER) / re.sub(r"[^\w.-]+", "-", "-".join(filter(None, words))))
-
-
-def choose_data(layers: list[Layer]) -> tuple[str, str]:
-    """The data set's name or folder, and where that came from."""
-    if variable := os.environ.get(DATA_VARIABLE):
-        return choose("data", layers, variable, "environment")
-    return choose("data", layers, "digits", "default")
-
-
-def choose(
-    key: str, layers: list[Layer], default: Any, default_source: str = "data set"
-) -> tuple[Any, str]:
-    """A value that others follow from, and where it came from."""
-    for source, layer in reversed(layers):
-        if layer.get(key) is not None:
-            return layer[key], source
-    return default, default_source
