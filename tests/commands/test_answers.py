@@ -417,8 +417,8 @@ REFUSED = {
         ("deit-s --data nowhere", "--data nowhere is no folder and no built-in name"),
     ],
     "dit-encode": [
-        ("--data pictures --vae vae --image-size 60", "--image-size 60x60"),
-        ("--data pictures --vae vae --image-size 0", "--image-size 0x0"),
+        ("--data pictures --vae vae --image-size 60", "--image-size 60"),
+        ("--data pictures --vae vae --image-size 0", "--image-size 0"),
         ("--data pictures --vae vae --out=", "--out is empty"),
         ("--data pictures --vae nowhere", "--data pictures is no folder"),
         ("--data nowhere --vae vae", "--data nowhere is no folder"),
