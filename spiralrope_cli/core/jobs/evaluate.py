@@ -228,6 +228,7 @@ def measure_rows(
     """Metrics of the rows of one protocol, in one pass; equal networks see it once."""
     from spiralrope_cli.core import load
     from spiralrope_cli.core.metrics.accuracy import measure_accuracy
+    from spiralrope_cli.core.models.factory import compile_blocks
     from spiralrope_cli.core.runtime.device import autocast
     from spiralrope_cli.core.weights import read_weights
 
@@ -239,7 +240,7 @@ def measure_rows(
             size, grid = model.image_size, model.pretrain_grid
             network = load.build_network(weights, ctx.device, image_size=size, pretrain_grid=grid)
             if images.machine.compile:
-                network.compile()
+                compile_blocks(network)
             models[row.network] = network
     protocol = images.protocol
     what = f"{Path(protocol.data).name} at {format_size(protocol.image_size)} px"

@@ -254,6 +254,7 @@ class Sampler:
         from spiralrope_cli.core.diffusion.vae import load_vae
         from spiralrope_cli.core.kernels import cast_blocks
         from spiralrope_cli.core.load import at_size, build_network
+        from spiralrope_cli.core.models.factory import compile_blocks
 
         self.run, self.ctx, self.diffusion = run, ctx, GaussianDiffusion(run.num_sampling_steps)
         changes = at_size(weights, run.input_size, run.rope)
@@ -261,7 +262,7 @@ class Sampler:
         if ctx.dtype != torch.float32:
             cast_blocks(model.blocks, ctx.dtype)
         if run.machine.compile:
-            model.compile()
+            compile_blocks(model)
         self.model, self.shape = model, (model.in_chans, *run.input_size)
         self.vae = None if run.vae == NO_VAE else load_vae(find_vae(run.vae).folder, ctx.device)
 

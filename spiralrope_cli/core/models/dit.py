@@ -29,10 +29,11 @@ MAX_PERIOD = 10000.0
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Computes in the dtype of the inputs; a no-op on devices without autocast, such as meta."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+    """Computes in the dtype of the inputs; a no-op on the meta device, which has no autocast."""
+    # Not by `is_autocast_available`, which `torch.compile` cannot trace before torch 2.12.
+    if device.type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 class TimestepEmbedder(nn.Module):

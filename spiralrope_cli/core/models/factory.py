@@ -57,6 +57,17 @@ def model_of(run: TrainingRun) -> DeiT | DiT:
     return create_model(run.arch, rope=run.rope, **options)
 
 
+def compile_blocks(model: DeiT | DiT) -> None:
+    """Compiles each block in place; parameters and their names stay.
+
+    All blocks share one graph, so this takes as long as compiling one. The table of cosines and
+    sines is an argument of a block: made outside, it neither breaks the graph nor is a constant
+    in it, which another model would then share.
+    """
+    for block in model.blocks:
+        block.compile()
+
+
 def on_meta(run: TrainingRun) -> DeiT | DiT:
     """The network of a run on the meta device, which has shapes and no memory."""
     with torch.device("meta"):

@@ -22,7 +22,7 @@ from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.nested import to_nested
 from spiralrope_cli.core.data.loader import Batch
 from spiralrope_cli.core.errors import CheckpointError, TrainingError
-from spiralrope_cli.core.models.factory import model_of
+from spiralrope_cli.core.models.factory import compile_blocks, model_of
 from spiralrope_cli.core.runtime import distributed, run_folder
 from spiralrope_cli.core.runtime.distributed import DistContext
 from spiralrope_cli.core.runtime.progress import Reporter, forget_after
@@ -167,7 +167,7 @@ def build_state(
     elif ctx.is_first:
         checkpoint.check_fits(Path(config.out), model)
     if config.machine.compile:
-        model.compile()
+        compile_blocks(model)
     if ctx.world_size == 1:
         return state, model
     return state, DistributedDataParallel(model, gradient_as_bucket_view=True)
