@@ -174,7 +174,7 @@ def _parameter(leaf: Leaf, opt: Opt, words: str, default: str | None) -> inspect
     complete = getattr(completion, opt.complete or "paths")
     if leaf.choices:
         words += f" ({', '.join(leaf.choices)})"
-        complete = completion.words(*leaf.choices)
+        complete = completion.choices(*leaf.choices)
     required = opt.required or (opt.argument and leaf.default is MISSING)
     said: dict[str, Any] = {
         "metavar": opt.metavar or usual,

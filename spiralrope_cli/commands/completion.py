@@ -21,7 +21,7 @@ TAKES = {
 """Kind of network whose weights a command takes; any other takes both."""
 
 
-def words(*allowed: str) -> Callable[[], Offer]:
+def choices(*allowed: str) -> Callable[[], Offer]:
     """Completion of an option that takes one of a few words."""
     return lambda: list(allowed)
 

@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from spiralrope_cli import main as cli
-from spiralrope_cli.core.config.legacy import DEIT_WORDS, DIT_WORDS
+from spiralrope_cli.core.config.legacy import DEIT_SCRIPT, DIT_SCRIPT
 from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.errors import DataError, SpiralRopeError
@@ -475,11 +475,11 @@ def test_a_wrong_word_is_named_with_its_place(run, kind, line, printed):
 
 
 def test_the_words_are_those_of_the_old_documents():
-    assert [word.name for word in DEIT_WORDS] == [
+    assert [word.name for word in DEIT_SCRIPT] == [
         *("ROTATE", "TRUNCATE_PERCENTAGE", "MAX_FREQ_LANG", "MIN_FREQ_LANG", "SAME_THETA"),
         *("NPROC_PER_NODE", "EVAL_ONLY", "SKIP_TRAINING"),
     ]
-    assert [word.name for word in DIT_WORDS] == [
+    assert [word.name for word in DIT_SCRIPT] == [
         *("USE_ROPE", "ROTATE", "THETA", "FREQS_FOR", "MAX_FREQ", "TRUNCATE_PERCENTAGE"),
         *("MAX_FREQ_LANG", "MIN_FREQ_LANG", "SAME_THETA", "SEED", "MODEL"),
     ]
@@ -493,7 +493,7 @@ def test_the_page_for_movers_shows_what_the_command_prints(run):
     assert len(lines) == 9
     for line, command, kind in lines:
         assert run(kind, "--from-legacy", line)[0].strip() == command
-    for kind, words in (("DeiT", DEIT_WORDS), ("DiT", DIT_WORDS)):
+    for kind, words in (("DeiT", DEIT_SCRIPT), ("DiT", DIT_SCRIPT)):
         section = page.split(f"## {kind}:")[1].split("\n## ")[0]
         table = re.findall(r"^\| (\d+) \| `(\w+)` \| (\S+) \| `(--[a-z-]+)`", section, re.M)
         assert [tuple(row) for row in table] == [

@@ -62,14 +62,14 @@ _FREQUENCIES = (
     Word("MIN_FREQ_LANG", "--min-freq-lang", float, NUMBER, "0.0"),
     Word("SAME_THETA", "--same-theta", _truth, TRUTH, "False", "--no-same-theta"),
 )
-DEIT_WORDS = (
+DEIT_SCRIPT = (
     Word(*_ROTATE, "2"),
     *_FREQUENCIES,
     Word("NPROC_PER_NODE", "--nproc", _whole(1), f"{WHOLE}, 1 or more", "4"),
     Word("EVAL_ONLY", "--eval-only", _truth, TRUTH, "False"),
     Word("SKIP_TRAINING", "--skip-training", _truth, TRUTH, "False"),
 )
-DIT_WORDS = (
+DIT_SCRIPT = (
     Word("USE_ROPE", "--rope", _truth, TRUTH, "True", "--no-rope"),
     Word(*_ROTATE, "0"),
     Word("THETA", "--theta", float, NUMBER, "10000"),
@@ -79,7 +79,7 @@ DIT_WORDS = (
     Word("SEED", "--seed", _whole(0), f"{WHOLE}, 0 or more", "0"),
     Word("MODEL", "--arch", dit_name, "a DiT, as DiT-B/4", "DiT-B/4"),
 )
-WORDS = {"deit": DEIT_WORDS, "dit": DIT_WORDS}
+WORDS = {"deit": DEIT_SCRIPT, "dit": DIT_SCRIPT}
 
 
 def translate(line: str, kind: str) -> tuple[str, list[str]]:

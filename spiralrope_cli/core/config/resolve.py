@@ -261,7 +261,7 @@ def positions_at(
 ) -> tuple[Scaling, tuple[int, int] | None]:
     """How the positions of a network of some size refer to those that its weights learned.
 
-    Whatever they were trained with, positions at another size are squeezed into the trained range
+    Whatever they were trained with, positions at another size are interpolated to the trained range
     unless the user wants it otherwise: published weights say `extrapolate`, which means nothing
     at their own size.
 
