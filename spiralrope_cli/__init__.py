@@ -1,7 +1,6 @@
-"""Spiral RoPE: rotary position embedding with many directions in the plane.
+"""Spiral RoPE: rotary position embedding with many directions in the image plane.
 
-The names below load what they need when they are first used, so that importing the package
-costs nothing.
+The names below are imported on first use, so `import spiralrope_cli` loads neither torch nor timm.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The command line: registers the commands, and is the one place that turns errors into words."""
+"""The command line: registers the commands, and prints errors. Nothing else does the latter."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ def main() -> None:
     share_the_machine()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # else it is closed, or a test's
-            stream.reconfigure(errors="replace")  # metrics are not lost for want of a letter
+            # Print "?" for a letter that the encoding lacks: do not lose the metrics.
+            stream.reconfigure(errors="replace")
     try:
         app(prog_name="spiralrope")
         return
@@ -72,7 +73,8 @@ def main() -> None:
         error = refused_path(caught) if isinstance(caught, OSError) else caught
         if error is None or os.environ.get(DEBUG_VARIABLE):
             raise
-        # Under torchrun or srun all processes meet the same error, but for a damaged image.
+        # Under torchrun or srun every process raises the same error, so the first one prints it.
+        # A damaged image is the exception: only the process that reads it raises.
         if is_first_process() or isinstance(error, UnreadableImageError):
             typer.echo(f"error: {error.message}", err=True)
             if error.hint:

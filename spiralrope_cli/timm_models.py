@@ -5,7 +5,7 @@
 
     model = timm.create_model("spiralrope_deit_small_patch16_224", rotate=4, num_classes=10)
 
-Every field of `RopeConfig` is a keyword. Parameter names are those of the published weights.
+Every field of `RopeConfig` is a keyword. Parameters have the published names.
 """
 
 from __future__ import annotations
@@ -41,11 +41,10 @@ ROPE_OPTIONS = tuple(field.name for field in dataclasses.fields(RopeConfig))
 
 
 class SpiralRopeDeiT(DeiT):
-    """The DeiT with the methods and keywords that timm's scripts and wrappers expect.
+    """`DeiT` with the methods and keywords that timm's scripts and wrappers expect.
 
-    In training mode stochastic depth draws from torch's global generator, as timm's models do,
-    unless `drop_path_mask` is given. Its rate is the same in every block, as in the published
-    recipe, and does not grow with depth.
+    In training mode stochastic depth uses torch's global generator, as timm's models do, unless
+    `drop_path_mask` is given. All blocks have the same rate, as in the published recipe.
 
     Args:
         embed_dim: width C.
@@ -54,19 +53,21 @@ class SpiralRopeDeiT(DeiT):
         img_size: side or (height, width) in pixels.
         patch_size: side of a patch in pixels.
         in_chans: channels of the images.
-        num_classes: outputs; 0 leaves the head out.
-        global_pool: `token` takes the class token, `avg` the mean of the patch tokens, "" all.
+        num_classes: outputs; 0: no head.
+        global_pool: input of the head: `token`, the class token; `avg`, the mean of the patch
+            tokens; "", all tokens.
         drop_rate: dropout before the head.
         drop_path_rate: stochastic depth rate.
         mlp_ratio: hidden width of the MLP over C.
-        pretrain_grid: patch grid that positions refer to; by default the model's own.
-        device: where the parameters are made.
-        dtype: what the parameters are.
+        pretrain_grid: patch grid of pretraining, to which positions are interpolated; by default
+            the model's own.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
         rope: fields of `RopeConfig`.
 
     Raises:
-        TypeError: a keyword that is neither named above nor a field of `RopeConfig`.
-        ConfigError: options or sizes that do not fit together.
+        TypeError: unknown keyword.
+        ConfigError: sizes that do not divide, or RoPE options that do not fit the heads.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class SpiralRopeDeiT(DeiT):
         return super().load_state_dict(state, strict, assign)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """[B, 1 + N, C] -> logits [B, classes], or what goes into the head."""
+        """[B, 1 + N, C] -> logits [B, classes]; with `pre_logits` the input of the head."""
         if self.global_pool == "token":
             x = x[:, 0]
         elif self.global_pool == "avg":
@@ -156,15 +157,15 @@ class SpiralRopeDeiT(DeiT):
 
         Args:
             x: images [B, channels, height, width].
-            indices: the last so many blocks, blocks by number, or by default all.
-            return_prefix_tokens: also returns the class tokens, [B, 1, C], as pairs.
-            norm: applies the final norm to them.
-            stop_early: skips the blocks after the last chosen one.
+            indices: n for the last n blocks, or a list of block numbers; by default all blocks.
+            return_prefix_tokens: return pairs (patch tokens, class token [B, 1, C]).
+            norm: apply the final norm to each.
+            stop_early: skip the blocks after the last chosen one.
             output_fmt: `NCHW`, [B, C, h, w], or `NLC`, [B, N, C].
-            intermediates_only: returns the list without the final tokens.
+            intermediates_only: return only the list.
 
         Returns:
-            the tokens after the final norm [B, 1 + N, C], and the list; or only the list.
+            (tokens after the final norm [B, 1 + N, C], list of the chosen ones), or only the list.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt is {output_fmt!r}; it must be NCHW or NLC")
@@ -192,7 +193,7 @@ class SpiralRopeDeiT(DeiT):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Removes what the chosen blocks do not need; returns their numbers, none negative."""
+        """Removes the layers after the chosen blocks; returns the numbers of these, from 0."""
         chosen, last = feature_take_indices(len(self.blocks), indices)
         self.blocks = self.blocks[: last + 1]
         if prune_norm:
@@ -231,7 +232,7 @@ class SpiralRopeDeiT(DeiT):
         }
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes activations in the backward pass in place of keeping them."""
+        """Recomputes activations in the backward pass instead of storing them."""
         self.grad_checkpointing = enable
 
 
@@ -269,10 +270,10 @@ def _create(name: str, arch: str, pretrained: bool, **given: Any) -> nn.Module:
 CFG = {
     "num_classes": 1000,
     "input_size": (3, 224, 224),
-    # The position embedding holds one grid: timm's scripts then pass on their image size.
+    # pos_embed has a fixed size. With this set, timm's scripts pass their image size to the model.
     "fixed_input_size": True,
     "pool_size": None,
-    # The published protocol has two crops, 0.875 and 1.0; timm keeps one.
+    # The published evaluation uses two crop ratios, 0.875 and 1.0; timm has room for one.
     "crop_pct": 0.875,
     "interpolation": "bicubic",
     "mean": IMAGENET_DEFAULT_MEAN,

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever a process is killed."""
+"""Atomic writes: a file is complete or absent, even if the process is killed."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic_write(path: Path, *, sole: bool = False, durable: bool = False) -> Iterator[Path]:
-    """A name beside `path` to write to; what stands there at the end takes the name `path`.
+    """Yields a temporary path in the same folder; at the end it is renamed to `path`.
+
+    After an error the temporary file is removed, and `path` is unchanged.
 
     Args:
-        path: the file to make or to replace; its folder has to be there.
-        sole: no other process writes this file, so that the name beside it can be a fixed one:
-            what a killed process left there, perhaps gigabytes, is written over.
-        durable: waits until the content is on the disk, so that a power cut cannot empty it.
-
-    Yields:
-        The name to write to. After an error nothing is left there, and `path` is as it was.
+        path: the file to create or replace; its folder must exist.
+        sole: no other process writes this file. The temporary name is then always the same, so
+            that the next run overwrites what a killed process left, perhaps gigabytes.
+        durable: wait until the content is on the disk: a rename alone may survive a power cut
+            without it.
     """
     beside = path.with_name(f".{path.name}.{'new' if sole else os.getpid()}")
     try:
@@ -32,7 +32,7 @@ def atomic_write(path: Path, *, sole: bool = False, durable: bool = False) -> It
 
 
 def flush(path: Path) -> None:
-    """Waits until a file's content, or a folder's names, are on the disk."""
+    """Waits until a file, or the list of names of a folder, is on the disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -41,6 +41,6 @@ def flush(path: Path) -> None:
 
 
 def write_whole(path: Path, content: str | bytes, *, durable: bool = False) -> None:
-    """Writes a file of which nobody ever sees a part."""
+    """Writes a whole file atomically."""
     with atomic_write(path, durable=durable) as beside:
         beside.write_bytes(content.encode() if isinstance(content, str) else content)

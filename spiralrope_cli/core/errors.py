@@ -1,4 +1,4 @@
-"""Errors that a user can mend; everything else is a bug and may show its traceback."""
+"""Errors that a user can fix. Any other exception is a bug, and shows its traceback."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import re
 
 PLACE, NAME = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST), (errno.ENAMETOOLONG, errno.ELOOP)
 RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
-"""What the system refuses about a path that the user chose."""
+"""Errors of the operating system about a path that the user chose."""
 
 SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# How safetensors and torch word a write that the disk cut short.
+# Messages of safetensors and torch for a write that failed because the disk is full.
 CUT_SHORT = re.compile(r"\(os error (27|28|122)\)|No space left|unexpected pos|file write failed")
 
 
 class SpiralRopeError(Exception):
-    """What went wrong, and in the hint what to do about it.
+    """What went wrong (`message`), and what to do (`hint`).
 
-    The command line prints both without a traceback and leaves with `exit_code`.
+    The command line prints both without a traceback and exits with `exit_code`.
     """
 
     exit_code = 1
@@ -29,7 +29,7 @@ class SpiralRopeError(Exception):
         self.hint = hint
 
     def __reduce__(self) -> tuple[type[SpiralRopeError], tuple[str, str]]:
-        """Keeps the hint when the error crosses a process border."""
+        """Keeps the hint when the error is pickled between processes."""
         return type(self), (self.message, self.hint)
 
     def __str__(self) -> str:
@@ -47,7 +47,7 @@ class DataError(SpiralRopeError):
 
 
 class UnreadableImageError(DataError):
-    """One damaged image, which one process alone may meet."""
+    """One damaged image; other processes may not see it."""
 
 
 class CheckpointError(SpiralRopeError):
@@ -55,15 +55,15 @@ class CheckpointError(SpiralRopeError):
 
 
 class DiskError(SpiralRopeError):
-    """A disk that cannot hold what would be written."""
+    """Too little disk space."""
 
 
 class FetchError(SpiralRopeError):
-    """Published weights that cannot be had, or that are not what they should be."""
+    """Published weights that cannot be downloaded, or that have a wrong checksum."""
 
 
 class NoRouteError(FetchError):
-    """The server that has them does not answer at all."""
+    """Their server does not answer."""
 
 
 class TrainingError(SpiralRopeError):
@@ -71,18 +71,18 @@ class TrainingError(SpiralRopeError):
 
 
 class LaunchError(SpiralRopeError):
-    """Workers that could not be started, or that died."""
+    """Worker processes that could not be started, or that died."""
 
 
 def is_disk_full(error: Exception) -> bool:
-    """Whether a disk could not hold what was written; some libraries say it as text alone."""
+    """Whether the disk was full; some libraries give no errno, only text."""
     return getattr(error, "errno", None) in SPACE or bool(CUT_SHORT.search(str(error)))
 
 
 def refused_path(error: OSError, out: str = "") -> SpiralRopeError | None:
-    """What the system said about a path, for the user; None where no path was refused.
+    """An error of the operating system about a path, as a message; None for any other error.
 
-    A full disk is often told without a path: then it is that of the folder `out`.
+    Errors of a full disk often name no path: `out` is then named.
     """
     path = out if error.filename is None else os.fsdecode(error.filename)
     if path and is_disk_full(error):
@@ -94,12 +94,12 @@ def refused_path(error: OSError, out: str = "") -> SpiralRopeError | None:
 
 
 def dead_loader(error: Exception) -> DataError | None:
-    """What torch, or a closed pipe, says of a loader process that was killed; None of all else.
+    """The message for a data loader worker that was killed; None for any other error.
 
-    torch says it from a signal handler, so that it may come out of any line.
+    torch raises it from a signal handler, so any line may raise it.
     """
-    told = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if isinstance(error, RuntimeError) and "DataLoader worker" not in told:
+    message = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(error, RuntimeError) and "DataLoader worker" not in message:
         return None
     hint = "often the system ran out of memory: try fewer --workers"
-    return DataError(f"a loader process died: {told}", hint)
+    return DataError(f"a data loader worker died: {message}", hint)

@@ -1,7 +1,8 @@
-"""Faster forms of plain expressions. Each says what it equals, and where and why it is faster.
+"""Faster forms of plain PyTorch expressions.
 
-Only this file treats devices and libraries differently for the sake of speed. Read `models/` and
-`rope.py` with the plain expressions in mind.
+Each docstring gives the plain expression, and on which device the fast form is faster, and why.
+Code that depends on the device for speed alone is in this file only; to understand `models/` and
+`rope.py`, the plain expressions are enough.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 Gelu = Literal["none", "tanh"]
-"""Exact or approximated, in the words of `F.gelu(approximate=)`."""
+"""The values of `F.gelu(approximate=)`: exact, or the tanh approximation."""
 
 
 class Linear(nn.Linear):
     """`nn.Linear`, then `F.gelu(approximate=gelu)` if `gelu` is given.
 
-    On a CPU, inference calls oneDNN's matmul with the GELU fused, as torch.compile does. In fp32
-    that takes half the time of MKL on AMD's CPUs, and a quarter to a half for few rows. The
-    operator has no gradient, so training calls PyTorch's.
+    On a CPU, inference calls oneDNN's matmul with fused GELU, as torch.compile does. In fp32 on
+    AMD CPUs this takes half the time of MKL, and less for few rows (a quarter to a half). The
+    operator has no backward, so training uses PyTorch's.
     """
 
     def forward(self, input: Tensor, gelu: Gelu | None = None) -> Tensor:
@@ -40,7 +41,7 @@ class Linear(nn.Linear):
 
 
 def _onednn_dtype(input: Tensor, weight: Tensor) -> torch.dtype | None:
-    """The dtype in which oneDNN computes this matmul; None if PyTorch's should."""
+    """The dtype in which oneDNN computes this matmul; None: use PyTorch's `linear`."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
     if input.device.type != "cpu" or not input.numel() or not torch.backends.mkldnn.is_available():
@@ -57,7 +58,7 @@ if torch.backends.mkldnn.is_available():
 
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
     def _flops(x: list[int], weight: list[int], *_: Any, **__: Any) -> int:
-        """`FlopCounterMode` knows PyTorch's own operators only."""
+        """FLOPs of the operator: `FlopCounterMode` does not know it."""
         return 2 * math.prod(x) * weight[0]
 
 
@@ -94,7 +95,8 @@ class _GeluTanh(torch.autograd.Function):
 def layer_norm(x: Tensor, eps: float) -> Tensor:
     """`F.layer_norm(x, x.shape[-1:], eps=eps)`: [..., C] -> [..., C], without parameters.
 
-    A CPU is given ones and zeros as parameters: without any, its kernel takes twice as long.
+    On a CPU ones and zeros are passed as weight and bias: without them the kernel takes twice as
+    long.
     """
     channels, on_cpu = x.shape[-1:], x.device.type == "cpu"
     one, zero = (x.new_ones(channels), x.new_zeros(channels)) if on_cpu else (None, None)
@@ -102,10 +104,10 @@ def layer_norm(x: Tensor, eps: float) -> Tensor:
 
 
 def fp32_on_cpu(qkv: Tensor) -> Tensor:
-    """`qkv` itself; bf16 on a CPU as float32, for `attention` below.
+    """`qkv` for `attention` below: bf16 on a CPU becomes float32, anything else is unchanged.
 
-    There the backward of attention is slower in bf16 than in fp32: 1.3 x at 197 tokens, 7 x at 17.
-    And the result of the rotation, which is in fp32, need not be rounded before the attention.
+    On a CPU the backward pass of attention is slower in bf16 than in fp32: 1.3 x with 197 tokens,
+    7 x with 17. Besides, the fp32 result of the rotation need not be rounded.
     """
     return qkv.float() if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 else qkv
 
@@ -113,7 +115,7 @@ def fp32_on_cpu(qkv: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`F.scaled_dot_product_attention(q, k, v)`: [B, H, N, D] -> [B, H, N, D].
 
-    Without autocast on a CPU: it would cast what `fp32_on_cpu` gives back to bf16.
+    Autocast is off on a CPU: it would cast the float32 of `fp32_on_cpu` back to bf16.
     """
     on_cpu = q.device.type == "cpu"
     with torch.autocast("cpu", enabled=False) if on_cpu else contextlib.nullcontext():
@@ -123,8 +125,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def apply_rotary_complex(x: Tensor, cos_sin: Tensor) -> Tensor:
     """`rope.apply_rotary`: a' = a cos - b sin, b' = b cos + a sin for each channel pair.
 
-    In eager mode the formula takes six passes over the memory, and autograd keeps x. A product of
-    complex numbers takes one pass forward and one backward and keeps nothing, on any device.
+    In eager mode the formula reads the memory six times, and autograd stores x. A complex product
+    reads it once in the forward and once in the backward pass, and stores no activation. This
+    holds on any device.
 
     Args:
         x: [..., D] floating point, in any memory layout.
@@ -155,10 +158,10 @@ def _complex_product(x: Tensor, cos_sin: Tensor) -> Tensor:
     if ours:
         x = x.to(torch.float32, memory_format=torch.contiguous_format)
     elif x.stride(-1) != 1 or any(n % 2 for n in (*x.stride()[:-1], x.storage_offset())):
-        # A view as complex needs both numbers of a pair side by side, at an even offset.
+        # `view_as_complex` needs the two numbers of a pair next to each other, at an even offset.
         x = x.clone(memory_format=torch.contiguous_format)
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    # The float32 copy is ours, so the product can overwrite it.
+    # The float32 copy was made here, so the product may overwrite it.
     product = pairs.mul_(cos_sin) if ours else pairs * cos_sin
     return torch.view_as_real(product).flatten(-2).to(dtype)
 
@@ -166,8 +169,8 @@ def _complex_product(x: Tensor, cos_sin: Tensor) -> Tensor:
 def cast_blocks(blocks: nn.Module, dtype: torch.dtype) -> None:
     """Casts the linear layers of a DiT's blocks once, for inference under autocast.
 
-    Without it autocast gives the same bits, but casts every weight in every call. The modulation
-    is computed outside autocast and keeps its dtype.
+    Autocast alone gives the same bits, but casts every weight in every call. The modulation
+    (`adaLN`) is computed outside autocast, so it keeps its dtype.
     """
     for name, module in blocks.named_modules():
         if isinstance(module, nn.Linear) and "adaLN" not in name:

@@ -1,4 +1,4 @@
-"""Spiral RoPE: each group of channels is rotated by the position along its own direction.
+"""Spiral RoPE: each group of channels encodes the position along its own direction.
 
 Legend: B batch, H heads, N tokens, D channels of a head, F = D/4 frequencies per half,
 R = `rotate`, K = 2R directions, (h, w) the grid of patch tokens in row-major order.
@@ -61,7 +61,7 @@ def frequencies(config: RopeConfig, head_dim: int) -> Tensor:
 
 
 def pair_layout(config: RopeConfig, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Frequency and direction of each pair of neighbouring channels of a head.
+    """Frequency and direction of each channel pair (2i, 2i + 1) of a head.
 
     Returns:
         frequency [D/2] float64 in radians per patch, direction angle [D/2] float64 in radians,
@@ -74,8 +74,8 @@ def pair_layout(config: RopeConfig, head_dim: int) -> tuple[Tensor, Tensor, Tens
     index = in_half // 2
     if config.same_theta and config.rotate >= 1 and config.freqs_for == "lang":
         index = (4 * (in_half // 4 // rotate) + in_half % 4) // 2
-    # Chunks are counted over the whole head, as published: where D/2 is no multiple of 4, one
-    # straddles the middle.
+    # Chunks are counted over the whole head, as in the published code: if D/2 is not a multiple
+    # of 4, one chunk has channels in both halves.
     direction = (channel // 4) % rotate
     angle = direction.double() * (math.pi / 2 / rotate)
     return frequencies(config, head_dim)[index], angle, in_first_half
@@ -107,14 +107,15 @@ def build_angles(
 ) -> Tensor:
     """Angle by which each channel pair of each token is rotated.
 
-    With `clamped`, positions beyond the grid's border are set to the border, as in the published
-    code: rotated axes leave the grid at its corners. `exact` is the paper's formula.
+    Along a rotated axis the corners of the grid have positions beyond (side - 1) / 2. `clamped`
+    limits them to that value, as the published code does; `exact` is the paper's formula.
 
     Args:
         grid: patches now, as (rows, columns).
         head_dim: channels per head, a multiple of 4.
         config: the options.
-        pretrain_grid: patches that the model was trained at; `interpolate` scales to them.
+        pretrain_grid: patches in training, as (rows, columns); `interpolate` scales positions
+            into this range.
 
     Returns:
         [h*w, D/2] float64 radians, tokens in row-major order.
@@ -136,24 +137,24 @@ def build_angles(
 
 
 def leaves_grid(grid: tuple[int, int], config: RopeConfig, head_dim: int) -> Tensor:
-    """Which channel pairs of which tokens `projection="clamped"` moves: [h*w, D/2] bool."""
+    """[h*w, D/2] bool: True where `projection="clamped"` changes the position."""
     _, angle, in_first_half = pair_layout(config, head_dim)
     beyond = [
-        pos.abs() > (side - 1) / 2 + 1e-9  # more than the rounding of a sine
+        pos.abs() > (side - 1) / 2 + 1e-9  # the tolerance covers the rounding of sin and cos
         for pos, side in zip(projections(grid, angle), grid, strict=True)
     ]
     return torch.where(in_first_half, beyond[0], beyond[1])
 
 
 def clamped_fraction(grid: tuple[int, int], config: RopeConfig, head_dim: int) -> float:
-    """Fraction of all positions that `projection="clamped"` moves, in [0, 1]."""
+    """Fraction of all positions that `projection="clamped"` changes, in [0, 1]."""
     return leaves_grid(grid, config, head_dim).double().mean().item()
 
 
 def apply_rotary(x: Tensor, cos_sin: Tensor) -> Tensor:
     """Rotates each channel pair (a, b): a' = a cos - b sin, b' = b cos + a sin.
 
-    Computed in float32 or better, whatever the dtype of x.
+    Computed in float32, or in float64 for float64 x.
 
     Args:
         x: [..., D] floating point.
@@ -164,22 +165,23 @@ def apply_rotary(x: Tensor, cos_sin: Tensor) -> Tensor:
     """
     if not torch.compiler.is_compiling():
         return apply_rotary_complex(x, cos_sin)
-    # torch.compile fuses the plain formula, and does not fuse complex numbers.
+    # torch.compile fuses the plain formula; it does not fuse complex products.
     x_fp32 = x if x.dtype == torch.float64 else x.float()
     (a, b), (cos, sin) = x_fp32.unflatten(-1, (-1, 2)).unbind(-1), cos_sin.unbind(-1)
     return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x.dtype)
 
 
 class SpiralRoPE(nn.Module):
-    """Rotary position embedding with many directions, for the q and k of any 2D attention.
+    """Rotary position embedding with many directions, for q and k of any attention over a 2D grid.
 
-    It has no parameters and nothing in its state dict. Tables are computed once per grid and
-    device, in float64, and kept in float32: in bf16, neighbouring positions would round to one.
+    It has no parameters and adds nothing to the state dict. Cosines and sines are computed once
+    per grid and device, in float64, and stored in float32: in bf16 the angles of neighbouring
+    patches would be rounded to the same value.
 
     Args:
         head_dim: channels per head, a multiple of 4.
         config: the options.
-        pretrain_grid: side, or (rows, columns), of the patch grid the model is trained at.
+        pretrain_grid: patch grid in training, as a side or (rows, columns).
 
     Raises:
         ConfigError: head_dim does not fit the options.
@@ -216,7 +218,7 @@ class SpiralRoPE(nn.Module):
         """Cosine and sine of every channel's angle, for kernels of your own.
 
         Returns:
-            two float32 tensors [h*w, D] on the CPU; the two channels of a pair have the same.
+            two float32 tensors [h*w, D] on the CPU; both channels of a pair have the same values.
         """
         cos_sin = self.cos_sin(grid, 0, torch.device("cpu"))
         cos, sin = cos_sin.repeat_interleave(2, dim=1).unbind(-1)
@@ -227,8 +229,8 @@ class SpiralRoPE(nn.Module):
 
         Args:
             x: [B, H, prefix_tokens + h*w, D].
-            grid: side or (rows, columns) of the patch tokens; by default `pretrain_grid`.
-            prefix_tokens: leading tokens, such as a class token, that are left as they are.
+            grid: patch grid as a side or (rows, columns); by default `pretrain_grid`.
+            prefix_tokens: number of leading tokens that are not rotated, such as a class token.
 
         Returns:
             the same shape and dtype.
@@ -250,5 +252,5 @@ class SpiralRoPE(nn.Module):
 
 
 def to_2tuple(size: Grid) -> tuple[int, int]:
-    """(rows, columns) of a size that may be given as one side."""
+    """A side or (rows, columns) -> (rows, columns)."""
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))

@@ -1,9 +1,10 @@
 """Gaussian diffusion with a learned variance: schedule, loss, and p(x_{t-1} | x_t).
 
-Legend: B batch, L latent channels, S steps in the chain, e noise, alpha_bar the fraction of the
-signal's power at a step. The network's output has 2L channels: e, and v of eq. 15.
+Legend: B batch, L latent channels, S steps of the chain, e noise. The output of the network has 2L
+channels: e, and v of eq. 15.
 
-Source: "Improved Denoising Diffusion Probabilistic Models", arXiv 2102.09672; equations are its.
+Source: "Improved Denoising Diffusion Probabilistic Models", arXiv 2102.09672. Equation numbers
+refer to it. "Original" timesteps are those of the 1000 steps of training.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from spiralrope_cli.core.errors import ConfigError
 
 HALF_BIN = 1 / 255
 OPEN_BEYOND = 0.999
-"""The outermost bins, black and white, are open: they take all of the tail."""
+"""Beyond this the bin is black (-1) or white (1): it includes the whole tail of the Gaussian."""
 LEAST_PROBABILITY = 1e-12
 
 
 class Constants(NamedTuple):
-    """Factors of every step, under the names of the published code; alphas_cumprod is alpha_bar."""
+    """Coefficients of every step, with the names of the published code (ADM's)."""
 
     alphas_cumprod: Tensor
     alphas_cumprod_prev: Tensor
@@ -49,7 +50,7 @@ class Constants(NamedTuple):
 
 
 class PMeanVariance(NamedTuple):
-    """Predicted p(x_{t-1} | x_t), and the x_0 and noise that it follows from: [B, L, H, W] each."""
+    """Predicted p(x_{t-1} | x_t), with predicted x_0 and noise: [B, L, H, W] each."""
 
     mean: Tensor
     log_variance: Tensor
@@ -61,18 +62,18 @@ class GaussianDiffusion:
     """The diffusion process of the published DiTs: linear betas from 1e-4 to 0.02 over 1000 steps.
 
     Args:
-        steps: "1000" is the whole chain, as in training; "250" or 250 keeps so many steps,
-            spread evenly; "ddim25" keeps every 40th.
+        steps: "1000": the whole chain, as in training; "250" or 250: that number of steps, evenly
+            spaced; "ddim25": every 40th step.
 
     Attributes:
         num_steps: S.
-        timesteps: [S] int64, original numbers, ascending.
+        timesteps: [S] int64, original timesteps, ascending.
         betas: [S] float64.
-        alphas_cumprod: [S] float64.
+        alphas_cumprod: [S] float64, alpha_bar.
         constants: [S] float64 each.
 
     Raises:
-        ConfigError: no such chain exists.
+        ConfigError: `steps` is not possible.
     """
 
     def __init__(self, steps: str | int = "1000") -> None:
@@ -92,7 +93,7 @@ class GaussianDiffusion:
             sqrt_recipm1_alphas_cumprod=(1 / alpha_bar - 1).sqrt(),
             posterior_mean_coef1=betas * alpha_bar_prev.sqrt() / (1 - alpha_bar),
             posterior_mean_coef2=(1 - alpha_bar_prev) * (1 - betas).sqrt() / (1 - alpha_bar),
-            # The first variance is 0 and has no logarithm: the second stands in.
+            # The first variance is 0, so its logarithm is replaced by that of the second.
             posterior_log_variance_clipped=posterior_variance[1:].log()[
                 [0, *range(len(alpha_bar) - 1)]
             ],
@@ -104,37 +105,38 @@ class GaussianDiffusion:
         self._timesteps_on: dict[torch.device, Tensor] = {}
 
     def extract(self, index: int | Tensor, like: Tensor) -> Constants:
-        """Constants of one step of the chain, or of one step per sample.
+        """Coefficients of one step of the chain, or of one step per sample.
 
         Args:
-            index: step of the chain, 0 to S - 1, as a number or [B].
-            like: [B, ...] with their device and dtype, which is widened to float32.
+            index: step of the chain, 0 to S - 1: a number, or [B].
+            like: [B, ...]; gives the device, the number of dimensions, and the dtype (at least
+                float32).
 
         Returns:
             [1 or B, 1, ...] each.
         """
         key = (like.device, torch.promote_types(like.dtype, torch.float32))
         if key not in self._tables:
-            # Kept on the device, so that no step waits for a copy. An inference tensor in the cache
-            # would break a later backward pass.
+            # Cached on the device, so that no step waits for a copy. Not as an inference tensor: a
+            # later backward pass could not use it.
             with torch.inference_mode(False):
                 self._tables[key] = torch.stack(self.constants).to(key[1]).to(key[0])
         table = self._tables[key][:, index]
         return Constants(*table.reshape(len(table), -1, *(1,) * (like.ndim - 1)))
 
     def original_steps(self, index: Tensor) -> Tensor:
-        """[B] steps of the chain -> [B] original step numbers, the input of the network."""
+        """[B] steps of the chain -> [B] original timesteps, the input of the network."""
         if index.device not in self._timesteps_on:
             self._timesteps_on[index.device] = self.timesteps.to(index.device)
         return self._timesteps_on[index.device][index]
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Noised latents (eq. 9), x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) e.
+        """Adds noise (eq. 9): x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) e.
 
         Args:
             x0: [B, ...].
             t: [B] steps of the chain, 0 to S - 1.
-            noise: standard normal, as x0.
+            noise: standard normal, shape of x0.
 
         Returns:
             [B, ...].
@@ -150,16 +152,17 @@ class GaussianDiffusion:
         noise: Tensor | None = None,
         **model_kwargs: Any,
     ) -> dict[str, Tensor]:
-        """Loss of each sample (eq. 16): squared error of the noise, plus its term of the bound.
+        """Loss of each sample (eq. 16): mean squared error of the noise, plus variational bound.
 
-        The paper weights the sum of the 1000 terms by 0.001; a sample has one of them, by 1. The
-        bound trains the variance only: the noise in it is detached.
+        The paper weights the sum of the 1000 terms of the bound by 0.001. One random term per
+        sample, with weight 1, has the same expectation. The bound trains the variance only: the
+        predicted noise in it is detached.
 
         Args:
-            model: called as `model(x_t, original step numbers, **model_kwargs)`.
+            model: called as `model(x_t, original timesteps [B], **model_kwargs)`.
             x0: latents [B, L, H, W].
             t: [B] steps of the chain.
-            noise: as x0; by default drawn from torch's global generator.
+            noise: shape of x0; by default from torch's global generator.
             model_kwargs: such as `y`.
 
         Returns:
@@ -177,8 +180,9 @@ class GaussianDiffusion:
         """[B] bits per dimension: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), NLL at t = 0."""
         coef = self.extract(t, x0)
         log_variance = _log_variance(v, coef)
-        # Eq. 11: both means have the same multiple of x_t, so their difference is that of the two
-        # x_0, a multiple of the error in e (eq. 9). At t = 0 the true mean is x_0 itself.
+        # Eq. 11: x_t has the same coefficient in both means, so it cancels in their difference.
+        # What remains is the difference of the two x_0, which is a multiple of the error of e
+        # (eq. 9). At t = 0 the true mean is x_0 itself.
         mean_error = coef.posterior_mean_coef1 * coef.sqrt_recipm1_alphas_cumprod * error
         log_var_diff = coef.posterior_log_variance_clipped - log_variance
         # Eq. 6, the KL divergence of two Gaussians.
@@ -195,10 +199,10 @@ class GaussianDiffusion:
         """Predicted p(x_{t-1} | x_t) from the network's output (eq. 9, 11 and 15).
 
         Args:
-            out: [B, 2L, H, W] from the network.
+            out: output of the network, [B, 2L, H, W].
             x: x_t, [B, L, H, W].
-            index: step of the chain, as a number or [B].
-            clip_denoised: clamps the predicted x_0 to [-1, 1].
+            index: step of the chain, a number or [B].
+            clip_denoised: clamp the predicted x_0 to [-1, 1].
         """
         coef = self.extract(index, x)
         noise, v = out.to(x.dtype).chunk(2, dim=1)
@@ -221,24 +225,24 @@ class GaussianDiffusion:
         step_noise: Tensor | Callable[[], Tensor] | None = None,
         **model_kwargs: Any,
     ) -> Tensor:
-        """Draws latents.
+        """Samples latents.
 
         Args:
-            model: called as `model(x_t, original step numbers [B], **model_kwargs)`.
+            model: called as `model(x_t, original timesteps [B], **model_kwargs)`.
             shape: (B, L, H, W).
             sampler: `ddpm`, `ddim` or `dpm++`.
-            eta: noise of `ddim`: 0 is none, 1 that of `ddpm`.
-            clip_denoised: clamps the predicted x_0 to [-1, 1] in every step.
-            noise: where to start, [B, L, H, W]; by default drawn from torch's global generator.
-            step_noise: noise of the steps in the order they are made, as [S, B, L, H, W] or as a
-                function that draws the next; by default drawn likewise.
+            eta: noise of `ddim`: 0 is none, 1 is that of `ddpm`.
+            clip_denoised: clamp the predicted x_0 to [-1, 1] in every step.
+            noise: initial noise, [B, L, H, W]; by default from torch's global generator.
+            step_noise: noise of each step: [S, B, L, H, W] in the order of use, or a function that
+                returns the next; by default from torch's global generator.
             model_kwargs: such as `y`.
 
         Returns:
             [B, L, H, W].
 
         Raises:
-            ConfigError: an unknown sampler, or one that cannot take so many steps.
+            ConfigError: unknown sampler, or too many steps for it.
         """
         if sampler not in SAMPLERS:
             raise ConfigError(f"--sampler is {sampler}; it must be {' or '.join(SAMPLERS)}")
@@ -257,17 +261,20 @@ class GaussianDiffusion:
 
 
 def _log_variance(v: Tensor, coef: Constants) -> Tensor:
-    """Eq. 15, with v in [-1, 1] as published: the posterior's at -1, log beta at 1."""
+    """Eq. 15 with v in [-1, 1], as in the published code: -1 is the posterior's, 1 log beta."""
     return torch.lerp(coef.posterior_log_variance_clipped, coef.log_betas, (v + 1) / 2)
 
 
 def _normal_cdf(z: Tensor) -> Tensor:
-    """The published approximation; the exact function would give other values of `vb`."""
+    """The approximation of the published code; the exact function would change `vb`."""
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
 
 def _discretised_nll(x0: Tensor, mean_error: Tensor, log_variance: Tensor) -> Tensor:
-    """Eq. 5: nats of x_0 as one of 256 grey levels, under a Gaussian `mean_error` away from it."""
+    """Negative log likelihood in nats (eq. 5) of x_0, one of 256 grey levels.
+
+    The Gaussian has its mean at x_0 - `mean_error`.
+    """
     scale = (-0.5 * log_variance).exp()
     below_upper = _normal_cdf((mean_error + HALF_BIN) * scale)
     below_lower = _normal_cdf((mean_error - HALF_BIN) * scale)

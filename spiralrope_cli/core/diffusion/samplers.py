@@ -1,15 +1,13 @@
-"""From noise to latents: the samplers, and classifier-free guidance of the network they ask.
+"""Samplers (DDPM, DDIM, DPM-Solver++) and classifier-free guidance.
 
-All samplers have one signature, and yield the latents of each step.
+All samplers have the same arguments, and yield the latents after each step:
 
-Args of each:
-    diffusion: the process, whose chain they walk down.
-    predict: `predict(x, timestep)` -> [B, 2L, H, W], with the original number of the step.
+    diffusion: the process, with its chain of steps.
+    predict: `predict(x, timestep)` -> [B, 2L, H, W]; timestep is the original one, 0 to 999.
     start: standard normal [B, L, H, W].
-    step_noise: `step_noise()` -> noise of the next step, as start; not called where a sampler
-        needs none.
-    eta: noise of `ddim`; the others have none to set.
-    clip_denoised: clamps the predicted x_0 to [-1, 1] in every step.
+    step_noise: `step_noise()` -> noise of the next step, [B, L, H, W]; called only if needed.
+    eta: noise of `ddim`; the others ignore it.
+    clip_denoised: clamp the predicted x_0 to [-1, 1] in every step.
 """
 
 from __future__ import annotations
@@ -38,13 +36,13 @@ StepNoise = Callable[[], Tensor]
 
 
 def guided(network: Any, labels: Tensor, guidance: GuidanceConfig) -> Predict:
-    """The network as samplers call it, with labels and guidance.
+    """`predict` of a network with labels and classifier-free guidance.
 
-    Without guidance, and outside its interval (arXiv 2404.07724), a step computes B samples in
-    place of 2B.
+    Guidance computes 2B samples per step. Without it, and outside its interval (arXiv 2404.07724),
+    a step computes only B.
 
     Args:
-        network: a DiT, or what has its `num_classes` and `forward_with_cfg`.
+        network: a `DiT`, or a module with its `num_classes` and `forward_with_cfg`.
         labels: [B] classes, on the network's device.
         guidance: scale, channels and interval.
 
@@ -91,7 +89,7 @@ def ddim(
     eta: float = 0.0,
     clip_denoised: bool = False,
 ) -> Iterator[Tensor]:
-    """Deterministic at eta 0, with the noise of DDPM at 1 (arXiv 2010.02502, eq. 12 and 16)."""
+    """DDIM (arXiv 2010.02502, eq. 12 and 16): deterministic at eta 0, DDPM's noise at eta 1."""
     x = start
     constants = diffusion.constants
     for index, timestep in _reversed_steps(diffusion):
@@ -116,11 +114,11 @@ def dpm_solver(
     eta: float = 0.0,
     clip_denoised: bool = False,
 ) -> Iterator[Tensor]:
-    """DPM-Solver++ (2M), deterministic (arXiv 2211.01095, algorithm 2), by diffusers' scheduler.
+    """DPM-Solver++ (2M) (arXiv 2211.01095, algorithm 2) by diffusers' scheduler; deterministic.
 
-    It takes as many steps as the chain has, but spaces them itself.
+    The number of steps is that of the chain; the scheduler chooses the timesteps.
     """
-    # Imported here, since it takes seconds.
+    # Imported here because it takes seconds.
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
     if diffusion.num_steps >= NUM_TRAIN_STEPS:
@@ -129,7 +127,7 @@ def dpm_solver(
             f"{NUM_TRAIN_STEPS - 1}",
             "10 to 50 are its usual range",
         )
-    # With sample_max_value 1 dynamic thresholding is a clamp to [-1, 1], our clip_denoised.
+    # Dynamic thresholding with sample_max_value 1 is a clamp to [-1, 1], as clip_denoised.
     scheduler = DPMSolverMultistepScheduler(
         NUM_TRAIN_STEPS, BETA_FIRST, BETA_LAST, thresholding=clip_denoised, sample_max_value=1.0
     )
@@ -143,7 +141,7 @@ def dpm_solver(
 
 
 def _reversed_steps(diffusion: GaussianDiffusion) -> Iterator[tuple[int, int]]:
-    """(index in the chain, original step number), the noisiest first."""
+    """(step of the chain, original timestep), from the last to the first."""
     yield from reversed(list(enumerate(diffusion.timesteps.tolist())))
 
 

@@ -18,7 +18,7 @@ from spiralrope_cli.core.errors import CheckpointError
 
 
 class Vae:
-    """A frozen `AutoencoderKL` of diffusers; a DiT sees its latents times `scale`."""
+    """A frozen `AutoencoderKL` of diffusers; a DiT takes its latents times `scale`."""
 
     def __init__(self, model: Any) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -26,7 +26,7 @@ class Vae:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Posterior of the latents, not scaled; its exp is computed in float32.
+        """Posterior of the latents, not scaled. The exp of the log variance is in float32.
 
         Args:
             images: [B, 3, H, W] in [-1, 1].
@@ -40,10 +40,10 @@ class Vae:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Images of scaled latents.
+        """Images from scaled latents.
 
         Args:
-            latents: [B, L, h, w] as DiT makes them.
+            latents: [B, L, h, w] from a DiT.
 
         Returns:
             [B, 3, H, W] float32, about [-1, 1].
@@ -52,15 +52,15 @@ class Vae:
 
 
 def draw(mean: Tensor, std: Tensor, noise: Tensor, scale: float = LATENT_SCALE) -> Tensor:
-    """Latents as DiT sees them: scale (mean + std noise), [B, L, h, w] each."""
+    """Latents for a DiT: scale * (mean + std * noise), [B, L, h, w] each."""
     return torch.addcmul(mean, std, noise) * scale
 
 
 def load_vae(folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Vae:
-    """A VAE from a folder in the layout of diffusers, computing in `dtype`.
+    """A VAE from a folder in diffusers' layout.
 
     Raises:
-        CheckpointError: the weights are damaged, or not those of the config.
+        CheckpointError: the weights are damaged, or do not fit the config.
     """
     from diffusers import AutoencoderKL
 
@@ -76,16 +76,16 @@ def load_vae(folder: Path, device: torch.device, dtype: torch.dtype = torch.floa
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, TypeError) as error:
-        # The message of diffusers for a damaged file is about the network and the Hub.
+        # For a damaged file the message of diffusers speaks of the network and the Hub.
         raise CheckpointError(
-            f"the VAE in {folder} cannot be read: its weights are damaged, or another VAE's",
+            f"the VAE in {folder} cannot be read: its weights are damaged, or of another VAE",
             "fetch or copy it again",
         ) from error
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     if wrong:
         raise CheckpointError(
-            f"the VAE in {folder} does not fit its config: {len(wrong)} weights are missing, left "
-            f"over or of another shape, {wrong[0]} for one"
+            f"the VAE in {folder} does not fit its config: {len(wrong)} weights are missing, "
+            f"unexpected or of another shape, for example {wrong[0]}"
         )
     model = model.to(device)
     if device.type == "cuda":

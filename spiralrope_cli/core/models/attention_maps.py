@@ -1,4 +1,4 @@
-"""Attention maps, recomputed from the q and k of each fused attention, which returns no weights.
+"""Attention maps. Fused attention returns no weights, so they are computed again from its q and k.
 
 Legend: B batch, N tokens with the prefix, H heads, D channels of a head.
 """
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Watch(TorchFunctionMode):
-    """Records q, k and v, [B, H, N, D], of every fused attention inside, call by call."""
+    """Records q, k and v, [B, H, N, D] each, of every call of fused attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Watch(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Records an attention, and makes the call."""
+        """Makes the call, and records it if it is attention."""
         if func is F.scaled_dot_product_attention:
             self.calls.append((args[0], args[1], args[2]))
         return func(*args, **(kwargs or {}))
@@ -41,16 +41,16 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
 
 @torch.no_grad()
 def attention_from(model: nn.Module, images: Tensor, token: int, layers: Sequence[int]) -> Tensor:
-    """What one token attends to.
+    """Attention weights of one query token.
 
     Args:
         model: a network with one fused attention per layer.
         images: [B, channels, height, width], normalised.
-        token: the query's number, prefix tokens first.
-        layers: numbers of layers.
+        token: index of the query; prefix tokens come first.
+        layers: indices of layers.
 
     Returns:
-        [layers, B, H, N] float32, every row of it with the sum 1.
+        [layers, B, H, N] float32; each row sums to 1.
     """
     with Watch() as watch:
         model(images)

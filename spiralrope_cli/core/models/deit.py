@@ -1,7 +1,7 @@
-"""DeiT-III style vision transformer (arXiv 2204.07118) with Spiral RoPE, under the published names.
+"""DeiT-III (arXiv 2204.07118) with Spiral RoPE, with the published parameter names.
 
-Legend: B batch, N = h*w patch tokens, C width, H heads, D channels of a head. A `cos_sin` is the
-rotation table of `SpiralRoPE.cos_sin`, [tokens, D/2, 2].
+Legend: B batch, N = h*w patch tokens, C width, H heads, D channels of a head. `cos_sin` holds
+cosines and sines, [tokens, D/2, 2], from `SpiralRoPE.cos_sin`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LAYER_SCALE_INIT = 1e-4
 class RMSNorm(nn.Module):
     """scale * x / (rms(x) + eps) (arXiv 1910.07467, eq. 4).
 
-    Unlike `nn.RMSNorm`, eps is outside the root: the published weights were trained so.
+    eps is outside the root, unlike in `nn.RMSNorm`: the published weights were trained this way.
     """
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
@@ -33,7 +33,7 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., C] -> [..., C] in the scale's dtype, the statistic in float32 or better."""
+        """[..., C] -> [..., C] in the dtype of `scale`; the rms is in float32 or better."""
         x_fp32 = x if x.dtype == torch.float64 else x.float()
         rms = torch.linalg.vector_norm(x_fp32, dim=-1, keepdim=True) * x_fp32.shape[-1] ** -0.5
         return (x_fp32 * (rms + self.eps).reciprocal() * self.scale).to(self.scale.dtype)
@@ -56,7 +56,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos_sin: Tensor | None) -> Tensor:
         """[B, N, C] and [N, D/2, 2] cosines and sines -> [B, N, C]."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, H, D]
-        # The gradient of unbind is one stack; that of each slice would be a whole tensor.
+        # unbind, not three slices: its backward is one stack, that of each slice a full-size
+        # tensor of zeros.
         q, k, v = fp32_on_cpu(qkv).unbind(2)  # [B, N, H, D]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
@@ -77,7 +78,7 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The GELU is computed by `fc1`, where oneDNN fuses it."""
+        """`fc1` applies the GELU, because oneDNN fuses both."""
         return self.fc2(self.fc1(x, self.gelu))
 
 
@@ -110,7 +111,7 @@ class Block(nn.Module):
         gamma_1: Tensor = self.gamma_1
         gamma_2: Tensor = self.gamma_2
         if drop_path_mask is not None:
-            # Folded into the layer scale, [B, 1, C], which saves a pass over the tokens.
+            # Multiplied into the layer scale, [B, 1, C]: one pass over the tokens less.
             gamma_1 = gamma_1 * drop_path_mask[0, :, None, None]
             gamma_2 = gamma_2 * drop_path_mask[1, :, None, None]
         # x + branch * gamma, in one pass.
@@ -125,12 +126,13 @@ class DeiT(nn.Module):
         embed_dim: width C.
         depth: blocks.
         num_heads: heads per block; C / num_heads must be a multiple of 4 with RoPE.
-        rope: options of the rotary embedding; `enabled=False` leaves it out.
+        rope: options of the rotary embedding; `enabled=False`: none.
         image_size: side or (height, width) in pixels.
         patch_size: side of a patch in pixels.
         in_chans: channels of the images.
-        num_classes: outputs; 0 leaves the head out, and `forward` gives the features.
-        pretrain_grid: patch grid that the positions refer to; by default the model's own.
+        num_classes: outputs; 0: no head, `forward` returns the class token's features.
+        pretrain_grid: patch grid of pretraining, to which positions are interpolated; by default
+            the model's own.
         drop_path: stochastic depth rate, the same in every block.
         mlp_ratio: hidden width of the MLP over C.
 
@@ -183,7 +185,7 @@ class DeiT(nn.Module):
     def init_weights(self) -> None:
         """Published init: truncated normal 0.02 for linears and embeddings, zero biases.
 
-        A seed stands for the same weights as long as this order of draws stays.
+        Do not change the order: the weights of a seed depend on it.
         """
         nn.init.trunc_normal_(self.cls_token, std=INIT_STD)
         nn.init.trunc_normal_(self.pos_embed, std=INIT_STD)
@@ -193,10 +195,10 @@ class DeiT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def drop_path_mask(self, batch_size: int, generator: torch.Generator) -> Tensor | None:
-        """Draws which samples keep which branch in one step (stochastic depth).
+        """Stochastic depth: which samples of one step keep which residual branch.
 
-        The generator is the caller's: seeded by the step, it gives each image the same mask
-        whatever the number of processes and micro batches.
+        The mask is for the whole batch of a step, and the caller seeds the generator by the step.
+        So an image has the same mask for any number of processes and micro-batches.
 
         Args:
             batch_size: B, the images of the whole step.
@@ -204,7 +206,7 @@ class DeiT(nn.Module):
 
         Returns:
             [depth, 2, B] float32 on the CPU: 0 where a sample skips the branch, else
-            1 / (1 - rate). None when the rate is 0.
+            1 / (1 - rate). None if the rate is 0.
         """
         if not self.drop_path:
             return None
@@ -213,7 +215,7 @@ class DeiT(nn.Module):
         return mask.float() / keep_prob
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[B, channels, height, width] -> [B, 1 + N, C] before the first block, and its cos_sin."""
+        """[B, channels, height, width] -> tokens before the first block [B, 1 + N, C], cos_sin."""
         if tuple(images.shape[-2:]) != self.image_size:
             raise ValueError(f"images are {tuple(images.shape[-2:])}, not {self.image_size}")
         x = self.patch_embed(images) + self.pos_embed
@@ -223,7 +225,7 @@ class DeiT(nn.Module):
     def run_block(
         self, number: int, x: Tensor, cos_sin: Tensor | None, drop_path_mask: Tensor | None
     ) -> Tensor:
-        """[B, 1 + N, C] -> [B, 1 + N, C] through one block; the mask is that of all blocks."""
+        """[B, 1 + N, C] -> [B, 1 + N, C] through one block; the mask is [depth, 2, B]."""
         block = self.blocks[number]
         mask = drop_path_mask[number] if drop_path_mask is not None else None
         if self.grad_checkpointing and self.training:
@@ -231,7 +233,7 @@ class DeiT(nn.Module):
         return block(x, cos_sin, mask)
 
     def own_drop_path_mask(self, images: Tensor) -> Tensor | None:
-        """A mask from torch's global generator, for training loops that hand in none."""
+        """A mask from torch's global generator, for training loops that pass none."""
         if not self.training:
             return None
         mask = self.drop_path_mask(len(images), torch.default_generator)
@@ -250,7 +252,7 @@ class DeiT(nn.Module):
 
         Args:
             images: [B, channels, height, width], normalised.
-            drop_path_mask: [depth, 2, B] from `drop_path_mask`; in training None draws one.
+            drop_path_mask: [depth, 2, B] from `drop_path_mask`; in training mode None makes one.
 
         Returns:
             logits [B, classes].
@@ -259,7 +261,7 @@ class DeiT(nn.Module):
 
 
 def resize_pos_embed(pos_embed: Tensor, old_grid: Grid, new_grid: Grid) -> Tensor:
-    """Resamples a position embedding to another patch grid, bicubically without antialias.
+    """Resamples a position embedding to another patch grid: bicubic, without antialias.
 
     Args:
         pos_embed: [1, h*w, C] for `old_grid`, row-major.

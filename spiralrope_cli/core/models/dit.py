@@ -1,10 +1,10 @@
-"""Diffusion transformer with Spiral RoPE, under the published parameter names.
+"""Diffusion transformer with Spiral RoPE, with the published parameter names.
 
 Legend: B batch, L latent channels, (H, W) the latent's size, p patch side, N = h*w patch tokens,
 C width, D channels of a head.
 
 Source: "Scalable Diffusion Models with Transformers", arXiv 2212.09748: section 3.2, figure 3
-(adaLN-Zero blocks). As there, attention and MLP are those of the ViT.
+(adaLN-Zero blocks). Attention and MLP are those of the ViT, as in the paper.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ MAX_PERIOD = 10000.0
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Computes in the dtype of the inputs; a no-op on the meta device, which has no autocast."""
-    # Not by `is_autocast_available`, which `torch.compile` cannot trace before torch 2.12.
+    """Turns autocast off; does nothing on the meta device, which has no autocast."""
+    # `is_autocast_available` would be the usual test; torch.compile before 2.12 cannot trace it.
     if device.type == "meta":
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
@@ -44,9 +44,9 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(Linear(NUM_SINUSOIDS, dim), nn.SiLU(), Linear(dim, dim))
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """[B] steps of the 1000 -> [B, C].
+        """[B] timesteps, 0 to 999 -> [B, C].
 
-        The phases are computed in float32 or better: bf16 cannot tell step 998 from 999.
+        The phases are computed in float32 or better: in bf16 the steps 998 and 999 are equal.
         """
         at_least_fp32 = torch.promote_types(dtype, torch.float32)
         index = torch.arange(NUM_SINUSOIDS // 2, dtype=at_least_fp32, device=t.device)
@@ -56,22 +56,23 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class to vector, [B] -> [B, C]; the table's last row is the null class of guidance."""
+    """Class to vector; the last row of the table is the null class, for guidance."""
 
     def __init__(self, num_classes: int, dim: int) -> None:
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + 1, dim)
 
     def forward(self, y: Tensor) -> Tensor:
-        """Looks the rows up."""
+        """[B] -> [B, C]."""
         return self.embedding_table(y)
 
 
 def modulation(dim: int, num_signals: int) -> nn.Sequential:
-    """Linear layer from the condition to shifts, scales and gates, [B, C] -> [B, signals * C].
+    """Linear layer from the condition to shifts, scales and gates: [B, C] -> [B, signals * C].
 
-    The identity stands for the published SiLU, so that the linear layer keeps its name
-    (`adaLN_modulation.1`). `DiT.forward` computes the SiLU once for all blocks.
+    The published module has a SiLU before it. Here `DiT.forward` computes the SiLU once for all
+    blocks, and an identity takes its place, so that the parameters keep their names
+    (`adaLN_modulation.1`).
     """
     return nn.Sequential(nn.Identity(), Linear(dim, num_signals * dim))
 
@@ -87,11 +88,11 @@ class DiTBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qk_norm: bool) -> None:
         super().__init__()
         self.attn = Attention(dim, num_heads, qk_norm)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), gelu="tanh")  # approximated, as published
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), gelu="tanh")  # as published
         self.adaLN_modulation = modulation(dim, 6)
 
     def forward(self, x: Tensor, cos_sin: Tensor | None, condition: Tensor) -> Tensor:
-        """[B, N, C], [N, D/2, 2] cosines and sines or None, and [B, C] -> [B, N, C]."""
+        """[B, N, C], cosines and sines [N, D/2, 2] or None, and condition [B, C] -> [B, N, C]."""
         with no_autocast(x.device):
             signals = self.adaLN_modulation(condition).unflatten(-1, (6, 1, -1))
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = signals.unbind(1)  # [B, 1, C]
@@ -101,7 +102,7 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Adaptive layer norm, then a linear layer to the values of each patch."""
+    """Adaptive layer norm, then a linear layer to the pixels of each patch."""
 
     def __init__(self, dim: int, patch_size: int, out_chans: int) -> None:
         super().__init__()
@@ -109,7 +110,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = modulation(dim, 2)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """[B, N, C] and [B, C] -> [B, N, p*p*channels], ordered row, column, channel."""
+        """[B, N, C] and [B, C] -> [B, N, p*p*channels]; the channel varies fastest."""
         shift, scale = self.adaLN_modulation(condition).unflatten(-1, (2, 1, -1)).unbind(1)
         return self.linear(modulate(x, shift, scale))
 
@@ -121,14 +122,15 @@ class DiT(nn.Module):
         embed_dim: width C.
         depth: blocks.
         num_heads: heads per block; C / num_heads must be a multiple of 4 with RoPE.
-        rope: options of the rotary embedding; `enabled=False` adds fixed sin-cos positions.
+        rope: options of the rotary embedding; `enabled=False`: fixed sin-cos positions instead.
         input_size: side or (height, width) of the latent.
         patch_size: side of a patch in latent pixels.
         in_chans: channels L of the latent.
-        num_classes: classes; the null class of guidance is one more, with this number.
-        pretrain_grid: patch grid that the positions refer to; by default the model's own.
-        label_dropout: fraction of labels that `label_drop_mask` makes null in training.
-        qk_norm: normalises queries and keys.
+        num_classes: K classes, 0 to K - 1; class K is the null class, for guidance.
+        pretrain_grid: patch grid of pretraining, to which positions are interpolated; by default
+            the model's own.
+        label_dropout: probability that a label becomes the null class in training.
+        qk_norm: RMS norm of queries and keys, per head.
         mlp_ratio: hidden width of the MLP over C.
 
     Raises:
@@ -186,12 +188,12 @@ class DiT(nn.Module):
     def init_weights(self) -> None:
         """Published init: Xavier uniform, normal 0.02 for the embedders, zeros for adaLN-Zero.
 
-        Zero gates make each block the identity, and a zero final layer makes the output 0. A seed
-        stands for the same weights as long as this order of draws stays.
+        Zero gates make each block the identity, and a zero final layer makes the output 0. Do not
+        change the order: the weights of a seed depend on it.
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
-                # The patch embedding too is initialised as a matrix, as published.
+                # The patch embedding (a convolution) is initialised like a matrix, as published.
                 nn.init.xavier_uniform_(module.weight.data.flatten(1))
                 nn.init.zeros_(module.get_parameter("bias"))
         for name in ("t_embedder.mlp.0", "t_embedder.mlp.2", "y_embedder.embedding_table"):
@@ -203,14 +205,14 @@ class DiT(nn.Module):
             self.pos_embed.data.copy_(sincos_pos_embed(self.grid, self.pos_embed.shape[-1]))
 
     def label_drop_mask(self, batch_size: int, generator: torch.Generator) -> Tensor | None:
-        """Draws which samples of one step lose their label, which trains the null class.
+        """Label dropout: which samples of one step get the null class.
 
         Args:
             batch_size: B, the samples of the whole step.
             generator: a CPU generator.
 
         Returns:
-            [B] bool on the CPU; None when the rate is 0.
+            [B] bool on the CPU; None if the rate is 0.
         """
         if not self.label_dropout:
             return None
@@ -221,12 +223,12 @@ class DiT(nn.Module):
     ) -> Tensor:
         """Predicts noise and variance.
 
-        Under autocast the blocks' matmuls are in half precision. Embedders, modulation and the
-        final layer are cheap and keep the dtype of the weights.
+        Under autocast only the matmuls of the blocks are in bf16. Embedders, modulation and final
+        layer take little time and keep the dtype of the weights.
 
         Args:
-            x: noised latents [B, L, H, W]; with RoPE of any size that patches divide.
-            t: [B] original step numbers, 0 to 999.
+            x: noised latents [B, L, H, W]; with RoPE any size that is a multiple of the patch.
+            t: [B] timesteps, 0 to 999.
             y: [B] classes; `num_classes` is the null class.
             label_drop_mask: [B] bool from `label_drop_mask`, True where the label becomes null.
 
@@ -235,13 +237,15 @@ class DiT(nn.Module):
             about -1 to 1.
 
         Raises:
-            ValueError: a size that patches do not divide, or without RoPE another than the model's.
+            ValueError: the size is not a multiple of the patch; without RoPE: not the model's size.
         """
         height, width = x.shape[-2:]
         if self.rope is None and (height, width) != self.input_size:
             raise ValueError(f"latents are {(height, width)}, not {self.input_size}")
         if height % self.patch_size or width % self.patch_size:
-            raise ValueError(f"latents of {(height, width)} do not split by {self.patch_size}")
+            raise ValueError(
+                f"latents of {(height, width)} do not split into patches of {self.patch_size}"
+            )
         grid = (height // self.patch_size, width // self.patch_size)
         if label_drop_mask is not None:
             y = torch.where(label_drop_mask, self.num_classes, y)
@@ -275,15 +279,16 @@ class DiT(nn.Module):
         e = e_null + scale * (e_label - e_null)
 
         Args:
-            x: latents [2B, L, H, W], of which the first half is used for both halves.
-            t: [2B] original step numbers.
+            x: latents [2B, L, H, W]; the second half is ignored, the first is used twice.
+            t: [2B] timesteps, 0 to 999.
             y: [2B] labels, then B times the null class.
-            cfg_scale: 1 is no guidance; 1 + w in the paper.
-            cfg_channels: the leading noise channels that are guided. 3 of 4 as in the published
-                code, whose authors kept it for reproducibility; None for all.
+            cfg_scale: 1 + w of the paper; 1 is no guidance.
+            cfg_channels: number of leading noise channels that are guided; None: all. The
+                published code guides 3 of 4; its authors say that they keep this for
+                reproducibility.
 
         Returns:
-            [2B, 2L, H, W]; guided channels are the same in both halves, the others each half's.
+            [2B, 2L, H, W]; the guided channels are equal in both halves, the others are not.
         """
         half = x[: len(x) // 2]
         out = self(torch.cat((half, half)), t, y)
@@ -294,7 +299,7 @@ class DiT(nn.Module):
 
 
 def sincos_pos_embed(grid: tuple[int, int], dim: int) -> Tensor:
-    """Fixed sin-cos positions: half of the channels encode the column, then half the row.
+    """Fixed sin-cos positions: the first half of the channels for columns, the second for rows.
 
     Args:
         grid: patches as (rows, columns).
@@ -304,7 +309,7 @@ def sincos_pos_embed(grid: tuple[int, int], dim: int) -> Tensor:
         [1, h*w, C] float32; each half is [sin, cos].
 
     Raises:
-        ConfigError: the width is no multiple of 4.
+        ConfigError: the width is not a multiple of 4.
     """
     if dim % 4:
         raise ConfigError(f"a width of {dim} is not a multiple of 4")

@@ -22,19 +22,19 @@ OF_DIT = ("input_size", "in_chans", "pretrain_grid", "label_dropout", "qk_norm")
 def create_model(
     arch: str, *, rope: RopeConfig | None = None, num_classes: int = 1000, **options: Any
 ) -> DeiT | DiT:
-    """A freshly initialised network by name.
+    """A network by name, with random weights.
 
     Args:
-        arch: `deit-ti` to `deit-l`, or `dit-ti2` to `dit-xl8`, which may be written `DiT-XL/8`;
-            the digit of a DiT is the patch side.
-        rope: options of the rotary embedding, by default `RopeConfig()`.
+        arch: `deit-ti` to `deit-l`, or `dit-ti2` to `dit-xl8` (the same as `DiT-XL/8`; the digit
+            is the patch side); sizes by numbers too: `deit-WIDTHxDEPTHxHEADS`,
+            `dit-WIDTHxDEPTHxHEADS-PATCH`.
+        rope: options of the rotary embedding; by default `RopeConfig()`.
         num_classes: outputs of a DeiT; classes of a DiT, without the null class.
-        options: of `DeiT`: image_size, patch_size, in_chans, pretrain_grid, drop_path;
-            or of `DiT`: input_size, in_chans, pretrain_grid, label_dropout, qk_norm.
+        options: for a DeiT image_size, patch_size, in_chans, pretrain_grid, drop_path;
+            for a DiT input_size, in_chans, pretrain_grid, label_dropout, qk_norm.
 
     Raises:
-        ConfigError: an unknown name (the nearest is suggested), another network's option, or
-            sizes that do not fit.
+        ConfigError: unknown name, option of the other network, or sizes that do not fit.
     """
     rope = rope if rope is not None else RopeConfig()
     known = OF_DIT if is_dit(arch) else OF_DEIT
@@ -50,7 +50,7 @@ def create_model(
 
 
 def model_of(run: TrainingRun) -> DeiT | DiT:
-    """The freshly initialised network of a run."""
+    """The network of a run, with random weights."""
     options = asdict(run.model)
     if "class_dropout_prob" in options:
         options["label_dropout"] = options.pop("class_dropout_prob")
@@ -58,24 +58,24 @@ def model_of(run: TrainingRun) -> DeiT | DiT:
 
 
 def compile_blocks(model: DeiT | DiT) -> None:
-    """Compiles each block in place; parameters and their names stay.
+    """Compiles each block in place; parameter names do not change.
 
-    All blocks share one graph, so this takes as long as compiling one. The table of cosines and
-    sines is an argument of a block: made outside, it neither breaks the graph nor is a constant
-    in it, which another model would then share.
+    All blocks share one graph, so the time is that of one block. Cosines and sines are an argument
+    of the block: computed inside, they would break the graph, or become a constant of it, which
+    another model would then use too.
     """
     for block in model.blocks:
         block.compile()
 
 
 def on_meta(run: TrainingRun) -> DeiT | DiT:
-    """The network of a run on the meta device, which has shapes and no memory."""
+    """The network of a run on the meta device: shapes without memory."""
     with torch.device("meta"):
         return model_of(run)
 
 
 def meta_inputs(run: TrainingRun, batch_size: int, dtype: torch.dtype) -> list[Tensor]:
-    """Inputs of that network: images [B, L, H, W]; for a DiT also timesteps and labels, [B]."""
+    """Inputs of that network: images [B, channels, H, W]; for a DiT also timesteps, labels [B]."""
     images = torch.empty(batch_size, *run.input_shape, device="meta", dtype=dtype)
     integers = torch.empty(batch_size, device="meta", dtype=torch.int64)
     return [images, *[integers] * run.num_conditions]

@@ -246,7 +246,7 @@ def test_a_worker_that_was_killed_is_one_line(root):
     next(batches)
     [worker] = set(multiprocessing.active_children()) - before
     worker.kill()
-    with pytest.raises(DataError, match="a loader process died"):
+    with pytest.raises(DataError, match="a data loader worker died"):
         list(batches)
 
 

@@ -357,7 +357,7 @@ def test_latents_that_do_not_split_are_refused():
         create_model("dit-s4", input_size=(30, 32))
     model, fixed = small_dit(), small_dit(rope=RopeConfig(enabled=False))
     t, y = torch.zeros(1), torch.zeros(1, dtype=torch.long)
-    with pytest.raises(ValueError, match=r"\(5, 4\) do not split by 2"):
+    with pytest.raises(ValueError, match=r"\(5, 4\) do not split into patches of 2"):
         model(torch.zeros(1, 2, 5, 4), t, y)
     with pytest.raises(ValueError, match=r"\(6, 4\), not \(4, 6\)"):
         fixed(torch.zeros(1, 2, 6, 4), t, y)
