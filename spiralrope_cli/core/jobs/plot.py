@@ -122,8 +122,7 @@ def draw_attention(given: dict[str, Any]) -> None:
     source = find_source(plot.source, best=plot.best)
 
     from spiralrope_cli.core.load import at_size, build_network
-    from spiralrope_cli.core.models.attention_maps import attention_from
-    from spiralrope_cli.core.plots.attention import attention_figure
+    from spiralrope_cli.core.plots.attention import attention_figure, attention_from
     from spiralrope_cli.core.weights import fetch_source, read_weights
 
     weights = read_weights(fetch_source(source), ema=plot.ema, rope=plot.rope)
