@@ -340,7 +340,7 @@ def no_download(monkeypatch, tmp_path):
     """An empty cache, and a download that fails the test."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(
-        "spiralrope_cli.core.hub.networks.fetch_published", lambda row: pytest.fail("fetched")
+        "spiralrope_cli.core.hub.download.fetch_published", lambda row: pytest.fail("fetched")
     )
 
 

@@ -152,7 +152,7 @@ def test_a_dry_run_looks_at_a_vaes_folder_and_fetches_none(resolved, monkeypatch
     with pytest.raises(ConfigError, match="--vae nowhere is neither"):
         resolved("--vae", "nowhere", "--image-size", 16, "--dry-run")
     monkeypatch.setattr(
-        "spiralrope_cli.core.hub.networks.fetch_published", lambda row: pytest.fail("fetched")
+        "spiralrope_cli.core.hub.download.fetch_published", lambda row: pytest.fail("fetched")
     )
     words = ["dit-train", "--vae", "ema", "--image-size", "16", "--dry-run"]
     assert "through the VAE ema" in CliRunner().invoke(cli.app, words).stderr

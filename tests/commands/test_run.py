@@ -377,10 +377,10 @@ def test_dit_measures_where_reference_and_weights_are(
 def test_a_dry_run_of_a_dit_fetches_nothing(run, monkeypatch, image_folder, tiny_vae):
     here = {"vae-ema": tiny_vae, "vae-mse": tiny_vae}
     monkeypatch.setattr(
-        "spiralrope_cli.core.hub.networks.local_path", lambda row: here.get(row.name)
+        "spiralrope_cli.core.hub.download.local_path", lambda row: here.get(row.name)
     )
     monkeypatch.setattr(
-        "spiralrope_cli.core.hub.networks.fetch_published", lambda row: pytest.fail("fetched")
+        "spiralrope_cli.core.hub.download.fetch_published", lambda row: pytest.fail("fetched")
     )
     small = (
         "--arch",

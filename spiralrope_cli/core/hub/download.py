@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from spiralrope_cli.core.errors import FetchError, NoRouteError
-from spiralrope_cli.core.hub import plain
 from spiralrope_cli.core.hub.catalog import Row
 from spiralrope_cli.core.hub.files import (
     DIGEST,
     check_room,
     digest_like,
     disk_error,
+    fetch_file,
+    first_line,
     is_right,
     place_copy,
+    target_of,
 )
 from spiralrope_cli.core.runtime.progress import human_size, say
 
@@ -29,7 +31,7 @@ from spiralrope_cli.core.runtime.progress import human_size, say
 def local_files(row: Row, *, revision: str | None = None) -> list[Path]:
     """The row's files in the cache, in the order of the row; empty unless all are here."""
     if not row.repo:
-        target = plain.target_of(row)
+        target = target_of(row)
         return [target] if target.is_file() else []
     found = [cached(row, file, revision) for file in row.files]
     return [path for path in found if path] if all(found) else []
@@ -76,7 +78,7 @@ def fetch_published(
     else:
         if revision:
             say(f"note: --revision has no effect: {row.name} is not on the Hub")
-        files = [plain.fetch_file(row, barred, out)]
+        files = [fetch_file(row, barred, out)]
     return _one_path([place_copy(path, out) for path in files] if out else files)
 
 
@@ -123,7 +125,7 @@ def look_up(row: Row, revision: str | None, *, timeout: float | None = None) -> 
         # HTTPError is that of the HTTP library, which changes with huggingface_hub's versions.
         except (HTTPError, OSError) as error:
             raise NoRouteError(
-                f"no route to {constants.ENDPOINT}: {plain.first_line(error)}",
+                f"no route to {constants.ENDPOINT}: {first_line(error)}",
                 "check network, proxy and HF_ENDPOINT; --offline takes what is here",
             ) from error
         if not metadata.commit_hash or not metadata.etag or metadata.size is None:
@@ -194,7 +196,7 @@ def _fetch_one(row: Row, remote: HubFile, revision: str | None, here: Path | Non
         if isinstance(error, OSError) and error.errno:
             raise disk_error(error, Path(constants.HF_HUB_CACHE)) from error
         raise FetchError(
-            f"the download of {row.name} broke off: {plain.first_line(error)}",
+            f"the download of {row.name} broke off: {first_line(error)}",
             "nothing of it was kept; try again",
         ) from error
     if not here and not is_right(path, remote.etag, "the Hub"):

@@ -32,7 +32,7 @@ from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.resolve import DATA_VARIABLE
 from spiralrope_cli.core.config.training import MachineConfig, TrainOptions
 from spiralrope_cli.core.errors import ConfigError, DataError
-from spiralrope_cli.core.hub.networks import VaeFiles, find_vae, local_vae
+from spiralrope_cli.core.hub.source import VaeFiles, find_vae, local_vae
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, world_size
 from spiralrope_cli.core.runtime.progress import (
     console,

@@ -38,7 +38,7 @@ from spiralrope_cli.core.config.samples import decoder_of, default_num_samples
 from spiralrope_cli.core.config.training import MachineConfig, TrainOptions
 from spiralrope_cli.core.data.image_sets import inspect_side
 from spiralrope_cli.core.errors import CheckpointError, ConfigError, FetchError
-from spiralrope_cli.core.hub.networks import find_inception, find_vae, local_vae
+from spiralrope_cli.core.hub.source import find_inception, find_vae, local_vae
 from spiralrope_cli.core.jobs import evaluate, sample, score, train
 from spiralrope_cli.core.runtime.launch import check_not_joined, launch, say_notes, world_size
 from spiralrope_cli.core.runtime.progress import check_tracker, say

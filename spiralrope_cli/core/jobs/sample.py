@@ -31,8 +31,7 @@ from spiralrope_cli.core.config.samples import (
 from spiralrope_cli.core.config.training import MachineConfig, TrainOptions
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.files import sha256_of
-from spiralrope_cli.core.hub.networks import find_vae, local_vae
-from spiralrope_cli.core.hub.source import find_source
+from spiralrope_cli.core.hub.source import find_source, find_vae, local_vae
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, say_notes, world_size
 from spiralrope_cli.core.runtime.progress import counted, say, say_result
 from spiralrope_cli.core.runtime.run_folder import (

@@ -23,7 +23,7 @@ from spiralrope_cli.core.data import npz
 from spiralrope_cli.core.data.image_sets import Side, digest_of, digests_beside, inspect_side
 from spiralrope_cli.core.errors import ConfigError, DataError
 from spiralrope_cli.core.hub.catalog import find
-from spiralrope_cli.core.hub.networks import find_inception
+from spiralrope_cli.core.hub.source import find_inception
 from spiralrope_cli.core.runtime.launch import launch, say_notes
 from spiralrope_cli.core.runtime.progress import console, say, say_result
 from spiralrope_cli.core.runtime.run_folder import differences, read_json, write_json

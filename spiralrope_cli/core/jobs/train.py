@@ -23,8 +23,7 @@ from spiralrope_cli.core.config.rope import given_rope
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import LINEAR_RULE_BATCH, TrainOptions
 from spiralrope_cli.core.errors import CheckpointError
-from spiralrope_cli.core.hub.networks import find_vae, local_vae
-from spiralrope_cli.core.hub.source import find_source
+from spiralrope_cli.core.hub.source import find_source, find_vae, local_vae
 from spiralrope_cli.core.report.results import print_results
 from spiralrope_cli.core.runtime.launch import (
     is_first_process,

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from spiralrope_cli.core.config.latents import LATENT_SCALE
 from spiralrope_cli.core.diffusion.vae import draw, load_vae
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
-from spiralrope_cli.core.hub.networks import CONFIG_FILE, WEIGHTS_FILE, find_vae
+from spiralrope_cli.core.hub.source import VAE_CONFIG, VAE_WEIGHTS, find_vae
 
 CPU = torch.device("cpu")
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -29,7 +29,7 @@ def images():
 
 
 def change_config(folder, **values):
-    path = folder / CONFIG_FILE
+    path = folder / VAE_CONFIG
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
@@ -75,13 +75,13 @@ def test_the_vae_is_frozen(tiny_vae, images):
 def test_the_published_names_of_its_attention_load(copy, tiny_vae, images):
     # The files of sd-vae-ft-* are older than the names that diffusers uses now.
     old = {}
-    for name, weight in load_file(copy / WEIGHTS_FILE).items():
+    for name, weight in load_file(copy / VAE_WEIGHTS).items():
         if "attentions" in name:
             for new_name, old_name in OLD_NAMES.items():
                 name = name.replace(new_name, old_name)
         old[name] = weight.clone()
     assert any("proj_attn" in name for name in old)
-    save_file(old, copy / WEIGHTS_FILE, {"format": "pt"})
+    save_file(old, copy / VAE_WEIGHTS, {"format": "pt"})
     ours, new = load_vae(copy, CPU).encode(images), load_vae(tiny_vae, CPU).encode(images)
     assert torch.equal(ours[0], new[0])
 
@@ -93,7 +93,7 @@ def test_loading_prints_nothing(tiny_vae, capfd):
 
 def test_its_identity_is_that_of_its_weights(copy, tiny_vae):
     assert find_vae(str(copy)).sha256() == find_vae(str(tiny_vae)).sha256()
-    with (copy / WEIGHTS_FILE).open("r+b") as file:
+    with (copy / VAE_WEIGHTS).open("r+b") as file:
         file.seek(-1, 2)
         last = file.read(1)
         file.seek(-1, 2)
@@ -106,7 +106,7 @@ def test_a_scale_in_the_config_is_the_scale(copy):
     assert find_vae(str(copy)).scale == load_vae(copy, CPU).scale == 0.5
 
 
-@pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
+@pytest.mark.parametrize("name", [VAE_CONFIG, VAE_WEIGHTS])
 def test_a_folder_without_its_files_is_refused(copy, name):
     (copy / name).unlink()
     with pytest.raises(CheckpointError, match=f"has no {name}"):
@@ -131,22 +131,22 @@ def test_a_vae_that_dit_cannot_take_is_refused(copy, values, words):
 def test_what_is_no_vae_is_refused(copy, tmp_path):
     with pytest.raises(ConfigError, match="neither ema nor mse nor a folder"):
         find_vae(str(tmp_path / "nowhere"))
-    (copy / CONFIG_FILE).write_text("[1]")
+    (copy / VAE_CONFIG).write_text("[1]")
     with pytest.raises(CheckpointError, match="no config of a VAE"):
         find_vae(str(copy))
 
 
 def test_damaged_weights_are_told_in_one_line(copy):
-    whole = (copy / WEIGHTS_FILE).read_bytes()
-    (copy / WEIGHTS_FILE).write_bytes(whole[: len(whole) // 2])
+    whole = (copy / VAE_WEIGHTS).read_bytes()
+    (copy / VAE_WEIGHTS).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match="weights are damaged") as told:
         load_vae(copy, CPU)
     assert "\n" not in told.value.message
 
 
 def test_weights_that_lack_some_are_refused(copy):
-    weights = load_file(copy / WEIGHTS_FILE)
+    weights = load_file(copy / VAE_WEIGHTS)
     del weights["encoder.conv_in.weight"]
-    save_file(weights, copy / WEIGHTS_FILE, {"format": "pt"})
+    save_file(weights, copy / VAE_WEIGHTS, {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"1 weights are missing.*encoder\.conv_in\.weight"):
         load_vae(copy, CPU)

@@ -9,8 +9,7 @@ from hub_server import HubServer
 
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.hub.catalog import WEIGHTS_REPO, find
-from spiralrope_cli.core.hub.networks import CONFIG_FILE, WEIGHTS_FILE, find_vae, local_vae
-from spiralrope_cli.core.hub.source import find_source
+from spiralrope_cli.core.hub.source import VAE_CONFIG, VAE_WEIGHTS, find_source, find_vae, local_vae
 from spiralrope_cli.core.weights import fetch_source
 
 
@@ -19,7 +18,7 @@ def hub(tmp_path, monkeypatch):
     """A server that has a VAE and DiT-S/2, and an empty cache."""
     server = HubServer()
     config = b'{"_class_name": "AutoencoderKL", "block_out_channels": [1, 1, 1, 1]}'
-    server.repos[find("vae-ema").repo] = {CONFIG_FILE: config, WEIGHTS_FILE: b"weights"}
+    server.repos[find("vae-ema").repo] = {VAE_CONFIG: config, VAE_WEIGHTS: b"weights"}
     server.repos[WEIGHTS_REPO] = {find("dit-s2").file: b"weights"}
     constants = "huggingface_hub.constants"
     monkeypatch.setattr(f"{constants}.ENDPOINT", server.url)

@@ -11,9 +11,9 @@ import pytest
 from hub_server import HubServer
 
 from spiralrope_cli.core.errors import ConfigError, DiskError, FetchError, NoRouteError
-from spiralrope_cli.core.hub import plain
 from spiralrope_cli.core.hub.catalog import find
 from spiralrope_cli.core.hub.download import fetch_published, local_path
+from spiralrope_cli.core.hub.files import file_version
 
 NAME = "VIRTUAL_imagenet512.npz"
 CONTENT = random.Random(0).randbytes(3_000_000)
@@ -48,7 +48,7 @@ def parts(tmp_path):
 
 def test_a_file_comes_whole_and_is_then_here(row, server, capsys):
     assert local_path(row) is None
-    assert plain.file_version(row).size == len(CONTENT)
+    assert file_version(row).size == len(CONTENT)
     path = fetch_published(row)
     assert path.read_bytes() == CONTENT
     assert path.name == NAME
