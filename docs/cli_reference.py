@@ -8,8 +8,8 @@ from typing import Any
 
 import typer
 
+from spiralrope_cli.core.config.models import RopeConfig
 from spiralrope_cli.core.config.option import leaves
-from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.main import app
 
 PAGE = Path(__file__).with_name("cli.md")

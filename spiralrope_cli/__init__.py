@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from spiralrope_cli.core.config.rope import RopeConfig
+    from spiralrope_cli.core.config.models import RopeConfig
     from spiralrope_cli.core.diffusion.gaussian import GaussianDiffusion
     from spiralrope_cli.core.load import load_model
     from spiralrope_cli.core.models.factory import create_model
@@ -28,7 +28,7 @@ __all__ = [
 
 _HOME_OF = {
     "GaussianDiffusion": "spiralrope_cli.core.diffusion.gaussian",
-    "RopeConfig": "spiralrope_cli.core.config.rope",
+    "RopeConfig": "spiralrope_cli.core.config.models",
     "SpiralRoPE": "spiralrope_cli.core.rope",
     "create_model": "spiralrope_cli.core.models.factory",
     "load_model": "spiralrope_cli.core.load",

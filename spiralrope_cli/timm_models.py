@@ -27,8 +27,7 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from spiralrope_cli.core.config.models import deit_size
-from spiralrope_cli.core.config.rope import RopeConfig
+from spiralrope_cli.core.config.models import RopeConfig, deit_size
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.published import freqs_note, split_freqs
 from spiralrope_cli.core.models.deit import INIT_STD, DeiT

@@ -7,7 +7,7 @@ import typer
 
 from spiralrope_cli.commands.command import SETTINGS, Command, command
 from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions
-from spiralrope_cli.core.config.rope import BY_WEIGHTS, RopeConfig
+from spiralrope_cli.core.config.models import BY_WEIGHTS, RopeConfig
 from spiralrope_cli.core.config.training import MachineConfig
 
 EXAMPLES = """

@@ -6,7 +6,7 @@ import typer
 
 from spiralrope_cli.commands.command import SETTINGS, command
 from spiralrope_cli.core.config.hub import ExportRun
-from spiralrope_cli.core.config.rope import BY_WEIGHTS, RopeConfig
+from spiralrope_cli.core.config.models import BY_WEIGHTS, RopeConfig
 
 EXAMPLES = """
 Examples:

@@ -5,6 +5,7 @@ from typing import Any
 import typer
 
 from spiralrope_cli.commands.command import SETTINGS, command
+from spiralrope_cli.core.config.models import BY_WEIGHTS, RopeConfig
 from spiralrope_cli.core.config.plots import (
     AttentionPlot,
     FigureFile,
@@ -12,7 +13,6 @@ from spiralrope_cli.core.config.plots import (
     RunPlot,
     SamplesPlot,
 )
-from spiralrope_cli.core.config.rope import BY_WEIGHTS, RopeConfig
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from spiralrope_cli.core.config.dit_runs import DiTModelConfig
 from spiralrope_cli.core.config.latents import VAE_FACTOR
-from spiralrope_cli.core.config.models import is_dit
+from spiralrope_cli.core.config.models import RopeConfig, is_dit
 from spiralrope_cli.core.config.resolve import StartingPoint, positions_at
-from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.runs import ModelConfig
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.published import StateDict

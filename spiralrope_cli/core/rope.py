@@ -22,7 +22,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from spiralrope_cli.core.config.rope import MIN_FREQ_IS_SET, RopeConfig
+from spiralrope_cli.core.config.models import MIN_FREQ_IS_SET, RopeConfig
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.kernels import apply_rotary_complex
 

@@ -21,6 +21,7 @@ from spiralrope_cli.core.config.models import (
     DEIT_SIZES,
     DIT_SIZES,
     DiTSize,
+    RopeConfig,
     TransformerSize,
     deit_name,
     deit_size,
@@ -31,7 +32,6 @@ from spiralrope_cli.core.config.models import (
 from spiralrope_cli.core.config.nested import renamed
 from spiralrope_cli.core.config.option import leaves
 from spiralrope_cli.core.config.resolve import fit_channels
-from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.hub.download import fetch_published, local_path

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from spiralrope_cli import main as cli
 from spiralrope_cli.core.config.legacy import DEIT_SCRIPT, DIT_SCRIPT
+from spiralrope_cli.core.config.models import RopeConfig
 from spiralrope_cli.core.config.resolve import resolve
-from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.errors import DataError, SpiralRopeError
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.jobs import pipeline as pipelines

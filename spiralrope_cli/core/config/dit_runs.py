@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from spiralrope_cli.core.config.latents import VAE_FACTOR, VAE_NAMES
-from spiralrope_cli.core.config.models import SIZE, dit_size, format_size
+from spiralrope_cli.core.config.models import SIZE, RopeConfig, dit_size, format_size
 from spiralrope_cli.core.config.option import (
     DATA,
     MODEL,
@@ -21,7 +21,6 @@ from spiralrope_cli.core.config.option import (
     check_fields,
     folder,
 )
-from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import MachineConfig, OptimConfig
 from spiralrope_cli.core.errors import ConfigError

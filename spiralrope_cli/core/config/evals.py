@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from spiralrope_cli.core.config.hub import cache_folder
-from spiralrope_cli.core.config.models import SIZE, check_divides
+from spiralrope_cli.core.config.models import SIZE, RopeConfig, check_divides
 from spiralrope_cli.core.config.option import (
     DATA,
     IMAGES,
@@ -25,7 +25,6 @@ from spiralrope_cli.core.config.option import (
     check_fields,
     idle_lines,
 )
-from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.runs import EvalProtocol, ModelConfig
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from spiralrope_cli.core.config.models import dit_name
+from spiralrope_cli.core.config.models import RopeConfig, dit_name
 from spiralrope_cli.core.config.option import leaves
-from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.errors import ConfigError
 
 FREQS_FOR = leaves(RopeConfig)["freqs_for"].choices

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from spiralrope_cli.core.config.models import SIZE
+from spiralrope_cli.core.config.models import SIZE, RopeConfig
 from spiralrope_cli.core.config.option import (
     ATTENTION,
     FIGURE,
@@ -20,7 +20,6 @@ from spiralrope_cli.core.config.option import (
     leaves,
     pair,
 )
-from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.errors import ConfigError, DataError
 
 FORMATS = ("png", "svg")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from spiralrope_cli.core.config.datasets import DIGITS, PHOTOGRAPHS
+from spiralrope_cli.core.config.models import BY_WEIGHTS
 from spiralrope_cli.core.config.option import in_words
-from spiralrope_cli.core.config.rope import BY_WEIGHTS
 from spiralrope_cli.core.config.training import LINEAR_RULE_BATCH
 
 # DeiT stage 1 on ImageNet-1K at 224 px, as the published DeiT-B run had it. The run itself was not

@@ -25,10 +25,9 @@ from spiralrope_cli.core.config.dit_runs import (
     input_size,
 )
 from spiralrope_cli.core.config.latents import LATENT_CHANNELS, CacheMetadata, read_cache
-from spiralrope_cli.core.config.models import deit_size, dit_name, dit_size
+from spiralrope_cli.core.config.models import RopeConfig, Scaling, deit_size, dit_name, dit_size
 from spiralrope_cli.core.config.nested import RUN_KINDS, build, read_config
 from spiralrope_cli.core.config.option import idle_lines
-from spiralrope_cli.core.config.rope import RopeConfig, Scaling
 from spiralrope_cli.core.config.runs import ModelConfig
 from spiralrope_cli.core.errors import ConfigError
 

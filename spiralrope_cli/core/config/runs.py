@@ -9,7 +9,13 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from spiralrope_cli.core.config.datasets import DataSet
-from spiralrope_cli.core.config.models import SIZE, check_divides, deit_size, format_size
+from spiralrope_cli.core.config.models import (
+    SIZE,
+    RopeConfig,
+    check_divides,
+    deit_size,
+    format_size,
+)
 from spiralrope_cli.core.config.option import (
     DATA,
     MODEL,
@@ -20,7 +26,6 @@ from spiralrope_cli.core.config.option import (
     check_fields,
     leaves,
 )
-from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.training import MachineConfig, OptimConfig
 from spiralrope_cli.core.errors import ConfigError
 

@@ -18,8 +18,14 @@ import torch
 from torch import Tensor
 
 from spiralrope_cli.core.config.latents import VAE_FACTOR
-from spiralrope_cli.core.config.models import DiTSize, TransformerSize, deit_size, dit_size, is_dit
-from spiralrope_cli.core.config.rope import RopeConfig
+from spiralrope_cli.core.config.models import (
+    DiTSize,
+    RopeConfig,
+    TransformerSize,
+    deit_size,
+    dit_size,
+    is_dit,
+)
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.catalog import ROWS
 from spiralrope_cli.core.rope import frequencies

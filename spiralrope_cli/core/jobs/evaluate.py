@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from spiralrope_cli.core.config.datasets import BUILT_IN, DataSet, find_val_set
 from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions, EvalRow, EvalRun
-from spiralrope_cli.core.config.models import format_size, is_dit
+from spiralrope_cli.core.config.models import RopeConfig, format_size, given_rope, is_dit
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.option import idle_lines
 from spiralrope_cli.core.config.resolve import DATA_VARIABLE, RUNS_FOLDER
-from spiralrope_cli.core.config.rope import RopeConfig, given_rope
 from spiralrope_cli.core.config.runs import EvalProtocol, ModelConfig
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import CheckpointError, ConfigError

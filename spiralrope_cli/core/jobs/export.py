@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spiralrope_cli.core.config.hub import ExportRun
-from spiralrope_cli.core.config.models import format_size, is_dit
+from spiralrope_cli.core.config.models import format_size, given_rope, is_dit
 from spiralrope_cli.core.config.nested import build
-from spiralrope_cli.core.config.rope import given_rope
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.hub.catalog import ROWS
 from spiralrope_cli.core.hub.files import OTHER_DISK, new_path, refuse_existing, sha256_of

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spiralrope_cli.core.config.datasets import PHOTOGRAPHS
-from spiralrope_cli.core.config.models import check_divides, deit_size, dit_size, is_dit
+from spiralrope_cli.core.config.models import (
+    RopeConfig,
+    check_divides,
+    deit_size,
+    dit_size,
+    given_rope,
+    is_dit,
+)
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.option import idle_lines
 from spiralrope_cli.core.config.pipelines import SAMPLE
@@ -25,7 +32,6 @@ from spiralrope_cli.core.config.plots import (
     SamplesPlot,
 )
 from spiralrope_cli.core.config.resolve import RUNS_FOLDER
-from spiralrope_cli.core.config.rope import RopeConfig, given_rope
 from spiralrope_cli.core.errors import CheckpointError, ConfigError, DataError
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.plots.curves import curves_figure

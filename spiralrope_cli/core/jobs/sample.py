@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from spiralrope_cli import __version__
 from spiralrope_cli.core.config.dit_runs import NO_VAE
-from spiralrope_cli.core.config.models import format_size, is_dit
+from spiralrope_cli.core.config.models import format_size, given_rope, is_dit
 from spiralrope_cli.core.config.nested import build as build_config
 from spiralrope_cli.core.config.resolve import RUNS_FOLDER, named_folder
-from spiralrope_cli.core.config.rope import given_rope
 from spiralrope_cli.core.config.samples import (
     GuidanceConfig,
     SampleRun,

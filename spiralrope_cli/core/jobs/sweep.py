@@ -17,11 +17,11 @@ from rich import box
 from rich.table import Table
 
 from spiralrope_cli.core.config.datasets import find_val_set
+from spiralrope_cli.core.config.models import RopeConfig
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.option import Leaf, leaves, renamed_fields
 from spiralrope_cli.core.config.pipelines import PRETRAIN, DeiTStages
 from spiralrope_cli.core.config.resolve import named_folder, resolve
-from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import OptimConfig, TrainOptions
 from spiralrope_cli.core.errors import ConfigError

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any, cast
 from rich.table import Table
 
 from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
-from spiralrope_cli.core.config.models import format_size, is_dit
+from spiralrope_cli.core.config.models import format_size, given_rope, is_dit
 from spiralrope_cli.core.config.nested import build, flat_values
 from spiralrope_cli.core.config.option import leaves
 from spiralrope_cli.core.config.resolve import Resolved, StartingPoint, resolve
-from spiralrope_cli.core.config.rope import given_rope
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import LINEAR_RULE_BATCH, TrainOptions
 from spiralrope_cli.core.errors import CheckpointError

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spiralrope_cli.core.config.models import check_divides
-from spiralrope_cli.core.config.rope import RopeConfig
+from spiralrope_cli.core.config.models import RopeConfig, check_divides
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.kernels import Gelu, Linear, attention, fp32_on_cpu
 from spiralrope_cli.core.rope import Grid, SpiralRoPE, apply_rotary, to_2tuple

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spiralrope_cli.core.config.rope import RopeConfig
+from spiralrope_cli.core.config.models import RopeConfig
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.kernels import Linear, layer_norm
 from spiralrope_cli.core.models.deit import INIT_STD, Attention, Mlp, PatchEmbed

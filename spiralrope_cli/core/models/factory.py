@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from spiralrope_cli.core.config.dit_runs import TrainingRun
-from spiralrope_cli.core.config.models import deit_size, dit_size, is_dit
-from spiralrope_cli.core.config.rope import RopeConfig
+from spiralrope_cli.core.config.models import RopeConfig, deit_size, dit_size, is_dit
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.models.deit import DeiT
 from spiralrope_cli.core.models.dit import DiT

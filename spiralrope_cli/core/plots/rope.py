@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from spiralrope_cli.core.config.models import RopeConfig
 from spiralrope_cli.core.config.plots import RopePlot
-from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.plots.style import (
     COLOR_MAP,
     COLORS,

@@ -21,11 +21,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from spiralrope_cli import __version__
 from spiralrope_cli.core.atomic import write_whole
 from spiralrope_cli.core.config.dit_runs import TrainingRun
-from spiralrope_cli.core.config.models import format_size
+from spiralrope_cli.core.config.models import RopeConfig, format_size
 from spiralrope_cli.core.config.nested import RUN_KINDS, build, read_config
 from spiralrope_cli.core.config.option import leaves
 from spiralrope_cli.core.config.pipelines import FINETUNE, PRETRAIN, SAMPLE, TRAIN
-from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.config.samples import SampleRun
 from spiralrope_cli.core.config.training import TrainOptions
 from spiralrope_cli.core.data.sample_files import METADATA_FILE, read_metadata

@@ -14,7 +14,7 @@ import pytest
 
 from spiralrope_cli.core import config
 from spiralrope_cli.core.config.evals import words
-from spiralrope_cli.core.config.models import SIZE, size
+from spiralrope_cli.core.config.models import SIZE, RopeConfig, size
 from spiralrope_cli.core.config.option import (
     PANELS,
     PATH,
@@ -29,7 +29,6 @@ from spiralrope_cli.core.config.option import (
     pair,
     path,
 )
-from spiralrope_cli.core.config.rope import RopeConfig
 from spiralrope_cli.core.errors import ConfigError
 
 

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from spiralrope_cli.core.config.models import DEIT_SIZES
-from spiralrope_cli.core.config.rope import RopeConfig
+from spiralrope_cli.core.config.models import DEIT_SIZES, RopeConfig
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.hub.catalog import INCEPTION_VARIABLE, ROWS, find
 
