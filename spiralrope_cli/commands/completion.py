@@ -101,7 +101,7 @@ def sources(ctx: typer.Context, incomplete: str) -> Offer:
 
 def runs(*commands: str) -> list[str]:
     """Folders of runs of these commands, stages of pipelines among them, the newest first."""
-    from spiralrope_cli.core.config.resolve import RUNS_FOLDER
+    from spiralrope_cli.core.config.training import RUNS_FOLDER
     from spiralrope_cli.core.runtime.run_folder import run_configs
 
     found = []

@@ -5,7 +5,7 @@ from typing import Any
 import typer
 
 from spiralrope_cli.commands.command import SETTINGS, command
-from spiralrope_cli.core.config.doctor import Checkup
+from spiralrope_cli.core.config.training import Checkup
 
 EXAMPLES = """
 Examples:

@@ -29,10 +29,10 @@ from spiralrope_cli.core.config.models import RopeConfig, Scaling, deit_size, di
 from spiralrope_cli.core.config.nested import RUN_KINDS, build, read_config
 from spiralrope_cli.core.config.option import idle_lines
 from spiralrope_cli.core.config.runs import ModelConfig
+from spiralrope_cli.core.config.training import RUNS_FOLDER
 from spiralrope_cli.core.errors import ConfigError
 
 DATA_VARIABLE = "SPIRALROPE_DATA"
-RUNS_FOLDER = "runs"
 NOT_FROM_FILE = {"command", "out", "num_train", "num_val", "num_classes", "resume"}
 """Fields that a config file shows but that a repeated run finds anew."""
 

@@ -22,11 +22,11 @@ from spiralrope_cli.core.config.datasets import (
     find_train_set,
     val_folder,
 )
-from spiralrope_cli.core.config.doctor import Checkup
 from spiralrope_cli.core.config.hub import cache_folder
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.resolve import default_data, merged
 from spiralrope_cli.core.config.samples import default_num_samples
+from spiralrope_cli.core.config.training import Checkup
 from spiralrope_cli.core.errors import CheckpointError, DataError, FetchError, SpiralRopeError
 from spiralrope_cli.core.hub import download
 from spiralrope_cli.core.hub.catalog import ROWS, find

@@ -22,9 +22,9 @@ from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions, Eval
 from spiralrope_cli.core.config.models import RopeConfig, format_size, given_rope, is_dit
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.option import idle_lines
-from spiralrope_cli.core.config.resolve import DATA_VARIABLE, RUNS_FOLDER
+from spiralrope_cli.core.config.resolve import DATA_VARIABLE
 from spiralrope_cli.core.config.runs import EvalProtocol, ModelConfig
-from spiralrope_cli.core.config.training import MachineConfig
+from spiralrope_cli.core.config.training import RUNS_FOLDER, MachineConfig
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.hub.files import sha256_of
 from spiralrope_cli.core.hub.source import Source, find_source, newest_run

@@ -31,7 +31,7 @@ from spiralrope_cli.core.config.plots import (
     RunPlot,
     SamplesPlot,
 )
-from spiralrope_cli.core.config.resolve import RUNS_FOLDER
+from spiralrope_cli.core.config.training import RUNS_FOLDER
 from spiralrope_cli.core.errors import CheckpointError, ConfigError, DataError
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.plots.curves import curves_figure

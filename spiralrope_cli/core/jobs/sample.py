@@ -17,7 +17,7 @@ from spiralrope_cli import __version__
 from spiralrope_cli.core.config.dit_runs import NO_VAE
 from spiralrope_cli.core.config.models import format_size, given_rope, is_dit
 from spiralrope_cli.core.config.nested import build as build_config
-from spiralrope_cli.core.config.resolve import RUNS_FOLDER, named_folder
+from spiralrope_cli.core.config.resolve import named_folder
 from spiralrope_cli.core.config.samples import (
     GuidanceConfig,
     SampleRun,
@@ -27,7 +27,7 @@ from spiralrope_cli.core.config.samples import (
     resolve_image_size,
     resolve_vae,
 )
-from spiralrope_cli.core.config.training import MachineConfig, TrainOptions
+from spiralrope_cli.core.config.training import RUNS_FOLDER, MachineConfig, TrainOptions
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.files import sha256_of
 from spiralrope_cli.core.hub.source import find_source, find_vae, local_vae

@@ -18,7 +18,7 @@ from spiralrope_cli.core.atomic import write_whole
 from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.nested import build, flat_values, read_config, to_nested
 from spiralrope_cli.core.config.option import free_fields, leaves
-from spiralrope_cli.core.config.resolve import RUNS_FOLDER
+from spiralrope_cli.core.config.training import RUNS_FOLDER
 from spiralrope_cli.core.errors import CheckpointError, DiskError
 from spiralrope_cli.core.runtime.progress import human_size, say
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from spiralrope_cli.core.config.dit_runs import TrainingRun
-from spiralrope_cli.core.config.doctor import Checkup
 from spiralrope_cli.core.config.resolve import resolve
+from spiralrope_cli.core.config.training import Checkup
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.models.factory import meta_inputs, model_cost, on_meta
 from spiralrope_cli.core.runtime.device import pick_device, pick_precision
