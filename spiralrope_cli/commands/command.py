@@ -5,6 +5,7 @@ Imports nothing heavy: the shell's completion and every help page wait for it.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -18,6 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 from spiralrope_cli.commands import completion
 from spiralrope_cli.core.config.models import size
 from spiralrope_cli.core.config.option import PANELS, Leaf, Opt, in_words, leaves
+from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.runtime.launch import is_first_process
 
 
@@ -33,16 +35,23 @@ class Group(TyperGroup):
 
 
 HABITS = {
-    "--model": ("arch", "source", "sources"),
-    "--pretrained": ("source", "sources", "spiralrope finetune, or dit-train --init-from"),
-    **dict.fromkeys(("--gpus", "--devices"), ("nproc",)),
+    "--model": ("arch", "source", "sources", "names"),
+    "--pretrained": ("source", "sources", "names", "spiralrope finetune, or dit-train --init-from"),
+    **dict.fromkeys(
+        ("--init", "--init-from"), ("source", "spiralrope finetune, or dit-train --init-from")
+    ),
+    **dict.fromkeys(("--gpus", "--devices", "--nproc-per-node"), ("nproc",)),
     "--wandb": ("tracker wandb",),
     **dict.fromkeys(("--amp", "--fp16"), ("precision bf16",)),
     "--reprob": ("random_erasing",),
     "--crop-pct": ("crop_ratio", "crop_ratios"),
     "--img-size": ("image_size", "image_sizes"),
     "--accum": ("micro_batch_size",),
-    "--workers-per-gpu": ("workers",),
+    "--global-batch-size": ("batch_size",),
+    "--learning-rate": ("lr",),
+    "--data-path": ("data",),
+    **dict.fromkeys(("--output-dir", "--results-dir"), ("out",)),
+    **dict.fromkeys(("--workers-per-gpu", "--num-workers"), ("workers",)),
 }
 """Options of timm, torchrun and others -> fields here, and perhaps a value; the first one that a
 command has, counts."""
@@ -56,13 +65,27 @@ class Command(TyperCommand):
         here: dict[Any, Any] = {"spiralrope": "spiralrope"}
         for each in self.params:
             here[each.name] = each.opts[0] if each.param_type_name == "option" else each.metavar
+        shown = {flag for each in self.params for flag in each.opts + each.secondary_opts}
         for word in args:
-            option = word.partition("=")[0]
-            for habit in HABITS.get(option, ()):
+            option = word.partition("=")[0].replace("_", "-")
+            if option not in HABITS or option in shown or ctx.resilient_parsing:
+                continue
+            for habit in HABITS[option]:
                 field, _, value = habit.partition(" ")
-                if field in here and not ctx.resilient_parsing:
+                if field in here:
                     ctx.fail(f"No such option: {option}. Here it is {here[field]} {value}".strip())
-        return super().parse_args(ctx, args)
+            ctx.fail(f"No such option: {option}. {ctx.info_name} has nothing like it")
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:  # the parser's, of which Typer has no public name
+            refusal: Any = error
+            if near := getattr(refusal, "possibilities", None):
+                old = {each.opts[0] for each in self.params if FORMERLY in str(each.name)}
+                # At the parser's cutoff --nproc would be near --reprob.
+                refusal.possibilities = difflib.get_close_matches(
+                    refusal.option_name, [flag for flag in near if flag not in old], cutoff=0.75
+                )
+            raise
 
 
 SETTINGS: dict[str, Any] = {
@@ -141,6 +164,10 @@ def command(
             given: dict[str, Any] = {}
             for parameter in typed:
                 leaf = known[name := parameter.removeprefix(FORMERLY)]
+                if name != parameter and leaf.opt and name in typed:
+                    raise ConfigError(
+                        f"{leaf.opt.was} is now {leaf.called}, and both are given", "give one"
+                    )
                 if name != parameter and leaf.opt and is_first_process():
                     typer.echo(f"note: {leaf.opt.was} is now {leaf.called}", err=True)
                 given[name] = leaf.read(values[parameter])

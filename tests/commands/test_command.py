@@ -281,6 +281,12 @@ def test_an_old_spelling_is_taken_and_named_anew():
     assert "--max-shift" not in CliRunner().invoke(one, ["--help"]).output
     with pytest.raises(ConfigError, match="--translate is -1"):
         CliRunner().invoke(one, ["--max-shift", "-1"], catch_exceptions=False)
+    for words in (
+        ["--max-shift", "2", "--translate", "3"],
+        ["--translate", "2", "--max-shift", "3"],
+    ):
+        with pytest.raises(ConfigError, match="--max-shift is now --translate, and both are given"):
+            CliRunner().invoke(one, words, catch_exceptions=False)
 
 
 @pytest.mark.parametrize(
@@ -314,7 +320,10 @@ HABITS = {
         **{"--reprob": "--random-erasing", "--crop-pct": "--crop-ratio"},
         **{"--img-size": "--image-size", "--accum": "--micro-batch-size"},
         **{"--workers-per-gpu": "--workers", "--fp16": "--precision bf16"},
+        **{"--data-path": "--data", "--output_dir": "--out", "--num_workers": "--workers"},
     },
+    "fetch": {"--model": "NAME", "--pretrained": "NAME"},
+    "run deit": {"--init": "spiralrope finetune, or dit-train --init-from"},
     "finetune": {"--model": "SOURCE", "--pretrained": "SOURCE"},
     "dit-train": {"--model": "--arch", "--pretrained": "--init-from"},
     "eval": {"--model": "SOURCE", "--img-size=32": "--image-size", "--crop-pct": "--crop-ratio"},
@@ -327,6 +336,32 @@ HABITS = {
     [(name, *pair) for name, habits in HABITS.items() for pair in habits.items()],
 )
 def test_what_people_type_by_habit_is_named_in_a_line(name, habit, here):
-    result = CliRunner().invoke(app, [name, habit], env={"COLUMNS": "200"})
+    result = CliRunner().invoke(app, [*name.split(), habit], env={"COLUMNS": "200"})
     assert result.exit_code == CliRunner().invoke(app, [name, "--unheard-of"]).exit_code == 2
-    assert f"No such option: {habit.partition('=')[0]}. Here it is {here}" in result.output
+    typed = habit.partition("=")[0].replace("_", "-")
+    assert f"No such option: {typed}. Here it is {here}" in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("dit-train --reprob 0.2", "--reprob. dit-train has nothing like it"),
+        ("fid a b --model x", "--model. fid has nothing like it"),
+        (
+            "dit-sample x --sampling-steps 2",
+            "--sampling-steps (Possible options: --num-sampling-steps)",
+        ),
+        ("pretrain --batchsize 2", "--batchsize (Possible options: --batch-size"),
+    ],
+)
+def test_an_unknown_option_suggests_near_ones_and_no_hidden_one(words, said):
+    result = CliRunner().invoke(app, words.split(), env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert f"No such option: {said}" in result.output
+
+
+def test_an_unknown_option_that_is_near_none_gets_no_suggestion():
+    for words in ("dit-train --max-shift 2", "dit-sample x --max-steps 2", "eval --bias"):
+        result = CliRunner().invoke(app, words.split(), env={"COLUMNS": "200"})
+        assert result.exit_code == 2
+        assert "Possible" not in result.output

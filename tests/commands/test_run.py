@@ -189,6 +189,8 @@ def test_a_stage_that_stops_or_fails_ends_the_command_with_its_code(run, launche
         (["--sweep", "rotate=none", "--sweep", "rope=true"], 2, "say the same"),
         (["--sweep", "rotate=1,2", "--rotate", 2], 2, "--rotate is given and swept"),
         (["--sweep", "rotate=none,2", "--rotate", 2], 2, "--rotate is given and swept"),
+        (["--sweep", "steps=1,2", "--max-steps", 2], 2, "--max-steps is given and swept"),
+        (["--sweep", "steps=1", "--sweep", "max-steps=2"], 2, "--sweep max_steps is given twice"),
         (["--sweep", "rope=true,false", "--no-rope"], 2, "--rope is given and swept"),
         (["--sweep", "rotate=1,5", "--same-theta"], 2, "rotate=5: --rotate 5 with --same-theta"),
         (["--seeds", "1;2"], 2, "--seeds is 1;2; it must be a list of numbers, such as 0,1,2"),
@@ -252,6 +254,13 @@ def test_a_dry_run_plans_all_stages_and_writes_nothing(run, runs):
     assert "note: rotate=0 and rotate=1 are both plain axial RoPE" in printed
     assert "== 2/2: rotate=1, seed 0" in printed
     assert not list(runs.iterdir())
+
+
+def test_a_sweep_by_an_old_spelling_goes_on_in_its_folders():
+    sweep = settle_sweep({"sweep": ("finetune-steps=20,30",), "arch": "deit-32x2x2"})
+    assert sweep.notes == ("--sweep finetune_steps is now finetune_max_steps",)
+    assert Path(sweep.runs[1].pipeline.folder).name == "finetune_steps=30-seed0"
+    assert sweep.runs[1].pipeline.stages[1].config.run.total_steps == 30
 
 
 def test_a_sweep_runs_the_grid_and_sums_it_up(run, launched):

@@ -53,6 +53,9 @@ def renamed(nested: dict[str, Any], kind: type) -> dict[str, Any]:
     for key, value in nested.items():
         group = hints.get(name := names.get(key, key))
         inner = isinstance(value, dict) and dataclasses.is_dataclass(group)
+        if name in found:
+            was = next(old for old in nested if names.get(old) == name)
+            raise ConfigError(f"config keys {was!r} and {name!r} are one", f"leave {was!r} out")
         found[name] = renamed(value, typing.cast(type, group)) if inner else value
     return found
 

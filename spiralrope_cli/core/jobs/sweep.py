@@ -51,6 +51,8 @@ SWEPT: dict[str, Leaf] = {
     **{f"finetune_{name}": _OF_RUN[name] for name in _OF_TRAINING},
 }
 """What can be swept: name of the option -> its field."""
+RENAMED = renamed_fields(OptimConfig) | renamed_fields(DeiTStages)
+"""Spelling in earlier versions -> name. Folders keep the spelling: such a sweep goes on in them."""
 
 Record = dict[str, Any]
 
@@ -103,7 +105,8 @@ def settle_sweep(given: dict[str, Any]) -> Sweep:
     own: DeiTStages = build(DeiTStages, given)
     build(TrainOptions, given).check_folder(own.out)
     grid = points(own.sweep)
-    for name, _ in grid[0].words:
+    for typed, _ in grid[0].words:
+        name = RENAMED.get(typed, typed)
         if {"rope": "enabled"}.get(name, name) in given:
             word = leaves(DeiTStages).get(name, SWEPT[name]).called
             raise ConfigError(f"{word} is given and swept", "leave one of them out")
@@ -115,7 +118,10 @@ def settle_sweep(given: dict[str, Any]) -> Sweep:
     folder = Path(own.out or usual)
     runs: list[SweepRun] = []
     rotates = {point.options.get("rotate") for point in grid}
-    notes = ["rotate=0 and rotate=1 are both plain axial RoPE"] if {0, 1} <= rotates else []
+    notes = [
+        f"--sweep {name} is now {RENAMED[name]}" for name, _ in grid[0].words if name in RENAMED
+    ]
+    notes += ["rotate=0 and rotate=1 are both plain axial RoPE"] if {0, 1} <= rotates else []
     seen: dict[Any, Point] = {}
     for point, seed in itertools.product(grid, own.seeds or (first.seed,)):
         out = str(folder / f"{point.slug}-seed{seed}")
@@ -135,7 +141,7 @@ def settle_sweep(given: dict[str, Any]) -> Sweep:
 def points(axes: Sequence[str]) -> list[Point]:
     """The grid of `NAME=V,V` words; one point without options where there are none."""
     choices = [_axis(text) for text in axes]
-    names = [axis[0][0] for axis in choices]
+    names = [RENAMED.get(axis[0][0], axis[0][0]) for axis in choices]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"--sweep {twice[0]} is given twice", f"as one: {twice[0]}=V,V,V")
     if "rope" in names and any(BASELINE in axis for axis in choices):
@@ -147,11 +153,10 @@ def _axis(text: str) -> list[tuple[str, str]]:
     """(name, word) of each value of `NAME=V,V`."""
     name, equals, listed = text.partition("=")
     name = name.strip().removeprefix("--").replace("-", "_")
-    name = (renamed_fields(OptimConfig) | renamed_fields(DeiTStages)).get(name, name)
     words = [word.strip() for word in listed.split(",")]
     if not equals or not all(words):
         raise ConfigError(f"--sweep {text} is not NAME=V,V", "such as --sweep rotate=none,1,2,4")
-    if name not in SWEPT:
+    if RENAMED.get(name, name) not in SWEPT:
         raise ConfigError(
             f"--sweep {text}: {name} cannot be swept", f"these can: {', '.join(SWEPT)}"
         )
@@ -161,7 +166,7 @@ def _axis(text: str) -> list[tuple[str, str]]:
         try:
             _option(name, word)
         except ConfigError as error:
-            allowed = SWEPT[name].readable()
+            allowed = SWEPT[RENAMED.get(name, name)].readable()
             raise ConfigError(f"--sweep {text}: {word} must be {allowed}") from error
     return [(name, word) for word in words]
 
@@ -170,6 +175,7 @@ def _option(name: str, word: str) -> tuple[str, Any]:
     """Field and value of an option in words."""
     if (name, word) == BASELINE:
         return "enabled", False
+    name = RENAMED.get(name, name)
     return ("enabled" if name == "rope" else name), SWEPT[name].read(word)
 
 
