@@ -1,4 +1,4 @@
-"""Accuracy of weights on a data set, and the rows of an `eval.json` that keep it."""
+"""Accuracy of models on a data set, and rows of `eval.json`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from spiralrope_cli.core.runtime import distributed
 from spiralrope_cli.core.runtime.run_folder import differences, read_rows, write_json
 
 SAME = ("sha256", "checkpoint", "weights", "data", "image_size", "crop_ratio", "rope", "precision")
-"""Two rows that agree in these measure the same thing."""
+"""A new row replaces an old one that is equal in these."""
 
 Record = dict[str, Any]
 Name = TypeVar("Name")
@@ -43,13 +43,13 @@ def measure_accuracy(
     """Accuracy of several models in one pass over the data, summed over all processes.
 
     Args:
-        models: name -> network giving logits [B, K]; left in the mode they came in.
-        batches: this process's images [B, ...] and labels [B].
-        device: where the models are.
-        autocast: makes the context of the forward passes.
+        models: name -> network with logits [B, K]; train or eval mode is restored.
+        batches: images [B, ...] and labels [B] of this process.
+        device: device of the models.
+        autocast: returns the context of the forward passes.
     """
     was_training = [model.training for model in models.values()]
-    # Counts in float32 would lose images beyond 16 million.
+    # float32 counts exactly only to 16 million.
     dtype = torch.float32 if device.type == "mps" else torch.float64
     sums = torch.zeros(len(models), 4, dtype=dtype, device=device)
     for model in models.values():
@@ -71,7 +71,7 @@ def measure_accuracy(
 
 
 def _batch_sums(logits: Tensor, labels: Tensor) -> Tensor:
-    """[4]: hits among the first one and five, summed loss, images."""
+    """[4]: top-1 hits, top-5 hits, sum of losses, number of images."""
     ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
     hits = ranked == labels[:, None]
     loss = F.cross_entropy(logits, labels, reduction="sum")
@@ -82,19 +82,19 @@ def _batch_sums(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def is_same(before: Record, now: Record) -> bool:
-    """Whether two rows measure the same weights in the same way."""
+    """Whether two rows have the same weights and protocol."""
     return not differences(before, {name: now[name] for name in SAME}, free=())
 
 
 def add_rows(path: Path, rows: Sequence[Record], decoded: int) -> None:
-    """Adds rows to an `eval.json`, in place of those that they measure anew."""
+    """Adds rows to an `eval.json`; they replace rows of the same weights and protocol."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = [old for old in read_rows(path) if not any(is_same(old, new) for new in rows)]
     write_json(path, {"decoded": decoded, "rows": [*kept, *rows]})
 
 
 def print_csv(rows: Sequence[Record]) -> None:
-    """One line per row; groups of values take a column each, lists are written `8x8`."""
+    """One line per row on stdout; nested values get a column each, lists are written `8x8`."""
     lines = []
     for row in rows:
         line: Record = {}

@@ -1,4 +1,4 @@
-"""Measures one side of a comparison: features of its images in batches, summed over processes.
+"""Statistics of SAMPLES or REFERENCE: Inception features in batches, summed over processes.
 
 Legend: N images, D features.
 """
@@ -35,22 +35,22 @@ ARRAYS = {
     "sfid": ("mean", "covariance"),
     "features": ("features",),
 }
-"""Part of the statistics of a side -> what it consists of; so the cache names them too."""
+"""Part of the statistics of a side -> names of its arrays, also in the cache."""
 OF_PART = {"fid": "pool", "features": "pool", "sfid": "spatial", "is": "logits"}
-"""Part -> the features that it is computed from."""
+"""Part -> name of the features that it is computed from."""
 
 
 @dataclass
 class Measured:
-    """What is known of one side; complete on the first process only."""
+    """Statistics of one side; complete on the first process only."""
 
-    num: int | None  # images that were measured; None where nobody knows
-    num_unreadable: int = 0  # images that were left out
+    num: int | None  # number of images; None if unknown
+    num_unreadable: int = 0  # images that were skipped
     # `fid` and `sfid`: mean [D] and covariance [D, D], float64, on the CPU.
     # `features`: pool features [N, 2048], float32, in the order of the images.
     stats: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     inception_score: tuple[float, float | None] | None = None  # mean and standard deviation
-    from_cache: tuple[str, ...] = ()  # parts that an earlier run had computed
+    from_cache: tuple[str, ...] = ()  # parts that were read from the cache
 
 
 def measure_side(
@@ -60,15 +60,10 @@ def measure_side(
     network: Callable[[], InceptionFeatures],
     cache: ReferenceCache | None = None,
 ) -> Measured:
-    """Statistics of a side: those that an earlier run kept or that its images have, and its file's.
+    """Statistics of a side: from the cache or computed from its images, and those in its file.
 
-    Every process calls this; `cache` is given on the first one. `network` gives the extractor, and
-    is called only if images must be looked at.
-
-    Raises:
-        UnreadableImageError: an image cannot be decoded, and `skip_bad` is off.
-        DataError: an input is damaged, or holds too little.
-        CheckpointError: the weights are damaged, or of another network.
+    Every process must call this; `cache` is given on the first one only. `network` builds the
+    extractor, and is called only if images have to be read.
     """
     kept = cache.load(side.needed) if cache else {}
     if distributed.all_gather_object(bool(kept))[0]:  # the first process has them
@@ -95,7 +90,7 @@ def measure_side(
 def _measure_images(
     run: FidRun, ctx: DistContext, side: Side, images: ImageInput, network: InceptionFeatures
 ) -> Measured:
-    """What the images give; each process takes a span of them."""
+    """Statistics of images; each process reads a contiguous part of them."""
     num = side.num or 0
     mine = range(num * ctx.rank // ctx.world_size, num * (ctx.rank + 1) // ctx.world_size)
     sums = Sums(side.needed, mine, num, ctx.device)
@@ -126,7 +121,7 @@ def _measure_images(
     unreadable = dict(ChainMap(*distributed.all_gather_object(unreadable)))
     if ctx.is_first:
         say_unreadable(unreadable)
-    # Refuse too few images, and features that are no numbers.
+    # Refuse too few images, and features that are NaN.
     asked = run.num_samples if side.role == "SAMPLES" else 0
     if (result.num or 0) < max(2, asked):
         raise DataError(
@@ -150,10 +145,10 @@ def in_features(
     parts: Collection[str],
     ctx: DistContext,
 ) -> Generator[tuple[ImageBatch, Features | None], None, None]:
-    """Batches with their features; None where nothing of a batch could be read.
+    """Batches with their features; None if no image of a batch could be read.
 
-    On a CPU every core works on batches of its own: that is faster than to share each layer out,
-    and rounding does not depend on how many cores there are.
+    On a CPU each core computes whole batches. This is faster than several threads per layer, and
+    the rounding does not depend on the number of cores.
     """
 
     @torch.inference_mode()
@@ -172,11 +167,11 @@ def in_features(
     try:
         yield from in_order(tasks, cores, cores, partial(torch.set_num_threads, 1))
     finally:
-        torch.set_num_threads(cores)  # a part of the setting is the process's, not the thread's
+        torch.set_num_threads(cores)  # set_num_threads(1) in a thread also affects the process
 
 
 class Sums:
-    """What one process gathers from its images, which are at the places `mine` of the set."""
+    """Sums over the images of one process; `mine` are their indices in the set."""
 
     def __init__(
         self, parts: Collection[str], mine: range, num_images: int, device: torch.device
@@ -191,7 +186,7 @@ class Sums:
         self.read = torch.zeros(len(mine), dtype=torch.bool)
 
     def add(self, numbers: list[int], features: Features) -> None:
-        """Takes in the features of some images, by their places in the set."""
+        """Adds the features of a batch; `numbers` are its indices in the set."""
         places = torch.tensor(numbers)
         self.read[places - self.mine.start] = True
         for name, moments in self.moments.items():
@@ -229,7 +224,7 @@ def compare(
     samples: Measured,
     reference: Measured | None = None,
 ) -> dict[str, float | None]:
-    """The metrics of one side against the other, by their names in the JSON."""
+    """Metrics of samples against reference, by their names in the JSON."""
     values: dict[str, float | None] = {}
     if samples.inception_score:
         values["is"], values["is_std"] = samples.inception_score

@@ -1,4 +1,4 @@
-"""FID: mean and covariance of features in batches, the Fréchet distance, its error bar.
+"""FID: mean and covariance of features in batches, Fréchet distance, bootstrap error.
 
 Legend: B batch, N images, D features, R rank.
 """
@@ -13,16 +13,16 @@ from spiralrope_cli.core.runtime import distributed
 from spiralrope_cli.core.runtime.seeds import generator_for
 
 LEFT_OVER = 1e-9
-"""Fraction of the variance that a factorisation may miss."""
+"""Fraction of the trace by which a factorisation may differ."""
 BLOCK = 4096
 """Rows at a time of a resampled set."""
 
 
 class Moments:
-    """Count, mean [D] and centred sum of products [D, D] of all rows seen so far, in float64.
+    """Count, mean [D] and centred sum of products [D, D] of all rows so far, in float64.
 
-    Updated batch by batch and merged over processes by the formulas of Chan, Golub and LeVeque
-    (1979), which never subtract two large sums.
+    Batches and processes are merged by the formulas of Chan, Golub and LeVeque (1979), which do
+    not subtract large sums from each other.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
@@ -32,14 +32,14 @@ class Moments:
         self.products = torch.zeros(size, size, dtype=torch.float64, device=place)
 
     def add(self, features: Tensor) -> None:
-        """Takes in rows [B, D]; B may be 0."""
+        """Adds rows [B, D]; B may be 0."""
         if not len(features):
             return
         rows = features.to(self.mean)
         batch_mean = rows.mean(0)
         count = self.count + len(rows)
         delta = batch_mean - self.mean
-        # The difference of the means is one more row, so that the [D, D] matrix is updated once.
+        # The difference of the means is appended as one more row: one update of the [D, D] matrix.
         weight = (self.count * len(rows) / count) ** 0.5
         rows = torch.cat((rows - batch_mean, weight * delta[None]))
         self.products.addmm_(rows.T, rows)
@@ -47,7 +47,7 @@ class Moments:
         self.count = count
 
     def merge_processes(self) -> None:
-        """Makes every process hold the moments of the rows of all."""
+        """Replaces the moments by those of the rows of all processes."""
         if distributed.get_world_size() == 1:
             return
         count = int(distributed.all_reduce_sum(self.mean.new_tensor(self.count)).item())
@@ -65,18 +65,18 @@ class Moments:
 def frechet_distance(mean: Tensor, covariance: Tensor, mean2: Tensor, covariance2: Tensor) -> float:
     """|μ1−μ2|² + tr Σ1 + tr Σ2 − 2 tr (Σ1Σ2)^½, arXiv 1706.08500, equation 6.
 
-    With any root Σ1 = AAᵀ the nonzero eigenvalues of Σ1Σ2 are those of AᵀΣ2A. That matrix is
-    symmetric and positive semidefinite: no matrix root is formed, and nothing becomes complex, as
-    with `scipy.linalg.sqrtm`.
+    For any A with Σ1 = AAᵀ, the nonzero eigenvalues of Σ1Σ2 are those of AᵀΣ2A, which is symmetric
+    and positive semidefinite. So no matrix square root is needed (`scipy.linalg.sqrtm` is slower,
+    and its result can be complex).
 
     Args:
-        mean: [D] finite.
-        covariance: [D, D] finite, symmetric, without negative eigenvalues beyond rounding.
-        mean2: as `mean`, of the other set.
-        covariance2: as `covariance`, of the other set.
+        mean: [D], finite.
+        covariance: [D, D], finite, symmetric, positive semidefinite up to rounding.
+        mean2: mean of the other set.
+        covariance2: covariance of the other set.
 
     Returns:
-        the squared distance, as papers report it; 0 where rounding makes it negative.
+        the squared distance, as papers report it; at least 0.
     """
     mean, mean2, first, second = (
         part.to("cpu", torch.float64) for part in (mean, mean2, covariance, covariance2)
@@ -92,14 +92,14 @@ def frechet_distance(mean: Tensor, covariance: Tensor, mean2: Tensor, covariance
 
 
 def _root(covariance: Tensor) -> Tensor:
-    """A [D, R] with AAᵀ the covariance [D, D] of rank R."""
-    # Cholesky with pivots stops where nothing but rounding is left.
+    """A [D, R] with AAᵀ = covariance [D, D], of rank R."""
+    # Cholesky with pivoting stops when only rounding is left.
     factor, order, rank, _ = dpstrf(covariance.numpy(), lower=1)
     root = torch.empty(len(covariance), rank, dtype=covariance.dtype)
     root[torch.from_numpy(order).long() - 1] = torch.from_numpy(factor).tril()[:, :rank]
     if (covariance.trace() - root.square().sum()).abs() <= LEFT_OVER * covariance.trace():
         return root
-    # float32 statistics may have negative eigenvalues, at which Cholesky stops too early.
+    # Statistics stored in float32 can have negative eigenvalues, where Cholesky stops too early.
     values, vectors = torch.linalg.eigh(covariance)
     return vectors * values.clamp_min(0).sqrt()
 
@@ -107,16 +107,16 @@ def _root(covariance: Tensor) -> Tensor:
 def fid_spread(
     features: Tensor, mean: Tensor, covariance: Tensor, *, times: int, seed: int
 ) -> float:
-    """Standard deviation of the FID over bootstrap samples (drawn with replacement).
+    """Standard deviation of the FID over bootstrap samples (with replacement).
 
-    Their mean would mislead: a set with repetitions has fewer images, and so a larger FID.
+    Their mean is not reported: it is biased, as repeated images are fewer different ones.
 
     Args:
         features: [N, D] of the samples.
         mean: [D] of the reference.
         covariance: [D, D] of the reference.
         times: number of bootstrap samples.
-        seed: of the draws.
+        seed: seed of the bootstrap samples.
     """
     values = []
     for number in range(times):
@@ -129,7 +129,7 @@ def fid_spread(
 
 
 def _weighted(features: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and covariance of rows that occur `weights` [N] times each."""
+    """Mean and covariance, where row i occurs `weights[i]` times."""
     weights = weights.to(features.device)[:, None]
     total = weights.sum()
     mean = features.new_zeros(features.shape[1], dtype=torch.float64)

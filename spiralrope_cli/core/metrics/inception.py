@@ -1,7 +1,7 @@
-"""Features of the Inception of 2015-12-05, which papers use: torch-fidelity's network, made faster.
+"""Features of the Inception network of 2015-12-05, as papers use it: torch-fidelity's, but faster.
 
-Batch norms are folded into the convolutions before them, and the memory format is channels last.
-Both change float32 rounding only.
+Batch norms are folded into the convolutions, and the memory format is channels last. Both change
+only the rounding of float32.
 
 Legend: B batch, D features, K classes.
 """
@@ -23,32 +23,32 @@ from spiralrope_cli.core.errors import CheckpointError
 SIDE, NUM_CLASSES = 299, 1008
 _FIRST_BLOCK = "Mixed_5b"
 _FEW = 4
-"""Images at a time before the first block on a CPU, where layers are largest: more would be no
-faster, and would need most of the memory."""
+"""Images at a time before the first block, on a CPU. There the activations are largest: more
+images would not be faster, and would need most of the memory."""
 _SPATIAL_CHANNELS = 7
 _SPATIAL_STAGE = "Mixed_6d"
 
 
 Features = dict[str, Tensor]
-"""Of B images, those that were asked for: `pool` [B, 2048], of FID, KID, precision and recall;
-`spatial` [B, 2023], of sFID; `logits` [B, 1008], without the bias, of the Inception Score."""
+"""The features that were asked for: `pool` [B, 2048] for FID, KID, precision and recall; `spatial`
+[B, 2023] for sFID; `logits` [B, 1008], without the bias, for the Inception Score."""
 
 
 class InceptionFeatures(nn.Module):
-    """From images to features; several threads may call it at the same time.
+    """Images to features; thread-safe.
 
     Args:
         weights: state dict of torch-fidelity's extractor, float32.
 
     Raises:
-        RuntimeError: the weights are of another network.
+        RuntimeError: the weights do not fit the network.
     """
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
         super().__init__()
         network = _network(weights)
         _fold_batch_norms(network)
-        # Its parts are registered in the order in which its forward calls them; `fc` is the last.
+        # The children are registered in the order in which forward calls them; `fc` is the last.
         stages = dict(network.named_children())
         classifier = cast(nn.Linear, stages.pop("fc"))
         before = list(stages)[: list(stages).index(_FIRST_BLOCK)]
@@ -66,10 +66,10 @@ class InceptionFeatures(nn.Module):
     def forward(
         self, groups: list[Tensor], wanted: Collection[str] = ("pool", "spatial", "logits")
     ) -> Features:
-        """Features of all images in the order of the groups, float32; logits are float64.
+        """Features of all images in the order of the groups: float32, logits float64.
 
         Args:
-            groups: images [B, 3, h, w] uint8, a tensor for every size.
+            groups: images [B, 3, h, w] uint8, one tensor per size.
             wanted: names of the features.
         """
         at_once = _FEW if self.classes.device.type == "cpu" else max(map(len, groups))
@@ -81,21 +81,21 @@ class InceptionFeatures(nn.Module):
             x = stage(x)
             if name == _SPATIAL_STAGE and set(wanted) == {"spatial"}:
                 break
-        # Height, width, channel, as ADM has it.
+        # Flattened as height, width, channel, as in ADM.
         spatial = self._spatial.pop(threading.get_ident()).float().permute(0, 2, 3, 1).flatten(1)
         found = {"pool": x.float().flatten(1), "spatial": spatial}
         if "logits" in wanted:
-            # In float64 a row of a product does not depend on the other rows.
+            # In float32 the result of a row depends on the batch size; in float64 it does not.
             dtype = torch.float32 if x.device.type == "mps" else torch.float64
             found["logits"] = found["pool"].to(dtype) @ cast(Tensor, self.classes).to(dtype)
         return {name: found[name] for name in wanted}
 
 
 def resize(images: Tensor) -> Tensor:
-    """[B, 3, h, w] as float32 [B, 3, 299, 299], bilinear as in TensorFlow 1.
+    """[B, 3, h, w] -> float32 [B, 3, 299, 299], bilinear as in TensorFlow 1.
 
-    Output pixel i samples i * h / 299, without the half pixel that would centre it
-    (`F.interpolate` has either that or aligned corners).
+    Output pixel i samples position i * h / 299, without the usual offset of half a pixel.
+    `F.interpolate` offers only that offset, or aligned corners.
     """
     images = images.float()
     for dim in (2, 3):
@@ -109,22 +109,18 @@ def resize(images: Tensor) -> Tensor:
 
 
 def build_extractor(weights: object, path: Path) -> InceptionFeatures:
-    """The network with the weights that a file holds, in eval mode.
-
-    Raises:
-        CheckpointError: they are something else, or of another network.
-    """
+    """The network in eval mode; `weights` is what the file `path` holds."""
     if not isinstance(weights, dict) or "Mixed_7c.branch_pool.conv.weight" not in weights:
         raise CheckpointError(
-            f"{path} does not hold the weights of the Inception of 2015-12-05",
-            "spiralrope fetch inception brings them",
+            f"{path} does not hold the Inception weights of 2015-12-05",
+            "spiralrope fetch inception downloads them",
         )
     try:
         return InceptionFeatures(weights).eval()
     except RuntimeError as error:
         raise CheckpointError(
             f"{path} is of another network: {str(error).splitlines()[1].strip()[:150]}",
-            "spiralrope fetch inception brings the weights of 2015-12-05",
+            "spiralrope fetch inception downloads the weights of 2015-12-05",
         ) from error
 
 
@@ -132,10 +128,10 @@ def _network(weights: dict[str, Tensor]) -> nn.Module:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     class Unloaded(FeatureExtractorInceptionV3):
-        """Without weights: the constructor would unpickle them without limits."""
+        """Without weights: the constructor would unpickle its file without weights_only."""
 
         def load_state_dict(self, *args: object) -> None:
-            """Leaves everything as it is."""
+            """Does nothing."""
 
     nothing = io.BytesIO()
     torch.save({}, nothing)
@@ -147,7 +143,7 @@ def _network(weights: dict[str, Tensor]) -> nn.Module:
 
 
 def _fold_batch_norms(module: nn.Module) -> None:
-    """In float64, for less rounding; one by one, for less memory."""
+    """In float64, for less rounding; layer by layer, for less memory."""
     for child in module.children():
         norm = getattr(child, "bn", None)
         if isinstance(norm, nn.BatchNorm2d):

@@ -1,4 +1,4 @@
-"""Inception Score, from sums over batches of logits.
+"""Inception Score from logits in batches.
 
 Legend: B batch, S splits, K classes.
 """
@@ -14,15 +14,15 @@ SPLIT_SIZE = 5000
 
 
 class InceptionScore:
-    """exp of the mean KL divergence between p(y|x) and p(y), arXiv 1606.03498, in splits.
+    """exp of the mean KL divergence between p(y|x) and p(y), per split (arXiv 1606.03498).
 
-    The mean of KL(p(y|x) ‖ p(y)) over a split is the mean of Σ p log p minus Σ q log q, where q is
-    the mean of p: sums are enough.
+    Over a split the mean of KL(p(y|x) ‖ p(y)) equals the mean of Σ p log p, minus Σ q log q, where
+    q is the mean of p. So sums over batches are enough.
 
     Args:
-        num_images: of all processes together; image i belongs to split i // 5000, as in ADM.
+        num_images: number of images over all processes; image i is in split i // 5000, as in ADM.
         num_classes: K.
-        device: where the logits are.
+        device: device of the logits.
     """
 
     def __init__(self, num_images: int, num_classes: int, device: torch.device) -> None:
@@ -32,14 +32,14 @@ class InceptionScore:
         self.sums = torch.zeros(num_splits, num_classes + 2, dtype=torch.float64, device=place)
 
     def add(self, numbers: Tensor, logits: Tensor) -> None:
-        """Takes in logits [B, K] of images, with their places in the set [B]."""
+        """Adds logits [B, K] of the images with indices [B] in the set."""
         log_p = logits.to(self.sums).log_softmax(1)
         p = log_p.exp()
         rows = torch.cat((p, (p * log_p).sum(1, keepdim=True), torch.ones_like(p[:, :1])), 1)
         self.sums.index_add_(0, numbers.to(self.sums.device) // SPLIT_SIZE, rows)
 
     def result(self) -> tuple[float, float | None]:
-        """Mean and standard deviation over the splits of all processes; None for one split."""
+        """Mean and standard deviation over the splits; the latter is None for one split."""
         sums = distributed.all_reduce_sum(self.sums).cpu()
         sums = sums[sums[:, -1] > 0]
         count = sums[:, -1]

@@ -1,6 +1,6 @@
 """Kernel Inception Distance, arXiv 1801.01401.
 
-Legend: N images, D features, M images of a subset.
+Legend: N images, D features, M images per subset.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from torch import Tensor
 def kernel_distance(
     features: Tensor, features2: Tensor, *, num_subsets: int, subset_size: int, seed: int
 ) -> tuple[float, float]:
-    """Mean and standard deviation, over subsets, of the unbiased squared MMD.
+    """Mean and standard deviation of the unbiased squared MMD over random subsets.
 
-    The kernel is (x·y / D + 1)³. The subsets are those of torch-fidelity for the same seed. All is
-    in float64: the distance can be 100,000 times smaller than the means of kernels whose difference
-    it is; in float32 their rounding alone would be half a percent of it.
+    The kernel is (x·y / D + 1)³. For the same seed the subsets are those of torch-fidelity.
+    Computed in float64: the result is a difference of means that can be 100,000 times larger; in
+    float32 their rounding would be half a percent of it.
 
     Args:
         features: [N, D] float32.
-        features2: [N2, D], of the other set.
-        num_subsets: number of draws.
+        features2: [N2, D] float32, of the other set.
+        num_subsets: number of subsets.
         subset_size: M, at most N and N2.
-        seed: of the draws.
+        seed: seed of the subsets.
     """
     draw = np.random.RandomState(seed)
     place = "cpu" if features.device.type == "mps" else features.device
-    # All subsets use the same memory: new memory each time would leave half a gigabyte of holes.
+    # Buffers for all subsets: allocating them anew fragments half a gigabyte of memory.
     columns = (features.shape[1], features.shape[1], subset_size)
     x, y, kernel = (torch.empty(subset_size, n, dtype=torch.float64, device=place) for n in columns)
     values = []
@@ -44,6 +44,6 @@ def kernel_distance(
 
 
 def _kernel_sum(x: Tensor, y: Tensor, kernel: Tensor, *, diagonal: bool = True) -> Tensor:
-    """Sum over all pairs of rows; [M, M] of memory is handed in."""
+    """Sum of the kernel over all pairs of rows; `kernel` is a buffer [M, M]."""
     torch.mm(x, y.T, out=kernel).div_(x.shape[1]).add_(1).pow_(3)
     return kernel.sum() if diagonal else kernel.sum() - kernel.diagonal().sum()

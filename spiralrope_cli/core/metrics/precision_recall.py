@@ -1,6 +1,6 @@
-"""Precision and recall of generated images by nearest neighbours, arXiv 1904.06991.
+"""Precision and recall of generated images by nearest neighbours (arXiv 1904.06991).
 
-Distances are computed block by block; nothing is ever as large as N times N.
+Distances are computed in blocks: no N x N matrix is stored.
 
 Legend: N images, D features, K neighbours.
 """
@@ -13,22 +13,22 @@ from torch import Tensor
 NEIGHBOURS = 3
 BLOCK = 2048
 CLOSE = 1e-2
-"""Squared distances below this fraction of the squared lengths would be mostly rounding of the
-matrix product. They are computed from the differences: the same image twice is at distance 0."""
+"""Below this fraction of the squared norms, a squared distance from the matrix product is mostly
+rounding. Then it is computed from the difference, so that equal images have distance 0."""
 
 
 def precision_recall(samples: Tensor, reference: Tensor, block: int = BLOCK) -> tuple[float, float]:
-    """Precision: fraction of samples in the manifold of the reference. Recall: the other way round.
+    """Precision: fraction of samples in the manifold of the reference. Recall: the reverse.
 
-    The manifold of a set is a ball around each of its images, as far as the third nearest neighbour
-    of that image in the set.
+    The manifold of a set is the union of balls around its images; the radius is the distance to
+    the third nearest neighbour in the set.
 
     Args:
-        samples: [N, D] float32, N above 3.
+        samples: [N, D] float32, N > 3.
         reference: [N2, D] float32, on the same device.
-        block: rows at a time; it changes no metric.
+        block: rows at a time; has no effect on the result.
     """
-    # Distances do not depend on the origin, but their rounding does.
+    # Subtracting a centre does not change distances, but reduces their rounding error.
     centre = reference[:block].mean(0)
     radii, radii2 = (_squared_radii(each, centre, block) for each in (samples, reference))
     inside, inside2 = (torch.zeros_like(each, dtype=torch.bool) for each in (radii, radii2))
@@ -42,14 +42,14 @@ def precision_recall(samples: Tensor, reference: Tensor, block: int = BLOCK) -> 
 
 
 def _squared_radii(features: Tensor, centre: Tensor, block: int) -> Tensor:
-    """[N]: squared distance of every image to its third nearest neighbour in the set."""
+    """[N]: squared distance of each image to its third nearest neighbour in the set."""
     # The nearest one is the image itself, at distance 0.
     nearest = features.new_full((len(features), NEIGHBOURS + 1), torch.inf)
     for rows in _blocks(features, block):
         some = features[rows] - centre
         for columns in _blocks(features, block):
             if columns.start < rows.start:
-                continue  # the same pairs as in a block before
+                continue  # these pairs were in an earlier block
             distances = _squared_distances(some, features[columns] - centre)
             nearest[rows] = _smallest(nearest[rows], distances)
             if columns.start > rows.start:
@@ -58,13 +58,13 @@ def _squared_radii(features: Tensor, centre: Tensor, block: int) -> Tensor:
 
 
 def _smallest(nearest: Tensor, distances: Tensor) -> Tensor:
-    """[N, K]: the K smallest of those so far [N, K] and of more distances [N, M]."""
+    """[N, K]: the K smallest of [N, K] so far and [N, M] more."""
     more = distances.topk(min(nearest.shape[1], distances.shape[1]), largest=False).values
     return torch.cat((nearest, more), 1).topk(nearest.shape[1], largest=False).values
 
 
 def _squared_distances(some: Tensor, others: Tensor) -> Tensor:
-    """[N, M] of rows [N, D] and [M, D]."""
+    """[N, D] and [M, D] -> [N, M]."""
     lengths = some.square().sum(1)[:, None] + others.square().sum(1)
     distances = torch.addmm(lengths, some, others.T, alpha=-2)
     for pairs in (distances < CLOSE * lengths).nonzero().split(BLOCK):

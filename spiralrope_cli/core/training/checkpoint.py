@@ -1,9 +1,9 @@
-"""Checkpoint folders that are whole or absent, whenever the process dies.
+"""Checkpoint folders: complete or absent, even if the process is killed.
 
-RUN/checkpoints/0000120/model.safetensors   raw weights, config in the metadata
-RUN/checkpoints/0000120/ema.safetensors     averaged weights, likewise
+RUN/checkpoints/0000120/model.safetensors   raw weights; the config is in the metadata
+RUN/checkpoints/0000120/ema.safetensors     averaged weights; the same metadata
 RUN/checkpoints/0000120/trainer.pt          optimizer, step and best metrics
-RUN/checkpoints/best.json, last.json        which step is which
+RUN/checkpoints/best.json, last.json        steps of the best and the last checkpoint
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ UNREADABLE = (
     SafetensorError,
     UnpicklingError,
 )
-"""What safetensors, torch and a damaged pickle raise."""
+"""What safetensors and torch raise for a missing or damaged file."""
 
 
 def save(
     run_folder: Path, state: TrainState, metadata: dict[str, str], keep_last: int, keep_every: int
 ) -> Path:
-    """Writes the checkpoint of the state's step, then prunes older ones.
+    """Writes the checkpoint of the state's step, then removes older ones.
 
     Raises:
-        CheckpointError: it could not be written; what lay there before is untouched.
+        CheckpointError: it could not be written; earlier checkpoints are unchanged.
     """
     final = step_folder(run_folder, state.step)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def save(
             os.rename(unfinished, final)
             flush(final.parent)
         except (OSError, RuntimeError, SafetensorError) as error:
-            refusal = _cannot_write(final, error)  # reads the free space while it is still full
+            refusal = _cannot_write(final, error)  # before rmtree: it reports the free space
             shutil.rmtree(unfinished, ignore_errors=True)
             raise refusal from error
     write_whole(final.with_name("last.json"), json.dumps({"step": state.step}), durable=True)
@@ -100,17 +100,17 @@ def _first_line(error: Exception) -> str:
 
 
 def remove_unfinished(run_folder: Path) -> None:
-    """Removes what a killed save left behind; only the holder of the run folder may call it."""
+    """Removes unfinished folders of a killed save; the caller must hold the lock of the run."""
     for leftover in (run_folder / CHECKPOINTS).glob(UNFINISHED + "*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def prune(run_folder: Path, keep_last: int, keep_every: int, best: int | None) -> None:
-    """Removes all but the newest, the best, and the multiples that are kept for good."""
+    """Removes all but the newest, the best, and every `keep_every` steps."""
     steps = steps_on_disk(run_folder)
     for step in steps[:-keep_last]:
         if step != best and not (keep_every and step % keep_every == 0):
-            # Renamed first: a removal that is cut short must not leave half a checkpoint.
+            # Renamed first: an interrupted removal must not leave half a checkpoint.
             doomed = step_folder(run_folder, step)
             hidden = doomed.with_name(UNFINISHED + doomed.name)
             os.rename(doomed, hidden)
@@ -118,7 +118,7 @@ def prune(run_folder: Path, keep_last: int, keep_every: int, best: int | None) -
 
 
 def restore(run_folder: Path, step: int, state: TrainState) -> None:
-    """Puts the checkpoint of a step into the state.
+    """Loads the checkpoint of a step into the state.
 
     Raises:
         CheckpointError: a file is missing, damaged or of another model.
@@ -138,15 +138,11 @@ def restore(run_folder: Path, step: int, state: TrainState) -> None:
 
 
 def needed_bytes(model: nn.Module) -> int:
-    """Size of one checkpoint: raw, averaged and two moments, in float32."""
+    """Size of one checkpoint: raw and averaged weights and two moments, in float32."""
     return 4 * sum(4 * parameter.numel() for parameter in model.parameters())
 
 
 def check_fits(run_folder: Path, model: nn.Module) -> None:
-    """Refuses a run whose first checkpoint would not fit on the disk.
-
-    Raises:
-        DiskError: too little is free.
-    """
+    """Raises `DiskError` if the first checkpoint does not fit on the disk."""
     hint = "free some, or choose another --out"
     check_space((run_folder, needed_bytes(model)), what="a checkpoint", hint=hint)

@@ -53,17 +53,17 @@ def classification(config: ClassifierRun, ctx: DistContext) -> Task:
 def classifier_loss(
     config: ClassifierRun, ctx: DistContext, state: TrainState, forward: nn.Module, batch: Batch
 ) -> Tensor:
-    """Mean cross entropy of one micro batch, with this step's stochastic depth."""
+    """Mean cross entropy of one micro-batch, with stochastic depth."""
     model = cast(DeiT, state.model)
-    # Drawn for the whole batch of the step, of which each process takes its part: so the numbers
-    # do not depend on how the batch is split.
+    # Random numbers for the whole batch of the step; each process takes its part. So they do not
+    # depend on how the batch is split.
     generator = generator_for(config.seed, "depth", state.step)
     mask = model.drop_path_mask(config.optim.batch_size, generator)
     if mask is not None:
         mask = mask[..., batch.at.part].to(ctx.device, non_blocking=True)
     with autocast(ctx.device, ctx.dtype):
         logits = forward(batch.images, mask)
-    # Mixing smooths its own soft labels.
+    # With mixup or cutmix the labels are soft, and smoothed already.
     smoothing = 0.0 if config.augment.mixes else config.augment.smoothing
     return F.cross_entropy(logits.float(), batch.labels, label_smoothing=smoothing)
 
@@ -75,7 +75,7 @@ def validate(
     state: TrainState,
     reporter: Reporter,
 ) -> None:
-    """Measures raw and averaged weights, and records the best raw ones."""
+    """Validates raw and averaged weights, and records the best raw ones."""
     metrics = measure_accuracy(
         {"raw": state.model, "ema": state.ema.module},
         val_images.batches(),

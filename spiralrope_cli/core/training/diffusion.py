@@ -1,4 +1,4 @@
-"""The diffusion transformer's task: images or latents, noise prediction, sample grids."""
+"""The DiT's task: images or latents, diffusion loss, sample grids."""
 
 from __future__ import annotations
 
@@ -37,15 +37,10 @@ def diffusion(
     find_vae: Callable[[str], Path],
     local_vae: Callable[[str], Path],
 ) -> Task:
-    """Data, loss and sample grids of a diffusion transformer.
+    """Data, loss and sample grids of a DiT.
 
-    `find_vae` gives the folder of a VAE by its name and may fetch it; `local_vae` refuses one that
-    is not here.
-
-    Raises:
-        DataError: the data set is missing or damaged.
-        CheckpointError: the VAE is damaged, or of another kind.
-        FetchError: it is not here and cannot be had.
+    `find_vae` returns the folder of a VAE by name, and may download it; `local_vae` does not
+    download, and raises if it is missing.
     """
     data = dit_data(config, ctx.device, ctx.rank, ctx.world_size)
     vae = None
@@ -68,10 +63,10 @@ def diffusion(
 
 @dataclass(frozen=True)
 class DiffusionLoss:
-    """Mean loss of a micro batch; the variational bound is added to `bound`.
+    """Mean loss of a micro-batch; the variational bound is added to `bound`.
 
-    Every random number of a sample follows from seed, step and its place in the step, so that it
-    is the same for any number of processes and micro batches.
+    All random numbers of a sample are a function of seed, step and its place in the batch of the
+    step. So they are the same for any number of processes and micro-batches.
     """
 
     config: DiTRun
@@ -83,10 +78,10 @@ class DiffusionLoss:
     bound: LossMeter
 
     def __call__(self, state: TrainState, forward: nn.Module, batch: Batch) -> Tensor:
-        """Draws timesteps, dropped labels and noise, in generators of their own."""
+        """Timesteps, dropped labels and noise have a generator each."""
         seed, step, size = self.config.seed, state.step, self.config.optim.batch_size
         x0 = self.clean(step, batch)
-        # Drawn for the whole batch of the step, of which this micro batch is a part.
+        # For the whole batch of the step; this micro-batch takes its part.
         generator = generator_for(seed, "timestep", step)
         t = torch.randint(self.diffusion.num_steps, (size,), generator=generator)
         t = t[batch.at.part].to(self.device, non_blocking=True)
@@ -102,7 +97,7 @@ class DiffusionLoss:
         return losses["loss"].mean()
 
     def clean(self, step: int, batch: Batch) -> Tensor:
-        """x_0: pixels, or a new draw from the posterior of the latents."""
+        """x_0: pixels, or latents sampled from the posterior, anew in each step."""
         mean, std = batch.images, batch.std
         if self.vae is not None:
             mean, std = self.vae.encode(batch.images)
@@ -124,14 +119,13 @@ def draw_grid(
     vae: Vae | None,
     local_vae: Callable[[str], Path],
 ) -> str:
-    """Samples of the averaged weights, always from the same noise, one column per class.
+    """Saves a grid of samples: EMA weights, the same noise in each step, one column per class.
 
-    Returns:
-        a message: where the image of this step is (`samples.png` in the run folder is the newest
-        one), or why there is none.
+    Returns a message: the file of this step (`samples.png` in the run folder is the newest), or
+    why there is none.
     """
     if config.images.latents and vae is None:
-        # Training on a cache needs no VAE: it is loaded for the image, if it is here.
+        # Training on cached latents needs no VAE. It is loaded for the grid only, if it is here.
         try:
             vae = load_vae(local_vae(config.images.vae), ctx.device)
         except SpiralRopeError as error:

@@ -43,19 +43,18 @@ LOWER_LR = "try a lower --lr, --clip-grad 1 or --precision fp32"
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A network's data, loss and validation, as the loop calls them.
+    """Data, loss and validation of a network, as the loop calls them.
 
     Attributes:
-        train_steps: this process's micro batches of each step, from a step up to another.
-        remake: this process's batch of a step (counted from 0) again, to be kept; data order
-            and augmentation follow from the step.
-        unreadable: path -> reason, images that were left out so far.
-        loss: mean loss of one micro batch.
+        train_steps: (first, last step) -> this process's micro-batches of each step.
+        remake: step, from 0 -> this process's batch of that step, made again, to save it.
+        unreadable: path -> reason, images that were skipped so far.
+        loss: mean loss of one micro-batch.
         extra: further values of a log point.
-        inspect_at: whether weights are validated, or samples drawn, after so many steps.
-        validate: measures the weights before they are saved: the best must be on disk.
-        sample: draws from the saved weights, in the first process only, also after the last
-            step; says where the image is.
+        inspect_at: whether to validate, or to sample, after this step.
+        validate: validates before the checkpoint is saved, because the best one must be saved.
+        sample: samples after the checkpoint is saved, on the first process, also after the last
+            step; returns a message that names the file.
     """
 
     train_steps: Callable[[int, int], Generator[list[Batch], None, None]]
@@ -76,12 +75,7 @@ def training_loop(
     forward: nn.Module,
     reporter: Reporter,
 ) -> None:
-    """Trains until the last step, or until a signal.
-
-    Raises:
-        TrainingError: a loss was not finite.
-        SystemExit: a signal came; the state is saved.
-    """
+    """Trains to the last step; after a signal it saves a checkpoint and exits."""
     total_steps, optim = config.total_steps, config.optim
     meter, clock = LossMeter(ctx.device), Clock(optim.batch_size, state.step)
     with contextlib.closing(task.train_steps(state.step, total_steps)) as batches:
@@ -99,7 +93,7 @@ def training_loop(
             )
             meter.add(state.step, loss)
             reporter.advance(state.step)
-            if log_now:  # the only place where an ordinary step waits for the device
+            if log_now:  # only here the loop waits for the device, checkpoints apart
                 mean = read_finite(meter, config, ctx, task.remake)
                 values = {"loss": mean, "lr": lr, **task.extra()}
                 if grad_norm is not None:
@@ -110,7 +104,7 @@ def training_loop(
             inspect_now = task.inspect_at(state.step)
             save_now = stop or due(state.step, config.save_steps, total_steps)
             if inspect_now or save_now:
-                # Finite before measured, measured before saved, saved before samples are drawn.
+                # In this order: check that the loss is finite, validate, save, sample.
                 with clock.pause():
                     read_finite(meter, config, ctx, task.remake)
                     if inspect_now and task.validate:
@@ -127,16 +121,12 @@ def training_loop(
 
 
 def due(step: int, every: int, total_steps: int) -> bool:
-    """Whether something that happens every so many steps, and after the last, is due."""
+    """Whether this step is a multiple of `every`, or the last."""
     return step % every == 0 or step == total_steps
 
 
 def agreed_first_step(config: TrainingRun) -> int:
-    """The step from which all processes go on.
-
-    Raises:
-        CheckpointError: the machines of the run see different folders.
-    """
+    """The step from which all processes resume; raises if the machines see different folders."""
     steps = set(distributed.all_gather_object(run_folder.first_step(config)))
     if len(steps) > 1:
         raise CheckpointError(
@@ -149,10 +139,10 @@ def agreed_first_step(config: TrainingRun) -> int:
 def build_state(
     config: TrainingRun, ctx: DistContext, step: int, start_from_source: Callable[[Any], None]
 ) -> tuple[TrainState, nn.Module]:
-    """Model, averages and optimizer at a step, and the model as it is called.
+    """State at a step, and the model wrapped for compilation and several processes.
 
-    The checkpoint of the step, if it is not 0, replaces the initial weights and those that
-    `start_from_source` loads.
+    At step 0 the weights are random, or those that `start_from_source` loads; at any other step
+    they are loaded from its checkpoint.
     """
     seed_everything(config.seed, "init")  # the same initial weights in every process
     model = model_of(config)
@@ -174,7 +164,7 @@ def build_state(
 
 
 def open_report(config: TrainingRun, ctx: DistContext, state: TrainState) -> Reporter:
-    """Prepares the folder for a run from the state's step, and opens its reporter."""
+    """Prepares the run folder, and starts progress and logs at the state's step."""
     out, step = Path(config.out), state.step
     if ctx.is_first:
         checkpoint.remove_unfinished(out)
@@ -198,11 +188,7 @@ def read_finite(
     ctx: DistContext,
     remake: Callable[[int], dict[str, Tensor]],
 ) -> float:
-    """Mean loss since the last call.
-
-    Raises:
-        TrainingError: a loss was not finite; names the step and the last good checkpoint.
-    """
+    """Mean loss since the last call; raises if a loss was not finite, and saves that batch."""
     mean, bad_step, mine = meter.read()
     if bad_step is None:
         return mean
@@ -221,11 +207,7 @@ def read_finite(
 
 
 def save_checkpoint(config: TrainingRun, ctx: DistContext, state: TrainState) -> None:
-    """Writes a checkpoint from the first process; the others wait.
-
-    Raises:
-        TrainingError: a weight is not finite although the loss still was.
-    """
+    """The first process writes a checkpoint, the others wait; raises if a weight is not finite."""
     norm = nn.utils.get_total_norm(state.model.parameters())
     if not torch.isfinite(norm):
         raise TrainingError(

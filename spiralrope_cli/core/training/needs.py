@@ -1,4 +1,4 @@
-"""Memory that a training run needs here, and values that its batch and RoPE options accept."""
+"""For `doctor`: memory of a training run, and valid values of its batch and RoPE options."""
 
 from __future__ import annotations
 
@@ -24,12 +24,7 @@ BYTES_PER_PARAMETER = 20
 
 
 def advice(checkup: Checkup) -> dict[str, Any]:
-    """Sizes, accepted values and memory of the run that the options describe.
-
-    Raises:
-        ConfigError: no such run exists.
-        DataError: no such data set.
-    """
+    """Sizes, valid values and memory of the run that the options describe."""
     resolved: Any = resolve(
         "dit-train" if checkup.dit else "pretrain", {"nproc": 1, **checkup.options}
     )
@@ -62,7 +57,7 @@ def advice(checkup: Checkup) -> dict[str, Any]:
             n for n in range(2, most_rotate + 1) if _accepts(_check_rotate, run, n, True)
         ],
         "checkpoint_bytes": needed_bytes(on_meta(run)),
-        # The newest, the best, and the one that is written before an old one is removed.
+        # The newest ones, the best, and one more: a new one is written before an old one goes.
         "checkpoints": run.checkpoint.keep_last + run.keeps_best + 1,
         "memory": {"fixed": fixed, "per_image": per_image, "total": fixed + micro * per_image},
     }
@@ -86,11 +81,11 @@ def _check_rotate(run: TrainingRun, rotate: int, same_theta: bool) -> None:
 
 
 def activation_bytes(run: TrainingRun, network: nn.Module) -> int:
-    """About what the forward pass of one image keeps for the backward pass."""
+    """Bytes that autograd stores for one image, about."""
     dtype = next(network.parameters()).dtype
     own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
     kept: dict[int, int] = {}
-    held = []  # alive, so that no address is used twice
+    held = []  # keeps storages alive, so that no address is used twice
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -105,7 +100,7 @@ def activation_bytes(run: TrainingRun, network: nn.Module) -> int:
 
 
 def memory_notes(machine: dict[str, Any] | None, planned: dict[str, Any] | None) -> list[str]:
-    """A note if the run is likely to need more memory than there is: an estimate, not a finding."""
+    """A note if the run may need more memory than there is; an estimate."""
     if not machine or not planned:
         return []
     needs, available = planned["memory"], machine["memory"] / planned["nproc"]
@@ -120,6 +115,6 @@ def memory_notes(machine: dict[str, Any] | None, planned: dict[str, Any] | None)
         else "a smaller --arch"
     )
     return [
-        f"about {human_size(needs['total'])} per process may be needed, "
-        f"{human_size(available)} are there: {advised}"
+        f"a process may need about {human_size(needs['total'])}, "
+        f"{human_size(available)} are available: {advised}"
     ]

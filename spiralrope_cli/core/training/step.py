@@ -1,4 +1,4 @@
-"""One optimizer step: AdamW, learning rate, gradients, averaged weights; mean loss and speed."""
+"""One optimizer step (AdamW, learning rate, gradients, EMA), mean loss, and images per second."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NEVER = 2**62
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Two groups: matrices decay; norms, biases, position and class token do not."""
+    """Two groups: matrices with weight decay; norms, biases, pos_embed and cls_token without."""
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -41,7 +41,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 
 
 def freeze_but(model: nn.Module, freeze: str) -> None:
-    """Leaves only some parameters of a DeiT to train, by `--freeze`."""
+    """Freezes parameters of a DeiT, by `--freeze`: head-only, attn-only or none."""
     for name, parameter in model.named_parameters():
         parts = name.split(".")
         trained = freeze == "none" or parts[0] == "head"
@@ -51,7 +51,7 @@ def freeze_but(model: nn.Module, freeze: str) -> None:
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
-    """AdamW, fused where the device has it."""
+    """AdamW; fused where the device supports it."""
     return torch.optim.AdamW(
         parameter_groups(model, optim.weight_decay),
         lr=optim.peak_lr,
@@ -61,12 +61,12 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
 
 
 def lr_at(step: int, total_steps: int, steps_per_epoch: int, optim: OptimConfig) -> float:
-    """Learning rate of optimizer step `step`, counted from 0; a pure function, for exact resuming.
+    """Learning rate of optimizer step `step`, from 0. A pure function, so resuming is exact.
 
-    `cosine` rises linearly from warmup_lr to the peak, reached at the end of the warm-up, and
-    falls along half a cosine to min_lr. `published` repeats the schedule of the published runs:
-    it moves once per epoch and one epoch late, and its cosine counts the warm-up in, so that
-    the peak is never reached.
+    `cosine`: linear warm-up from warmup_lr to the peak, then half a cosine to min_lr.
+    `published`: the schedule of the published runs, with its two quirks. It changes once per
+    epoch, and one epoch late; and the cosine starts at epoch 0, not after the warm-up, so the
+    peak is never reached.
     """
     peak, warmup = optim.peak_lr, optim.warmup_epochs * steps_per_epoch
     if optim.schedule == "constant":
@@ -96,10 +96,10 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
 
 @dataclass
 class TrainState:
-    """All that training changes, and so all that a checkpoint holds.
+    """What training changes, and a checkpoint holds.
 
-    `step` counts the optimizer steps done: data order, augmentation, stochastic depth and learning
-    rate follow from it. `best` has the metrics of the best validation so far, with its step.
+    `step` is the number of optimizer steps done; data order, augmentation, stochastic depth and
+    learning rate are functions of it. `best` has the metrics of the best validation, and its step.
     """
 
     model: nn.Module
@@ -110,7 +110,7 @@ class TrainState:
 
     @classmethod
     def create(cls, model: nn.Module, optim: OptimConfig) -> TrainState:
-        """A state at step 0 whose averaged weights are the initial ones."""
+        """The state at step 0; the averaged weights are the initial ones."""
         ema = ModelEmaV3(model, decay=optim.ema_decay)
         ema.requires_grad_(False)
         return cls(model, ema, build_optimizer(model, optim))
@@ -125,17 +125,17 @@ def train_step(
     clip_grad: float = 0.0,
     want_grad_norm: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """One optimizer step over this process's part of the batch, then one EMA update.
+    """One optimizer step on this process's part of the batch, then one EMA update.
 
-    Nothing here waits for the device.
+    Does not wait for the device.
 
     Args:
-        state: model, averaged weights and optimizer; its step is counted up.
-        forward: the model as it is called, wrapped for compilation and several processes.
+        state: model, averaged weights and optimizer; `step` is increased by 1.
+        forward: the model, wrapped for compilation and several processes.
         micro_batches: all of the same size.
-        loss_fn: mean loss of one micro batch.
-        clip_grad: largest gradient norm, 0 for none.
-        want_grad_norm: computes the norm even where nothing is clipped.
+        loss_fn: (forward, micro-batch) -> mean loss.
+        clip_grad: largest gradient norm; 0: no clipping.
+        want_grad_norm: compute the norm even without clipping.
 
     Returns:
         mean loss of this process's part, and the gradient norm or None.
@@ -160,7 +160,7 @@ def train_step(
 
 
 def _gradient_sync(forward: nn.Module, is_last: bool) -> contextlib.AbstractContextManager[None]:
-    """Processes exchange gradients once per step, with the last micro batch."""
+    """DDP reduces gradients once per step, in the backward pass of the last micro-batch."""
     if isinstance(forward, DistributedDataParallel) and not is_last:
         return forward.no_sync()
     return contextlib.nullcontext()
@@ -170,7 +170,7 @@ def _gradient_sync(forward: nn.Module, is_last: bool) -> contextlib.AbstractCont
 
 
 class LossMeter:
-    """Mean loss and the first step whose loss was not finite, both on the device until read."""
+    """Mean loss, and the first step with a loss that is not finite; on the device until read."""
 
     def __init__(self, device: torch.device) -> None:
         self._sum = torch.zeros((), device=device)
@@ -185,11 +185,11 @@ class LossMeter:
         self._first_bad = torch.minimum(self._first_bad, bad)
 
     def read(self) -> tuple[float, int | None, bool]:
-        """Waits for the device and starts anew.
+        """Waits for the device, and resets.
 
         Returns:
             mean loss over steps and processes, the first non-finite step or None, and whether
-            this process saw it.
+            it was non-finite on this process.
         """
         own_mean, own_first = self._sum / max(self._num_steps, 1), self._first_bad.clone()
         mean = distributed.all_reduce_sum(own_mean) / distributed.get_world_size()
@@ -200,7 +200,7 @@ class LossMeter:
 
 
 class Clock:
-    """Images per second between log points, without the time that validation and saving take."""
+    """Images per second between log points, without validation and saving."""
 
     def __init__(self, batch_size: int, step: int) -> None:
         self._batch_size = batch_size
