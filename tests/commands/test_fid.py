@@ -157,7 +157,7 @@ def test_a_cache_that_cannot_be_written_costs_no_result(fid, sets, cache):
 def test_saved_statistics_are_a_reference(fid, sets, tmp_path):
     direct = fid(sets / "a.npz", sets / "b.npz", "--select", "fid")
     saved = fid(sets / "b.npz", "--save-stats", tmp_path / "b.npz")
-    assert "statistics of SAMPLES, 7 images, are in" in saved["stderr"]
+    assert "statistics of SAMPLES (7 images) are in" in saved["stderr"]
     with np.load(tmp_path / "b.npz") as arrays:  # as pytorch-fid does
         assert arrays["mu"][:].shape == (2048,)
         assert arrays["sigma"][:].shape == (2048, 2048)
@@ -271,16 +271,16 @@ def ones(*shape):
 
 WRONG = {
     "no images": ({"pictures": ones(4, 8, 8, 3)}, "has no arr_0 and no mu: it holds pictures"),
-    "floats": ({"arr_0": np.zeros((4, 8, 8, 3))}, "arr_0 is float64, and images are uint8"),
-    "channels first": ({"arr_0": ones(4, 3, 8, 8)}, r"shape (4, 3, 8, 8), and images are N x H"),
+    "floats": ({"arr_0": np.zeros((4, 8, 8, 3))}, "arr_0 is float64; images must be uint8"),
+    "channels first": ({"arr_0": ones(4, 3, 8, 8)}, r"shape (4, 3, 8, 8); images must be N x H"),
     "pickled": ({"arr_0": np.array([{}], dtype=object)}, "holds pickled objects"),
-    "one image": ({"arr_0": ones(1, 8, 8, 3)}, "counts 1 image(s)"),
-    "no image": ({"arr_0": ones(0, 8, 8, 3)}, "counts 0 image(s)"),
+    "one image": ({"arr_0": ones(1, 8, 8, 3)}, "has 1 image(s)"),
+    "no image": ({"arr_0": ones(0, 8, 8, 3)}, "has 0 image(s)"),
     "other features": ({"mu": np.zeros(64), "sigma": np.eye(64)}, "it must be (2048,)"),
     "no covariance": ({"mu": np.zeros(2048)}, "has mu but no sigma"),
     "not symmetric": (
         {"mu": np.zeros(2048), "sigma": np.eye(2048) + np.eye(2048, k=1)},
-        "is no covariance",
+        "is not a covariance",
     ),
     "not a number": (
         {"mu": np.full(2048, np.nan), "sigma": np.eye(2048)},

@@ -283,4 +283,4 @@ def test_other_peoples_files_and_folders(labels_of, plot, image_folder, runs):
     (mixed / "2.png").write_bytes(b"no picture")
     assert "2.png cannot be read" in plot("samples", mixed, expect=1)
     np.savez("statistics.npz", mu=np.zeros(2048), sigma=np.eye(2048, dtype=np.float64))
-    assert "holds statistics, and no images" in plot("samples", "statistics.npz", expect=1)
+    assert "holds statistics, but no images" in plot("samples", "statistics.npz", expect=1)

@@ -380,7 +380,7 @@ def test_dit_measures_where_reference_and_weights_are(
     assert json.loads((folder / "fid.json").read_text())["protocol"]["weights"] == str(other)
     _, printed = run("dit", *DIT, "--num-samples", 3, expect=1)
     assert "num was" in printed
-    assert "remove runs/run-dit-dit-32x2x2-2-digits-r0/dit-sample to draw again" in printed
+    assert "remove runs/run-dit-dit-32x2x2-2-digits-r0/dit-sample to sample again" in printed
 
 
 def test_a_dry_run_of_a_dit_fetches_nothing(run, monkeypatch, image_folder, tiny_vae):

@@ -1,6 +1,6 @@
-"""What is done to images on their way to a network: cropped, augmented, normalised and mixed.
+"""Image transforms: crop, augmentation, normalisation, mixup and cutmix.
 
-All that is random follows from the seed parts, or the random numbers, that are handed in.
+Random numbers are arguments, or a function of the seed parts that are arguments.
 
 Legend: B batch, K classes, (h, w) pixels.
 """
@@ -34,7 +34,7 @@ CROP_ASPECT = (3 / 4, 4 / 3)
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """Keeps at least one bit: timm's strongest draws ask for none, which Pillow 13 refuses."""
+    """At least one bit: at the highest magnitudes timm asks for 0 bits, which Pillow 13 refuses."""
     return posterize(image, max(bits, 1))
 
 
@@ -42,11 +42,7 @@ NAME_TO_OP.update(dict.fromkeys(POSTERIZE_OPS, _posterize))
 
 
 def train_transform(size: tuple[int, int], augment: AugmentConfig) -> Transform:
-    """The training transform of timm, up to uint8; it is normalised on the device.
-
-    Raises:
-        ConfigError: timm knows no such augmentation.
-    """
+    """The training transform of timm up to uint8; images are normalised on the device."""
     try:
         return create_transform(
             size,
@@ -57,11 +53,13 @@ def train_transform(size: tuple[int, int], augment: AugmentConfig) -> Transform:
             color_jitter=augment.color_jitter or None,  # type: ignore[arg-type]
             auto_augment=None if augment.auto_augment == "none" else augment.auto_augment,
             interpolation="bicubic",
-            mean=augment.mean,  # the colour that rotations fill with
-            re_prob=0.0,  # random erasing comes after normalisation
+            mean=augment.mean,  # fill colour of rotations
+            re_prob=0.0,  # random erasing follows after normalisation, see `erase`
         )
     except (AssertionError, ValueError, KeyError, IndexError) as error:
-        raise ConfigError(f"--auto-augment {augment.auto_augment} is no policy of timm") from error
+        raise ConfigError(
+            f"--auto-augment {augment.auto_augment} is not a policy of timm"
+        ) from error
 
 
 def eval_transform(size: tuple[int, int], crop_ratio: float) -> Transform:
@@ -77,7 +75,11 @@ def eval_transform(size: tuple[int, int], crop_ratio: float) -> Transform:
 
 
 def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """ADM's crop to (height, width): halves by boxes, bicubic until it covers, then the centre."""
+    """ADM's centre crop to (height, width).
+
+    Halve with a box filter while the image is at least twice as large, resize with bicubic to the
+    smallest size that covers (height, width), then crop the centre.
+    """
     height, width = size
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -89,7 +91,7 @@ def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def cropped_array(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """The same as uint8 [channels, h, w]."""
+    """`center_crop` as uint8 [channels, h, w]."""
     pixels = np.asarray(center_crop(image, size))
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
@@ -99,21 +101,21 @@ def cropped_array(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
 
 @functools.lru_cache(maxsize=2)
 def epoch_draws(num_images: int, seed: int, epoch: int) -> Tensor:
-    """[num_images, 5] float32 in [0, 1): one row of random numbers per place in the epoch."""
+    """[num_images, 5] float32 in [0, 1): random numbers of each place in the epoch."""
     return torch.rand(num_images, 5, generator=generator_for(seed, "geometry", epoch))
 
 
 def warp(images: Tensor, draws: Tensor, augment: AugmentConfig, size: tuple[int, int]) -> Tensor:
-    """Shifts, rotates, crops or mirrors each image by its own random numbers.
+    """Shifts and rotates, or crops, and flips each image by its own random numbers.
 
     Args:
         images: [B, channels, h, w] float.
         draws: [B, 5] in [0, 1).
         augment: the options.
-        size: (height, width) to give back.
+        size: (height, width) of the result.
 
     Returns:
-        [B, channels, *size]; outside the image is black, or with `crop` its border.
+        [B, channels, *size]; outside the image it is black, or with `crop` the border repeats.
     """
     height, width = images.shape[-2:]
     draws = draws.to(images.device, non_blocking=True)
@@ -124,7 +126,7 @@ def warp(images: Tensor, draws: Tensor, augment: AugmentConfig, size: tuple[int,
         shift_x = centred[:, 2] * (2 * augment.translate / width)
         shift_y = centred[:, 3] * (2 * augment.translate / height)
         cos, sin, ratio = angle.cos(), angle.sin(), height / width
-        # Coordinates run from -1 to 1 on both axes, whatever the image's shape.
+        # affine_grid has coordinates from -1 to 1 on both axes, for any shape of the image.
         rows = [cos * mirror, -sin * ratio, shift_x, sin / ratio * mirror, cos, shift_y]
         padding = "zeros"
     else:
@@ -142,12 +144,12 @@ def warp(images: Tensor, draws: Tensor, augment: AugmentConfig, size: tuple[int,
 
 
 def resize_and_crop(images: Tensor, size: tuple[int, int], crop_ratio: float) -> Tensor:
-    """The evaluation protocol on tensors: shorter side to size / crop_ratio, then the centre.
+    """Evaluation transform on tensors: shorter side to size / crop_ratio, then centre crop.
 
     Args:
         images: [B, channels, h, w] float.
-        size: (height, width) to give back.
-        crop_ratio: fraction of the resized image's shorter side that is kept.
+        size: (height, width) of the result.
+        crop_ratio: side of the crop over the shorter side of the resized image.
 
     Returns:
         [B, channels, *size].
@@ -164,12 +166,12 @@ def resize_and_crop(images: Tensor, size: tuple[int, int], crop_ratio: float) ->
 
 @functools.lru_cache(maxsize=2)
 def mirror_draws(num_images: int, seed: int, epoch: int) -> Tensor:
-    """[num_images] float32 in [0, 1): one random number per place in the epoch."""
+    """[num_images] float32 in [0, 1): random number of each place in the epoch."""
     return torch.rand(num_images, generator=generator_for(seed, "mirror", epoch))
 
 
 def mirror(images: Tensor, chosen: Tensor) -> Tensor:
-    """Mirrors those images of [B, L, H, W] that [B] bool on the CPU chooses."""
+    """Flips the images of [B, L, H, W] where `chosen`, [B] bool on the CPU, is True."""
     if not chosen.any():
         return images
     where = chosen.to(images.device, non_blocking=True)[:, None, None, None]
@@ -177,19 +179,22 @@ def mirror(images: Tensor, chosen: Tensor) -> Tensor:
 
 
 class Normalise:
-    """Pixels as a classifier takes them, by mean and deviation of each channel in [0, 1]."""
+    """Normalises by mean and standard deviation of each channel, given for pixels in [0, 1]."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
         self._mean = torch.tensor(mean, device=device).view(-1, 1, 1) * 255
         self._std = torch.tensor(std, device=device).view(-1, 1, 1) * 255
 
     def __call__(self, images: Tensor) -> Tensor:
-        """[..., channels, h, w] in [0, 255], to mean 0 and deviation 1."""
+        """[..., channels, h, w] in [0, 255] -> mean 0, standard deviation 1."""
         return (images - self._mean) / self._std
 
 
 def erase(images: Tensor, probability: float, seed: int, first: int) -> Tensor:
-    """Random erasing of normalised [B, channels, h, w], in place, each by its place in the run."""
+    """Random erasing of normalised images [B, channels, h, w], in place.
+
+    Each image is seeded by its place in the run; `first` is that of the first image.
+    """
     if probability:
         erasing = RandomErasing(probability, mode="pixel", device=images.device.type)
         for place, image in enumerate(images, start=first):
@@ -201,21 +206,21 @@ def erase(images: Tensor, probability: float, seed: int, first: int) -> Tensor:
 def mix(
     images: Tensor, labels: Tensor, augment: AugmentConfig, num_classes: int, seed: int, first: int
 ) -> tuple[Tensor, Tensor]:
-    """Mixup and cutmix over consecutive groups of the step's batch.
+    """Mixup and cutmix within consecutive groups of 8 images of the step's batch.
 
-    Every group draws once, by its place in the run, so that what is mixed with what is the same
-    for any micro batch size and number of processes.
+    Each group is seeded by its place in the run. So the result does not depend on micro-batch size
+    and number of processes.
 
     Args:
         images: [B, channels, h, w], changed in place; B holds whole groups.
         labels: [B] class numbers.
         augment: the options.
         num_classes: K.
-        seed: of the run.
+        seed: seed of the run.
         first: place of the first image in the run.
 
     Returns:
-        images, and [B, K] mixed labels with smoothing; without mixing the labels as they came.
+        images, and soft labels [B, K] with smoothing; without mixing the labels are unchanged.
     """
     if not (augment.mixup or augment.cutmix):
         return images, labels

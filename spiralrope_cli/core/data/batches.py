@@ -1,9 +1,10 @@
-"""Batches of both models: which image stands where in a run, and how it comes to the device.
+"""Batches for both models: the order of the images, and how they are read, augmented and moved.
 
-What stands in a step is a function of seed and step, and so is all that is random about it: the
-same for any number of processes and any micro batch size.
+Order and augmentation are functions of seed and step, so they are the same for any number of
+processes and any micro-batch size. The *place* of an image is its index in the order of an epoch,
+or of the run.
 
-Legend: B images at a time per process, (h, w) pixels or latents, K classes.
+Legend: B images in a micro-batch, (h, w) pixels or latents, K classes.
 """
 
 from __future__ import annotations
@@ -32,30 +33,30 @@ from spiralrope_cli.core.runtime.seeds import generator_for, seed_for
 EVAL_BATCH = 256
 
 LATENTS_AHEAD = 2
-"""Batches of cached latents that are read while the network is busy."""
+"""Batches of cached latents that are read ahead."""
 
 Read = Callable[[Iterable[Places]], Generator[Batch, None, None]]
-"""Gives the images that stand at some places, on the device, in [0, 255] or as latents."""
+"""Places -> their images on the device, in [0, 255], or latents."""
 
 
-# --- Which image stands where
+# --- Order of the images
 
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(num_images: int, repeats: int, seed: int, epoch: int) -> Tensor:
-    """[num_images] int64, the image numbers of one epoch.
+    """[num_images] int64, the order of the images in one epoch.
 
     Args:
         num_images: size of the training set.
-        repeats: how often each image stands in a row (repeated augmentation, by timm's
-            sampler, which then covers a part of the set per epoch); 1 is plain shuffling.
-        seed: of the run.
-        epoch: counted from 0.
+        repeats: augmented copies per image, next to each other (repeated augmentation by timm's
+            sampler; an epoch then covers a part of the set); 1: shuffling only.
+        seed: seed of the run.
+        epoch: from 0.
     """
     if repeats == 1:
         generator = generator_for(seed, "order", epoch)
         return torch.randperm(num_images, generator=generator)
-    # The sampler knows no seed: it draws from the number of the epoch.
+    # The sampler has no seed; it uses the number of the epoch as one.
     return repeated_order(num_images, repeats, seed_for(seed, "order", epoch))
 
 
@@ -69,16 +70,16 @@ def repeated_order(num_images: int, repeats: int, epoch: int) -> Tensor:
 
 
 def apart(batch_size: int, repeats: int) -> Tensor:
-    """[batch_size] places within a step, so that repeats of an image are not neighbours.
+    """[batch_size] places within a step, reordered so that copies of an image are not neighbours.
 
-    Neighbours are mixed with each other, and an image mixed with itself would be none.
+    Mixup mixes neighbours, and an image mixed with its own copy is not mixed.
     """
     places = torch.arange(batch_size)
     return torch.cat([places[first::repeats] for first in range(repeats)])
 
 
 def own_parts(rank: int, micro: int, grad_accum_steps: int) -> list[slice]:
-    """The parts of a step's batch that one process takes, one per micro batch."""
+    """The parts of a step's batch that one process computes, one per micro-batch."""
     first = rank * grad_accum_steps
     return [slice(n * micro, (n + 1) * micro) for n in range(first, first + grad_accum_steps)]
 
@@ -88,25 +89,25 @@ def own_parts(rank: int, micro: int, grad_accum_steps: int) -> list[slice]:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The training set of a run, and how its batches are made; see the two functions below."""
+    """The training set of a run and its batches; `classifier_data` and `dit_data` make it."""
 
     run: TrainingRun
     steps_per_epoch: int
-    parts: list[slice]  # of each step's batch, those that this process takes
+    parts: list[slice]  # parts of each step's batch for this process, one per micro-batch
     read: Read
     finish: Callable[[Batch], Batch]  # augments and normalises
-    unreadable: dict[str, str] = field(default_factory=dict)  # path -> reason, left out so far
-    repeats: int = 1  # how often each image stands in a row
-    scale: float = 1.0  # what cached latents are multiplied by; pixels are taken as they are
+    unreadable: dict[str, str] = field(default_factory=dict)  # path -> reason, skipped so far
+    repeats: int = 1  # augmented copies per image
+    scale: float = 1.0  # factor of cached latents
 
     def train_steps(self, first_step: int, last_step: int) -> Generator[list[Batch], None, None]:
-        """This process's micro batches of each step, from `first_step` up to `last_step`."""
+        """This process's micro-batches of each step, from `first_step`, before `last_step`."""
         with contextlib.closing(self.read(self.places(first_step, last_step))) as batches:
             for _ in range(first_step, last_step):
                 yield [self.finish(next(batches)) for _ in self.parts]
 
     def places(self, first_step: int, last_step: int) -> Iterator[Places]:
-        """What stands in those micro batches."""
+        """The images of those micro-batches."""
         size = self.run.optim.batch_size
         for step in range(first_step, last_step):
             epoch, within = divmod(step, self.steps_per_epoch)
@@ -118,7 +119,7 @@ class TrainingData:
                 yield Places(numbers, mine.tolist(), epoch, part, first)
 
     def remake(self, step: int, labels: str = "labels") -> dict[str, Tensor]:
-        """What this process saw in a step, on the CPU; `labels` is what those are called."""
+        """This process's batch of a step, on the CPU; `labels` is the key of the labels."""
         [batches] = self.train_steps(step, step + 1)
         return {
             "images": torch.cat([batch.images.cpu() for batch in batches]),
@@ -130,7 +131,7 @@ class TrainingData:
 def classifier_data(
     run: ClassifierRun, device: torch.device, rank: int, world_size: int, unreadable: dict[str, str]
 ) -> TrainingData:
-    """The training set of a classifier, which notes what cannot be read in `unreadable`."""
+    """The training set of a classifier; skipped images are added to `unreadable`."""
     model, options = run.model, run.augment
     read: Read
     if in_memory := run.data in BUILT_IN:
@@ -159,13 +160,13 @@ def classifier_data(
 
 
 def dit_data(run: DiTRun, device: torch.device, rank: int, world_size: int) -> TrainingData:
-    """The training set of a diffusion transformer: images, or cached posteriors of a VAE."""
+    """The training set of a DiT: images, or cached posteriors of a VAE."""
     size, unreadable = run.images.image_size, dict[str, str]()
     parts = own_parts(rank, *run.split_batch(world_size))
     read: Read
 
     def mirrored(at: Places) -> Tensor:
-        """[B] bool on the CPU: by seed, epoch and place, for all kinds of data alike."""
+        """[B] bool on the CPU: a function of seed, epoch and place, for all kinds of data."""
         draws = augment.mirror_draws(run.num_train, run.seed, at.epoch)
         return draws[at.places] < run.images.hflip
 
@@ -195,7 +196,7 @@ def dit_data(run: DiTRun, device: torch.device, rank: int, world_size: int) -> T
 def from_memory(
     split: memory.MemorySplit, batches: Iterable[Places]
 ) -> Generator[Batch, None, None]:
-    """Images of a set that lives on the device."""
+    """Images of a data set on the device."""
     for at in batches:
         chosen = torch.tensor(at.numbers).to(split.images.device, non_blocking=True)
         yield Batch(at, split.images[chosen].float(), split.labels[chosen])
@@ -207,7 +208,7 @@ def from_cache(
     mirrored: Callable[[Places], Tensor],
     batches: Iterable[Places],
 ) -> Generator[Batch, None, None]:
-    """Posteriors of latents, read ahead in a thread; those of mirrored images lie there too."""
+    """Cached posteriors, read ahead in a thread; the cache also has those of flipped images."""
 
     def read(at: Places) -> Batch:
         numbers = torch.tensor(at.numbers)
@@ -224,11 +225,11 @@ def from_cache(
 
 
 class ValidationImages:
-    """The validation images of a data set under one protocol, shared by all processes.
+    """The validation images of a data set, with one protocol, split over all processes.
 
     Attributes:
-        unreadable: path -> reason, images that were left out so far.
-        decoded: images that this process took out of the data set so far.
+        unreadable: path -> reason, images that were skipped so far.
+        decoded: number of images that this process has read so far.
     """
 
     def __init__(
@@ -244,7 +245,7 @@ class ValidationImages:
         self.protocol, self.machine = protocol, machine
         self._in_memory = protocol.data in BUILT_IN
         self._normalise = augment.Normalise(protocol.mean, protocol.std, device)
-        # The same spans for any number of processes, so that metrics do not depend on it.
+        # The same batches for any number of processes, so that metrics do not depend on it.
         starts = range(rank * EVAL_BATCH, protocol.num_val, world_size * EVAL_BATCH)
         self._spans = [range(first, min(first + EVAL_BATCH, protocol.num_val)) for first in starts]
         self._read: Read
@@ -260,10 +261,7 @@ class ValidationImages:
             self._read = functools.partial(load, files, machine, device, self.unreadable)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Normalised images [B, channels, h, w] and labels [B].
-
-        Over all processes every image comes exactly once.
-        """
+        """Normalised images [B, channels, h, w], labels [B]; each image once over all processes."""
         size, ratio = self.protocol.image_size, self.protocol.crop_ratio
         with contextlib.closing(
             self._read(Places(list(span), []) for span in self._spans)
@@ -273,5 +271,5 @@ class ValidationImages:
                 if self._in_memory:
                     images = augment.resize_and_crop(images, size, ratio)
                 self.decoded += len(batch.labels)
-                if len(batch.labels):  # else none of them could be read
+                if len(batch.labels):  # 0 if no image of the batch could be read
                     yield self._normalise(images), batch.labels

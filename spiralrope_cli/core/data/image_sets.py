@@ -1,6 +1,6 @@
-"""Sets of images before anything of them is computed: what a folder or an `.npz` holds.
+"""SAMPLES and REFERENCE before anything is computed: what a folder or an `.npz` holds.
 
-Without torch, so that what is wrong with them shows before torch is loaded.
+No torch, so that errors come before it is loaded.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ IMAGENET_CLASSES = 1000
 
 @dataclass(frozen=True)
 class FolderInput:
-    """A folder of images: all files below it with an image's suffix, sorted by path."""
+    """A folder of images: all files below it with a suffix of images, sorted by path."""
 
     path: Path
     files: list[str] = field(repr=False)
@@ -63,19 +63,19 @@ ImageInput = FolderInput | NpzImages
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison."""
+    """SAMPLES or REFERENCE."""
 
     role: str  # SAMPLES or REFERENCE
     path: Path  # as it was given
     images: ImageInput | None
     stored: tuple[str, ...]  # metrics whose statistics it holds
-    num: int | None  # images that count; None where nobody knows
-    protocol: str = ""  # by which its statistics were made, empty if unknown
-    needed: tuple[str, ...] = ()  # what its images are read for: `fid`, `sfid`, `is`, `features`
+    num: int | None  # number of images to use; None if unknown
+    protocol: str = ""  # of its statistics, empty if unknown
+    needed: tuple[str, ...] = ()  # to compute from its images: `fid`, `sfid`, `is`, `features`
 
     @property
     def words(self) -> str:
-        """What it holds, for the table."""
+        """What it holds, for the plan."""
         parts = [f"statistics for {' and '.join(self.stored)}"] if self.stored else []
         if self.images is None:
             count = "an unknown number of" if self.num is None else f"{self.num:,}"
@@ -89,46 +89,47 @@ class Side:
 
 
 def inspect_side(path: Path, role: str, num: int = 0) -> Side:
-    """What is in a folder or file, of whose images the first `num` count; 0 for all."""
+    """What a folder or file holds; only its first `num` images are used, 0: all."""
     images, stored, count, protocol = _contents(path, role)
     if images is None:
         if num and num != count:
             raise DataError(
-                f"--num-samples {num}: {role} {path} holds statistics, and not of {num} images"
+                f"--num-samples {num}: {role} {path} holds statistics of "
+                + (f"{count} images" if count else "an unknown number of images")
             )
         return Side(role, path, None, stored, count or None, protocol)
     if num > len(images):
         raise DataError(
-            f"--num-samples {num}: {role} {path} holds {len(images)} images",
-            "make more, or ask for fewer",
+            f"--num-samples {num}: {role} {path} holds only {len(images)} images",
+            "sample more, or use a smaller number",
         )
     count = num or len(images)
     if count < 2:
-        raise DataError(f"{role} {path} counts {count} image(s); a covariance needs 2 or more")
+        raise DataError(f"{role} {path} has {count} image(s); a covariance needs 2 or more")
     if count != len(images):
-        stored = ()  # they are of all images
+        stored = ()  # its statistics are of all images
     return Side(role, path, images, stored, count, protocol)
 
 
 def images_in(path: Path, role: str) -> ImageInput:
-    """The images of a folder or file, one at least."""
+    """The images of a folder or file; at least one."""
     images, *_ = _contents(path, role)
     if images is None:
-        raise DataError(f"{role} {path} holds statistics, and no images")
+        raise DataError(f"{role} {path} holds statistics, but no images")
     if not len(images):
         raise DataError(f"{role} {path} holds no images: arr_0 is empty")
     return images
 
 
 def _contents(path: Path, role: str) -> tuple[ImageInput | None, tuple[str, ...], int, str]:
-    """Images, metrics with statistics, and of how many images and by which protocol those are."""
+    """Images; metrics with stored statistics; number of images and protocol of these."""
     if path.is_dir():
         if not (files := images_below(path)):
             known = f"known suffixes: {' '.join(IMAGE_SUFFIXES)}"
             raise DataError(f"{path} holds no images", known)
         return FolderInput(path, files), (), 0, ""
     if not path.exists():
-        raise DataError(f"{role} {path} does not exist", "it is a folder of images or an .npz file")
+        raise DataError(f"{role} {path} does not exist", "name a folder of images or an .npz file")
     if path.suffix != ".npz" and not zipfile.is_zipfile(path):
         raise DataError(f"{role} {path} is neither a folder of images nor an .npz file")
     headers = read_headers(path)
@@ -141,14 +142,14 @@ def _contents(path: Path, role: str) -> tuple[ImageInput | None, tuple[str, ...]
     if not stored:
         raise DataError(
             f"{path} has no arr_0 and no mu: it holds {', '.join(list(headers)[:5])}",
-            "images are called arr_0; statistics mu and sigma, mu_s and sigma_s",
+            "images must be named arr_0; statistics mu and sigma, or mu_s and sigma_s",
         )
     count = int(_note(path, headers, "num_images", "iu") or 0)
     return None, stored, max(count, 0), str(_note(path, headers, "protocol", "U") or "")
 
 
 def _note(path: Path, headers: dict[str, Header], name: str, kinds: str) -> Any:
-    """A number or word that `--save-stats` wrote beside statistics; None where it did not."""
+    """A scalar that `--save-stats` wrote beside statistics; None if it is missing."""
     header = headers.get(name)
     if header is None or header.shape or header.dtype.kind not in kinds:
         return None
@@ -158,40 +159,40 @@ def _note(path: Path, headers: dict[str, Header], name: str, kinds: str) -> Any:
 def _check_images(path: Path, header: Header) -> None:
     if header.dtype != np.uint8:
         raise DataError(
-            f"{path}: arr_0 is {header.dtype}, and images are uint8 from 0 to 255",
-            "convert them as they were meant, and round",
+            f"{path}: arr_0 is {header.dtype}; images must be uint8 from 0 to 255",
+            "scale to [0, 255], round, and convert to uint8",
         )
     if len(header.shape) != 4 or header.shape[3] != 3 or 0 in header.shape[1:]:
-        raise DataError(f"{path}: arr_0 has shape {header.shape}, and images are N x H x W x 3")
+        raise DataError(f"{path}: arr_0 has shape {header.shape}; images must be N x H x W x 3")
     if header.fortran_order:
         raise DataError(
-            f"{path}: arr_0 lies in Fortran order and cannot be streamed",
-            "save numpy.ascontiguousarray of it",
+            f"{path}: arr_0 is in Fortran order and cannot be streamed",
+            "save numpy.ascontiguousarray(arr_0)",
         )
 
 
 @contextlib.contextmanager
 def digests_beside(sides: list[Side]) -> Iterator[list[Future[str]]]:
-    """SHA-256 of inputs, computed in a thread while other things happen.
+    """SHA-256 of inputs, computed in a background thread.
 
-    A folder's digest is of the relative paths and contents of its images.
+    The digest of a folder is that of the relative paths and contents of its images.
     """
     stop = threading.Event()
     with ThreadPoolExecutor(1, "digest") as pool:
         try:
             yield [pool.submit(digest_of, side, stop) for side in sides]
         finally:
-            stop.set()  # who leaves early does not wait for gigabytes
+            stop.set()  # after an error, do not wait until gigabytes are read
 
 
 def digest_of(side: Side, stop: threading.Event | None = None) -> str:
-    """SHA-256 of an input, as its metrics name it; anything once it is told to stop."""
+    """SHA-256 of an input; meaningless after `stop` is set."""
     state = hashlib.sha256()
     files = side.images.files if isinstance(side.images, FolderInput) else [side.path]
     for file in files:
         if file != side.path:
             state.update(os.fsencode(os.path.relpath(file, side.path)) + b"\0")
-        # Who cannot read a file learns so where it is decoded.
+        # A file that cannot be read is reported where it is decoded.
         with contextlib.suppress(OSError), open(file, "rb") as stream:
             while (chunk := stream.read(1 << 20)) and not (stop and stop.is_set()):
                 state.update(chunk)
@@ -199,9 +200,9 @@ def digest_of(side: Side, stop: threading.Event | None = None) -> str:
 
 
 def names_of(data: str, num_classes: int) -> list[str]:
-    """The names of all classes, or their numbers where nobody knows.
+    """The names of all classes, or their numbers if the names are unknown.
 
-    `data` is a built-in name, a folder, or nothing for published weights.
+    `data` is a built-in name or a folder; empty for published weights.
     """
     names: list[str] = []
     if data == "fashion-mnist":

@@ -1,6 +1,6 @@
-"""Sets of images as uint8, from a folder or an `.npz`, and tensors as images.
+"""Images of a folder or an `.npz` as uint8 batches, and tensors to images.
 
-Batches are read and decoded in threads beside the computation; memory does not grow with the set.
+Threads read and decode ahead; memory does not grow with the number of images.
 
 Legend: B batch, (h, w) pixels.
 """
@@ -31,24 +31,21 @@ from spiralrope_cli.core.runtime.launch import cores_per_process
 Result = TypeVar("Result")
 
 LARGEST_BATCH = 1 << 28
-"""Bytes of pixels after which a batch is closed before it is full."""
+"""Bytes of pixels after which a batch ends early."""
 MOST_THREADS = 8
 
 SMALLEST_SIDE = 64
-"""Smaller images are enlarged in a grid, pixel by pixel."""
+"""In a grid, images with a smaller side are enlarged by repeating pixels."""
 
 
 def decode(path: str) -> np.ndarray | Unreadable:
-    """[h, w, 3] uint8 of any image: grey and palettes become RGB, alpha is dropped.
-
-    So do the other tools whose metrics ours are compared with.
-    """
+    """[h, w, 3] uint8: grey and palettes become RGB, alpha is dropped, as in other FID tools."""
     image = open_image(path, lambda image: image.convert("RGB"))
     return image if isinstance(image, Unreadable) else np.array(image)
 
 
 def decode_some(folders: Iterable[Path | None], most: int) -> tuple[int, list[Unreadable]]:
-    """Decodes at most so many images of each folder of classes: how many, and the unreadable."""
+    """Decodes at most `most` images of each folder; number of tries, and the unreadable ones."""
     chosen: list[str] = []
     for folder in folders:
         paths = [path for path, _ in list_images(folder)] if folder else []
@@ -60,17 +57,17 @@ def decode_some(folders: Iterable[Path | None], most: int) -> tuple[int, list[Un
 
 @dataclass
 class ImageBatch:
-    """Some images, together where they have one size."""
+    """A batch of images, grouped by size."""
 
-    numbers: list[int] = field(default_factory=list)  # places in the set, in the groups' order
-    groups: list[Tensor] = field(default_factory=list)  # [B, 3, h, w] uint8, one for every size
+    numbers: list[int] = field(default_factory=list)  # indices in the set, in the groups' order
+    groups: list[Tensor] = field(default_factory=list)  # [B, 3, h, w] uint8, one per size
     unreadable: list[Unreadable] = field(default_factory=list)
 
 
 def image_batches(
     images: ImageInput, part: range, batch_size: int, *, threads: int, pin_memory: bool
 ) -> Generator[ImageBatch, None, None]:
-    """The images of a part of a set, decoded by so many threads; -1 goes by the cores."""
+    """The images of a part of a set, decoded by `threads` threads; -1: by the number of cores."""
     if isinstance(images, FolderInput):
         batches = _decoded(images, part, batch_size, threads)
     else:
@@ -117,7 +114,7 @@ def _decoded(
 
 
 def _tensor(images: np.ndarray) -> Tensor:
-    """[B, h, w, 3] as [B, 3, h, w], without a copy."""
+    """[B, h, w, 3] -> [B, 3, h, w], without a copy."""
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
@@ -127,10 +124,10 @@ def in_order(
     depth: int,
     prepare: Callable[[], object] | None = None,
 ) -> Generator[Result, None, None]:
-    """The tasks' results in their order; who stops early should close it.
+    """Results of the tasks in their order; close the generator to stop early.
 
-    `Executor.map` would take all tasks at once, and so all images into memory. Here tasks are taken
-    one by one, in this thread, and at most `depth` results wait.
+    `Executor.map` would submit all tasks at once, so all images would be in memory. Here at most
+    `depth` results wait, and this thread takes the tasks one by one.
     """
     with ThreadPoolExecutor(threads, "spiralrope", prepare) as pool:
         waiting: deque[Future[Result]] = deque()
@@ -156,7 +153,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def image_grid(images: Tensor, columns: int | None = None) -> Image.Image:
-    """[N, 3, H, W] uint8 side by side, by default in a square."""
+    """A grid of [N, 3, H, W] uint8; by default a square."""
     from torchvision.utils import make_grid
 
     larger = max(1, math.ceil(SMALLEST_SIDE / min(images.shape[-2:])))

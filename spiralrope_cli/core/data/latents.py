@@ -1,6 +1,6 @@
-"""Cached latents: shards that are written whole or not at all, and read mapped from the disk.
+"""Cached latents: shards are written atomically, and read memory-mapped.
 
-`config/latents.py` says what a shard holds.
+Their format is in `config/latents.py`.
 
 Legend: B batch, n images of a shard, L latent channels, (h, w) latent pixels.
 """
@@ -38,14 +38,14 @@ from spiralrope_cli.core.runtime.progress import counted
 from spiralrope_cli.core.runtime.run_folder import differences
 
 FREE_TO_CHANGE = {"data", "vae"}
-"""Names of what is known better by its digest: the folders may have moved."""
+"""Paths, which may change: the digests are compared instead."""
 
 
 # --- Writing
 
 
 def finished_shards(folder: Path, plan: CachePlan) -> tuple[dict[int, Shard], dict[str, str]]:
-    """Shards of a plan that lie in a folder, by number, and file -> what is wrong with others."""
+    """Finished shards in a folder by number, and file -> what is wrong with it."""
     shards, wrong = read_shards(folder)
     for shard in shards.values():
         if differing := _differences(shard.plan, plan):
@@ -57,10 +57,10 @@ def finished_shards(folder: Path, plan: CachePlan) -> tuple[dict[int, Shard], di
 
 
 def _differences(before: CachePlan, plan: CachePlan) -> str:
-    """In what another plan would make other latents, or nothing."""
+    """The options of two plans that differ and change latents, as text; empty if none."""
     if before.class_names != plan.class_names:
         return "other class folders"
-    # A published VAE that is not here yet is known by its name alone.
+    # The digest of a published VAE is unknown before the download.
     free = FREE_TO_CHANGE if plan.vae_sha256 else {*FREE_TO_CHANGE, "vae_sha256"}
     was, now = map(dataclasses.asdict, (before, plan))
     for values in (was, now):
@@ -78,16 +78,16 @@ def write_shard(
     labels: Tensor,
     unreadable: dict[str, str],
 ) -> Shard:
-    """Writes a shard, which has its name only when it is whole and on the disk.
+    """Writes a shard atomically.
 
     Args:
-        folder: of the cache.
-        plan: of the cache.
-        number: of the shard.
-        plain: [n, 2, L, h, w] float32, mean and deviation.
-        mirrored: the same of the mirrored images.
+        folder: folder of the cache.
+        plan: plan of the cache.
+        number: number of the shard.
+        plain: [n, 2, L, h, w] float32, mean and standard deviation.
+        mirrored: the same for the flipped images.
         labels: [n] int64.
-        unreadable: path -> reason of what was left out.
+        unreadable: path -> reason, images that were skipped.
     """
     if not (plain.isfinite().all() and mirrored.isfinite().all()):
         raise DataError(
@@ -97,7 +97,7 @@ def write_shard(
     shard = Shard(number=number, plan=plan, count=len(labels), unreadable=unreadable)
     shard = dataclasses.replace(shard, crc32=checksum(shard, tensors))
     metadata = {METADATA_KEY: json.dumps(dataclasses.asdict(shard))}
-    # As bytes: safetensors makes files that their owner alone may read, and hides a full disk.
+    # Not by save_file: its files are readable by the owner only, and it hides a full disk.
     content = save(dict(zip(TENSORS, tensors, strict=True)), metadata)
     with atomic_write(folder / shard.file, sole=True, durable=True) as beside:
         beside.write_bytes(content)
@@ -108,7 +108,7 @@ def write_shard(
 
 
 def checksum(shard: Shard, tensors: Iterable[Tensor]) -> str:
-    """CRC-32 of all that a shard holds: it is there to find damage, and keeps up with the disk."""
+    """CRC-32 of metadata and tensors of a shard: enough to find damage, and as fast as the disk."""
     metadata = dataclasses.asdict(dataclasses.replace(shard, crc32=""))
     value = zlib.crc32(json.dumps(metadata).encode())
     for tensor in tensors:
@@ -117,9 +117,9 @@ def checksum(shard: Shard, tensors: Iterable[Tensor]) -> str:
 
 
 def damaged_shards(folder: Path, shards: Sequence[Shard]) -> dict[str, str]:
-    """File -> what is wrong, by every byte; the processes of a machine share the reading.
+    """File -> what is wrong, after reading every byte. The processes of a machine split the work.
 
-    All processes must call it, and all get the same answer.
+    Every process must call it, and gets the same result.
     """
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     mine = shards[distributed.get_rank() % local :: local]
@@ -144,10 +144,10 @@ def damaged_shards(folder: Path, shards: Sequence[Shard]) -> dict[str, str]:
 
 
 class LatentCache:
-    """The latents of a folder, mapped: what is read costs no memory that stays.
+    """The latents of a folder, memory-mapped.
 
     Attributes:
-        metadata: what it is of.
+        metadata: options and shards.
         labels: [N] int64 class numbers.
     """
 
@@ -156,7 +156,7 @@ class LatentCache:
         opened = (open_shard(folder, shard) for shard in self.metadata.shards)
         plain, mirrored, labels = zip(*opened, strict=True)
         self._sides: tuple[Dataset[Tensor], ...] = ConcatDataset(plain), ConcatDataset(mirrored)
-        # Copied: a view would need its page of the disk for every look at a label.
+        # Copied by cat: a mapped label could need a disk access each time.
         self.labels = torch.cat(labels)
 
     def __len__(self) -> int:
@@ -164,23 +164,23 @@ class LatentCache:
 
     @property
     def scale(self) -> float:
-        """What latents are multiplied by, see `draw`."""
+        """Factor of the latents, see `vae.draw`."""
         return self.metadata.plan.scale
 
     def verify(self) -> None:
-        """Reads every byte once; for the start of a training run, by all its processes."""
+        """Reads every byte once, and raises if a shard is damaged; every process must call it."""
         if wrong := damaged_shards(self.metadata.folder, self.metadata.shards):
             raise damaged(self.metadata.folder, wrong)
 
     def mean_std(
         self, numbers: Tensor, mirrored: Tensor, *, pin_memory: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """The posteriors of some images.
+        """Posteriors of images.
 
         Args:
-            numbers: [B] places in the cache.
-            mirrored: [B], whether the mirrored image's are wanted.
-            pin_memory: whether they will be copied to a GPU.
+            numbers: [B] indices in the cache.
+            mirrored: [B] bool, True for the flipped image.
+            pin_memory: use page-locked memory, to copy to a GPU.
 
         Returns:
             mean and standard deviation, [B, L, h, w] float32 each, on the CPU.
@@ -194,7 +194,7 @@ class LatentCache:
 
 
 def open_shard(folder: Path, shard: Shard) -> tuple[Tensor, Tensor, Tensor]:
-    """The mapped tensors of a shard; the map stays as long as they do, the file is closed."""
+    """The memory-mapped tensors of a shard; the mapping lives as long as they do."""
     try:
         with safe_open(folder / shard.file, "pt") as file:
             plain, mirrored, labels = (file.get_tensor(name) for name in TENSORS)

@@ -1,4 +1,4 @@
-"""Image files: opened, and in batches decoded and augmented by loader processes.
+"""Image files: opened one by one, or decoded and augmented in batches by data loader workers.
 
 Legend: B images in a batch, K classes, (h, w) pixels or latents.
 """
@@ -26,18 +26,18 @@ from spiralrope_cli.core.runtime.launch import cores_per_process
 from spiralrope_cli.core.runtime.seeds import seed_everything
 
 Transform = Callable[[Image.Image], np.ndarray]
-"""An image as uint8 [channels, h, w]."""
+"""Image -> uint8 [channels, h, w]."""
 
 Key = tuple[int, tuple[int, ...] | None]
-"""Number of an image in its set, and the seed parts of its augmentation, if it has one."""
+"""Index of an image in its set, and the seed parts of its augmentation, if any."""
 
 BROKEN_IMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error)
 
 MAX_TRIES = 16
-"""Unreadable images in a row before a training sample is given up with `skip_bad`."""
+"""With `skip_bad`, unreadable images in a row after which training stops."""
 
 GRACE_SECONDS = 60
-"""How long loader processes outlive a SIGTERM: the trainer finishes its step meanwhile."""
+"""Workers live so long after a SIGTERM, because the trainer finishes its step."""
 
 
 # --- One file
@@ -45,7 +45,7 @@ GRACE_SECONDS = 60
 
 @dataclass(frozen=True)
 class Unreadable:
-    """An image that could not be decoded, carried out of a loader process in one piece."""
+    """An image that could not be decoded; not an exception, as these are hard to pickle."""
 
     path: str
     reason: str
@@ -54,14 +54,14 @@ class Unreadable:
         """The error that ends a run without --skip-bad."""
         return UnreadableImageError(
             f"image {self.path} cannot be read: {self.reason}",
-            "remove it, or go on without such images by --skip-bad",
+            "remove it, or use --skip-bad to skip such images",
         )
 
 
 def open_image(
     path: str, convert: Callable[[Image.Image], Image.Image]
 ) -> Image.Image | Unreadable:
-    """A decoded and converted image, or why there is none."""
+    """A decoded and converted image, or `Unreadable`."""
     try:
         with Image.open(path) as image:
             return convert(image)
@@ -73,7 +73,7 @@ def open_image(
 
 
 def note_unreadable(unreadable: Iterable[Unreadable], skip: bool, reasons: dict[str, str]) -> None:
-    """Puts unreadable images into `reasons`, path -> reason, or raises for the first one."""
+    """Adds unreadable images to `reasons` (path -> reason), or raises for the first one."""
     for bad in unreadable:
         if not skip:
             raise bad.error()
@@ -84,29 +84,29 @@ def note_unreadable(unreadable: Iterable[Unreadable], skip: bool, reasons: dict[
 
 
 class Places(NamedTuple):
-    """Which images a batch holds, and where they stand in a training run.
+    """The images of a batch, and their places in a training run.
 
-    Lists, as loader processes get it too: tensors would travel through shared memory.
+    Lists, because it is sent to workers: tensors would go through shared memory.
     """
 
-    numbers: list[int]  # [B] of the images in their set
-    places: list[int]  # [B] in the epoch; none where they belong to no training run
-    epoch: int = 0  # counted from 0
-    part: slice = slice(0)  # of the step's batch, this micro batch
+    numbers: list[int]  # [B] indices in the data set
+    places: list[int]  # [B] places in the epoch; empty for validation
+    epoch: int = 0  # from 0
+    part: slice = slice(0)  # this micro-batch, as a part of the step's batch
     first: int = 0  # place of its first image in the run
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One (micro) batch.
+    """One micro-batch.
 
     Attributes:
-        at: what stands in it.
-        images: [B, channels, h, w], uint8 as loaded, float32 on the device: in [0, 255], in the
-            end normalised, or in [-1, 1] for a DiT; of cached latents, the means of posteriors.
-        labels: [B] class numbers, or [B, K] where they are mixed.
-        std: standard deviations of cached posteriors, as images, else None.
-        unreadable: images that were left out or replaced.
+        at: its images, and their places in the run.
+        images: [B, channels, h, w]: uint8 from the loader, float32 on the device. First in
+            [0, 255], then normalised, for a DiT in [-1, 1]. For cached latents: posterior means.
+        labels: [B] class numbers; after mixing [B, K].
+        std: standard deviations of cached posteriors, shape of `images`; else None.
+        unreadable: images that were skipped or replaced.
     """
 
     at: Places
@@ -116,11 +116,11 @@ class Batch:
     unreadable: tuple[Unreadable, ...] = ()
 
     def pin_memory(self) -> Batch:
-        """The same in page-locked memory; the loader asks, as it knows no such class."""
+        """In page-locked memory; `DataLoader` calls this for a class that it does not know."""
         return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
 
     def on(self, device: torch.device) -> Batch:
-        """The same on a device, images as float32."""
+        """On a device, images as float32."""
         images = self.images.to(device, non_blocking=True).float()
         std = None if self.std is None else self.std.to(device, non_blocking=True)
         labels = self.labels.to(device, non_blocking=True)
@@ -128,14 +128,14 @@ class Batch:
 
 
 class ImageFiles(Dataset[Any]):
-    """Image files of classes.
+    """Image files with class labels.
 
     Args:
-        files: (path, class number) of every image.
-        transform: image to uint8 array [channels, h, w].
-        grey: whether the network takes one channel.
-        tries: images in a row that are tried: the next readable one replaces an unreadable one.
-        seed: of the run, if the transform draws random numbers; they follow from seed, epoch and
+        files: (path, class number) of each image.
+        transform: image -> uint8 array [channels, h, w].
+        grey: convert to one channel.
+        tries: the next image replaces an unreadable one, at most so many images in a row.
+        seed: seed of the run, if the transform is random; it is then a function of seed, epoch and
             place.
     """
 
@@ -154,7 +154,7 @@ class ImageFiles(Dataset[Any]):
         self.tries, self.seed = tries, seed
 
     def __getitem__(self, key: Key) -> tuple[np.ndarray | None, int, tuple[Unreadable, ...]]:
-        """Array, label, and what was unreadable; without an array where no try was readable."""
+        """Array, label and unreadable images; the array is None if no try was readable."""
         number, parts = key
         failed: list[Unreadable] = []
         for place in range(number, number + self.tries):
@@ -169,7 +169,7 @@ class ImageFiles(Dataset[Any]):
         return None, int(self.labels[number]), tuple(failed)
 
     def __getitems__(self, at: Places) -> Batch:
-        """A batch of what could be read; the loader calls this once for each batch."""
+        """A batch of the readable images; `DataLoader` calls this once per batch."""
         seeds = [None if self.seed is None else (self.seed, at.epoch, place) for place in at.places]
         keys = zip(at.numbers, seeds or [None] * len(at.numbers), strict=True)
         arrays, labels, failed = zip(*(self[key] for key in keys), strict=True)
@@ -181,7 +181,7 @@ class ImageFiles(Dataset[Any]):
 
 
 def _flattened(image: Image.Image) -> Image.Image:
-    """Transparency over black, and 16 bits of grey as 8: a plain conversion would lose both."""
+    """Transparency over black, and 16-bit grey as 8-bit: `convert` would do neither."""
     if image.mode == "I" or image.mode.startswith("I;16"):
         grey = np.asarray(image).clip(0, 65535) / 257  # else all but the darkest become white
         return Image.fromarray(grey.round().astype(np.uint8))
@@ -198,9 +198,9 @@ def load(
     unreadable: dict[str, str],
     batches: Iterable[Places],
 ) -> Generator[Batch, None, None]:
-    """Batches on the device, read ahead by loader processes, which end when it is closed.
+    """Batches on the device, read ahead by workers, which end when the generator is closed.
 
-    Images that are skipped are noted in `unreadable`, path -> reason.
+    Skipped images are added to `unreadable`, path -> reason.
     """
     workers = machine.workers if machine.workers >= 0 else min(4, cores_per_process())
     loader = DataLoader(
@@ -211,7 +211,7 @@ def load(
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
         worker_init_fn=_one_thread if workers else None,
-        # Processes that a launcher spawned would spawn in turn, and load torch for each anew.
+        # In a spawned process the default is to spawn again, and each worker would import torch.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
     loading = iter(loader)
@@ -229,10 +229,10 @@ def load(
             raise died from error
         raise
     finally:
-        # Traceback or not: an iterator that lives on keeps its processes until the very end,
-        # where they take a SIGTERM for one that the trainer answers.
+        # An iterator that a traceback still refers to would keep its workers alive until the
+        # interpreter exits; and there they ignore the SIGTERM (see `_one_thread`).
         if workers:
-            with contextlib.suppress(RuntimeError):  # one that was killed is told above
+            with contextlib.suppress(RuntimeError):  # a killed worker is reported above
                 loading._shutdown_workers()  # type: ignore[attr-defined]
 
 
@@ -241,7 +241,7 @@ def _as_it_is(batch: Batch) -> Batch:
 
 
 def _one_thread(worker: int) -> None:
-    """Loader processes share the cores; the trainer alone answers a signal to the whole group."""
+    """Workers use one thread each, and leave Ctrl-C and SIGTERM to the trainer."""
     import signal
 
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Small data sets that live in memory as tensors, and need no loader processes."""
+"""Small data sets that are kept in memory as tensors, without data loader workers."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class MemorySplit:
     labels: Tensor
 
     def to(self, device: torch.device, channels: int) -> MemorySplit:
-        """The same split on a device, grey images in each of so many channels."""
+        """On a device; grey images are repeated to `channels` channels."""
         images = self.images.to(device)
         return MemorySplit(images.expand(-1, channels, -1, -1), self.labels.to(device))
 
 
 def is_here(data: str) -> bool:
-    """Whether a built-in set can be loaded without a network."""
+    """Whether a built-in set can be loaded without a download."""
     if data == "digits" or DEBIAN_FASHION_MNIST.is_dir():
         return True
     return _is_unpacked(cache_folder() / "FashionMNIST" / "raw")
@@ -58,14 +58,14 @@ def load_memory_set(data: str) -> tuple[MemorySplit, MemorySplit]:
 
 @functools.lru_cache(maxsize=1)
 def splits_on(device: torch.device, data: str, channels: int) -> tuple[MemorySplit, MemorySplit]:
-    """The same on a device, kept there for all that read the set; every process must ask."""
+    """`load_memory_set` on a device, cached; every process must call it."""
     with distributed.main_process_first():  # it may have to unpack or download
         train, val = load_memory_set(data)
     return train.to(device, channels), val.to(device, channels)
 
 
 def load_digits() -> tuple[MemorySplit, MemorySplit]:
-    """The bundled scans: 1797 of 8x8 pixels (UCI, CC BY 4.0), split by indices in the file."""
+    """The bundled digits: 1797 scans of 8x8 pixels (UCI, CC BY 4.0); the split is in the file."""
     packaged = resources.files("spiralrope_cli") / "data" / "digits.npz"
     with packaged.open("rb") as file, np.load(file) as arrays:
         images = torch.from_numpy(arrays["images"]).unsqueeze(1)
@@ -76,7 +76,7 @@ def load_digits() -> tuple[MemorySplit, MemorySplit]:
 
 
 def load_fashion_mnist() -> tuple[MemorySplit, MemorySplit]:
-    """Fashion-MNIST through torchvision, unpacked once from Debian's package or downloaded."""
+    """Fashion-MNIST by torchvision: unpacked once from Debian's package, or downloaded."""
     from torchvision.datasets import FashionMNIST
 
     root = cache_folder()

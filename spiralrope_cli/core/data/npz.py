@@ -1,6 +1,6 @@
-"""`.npz` files without pickle: headers, rows streamed from the zip, statistics of images. No torch.
+"""`.npz` files without pickle: headers, streamed rows, statistics. No torch.
 
-`numpy.load` reads an array of an `.npz` only as a whole: 50,000 images would be 10 GB of memory.
+`numpy.load` reads a whole array of an `.npz`: 50,000 images would be 10 GB of memory.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, Runtim
 
 POOL_SIZE, SPATIAL_SIZE = 2048, 2023
 STATISTICS = {"fid": ("mu", "sigma", POOL_SIZE), "sfid": ("mu_s", "sigma_s", SPATIAL_SIZE)}
-"""Metric -> names of mean and covariance in a file, as ADM's reference batches have, and size."""
+"""Metric -> names of mean and covariance in a file, as in ADM's reference batches, and size."""
 
 LAYOUT = 1
-"""Increased where kept statistics of older versions must not be used."""
+"""Increase it if cached statistics of older versions must not be used."""
 
 
 # --- Any array
@@ -39,7 +39,7 @@ LAYOUT = 1
 
 @dataclass(frozen=True)
 class Header:
-    """Shape and type of an array, and where its bytes begin."""
+    """Shape and dtype of an array, and the offset of its data."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -48,7 +48,7 @@ class Header:
 
     @property
     def num_bytes(self) -> int:
-        """Of the whole array."""
+        """Size of the array."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -65,11 +65,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def read_headers(path: Path) -> dict[str, Header]:
-    """The headers of all arrays of a file, without their contents.
-
-    Raises:
-        DataError: no zip, damaged, or it holds an array that only unpickling could read.
-    """
+    """The headers of all arrays of a file; pickled arrays are refused."""
     with _readable(path), zipfile.ZipFile(path) as archive:
         headers = {}
         for entry in archive.infolist():
@@ -78,13 +74,13 @@ def read_headers(path: Path) -> dict[str, Header]:
                     header = _read_header(stream, path, entry.filename)
                 if entry.file_size != (size := header.offset + header.num_bytes):
                     raise DataError(
-                        f"{path} is damaged: {entry.filename} is {entry.file_size} bytes long, and "
-                        f"its header speaks of {size}",
+                        f"{path} is damaged: {entry.filename} has {entry.file_size} bytes, but its "
+                        f"header needs {size}",
                         "copy or write it again",
                     )
                 headers[entry.filename.removesuffix(".npy")] = header
     if not headers:
-        raise DataError(f"{path} holds no arrays", "numpy.savez writes such files")
+        raise DataError(f"{path} holds no arrays", "use a file that numpy.savez wrote")
     return headers
 
 
@@ -94,17 +90,17 @@ def _read_header(stream: IO[bytes], path: Path, name: str) -> Header:
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, fortran_order, dtype = read(stream)
     except ValueError as error:
-        raise DataError(f"{path}: {name} is no array of numpy ({error})") from error
+        raise DataError(f"{path}: {name} is not a numpy array ({error})") from error
     if dtype.hasobject:
         raise DataError(
-            f"{path}: {name} holds pickled objects, which could run any program; it is not read",
+            f"{path}: {name} holds pickled objects, which could run code; it is not read",
             "save plain arrays of numbers",
         )
     return Header(shape, dtype, fortran_order, stream.tell())
 
 
 def read_array(path: Path, name: str) -> np.ndarray:
-    """One whole array, never unpickled."""
+    """One whole array, without pickle."""
     with _readable(path), zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stream:
         return npy.read_array(stream, allow_pickle=False)
 
@@ -112,10 +108,10 @@ def read_array(path: Path, name: str) -> np.ndarray:
 def stream_rows(
     path: Path, name: str, header: Header, part: range, rows: int
 ) -> Iterator[np.ndarray]:
-    """A part of an array, some rows at a time, in C order."""
+    """A part of an array in C order, `rows` rows at a time."""
     num_rows = header.shape[0]
     with _readable(path), zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stream:
-        # A stored entry is not read up to there; a compressed one is unpacked.
+        # seek skips in a stored entry; a compressed entry has to be unpacked up to this offset.
         stream.seek(header.offset + part.start * (header.num_bytes // num_rows))
         for first in range(part.start, part.stop, rows):
             piece = np.empty((min(rows, part.stop - first), *header.shape[1:]), header.dtype)
@@ -148,7 +144,7 @@ def check_statistics(path: Path, headers: dict[str, Header], metric: str) -> Non
 
 
 def read_statistics(path: Path, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Mean [D] and covariance [D, D], float64; refuses what is not finite, or no covariance."""
+    """Mean [D] and covariance [D, D], float64; checks that they are finite and a covariance."""
     mean_name, covariance_name, _ = STATISTICS[metric]
     mean = read_array(path, mean_name).astype(np.float64)
     covariance = read_array(path, covariance_name).astype(np.float64)
@@ -161,14 +157,14 @@ def read_statistics(path: Path, metric: str) -> tuple[np.ndarray, np.ndarray]:
     scale = np.abs(covariance).max()
     if np.abs(covariance - covariance.T).max() > 1e-5 * scale or covariance.diagonal().min() < 0:
         raise DataError(
-            f"{path}: {covariance_name} is no covariance, as it is not symmetric "
+            f"{path}: {covariance_name} is not a covariance: it is not symmetric, "
             "or has negative variances"
         )
     return mean, covariance
 
 
 class ReferenceCache:
-    """Statistics of one reference, a file for each part, found by its digest and the protocol."""
+    """Cached statistics of one reference, one file per part; the key is its digest and protocol."""
 
     def __init__(self, content: str, protocol: str) -> None:
         key = hashlib.sha256(repr((LAYOUT, content, protocol)).encode()).hexdigest()[:32]
@@ -178,7 +174,7 @@ class ReferenceCache:
         return self._stem.with_name(f"{self._stem.name}-{part}.npz")
 
     def load(self, parts: Iterable[str]) -> dict[str, dict[str, np.ndarray]]:
-        """Part -> its arrays; nothing unless all of them are here, and whole."""
+        """Part -> its arrays; empty unless all parts are here and readable."""
         found = {}
         for part in parts:
             path = self._path(part)
@@ -189,12 +185,12 @@ class ReferenceCache:
         return found
 
     def store(self, part: str, **arrays: np.typing.ArrayLike) -> None:
-        """Keeps a part; what goes wrong is a warning, as the metrics matter more."""
+        """Writes a part; an error is only a warning, because the metrics are still valid."""
         try:
             write_npz(self._path(part), **arrays)
         except OSError as error:
             folder = self._stem.parent
-            say(f"warning: statistics of REFERENCE cannot be kept in {folder}: {error}")
+            say(f"warning: statistics of REFERENCE cannot be cached in {folder}: {error}")
 
 
 def save_statistics(
@@ -202,7 +198,7 @@ def save_statistics(
 ) -> None:
     """Writes mean [D] and covariance [D, D] under the names that pytorch-fid and ADM read.
 
-    How many images they are of, and how they were made, is 0 and empty where it is unknown.
+    `num` is the number of images, 0 if unknown; `protocol` is empty if unknown.
     """
     arrays = {}
     for name, (mean, covariance, _) in STATISTICS.items():
@@ -212,11 +208,11 @@ def save_statistics(
         write_npz(path, num_images=num, protocol=protocol, **arrays)
     except OSError as error:
         raise SpiralRopeError(f"--save-stats {path} cannot be written: {error}") from error
-    say(f"statistics of SAMPLES, {num or 'an unknown number of'} images, are in {path}")
+    say(f"statistics of SAMPLES ({num or 'an unknown number of'} images) are in {path}")
 
 
 def write_npz(path: Path, **arrays: np.typing.ArrayLike) -> None:
-    """Writes arrays under their names; the file has its name only when it is whole."""
+    """Writes arrays atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as beside, beside.open("wb") as stream:
         np.savez(stream, **arrays)  # type: ignore[arg-type]

@@ -1,11 +1,11 @@
-"""The folder of `dit-sample`: images while they are drawn, and the archive that they become.
+"""The output folder of `dit-sample`.
 
-OUT/samples.json        what makes them, written before the first
-OUT/samples.npz.part    all images, each at its place, while some are missing
-OUT/samples.done        one byte per image, 1 where it is there
-OUT/samples.npz         `arr_0`, uint8 [N, H, W, 3]: the same file, when all are there
-OUT/samples.png         the first ones as a grid
-OUT/png/000000.png      every image, where that is wanted
+OUT/samples.json        options and weights, written before the first image
+OUT/samples.npz.part    the images so far, each at its final offset
+OUT/samples.done        one byte per image: 1 if it is written
+OUT/samples.npz         `arr_0`, uint8 [N, H, W, 3]: the part file, complete and renamed
+OUT/samples.png         grid of the first images
+OUT/png/000000.png      every image, with --png
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ PNG_FOLDER = "png"
 GRID_IMAGES = 64
 CHUNK = 1 << 22
 SAY_ABOVE = 1 << 30
-"""Bytes of images whose checksum takes so long that a line announces it."""
+"""For more bytes than this, a line says that the checksum is being computed."""
 FREE_TO_DIFFER = ("made_by", "source", "versions", "trained", "data", "num_classes")
-"""Metadata that may change between two runs of the same images, or follows from the weights."""
+"""Metadata that may differ between two runs of the same images, or that the weights decide."""
 
 
 class SampleFiles:
-    """The files of one run of sampling: `num` images of `size` (H, W) in `folder`."""
+    """The files of one sampling run: `num` images of `size` (H, W) in `folder`."""
 
     def __init__(self, folder: Path, num: int, size: tuple[int, int]) -> None:
         self.folder, self.num, self.size = folder, num, size
@@ -59,15 +59,15 @@ class SampleFiles:
             array_header, {"descr": "|u1", "fortran_order": False, "shape": (num, *size, 3)}
         )
         self._array_header = array_header.getvalue()
-        # 50 000 images must not be on the disk twice. So each is written where the finished archive
-        # has it: a zip stores `arr_0` as it is, behind two headers whose length is known before.
-        # When all images are there, `finish` writes the headers before them, which hold their
-        # checksum, and the list of entries behind them.
+        # 50 000 images must not be on the disk twice, so each is written at its final offset. The
+        # zip stores `arr_0` uncompressed after two headers, whose length is known in advance. When
+        # all images are written, `finish` adds these headers, which contain the checksum, and the
+        # central directory at the end.
         self._start = len(self._headers(self._entry(checksum=0)))
         self._end = self._start + num * self._image_bytes
 
     def _entry(self, checksum: int) -> zipfile.ZipInfo:
-        """`arr_0` in the archive's list: as `zipfile` makes it, but with sizes that it is told."""
+        """The entry of `arr_0`, as `zipfile` would make it, with known sizes and checksum."""
         entry = zipfile.ZipInfo("arr_0.npy")  # its date is fixed: equal images, equal files
         entry.external_attr = 0o600 << 16
         entry.header_offset, entry.CRC = 0, checksum
@@ -76,7 +76,7 @@ class SampleFiles:
         return entry
 
     def _headers(self, entry: zipfile.ZipInfo) -> bytes:
-        """What stands before the first image: the header of the entry, and that of the array."""
+        """The bytes before the first image: header of the zip entry, header of the array."""
         return entry.FileHeader(zip64=True) + self._array_header
 
     def png(self, index: int) -> Path:
@@ -85,29 +85,25 @@ class SampleFiles:
         return self.folder / PNG_FOLDER / f"{index:0{digits}d}.png"
 
     def bytes_needed(self, png: bool) -> int:
-        """What is still to be written, with a file for every image if asked for."""
+        """Bytes that are still to be written; `png` adds one file per image."""
         all_images = self.num * self._image_bytes
         written = self._part.stat().st_blocks * 512 if self._part.exists() else 0
         needed = 0 if self.npz.exists() else all_images - written
         return needed + (all_images if png else 0)
 
     def check_same(self, metadata: dict[str, Any]) -> None:
-        """Refuses to go on in a folder that holds other images.
-
-        Raises:
-            CheckpointError: names the first options that differ, with both values.
-        """
+        """Raises if the folder holds images of other weights or options."""
         refuse_run(self.folder)
         before = read_metadata(self.folder)
         if before is None:
             if self.npz.exists():
                 raise CheckpointError(
-                    f"{self.npz} is there, and no {METADATA_FILE} says what made it",
+                    f"{self.npz} exists, but {METADATA_FILE} is missing: its options are unknown",
                     "give this run another --name or --out",
                 )
             return
         again = (
-            f"remove {self.folder} to draw again, or draw into another folder: "
+            f"remove {self.folder} to sample again, or use another folder: "
             f"spiralrope dit-sample {metadata['source']} --out FOLDER"
         )
         digests = [str(each.get("sha256"))[:12] for each in (before, metadata)]
@@ -122,15 +118,15 @@ class SampleFiles:
             raise CheckpointError(message, f"repeat those options, {again}")
 
     def finished(self, png: bool) -> bool:
-        """Whether nothing is left to do, with a file for every image if asked for."""
+        """Whether all files are there; `png` asks for one file per image too."""
         return self.npz.exists() and self.grid.exists() and not (png and self.missing_pngs())
 
     def begin(self, metadata: dict[str, Any]) -> None:
-        """Makes the files for all images, unless an earlier run did."""
+        """Creates the files, unless an earlier run did."""
         if self.npz.exists():
             return
         part, done = self._part, self._done
-        known = (self.folder / METADATA_FILE).exists()  # else nobody knows what the parts are of
+        known = (self.folder / METADATA_FILE).exists()  # else the options of the part are unknown
         whole = part.is_file() and part.stat().st_size >= self._end
         write_whole(self.folder / METADATA_FILE, json.dumps(metadata, indent=2))
         if not (known and whole and done.is_file() and done.stat().st_size == self.num):
@@ -139,7 +135,7 @@ class SampleFiles:
             write_whole(done, bytes(self.num))
 
     def missing(self) -> list[int]:
-        """Images that are not there yet, in order."""
+        """Numbers of the missing images, ascending."""
         if self.npz.exists():
             return []
         if not (self._done.is_file() and (self.folder / METADATA_FILE).exists()):
@@ -148,31 +144,31 @@ class SampleFiles:
         return np.flatnonzero(done == 0).tolist()
 
     def put(self, indices: Sequence[int], images: Tensor) -> None:
-        """Writes images at their places: [B, 3, H, W] uint8."""
+        """Writes images [B, 3, H, W] uint8 at their offsets."""
         pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
-        # Plain writes: pages of a mapped file would count as this process's memory.
+        # Not a memory map: its pages would count as memory of this process.
         with self._part.open("r+b") as file:
             for index, image in zip(indices, pixels, strict=True):
                 file.seek(self._start + index * self._image_bytes)
                 file.write(image.tobytes())
             file.flush()
-            os.fsync(file.fileno())  # whatever happens, what is marked as done is there
+            os.fsync(file.fileno())  # before the images are marked as done
         with self._done.open("r+b") as file:
             for index in indices:
                 file.seek(index)
                 file.write(b"\x01")
 
     def finish(self, metadata: dict[str, Any]) -> None:
-        """Turns the part into the `.npz`; interrupted at any moment, it can be done again."""
+        """Completes the `.npz`; after an interruption it can be called again."""
         if not self.npz.exists():
             if self._end > SAY_ABOVE:
-                say("all are drawn; their checksum is taken, for the archive")
-            os.truncate(self._part, self._end)  # a killed run may have written the list of entries
+                say("all images are sampled; computing the checksum of the archive")
+            os.truncate(self._part, self._end)  # a killed run may have written the directory
             entry = self._entry(self._checksum())
             with self._part.open("r+b") as file:
                 file.write(self._headers(entry))
                 file.seek(self._end)
-                # What it writes here, where the file is, is the list of its entries.
+                # Writes only the central directory, at the end of the file.
                 with zipfile.ZipFile(file, "w") as archive:
                     archive.comment = _comment(metadata)
                     archive.filelist.append(entry)
@@ -182,7 +178,7 @@ class SampleFiles:
             path.unlink(missing_ok=True)
 
     def _checksum(self) -> int:
-        """Of the array: its header and all images."""
+        """CRC-32 of the array: header and images."""
         checksum = zlib.crc32(self._array_header)
         with self._part.open("rb") as file:
             file.seek(self._start)
@@ -191,24 +187,24 @@ class SampleFiles:
         return checksum
 
     def _images(self, part: range, at_once: int) -> Iterator[np.ndarray]:
-        """Finished images, [B, H, W, 3] uint8 at a time."""
+        """Finished images in batches [B, H, W, 3] uint8."""
         return stream_rows(self.npz, "arr_0", read_headers(self.npz)["arr_0"], part, at_once)
 
     def write_grid(self, metadata: dict[str, Any]) -> None:
-        """The first images as one that says what made it."""
+        """Writes a grid of the first images, with the metadata in the PNG."""
         count = min(self.num, GRID_IMAGES)
         (first,) = self._images(range(count), count)
         grid = image_grid(torch.from_numpy(first).permute(0, 3, 1, 2))
         _save_png(grid, self.grid, metadata)
 
     def missing_pngs(self) -> int:
-        """How many images have no file of their own yet."""
+        """Number of images without a PNG file."""
         folder = self.folder / PNG_FOLDER
         there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         return sum(self.png(index).name not in there for index in range(self.num))
 
     def write_pngs(self, metadata: dict[str, Any], part: range) -> Iterator[int]:
-        """Gives each image of a part its file, one after the other, and yields its number."""
+        """Writes the missing PNG files of a part, and yields the number of each."""
         (self.folder / PNG_FOLDER).mkdir(exist_ok=True)
         for index, image in zip(part, self._images(part, 1), strict=True):
             path = self.png(index)
@@ -218,7 +214,7 @@ class SampleFiles:
 
 
 def _comment(metadata: dict[str, Any]) -> bytes:
-    """Metadata as an archive can carry it: without a list of classes that is too long for it."""
+    """Metadata as the comment of a zip, without the list of classes if it is too long."""
     whole = json.dumps(metadata).encode()
     if len(whole) < zipfile.ZIP_MAX_COMMENT:
         return whole
@@ -226,7 +222,7 @@ def _comment(metadata: dict[str, Any]) -> bytes:
 
 
 def npz_metadata(npz: Path) -> dict[str, Any]:
-    """What made the samples of an `.npz`, empty where it does not tell."""
+    """Metadata of the samples in an `.npz`; empty if it has none."""
     try:
         with zipfile.ZipFile(npz) as archive:
             return dict(json.loads(archive.comment or b"{}"))
@@ -235,11 +231,7 @@ def npz_metadata(npz: Path) -> dict[str, Any]:
 
 
 def read_metadata(folder: Path) -> dict[str, Any] | None:
-    """What made the samples in a folder, None where there are none.
-
-    Raises:
-        CheckpointError: the file is damaged.
-    """
+    """Metadata of the samples in a folder; None if there are none."""
     path = folder / METADATA_FILE
     if not path.exists():
         return None
