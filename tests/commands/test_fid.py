@@ -151,7 +151,7 @@ def test_a_cache_that_cannot_be_written_costs_no_result(fid, sets, cache):
     (cache / "statistics").write_text("in the way")
     found = fid(sets / "a.npz", sets / "b.npz", "--select", "recall")
     assert 0 <= found["recall"] <= 1
-    assert "warning: statistics of REFERENCE cannot be kept" in found["stderr"]
+    assert "warning: statistics of REFERENCE cannot be cached" in found["stderr"]
 
 
 def test_saved_statistics_are_a_reference(fid, sets, tmp_path):
@@ -312,7 +312,9 @@ def test_other_wrong_inputs(fid, sets, tmp_path):
         ("missing", "REFERENCE " + str(tmp_path / "missing") + " does not exist"),
     ):
         assert message in fid(sets / "a.npz", tmp_path / name).message
-    assert "holds 8 images" in fid(sets / "a.npz", sets / "b.npz", "--num-samples", "9").message
+    assert (
+        "holds only 8 images" in fid(sets / "a.npz", sets / "b.npz", "--num-samples", "9").message
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Device and precision of a run, settings that make it fast there, and versions."""
+"""Device and precision of a run, settings for speed, and versions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.runtime.launch import joined_world_size
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-"""As `--precision` calls them."""
+"""dtype -> value of `--precision`."""
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8  # of malloc.h
 
@@ -35,23 +35,23 @@ RATE_SECONDS = 0.3
 
 
 def pick_device(machine: MachineConfig) -> torch.device:
-    """The device of this process, a GPU by the local rank; refuses one that is not here."""
+    """The device of this process; GPUs by local rank. Raises if there is no such device."""
     kind = machine.device
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda":
         if not torch.cuda.is_available():
-            raise ConfigError("--device cuda: torch sees no GPU here", "use --device cpu")
+            raise ConfigError("--device cuda: torch finds no GPU", "use --device cpu")
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if torch.cuda.device_count() == 1 and joined_world_size() is not None:
-            local_rank = 0  # the scheduler shows each task only its own GPU
+            local_rank = 0  # the scheduler gave each task one visible GPU
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(
                 f"--nproc asks for more processes than the {torch.cuda.device_count()} GPU(s) here"
             )
         return torch.device("cuda", local_rank)
     if kind == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("--device mps: torch sees no such device here", "use --device cpu")
+        raise ConfigError("--device mps: torch finds no MPS device", "use --device cpu")
     return torch.device(kind)
 
 
@@ -63,7 +63,7 @@ def pick_precision(setting: str, device: torch.device) -> tuple[torch.dtype, str
         return torch.bfloat16, "--precision bf16"
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "this GPU computes bf16"
+            return torch.bfloat16, "this GPU supports bf16"
         return torch.float32, "this GPU has no bf16"
     if device.type == "cpu":
         for name, there in (
@@ -73,11 +73,11 @@ def pick_precision(setting: str, device: torch.device) -> tuple[torch.dtype, str
             if there():
                 return torch.bfloat16, f"this CPU has {name}"
         return torch.float32, "this CPU has no bf16 instructions"
-    return torch.float32, f"bf16 is untried on {device.type}"
+    return torch.float32, f"bf16 is not tested on {device.type}"
 
 
 def prepare_device(device: torch.device) -> None:
-    """Sets up the process, once, before the first tensor."""
+    """Settings of the process; call it before the first tensor."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
@@ -87,17 +87,17 @@ def prepare_device(device: torch.device) -> None:
 
 
 def forbid_tf32() -> None:
-    """Computes fp32 on GPUs in fp32, for metrics that others compute in fp32 too."""
+    """Turns TF32 off, so that metrics are comparable with those of other tools in fp32."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep the memory that a step frees for the next one.
+    """Lets glibc keep freed memory for the next step.
 
-    By default it returns the activations of every step to the system and faults them in again,
-    page by page, which costs a CPU train step several percent. One arena for all threads, so that
-    each can use what another has freed.
+    By default it returns the activations of each step to the system, and the next step has a page
+    fault for each page: several percent of a train step on a CPU. One arena for all threads, so
+    that a thread can reuse what another has freed.
     """
     if libc := _glibc():
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 25)
@@ -107,7 +107,7 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Returns the kept memory to the system when there is no next step."""
+    """Returns freed memory to the system, after the last step."""
     if libc := _glibc():
         libc.malloc_trim(0)
 
@@ -117,19 +117,19 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
-    """Autocast for forward passes; a no-op in float32."""
+    """Autocast for forward passes; does nothing for float32."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of square matmuls, the best of a short while: the ceiling of a train step here."""
+    """FLOP/s of square matmuls, the best of a few: an upper limit for a train step."""
     # Not torch.utils.benchmark: with a CUDA toolkit and no GPU, importing it logs a warning.
     side = RATE_SIDE.get(device.type, 2048)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     best, begun = float("inf"), time.perf_counter()
-    a @ b  # the first one also sets up
+    a @ b  # warm-up
     while best == float("inf") or time.perf_counter() - begun < RATE_SECONDS:
         _wait(device)
         start = time.perf_counter()
@@ -144,18 +144,18 @@ def _wait(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-# --- What metrics and speed depend on, besides a run's config
+# --- Versions and machine, for the records of a run
 
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Versions of the packages that metrics depend on."""
+    """Versions of the packages that can change metrics."""
     used = {name: version(name) for name in ("torch", "timm", "torchvision")}
     return {"spiralrope": __version__, **used, "python": platform.python_version()}
 
 
 def version_of(package: str) -> str | None:
-    """The version of an installed package, else None."""
+    """The version of a package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -163,14 +163,14 @@ def version_of(package: str) -> str | None:
 
 
 def dependencies() -> Iterator[tuple[Requirement, str | None, bool]]:
-    """Required packages, the installed version, and whether the package is optional.
+    """(requirement, installed version or None, whether optional) of each dependency.
 
-    Optional packages only if they are installed; those of developers never.
+    Optional ones only if installed; those of the extra `dev` never.
     """
     try:
         lines = requires(PACKAGE) or []
     except PackageNotFoundError:
-        lines = []  # run from a checkout that was never installed
+        lines = []  # a checkout that is not installed
     for line in lines:
         wanted = Requirement(line)
         optional = wanted.marker is not None and not wanted.marker.evaluate({"extra": ""})
@@ -197,7 +197,7 @@ def device_name(device: torch.device) -> str:
 
 @functools.cache
 def commit() -> str:
-    """The commit of this checkout, `-dirty` if it was changed since; empty outside git."""
+    """The commit of this checkout, with `-dirty` if there are changes; empty outside git."""
     if not (CHECKOUT / ".git").exists():
         return ""
     words = ("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")

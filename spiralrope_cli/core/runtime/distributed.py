@@ -1,4 +1,4 @@
-"""One worker of a job: the process group and its collectives, signals, folder, environment."""
+"""A worker process: process group, collectives, signals, lock of the run folder."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ from spiralrope_cli.core.runtime.run_folder import ENVIRONMENT_FILE, hold_folder
 _T = TypeVar("_T")
 
 TIMEOUT = timedelta(minutes=30)
-"""One process may be busy for long while the others wait: it unpacks a data set, for example."""
+"""Long, because others may wait for one process, for example while it unpacks a data set."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 REPEAT_SECONDS = 2.0
-"""One Ctrl-C reaches a worker twice, from the terminal and from the launcher."""
+"""A worker gets one Ctrl-C twice: from the terminal and from the launcher."""
 
 
 # --- The process group
 
 
 def get_rank() -> int:
-    """Number of this process, 0 without a group."""
+    """Rank of this process; 0 without a group."""
     return int(os.environ.get("RANK", "0"))
 
 
 def get_world_size() -> int:
-    """Processes in the group, 1 without one."""
+    """Number of processes in the group; 1 without a group."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def start(device: torch.device) -> None:
-    """Joins the launcher's process group; NCCL for GPUs, else gloo."""
+    """Joins the process group of the launcher: NCCL for GPUs, else gloo."""
     if get_world_size() > 1 and not dist.is_initialized():
         on_gpu = device.type == "cuda"
         dist.init_process_group(
@@ -58,20 +58,20 @@ def start(device: torch.device) -> None:
 
 
 def stop() -> None:
-    """Leaves the group."""
+    """Leaves the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def barrier() -> None:
-    """Waits until all processes are here."""
+    """Waits for all processes."""
     if dist.is_initialized():
         dist.barrier()
 
 
 @contextlib.contextmanager
 def main_process_first() -> Iterator[None]:
-    """Runs the block in the first process before all others run it, as a download into a cache."""
+    """The first process runs the block before the others, for example a download into a cache."""
     if get_rank() > 0:
         barrier()
     yield
@@ -103,11 +103,11 @@ def all_gather_object(value: _T) -> list[_T]:
 
 
 def gather_rows(rows: Tensor) -> Tensor | None:
-    """Rows [n, ...] of all processes by rank, on the first process; None on the others."""
+    """Rows [n, ...] of all processes, by rank, on the first process; None on the others."""
     if not dist.is_initialized():
         return rows
     counts = all_gather_object(len(rows))
-    # A collective takes tensors of one shape only.
+    # gather needs the same shape on all processes.
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in counts] if get_rank() == 0 else None
@@ -129,9 +129,9 @@ def all_reduce_max(value: Tensor) -> Tensor:
 
 @dataclass
 class StopRequest:
-    """Remembers a SIGINT or SIGTERM until the loop can stop; a second one ends the process.
+    """Remembers SIGINT or SIGTERM until the loop can stop; a second one ends the process.
 
-    With `at_once` the first one ends it, where there is nothing to save.
+    With `at_once` the first one ends it, because there is nothing to save.
     """
 
     signal_number: int = 0
@@ -155,7 +155,7 @@ class StopRequest:
         now = time.monotonic()
         if self.at_once:
             for each in SIGNALS:
-                signal.signal(each, signal.SIG_IGN)  # a repeated one would interrupt the clean-up
+                signal.signal(each, signal.SIG_IGN)  # a second one would interrupt the clean-up
             if get_rank() == 0:
                 say(f"ended by {signal.Signals(number).name}")
             raise SystemExit(128 + number)
@@ -165,9 +165,9 @@ class StopRequest:
             os._exit(128 + number)  # without a checkpoint
 
     def agreed(self, device: torch.device, ask_all: bool) -> int:
-        """The signal for which all processes stop, 0 to go on.
+        """The signal for which all processes stop; 0: continue.
 
-        A collective on `device`, so that `ask_all` must be the same in all processes.
+        With `ask_all` this is a collective, so all processes must pass the same value.
         """
         if get_world_size() == 1:
             return self.signal_number
@@ -178,7 +178,7 @@ class StopRequest:
 
 @dataclass(frozen=True)
 class DistContext:
-    """One worker's surroundings."""
+    """Rank, device and precision of this process."""
 
     rank: int
     world_size: int
@@ -189,19 +189,15 @@ class DistContext:
 
     @property
     def is_first(self) -> bool:
-        """Whether this worker writes and speaks."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
 
 @contextlib.contextmanager
 def open_context(machine: MachineConfig, folder: Path | None) -> Iterator[DistContext]:
-    """Prepares this process for a run, and locks the run's folder.
+    """Prepares this process for a run, and locks the run folder.
 
-    Without a folder there is nothing to save before it stops, so a signal ends it at once.
-
-    Raises:
-        CheckpointError: another run holds the folder, or it cannot be written.
-        ConfigError: no such device.
+    Without a folder there is nothing to save, so a signal ends the process at once.
     """
     device = devices.pick_device(machine)
     devices.prepare_device(device)
@@ -217,14 +213,14 @@ def open_context(machine: MachineConfig, folder: Path | None) -> Iterator[DistCo
         try:
             yield DistContext(get_rank(), get_world_size(), device, dtype, reason, request)
         except SystemExit:
-            stop()  # all processes leave at the same step
+            stop()  # all processes exit at the same step
             raise
     # Not after an error: the others would fail on the closed connection before it is printed.
     stop()
 
 
 def write_environment(folder: Path, ctx: DistContext) -> None:
-    """Writes `environment.json`, of the last process that worked in a run folder."""
+    """Writes `environment.json` of the last command that ran in a folder."""
     environment = {
         "device": ctx.device.type,
         "device_name": devices.device_name(ctx.device),

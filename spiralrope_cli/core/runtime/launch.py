@@ -1,6 +1,6 @@
-"""Starts a job's worker processes or joins those of a launcher, and raises one error if they fail.
+"""Starts the worker processes of a job, or joins those of a launcher; raises one error for all.
 
-At module level this imports the standard library only, so that usage errors stay fast.
+The module imports no torch, so that usage errors are fast.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ ERROR_FOLDER_VARIABLE = "SPIRALROPE_ERROR_FOLDER"
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1  # macOS does not tell which cores a process may use.
+    return os.cpu_count() or 1  # macOS has no affinity
 
 
 def cores_per_process() -> int:
-    """Cores of this process, where several on this machine share them."""
+    """Cores divided by the processes on this machine."""
     return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def share_the_machine() -> None:
-    """Lets OpenMP threads spin for microseconds before they sleep; called before torch is loaded.
+    """Lets OpenMP threads spin only for microseconds before they sleep; call it before torch loads.
 
-    By default they spin for milliseconds. If another process wants the core, each of the thousands
-    of waits in a train step then lasts a time slice of the system. On an idle machine short spins
-    cost nothing.
+    By default they spin for milliseconds. If another process needs the core, each wait then lasts
+    a time slice of the scheduler, and a train step has thousands of waits. On an idle machine
+    short spins cost nothing.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
@@ -62,35 +62,35 @@ def joined_world_size() -> int | None:
     """Number of processes if torchrun or srun started this one, else None."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
-    # srun alone sets the step's number of tasks; a batch script without it has only the job's.
+    # Only srun sets the number of tasks of a step; a batch script has only that of the job.
     num_tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     return num_tasks if num_tasks > 1 and "SLURM_PROCID" in os.environ else None
 
 
 def check_not_joined() -> None:
-    """Refuses to run under a launcher, for `run`: each of its stages forms a group of its own."""
+    """Raises under torchrun or srun: each stage of `run` needs its own process group."""
     if (joined_world_size() or 1) > 1:
         raise ConfigError(
-            "run starts the processes of each stage itself, and cannot join those of a launcher",
-            "use --nproc, --nnodes and --rdzv-endpoint in place of torchrun or srun's tasks; the "
-            "single commands do join",
+            "run starts the processes of each stage itself; it cannot join those of a launcher",
+            "use --nproc, --nnodes and --rdzv-endpoint instead of torchrun or tasks of srun; the "
+            "single commands can join",
         )
 
 
 def is_first_process() -> bool:
-    """Whether this process prints for all that a launcher started."""
+    """Whether this process prints for all processes of a launcher."""
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     return rank == "0" or joined_world_size() is None
 
 
 def say_notes(notes: Iterable[str]) -> None:
-    """What the user should know before a job starts, from the process that speaks for all."""
+    """Prints notes before a job starts, on the first process."""
     for note in notes if is_first_process() else ():
         say(f"note: {note}")
 
 
 def num_local_workers(machine: MachineConfig) -> int:
-    """`--nproc`, or one per GPU, or one."""
+    """`--nproc`; by default one per GPU, or one on a CPU."""
     if machine.nproc:
         return machine.nproc
     if machine.device == "cpu":
@@ -101,12 +101,12 @@ def num_local_workers(machine: MachineConfig) -> int:
 
 
 def world_size(machine: MachineConfig) -> int:
-    """Processes of the run, over all machines."""
+    """Number of processes over all machines."""
     return joined_world_size() or num_local_workers(machine) * machine.nnodes
 
 
 class Launched(Protocol):
-    """The config of a run: its machine, and the folder that it writes to."""
+    """The config of a run, as `launch` needs it."""
 
     @property
     def machine(self) -> MachineConfig: ...  # noqa: D102
@@ -116,12 +116,7 @@ class Launched(Protocol):
 
 
 def launch(job: str, run: Launched) -> None:
-    """Calls a job, `module:function`, as function(run) in every worker.
-
-    Raises:
-        SpiralRopeError: what a worker raised, once.
-        LaunchError: a worker died without an error.
-    """
+    """Calls a job, `module:function`, as function(run) in every worker; raises one error."""
     machine = run.machine
     if joined_world_size() is not None:
         _adopt_slurm()
@@ -149,13 +144,13 @@ def _call(job: str, run: Launched) -> None:
 
 
 def _adopt_slurm() -> None:
-    """Sets the variables of torch.distributed from those of srun."""
+    """Sets the environment variables of torch.distributed from those of srun."""
     if "RANK" in os.environ:
         return
     env = os.environ
     env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
     env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
-    # "node[03-07,9],other" begins with node03, where task 0 runs.
+    # The first node, where task 0 runs: node03 of "node[03-07,9],other".
     first = re.match(r"([^,\[]+)(?:\[(\w+))?", env.get("SLURM_STEP_NODELIST", "127.0.0.1"))
     env.setdefault("MASTER_ADDR", "".join(part or "" for part in first.groups()) if first else "")
     job_number = int(env.get("SLURM_JOB_ID", "0"))
@@ -170,12 +165,12 @@ def _launch_elastic(job: str, run: Launched, num_workers: int) -> None:
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # Silenced one by one: each has a level of its own, so that of the parent has no effect.
+    # Each logger has a level of its own, so silencing the parent has no effect.
     for name in list(logging.root.manager.loggerDict):
         if name.startswith(("torch.distributed.", "torch.multiprocessing")):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     machine = run.machine
-    # Unless the user set a number; torchrun would give each worker one thread.
+    # Unless the user has set it. The default of torchrun is one thread per worker.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // num_workers)))
     endpoint = machine.rdzv_endpoint or "localhost:0"
     with tempfile.TemporaryDirectory(prefix="spiralrope-") as folder:
@@ -206,10 +201,10 @@ def _launch_elastic(job: str, run: Launched, num_workers: int) -> None:
 
 
 def _work(job: str, run: Launched) -> None:
-    """The main function of a worker process; writes its error into a file for the parent.
+    """The main function of a worker; it writes its error into a file for the parent.
 
-    torch's own `record` does the same, but its file has no hint and no exit code, and it prints a
-    traceback for errors that are not bugs.
+    torch's `record` does this too, but without hint and exit code, and it prints a traceback for
+    errors that are no bugs.
     """
     try:
         _call(job, run)
@@ -228,11 +223,11 @@ def _work(job: str, run: Launched) -> None:
 
 
 def leave_at_once(code: int) -> NoReturn:
-    """Ends a worker after an error, without the interpreter's shutdown.
+    """Exits a worker after an error, without the shutdown of the interpreter.
 
-    The process group is still open, and its threads sometimes abort a shutdown with a core dump.
+    The process group is still open; its threads sometimes abort a shutdown with a core dump.
     """
-    gc.collect()  # closes what the error still refers to, such as queues to loader processes
+    gc.collect()  # closes what the error refers to, such as queues to data loader workers
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -252,7 +247,7 @@ def _leave_error(error: SpiralRopeError) -> None:
 
 
 def _raise_first(folder: Path, failed: Any) -> None:
-    """Raises the first worker's error, before any bug that it may have caused in the others."""
+    """Raises the first error of a worker; bugs, which may be its consequences, come last."""
     reports = sorted(
         (json.loads(path.read_text()) for path in folder.glob("*.json")),
         key=lambda each: (each["is_bug"], each["time"]),
@@ -270,4 +265,4 @@ def _raise_first(folder: Path, failed: Any) -> None:
         out_of_memory = "often the system ran out of memory: try a smaller --micro-batch-size"
         hint = out_of_memory if why == "SIGKILL" else ""
         raise LaunchError(f"worker {rank} was killed by {why}", hint) from None
-    raise LaunchError(f"worker {rank} left with exit code {code}") from None
+    raise LaunchError(f"worker {rank} ended with exit code {code}") from None

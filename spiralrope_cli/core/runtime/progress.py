@@ -1,7 +1,7 @@
-"""What a command says: results on stdout, all else on stderr; how far it is; what a run records.
+"""Console output, progress and `metrics.jsonl`.
 
-What can be counted shows as a bar on a terminal, and as lines elsewhere. Of the processes of a run
-the first one alone speaks and records.
+Results go to stdout, everything else to stderr. Progress is a bar on a terminal, and lines
+elsewhere. Only the first process of a run prints and logs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from spiralrope_cli.core.config.dit_runs import TrainingRun
 
 SECONDS = 30.0
-"""Between lines in a log."""
+"""Between progress lines, without a terminal."""
 
 METRICS_FILE = "metrics.jsonl"
 SHOWN = {
@@ -50,31 +50,31 @@ SHOWN = {
 
 
 def console(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """A console that shows text as it is: names and paths may hold [brackets]."""
+    """A console without markup: names and paths may contain [brackets]."""
     return Console(stderr=stderr, quiet=quiet, highlight=False, markup=False)
 
 
 def say(line: str, to: Console | None = None) -> None:
-    """One line, never cut: on stderr, or on the console that shows a bar, which makes way."""
+    """Prints one line, not wrapped, on stderr or on the console of a bar."""
     (to or console(stderr=True)).print(line, soft_wrap=True)
 
 
 def say_result(line: str) -> None:
-    """One line on stdout, never cut."""
+    """Prints one line, not wrapped, on stdout."""
     console().print(line, soft_wrap=True)
 
 
 def say_unreadable(reasons: dict[str, str]) -> None:
-    """How many images were left out, and the first of them with the reason."""
+    """Prints how many images were skipped, and the first ten with the reason."""
     if not reasons:
         return
-    say(f"{len(reasons)} image(s) could not be read and were left out:")
+    say(f"{len(reasons)} image(s) could not be read and were skipped:")
     for path, reason in sorted(reasons.items())[:10]:
         say(f"  {path}: {reason}")
 
 
 def human_size(size: float) -> str:
-    """Bytes in decimal units, as download pages show them."""
+    """Bytes in decimal units."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.3g} {unit}"
@@ -86,15 +86,15 @@ def human_size(size: float) -> str:
 def counted(
     what: str, total: int, *, shown: bool, done: int = 0, unit: str = "per second", parts: int = 1
 ) -> Iterator[Callable[[int], None]]:
-    """A function that is told how many more are done.
+    """A progress bar, or lines; yields `advance(n)`.
 
     Args:
-        what: is counted.
-        total: all of them.
-        shown: whether this process speaks.
-        done: those that an earlier run did; they say nothing about the pace.
-        unit: of the pace.
-        parts: of each one, where those are told; whole ones are shown.
+        what: label.
+        total: number of items.
+        shown: whether this process prints.
+        done: items of an earlier run; they do not count for the rate.
+        unit: unit of the rate.
+        parts: `advance` counts parts, so many per item; items are shown.
     """
     out = console(stderr=True, quiet=not shown)
     columns = bar_columns(what, MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
@@ -120,12 +120,12 @@ def counted(
 
 
 def bar_columns(what: str, *counts: ProgressColumn) -> list[ProgressColumn]:
-    """A bar as wide as there is room, what it counts, and the time that is left."""
+    """Columns of a bar: label, bar, counts, remaining time."""
     return [TextColumn(what), BarColumn(None), *counts, TimeRemainingColumn(), TextColumn("left")]
 
 
 def time_left(task: Task, first: int) -> str:
-    """Until the end, at the pace since this process began with the first."""
+    """Remaining time at the rate of this process, which began at item `first`."""
     done, left = task.completed - first, (task.total or 0) - task.completed
     if left and not done:
         return "?"
@@ -136,7 +136,7 @@ def time_left(task: Task, first: int) -> str:
 
 
 class Reporter:
-    """Shows and records the progress of a training run; where `first` is False, nothing."""
+    """Prints and logs the progress of a training run, if `first`."""
 
     def __init__(
         self, run: TrainingRun, *, step: int, best_acc1: float | None, first: bool
@@ -195,7 +195,7 @@ class Reporter:
         )
 
     def say(self, line: str) -> None:
-        """One plain line."""
+        """Prints one line."""
         say(line, self.console)
 
     def _epoch(self, step: int) -> str:
@@ -216,7 +216,7 @@ class Reporter:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All lines of `metrics.jsonl`; a line that a crash cut off is left out."""
+    """All lines of `metrics.jsonl`, without lines that a crash cut off."""
     path = folder / METRICS_FILE
     lines = []
     for line in path.read_text().splitlines() if path.exists() else []:
@@ -226,22 +226,18 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def best_validation(validations: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The one of the highest acc@1 of the raw weights, the first of several."""
+    """The validation with the highest acc@1 of the raw weights; the first one if equal."""
     return max(validations, key=lambda values: values["acc1"])
 
 
 def forget_after(folder: Path, step: int) -> None:
-    """Drops what was logged beyond a checkpoint: the resumed run will log it again."""
+    """Removes lines after a checkpoint: the resumed run logs them again."""
     lines = [line for line in read_metrics(folder) if line["step"] <= step]
     write_whole(folder / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def check_tracker(kind: str) -> None:
-    """Refuses a tracker that is not installed.
-
-    Raises:
-        ConfigError: says what to install.
-    """
+    """Raises if a tracker is not installed."""
     if kind != "none" and importlib.util.find_spec(kind) is None:
         raise ConfigError(f"--tracker {kind} is not installed", f"pip install 'spiralrope[{kind}]'")
 
@@ -249,7 +245,7 @@ def check_tracker(kind: str) -> None:
 def open_tracker(
     kind: str, folder: Path, config: dict[str, Any]
 ) -> tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]:
-    """A function that takes (step, values), and one that closes the tracker."""
+    """`log(step, values)` and `close()` of a tracker."""
     if kind == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
@@ -263,7 +259,7 @@ def open_tracker(
     if kind == "wandb":
         import wandb
 
-        # The id lies in the folder, so that a resumed run goes on and a new one does not.
+        # The id is kept in the run folder, so that a resumed run continues the same W&B run.
         kept = folder / "wandb-id"
         if not kept.exists():
             kept.write_text(uuid.uuid4().hex)

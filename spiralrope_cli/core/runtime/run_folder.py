@@ -1,6 +1,6 @@
-"""A run's folder: its files, whether a command may go on in it, and whether there is room.
+"""The run folder: its files, whether a command may resume in it, and disk space.
 
-Without torch, so that the parent can refuse before any worker starts.
+No torch, so that errors come before any worker starts.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ STEP_DIGITS = 7
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Folder of the checkpoint of a step."""
     return folder / CHECKPOINTS / f"{step:0{STEP_DIGITS}d}"
 
 
 def sample_file(folder: Path, step: int) -> Path:
-    """Where the sample grid of a step lies."""
+    """File of the sample grid of a step."""
     return folder / SAMPLES / f"{step:0{STEP_DIGITS}d}.png"
 
 
 def steps_on_disk(folder: Path) -> list[int]:
-    """Steps of all whole checkpoints, in rising order."""
+    """Steps of all complete checkpoints, ascending."""
     checkpoints = folder / CHECKPOINTS
     if not checkpoints.is_dir():
         return []
@@ -52,51 +52,48 @@ def steps_on_disk(folder: Path) -> list[int]:
 
 
 def run_configs(folder: Path) -> Iterator[Path]:
-    """Configs of the runs in a folder, of the stages of pipelines, and of those of sweeps."""
+    """Config files of the runs in a folder, also inside pipelines and sweeps."""
     for depth in (1, 2, 3):
         yield from folder.glob(f"{'*/' * depth}{CONFIG_FILE}")
 
 
 def inner_runs(folder: Path) -> str:
-    """What to name in place of a folder that holds those of runs, as a hint; else empty."""
+    """A hint that names the runs inside a folder; empty if there are none."""
     inside = sorted(str(config.parent) for config in run_configs(folder))
     more = ", ..." if len(inside) > 3 else ""
     return f"name a run in it: {', '.join(inside[:3])}{more}" if inside else ""
 
 
 def find_run(given: str) -> Path:
-    """The run folder that a word names: a path, or a name below the runs folder."""
+    """The run folder by path, or by name below `runs/`."""
     for folder in (Path(given).expanduser(), Path(RUNS_FOLDER) / given):
         if folder.is_dir():
             return folder
     there = [entry.name for entry in sorted(Path(RUNS_FOLDER).glob("*/"))]
     near = difflib.get_close_matches(given, there, n=1, cutoff=0.5)
     raise CheckpointError(
-        f"there is no run {given}, neither here nor below {RUNS_FOLDER}/",
+        f"there is no run {given}, also not below {RUNS_FOLDER}/",
         f"did you mean {near[0]}?" if near else "",
     )
 
 
 def refuse_run(folder: Path) -> None:
-    """Refuses to put something else into the folder of a training run."""
+    """Raises if a folder is that of a training run, for other outputs."""
     if (folder / CONFIG_FILE).exists() or (folder / CHECKPOINTS).is_dir():
         raise CheckpointError(
-            f"--out {folder} is the folder of a training run", "name another, perhaps one in it"
+            f"--out {folder} is the folder of a training run",
+            "choose another, for example a new folder inside it",
         )
 
 
 def first_step(run: TrainingRun) -> int:
-    """The step at which the run goes on in its folder, 0 to start.
-
-    Raises:
-        CheckpointError: a run with other options, or `--resume` forbids or demands a checkpoint.
-    """
+    """The step at which the run resumes; 0: start. Checks `--resume` and the options."""
     folder = Path(run.out)
     steps = steps_on_disk(folder)
     if run.machine.resume == "must" and not steps:
         raise CheckpointError(
             f"--resume must: {folder / CHECKPOINTS} holds no checkpoint",
-            "use --resume auto to start there",
+            "use --resume auto to start from step 0",
         )
     if not steps:
         return 0
@@ -110,20 +107,20 @@ def first_step(run: TrainingRun) -> int:
 
 
 def is_finished(run: TrainingRun, step: int) -> bool:
-    """Whether a run that would go on at a step has nothing left to do, its curves included."""
+    """Whether a run at this step is finished, curves included."""
     return step == run.total_steps and (Path(run.out) / CURVES_FILE).exists()
 
 
 def check_same(run: TrainingRun, folder: Path) -> None:
-    """Refuses to continue a run with options that compute something else."""
+    """Raises if the run in a folder has other options that change its results."""
     if not (folder / CONFIG_FILE).is_file():
         raise CheckpointError(
             f"{folder} holds checkpoints but no {CONFIG_FILE}",
-            "put it back, or choose another --out or --name",
+            "restore it, or choose another --out or --name",
         )
     before, now = read_config(folder / CONFIG_FILE, type(run)), flat_values(run)
     known, free = leaves(type(run)), free_fields(type(run))
-    # A default in its place could be another value than the one it was trained with.
+    # No default in its place: the run may have been trained with another value.
     if lacking := [name for name in now if name not in before and name not in free]:
         raise CheckpointError(
             f"{folder / CONFIG_FILE} lacks {', '.join(lacking)}",
@@ -137,9 +134,9 @@ def check_same(run: TrainingRun, folder: Path) -> None:
 
 
 def repeated_run(kind: type[TrainingRun], folder: Path, given: Mapping[str, Any]) -> TrainingRun:
-    """The run in a folder; options may repeat those it has, and not change them."""
+    """The run in a folder; given options must be equal to those of the run."""
     values = {**read_config(folder / CONFIG_FILE, kind), "out": str(folder)}
-    may_differ = free_fields(kind) | {"precision"}  # of what is done with it now
+    may_differ = free_fields(kind) | {"precision"}  # it is that of the new command
     changes = {k: v for k, v in given.items() if k in values and k not in may_differ}
     if "data" in changes and (root := Path(str(changes["data"])).expanduser()).is_dir():
         changes["data"] = str(root.resolve())
@@ -153,9 +150,9 @@ def differences(
     free: Collection[str],
     word: Callable[[str], str] = str,
 ) -> str:
-    """The first values that differ, with what they were and are; empty where none do.
+    """The first values that differ, as text; empty if all are equal.
 
-    Those in `free` may differ; `word` gives what a name is called.
+    Names in `free` may differ; `word` gives the option of a name.
     """
     changed = [
         f"{word(name)} was {before.get(name)}, now {value}"
@@ -167,7 +164,7 @@ def differences(
 
 
 def write_config(run: TrainingRun) -> None:
-    """Writes everything that is needed to repeat the run, in one piece."""
+    """Writes the config, with everything that is needed to repeat the run."""
     import yaml
 
     write_whole(Path(run.out) / CONFIG_FILE, yaml.safe_dump(to_nested(run), sort_keys=False))
@@ -175,7 +172,7 @@ def write_config(run: TrainingRun) -> None:
 
 @contextlib.contextmanager
 def hold_folder(folder: Path) -> Iterator[IO[str]]:
-    """Keeps a run folder for this process until it ends, however it ends."""
+    """Locks a run folder until this process ends."""
     import fcntl
 
     try:
@@ -186,7 +183,7 @@ def hold_folder(folder: Path) -> Iterator[IO[str]]:
         raise CheckpointError(f"{folder} cannot be written: {why}") from error
     with lock:
         try:
-            # A record lock: loader processes do not inherit it, so it ends with this process.
+            # A record lock: data loader workers do not inherit it, so it ends with this process.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             lock.seek(0)
@@ -203,21 +200,21 @@ def hold_folder(folder: Path) -> Iterator[IO[str]]:
 
 
 def write_sources(run: TrainingRun, sources: dict[str, str]) -> None:
-    """Where each value of the config came from, for the report; before any worker starts."""
+    """Writes the origin of each value, for the report; before any worker starts."""
     folder = Path(run.out)
-    # Where several machines share the folder, one may be here while the other works already.
+    # With several machines another one may have locked the folder already.
     with hold_folder(folder) if run.machine.nnodes == 1 else contextlib.nullcontext():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / SOURCES_FILE, sources)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a file for people and scripts, in one piece."""
+    """Writes a JSON file atomically."""
     write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What such a file holds; nothing where there is none, or a damaged one."""
+    """The content of a JSON file; empty if it is missing or damaged."""
     with contextlib.suppress(OSError, ValueError):
         content = json.loads(path.read_text())
         return content if isinstance(content, dict) else {}
@@ -225,10 +222,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_rows(path: Path, *, strict: bool = False) -> list[dict[str, Any]]:
-    """Rows of an `eval.json`, none where there is no such file; a damaged one is set aside.
+    """Rows of an `eval.json`, none if it is missing.
 
-    Raises:
-        CheckpointError: it is damaged, and `strict` forbids to go on without it.
+    A damaged file is renamed; with `strict` it is an error.
     """
     if not path.exists():
         return []
@@ -240,22 +236,22 @@ def read_rows(path: Path, *, strict: bool = False) -> list[dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         if strict:
             raise CheckpointError(
-                f"{path} cannot be read: {error}", "evaluate again, or move it away"
+                f"{path} cannot be read: {error}", "evaluate again, or move the file away"
             ) from error
     aside = path.with_suffix(".damaged")
     os.replace(path, aside)
-    say(f"note: {path} was no list of rows; it is now {aside.name}")
+    say(f"note: {path} was damaged (no list of rows); it was renamed to {aside.name}")
     return []
 
 
 def nearest_folder(path: Path) -> Path:
-    """A folder, or the nearest above it that is there."""
+    """A folder, or its nearest parent that exists."""
     absolute = path.absolute()
     return next(each for each in (absolute, *absolute.parents) if each.exists())
 
 
 def check_space(*needs: tuple[Path, int], what: str, hint: str) -> None:
-    """Refuses what the disks cannot hold: folders, there or not yet, and the bytes for each."""
+    """Raises if the disks have too little space for these (folder, bytes)."""
     by_disk: dict[int, tuple[Path, int]] = {}
     for folder, size in needs:
         there = nearest_folder(folder)

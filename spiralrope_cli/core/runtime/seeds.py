@@ -1,4 +1,4 @@
-"""Random numbers that belong to a (seed, purpose, step or index), never to a process."""
+"""Random numbers as functions of (seed, purpose, step or index), the same for any process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def seed_for(*parts: int | str) -> int:
-    """A 63-bit seed that is the same on every machine for the same parts."""
+    """A 63-bit seed: a hash of the parts, the same on every machine."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -22,24 +22,24 @@ def generator_for(*parts: int | str) -> torch.Generator:
 
 
 def seed_everything(*parts: int | str) -> None:
-    """Seeds torch, numpy and random, for library code that draws from the global ones."""
+    """Seeds the global generators of torch, numpy and random, for library code that uses them."""
     seed = seed_for(*parts)
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # timm draws from the global state
+    np.random.seed(seed % 2**32)  # timm uses numpy's global generator
     torch.manual_seed(seed)
 
 
 def drawn_class(seed: int, num_classes: int, index: int) -> int:
-    """The class of a sampled image if none was asked for."""
+    """The random class of a sampled image, if `--classes` is not given."""
     return int(torch.randint(num_classes, (), generator=generator_for(seed, "label", index)))
 
 
 class NoisePerImage:
-    """Normal noise of a batch in which every image has its own generator.
+    """Standard normal noise for a batch, with one generator per image.
 
-    The noise of image i follows from (seed, purpose, i), whatever the batch and the process it is
-    in. Each draw advances the generators: the first one starts a trajectory, the next ones are its
-    steps. It is drawn on the CPU, so that it is the same on all devices.
+    The noise of image i depends on (seed, purpose, i) only, not on its batch or process. The first
+    call gives the initial noise, the next ones that of each step. The generators are on the CPU,
+    so that the noise is the same for all devices.
     """
 
     def __init__(
