@@ -60,7 +60,7 @@ def modules_that_launch():
 
 
 def call_launch_instead(monkeypatch):
-    """The list where (job, run) goes in place of workers, whichever module would start them."""
+    """The list where (work, run) goes in place of workers, whichever module would start them."""
     called = []
     for module in modules_that_launch():
         monkeypatch.setattr(f"{module}.launch", lambda *given: called.append(given))

@@ -32,7 +32,6 @@ EVERYTHING_RANDOM = {
     "schedule": "cosine",
 }
 SMALL_PICTURES = ("--image-size", 16, "--patch-size", 8, "--batch-size", 4, "--warmup-epochs", 0)
-JOB = "spiralrope_cli.core.jobs.train:work"
 
 
 def weights(folder: Path, kind: str = "model", step: int | None = None) -> dict[str, torch.Tensor]:
@@ -153,12 +152,12 @@ def test_a_signal_saves_and_leaves_with_its_code(on_pictures, started, runs, num
 def trained_by(runs, tiny):
     """Trains in so many processes and gives the folder."""
 
-    def train(nproc, **options):
+    def call(nproc, **options):
         run = tiny(out=f"by{nproc}-{options.get('seed', 0)}", nproc=nproc, **options)
-        launch.launch(JOB, run)
+        launch.launch(train.work, run)
         return runs / run.out
 
-    return train
+    return call
 
 
 def test_any_number_of_processes_trains_and_counts_the_same(trained_by):

@@ -31,7 +31,6 @@ from spiralrope_cli.core.runtime.progress import read_metrics
 from spiralrope_cli.core.training import diffusion, loop
 from spiralrope_cli.core.training.step import LossMeter
 
-JOB = "spiralrope_cli.core.jobs.train:work"
 CPU = torch.device("cpu")
 
 
@@ -99,7 +98,7 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tiny,
 def test_any_split_of_a_batch_trains_the_same(tiny, runs, nproc, micro):
     same = {"max_steps": 4, "schedule": "constant"}
     train.work(tiny(out="one", **same))
-    launch.launch(JOB, tiny(out="other", nproc=nproc, micro_batch_size=micro, **same))
+    launch.launch(train.work, tiny(out="other", nproc=nproc, micro_batch_size=micro, **same))
     for kind in ("model", "ema"):
         assert relative_distance(weights(runs / "other", kind), weights(runs / "one", kind)) < 1e-5
     for mine, its in zip(logged(runs / "other"), logged(runs / "one"), strict=True):
@@ -308,7 +307,7 @@ def test_cached_latents_train_as_the_vae_in_the_loop_does(
             assert grid.size == (2 * 66 + 2, 4 * 66 + 2)
     # Every epoch draws from the posterior anew: two steps are two epochs here.
     launch.launch(
-        JOB, tiny(out="two", latents="latents", nproc=2, max_steps=4, schedule="constant")
+        train.work, tiny(out="two", latents="latents", nproc=2, max_steps=4, schedule="constant")
     )
     assert relative_distance(weights(runs / "two"), weights(runs / "cached")) < 1e-5
     (shard,) = (runs / "latents").glob("*.safetensors")

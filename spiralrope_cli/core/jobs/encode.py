@@ -49,8 +49,6 @@ if TYPE_CHECKING:
     from spiralrope_cli.core.diffusion.vae import Vae
     from spiralrope_cli.core.runtime.distributed import DistContext
 
-JOB = "spiralrope_cli.core.jobs.encode:work"
-
 
 @dataclass(frozen=True)
 class EncodePlan:
@@ -84,7 +82,7 @@ def encode(given: dict[str, Any]) -> None:
     settled = settle(build(EncodeRun, values), fetch=not own.dry_run)
     plan(settled)
     if not own.dry_run:
-        launch(JOB, settled)
+        launch(work, settled)
 
 
 def settle(run: EncodeRun, *, fetch: bool = True) -> EncodePlan:

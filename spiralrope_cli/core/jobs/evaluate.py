@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from spiralrope_cli.core.runtime.distributed import DistContext
     from spiralrope_cli.core.weights import Weights
 
-JOB = "spiralrope_cli.core.jobs.evaluate:work"
 
 digest_of_file = cache(sha256_of)  # a large file has several rows
 
@@ -57,7 +56,7 @@ def evaluate(given: dict[str, Any]) -> None:
             say(f"newest run: {options.sources[0]}")
     run, notes = settle(options, machine, set(given))
     say_notes(notes)
-    launch(JOB, run)
+    launch(work, run)
 
 
 # ---- settle

@@ -307,7 +307,7 @@ def evaluate_all(config: dict[str, Any], *, dry_run: bool) -> bool:
             print_evaluation(rows)
     elif not dry_run:
         say_notes(notes)
-        launch(evaluate.JOB, run)
+        launch(evaluate.work, run)
     return bool(rows)
 
 
@@ -324,7 +324,7 @@ def score_samples(run: FidRun, *, dry_run: bool) -> bool:
         say(f"{run.result_file} is there")
         score.report(run, result)
     elif not dry_run:
-        launch(score.JOB, score.settle(run))
+        launch(score.work, score.settle(run))
     return bool(result)
 
 

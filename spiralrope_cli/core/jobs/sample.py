@@ -48,8 +48,6 @@ if TYPE_CHECKING:
     from spiralrope_cli.core.runtime.distributed import DistContext
     from spiralrope_cli.core.weights import Weights
 
-JOB = "spiralrope_cli.core.jobs.sample:work"
-
 
 def sample(given: dict[str, Any]) -> None:
     """Draws the images of the options that the user gave, as far as they are not there."""
@@ -151,7 +149,7 @@ def carry_out(run: SampleRun, weights: Weights, *, dry_run: bool) -> bool:
     if is_first_process():
         plan(run, weights, files)
     if not dry_run:
-        launch(JOB, run)
+        launch(work, run)
     return finished
 
 

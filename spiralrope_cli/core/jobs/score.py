@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from spiralrope_cli.core.metrics.features import Measured
     from spiralrope_cli.core.metrics.inception import InceptionFeatures
 
-JOB = "spiralrope_cli.core.jobs.score:work"
 NEIGHBOURHOOD = 4
 """Images that Precision and Recall need: one, and its neighbours."""
 USUAL_COUNT = 50_000
@@ -48,7 +47,7 @@ def score(given: dict[str, Any]) -> None:
     plan = settle(run)
     idle = () if plan.run.weights else OF_FEATURES
     say_notes(idle_lines(FidRun, [(name, "no image is looked at") for name in idle], given))
-    launch(JOB, plan)
+    launch(work, plan)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from spiralrope_cli.core.training import loop
     from spiralrope_cli.core.weights import Weights
 
-JOB = "spiralrope_cli.core.jobs.train:work"
 CLAMP_HINT_FRACTION = 0.15
 ORIGINS = (
     *("option", "config file", "environment", "latents", "source", "data set"),
@@ -117,7 +116,7 @@ def carry_out(resolved: Resolved[Any], notes: Iterable[str] = (), *, dry_run: bo
     if not dry_run:
         if is_first_process():
             write_sources(run, resolved.sources)
-        launch(JOB, run)
+        launch(work, run)
     return finished
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib
 import json
 import os
 import re
@@ -15,7 +14,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -115,24 +114,26 @@ class Launched(Protocol):
     def out(self) -> str: ...  # noqa: D102
 
 
-def launch(job: str, run: Launched) -> None:
-    """Calls a job, `module:function`, as function(run) in every worker; raises one error."""
+def launch(work: Callable[[Any], None], run: Launched) -> None:
+    """Calls `work(run)` in every worker; raises one error.
+
+    Workers find the function by its module and its name.
+    """
     machine = run.machine
     if joined_world_size() is not None:
         _adopt_slurm()
-        _call(job, run)
+        _call(work, run)
         return
     num_workers = num_local_workers(machine)
     if num_workers * machine.nnodes == 1:
-        _call(job, run)
+        _call(work, run)
         return
-    _launch_elastic(job, run, num_workers)
+    _launch_elastic(work, run, num_workers)
 
 
-def _call(job: str, run: Launched) -> None:
-    module, name = job.split(":")
+def _call(work: Callable[[Any], None], run: Launched) -> None:
     try:
-        getattr(importlib.import_module(module), name)(run)
+        work(run)
     except OSError as error:
         if refused := refused_path(error, run.out):
             raise refused from error
@@ -157,7 +158,7 @@ def _adopt_slurm() -> None:
     env.setdefault("MASTER_PORT", str(20000 + job_number % 20000))
 
 
-def _launch_elastic(job: str, run: Launched, num_workers: int) -> None:
+def _launch_elastic(work: Callable[[Any], None], run: Launched, num_workers: int) -> None:
     import logging
 
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
@@ -188,7 +189,7 @@ def _launch_elastic(job: str, run: Launched, num_workers: int) -> None:
             logs_specs=DefaultLogsSpecs(log_dir=folder),  # by default a folder that stays
         )
         try:
-            elastic_launch(settings, _work)(job, run)
+            elastic_launch(settings, _worker_main)(work, run)
         except SignalException as stopped:
             sys.exit(128 + stopped.sigval)
         except RendezvousError as error:
@@ -200,14 +201,14 @@ def _launch_elastic(job: str, run: Launched, num_workers: int) -> None:
             _raise_first(Path(folder), failed)
 
 
-def _work(job: str, run: Launched) -> None:
+def _worker_main(work: Callable[[Any], None], run: Launched) -> None:
     """The main function of a worker; it writes its error into a file for the parent.
 
     torch's `record` does this too, but without hint and exit code, and it prints a traceback for
     errors that are no bugs.
     """
     try:
-        _call(job, run)
+        _call(work, run)
         return
     except SpiralRopeError as error:
         _leave_error(error)
