@@ -35,7 +35,8 @@ class Group(TyperGroup):
 
 
 HABITS = {
-    "--model": ("arch", "source", "sources", "names"),
+    "--model": ("SOURCE", "names", "arch"),
+    "--num-heads": ("arch",),
     "--pretrained": ("source", "sources", "names", "spiralrope finetune, or dit-train --init-from"),
     **dict.fromkeys(
         ("--init", "--init-from"), ("source", "spiralrope finetune, or dit-train --init-from")
@@ -64,7 +65,10 @@ class Command(TyperCommand):
         """Names the option of this command that does the same."""
         here: dict[Any, Any] = {"spiralrope": "spiralrope"}
         for each in self.params:
-            here[each.name] = each.opts[0] if each.param_type_name == "option" else each.metavar
+            if each.param_type_name == "option":
+                here[each.name] = each.opts[0]
+            else:
+                here[each.name] = here[each.metavar] = each.metavar
         shown = {flag for each in self.params for flag in each.opts + each.secondary_opts}
         for word in args:
             option = word.partition("=")[0].replace("_", "-")

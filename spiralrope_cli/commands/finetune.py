@@ -5,6 +5,7 @@ from typing import Any
 import typer
 
 from spiralrope_cli.commands.command import SETTINGS, command
+from spiralrope_cli.core.config.models import ARCH_OF_SOURCE
 from spiralrope_cli.core.config.recipes import shown_defaults
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import TrainOptions
@@ -32,7 +33,8 @@ app = typer.Typer(**SETTINGS)
     ClassifierRun,
     TrainOptions,
     examples=EXAMPLES,
-    leave_out=("arch", "patch_size"),
+    leave_out=("patch_size",),
+    words={"arch": ARCH_OF_SOURCE.help},
     defaults=shown_defaults("finetune"),
 )
 def finetune(given: dict[str, Any]) -> None:

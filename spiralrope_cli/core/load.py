@@ -18,10 +18,11 @@ from spiralrope_cli.core.config.runs import ModelConfig
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.published import StateDict
 from spiralrope_cli.core.hub.source import Source, find_source
+from spiralrope_cli.core.infer import SHOWN_KEYS
 from spiralrope_cli.core.models.deit import DeiT, resize_pos_embed
 from spiralrope_cli.core.models.dit import DiT
 from spiralrope_cli.core.models.factory import create_model
-from spiralrope_cli.core.weights import SHOWN_KEYS, Weights, fetch_source, read_weights
+from spiralrope_cli.core.weights import Weights, fetch_source, read_weights
 
 ALIGNMENT = 64  # bytes; of torch's own tensors on a CPU
 
@@ -33,7 +34,7 @@ def network_on_meta(weights: Weights, **changes: Any) -> DeiT | DiT:
 
 
 def load_model(
-    source: str | Path, *, ema: bool = False, rope: RopeConfig | None = None
+    source: str | Path, *, ema: bool = False, rope: RopeConfig | None = None, arch: str = ""
 ) -> DeiT | DiT:
     """A model in eval mode, configured by what the source says.
 
@@ -42,6 +43,7 @@ def load_model(
             fetched if need be.
         ema: the averaged weights.
         rope: replaces the source's options; a bare state dict needs them.
+        arch: says the number of heads of a bare state dict that is of no published size.
 
     Raises:
         CheckpointError: no weights there, damaged ones, or another model's.
@@ -49,7 +51,7 @@ def load_model(
         FetchError: published weights that cannot be had.
     """
     chosen = asdict(rope) if rope is not None else {}
-    weights = read_weights(fetch_source(find_source(str(source))), ema=ema, rope=chosen)
+    weights = read_weights(fetch_source(find_source(str(source))), ema=ema, rope=chosen, arch=arch)
     for note in weights.notes:
         warnings.warn(note, stacklevel=2)
     return build_network(weights)
@@ -136,17 +138,24 @@ def at_size(weights: Weights, size: tuple[int, int], rope: dict[str, Any]) -> di
 
 
 def starting_point(
-    source: Source, rope: dict[str, Any], *, dit: bool = False, download: bool = True
+    source: Source,
+    rope: dict[str, Any],
+    *,
+    arch: str = "",
+    dit: bool = False,
+    download: bool = True,
 ) -> tuple[StartingPoint, tuple[str, ...]]:
     """What a run starts from, for its resolution, and notes for the user.
 
     Args:
         source: from `find_source`; published weights are fetched if need be.
         rope: field name -> value, options of the user, which win over the source's.
+        arch: `--arch` of the user, empty for none.
         dit: whether they must be those of a diffusion transformer, or of a classifier.
         download: whether published weights that are not here are fetched.
     """
-    weights = read_weights(fetch_source(source, download=download), ema=True, rope=rope)
+    here = fetch_source(source, download=download)
+    weights = read_weights(here, ema=True, rope=rope, arch=arch)
     if is_dit(weights.arch) != dit:
         raise CheckpointError(
             f"{source.given} holds {weights.arch}, "

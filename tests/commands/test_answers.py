@@ -637,7 +637,7 @@ def test_what_is_refused_names_its_option(launched, command, words, told):
         ("pretrain --resume", "Option '--resume' requires an argument"),
         ("pretrain --freeze none", "No such option: --freeze"),
         ("finetune", "Missing argument 'SOURCE'"),
-        ("finetune x --arch deit-s", "No such option: --arch"),
+        ("finetune x --patch-size 8", "No such option: --patch-size"),
         ("dit-train --lr-rule none", "No such option: --lr-rule"),
         ("dit-train --mixup 0.5", "No such option: --mixup"),
         ("dit-encode --rotate 2", "No such option: --rotate"),

@@ -212,7 +212,7 @@ def test_a_bare_state_dict_takes_rope_options(plot, picture, runs):
 
     torch.save(load_model(DEIT).state_dict(), runs / "bare.pth")
     assert "does not say which RoPE options" in plot("attention", "bare.pth", picture, expect=2)
-    plot("attention", "bare.pth", picture, "--rotate", 2)
+    plot("attention", "bare.pth", picture, "--rotate", 2, "--arch", "deit-64x2x2")
 
 
 @pytest.fixture

@@ -25,13 +25,14 @@ MAY_IMPORT = {
     "training": ALWAYS | {"runtime", "models", "data", "diffusion", "metrics"},
     "metrics": ALWAYS | {"runtime", "data"},
     "hub": ALWAYS | {"runtime", "rope"},
-    "weights": ALWAYS | {"hub", "rope"},
-    "load": ALWAYS | {"hub", "models", "rope", "weights"},
+    "infer": ALWAYS | {"hub"},
+    "weights": ALWAYS | {"hub", "infer"},
+    "load": ALWAYS | {"hub", "models", "infer", "weights"},
     "plots": ALWAYS | {"runtime", "rope", "data"},
     "report": ALWAYS | {"runtime", "data", "plots"},
     "jobs": ALWAYS
     | {"runtime", "rope", "models", "data", "diffusion", "training", "metrics", "plots", "report"}
-    | {"hub", "weights", "load", "kernels", "jobs"},
+    | {"hub", "infer", "weights", "load", "kernels", "jobs"},
     "commands": ALWAYS | {"runtime", "commands"},
 }
 LIGHT = {"commands", "config", "errors", "atomic"}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from spiralrope_cli.core.config.hub import cache_folder
-from spiralrope_cli.core.config.models import SIZE, RopeConfig, check_divides
+from spiralrope_cli.core.config.models import ARCH_OF_SOURCE, SIZE, RopeConfig, check_divides
 from spiralrope_cli.core.config.option import (
     DATA,
     IMAGES,
@@ -91,6 +91,7 @@ class EvalOptions:
             **SIZE,
         ),
     ] = ()
+    arch: Annotated[str, ARCH_OF_SOURCE] = ""
     rope: dict[str, Any] = field(default_factory=dict)  # options that win over the source's
     json: Annotated[bool, Opt("JSON on stdout.", OUTPUT)] = False
     csv: Annotated[bool, Opt("CSV on stdout.", OUTPUT)] = False

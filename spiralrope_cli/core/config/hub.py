@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from spiralrope_cli.core.config.models import ARCH_OF_SOURCE
 from spiralrope_cli.core.config.option import (
     DOWNLOAD,
     EXPORT,
@@ -73,6 +74,7 @@ class ExportRun:
         ),
     ] = None
     best: Annotated[bool, Opt("A run's best checkpoint, not its last.", EXPORT)] = False
+    arch: Annotated[str, ARCH_OF_SOURCE] = ""
     out: Annotated[
         str,
         Opt(

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, NamedTuple
 
-from spiralrope_cli.core.config.option import ROPE, Opt, check_fields, document
+from spiralrope_cli.core.config.option import MODEL, ROPE, Opt, check_fields, document
 from spiralrope_cli.core.errors import ConfigError
 
 
@@ -118,6 +118,24 @@ def dit_name(size: DiTSize | str) -> str:
 def is_dit(arch: str) -> bool:
     """Whether a name is meant as that of a DiT, known or not; else it is a DeiT's."""
     return arch.lower().startswith("dit")
+
+
+def arch_name(text: str) -> str:
+    """The name of any architecture, as we write it.
+
+    Raises:
+        ConfigError: no such architecture; the nearest name is suggested.
+    """
+    return dit_name(text) if is_dit(text) else deit_name(deit_size(text))
+
+
+ARCH_OF_SOURCE = Opt(
+    "Architecture of a SOURCE that does not tell its heads, as deit-WIDTHxDEPTHxHEADS.",
+    MODEL,
+    metavar="NAME",
+    complete="archs",
+    read=arch_name,
+)
 
 
 def _check_heads(arch: str, size: TransformerSize | DiTSize) -> None:

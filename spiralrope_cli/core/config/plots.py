@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from spiralrope_cli.core.config.models import SIZE, RopeConfig
+from spiralrope_cli.core.config.models import ARCH_OF_SOURCE, SIZE, RopeConfig
 from spiralrope_cli.core.config.option import (
     ATTENTION,
     FIGURE,
@@ -155,6 +155,7 @@ class AttentionPlot:
         tuple[int, int] | None,
         Opt("Side, or height x width, in pixels; by default as trained.", ATTENTION, **SIZE),
     ] = None
+    arch: Annotated[str, ARCH_OF_SOURCE] = ""
     rope: dict[str, Any] = field(default_factory=dict)  # options that win over the source's
 
     def __post_init__(self) -> None:

@@ -115,7 +115,7 @@ def shown_defaults(command: str) -> dict[str, str]:
     usual |= recipe(command, usual["arch"])
     digits: dict[str, Any] = {"arch": DIGITS.default_dit if dit else DIGITS.default_arch}
     digits |= DIGITS.defaults_of(command)
-    of_weights = {**BY_WEIGHTS, "image_size": ""} if command == "finetune" else {}
+    of_weights = {**BY_WEIGHTS, "arch": "", "image_size": ""} if command == "finetune" else {}
     shown: dict[str, str] = {}
     for name, value in usual.items():
         if value is False or name == "max_steps":

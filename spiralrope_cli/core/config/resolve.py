@@ -238,11 +238,6 @@ def check_start(values: dict[str, Any], start: StartingPoint) -> None:
     Raises:
         ConfigError: names both.
     """
-    if values["arch"] != dit_name(start.arch):
-        raise ConfigError(
-            f"--arch is {values['arch']}, --init-from {start.source} is {start.arch}",
-            "leave --arch out",
-        )
     if values["in_chans"] != start.model.in_chans:
         raise ConfigError(
             f"--init-from {start.source} takes {start.model.in_chans} channels; {values['data']} "

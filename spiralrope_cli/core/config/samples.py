@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 from spiralrope_cli.core.config.datasets import BUILT_IN, DataSet
 from spiralrope_cli.core.config.dit_runs import NO_VAE, input_size
 from spiralrope_cli.core.config.latents import LATENT_CHANNELS, VAE_FACTOR, VAE_NAMES
-from spiralrope_cli.core.config.models import SIZE
+from spiralrope_cli.core.config.models import ARCH_OF_SOURCE, SIZE
 from spiralrope_cli.core.config.option import (
     IMAGES,
     PATH,
@@ -201,6 +201,7 @@ class SampleRun:
     source: Annotated[str, SOURCE]
     file: str  # that holds the weights
     sha256: str  # of it
+    arch: Annotated[str, ARCH_OF_SOURCE]
     vae_sha256: str  # empty without a VAE
     rope: dict[str, Any]  # options of the user over those of the weights
     num_classes: Annotated[int, "the number of classes"]

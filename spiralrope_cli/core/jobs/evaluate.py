@@ -129,7 +129,7 @@ def weight_sets(source: Source, options: EvalOptions, notes: list[str]) -> list[
     from spiralrope_cli.core.weights import read_weights
 
     wanted = (False, True) if options.every else (options.ema,)
-    sets = [read_weights(source, ema=ema, rope=options.rope) for ema in wanted]
+    sets = [read_weights(source, ema=ema, rope=options.rope, arch=options.arch) for ema in wanted]
     if len(sets) == 2 and (sets[0].file, sets[0].ema) == (sets[1].file, sets[1].ema):
         del sets[1]
         notes.append(f"{source.given} holds one set of weights: no separate EMA rows")
@@ -234,7 +234,8 @@ def measure_rows(
     for row in rows:
         if row.network not in models:
             source, model = Source(row.source, Path(row.file)), row.model
-            weights = read_weights(source, ema=row.ema, rope=asdict(row.rope))
+            rope, arch = asdict(row.rope), row.arch
+            weights = read_weights(source, ema=row.ema, rope=rope, arch=arch)
             size, grid = model.image_size, model.pretrain_grid
             network = load.build_network(weights, ctx.device, image_size=size, pretrain_grid=grid)
             if images.machine.compile:

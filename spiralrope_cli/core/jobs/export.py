@@ -74,12 +74,12 @@ def settle(config: ExportRun, rope: dict[str, Any]) -> Export:
     from spiralrope_cli.core.weights import fetch_source, read_weights
 
     source, layout = fetch_source(source), config.layout
-    weights = read_weights(source, ema=bool(config.ema), rope=rope)
+    weights = read_weights(source, ema=bool(config.ema), rope=rope, arch=config.arch)
     network, state = whole_state(weights)
     sets: tuple[StateDict, ...] = (state,)
     kind = "ema" if weights.ema else "raw" if layout == "published" else ""
     if layout == "published" and config.ema is None:
-        other = read_weights(source, ema=True, rope=rope)
+        other = read_weights(source, ema=True, rope=rope, arch=config.arch)
         if other.ema and not weights.ema:
             sets, kind = (state, whole_state(other)[1]), ""
     out = Path(config.out) if config.out else default_target(weights, layout, kind)

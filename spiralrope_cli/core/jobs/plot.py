@@ -131,7 +131,7 @@ def draw_attention(given: dict[str, Any]) -> None:
     from spiralrope_cli.core.plots.attention import attention_figure, attention_from
     from spiralrope_cli.core.weights import fetch_source, read_weights
 
-    weights = read_weights(fetch_source(source), ema=plot.ema, rope=plot.rope)
+    weights = read_weights(fetch_source(source), ema=plot.ema, rope=plot.rope, arch=plot.arch)
     if is_dit(weights.arch):
         raise CheckpointError(
             f"{source.given} holds {weights.arch}, a diffusion transformer",

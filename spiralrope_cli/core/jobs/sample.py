@@ -69,7 +69,18 @@ def settle(
     num_steps = given.get("num_sampling_steps", SampleRun.num_sampling_steps)
     check_chain(given.get("sampler", SampleRun.sampler), num_steps)
 
-    weights = resolve_weights(given["source"], given.get("ema", SampleRun.ema), rope, download)
+    source = find_source(given["source"])
+
+    from spiralrope_cli.core.weights import fetch_source, read_weights
+
+    ema, arch = given.get("ema", SampleRun.ema), given.get("arch", "")
+    here = fetch_source(source, download=download)
+    weights = read_weights(here, ema=ema, rope=rope, arch=arch)
+    if not is_dit(weights.arch):
+        raise CheckpointError(
+            f"{source.given} holds {weights.arch}, a classifier, which draws nothing",
+            "dit-sample takes a diffusion transformer; eval takes classifiers",
+        )
     network, trained = weights.options, weights.config
     vae = resolve_vae(
         given["source"],
@@ -93,6 +104,7 @@ def settle(
     }
     settled = {
         "file": str(weights.file),
+        "arch": weights.arch,
         "sha256": sha256_of(weights.file),
         "vae": vae,
         "vae_sha256": files.sha256() if files else "",
@@ -102,21 +114,6 @@ def settle(
     }
     run: SampleRun = build_config(SampleRun, {**defaults, **given, **settled})
     return replace(run, out=given.get("out") or default_folder(run, weights, name)), weights
-
-
-def resolve_weights(given: str, ema: bool, rope: dict[str, Any], download: bool) -> Weights:
-    """The diffusion transformer's weights that SOURCE names, with the RoPE options of the user."""
-    source = find_source(given)
-
-    from spiralrope_cli.core.weights import fetch_source, read_weights
-
-    weights = read_weights(fetch_source(source, download=download), ema=ema, rope=rope)
-    if not is_dit(weights.arch):
-        raise CheckpointError(
-            f"{given} holds {weights.arch}, a classifier, which draws nothing",
-            "dit-sample takes a diffusion transformer; eval takes classifiers",
-        )
-    return weights
 
 
 def default_folder(run: SampleRun, weights: Weights, name: str) -> str:
@@ -220,7 +217,7 @@ def work(run: SampleRun) -> None:
     with open_context(run.machine, out) as ctx, torch.inference_mode():
         # Of the very file that was settled, whatever its run has saved since.
         source = replace(find_source(run.source), place=Path(run.file))
-        weights = read_weights(source, ema=run.ema, rope=run.rope)
+        weights = read_weights(source, ema=run.ema, rope=run.rope, arch=run.arch)
         metadata = metadata_of(run, weights)
         if ctx.is_first:
             files.begin(metadata)

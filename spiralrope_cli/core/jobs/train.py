@@ -85,7 +85,8 @@ def settle(
         from spiralrope_cli.core.load import starting_point
 
         dit = command == "dit-train"
-        start, notes = starting_point(found, rope, dit=dit, download=not own.dry_run)
+        arch = options.get("arch", "")
+        start, notes = starting_point(found, rope, arch=arch, dit=dit, download=not own.dry_run)
     resolved = resolve(command, options, config_file=own.config, name=own.name, start=start)
     return resolved, notes
 
@@ -285,7 +286,8 @@ def starting_weights(run: TrainingRun) -> Weights:
     """The averaged weights that a run starts from."""
     from spiralrope_cli.core.weights import fetch_source, read_weights
 
-    return read_weights(fetch_source(find_source(run.source)), ema=True, rope=asdict(run.rope))
+    source = fetch_source(find_source(run.source))
+    return read_weights(source, ema=True, rope=asdict(run.rope), arch=run.arch)
 
 
 def report(out: Path) -> None:

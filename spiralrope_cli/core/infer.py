@@ -1,0 +1,215 @@
+"""What tensors tell of the network they belong to, and what has to be said beside them.
+
+Width, depth and patch follow from shapes. The number of heads and the RoPE options do not: they are
+the file's, the catalogue's or the user's.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from spiralrope_cli.core.config.models import (
+    DEIT_SIZES,
+    DIT_SIZES,
+    DiTSize,
+    RopeConfig,
+    TransformerSize,
+    arch_name,
+    deit_name,
+    deit_size,
+    dit_name,
+    dit_size,
+    is_dit,
+)
+from spiralrope_cli.core.errors import CheckpointError, ConfigError
+from spiralrope_cli.core.hub.published import StateDict
+from spiralrope_cli.core.hub.source import Source
+
+LATENT_SIZE = (32, 32)  # of 256 px through the VAE, where a file does not tell
+SHOWN_KEYS = 4
+
+
+def is_dit_state(file: Path, state: StateDict) -> bool:
+    """Whether tensors are those of a DiT; else they are a DeiT's, or refused."""
+    if "x_embedder.proj.weight" in state:
+        return True
+    if "cls_token" in state and "blocks.0.gamma_1" in state:
+        return False
+    some = ", ".join(list(state)[:SHOWN_KEYS])
+    raise CheckpointError(
+        f"{file} holds neither a DeiT nor a DiT of this project: "
+        f"{len(state)} tensors such as {some}"
+    )
+
+
+def trained_rope(
+    source: Source, file: Path, state: StateDict, args: dict[str, Any], chosen: dict[str, Any]
+) -> RopeConfig:
+    """RoPE options of the file, of the catalogue, or of the user where nothing else knows them."""
+    trained = _rope_in_args(args)
+    if trained is None and source.row is not None:
+        trained = source.row.rope
+    # A DiT has fixed positions in place of RoPE; a DeiT's learned ones say nothing.
+    if trained is None and {"x_embedder.proj.weight", "pos_embed"} <= state.keys():
+        trained = {"enabled": False}
+    if trained is None and not {"rotate", "enabled"} & chosen.keys():
+        raise ConfigError(
+            f"{file} does not say which RoPE options it was trained with",
+            "give them, --rotate at least, or --no-rope: wrong ones would load without a sound",
+        )
+    return RopeConfig(**{"scaling": "extrapolate", **(trained or chosen)})
+
+
+def _rope_in_args(args: dict[str, Any]) -> dict[str, Any] | None:
+    """RoPE options of a run's `args`, by the fields of RopeConfig; None where they have none.
+
+    DiT files put `rope_` in front of the names, DeiT files do not.
+    """
+    if args.get("use_rope") is False:
+        return {"enabled": False}
+    prefix = "rope_" if "rope_rotate" in args else ""
+    if f"{prefix}rotate" not in args:
+        return None
+    fields = RopeConfig.__dataclass_fields__
+    found = {name: args[prefix + name] for name in fields if prefix + name in args}
+    return {**found, "theta": float(found.get("theta", RopeConfig.theta))}
+
+
+def infer_arch(
+    file: Path,
+    state: StateDict,
+    freqs: list[Tensor],
+    rope: RopeConfig,
+    args: dict[str, Any],
+    given: str,
+    notes: list[str],
+) -> str:
+    """`--arch` of tensors.
+
+    Args:
+        file: in messages.
+        state: without frequencies.
+        freqs: frequencies of the file, if any, which have one value per four channels of a head.
+        rope: options that the frequencies were made with.
+        args: of the file; `num_heads` counts.
+        given: `--arch` of the user, for what nothing else tells; empty for none.
+        notes: gets one where only a published size says the number of heads.
+
+    Raises:
+        ConfigError: nobody says the number of heads.
+        ValueError: the file says a number that does not divide the width.
+    """
+    dit = "x_embedder.proj.weight" in state
+    dim, depth = state["blocks.0.attn.proj.bias"].shape[0], _depth(state)
+    patch = state["x_embedder.proj.weight"].shape[-1] if dit else 0
+    heads = 0
+    if freqs:
+        shared = rope.same_theta and rope.freqs_for == "lang"
+        head_dim = 4 * len(freqs[0]) * (max(rope.rotate, 1) if shared else 1)
+        heads, rest = divmod(dim, head_dim)
+    elif stated := args.get("num_heads"):
+        heads = int(stated)
+        rest = dim % heads
+    if heads or freqs:
+        if rest:
+            raise ValueError(f"a whole number of heads in its width of {dim}")
+        return _name(dim, depth, heads, patch)
+    if given:
+        size = dit_size(given) if is_dit(given) else deit_size(given)
+        return _name(dim, depth, size.heads, patch)
+    sizes = [*DIT_SIZES.values()] if dit else [*DEIT_SIZES.values()]
+    published = {(size.dim, size.depth): size.heads for size in sizes}
+    if not (heads := published.get((dim, depth), 0)):
+        raise ConfigError(
+            f"{file} does not say how many heads its {depth} blocks of width {dim} have",
+            f"give --arch {_name(dim, depth, 'HEADS', patch)} as they were trained: another number "
+            "would load without a sound",
+        )
+    arch = _name(dim, depth, heads, patch)
+    notes.append(
+        f"{file.name} does not say how many heads it has: {heads} are taken, as {arch} has; --arch "
+        "says otherwise"
+    )
+    return arch
+
+
+def _name(dim: int, depth: int, heads: int | str, patch: int) -> str:
+    """`--arch` by numbers, of a DiT if there is a patch, or the name of that size."""
+    if isinstance(heads, str):
+        return f"dit-{dim}x{depth}x{heads}-{patch}" if patch else f"deit-{dim}x{depth}x{heads}"
+    if patch:
+        return dit_name(DiTSize(dim, depth, heads, patch))
+    return deit_name(TransformerSize(dim, depth, heads))
+
+
+def check_arch(given: str, arch: str, source: str) -> None:
+    """Refuses an `--arch` that the weights are not.
+
+    Raises:
+        ConfigError: names both.
+    """
+    if arch_name(given) != arch_name(arch):
+        raise ConfigError(f"--arch is {given}, {source} is {arch}", "leave --arch out")
+
+
+def _depth(state: StateDict) -> int:
+    return 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+
+
+def deit_options(
+    file: Path, state: StateDict, args: dict[str, Any], notes: list[str]
+) -> dict[str, Any]:
+    """Arguments of `create_model` beside arch and RoPE; notes say what is taken without a proof."""
+    weight = state["patch_embed.proj.weight"]
+    patch = weight.shape[-1]
+    rows, columns = _grid(state["pos_embed"], args)
+    if not args:
+        notes.append(f"{file.name} does not say its grid: {rows}x{columns} patches are taken")
+    return {
+        "num_classes": len(state["head.weight"]),
+        "image_size": (rows * patch, columns * patch),
+        "patch_size": patch,
+        "in_chans": weight.shape[1],
+        "pretrain_grid": args.get("pretrain_grid"),
+    }
+
+
+def dit_options(
+    file: Path, state: StateDict, args: dict[str, Any], notes: list[str]
+) -> dict[str, Any]:
+    """Arguments of `create_model` beside arch and RoPE; notes say what is taken without a proof."""
+    weight, table = state["x_embedder.proj.weight"], state["y_embedder.embedding_table.weight"]
+    patch = weight.shape[-1]
+    # With RoPE nothing in the tensors tells the latent's size, and the network takes any.
+    input_size = LATENT_SIZE
+    grid = _grid(state["pos_embed"], args) if "pos_embed" in state else args.get("grid")
+    if grid is not None:
+        input_size = (grid[0] * patch, grid[1] * patch)
+    elif not args:
+        rows, columns = input_size
+        notes.append(
+            f"{file.name} does not say which size it was trained at: {rows}x{columns} is taken; "
+            "positions at other sizes are interpolated to it unless --scaling says otherwise"
+        )
+    return {
+        "num_classes": len(table) - 1,
+        "input_size": input_size,
+        "in_chans": weight.shape[1],
+        "pretrain_grid": args.get("pretrain_grid"),
+        "qk_norm": any(".q_norm." in name for name in state),
+    }
+
+
+def _grid(pos_embed: Tensor, args: dict[str, Any]) -> tuple[int, int]:
+    """Rows and columns of patches: square, unless the file's `grid` says otherwise."""
+    tokens, given = pos_embed.shape[1], args.get("grid")
+    if isinstance(given, (list, tuple)) and math.prod(given) == tokens:
+        return int(given[0]), int(given[1])
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise ValueError(f"the grid of {tokens} patches")
+    return side, side

@@ -1,0 +1,113 @@
+"""A SOURCE that does not tell all, in every command that takes one: said, or asked for."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from spiralrope_cli import load_model, main
+from spiralrope_cli.core.errors import ConfigError, SpiralRopeError
+
+CLASSIFIER = [
+    "finetune bare.pth --rotate 2 --max-steps 1 --dry-run",
+    "eval bare.pth --rotate 2 --nproc 1",
+    "export bare.pth --rotate 2 --layout published",
+    "export bare.pth --rotate 2 --layout safetensors",
+    "plot attention bare.pth digit.png --rotate 2",
+]
+DIFFUSION = [
+    "dit-sample bare.pt --rotate 0 --image-size 8 --dry-run",
+    "dit-train --init-from bare.pt --rotate 0 --image-size 8 --max-steps 1 --dry-run",
+    "export bare.pt --rotate 0 --layout published",
+]
+
+
+@pytest.fixture
+def bare(runs, trained_once, drawn_once, digit_pictures):
+    """Tensors of two runs, saved alone, with heads of 32 channels; and an image."""
+    from PIL import Image
+
+    for run, name in ((trained_once, "bare.pth"), (drawn_once, "bare.pt")):
+        last = sorted((run / "checkpoints").glob("0*"))[-1]
+        torch.save(load_file(last / "model.safetensors"), runs / name)
+    Image.fromarray(digit_pictures[0]).save(runs / "digit.png")
+    return runs
+
+
+def answer(words):
+    """Exit code, and all that was said."""
+    result = CliRunner().invoke(main.app, shlex.split(words))
+    if isinstance(result.exception, SpiralRopeError):
+        return result.exception.exit_code, str(result.exception)
+    return result.exit_code, " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("words", [*CLASSIFIER, *DIFFUSION])
+def test_heads_that_nobody_tells_are_asked_for(bare, words):
+    name, arch = (
+        ("bare.pt", "dit-64x2xHEADS-2") if "bare.pt " in words else ("bare.pth", "deit-64x2xHEADS")
+    )
+    code, said = answer(words)
+    assert code == 2
+    assert said.startswith(f"{name} does not say how many heads its 2 blocks of width 64 have\n")
+    assert f"give --arch {arch}" in said
+    other = arch.replace("64", "32").replace("HEADS", "2")
+    code, said = answer(f"{words} --arch {other}")
+    assert (code, said.splitlines()[0]) == (
+        2,
+        f"--arch is {other}, {name} is {other.replace('32', '64')}",
+    )
+    code, said = answer(f"{words} --arch {arch.replace('HEADS', '2')}")
+    assert code == 0, said
+
+
+def test_given_heads_give_the_results_of_the_run(bare, trained_once):
+    def row(words):
+        result = CliRunner().invoke(main.app, ["eval", *words, "--nproc", "1", "--json"])
+        return json.loads(result.stdout)["rows"][0]
+
+    own = row([str(trained_once)])
+    given = row(["bare.pth", "--rotate", "2", "--arch", "deit-64x2x2"])
+    assert (given["loss"], given["acc1"]) == (own["loss"], own["acc1"])
+    other = row(["bare.pth", "--rotate", "2", "--arch", "deit-64x2x4"])
+    assert other["loss"] != own["loss"]
+
+
+def test_what_a_file_tells_stands_above_the_option(trained_once, drawn_once):
+    for source, arch in ((trained_once, "deit-64x2x4"), (drawn_once, "deit-64x2x2")):
+        with pytest.raises(ConfigError, match=f"--arch is {arch}, .* is "):
+            load_model(source, arch=arch)
+
+
+def test_heads_of_a_published_size_are_taken_with_a_note(runs):
+    from spiralrope_cli import RopeConfig, create_model
+
+    state = create_model("deit-ti", num_classes=2, image_size=32).state_dict()
+    save_file(state, "tiny.safetensors")
+    with pytest.warns(UserWarning, match="does not say") as said:
+        load_model("tiny.safetensors", rope=RopeConfig())
+    assert [str(each.message) for each in said] == [
+        "tiny.safetensors does not say how many heads it has: 3 are taken, as deit-ti has; "
+        "--arch says otherwise",
+        "tiny.safetensors does not say its grid: 2x2 patches are taken",
+    ]
+    with pytest.warns(UserWarning, match="grid"):
+        model = load_model("tiny.safetensors", rope=RopeConfig(), arch="deit-192x12x6")
+    assert model.blocks[0].attn.num_heads == 6
+    # Blocks of that width, but not of that depth, are of no published size.
+    save_file({n: v for n, v in state.items() if ".11." not in n}, "short.safetensors")
+    with pytest.raises(ConfigError, match="how many heads its 11 blocks of width 192"):
+        load_model("short.safetensors", rope=RopeConfig())
+
+
+def test_a_number_of_heads_that_does_not_divide_the_width_is_no_number(bare):
+    content = {"model": torch.load("bare.pth"), "args": {"rotate": 2, "num_heads": 3}}
+    torch.save(content, "three.pth")
+    code, said = answer("eval three.pth")
+    assert code == 1
+    assert said.startswith("three.pth is not whole: a whole number of heads in its width of 64 is")
