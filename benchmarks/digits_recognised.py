@@ -1,4 +1,4 @@
-"""How many of 200 drawn digits a small classifier takes for what they were asked to be.
+"""How many of 200 sampled digits does a small classifier assign to their label?
 
     spiralrope dit-train && python benchmarks/digits_recognised.py [RUN]
 
@@ -50,7 +50,7 @@ def main() -> None:
     with torch.enable_grad():
         classifier = train_classifier(train)
     right = classifier(scaled(val)).argmax(1) == val.labels
-    print(f"classifier: {right.float().mean():.1%} of {len(right)} held-out scans")
+    print(f"classifier: {right.float().mean():.1%} of {len(right)} validation scans")
     model = load_model(run, ema=True)
     labels = torch.arange(NUM_SAMPLES) % 10
     start = time.perf_counter()

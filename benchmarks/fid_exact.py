@@ -1,4 +1,4 @@
-"""Are the figures of `spiralrope fid` those of torch-fidelity? Same weights, same real images.
+"""Do the metrics of `spiralrope fid` equal those of torch-fidelity? Same weights, same real images.
 
 Two times 2000 images of Fashion-MNIST, training against test. Without the published weights
 (`spiralrope fetch inception`) random ones do, as long as both sides use the same. Takes some
@@ -42,7 +42,7 @@ ORDERS = 3
 
 
 def theirs(weights: Path, sides: list[Tensor], kid_subset_size: int) -> dict[str, float]:
-    """Figures by torch-fidelity's own functions, under our names.
+    """Metrics by torch-fidelity's own functions, under our names.
 
     Args:
         weights: file of the extractor.
@@ -85,7 +85,7 @@ def theirs(weights: Path, sides: list[Tensor], kid_subset_size: int) -> dict[str
 
 
 def ours(weights: Path, sides: list[Tensor], kid_subset_size: int) -> dict[str, float]:
-    """Figures by the command."""
+    """Metrics by the command."""
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{name}.npz" for name in ("samples", "reference")]
         for path, side in zip(paths, sides, strict=True):

@@ -1,7 +1,7 @@
 """Does the memory of `spiralrope fid` grow with the images? Its peak, as a process of its own.
 
 Fashion-MNIST, enlarged to 256 px: 20 000 training images in an `.npz` against 2 000 of the test,
-all figures, random weights. About 11 minutes on two cores; --images 1000 for a first look.
+all metrics, random weights. About 11 minutes on two cores; --images 1000 for a first look.
 """
 
 from __future__ import annotations
@@ -67,13 +67,13 @@ def main() -> None:
         child = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
         )
-        figures = json.loads(child.stdout.read()) if child.stdout else {}
+        metrics = json.loads(child.stdout.read()) if child.stdout else {}
         _, _, usage = os.wait4(child.pid, 0)
         seconds = time.perf_counter() - start
     rows = [
         ("images", f"{num} and {REFERENCE} of {SIZE} px, in {seconds:.0f} s"),
         ("peak memory", f"{usage.ru_maxrss * 1024 / 1e9:.2f} GB"),
-        *((name, f"{figures[name]:.6g}") for name in ("fid", "is", "kid", "precision", "recall")),
+        *((name, f"{metrics[name]:.6g}") for name in ("fid", "is", "kid", "precision", "recall")),
     ]
     show("memory of fid", rows)
 

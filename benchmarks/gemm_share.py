@@ -1,4 +1,4 @@
-"""What share of the machine's matrix rate does the bf16 train step reach, and where is the rest?
+"""What fraction of the machine's matrix rate does the bf16 train step reach, and where is the rest?
 
 DeiT-S with Spiral RoPE, 224 px, batch 8. The rate is that of the largest product of the network,
 measured in turn with the step.

@@ -27,7 +27,7 @@ LABELS = list(range(BATCH))
 
 
 class NoDecoder(torch.nn.Module):
-    """Stands for the pipeline's VAE: latents are its pictures."""
+    """Stands for the pipeline's VAE: latents are its images."""
 
     config = SimpleNamespace(scaling_factor=1.0)
     device, dtype = CPU, torch.float32

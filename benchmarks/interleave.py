@@ -1,4 +1,4 @@
-"""Times several things in turn, A B C A B C ..., so that a machine that drifts drifts for all."""
+"""Times several things in turn, A B C A B C ..., so that drift of the machine affects all alike."""
 
 from __future__ import annotations
 

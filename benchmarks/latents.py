@@ -58,13 +58,13 @@ def random_cache(folder: Path) -> LatentCache:
 def main() -> None:
     prepare()
     diffusion, noise = GaussianDiffusion(), torch.randn(2, BATCH, 4, 32, 32)
-    pictures = torch.randint(0, 256, (BATCH, 3, 256, 256), dtype=torch.uint8)
+    images = torch.randint(0, 256, (BATCH, 3, 256, 256), dtype=torch.uint8)
     t, labels = torch.randint(0, 1000, (2, BATCH))
     vae = full_size_vae()
 
     def with_vae() -> tuple[Tensor, Tensor]:
         with torch.autocast("cpu", enabled=False):
-            return vae.encode(pictures / 127.5 - 1)
+            return vae.encode(images / 127.5 - 1)
 
     def step(dtype: str, posterior: Callable[[], tuple[Tensor, Tensor]]) -> Call:
         model = create_model("dit-s2")

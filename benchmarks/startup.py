@@ -70,8 +70,8 @@ def main() -> None:
         seconds = interleaved(sides, rounds=15)
     rows = []
     for name in seconds:
-        told = f"{1e3 * median(seconds[name]):.0f} ms, RATIO {ratio(seconds, name, PEER):.2f}"
-        rows.append((name, told + (f" (at most {MOST[name]})" if name in MOST else "")))
+        text = f"{1e3 * median(seconds[name]):.0f} ms, RATIO {ratio(seconds, name, PEER):.2f}"
+        rows.append((name, text + (f" (at most {MOST[name]})" if name in MOST else "")))
     show("start-up, medians of 15 rounds, and beside the one-command app", rows)
     loaded = {name: run("-c", LOADED, *words).stderr for name, words in OURS.items()}
     torch = [name for name, said in loaded.items() if not said.endswith("False\n")]

@@ -1,4 +1,4 @@
-"""Draws docs/images/channels.svg, which channel turns with what, from the embedding itself."""
+"""Draws docs/images/channels.svg, which channels rotate along which direction."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from spiralrope_cli import RopeConfig
 from spiralrope_cli.core.rope import pair_layout
 
-PICTURE = Path(__file__).parent / "images" / "channels.svg"
+FIGURE = Path(__file__).parent / "images" / "channels.svg"
 ROTATES, HEAD_DIM = (1, 2, 4), 32
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 """Okabe and Ito's, which colour-blind readers tell apart."""
@@ -16,7 +16,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 CELL, TOP, LEFT, ROW = 21, 34, 96, 92
 
 
-def picture(head_dim: int = HEAD_DIM, rotates: tuple[int, ...] = ROTATES) -> str:
+def draw(head_dim: int = HEAD_DIM, rotates: tuple[int, ...] = ROTATES) -> str:
     """SVG: one line of channels per value of `rotate`, a box for each pair of channels."""
     width, height = LEFT + head_dim * CELL + 12, TOP + len(rotates) * ROW + 8
     parts = [
@@ -74,4 +74,4 @@ def _text(
 
 
 if __name__ == "__main__":
-    PICTURE.write_text(picture())
+    FIGURE.write_text(draw())

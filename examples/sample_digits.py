@@ -1,4 +1,4 @@
-"""Digits from a DiT in Python: one column per class, with guidance.
+"""Sample digits from a DiT in Python, with guidance: one column per class.
 
 spiralrope dit-train && python examples/sample_digits.py [SOURCE [OUT.png [STEPS]]]
 """
@@ -16,8 +16,8 @@ ROWS = 4
 
 
 @torch.no_grad()
-def draw(source: str, steps: str = "50", cfg_scale: float = 2.0) -> torch.Tensor:
-    """[ROWS * classes, L, H, W] in [-1, 1], by DDIM."""
+def sample(source: str, steps: str = "50", cfg_scale: float = 2.0) -> torch.Tensor:
+    """[ROWS * num_classes, C, H, W] in [-1, 1], by DDIM."""
     model = load_model(source, ema=True)
     labels = torch.arange(model.num_classes).repeat(ROWS)
     noise = torch.randn(
@@ -33,9 +33,9 @@ def draw(source: str, steps: str = "50", cfg_scale: float = 2.0) -> torch.Tensor
 def main(
     source: str = "runs/dit-train-dit-ti2-digits-r0", out: str = "digits.png", steps: str = "50"
 ) -> None:
-    images = draw(source, steps)
+    images = sample(source, steps)
     if images.shape[1] not in (1, 3):
-        sys.exit(f"{source} draws latents; spiralrope dit-sample takes them through the VAE")
+        sys.exit(f"{source} samples latents; spiralrope dit-sample decodes them")
     image_grid(to_uint8(images), columns=len(images) // ROWS).save(out)
     print(out)
 

@@ -1,4 +1,4 @@
-"""Spiral RoPE in a timm vision transformer, which rotates nothing by itself."""
+"""Spiral RoPE in a timm vision transformer that has no rotary embedding of its own."""
 
 import timm
 import torch
@@ -6,16 +6,16 @@ import torch
 from spiralrope_cli import RopeConfig, SpiralRoPE
 
 
-class TurnPatches(SpiralRoPE):
-    """Takes the place of timm's norm of queries and keys, [B, heads, 1 + 14*14, head_dim]."""
+class RotatePatches(SpiralRoPE):
+    """Replaces timm's norm of queries and keys, [B, num_heads, 1 + 14*14, head_dim]."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Leaves the class token as it is."""
+        """Rotates all tokens but the class token."""
         return super().forward(x, grid=14, prefix_tokens=1)
 
 
 def add_spiral_rope(model: timm.models.VisionTransformer) -> None:
-    rope = TurnPatches(model.blocks[0].attn.head_dim, RopeConfig(rotate=2), pretrain_grid=14)
+    rope = RotatePatches(model.blocks[0].attn.head_dim, RopeConfig(rotate=2), pretrain_grid=14)
     for block in model.blocks:
         block.attn.q_norm = block.attn.k_norm = rope
 

@@ -17,7 +17,7 @@ import cli_reference
 import numpy as np
 import pytest
 import typer
-from channel_layout import HEAD_DIM, PICTURE, ROTATES, picture
+from channel_layout import FIGURE, HEAD_DIM, ROTATES, draw
 from conftest import call_launch_instead
 from PIL import Image
 from typer.testing import CliRunner
@@ -290,8 +290,8 @@ def test_the_page_of_the_python_api_shows_what_the_fields_of_rope_say():
 
 
 def test_the_picture_of_channels_is_what_the_embedding_does():
-    text = PICTURE.read_text()
-    assert text == picture(), "make docs draws it anew"
+    text = FIGURE.read_text()
+    assert text == draw(), "make docs draws it anew"
     boxes = re.findall(r'data-pair="(\d+)" data-direction="(\d+)" data-frequency="(\d+)"', text)
     expected = [  # the rule in words of the method's page
         (pair, (2 * pair // 4) % rotate, pair % (HEAD_DIM // 4))
