@@ -21,7 +21,7 @@ from spiralrope_cli.core.data import latents
 from spiralrope_cli.core.data.batches import from_cache
 from spiralrope_cli.core.data.latents import LatentCache
 from spiralrope_cli.core.data.loader import Places
-from spiralrope_cli.core.diffusion.vae import Vae, draw
+from spiralrope_cli.core.diffusion.vae import Vae, sample_posterior
 
 BATCH, ROUNDS, CACHED = 8, 2, 64
 WIDTHS = (128, 256, 512, 512)
@@ -70,7 +70,7 @@ def main() -> None:
         model = create_model("dit-s2")
 
         def loss() -> Tensor:
-            x0 = draw(*posterior(), noise[0])
+            x0 = sample_posterior(*posterior(), noise[0])
             return diffusion.training_losses(model, x0, t, noise[1], y=labels)["loss"].mean()
 
         return train_step(model, dtype, loss)

@@ -124,7 +124,7 @@ def training_runs() -> Offer:
 
 
 def _published(wanted: Callable[[str], bool]) -> list[tuple[str, str]]:
-    from spiralrope_cli.core.hub.catalog import ALIASES, ROWS, find
+    from spiralrope_cli.core.hub.catalog import ALIASES, ROWS, find_row
 
-    rows = {row.name: row for row in ROWS} | {alias: find(alias) for alias in ALIASES}
+    rows = {row.name: row for row in ROWS} | {alias: find_row(alias) for alias in ALIASES}
     return [(name, row.what) for name, row in sorted(rows.items()) if wanted(row.kind)]

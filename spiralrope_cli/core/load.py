@@ -80,7 +80,7 @@ def aligned(value: Tensor) -> Tensor:
     return value.clone() if value.data_ptr() % ALIGNMENT else value
 
 
-def start_from(weights: Weights, model: DeiT | DiT) -> None:
+def load_pretrained(weights: Weights, model: DeiT | DiT) -> None:
     """Puts weights into a fresh network; a head or label table of other classes stays fresh.
 
     So do the fixed positions of a diffusion transformer of another size.

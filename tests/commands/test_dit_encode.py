@@ -23,7 +23,7 @@ from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data import latents as cached_latents
 from spiralrope_cli.core.data.augment import cropped_array
 from spiralrope_cli.core.data.latents import LatentCache
-from spiralrope_cli.core.diffusion.vae import draw, load_vae
+from spiralrope_cli.core.diffusion.vae import load_vae, sample_posterior
 from spiralrope_cli.core.errors import DataError
 from spiralrope_cli.core.jobs import encode
 from spiralrope_cli.core.runtime.distributed import StopRequest
@@ -110,8 +110,8 @@ def test_training_from_the_cache_is_training_with_the_vae(made, photos, tiny_vae
         pictures.append(pixels.flip(-1) if flip else pixels)
     images = torch.stack(pictures).float() / 127.5 - 1
     noise, more = torch.randn(2, 6, 4, 4, 3)
-    in_the_loop = draw(*vae.encode(images), noise, vae.scale)
-    cached = draw(*cache.mean_std(numbers, mirrored), noise, cache.scale)
+    in_the_loop = sample_posterior(*vae.encode(images), noise, vae.scale)
+    cached = sample_posterior(*cache.mean_std(numbers, mirrored), noise, cache.scale)
     torch.testing.assert_close(cached, in_the_loop, rtol=0, atol=1e-5)
 
     losses = []

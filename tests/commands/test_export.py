@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from spiralrope_cli import RopeConfig, create_model, load_model, main
 from spiralrope_cli.core.errors import CheckpointError, ConfigError, DiskError, FetchError
-from spiralrope_cli.core.hub.catalog import WEIGHTS_REPO, find
+from spiralrope_cli.core.hub.catalog import WEIGHTS_REPO, find_row
 from spiralrope_cli.core.hub.published import read_published
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoints"
@@ -328,7 +328,7 @@ def test_wrong_words_are_usage_errors(export, words, message):
 
 def test_published_weights_are_fetched_by_name(spiralrope, runs):
     server = HubServer()
-    server.repos[WEIGHTS_REPO] = {find("deit-s").file: (GOLDEN / DEIT).read_bytes()}
+    server.repos[WEIGHTS_REPO] = {find_row("deit-s").file: (GOLDEN / DEIT).read_bytes()}
     home = {"HF_ENDPOINT": server.url, "HF_HOME": str(runs / "home"), "HF_TOKEN": ""}
     try:
         done = spiralrope("export", "deit-s", "--layout", "safetensors", "--ema", env=home)

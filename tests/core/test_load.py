@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from spiralrope_cli import RopeConfig, create_model, load_model
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.hub.source import find_source
-from spiralrope_cli.core.load import build_network, start_from, starting_point
+from spiralrope_cli.core.load import build_network, load_pretrained, starting_point
 from spiralrope_cli.core.weights import read_weights
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -104,7 +104,7 @@ def test_other_classes_leave_a_fresh_head_and_everything_else_is_taken():
     torch.manual_seed(0)
     model = create_model(weights.arch, rope=weights.rope, **{**weights.options, "num_classes": 3})
     head = model.head.weight.clone()
-    start_from(weights, model)
+    load_pretrained(weights, model)
     assert torch.equal(model.head.weight, head)
     ours = model.state_dict()
     theirs = {name: value for name, value in weights.state.items() if "head." not in name}
@@ -130,7 +130,7 @@ def test_a_head_that_is_not_whole_is_no_head_of_other_classes():
     del weights.state["head.bias"]
     model = create_model(weights.arch, rope=weights.rope, **weights.options)
     with pytest.raises(CheckpointError, match=r"1 missing \(head.bias\)"):
-        start_from(weights, model)
+        load_pretrained(weights, model)
 
 
 class Evil:

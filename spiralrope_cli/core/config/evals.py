@@ -128,7 +128,7 @@ class EvalRow:
         return "EMA" if self.ema else "raw"
 
     @property
-    def network(self) -> tuple[str, bool, RopeConfig, ModelConfig]:
+    def network_key(self) -> tuple[str, bool, RopeConfig, ModelConfig]:
         """Equal for rows that the same forward passes answer."""
         return self.file, self.ema, self.rope, self.model
 

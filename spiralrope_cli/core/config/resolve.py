@@ -25,7 +25,7 @@ from spiralrope_cli.core.config.dit_runs import (
     input_size,
 )
 from spiralrope_cli.core.config.latents import LATENT_CHANNELS, CacheMetadata, read_cache
-from spiralrope_cli.core.config.models import RopeConfig, Scaling, deit_size, dit_name, dit_size
+from spiralrope_cli.core.config.models import RopeConfig, Scaling, dit_name
 from spiralrope_cli.core.config.nested import RUN_KINDS, build, read_config
 from spiralrope_cli.core.config.option import idle_lines
 from spiralrope_cli.core.config.runs import ModelConfig
@@ -137,13 +137,15 @@ def resolve(
         ("data set", {"arch": arch}),
         ("recipe", recipes.recipe(command, arch)),
         ("data set", data_set.defaults_of(command)),
-        *(of_start, of_latents, file, ("option", options)),
+        of_start,
+        of_latents,
+        file,
+        ("option", options),
         ("data set", {"num_classes": data_set.num_classes}),
     )
     values.update(command=command, arch=arch, data=data_set.data)
     values.update(num_train=data_set.num_train, num_val=data_set.num_val)
     sources = {**origins, "data": sources["data"]}
-    size = dit_size(arch) if dit else deit_size(arch)
     if dit:
         fit_input(values, data_set)
         if start:
@@ -153,7 +155,10 @@ def resolve(
     if start:
         fit_positions(values, sources, start, "input_size" if dit else "image_size")
     fit_length(values, sources, options)
-    fit_name(values, data_set, size.head_dim, name)
+    rope: RopeConfig = build(RopeConfig, values)
+    rotation = f"r{rope.rotate}" if rope.enabled else "norope"
+    # No date in the name, so that the same command finds its own folder.
+    values.setdefault("out", named_folder(command, arch, data_set.slug, rotation, name))
     run = build(kind, values)
     if not dit:
         run.augment.check_data(data_set)
@@ -290,15 +295,6 @@ def fit_length(values: dict[str, Any], sources: dict[str, str], options: dict[st
         steps_per_epoch = max(values["num_train"] // max(values["batch_size"], 1), 1)
         longest = int(values["max_steps"]) // (4 * steps_per_epoch)
         values["warmup_epochs"] = min(values["warmup_epochs"], longest)
-
-
-def fit_name(values: dict[str, Any], data_set: DataSet, head_dim: int, name: str) -> None:
-    """Names the run's folder without a date, so that the same command finds its own."""
-    rope: RopeConfig = build(RopeConfig, values)
-    rope.check_head_dim(head_dim)
-    turned = f"r{rope.rotate}" if rope.enabled else "norope"
-    folder = named_folder(values["command"], values["arch"], data_set.slug, turned, name)
-    values.setdefault("out", folder)
 
 
 def named_folder(*words: str) -> str:

@@ -69,7 +69,7 @@ def repeated_order(num_images: int, repeats: int, epoch: int) -> Tensor:
     return torch.tensor(list(sampler))
 
 
-def apart(batch_size: int, repeats: int) -> Tensor:
+def separate_repeats(batch_size: int, repeats: int) -> Tensor:
     """[batch_size] places within a step, reordered so that copies of an image are not neighbours.
 
     Mixup mixes neighbours, and an image mixed with its own copy is not mixed.
@@ -112,7 +112,7 @@ class TrainingData:
         for step in range(first_step, last_step):
             epoch, within = divmod(step, self.steps_per_epoch)
             order = epoch_order(self.run.num_train, self.repeats, self.run.seed, epoch)
-            places = within * size + apart(size, self.repeats)
+            places = within * size + separate_repeats(size, self.repeats)
             for part in self.parts:
                 mine = places[part]
                 numbers, first = order[mine].tolist(), step * size + part.start

@@ -164,7 +164,7 @@ class LatentCache:
 
     @property
     def scale(self) -> float:
-        """Factor of the latents, see `vae.draw`."""
+        """Factor of the latents, see `vae.sample_posterior`."""
         return self.metadata.plan.scale
 
     def verify(self) -> None:

@@ -51,7 +51,9 @@ class Vae:
         return self.model.decode((latents / self.scale).to(self.model.dtype)).sample.float()
 
 
-def draw(mean: Tensor, std: Tensor, noise: Tensor, scale: float = LATENT_SCALE) -> Tensor:
+def sample_posterior(
+    mean: Tensor, std: Tensor, noise: Tensor, scale: float = LATENT_SCALE
+) -> Tensor:
     """Latents for a DiT: scale * (mean + std * noise), [B, L, h, w] each."""
     return torch.addcmul(mean, std, noise) * scale
 

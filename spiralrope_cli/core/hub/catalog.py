@@ -118,7 +118,7 @@ ROWS = (
 ALIASES = {"dit-xl2": "dit-xl2@7m"}
 
 
-def find(name: str) -> Row:
+def find_row(name: str) -> Row:
     """The row of that name; where there is none, the nearest name is suggested."""
     wanted = name.strip().lower()
     by_name = {row.name: row for row in ROWS}

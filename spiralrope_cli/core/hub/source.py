@@ -15,7 +15,7 @@ from spiralrope_cli.core.config.latents import LATENT_CHANNELS, LATENT_SCALE, VA
 from spiralrope_cli.core.config.nested import read_config
 from spiralrope_cli.core.config.training import RUNS_FOLDER
 from spiralrope_cli.core.errors import CheckpointError, ConfigError, FetchError
-from spiralrope_cli.core.hub.catalog import Row, find
+from spiralrope_cli.core.hub.catalog import Row, find_row
 from spiralrope_cli.core.runtime.run_folder import (
     CHECKPOINTS,
     EMA_FILE,
@@ -68,7 +68,7 @@ def find_source(given: str, *, best: bool = False) -> Source:
     if path.suffix in FILE_SUFFIXES or len(path.parts) > 1:
         raise CheckpointError(f"{given} is no file and no folder", "look at its spelling")
     try:
-        return Source(given, None, row=find(given))
+        return Source(given, None, row=find_row(given))
     except ConfigError as unknown:
         raise ConfigError(
             f"{given} is no file, no run folder and no published name", unknown.hint
@@ -156,7 +156,7 @@ def find_vae(given: str) -> VaeFiles:
     """The VAE that `--vae` names; `ema` and `mse` are fetched unless they are here."""
     from spiralrope_cli.core.hub.download import fetch_published
 
-    return local_vae(given) or _checked(VaeFiles(given, fetch_published(find(f"vae-{given}"))))
+    return local_vae(given) or _checked(VaeFiles(given, fetch_published(find_row(f"vae-{given}"))))
 
 
 def local_vae(given: str) -> VaeFiles | None:
@@ -164,7 +164,7 @@ def local_vae(given: str) -> VaeFiles | None:
     from spiralrope_cli.core.hub.download import local_path
 
     if given in VAE_NAMES:
-        folder = local_path(find(f"vae-{given}"))
+        folder = local_path(find_row(f"vae-{given}"))
         return _checked(VaeFiles(given, folder)) if folder else None
     folder = Path(given).expanduser()
     if not folder.is_dir():
@@ -210,7 +210,7 @@ def find_inception(given: str) -> tuple[Path, str]:
     """The file of Inception's weights and its SHA-256: `--weights`, or what `fetch` brought."""
     from spiralrope_cli.core.hub.files import sha256_of, target_of
 
-    row = find("inception")
+    row = find_row("inception")
     path = Path(given).expanduser() if given else target_of(row)
     if given and not path.is_file():
         raise ConfigError(f"--weights {path} is no file", "spiralrope fetch inception brings one")

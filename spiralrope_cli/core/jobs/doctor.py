@@ -29,7 +29,7 @@ from spiralrope_cli.core.config.samples import default_num_samples
 from spiralrope_cli.core.config.training import Checkup
 from spiralrope_cli.core.errors import CheckpointError, DataError, FetchError, SpiralRopeError
 from spiralrope_cli.core.hub import download
-from spiralrope_cli.core.hub.catalog import ROWS, find
+from spiralrope_cli.core.hub.catalog import ROWS, find_row
 from spiralrope_cli.core.runtime.launch import usable_cores
 from spiralrope_cli.core.runtime.progress import console, human_size
 from spiralrope_cli.core.runtime.run_folder import nearest_folder
@@ -285,7 +285,7 @@ def inspect_hub(checkup: Checkup) -> tuple[Values, Rows]:
         values |= {"words": f"not asked: {why}"}
     else:
         try:
-            download.look_up(find(HUB_ROW), None, timeout=HUB_SECONDS)
+            download.look_up(find_row(HUB_ROW), None, timeout=HUB_SECONDS)
             values |= {"asked": True, "answers": True, "words": "answers"}
         except FetchError as error:
             values |= {"asked": True, "words": error.message, "hint": error.hint}

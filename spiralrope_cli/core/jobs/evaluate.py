@@ -232,7 +232,7 @@ def measure_rows(
 
     models: dict[Any, nn.Module] = {}
     for row in rows:
-        if row.network not in models:
+        if row.network_key not in models:
             source, model = Source(row.source, Path(row.file)), row.model
             rope, arch = asdict(row.rope), row.arch
             weights = read_weights(source, ema=row.ema, rope=rope, arch=arch)
@@ -240,7 +240,7 @@ def measure_rows(
             network = load.build_network(weights, ctx.device, image_size=size, pretrain_grid=grid)
             if images.machine.compile:
                 compile_blocks(network)
-            models[row.network] = network
+            models[row.network_key] = network
     protocol = images.protocol
     what = f"{Path(protocol.data).name} at {format_size(protocol.image_size)} px"
     what += f", crop ratio {protocol.crop_ratio:g}, {len(models)} network(s), images"
@@ -253,7 +253,7 @@ def measure_rows(
 
         in_precision = partial(autocast, ctx.device, ctx.dtype)
         found = measure_accuracy(models, batches(), ctx.device, in_precision)
-    return {row: found[row.network] for row in rows}
+    return {row: found[row.network_key] for row in rows}
 
 
 # ---- report

@@ -11,7 +11,7 @@ from spiralrope_cli.core.config.hub import FetchRun
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.hub import download
-from spiralrope_cli.core.hub.catalog import ALIASES, ROWS, Row, find
+from spiralrope_cli.core.hub.catalog import ALIASES, ROWS, Row, find_row
 from spiralrope_cli.core.hub.download import local_files, local_path
 from spiralrope_cli.core.runtime.progress import human_size, say_result
 
@@ -39,7 +39,7 @@ def fetch(given: dict[str, Any]) -> None:
 
 def settle(names: Sequence[str], *, one_folder: bool) -> list[Row]:
     """The rows of some names, each once; in one folder no two may have a file of the same name."""
-    rows = list({row.name: row for row in map(find, names)}.values())
+    rows = list({row.name: row for row in map(find_row, names)}.values())
     owner: dict[str, str] = {}
     for row in rows if one_folder else ():
         for name in (Path(file).name for file in row.files):

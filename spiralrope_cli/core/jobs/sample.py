@@ -225,7 +225,7 @@ def work(run: SampleRun) -> None:
             write_json(out / SOURCES_FILE, dict.fromkeys(run.rope, "option"))
         missing = distributed.all_gather_object(files.missing() if ctx.is_first else [])[0]
         if missing:
-            draw_missing(missing, Sampler(run, ctx, weights), files)
+            sample_missing(missing, Sampler(run, ctx, weights), files)
         if ctx.is_first:
             files.finish(metadata)
             files.write_grid(metadata)
@@ -277,15 +277,16 @@ class Sampler:
         labels = torch.tensor(classes, device=ctx.device)
         with autocast(ctx.device, ctx.dtype):
             predict = guided(self.model, labels, run.guidance)
-            for x in BY_NAME[run.sampler](self.diffusion, predict, noise.draw(), noise.draw):
+            steps = BY_NAME[run.sampler](self.diffusion, predict, noise.draw(), noise.draw)
+            for x in steps:
                 if ctx.stop.signal_number:
                     return None
-                latents = x
+                latents = x  # those of the last step are decoded
                 after_step()
         return to_uint8(self.vae.decode(latents) if self.vae else latents)
 
 
-def draw_missing(missing: Sequence[int], sampler: Sampler, files: SampleFiles) -> None:
+def sample_missing(missing: Sequence[int], sampler: Sampler, files: SampleFiles) -> None:
     """Draws images and puts them at their places, until all are there or a signal comes."""
     ctx, size = sampler.ctx, sampler.run.batch_size
     # Batches are dealt to the ranks in turn, as edm2 deals its seeds. In the last round some ranks

@@ -22,7 +22,7 @@ from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data import npz
 from spiralrope_cli.core.data.image_sets import Side, digest_of, digests_beside, inspect_side
 from spiralrope_cli.core.errors import ConfigError, DataError
-from spiralrope_cli.core.hub.catalog import find
+from spiralrope_cli.core.hub.catalog import find_row
 from spiralrope_cli.core.hub.source import find_inception
 from spiralrope_cli.core.runtime.launch import launch, say_notes
 from spiralrope_cli.core.runtime.progress import console, say, say_result
@@ -249,7 +249,7 @@ def describe(
         "extractor": EXTRACTOR,
         "weights": run.weights or None,
         "weights_sha256": sha256 or None,
-        "weights_published": sha256.startswith(find("inception").sha256) if sha256 else None,
+        "weights_published": sha256.startswith(find_row("inception").sha256) if sha256 else None,
         "resize": "bilinear of TensorFlow 1, to 299x299",
         "precision": run.machine.precision,
         "is_split_size": SPLIT_SIZE,

@@ -153,11 +153,11 @@ def plan_rows(run: TrainingRun, first_step: int) -> dict[str, str]:
     if run.source:
         rows["start"] = start_line(run)
     parameters, flops = model_cost(run)
-    (rows_of_grid, columns), (_, *size) = run.grid, run.input_shape
+    grid, size = run.grid, run.input_shape[1:]
     rows["data"] = run.data_line
     rows["model"] = (
-        f"{run.arch}, {format_size(size)} {run.unit}, {rows_of_grid}x{columns} patches of "
-        f"{size[0] // rows_of_grid} {run.unit}; "
+        f"{run.arch}, {format_size(size)} {run.unit}, {grid[0]}x{grid[1]} patches of "
+        f"{size[0] // grid[0]} {run.unit}; "
         f"{parameters / 1e6:.2f} M parameters, {flops / 1e9:.3g} GFLOPs per image"
     )
     no_rope = f"none: {run.positions} positions alone"
@@ -242,7 +242,7 @@ def work(config: TrainingRun) -> None:
         DataError: the data set is missing or damaged.
         FetchError: the VAE is not here and cannot be had.
     """
-    from spiralrope_cli.core.load import start_from
+    from spiralrope_cli.core.load import load_pretrained
     from spiralrope_cli.core.runtime import distributed
     from spiralrope_cli.core.runtime.distributed import open_context
     from spiralrope_cli.core.training import loop
@@ -251,7 +251,7 @@ def work(config: TrainingRun) -> None:
         step = loop.agreed_first_step(config)
         task = open_task(config, ctx)
         state, forward = loop.build_state(
-            config, ctx, step, lambda model: start_from(starting_weights(config), model)
+            config, ctx, step, lambda model: load_pretrained(starting_weights(config), model)
         )
         with loop.open_report(config, ctx, state) as reporter:
             loop.training_loop(config, ctx, task, state, forward, reporter)

@@ -16,7 +16,7 @@ from spiralrope_cli.core.data.batches import dit_data
 from spiralrope_cli.core.data.images import image_grid, to_uint8
 from spiralrope_cli.core.data.loader import Batch
 from spiralrope_cli.core.diffusion.gaussian import GaussianDiffusion
-from spiralrope_cli.core.diffusion.vae import Vae, draw, load_vae
+from spiralrope_cli.core.diffusion.vae import Vae, load_vae, sample_posterior
 from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.models.dit import DiT
 from spiralrope_cli.core.runtime import distributed, run_folder
@@ -103,7 +103,7 @@ class DiffusionLoss:
             mean, std = self.vae.encode(batch.images)
         if std is None:
             return mean
-        return draw(mean, std, self.noise("posterior", step, batch, mean), self.scale)
+        return sample_posterior(mean, std, self.noise("posterior", step, batch, mean), self.scale)
 
     def noise(self, purpose: str, step: int, batch: Batch, like: Tensor) -> Tensor:
         """Standard normal like `like`, from one generator per sample."""

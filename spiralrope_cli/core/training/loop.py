@@ -137,17 +137,17 @@ def agreed_first_step(config: TrainingRun) -> int:
 
 
 def build_state(
-    config: TrainingRun, ctx: DistContext, step: int, start_from_source: Callable[[Any], None]
+    config: TrainingRun, ctx: DistContext, step: int, load_pretrained: Callable[[Any], None]
 ) -> tuple[TrainState, nn.Module]:
     """State at a step, and the model wrapped for compilation and several processes.
 
-    At step 0 the weights are random, or those that `start_from_source` loads; at any other step
+    At step 0 the weights are random, or those that `load_pretrained` loads; at any other step
     they are loaded from its checkpoint.
     """
     seed_everything(config.seed, "init")  # the same initial weights in every process
     model = model_of(config)
     if config.source and not step:
-        start_from_source(model)
+        load_pretrained(model)
     if config.optim.freeze != "none":
         freeze_but(model, config.optim.freeze)
     model.grad_checkpointing = config.machine.grad_checkpointing

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from spiralrope_cli.core.data.batches import (
     TrainingData,
-    apart,
     epoch_order,
     own_parts,
     repeated_order,
+    separate_repeats,
 )
 
 SAMPLER = json.loads((Path(__file__).parents[2] / "golden" / "manifest.json").read_text())[
@@ -106,7 +106,7 @@ def test_the_steps_of_an_epoch_tile_it(steps_per_epoch, batch_size):
 
 @pytest.mark.parametrize(("batch_size", "repeats"), [(32, 3), (64, 3), (48, 2), (16, 1)])
 def test_repeats_of_an_image_are_no_neighbours(batch_size, repeats):
-    places = apart(batch_size, repeats)
+    places = separate_repeats(batch_size, repeats)
     assert sorted(places.tolist()) == list(range(batch_size))
     images = places // repeats if repeats > 1 else places
     assert (images[1:] != images[:-1]).all()

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from spiralrope_cli.core.config.latents import LATENT_SCALE
-from spiralrope_cli.core.diffusion.vae import draw, load_vae
+from spiralrope_cli.core.diffusion.vae import load_vae, sample_posterior
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.hub.source import VAE_CONFIG, VAE_WEIGHTS, find_vae
 
@@ -43,7 +43,7 @@ def test_the_posterior_is_that_of_diffusers(tiny_vae, images):
     torch.testing.assert_close(std, posterior.std)
     noise = torch.randn_like(mean)
     expected = (posterior.mean + posterior.std * noise) * LATENT_SCALE
-    torch.testing.assert_close(draw(mean, std, noise), expected)
+    torch.testing.assert_close(sample_posterior(mean, std, noise), expected)
 
 
 def test_decoding_undoes_the_scale(tiny_vae, images):

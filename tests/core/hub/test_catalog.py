@@ -4,7 +4,7 @@ import pytest
 
 from spiralrope_cli.core.config.models import DEIT_SIZES, RopeConfig
 from spiralrope_cli.core.errors import ConfigError
-from spiralrope_cli.core.hub.catalog import INCEPTION_VARIABLE, ROWS, find
+from spiralrope_cli.core.hub.catalog import INCEPTION_VARIABLE, ROWS, find_row
 
 
 def test_every_row_says_where_it_comes_from():
@@ -20,17 +20,17 @@ def test_every_row_says_where_it_comes_from():
 
 
 def test_the_step_is_the_true_one_and_not_that_of_the_file_name():
-    best = find("dit-xl2@7m")
+    best = find_row("dit-xl2@7m")
     assert best.file_name == "0700000.pth"
     assert best.steps == 7_000_000
     assert best.rope == {"rotate": 4, "max_freq_lang": 1.5, "same_theta": False}
-    assert find("dit-xl2@400k").steps == 400_000
-    assert find("dit-xl2@400k").arch == best.arch == "dit-xl2"
+    assert find_row("dit-xl2@400k").steps == 400_000
+    assert find_row("dit-xl2@400k").arch == best.arch == "dit-xl2"
 
 
 def test_the_best_one_needs_no_suffix():
-    assert find("dit-xl2") is find("dit-xl2@7m")
-    assert find(" DiT-XL2 ") is find("dit-xl2@7m")
+    assert find_row("dit-xl2") is find_row("dit-xl2@7m")
+    assert find_row(" DiT-XL2 ") is find_row("dit-xl2@7m")
 
 
 @pytest.mark.parametrize(
@@ -39,20 +39,20 @@ def test_the_best_one_needs_no_suffix():
 )
 def test_a_wrong_name_brings_the_nearest(name, guess):
     with pytest.raises(ConfigError, match=f"{name} is not among(.|\n)*did you mean {guess}"):
-        find(name)
+        find_row(name)
     with pytest.raises(ConfigError) as far:
-        find("zzzzzzzz")
+        find_row("zzzzzzzz")
     assert "did you mean" not in str(far.value)
 
 
 def test_vaes_bring_what_diffusers_reads():
-    assert find("vae-ema").repo == "stabilityai/sd-vae-ft-ema"
-    assert find("vae-mse").repo == "stabilityai/sd-vae-ft-mse"
-    assert set(find("vae-mse").files) == {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert find_row("vae-ema").repo == "stabilityai/sd-vae-ft-ema"
+    assert find_row("vae-mse").repo == "stabilityai/sd-vae-ft-mse"
+    assert set(find_row("vae-mse").files) == {"config.json", "diffusion_pytorch_model.safetensors"}
 
 
 def test_a_mirror_takes_the_place_of_the_published_address(monkeypatch):
-    assert find("inception").source_url.startswith("https://github.com/toshas/torch-fidelity/")
+    assert find_row("inception").source_url.startswith("https://github.com/toshas/torch-fidelity/")
     monkeypatch.setenv(INCEPTION_VARIABLE, "https://mirror.example/i.pth")
-    assert find("inception").source_url == "https://mirror.example/i.pth"
-    assert "512/VIRTUAL_imagenet512.npz" in find("imagenet512-ref").source_url
+    assert find_row("inception").source_url == "https://mirror.example/i.pth"
+    assert "512/VIRTUAL_imagenet512.npz" in find_row("imagenet512-ref").source_url

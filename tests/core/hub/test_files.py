@@ -11,7 +11,7 @@ import pytest
 from hub_server import HubServer
 
 from spiralrope_cli.core.errors import ConfigError, DiskError, FetchError, NoRouteError
-from spiralrope_cli.core.hub.catalog import find
+from spiralrope_cli.core.hub.catalog import find_row
 from spiralrope_cli.core.hub.download import fetch_published, local_path
 from spiralrope_cli.core.hub.files import file_version
 
@@ -34,7 +34,7 @@ def server(tmp_path, monkeypatch):
 @pytest.fixture
 def row(server):
     """A reference batch, which has no published digest."""
-    return dataclasses.replace(find("imagenet512-ref"), url=f"{server.url}/plain/{NAME}")
+    return dataclasses.replace(find_row("imagenet512-ref"), url=f"{server.url}/plain/{NAME}")
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_nobody_answers(row, server):
 def test_a_mirror_must_be_a_web_address(monkeypatch, server):
     monkeypatch.setenv("SPIRALROPE_INCEPTION_URL", "ftp://example.org/i.pth")
     with pytest.raises(ConfigError, match="SPIRALROPE_INCEPTION_URL is ftp"):
-        fetch_published(find("inception"))
+        fetch_published(find_row("inception"))
 
 
 def test_too_little_disk_is_told_before_a_byte_comes(row, server, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from hub_server import HubServer
 
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
-from spiralrope_cli.core.hub.catalog import WEIGHTS_REPO, find
+from spiralrope_cli.core.hub.catalog import WEIGHTS_REPO, find_row
 from spiralrope_cli.core.hub.source import VAE_CONFIG, VAE_WEIGHTS, find_source, find_vae, local_vae
 from spiralrope_cli.core.weights import fetch_source
 
@@ -18,8 +18,8 @@ def hub(tmp_path, monkeypatch):
     """A server that has a VAE and DiT-S/2, and an empty cache."""
     server = HubServer()
     config = b'{"_class_name": "AutoencoderKL", "block_out_channels": [1, 1, 1, 1]}'
-    server.repos[find("vae-ema").repo] = {VAE_CONFIG: config, VAE_WEIGHTS: b"weights"}
-    server.repos[WEIGHTS_REPO] = {find("dit-s2").file: b"weights"}
+    server.repos[find_row("vae-ema").repo] = {VAE_CONFIG: config, VAE_WEIGHTS: b"weights"}
+    server.repos[WEIGHTS_REPO] = {find_row("dit-s2").file: b"weights"}
     constants = "huggingface_hub.constants"
     monkeypatch.setattr(f"{constants}.ENDPOINT", server.url)
     template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
