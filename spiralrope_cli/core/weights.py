@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
+from spiralrope_cli.core.checksum import DamagedError, read_safetensors
 from spiralrope_cli.core.config.dit_runs import DiTRun
 from spiralrope_cli.core.config.models import RopeConfig, deit_size, dit_size, is_dit
 from spiralrope_cli.core.config.nested import renamed
@@ -130,10 +131,8 @@ def mean_std(weights: Weights, defaults: dict[str, Any], in_chans: int) -> dict[
 
 def _read_safetensors(file: Path) -> tuple[StateDict, dict[str, str]]:
     try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            return {name: opened.get_tensor(name) for name in opened.keys()}, metadata  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+        return read_safetensors(file)
+    except (SafetensorError, OSError, DamagedError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{file} cannot be read: {reason}") from error
 

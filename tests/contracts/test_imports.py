@@ -15,6 +15,7 @@ ALWAYS = {"errors", "config", "atomic"}
 MAY_IMPORT = {
     "errors": set(),
     "atomic": set(),
+    "checksum": set(),
     "config": {"errors"},
     "runtime": ALWAYS,
     "kernels": set(),
@@ -22,17 +23,17 @@ MAY_IMPORT = {
     "models": ALWAYS | {"rope", "kernels"},
     "data": ALWAYS | {"runtime"},
     "diffusion": ALWAYS,
-    "training": ALWAYS | {"runtime", "models", "data", "diffusion", "metrics"},
+    "training": ALWAYS | {"runtime", "models", "data", "diffusion", "metrics"} | {"checksum"},
     "metrics": ALWAYS | {"runtime", "data"},
-    "hub": ALWAYS | {"runtime", "rope"},
+    "hub": ALWAYS | {"runtime", "rope", "checksum"},
     "infer": ALWAYS | {"hub"},
-    "weights": ALWAYS | {"hub", "infer"},
+    "weights": ALWAYS | {"hub", "infer", "checksum"},
     "load": ALWAYS | {"hub", "models", "infer", "weights"},
     "plots": ALWAYS | {"runtime", "rope", "data"},
     "report": ALWAYS | {"runtime", "data", "plots"},
     "jobs": ALWAYS
     | {"runtime", "rope", "models", "data", "diffusion", "training", "metrics", "plots", "report"}
-    | {"hub", "infer", "weights", "load", "kernels", "jobs"},
+    | {"hub", "infer", "weights", "load", "kernels", "checksum", "jobs"},
     "commands": ALWAYS | {"runtime", "commands"},
 }
 LIGHT = {"commands", "config", "errors", "atomic"}

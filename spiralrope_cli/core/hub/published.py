@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spiralrope_cli.core.checksum import DamagedError, check_zip
 from spiralrope_cli.core.config.latents import VAE_FACTOR
 from spiralrope_cli.core.config.models import (
     DiTSize,
@@ -32,6 +33,7 @@ from spiralrope_cli.core.rope import frequencies
 
 StateDict = dict[str, Tensor]
 ZIP_MAGIC = b"PK\x03\x04"
+OF_OURS = "pretrain_grid"  # in the args of exports alone
 FREQS_TOLERANCE = 1e-3  # relative; in averaged weights frequencies crept by up to 2e-4
 
 
@@ -66,11 +68,17 @@ def read_published(path: Path) -> PublishedFile:
     args = content.get("args")
     if isinstance(args, argparse.Namespace):
         args = vars(args)
+    args = args if isinstance(args, dict) else {}
+    if OF_OURS in args:  # others can be ten times as large, for their optimizer
+        try:
+            check_zip(path)
+        except DamagedError as error:
+            raise CheckpointError(f"{path} is damaged: {error}", "export it again") from error
     return PublishedFile(
         raw=raw or ema,
         ema=ema or raw,
         has_both=bool(raw and ema) and not one,
-        args=args if isinstance(args, dict) else {},
+        args=args,
         progress=progress_in(content),
     )
 
@@ -235,7 +243,7 @@ def _published_args(network: NetworkSpec) -> dict[str, Any]:
         **rope,
         "num_heads": network.transformer.heads,
         "grid": list(network.grid),
-        "pretrain_grid": list(network.pretrain_grid),
+        OF_OURS: list(network.pretrain_grid),
     }
 
 

@@ -150,6 +150,8 @@ def write_safetensors(export: Export) -> None:
     import yaml
     from safetensors.torch import save_file
 
+    from spiralrope_cli.core.checksum import with_checksum
+
     weights, target = export.weights, export.target
     config = {
         **weights.config,
@@ -166,7 +168,8 @@ def write_safetensors(export: Export) -> None:
     card = model_card(target.name, weights)
     with new_path(target) as beside:
         beside.mkdir()
-        save_file(export.sets[0], beside / MODEL_FILE, metadata)
+        state = export.sets[0]
+        save_file(state, beside / MODEL_FILE, with_checksum(state, metadata))
         plain = json.loads(metadata["config"])  # lists, which YAML knows, in place of tuples
         (beside / CONFIG_FILE).write_text(yaml.safe_dump(plain, sort_keys=False))
         (beside / CARD_FILE).write_text(card)

@@ -16,10 +16,11 @@ from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import save_model
 from torch import nn
 
 from spiralrope_cli.core.atomic import flush, write_whole
+from spiralrope_cli.core.checksum import check_zip, read_safetensors, with_checksum
 from spiralrope_cli.core.errors import CheckpointError, is_disk_full
 from spiralrope_cli.core.runtime.run_folder import (
     CHECKPOINTS,
@@ -76,7 +77,8 @@ def save(
 
 def _write(folder: Path, state: TrainState, metadata: dict[str, str]) -> None:
     for name, module in ((MODEL_FILE, state.model), (EMA_FILE, state.ema.module)):
-        save_model(module, str(folder / name), {**metadata, "weights": Path(name).stem})
+        own = with_checksum(module.state_dict(), {**metadata, "weights": Path(name).stem})
+        save_model(module, str(folder / name), own)
     optimizer = state.optimizer.state_dict()
     trainer = {"optimizer": optimizer, "step": state.step, "best": state.best}
     torch.save(trainer, folder / TRAINER_FILE)
@@ -125,16 +127,17 @@ def restore(run_folder: Path, step: int, state: TrainState) -> None:
     """
     folder = step_folder(run_folder, step)
     try:
-        load_model(state.model, str(folder / MODEL_FILE))
-        load_model(state.ema.module, str(folder / EMA_FILE))
+        state.model.load_state_dict(read_safetensors(folder / MODEL_FILE)[0])
+        state.ema.module.load_state_dict(read_safetensors(folder / EMA_FILE)[0])
+        check_zip(folder / TRAINER_FILE)
         trainer = torch.load(folder / TRAINER_FILE, map_location="cpu", weights_only=True)
         state.optimizer.load_state_dict(trainer["optimizer"])
+        state.step, state.best = trainer["step"], trainer["best"]
     except UNREADABLE as error:
         raise CheckpointError(
             f"checkpoint {folder} cannot be read: {_first_line(error)}",
             "remove that folder to resume from the one before it",
         ) from error
-    state.step, state.best = trainer["step"], trainer["best"]
 
 
 def needed_bytes(model: nn.Module) -> int:

@@ -1,0 +1,108 @@
+"""A flipped bit anywhere in a file of ours is found, or changes nothing."""
+
+from __future__ import annotations
+
+import random
+import shutil
+
+import pytest
+import torch
+from comparing import same_tensors
+from safetensors.torch import load_file, save_file
+
+from spiralrope_cli.core.checksum import DamagedError, read_safetensors, with_checksum
+from spiralrope_cli.core.errors import CheckpointError
+from spiralrope_cli.core.hub.source import find_source
+from spiralrope_cli.core.load import build_network
+from spiralrope_cli.core.training import checkpoint
+from spiralrope_cli.core.training.step import TrainState
+from spiralrope_cli.core.weights import read_weights
+
+FLIPS = 60
+
+
+def flipped(content, rng, first=0):
+    """The content with one bit changed, from a place on."""
+    damaged = bytearray(content)
+    damaged[rng.randrange(first, len(content))] ^= 1 << rng.randrange(8)
+    return bytes(damaged)
+
+
+def everything(state):
+    states = [state.model.state_dict(), state.ema.module.state_dict()]
+    return [*states, state.optimizer.state_dict()], state.step, state.best
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_refused_when_it_is_resumed(tmp_path, trained_once):
+    """60 flips at random places in all three files; a few hit what carries nothing."""
+    from spiralrope_cli.core.config.nested import build, read_config
+    from spiralrope_cli.core.config.runs import ClassifierRun
+    from spiralrope_cli.core.models.factory import model_of
+
+    run = build(ClassifierRun, read_config(trained_once / "config.yaml"))
+    first, other = (TrainState.create(model_of(run), run.optim) for _ in range(2))
+    checkpoint.restore(trained_once, 8, first)
+    folder = tmp_path / "run" / "checkpoints" / "0000008"
+    shutil.copytree(trained_once / "checkpoints" / "0000008", folder)
+    rng, refused = random.Random(0), 0
+    for number in range(FLIPS):
+        path = folder / ("model.safetensors", "ema.safetensors", "trainer.pt")[number % 3]
+        content = path.read_bytes()
+        path.write_bytes(flipped(content, rng))
+        try:
+            checkpoint.restore(tmp_path / "run", 8, other)
+        except CheckpointError as error:
+            refused += error.hint == "remove that folder to resume from the one before it"
+        else:
+            (tensors, *rest), (wanted, *expected) = everything(other), everything(first)
+            assert same_tensors(tensors, wanted)
+            assert rest == expected
+        path.write_bytes(content)
+    assert refused >= 0.9 * FLIPS
+
+
+def test_a_flipped_bit_in_a_source_is_refused_by_whoever_reads_it(tmp_path, trained_once):
+    content = (trained_once / "checkpoints" / "0000008" / "ema.safetensors").read_bytes()
+    path = tmp_path / "ema.safetensors"
+    path.write_bytes(flipped(content, random.Random(1), first=len(content) // 2))
+    with pytest.raises(CheckpointError, match=r"its checksum is not the one in its metadata"):
+        read_weights(find_source(str(path)))
+
+
+def test_an_export_carries_checksums_in_both_layouts(runs, trained_once):
+    from spiralrope_cli.core.jobs.export import export
+
+    for layout, out in (("safetensors", "folder"), ("published", "file.pth")):
+        export({"source": str(trained_once), "layout": layout, "out": out})
+        path = runs / out / "model.safetensors" if layout == "safetensors" else runs / out
+        content = path.read_bytes()
+        read_weights(find_source(out))
+        path.write_bytes(flipped(content, random.Random(2), first=len(content) // 2))
+        with pytest.raises(CheckpointError, match="checksum"):
+            read_weights(find_source(out))
+
+
+def test_files_without_a_checksum_are_read_as_before(tmp_path, trained_once):
+    old = trained_once / "checkpoints" / "0000008" / "model.safetensors"
+    tensors, metadata = read_safetensors(old)
+    assert len(metadata.pop("crc32")) == 8
+    save_file(load_file(old), tmp_path / "old.safetensors", metadata)
+    weights = read_weights(find_source(str(tmp_path / "old.safetensors")))
+    assert same_tensors(build_network(weights).state_dict(), tensors)
+
+
+def test_names_shapes_types_and_metadata_count(tmp_path):
+    tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(1, dtype=torch.bfloat16)}
+    metadata = with_checksum(tensors, {"config": "{}"})
+    path = tmp_path / "x.safetensors"
+    save_file(tensors, path, metadata)
+    assert read_safetensors(path)[1] == metadata
+    for changed, said in (
+        ({**tensors, "a": tensors["a"].view(3, 2)}, metadata),
+        ({"c": tensors["a"], "b": tensors["b"]}, metadata),
+        ({**tensors, "b": tensors["b"].half()}, metadata),
+        (tensors, {**metadata, "config": "[]"}),
+    ):
+        save_file(changed, path, said)
+        with pytest.raises(DamagedError):
+            read_safetensors(path)
