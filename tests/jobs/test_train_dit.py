@@ -133,7 +133,7 @@ def test_what_is_random_belongs_to_the_sample_and_not_to_the_process(tiny):
     run = tiny(hflip=0.5)
     whole = next(dit_data(run, CPU, 0, 1).train_steps(3, 4))
     halves = [next(dit_data(run, CPU, rank, 2).train_steps(3, 4)) for rank in (0, 1)]
-    for name in ("images", "labels", "at.numbers"):
+    for name in ("images", "labels", "at.indices"):
         get = operator.attrgetter(name)
         one = torch.cat([torch.as_tensor(get(batch)) for batch in whole])
         two = torch.cat([torch.as_tensor(get(batch)) for half in halves for batch in half])

@@ -26,7 +26,7 @@ from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data import augment, memory
 from spiralrope_cli.core.data.images import in_order
 from spiralrope_cli.core.data.latents import LatentCache
-from spiralrope_cli.core.data.loader import MAX_TRIES, Batch, ImageFiles, Places, load
+from spiralrope_cli.core.data.loader import MAX_TRIES, Batch, BatchIndices, ImageFiles, load
 from spiralrope_cli.core.errors import DataError
 from spiralrope_cli.core.runtime.seeds import generator_for, seed_for
 
@@ -35,8 +35,8 @@ EVAL_BATCH = 256
 LATENTS_AHEAD = 2
 """Batches of cached latents that are read ahead."""
 
-Read = Callable[[Iterable[Places]], Generator[Batch, None, None]]
-"""Places -> their images on the device, in [0, 255], or latents."""
+Read = Callable[[Iterable[BatchIndices]], Generator[Batch, None, None]]
+"""BatchIndices -> their images on the device, in [0, 255], or latents."""
 
 
 # --- Order of the images
@@ -102,12 +102,12 @@ class TrainingData:
 
     def train_steps(self, first_step: int, last_step: int) -> Generator[list[Batch], None, None]:
         """This process's micro-batches of each step, from `first_step`, before `last_step`."""
-        with contextlib.closing(self.read(self.places(first_step, last_step))) as batches:
+        with contextlib.closing(self.read(self.batch_indices(first_step, last_step))) as batches:
             for _ in range(first_step, last_step):
                 yield [self.finish(next(batches)) for _ in self.parts]
 
-    def places(self, first_step: int, last_step: int) -> Iterator[Places]:
-        """The images of those micro-batches."""
+    def batch_indices(self, first_step: int, last_step: int) -> Iterator[BatchIndices]:
+        """The images of those micro-batches, and their places."""
         size = self.run.optim.batch_size
         for step in range(first_step, last_step):
             epoch, within = divmod(step, self.steps_per_epoch)
@@ -115,8 +115,8 @@ class TrainingData:
             places = within * size + separate_repeats(size, self.repeats)
             for part in self.parts:
                 mine = places[part]
-                numbers, first = order[mine].tolist(), step * size + part.start
-                yield Places(numbers, mine.tolist(), epoch, part, first)
+                indices, first = order[mine].tolist(), step * size + part.start
+                yield BatchIndices(indices, mine.tolist(), epoch, part, first)
 
     def remake(self, step: int, labels: str = "labels") -> dict[str, Tensor]:
         """This process's batch of a step, on the CPU; `labels` is the key of the labels."""
@@ -124,7 +124,7 @@ class TrainingData:
         return {
             "images": torch.cat([batch.images.cpu() for batch in batches]),
             labels: torch.cat([batch.labels.cpu() for batch in batches]),
-            "numbers": torch.tensor([n for batch in batches for n in batch.at.numbers]),
+            "numbers": torch.tensor([index for batch in batches for index in batch.at.indices]),
         }
 
 
@@ -165,7 +165,7 @@ def dit_data(run: DiTRun, device: torch.device, rank: int, world_size: int) -> T
     parts = own_parts(rank, *run.split_batch(world_size))
     read: Read
 
-    def mirrored(at: Places) -> Tensor:
+    def mirrored(at: BatchIndices) -> Tensor:
         """[B] bool on the CPU: a function of seed, epoch and place, for all kinds of data."""
         draws = augment.mirror_draws(run.num_train, run.seed, at.epoch)
         return draws[at.places] < run.images.hflip
@@ -194,24 +194,24 @@ def dit_data(run: DiTRun, device: torch.device, rank: int, world_size: int) -> T
 
 
 def from_memory(
-    split: memory.MemorySplit, batches: Iterable[Places]
+    split: memory.MemorySplit, batches: Iterable[BatchIndices]
 ) -> Generator[Batch, None, None]:
     """Images of a data set on the device."""
     for at in batches:
-        chosen = torch.tensor(at.numbers).to(split.images.device, non_blocking=True)
+        chosen = torch.tensor(at.indices).to(split.images.device, non_blocking=True)
         yield Batch(at, split.images[chosen].float(), split.labels[chosen])
 
 
 def from_cache(
     cache: LatentCache,
     device: torch.device,
-    mirrored: Callable[[Places], Tensor],
-    batches: Iterable[Places],
+    mirrored: Callable[[BatchIndices], Tensor],
+    batches: Iterable[BatchIndices],
 ) -> Generator[Batch, None, None]:
     """Cached posteriors, read ahead in a thread; the cache also has those of flipped images."""
 
-    def read(at: Places) -> Batch:
-        numbers = torch.tensor(at.numbers)
+    def read(at: BatchIndices) -> Batch:
+        numbers = torch.tensor(at.indices)
         mean, std = cache.mean_std(numbers, mirrored(at), pin_memory=device.type == "cuda")
         return Batch(at, mean, cache.labels[numbers], std)
 
@@ -264,7 +264,7 @@ class ValidationImages:
         """Normalised images [B, channels, h, w], labels [B]; each image once over all processes."""
         size, ratio = self.protocol.image_size, self.protocol.crop_ratio
         with contextlib.closing(
-            self._read(Places(list(span), []) for span in self._spans)
+            self._read(BatchIndices(list(span), []) for span in self._spans)
         ) as batches:
             for batch in batches:
                 images = batch.images

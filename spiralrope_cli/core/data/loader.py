@@ -83,14 +83,14 @@ def note_unreadable(unreadable: Iterable[Unreadable], skip: bool, reasons: dict[
 # --- Batches
 
 
-class Places(NamedTuple):
+class BatchIndices(NamedTuple):
     """The images of a batch, and their places in a training run.
 
     Lists, because it is sent to workers: tensors would go through shared memory.
     """
 
-    numbers: list[int]  # [B] indices in the data set
-    places: list[int]  # [B] places in the epoch; empty for validation
+    indices: list[int]  # [B] in the data set
+    places: list[int]  # [B] in the epoch; empty for validation
     epoch: int = 0  # from 0
     part: slice = slice(0)  # this micro-batch, as a part of the step's batch
     first: int = 0  # place of its first image in the run
@@ -109,7 +109,7 @@ class Batch:
         unreadable: images that were skipped or replaced.
     """
 
-    at: Places
+    at: BatchIndices
     images: Tensor
     labels: Tensor
     std: Tensor | None = None
@@ -155,23 +155,25 @@ class ImageFiles(Dataset[Any]):
 
     def __getitem__(self, key: Key) -> tuple[np.ndarray | None, int, tuple[Unreadable, ...]]:
         """Array, label and unreadable images; the array is None if no try was readable."""
-        number, parts = key
+        first, seed_parts = key
         failed: list[Unreadable] = []
-        for place in range(number, number + self.tries):
-            path = os.fsdecode(self.paths[place % len(self.paths)])
+        for index in range(first, first + self.tries):
+            path = os.fsdecode(self.paths[index % len(self.paths)])
             image = open_image(path, lambda image: _flattened(image).convert(self.mode))
             if not isinstance(image, Unreadable):
-                if parts is not None:
-                    seed_everything("augment", *parts)
-                label = int(self.labels[place % len(self.paths)])
+                if seed_parts is not None:
+                    seed_everything("augment", *seed_parts)
+                label = int(self.labels[index % len(self.paths)])
                 return np.asarray(self.transform(image)), label, tuple(failed)
             failed.append(image)
-        return None, int(self.labels[number]), tuple(failed)
+        return None, int(self.labels[first]), tuple(failed)
 
-    def __getitems__(self, at: Places) -> Batch:
+    def __getitems__(self, at: BatchIndices) -> Batch:
         """A batch of the readable images; `DataLoader` calls this once per batch."""
-        seeds = [None if self.seed is None else (self.seed, at.epoch, place) for place in at.places]
-        keys = zip(at.numbers, seeds or [None] * len(at.numbers), strict=True)
+        seed_parts: list[tuple[int, ...] | None] = [None] * len(at.indices)
+        if self.seed is not None and at.places:
+            seed_parts = [(self.seed, at.epoch, place) for place in at.places]
+        keys = zip(at.indices, seed_parts, strict=True)
         arrays, labels, failed = zip(*(self[key] for key in keys), strict=True)
         good = [array for array in arrays if array is not None]
         images = torch.from_numpy(np.stack(good)) if good else torch.empty(0)
@@ -196,7 +198,7 @@ def load(
     machine: MachineConfig,
     device: torch.device,
     unreadable: dict[str, str],
-    batches: Iterable[Places],
+    batches: Iterable[BatchIndices],
 ) -> Generator[Batch, None, None]:
     """Batches on the device, read ahead by workers, which end when the generator is closed.
 
@@ -218,7 +220,7 @@ def load(
     try:
         for batch in loading:
             note_unreadable(batch.unreadable, machine.skip_bad, unreadable)
-            if files.tries > 1 and len(batch.labels) < len(batch.at.numbers):
+            if files.tries > 1 and len(batch.labels) < len(batch.at.indices):
                 raise DataError(
                     f"{files.tries} training images in a row cannot be read",
                     f"the last: {batch.unreadable[-1].path}",

@@ -198,20 +198,20 @@ def encode_missing(plan: EncodePlan, ctx: DistContext, missing: list[int]) -> di
         return {}
 
     from spiralrope_cli.core.data.augment import cropped_array
-    from spiralrope_cli.core.data.loader import ImageFiles, Places, load
+    from spiralrope_cli.core.data.loader import BatchIndices, ImageFiles, load
     from spiralrope_cli.core.diffusion.vae import load_vae
     from spiralrope_cli.core.runtime.distributed import all_gather_object
 
     run, cache, size = plan.run, plan.cache, plan.run.batch_size
     vae = load_vae((plan.vae or find_vae(run.vae)).folder, ctx.device, ctx.dtype)
     # What this process will encode is read ahead; no batch reaches into the next shard.
-    places = (
-        Places(list(numbers[first : first + size]), [])
+    to_read = (
+        BatchIndices(list(numbers[first : first + size]), [])
         for numbers in map(cache.files_of, missing[ctx.rank :: ctx.world_size])
         for first in range(0, len(numbers), size)
     )
     files = ImageFiles(plan.images, partial(cropped_array, size=run.image_size))
-    reading = load(files, run.machine, ctx.device, {}, places)
+    reading = load(files, run.machine, ctx.device, {}, to_read)
     done = cache.num_files - sum(len(cache.files_of(number)) for number in missing)
     progress = counted("encoded", cache.num_files, shown=ctx.is_first, done=done, unit="images/s")
     shards: dict[int, Shard] = {}

@@ -93,14 +93,14 @@ def test_the_steps_of_an_epoch_tile_it(steps_per_epoch, batch_size):
         seed=3,
     )
     data = TrainingData(run, steps_per_epoch, [slice(0, batch_size)], read=None, finish=None)
-    seen = list(data.places(0, 2 * steps_per_epoch))
+    seen = list(data.batch_indices(0, 2 * steps_per_epoch))
     assert [at.epoch for at in seen] == [0] * steps_per_epoch + [1] * steps_per_epoch
     for epoch in range(2):
         of_epoch = seen[epoch * steps_per_epoch : (epoch + 1) * steps_per_epoch]
         places = [place for at in of_epoch for place in at.places]
         assert places == list(range(num_train - 1))
         order = epoch_order(num_train, 1, 3, epoch).tolist()
-        assert [number for at in of_epoch for number in at.numbers] == order[:-1]
+        assert [index for at in of_epoch for index in at.indices] == order[:-1]
     assert [at.first for at in seen] == [n * batch_size for n in range(len(seen))]
 
 

@@ -15,7 +15,7 @@ from spiralrope_cli.core.config.latents import CachePlan, read_cache, shard_size
 from spiralrope_cli.core.data import latents
 from spiralrope_cli.core.data.batches import from_cache
 from spiralrope_cli.core.data.latents import LatentCache
-from spiralrope_cli.core.data.loader import Places
+from spiralrope_cli.core.data.loader import BatchIndices
 from spiralrope_cli.core.errors import ConfigError, DataError
 
 PLAN = CachePlan(
@@ -80,7 +80,7 @@ def test_any_image_is_found_in_any_order(folder):
 def test_batches_read_ahead_come_in_order(folder):
     cache = LatentCache(folder)
     mirrored = [torch.rand(4) < 0.5 for _ in range(7)]
-    places = [Places(torch.randint(23, (4,)).tolist(), [], epoch=n) for n in range(7)]
+    places = [BatchIndices(torch.randint(23, (4,)).tolist(), [], epoch=n) for n in range(7)]
     batches = list(from_cache(cache, torch.device("cpu"), lambda at: mirrored[at.epoch], places))
     assert [batch.at for batch in batches] == places
     for batch, flip in zip(batches, mirrored, strict=True):

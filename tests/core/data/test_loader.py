@@ -17,7 +17,7 @@ from spiralrope_cli.core.config.recipes import PRETRAIN
 from spiralrope_cli.core.config.runs import AugmentConfig
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.augment import eval_transform, train_transform
-from spiralrope_cli.core.data.loader import MAX_TRIES, ImageFiles, Places, Unreadable, load
+from spiralrope_cli.core.data.loader import MAX_TRIES, BatchIndices, ImageFiles, Unreadable, load
 from spiralrope_cli.core.errors import DataError
 from spiralrope_cli.core.runtime.seeds import seed_everything
 
@@ -194,14 +194,14 @@ def test_a_batch_holds_what_could_be_read_and_names_the_rest(tmp_path):
         (bad[1], 2),
     ]
     files = ImageFiles(listed, eval_transform(SIZE, 0.875))
-    at = Places([0, 1, 2, 3], [])
+    at = BatchIndices([0, 1, 2, 3], [])
     mixed = files.__getitems__(at)
     assert mixed.at == at
     assert mixed.images.shape == (2, 3, *SIZE)
     assert mixed.images.dtype == torch.uint8
     assert mixed.labels.tolist() == [3, 0]
     assert [each.path for each in mixed.unreadable] == bad
-    nothing = files.__getitems__(Places([1], []))
+    nothing = files.__getitems__(BatchIndices([1], []))
     assert len(nothing.labels) == 0
     assert [each.path for each in nothing.unreadable] == bad[:1]
 
@@ -216,7 +216,7 @@ def loaded(files, batches, workers, skip_bad=True, unreadable=None):
 
 def test_the_same_places_give_the_same_bytes_for_any_number_of_workers(root):
     places = [list(range(first, first + 6)) for first in range(0, 24, 6)]
-    batches = [Places([n % 12 for n in each], each) for each in places]
+    batches = [BatchIndices([n % 12 for n in each], each) for each in places]
     trained = TrainFiles(list_images(root / "train"), train_transform(SIZE, RECIPE), grey=False)
     alone, shared, again = (list(loaded(trained, batches, workers)) for workers in (0, 2, 2))
     for others in (shared, again):
@@ -231,7 +231,7 @@ def test_the_same_places_give_the_same_bytes_for_any_number_of_workers(root):
 
 def test_closing_ends_the_workers_while_an_error_is_on_its_way(root):
     before = set(multiprocessing.active_children())
-    batches = loaded(val_files(root), [Places([n % 8], []) for n in range(1000)], 2)
+    batches = loaded(val_files(root), [BatchIndices([n % 8], []) for n in range(1000)], 2)
     next(batches)
     workers = set(multiprocessing.active_children()) - before
     assert len(workers) == 2
@@ -242,7 +242,7 @@ def test_closing_ends_the_workers_while_an_error_is_on_its_way(root):
 
 def test_a_worker_that_was_killed_is_one_line(root):
     before = set(multiprocessing.active_children())
-    batches = loaded(val_files(root), [Places([n % 8], []) for n in range(1000)], 1)
+    batches = loaded(val_files(root), [BatchIndices([n % 8], []) for n in range(1000)], 1)
     next(batches)
     [worker] = set(multiprocessing.active_children()) - before
     worker.kill()
@@ -254,7 +254,7 @@ def test_workers_name_unreadable_images(root):
     bad = root / "val" / "2" / "1.png"
     bad.write_bytes(b"no image")
     unreadable = {}
-    batches = [Places([0, 1, 2, 3], []), Places([4, 5, 6, 7], [])]
+    batches = [BatchIndices([0, 1, 2, 3], []), BatchIndices([4, 5, 6, 7], [])]
     first, second = loaded(val_files(root), batches, 2, unreadable=unreadable)
     assert [each.path for each in first.unreadable] == list(unreadable) == [str(bad)]
     assert first.labels.tolist() == [0, 0, 1]
@@ -267,7 +267,10 @@ def test_workers_name_unreadable_images(root):
 def test_a_training_batch_is_filled_up_or_the_run_ends(tmp_path):
     bad, good = damaged(tmp_path, "text"), save(tmp_path / "good.png")
     unreadable = {}
-    for num_bad, batch in ((MAX_TRIES - 1, Places([0, 1], [0, 1])), (MAX_TRIES, Places([0], [0]))):
+    for num_bad, batch in (
+        (MAX_TRIES - 1, BatchIndices([0, 1], [0, 1])),
+        (MAX_TRIES, BatchIndices([0], [0])),
+    ):
         listed = [(bad, 0)] * num_bad + [(good, 1)]
         trained = TrainFiles(listed, train_transform(SIZE, RECIPE))
         batches = loaded(trained, [batch], 0, unreadable=unreadable)
