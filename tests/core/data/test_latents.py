@@ -84,7 +84,7 @@ def test_batches_read_ahead_come_in_order(folder):
     batches = list(from_cache(cache, torch.device("cpu"), lambda at: mirrored[at.epoch], places))
     assert [batch.at for batch in batches] == places
     for batch, flip in zip(batches, mirrored, strict=True):
-        numbers = torch.tensor(batch.at.numbers)
+        numbers = torch.tensor(batch.at.indices)
         mean, std = cache.mean_std(numbers, flip)
         assert torch.equal(batch.images, mean)
         assert torch.equal(batch.std, std)
