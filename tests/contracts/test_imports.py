@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "spiralrope_cli"
 ALWAYS = {"errors", "config", "atomic"}
-# Room -> the rooms it may import. Jobs tell the stories and may enter every room.
+# Package -> the packages it may import; jobs may import all of them.
 MAY_IMPORT = {
     "errors": set(),
     "atomic": set(),
@@ -51,7 +51,7 @@ HEAVY = [
 ]
 
 
-def room_of(module: str) -> str:
+def package_of(module: str) -> str:
     parts = module.split(".")
     return parts[2] if parts[1] == "core" else parts[1]
 
@@ -76,20 +76,20 @@ FILES = [path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE and pa
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_rooms_import_only_what_they_may(path):
+def test_packages_import_only_what_they_may(path):
     relative = path.relative_to(PACKAGE)
-    room = relative.parts[1 if relative.parts[0] == "core" else 0].removesuffix(".py")
+    package = relative.parts[1 if relative.parts[0] == "core" else 0].removesuffix(".py")
     # A command enters its job inside the function body, all else at the top of the file.
-    names = imports(path, everywhere=room != "commands")
-    ours = {room_of(name) for name in names if name.startswith("spiralrope_cli.c")}
-    assert ours - {room} <= MAY_IMPORT[room]
+    names = imports(path, everywhere=package != "commands")
+    ours = {package_of(name) for name in names if name.startswith("spiralrope_cli.c")}
+    assert ours - {package} <= MAY_IMPORT[package]
 
 
 def test_a_command_knows_its_config_and_its_job_alone():
     for path in (PACKAGE / "commands").glob("*.py"):
         if path.name != "completion.py":  # it lists published names and runs
             names = imports(path, everywhere=True)
-            ours = {room_of(name) for name in names if name.startswith("spiralrope_cli.c")}
+            ours = {package_of(name) for name in names if name.startswith("spiralrope_cli.c")}
             assert ours <= MAY_IMPORT["commands"] | {"jobs"}
 
 
@@ -106,14 +106,14 @@ def test_a_job_begins_without_heavy_imports():
 def test_no_job_imports_another():
     for path in (PACKAGE / "core" / "jobs").glob("*.py"):
         names = imports(path, everywhere=True)
-        rooms = {room_of(name) for name in names if name.startswith("spiralrope_cli.core.")}
-        assert "jobs" not in rooms or path.name in ("pipeline.py", "sweep.py")
+        packages = {package_of(name) for name in names if name.startswith("spiralrope_cli.core.")}
+        assert "jobs" not in packages or path.name in ("pipeline.py", "sweep.py")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_light_files_load_the_standard_library_alone(path):
-    room = path.relative_to(PACKAGE).parts
-    if not (LIGHT & set(room) or "errors.py" in room or path.name in LIGHT_FILES):
+    package = path.relative_to(PACKAGE).parts
+    if not (LIGHT & set(package) or "errors.py" in package or path.name in LIGHT_FILES):
         return
     top = {name.split(".")[0] for name in imports(path, everywhere=False)}
     assert top <= STANDARD_AND
