@@ -105,7 +105,7 @@ def read_weights(
         arch: `--arch`, which says the number of heads where the source does not; empty for none.
 
     Raises:
-        CheckpointError: weights of another network, or damaged ones.
+        CheckpointError: weights of another network, damaged ones, or some that are not finite.
         ConfigError: options that the source does not tell are missing, or another `arch`.
     """
     file, chosen = source.file(ema), rope or {}
@@ -118,6 +118,13 @@ def read_weights(
         weights = _from_published_layout(source, file, ema, content, chosen, arch)
     if arch:
         check_arch(arch, weights.arch, source.given)
+    bad = [name for name, value in weights.state.items() if not value.isfinite().all()]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise CheckpointError(
+            f"weights are not finite in {file}: {bad[0]}{more}",
+            "take an earlier checkpoint, or other weights",
+        )
     return weights
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
+import shutil
 
 import pytest
 import torch
@@ -11,7 +13,14 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from spiralrope_cli import load_model, main
-from spiralrope_cli.core.errors import ConfigError, SpiralRopeError
+from spiralrope_cli.core.checksum import read_safetensors, with_checksum
+from spiralrope_cli.core.config.nested import build, read_config
+from spiralrope_cli.core.config.runs import ClassifierRun
+from spiralrope_cli.core.errors import CheckpointError, ConfigError, SpiralRopeError
+from spiralrope_cli.core.models.factory import model_of
+from spiralrope_cli.core.runtime.run_folder import write_json
+from spiralrope_cli.core.training import checkpoint
+from spiralrope_cli.core.training.step import TrainState
 
 CLASSIFIER = [
     "finetune bare.pth --rotate 2 --max-steps 1 --dry-run",
@@ -111,3 +120,74 @@ def test_a_number_of_heads_that_does_not_divide_the_width_is_no_number(bare):
     code, said = answer("eval three.pth")
     assert code == 1
     assert said.startswith("three.pth is not whole: a whole number of heads in its width of 64 is")
+
+
+# --- Weights and results that are not finite.
+def with_value(run, target, value, name="blocks.1.mlp.fc2.weight"):
+    """A copy of a run with one other value in both of its sets of weights."""
+    shutil.copytree(run, target)
+    for path in target.rglob("*.safetensors"):
+        tensors, metadata = read_safetensors(path)
+        tensors = {key: tensor.clone() for key, tensor in tensors.items()}
+        tensors[name].view(-1)[3] = value
+        save_file(tensors, path, with_checksum(tensors, metadata))
+    return target
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "eval a --data digits --nproc 1",
+        "eval a --data digits --all --json --nproc 1",
+        "finetune a --max-steps 1 --dry-run",
+        "export a --layout published",
+        "export a --layout safetensors --ema",
+        "plot attention a digit.png",
+        "dit-sample b --num-samples 2 --num-sampling-steps 2 --nproc 1",
+        "dit-sample b --no-ema --dry-run",
+        "dit-train --init-from b --max-steps 1 --dry-run",
+        "eval c.pth --data digits --rotate 2 --arch deit-64x2x2 --nproc 1",
+    ],
+)
+def test_weights_that_are_not_finite_stop_every_command(bare, trained_once, drawn_once, words):
+    with_value(trained_once, bare / "a", math.nan)
+    with_value(drawn_once, bare / "b", -math.inf)
+    state = torch.load("bare.pth")
+    state["blocks.1.mlp.fc2.weight"][3] = math.nan
+    torch.save(state, "c.pth")
+    code, said = answer(words)
+    assert code == 1
+    assert said.startswith("weights are not finite in ")
+    assert ": blocks.1.mlp.fc2.weight\n" in said
+    assert not list(bare.rglob("eval.json")) + list(bare.rglob("samples.npz"))
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_resumed(bare, trained_once):
+    with_value(trained_once, bare / "a", math.nan)
+    run = build(ClassifierRun, read_config(trained_once / "config.yaml"))
+    state = TrainState.create(model_of(run), run.optim)
+    with pytest.raises(CheckpointError, match="0000008 cannot be read: its weights are not finite"):
+        checkpoint.restore(bare / "a", 8, state)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("eval a --data digits --nproc 1 --json", "the loss of the raw weights of a is not finite"),
+        ("plot attention a digit.png", "attention of a is not finite"),
+        ("dit-sample b --num-samples 2 --num-sampling-steps 2 --nproc 1", "images are not finite"),
+    ],
+)
+def test_results_that_are_not_finite_stop_too(bare, trained_once, drawn_once, words, told):
+    """Of finite weights that are so large that sums of them are not."""
+    with_value(trained_once, bare / "a", 3e38, "patch_embed.proj.weight")
+    with_value(drawn_once, bare / "b", 3e38, "x_embedder.proj.weight")
+    code, said = answer(words)
+    assert (code, said.splitlines()[0]) == (1, told)
+    assert not list(bare.rglob("eval.json")) + list(bare.rglob("samples.npz"))
+
+
+def test_no_json_holds_what_is_no_number(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "x.json", {"a": [math.nan]})
+    assert not list(tmp_path.iterdir())

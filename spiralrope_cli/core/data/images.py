@@ -26,6 +26,7 @@ from spiralrope_cli.core.config.datasets import list_images
 from spiralrope_cli.core.data.image_sets import FolderInput, ImageInput, NpzImages
 from spiralrope_cli.core.data.loader import Unreadable, open_image
 from spiralrope_cli.core.data.npz import stream_rows
+from spiralrope_cli.core.errors import DataError
 from spiralrope_cli.core.runtime.launch import cores_per_process
 
 Result = TypeVar("Result")
@@ -147,7 +148,13 @@ def in_order(
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """[N, 1 or 3, H, W] in [-1, 1] -> [N, 3, H, W] uint8 on the CPU; grey becomes RGB."""
+    """[N, 1 or 3, H, W] in [-1, 1] -> [N, 3, H, W] uint8 on the CPU; grey becomes RGB.
+
+    Raises:
+        DataError: a value is not finite, which would become black or white.
+    """
+    if not images.isfinite().all():
+        raise DataError("images are not finite", "try --precision fp32, or other weights")
     pixels = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return pixels.to("cpu").expand(-1, 3, -1, -1)
 

@@ -7,6 +7,7 @@ a table, JSON or CSV, `eval.json` and a plot. Torch is imported late, so that a 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections import ChainMap
@@ -253,6 +254,12 @@ def measure_rows(
 
         in_precision = partial(autocast, ctx.device, ctx.dtype)
         found = measure_accuracy(models, batches(), ctx.device, in_precision)
+    for row in rows:
+        if not math.isfinite(found[row.network_key].loss):
+            raise CheckpointError(
+                f"the loss of the {row.weights} weights of {row.source} is not finite",
+                "try --precision fp32, or other weights",
+            )
     return {row: found[row.network_key] for row in rows}
 
 
@@ -289,7 +296,9 @@ def report(
             say(f"note: {path} was not written: {error.strerror or error}; --out names a folder")
     say(f"decoded {decoded} images for {len(rows)} row(s)")
     if config.output == "json":
-        sys.stdout.write(json.dumps({"decoded": decoded, "rows": rows}, indent=2) + "\n")
+        sys.stdout.write(
+            json.dumps({"decoded": decoded, "rows": rows}, indent=2, allow_nan=False) + "\n"
+        )
     elif config.output == "csv":
         accuracy.print_csv(rows)
     else:

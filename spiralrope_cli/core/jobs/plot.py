@@ -152,6 +152,8 @@ def draw_attention(given: dict[str, Any]) -> None:
         token, where = 1 + row * grid[1] + column, f"the patch in row {row}, column {column}"
     model = build_network(weights, **at_size(weights, size, plot.rope))
     maps = attention_from(model, batch, token, layers)[:, 0, list(heads)]
+    if not maps.isfinite().all():
+        raise CheckpointError(f"attention of {source.given} is not finite", "use other weights")
     figure = attention_figure(
         image,
         maps.numpy(),

@@ -298,7 +298,7 @@ def _warnings(plan: Plan, result: dict[str, Any]) -> list[str]:
 def report(run: FidRun, result: dict[str, Any]) -> None:
     """JSON on stdout and nothing else there, or a table."""
     if run.as_json:
-        print(json.dumps(result, indent=2))  # noqa: T201 - rich would wrap it
+        print(json.dumps(result, indent=2, allow_nan=False))  # noqa: T201 - rich would wrap it
         return
     for role in ("samples", "reference"):
         if side := result[role]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -90,6 +91,9 @@ def add_rows(path: Path, rows: Sequence[Record], decoded: int) -> None:
     """Adds rows to an `eval.json`; they replace rows of the same weights and protocol."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = [old for old in read_rows(path) if not any(is_same(old, new) for new in rows)]
+    kept = [
+        old for old in kept if math.isfinite(old.get("loss", 0.0))
+    ]  # earlier versions wrote NaN
     write_json(path, {"decoded": decoded, "rows": [*kept, *rows]})
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import math
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -209,7 +210,9 @@ class Reporter:
     def _record(self, step: int, values: dict[str, float]) -> None:
         if not self.first:
             return
-        line = {"step": step, **values, "time": round(time.time(), 3)}
+        # A norm of gradients can be infinite, which JSON does not know.
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        line = {"step": step, **finite, "time": round(time.time(), 3)}
         with (self.folder / METRICS_FILE).open("a") as file:
             file.write(json.dumps(line) + "\n")
         self._track(step, values)

@@ -209,8 +209,8 @@ def write_sources(run: TrainingRun, sources: dict[str, str]) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file atomically."""
-    write_whole(path, json.dumps(content, indent=2) + "\n")
+    """Writes a JSON file atomically. Not a number is no JSON: whoever measures refuses it."""
+    write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -129,6 +129,9 @@ def restore(run_folder: Path, step: int, state: TrainState) -> None:
     try:
         state.model.load_state_dict(read_safetensors(folder / MODEL_FILE)[0])
         state.ema.module.load_state_dict(read_safetensors(folder / EMA_FILE)[0])
+        norms = [nn.utils.get_total_norm(m.parameters()) for m in (state.model, state.ema.module)]
+        if not all(map(torch.isfinite, norms)):
+            raise ValueError("its weights are not finite")
         check_zip(folder / TRAINER_FILE)
         trainer = torch.load(folder / TRAINER_FILE, map_location="cpu", weights_only=True)
         state.optimizer.load_state_dict(trainer["optimizer"])

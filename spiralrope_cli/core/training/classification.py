@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import cast
 
@@ -11,13 +12,14 @@ from torch import Tensor, nn
 from spiralrope_cli.core.config.runs import ClassifierRun, EvalProtocol
 from spiralrope_cli.core.data.batches import ValidationImages, classifier_data
 from spiralrope_cli.core.data.loader import Batch
+from spiralrope_cli.core.errors import TrainingError
 from spiralrope_cli.core.metrics.accuracy import measure_accuracy
 from spiralrope_cli.core.models.deit import DeiT
 from spiralrope_cli.core.runtime.device import autocast
 from spiralrope_cli.core.runtime.distributed import DistContext
 from spiralrope_cli.core.runtime.progress import Reporter, best_validation
 from spiralrope_cli.core.runtime.seeds import generator_for
-from spiralrope_cli.core.training.loop import Task, due
+from spiralrope_cli.core.training.loop import LOWER_LR, Task, due
 from spiralrope_cli.core.training.step import TrainState
 
 
@@ -83,6 +85,8 @@ def validate(
         partial(autocast, ctx.device, ctx.dtype),
     )
     raw, ema = metrics["raw"], metrics["ema"]
+    if not math.isfinite(raw.loss + ema.loss):
+        raise TrainingError(f"validation loss is not finite at step {state.step}", LOWER_LR)
     values = {
         "epoch": state.step / config.steps_per_epoch,
         "acc1": raw.acc1,

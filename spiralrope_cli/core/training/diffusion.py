@@ -17,7 +17,7 @@ from spiralrope_cli.core.data.images import image_grid, to_uint8
 from spiralrope_cli.core.data.loader import Batch
 from spiralrope_cli.core.diffusion.gaussian import GaussianDiffusion
 from spiralrope_cli.core.diffusion.vae import Vae, load_vae, sample_posterior
-from spiralrope_cli.core.errors import SpiralRopeError
+from spiralrope_cli.core.errors import DataError, SpiralRopeError
 from spiralrope_cli.core.models.dit import DiT
 from spiralrope_cli.core.runtime import distributed, run_folder
 from spiralrope_cli.core.runtime.device import autocast
@@ -136,7 +136,10 @@ def draw_grid(
     images = grid_samples(config, ctx, cast(DiT, state.ema.module))
     if vae is not None:
         images = torch.cat([vae.decode(part) for part in images.split(DECODED_AT_ONCE)])
-    grid = image_grid(to_uint8(images), columns=len(images) // ROWS)
+    try:
+        grid = image_grid(to_uint8(images), columns=len(images) // ROWS)
+    except DataError as error:
+        return f"no samples at step {state.step}: {error.message}"
     for path in (target, folder / run_folder.SAMPLES_FILE):
         with atomic_write(path, sole=True) as beside:
             grid.save(beside, "png")

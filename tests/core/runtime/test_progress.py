@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 
 import pytest
 
 from spiralrope_cli.core.runtime import progress
-from spiralrope_cli.core.runtime.progress import human_size
+from spiralrope_cli.core.runtime.progress import Reporter, human_size, read_metrics
 
 
 @pytest.fixture
@@ -61,3 +62,12 @@ def test_others_than_the_first_process_say_nothing(capsys):
 )
 def test_sizes_are_told_as_download_pages_do(size, text):
     assert human_size(size) == text
+
+
+def test_a_log_point_leaves_out_what_is_not_finite(tiny, runs):
+    (runs / "run").mkdir()
+    with Reporter(tiny(), step=0, best_acc1=None, first=True) as reporter:
+        reporter.log(2, {"loss": 0.5, "lr": 0.1, "grad_norm": math.inf, "images_per_s": 9.0})
+    [line] = read_metrics(runs / "run")
+    assert line["loss"] == 0.5
+    assert "grad_norm" not in line
