@@ -360,10 +360,10 @@ def test_every_file_that_a_run_leaves_is_described():
     assert [name for name in sorted(names) if name not in page] == []
 
 
-def test_every_room_is_in_the_plan_of_the_house():
+def test_every_package_is_in_the_table_of_contributing():
     page = (ROOT / "CONTRIBUTING.md").read_text()
     core = ROOT / "spiralrope_cli" / "core"
-    rooms = {path.name + "/" for path in core.iterdir() if (path / "__init__.py").is_file()}
-    rooms |= {path.name for path in core.glob("*.py")} - {"__init__.py", "errors.py"}
-    assert len(rooms) >= 12
-    assert [room for room in sorted(rooms) if f"`{room}`" not in page] == []
+    packages = {path.name + "/" for path in core.iterdir() if (path / "__init__.py").is_file()}
+    packages |= {path.name for path in core.glob("*.py")} - {"__init__.py", "errors.py"}
+    assert len(packages) >= 12
+    assert [each for each in sorted(packages) if f"`{each}`" not in page] == []

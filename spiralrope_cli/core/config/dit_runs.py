@@ -273,15 +273,15 @@ class DiTRun:
         Args:
             before: name -> value, sizes of the weights that it starts from.
         """
-        told = []
+        messages = []
         if before["num_classes"] != self.model.num_classes:
-            told.append(
+            messages.append(
                 f"label table re-initialised: {before['num_classes']} -> "
                 f"{self.model.num_classes} classes"
             )
         if not self.rope.enabled and before["input_size"] != self.model.input_size:
-            told.append("fixed positions made anew for this size")
-        return told
+            messages.append("fixed positions made anew for this size")
+        return messages
 
     @property
     def save_steps(self) -> int:

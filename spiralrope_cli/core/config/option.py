@@ -147,8 +147,8 @@ class Leaf:
 
     def _refused(self, value: Any, allowed: str) -> ConfigError:
         finite = ", and finite" if value in (math.inf, "inf") else ""
-        told = "empty" if value == "" else value
-        return ConfigError(f"{self.called} is {told}; it must be {allowed}{finite}")
+        shown = "empty" if value == "" else value
+        return ConfigError(f"{self.called} is {shown}; it must be {allowed}{finite}")
 
 
 _TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}

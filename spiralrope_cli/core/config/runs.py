@@ -306,15 +306,15 @@ class ClassifierRun:
         Args:
             before: name -> value, sizes of the weights that it starts from.
         """
-        told = []
+        messages = []
         if before["num_classes"] != self.model.num_classes:
-            told.append(
+            messages.append(
                 f"head re-initialised: {before['num_classes']} -> {self.model.num_classes} classes"
             )
         if before["image_size"] != self.model.image_size:
             was, now = map(format_size, (before["image_size"], self.model.image_size))
-            told.append(f"position embedding resampled: {was} -> {now} px")
-        return told
+            messages.append(f"position embedding resampled: {was} -> {now} px")
+        return messages
 
     @property
     def save_steps(self) -> int:

@@ -86,7 +86,7 @@ def work(checkup: Checkup) -> tuple[Values, Rows, list[Finding]]:
         for name, inspect in parts.items():
             status.update(f"inspecting: {name}")
             values[name], of_part = None, [(name, "see below")]
-            # What keeps a run from being planned is told once.
+            # What keeps a run from being planned is reported once.
             if name != "run" or None not in (values["machine"], values["data"]):
                 try:
                     values[name], of_part = inspect()

@@ -172,7 +172,7 @@ def _draw_frequencies(axis: Axes, view: RopeView, plot: RopePlot, views: list[Ro
     axis.set(xlim=(-apart / 2, 90 - apart / 2), ylabel="radians per patch")
     axis.set_xticks(view.labelled, [f"{angle:.4g}°" for angle in view.labelled])
     axis.set_box_aspect(1)
-    zeros = "" if rotated.all() else "; ×: not turned"
+    zeros = "" if rotated.all() else "; ×: not rotated"
     halves = f"filled: row half, open: column half{zeros}"
     style_lines(axis, "", f"turn of the axes (dotted: one turn in {side} patches)\n{halves}")
     other = axis.secondary_yaxis("right", functions=(_wavelength, _wavelength))

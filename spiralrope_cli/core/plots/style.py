@@ -1,6 +1,6 @@
 """How all figures look, and how they become files.
 
-Colours are Okabe and Ito's, which colour-blind eyes tell apart. Nothing is told by colour alone:
+Colours are Okabe and Ito's, which colour-blind eyes tell apart. Nothing depends on colour alone:
 lines differ in style or marker too, and maps grow brighter with their values.
 """
 
