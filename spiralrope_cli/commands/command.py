@@ -192,7 +192,11 @@ def command(
             said += [_former(leaf, opt)] if opt.was else []
         call.__signature__ = inspect.Signature([context, *said])  # type: ignore[attr-defined]
         call.__annotations__ = {}  # Typer would evaluate these too
-        app.command(name, help=inspect.getdoc(function), epilog=examples, cls=cls)(call)
+        # Typer would keep the line breaks inside of a paragraph.
+        text = "\n\n".join(
+            " ".join(each.split()) for each in (inspect.getdoc(function) or "").split("\n\n")
+        )
+        app.command(name, help=text, epilog=examples, cls=cls)(call)
         return function
 
     return register

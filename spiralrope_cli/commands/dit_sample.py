@@ -14,13 +14,13 @@ Examples:
 
   spiralrope dit-sample runs/dit-train-dit-ti2-digits-r0       a run of yours
 
-  spiralrope dit-sample dit-xl2 --num-samples 50000 --nproc 8          as published
+  spiralrope dit-sample dit-xl2 --num-samples 50000 --nproc 8   as published
 
-  spiralrope dit-sample dit-xl2 --num-samples 16 --cfg-scale 4 --classes 207,88
+  spiralrope dit-sample dit-xl2 --num-samples 16 --cfg-scale 4 --classes 7,88
 
-  spiralrope dit-sample dit-xl2 --num-samples 64 --sampler dpm++ --num-sampling-steps 20
+  spiralrope dit-sample dit-xl2 --sampler dpm++ --num-sampling-steps 20
 
-  spiralrope dit-sample RUN --num-samples 1000 --png --dry-run         what it would do
+  spiralrope dit-sample RUN --num-samples 1000 --dry-run       the plan
 """
 
 app = typer.Typer(**SETTINGS)

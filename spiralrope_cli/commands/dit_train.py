@@ -20,7 +20,7 @@ Examples:
 
   spiralrope dit-train --arch dit-b4 --latents latents   from cached latents
 
-  spiralrope dit-train --init-from dit-xl2 --data flowers     published weights first
+  spiralrope dit-train --init-from dit-xl2 --data flowers
 
   spiralrope dit-train --dry-run                         what it would do
 """

@@ -15,13 +15,13 @@ Examples:
 
   spiralrope eval                              the newest run's last weights
 
-  spiralrope eval --ema --crop-ratio           its EMA weights, ratios 0.875 and 1.0
+  spiralrope eval --ema --crop-ratio           its EMA weights, both ratios
 
-  spiralrope eval runs/x --all                 best and last, both ratios, raw and EMA
+  spiralrope eval runs/x --all                 all eight rows
 
-  spiralrope eval deit-b --data ~/imagenet     published weights, fetched if need be
+  spiralrope eval deit-b --data ~/imagenet     published weights
 
-  spiralrope eval deit-b --data ~/imagenet --image-size 160 --image-size 224 --image-size 384
+  spiralrope eval deit-b --image-size 224 --image-size 384
 
   spiralrope eval runs/x runs/y --json         several at once, for scripts
 """

@@ -13,11 +13,11 @@ Examples:
 
   spiralrope export runs/pretrain-deit-s-digits-r2 --layout published
 
-  spiralrope export runs/pretrain-deit-s-digits-r2 --layout safetensors --ema --best
+  spiralrope export runs/pretrain-deit-s-digits-r2 --layout safetensors --ema
 
   spiralrope export deit-b --layout safetensors --out weights/deit-b
 
-  spiralrope export old.pth --layout published --rotate 4 --out with-options.pth
+  spiralrope export old.pth --layout published --rotate 4 --out new.pth
 """
 
 app = typer.Typer(**SETTINGS)

@@ -25,7 +25,7 @@ Examples:
 
   spiralrope plot run runs/pretrain-deit-ti-digits-r2
 
-  spiralrope plot run pretrain-deit-ti-digits-r1 pretrain-deit-ti-digits-r2    compared
+  spiralrope plot run pretrain-deit-ti-digits-r1 pretrain-deit-ti-digits-r2
 
   spiralrope plot run runs/pretrain-* --over epoch --out all.svg
 """
@@ -45,9 +45,9 @@ def plot_run(given: dict[str, Any]) -> None:
 ROPE_EXAMPLES = """
 Examples:
 
-  spiralrope plot rope                                          two times two directions
+  spiralrope plot rope                                 two pairs of directions
 
-  spiralrope plot rope --rotate 1 --rotate 2 --rotate 4         compared
+  spiralrope plot rope --rotate 1 --rotate 2 --rotate 4   compared
 
   spiralrope plot rope --rotate 4 --show score --grid 28 --format svg
 
@@ -80,11 +80,11 @@ def plot_rope(given: dict[str, Any]) -> None:
 ATTENTION_EXAMPLES = """
 Examples:
 
-  spiralrope plot attention deit-b photo.jpg                    the class token, last layer
+  spiralrope plot attention deit-b photo.jpg            of the class token
 
-  spiralrope plot attention deit-b photo.jpg --patch 7,3 --layer 0 --layer 5 --layer 11
+  spiralrope plot attention deit-b photo.jpg --patch 7,3 --layer 0 --layer 11
 
-  spiralrope plot attention runs/pretrain-deit-s-birds-r4 photo.jpg --head 2 --ema
+  spiralrope plot attention runs/birds photo.jpg --head 2 --ema
 """
 
 

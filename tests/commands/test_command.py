@@ -266,6 +266,25 @@ def test_a_command_can_leave_out_and_reword():
     assert told["device"] == device
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        *([name] for name in COMMANDS if name not in ("run", "plot")),
+        *(["run", kind] for kind in ("deit", "dit")),
+        *(["plot", kind] for kind in ("run", "rope", "attention", "samples")),
+    ],
+    ids=" ".join,
+)
+def test_help_breaks_no_example_and_fills_its_paragraphs_at_80_columns(words):
+    one = built(*words)
+    page = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "80"}).output
+    lines = [line.strip() for line in page.splitlines()]
+    for example in (one.epilog or "").splitlines():
+        assert example.strip() in lines
+    for paragraph in one.help.split("\n\n"):
+        assert "\n" not in paragraph
+
+
 # --- Names of earlier versions, and of other tools.
 def test_an_old_spelling_is_taken_and_named_anew():
     one, got = typer.Typer(**SETTINGS), []

@@ -130,7 +130,8 @@ def time_left(task: Task, first: int) -> str:
     done, left = task.completed - first, (task.total or 0) - task.completed
     if left and not done:
         return "?"
-    return str(timedelta(seconds=round((task.elapsed or 0) * left / done if left else 0)))
+    seconds = (task.elapsed or 0) * left / done if left else 0
+    return str(timedelta(seconds=round(min(seconds, timedelta.max.total_seconds() // 2))))
 
 
 # --- A training run

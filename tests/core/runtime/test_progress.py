@@ -7,6 +7,7 @@ import math
 import re
 
 import pytest
+from rich.progress import Progress
 
 from spiralrope_cli.core.runtime import progress
 from spiralrope_cli.core.runtime.progress import Reporter, human_size, read_metrics
@@ -48,6 +49,14 @@ def test_the_time_left_waits_for_the_first_one(capsys, monkeypatch):
     with progress.counted("images", 10**6, shown=True, parts=100) as advance:
         advance(1)
     assert "images  0/1000000  0 per second  left ?" in capsys.readouterr().err
+
+
+def test_the_time_left_of_a_run_without_end_is_a_long_one():
+    bar = Progress()
+    bar.add_task("", total=10**30, completed=1)
+    [task] = bar.tasks
+    task.start_time = task.get_time() - 60
+    assert "days" in progress.time_left(task, 0)
 
 
 def test_others_than_the_first_process_say_nothing(capsys):
