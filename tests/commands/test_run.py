@@ -256,6 +256,15 @@ def test_a_dry_run_plans_all_stages_and_writes_nothing(run, runs):
     assert not list(runs.iterdir())
 
 
+def test_the_folder_of_another_pipeline_is_refused(run, runs, launched):
+    (runs / "there").mkdir()
+    (runs / "there" / "pipeline.json").write_text('{"command": "run deit"}')
+    said = run("dit", *DIT, "--out", "there", expect=1)[1]
+    assert "--out there is the folder of spiralrope run deit" in said
+    run("deit", *DEIT, "--out", "there", "--dry-run")
+    assert not launched
+
+
 def test_a_sweep_by_an_old_spelling_goes_on_in_its_folders():
     sweep = settle_sweep({"sweep": ("finetune-steps=20,30",), "arch": "deit-32x2x2"})
     assert sweep.notes == ("--sweep finetune_steps is now finetune_max_steps",)

@@ -217,6 +217,9 @@ def pipeline_folder(command: str, out: str, run: TrainingRun) -> Path:
     usual = Path(run.out)
     folder = Path(out) if out else usual.with_name(command + usual.name.removeprefix(run.command))
     refuse_run(folder)
+    there = read_json(folder / PIPELINE_FILE).get("command", "")
+    if there and there.replace(" ", "-") != command:
+        raise CheckpointError(f"--out {folder} is the folder of spiralrope {there}", "name another")
     return folder
 
 
