@@ -70,7 +70,7 @@ def main() -> None:
         app(prog_name="spiralrope")
         return
     except (SpiralRopeError, OSError) as caught:
-        error = refused_path(caught) if isinstance(caught, OSError) else caught
+        error = refused_path(caught, "the output") if isinstance(caught, OSError) else caught
         if error is None or os.environ.get(DEBUG_VARIABLE):
             raise
         # Under torchrun or srun every process raises the same error, so the first one prints it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer
@@ -384,3 +385,19 @@ def test_an_unknown_option_that_is_near_none_gets_no_suggestion():
         result = CliRunner().invoke(app, words.split(), env={"COLUMNS": "200"})
         assert result.exit_code == 2
         assert "Possible" not in result.output
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("words", ["run deit --from-legacy 4", "pretrain --help"])
+def test_an_output_on_a_full_disk_is_a_message(words):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "spiralrope_cli", *words.split()],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert "error: no space left on the disk of the output" in done.stderr
+    assert "Traceback" not in done.stderr
