@@ -195,13 +195,25 @@ def dit_options(
             f"{file.name} does not say which size it was trained at: {rows}x{columns} is taken; "
             "positions at other sizes are interpolated to it unless --scaling says otherwise"
         )
+    if not args:
+        notes.append(f"{file.name}: the last of its {len(table)} labels is taken as the null label")
     return {
-        "num_classes": len(table) - 1,
+        "num_classes": len(table) - has_null_label(len(table), args),
         "input_size": input_size,
         "in_chans": weight.shape[1],
         "pretrain_grid": args.get("pretrain_grid"),
         "qk_norm": any(".q_norm." in name for name in state),
     }
+
+
+def has_null_label(labels: int, args: dict[str, Any]) -> bool:
+    """Whether a label table has the null label: the original code leaves out what it never drops.
+
+    Args:
+        labels: rows of the table.
+        args: of the file.
+    """
+    return args.get("num_classes") != labels
 
 
 def _grid(pos_embed: Tensor, args: dict[str, Any]) -> tuple[int, int]:

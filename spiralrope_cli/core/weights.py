@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
 from safetensors import SafetensorError
 
 from spiralrope_cli.core.checksum import DamagedError, read_safetensors
@@ -36,11 +37,13 @@ from spiralrope_cli.core.infer import (
     check_arch,
     deit_options,
     dit_options,
+    has_null_label,
     infer_arch,
     is_dit_state,
     trained_rope,
 )
 
+LABELS = "y_embedder.embedding_table.weight"
 # What `create_model` needs beside arch and rope, of a DeiT and of a DiT.
 MODEL_OPTIONS = {
     False: ("num_classes", "image_size", "patch_size", "in_chans", "pretrain_grid"),
@@ -201,6 +204,10 @@ def _from_published_layout(
         options = (dit_options if dit else deit_options)(file, state, content.args, notes)
     except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(f"{file} is not whole: {error} is missing or misshaped") from error
+    known = {"class_dropout_prob": content.args.get("class_dropout_prob")}
+    if dit and not has_null_label(len(state[LABELS]), content.args):
+        state = {**state, LABELS: F.pad(state[LABELS], (0, 0, 0, 1))}
+        known = {"class_dropout_prob": 0}
     size = dit_size(arch) if dit else deit_size(arch)
     if note := freqs_note(freqs, rope, size.head_dim):
         notes.append(f"{file.name}: {note}")
@@ -216,7 +223,7 @@ def _from_published_layout(
         rope=rope,
         options=_as_tuples(options),
         state=state,
-        config={},
+        config={"model": known} if known["class_dropout_prob"] is not None else {},
         notes=tuple(notes),
         progress=content.progress or (f"step {steps}" if steps else ""),
     )

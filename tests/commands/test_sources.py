@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import shlex
@@ -77,7 +78,9 @@ def test_heads_that_nobody_tells_are_asked_for(bare, words):
 
 def test_given_heads_give_the_results_of_the_run(bare, trained_once):
     def row(words):
-        result = CliRunner().invoke(main.app, ["eval", *words, "--nproc", "1", "--json"])
+        result = CliRunner().invoke(
+            main.app, ["eval", *words, "--nproc", "1", "--json", "--out", "out"]
+        )
         return json.loads(result.stdout)["rows"][0]
 
     own = row([str(trained_once)])
@@ -191,3 +194,58 @@ def test_no_json_holds_what_is_no_number(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "x.json", {"a": [math.nan]})
     assert not list(tmp_path.iterdir())
+
+
+# --- Guidance needs a null label.
+@pytest.fixture
+def without_null(runs, drawn_once):
+    """The run, as if --class-dropout-prob had been 0, and perhaps had it started elsewhere."""
+
+    def make(name, source=""):
+        shutil.copytree(drawn_once, runs / name)
+        for path in (runs / name).rglob("*.safetensors"):
+            tensors, metadata = read_safetensors(path)
+            config = json.loads(metadata["config"])
+            config["model"]["class_dropout_prob"] = 0.0
+            metadata["config"] = json.dumps({**config, "source": source})
+            save_file(tensors, path, with_checksum(tensors, metadata))
+        return name
+
+    return make
+
+
+def test_guidance_without_a_null_label_is_refused(runs, without_null, drawn_once):
+    run = without_null("run")
+    answer(f"export {run} --layout published --out a.pt")
+    answer(f"export {run} --layout safetensors --out b")
+    for source in (run, "a.pt", "b", "b/model.safetensors"):
+        code, said = answer(f"dit-sample {source} --cfg-scale 4 --dry-run")
+        assert code == 2
+        assert f"--cfg-scale 4: {source} has no null label to guide by" in said
+        assert answer(f"dit-sample {source} --dry-run")[0] == 0
+    assert answer(f"dit-sample {drawn_once} --cfg-scale 4 --dry-run")[0] == 0
+    of_another = without_null("later", "dit-xl2")
+    code, said = answer(f"dit-sample {of_another} --cfg-scale 4 --dry-run")
+    assert code == 0
+    assert "the null label of later is that of dit-xl2" in said
+    code, said = answer("dit-train --class-dropout-prob 0 --dry-run")
+    assert code == 0
+    assert "--class-dropout-prob 0 trains no null label" in said
+
+
+def test_a_table_without_a_null_label_keeps_its_last_class(runs, drawn_once):
+    """The original code has no row for the null label where it never drops one."""
+    answer(f"export {drawn_once} --layout published --out a.pt")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load("a.pt")
+    name = "y_embedder.embedding_table.weight"
+    for state in (content["model"], content["ema"]):
+        state[name] = state[name][:10].clone()
+    del content["args"]["class_dropout_prob"]
+    torch.save(content, "b.pt")
+    model, whole = load_model("b.pt"), load_model("a.pt")
+    assert model.num_classes == 10
+    assert torch.equal(model.y_embedder(torch.tensor([9])), whole.y_embedder(torch.tensor([9])))
+    code, said = answer("dit-sample b.pt --cfg-scale 4 --dry-run")
+    assert code == 2
+    assert "b.pt has no null label to guide by" in said

@@ -181,6 +181,28 @@ def resolve_image_size(
     return image_size
 
 
+def null_label_notes(source: str, trained: dict[str, Any], scale: float) -> list[str]:
+    """What to know of guidance by weights that were trained without dropping labels.
+
+    Args:
+        source: of the weights, as the user named them.
+        trained: config of the run that made them, as far as known.
+        scale: of the guidance.
+
+    Raises:
+        ConfigError: its null label was never trained.
+    """
+    if scale == 1 or trained.get("model", {}).get("class_dropout_prob") != 0:
+        return []
+    if first := trained.get("source"):
+        return [f"the null label of {source} is that of {first}: --class-dropout-prob was 0"]
+    raise ConfigError(
+        f"--cfg-scale {scale:g}: {source} has no null label to guide by, as it was trained with "
+        "--class-dropout-prob 0",
+        "use --cfg-scale 1, or train with --class-dropout-prob 0.1",
+    )
+
+
 def check_chain(sampler: str, steps: str) -> None:
     """Refuses a chain that no sampler, or not this one, can walk."""
     count = len(space_timesteps(steps))

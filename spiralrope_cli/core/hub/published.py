@@ -174,6 +174,7 @@ class NetworkSpec:
     grid: tuple[int, int]  # patches as (rows, columns)
     pretrain_grid: tuple[int, int]  # patches that positions refer to
     qk_norm: bool = False
+    class_dropout_prob: float | None = None  # of its training, where known
 
     @property
     def transformer(self) -> TransformerSize | DiTSize:
@@ -235,6 +236,8 @@ def _published_args(network: NetworkSpec) -> dict[str, Any]:
     else:
         folders = (PurePosixPath(row.file).parent for row in ROWS if row.arch == network.arch)
         model, side, classes = str(next(folders, network.arch)), "input_size", "nb_classes"
+    if network.class_dropout_prob is not None:
+        rope["class_dropout_prob"] = network.class_dropout_prob
     return {
         "model": model,
         side: height if height == width else [height, width],

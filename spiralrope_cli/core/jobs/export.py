@@ -103,6 +103,7 @@ def whole_state(weights: Weights) -> tuple[NetworkSpec, StateDict]:
         grid=model.grid,
         pretrain_grid=to_2tuple(weights.options.get("pretrain_grid") or model.grid),
         qk_norm=bool(weights.options.get("qk_norm")),
+        class_dropout_prob=weights.config.get("model", {}).get("class_dropout_prob"),
     )
     return network, {name: own_memory(found[name]) for name in model.state_dict()}
 

@@ -24,6 +24,7 @@ from spiralrope_cli.core.config.samples import (
     check_chain,
     default_batch_size,
     default_num_samples,
+    null_label_notes,
     resolve_image_size,
     resolve_vae,
 )
@@ -64,7 +65,7 @@ def settle(
     """The complete run and its weights; published ones that are not here may be fetched."""
     # What is wrong by itself is refused before torch is loaded to read the weights.
     rope = given_rope(given)
-    build_config(GuidanceConfig, given)
+    guidance: GuidanceConfig = build_config(GuidanceConfig, given)
     build_config(MachineConfig, given)
     num_steps = given.get("num_sampling_steps", SampleRun.num_sampling_steps)
     check_chain(given.get("sampler", SampleRun.sampler), num_steps)
@@ -82,6 +83,7 @@ def settle(
             "dit-sample takes a diffusion transformer; eval takes classifiers",
         )
     network, trained = weights.options, weights.config
+    null_label_notes(source.given, trained, guidance.cfg_scale)
     vae = resolve_vae(
         given["source"],
         network["in_chans"],
@@ -199,7 +201,8 @@ def plan(run: SampleRun, weights: Weights, files: SampleFiles) -> None:
         ("batch", f"{run.batch_size} at a time in {world_size(run.machine)} process(es)"),
     ):
         say(f" {name:<8} {text}")
-    say_notes([*weights.notes, *run.guidance.notes()])
+    null_label = null_label_notes(run.source, weights.config, run.guidance.cfg_scale)
+    say_notes([*weights.notes, *run.guidance.notes(), *null_label])
 
 
 # ---- work

@@ -216,6 +216,10 @@ def hints(run: TrainingRun) -> list[str]:
             f"the learning rate rises to the end: its peak of {optim.peak_lr:g} is below --min-lr "
             f"{optim.min_lr:g}"
         )
+    if isinstance(run, DiTRun) and run.model.class_dropout_prob == 0:
+        messages.append(
+            "--class-dropout-prob 0 trains no null label: dit-sample then refuses --cfg-scale"
+        )
     if rope.enabled and rope.rotate > (most := max(run.head_dim // 8, 1)):
         messages.append(
             f"--rotate {rope.rotate}: heads of {run.head_dim} channels have room for {most} at "
