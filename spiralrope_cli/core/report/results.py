@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.table import Table
@@ -58,13 +58,21 @@ def print_results(folder: Path) -> None:
 def print_evaluation(rows: Sequence[Record]) -> None:
     """The rows of an evaluation, on stdout; what all share stands above."""
     columns, shared = columns_of(rows)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for name in columns:
-        table.add_column(name, justify="right" if name in SHARED else "left", overflow="fold")
-    for name in (*ACCURACY, "images"):
+    metrics = (*ACCURACY, "images")
+    # Without a least width a narrow terminal gets one letter per line.
+    least = {
+        name: min(max(len(word) for text in (name, *texts) for word in text.split()), 8)
+        for name, texts in columns.items()
+    }
+    needed = sum(least.values()) + sum(map(len, metrics)) + 3 * (len(columns) + len(metrics))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1 if needed < console().width else 0))
+    for name, width in least.items():
+        justify: Literal["left", "right"] = "right" if name in SHARED else "left"
+        table.add_column(name, justify=justify, overflow="fold", min_width=width)
+    for name in metrics:
         table.add_column(name, justify="right", no_wrap=True)
-    for row, *cells in zip(rows, *columns.values(), strict=True):
-        table.add_row(*cells, *in_digits(row), str(row["count"]))
+    for row, *texts in zip(rows, *columns.values(), strict=True):
+        table.add_row(*texts, *in_digits(row), str(row["count"]))
     say_result(shared)
     console().print(table)
 

@@ -19,6 +19,7 @@ from spiralrope_cli import main as cli
 from spiralrope_cli.core.config.nested import read_config
 from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.report.page import leave_report, repeat_command, stages, write_report
+from spiralrope_cli.core.report.results import print_evaluation
 from spiralrope_cli.core.runtime.run_folder import SOURCES_FILE, write_json
 
 BROWSER = next(
@@ -299,3 +300,28 @@ def test_a_browser_shows_it_without_network_or_overflow(run_folder, sample_folde
     ink, ground = (sum(map(int, re.findall(r"\d+", found[n])[:3])) for n in ("ink", "ground"))
     assert (ground < 100 < 600 < ink) if dark else (ink < 100 < 600 < ground)
     assert found["axis"] == found["ink"]
+
+
+@pytest.mark.parametrize("columns", [50, 80])
+def test_the_table_of_eval_breaks_no_word_on_a_narrow_terminal(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    same = {"source": "run", "arch": "deit-32x2x2", "data": "digits", "image_size": [8, 8]}
+    same |= {
+        "rope": {"enabled": False},
+        "step": 90,
+        "precision": "fp32",
+        "count": 360,
+        "acc1": 16.5,
+        "acc5": 59.5,
+        "loss": 2.29,
+    }
+    rows = [
+        {**same, "checkpoint": checkpoint, "weights": weights, "crop_ratio": ratio}
+        for checkpoint in ("best", "last")
+        for weights in ("raw", "EMA")
+        for ratio in (0.875, 1.0)
+    ]
+    print_evaluation(rows)
+    words = capsys.readouterr().out.split()
+    assert words.count("0.875") == words.count("raw") == words.count("2.2900") / 2 == 4
+    assert words.count("360") == 8
