@@ -24,16 +24,16 @@ DEBUG_VARIABLE = "SPIRALROPE_DEBUG"
 COMMANDS = {
     "pretrain": "Train a DeiT with Spiral RoPE from scratch.",
     "finetune": "Finetune a DeiT from a run, a checkpoint file or published weights.",
-    "eval": "Measure acc@1, acc@5 and loss on the validation images.",
-    "run": "Whole pipelines, from the first training to the last metric, in one folder.",
-    "dit-train": "Train a DiT with Spiral RoPE: a diffusion transformer, by class.",
-    "dit-encode": "Encode images by a VAE once, so that DiT trains from cached latents.",
-    "dit-sample": "Draw images with a DiT: a run, a checkpoint file or published weights.",
-    "fetch": "Fetch published weights, the VAEs, Inception's weights or reference batches.",
-    "export": "Write weights to share, in the published layout or as safetensors.",
-    "fid": "FID, sFID, Inception Score, KID, Precision and Recall of generated images.",
-    "plot": "Draw runs, what a Spiral RoPE does, attention maps, or generated images.",
-    "doctor": "Look at this machine and at what a run would need.",
+    "eval": "Evaluate acc@1, acc@5 and loss on the validation images.",
+    "run": "Run a whole pipeline in one folder: training, evaluation or sampling, report.",
+    "dit-train": "Train a class-conditional DiT (diffusion transformer) with Spiral RoPE.",
+    "dit-encode": "Encode images with a VAE once, to train a DiT from cached latents.",
+    "dit-sample": "Sample images from a DiT: a run, a checkpoint file or published weights.",
+    "fetch": "Download published weights, VAEs, Inception weights or reference batches.",
+    "export": "Export weights to share, in the published layout or as safetensors.",
+    "fid": "Compute FID, sFID, Inception Score, KID, Precision and Recall of images.",
+    "plot": "Plot training curves, Spiral RoPE, attention maps, or images.",
+    "doctor": "Check this machine, and what a run needs.",
 }
 """Name of a command -> the first line of its help."""
 
@@ -55,7 +55,7 @@ def spiralrope(
 ) -> None:
     """Vision transformers with Spiral RoPE: rotary position embedding in many directions.
 
-    COMMAND --help shows its options and examples.
+    spiralrope COMMAND --help shows options and examples.
     """
 
 

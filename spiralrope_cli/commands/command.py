@@ -1,6 +1,6 @@
-"""A Typer command from a config: its fields are the options.
+"""Typer commands from configs: each field is an option.
 
-Imports nothing heavy: the shell's completion and every help page wait for it.
+Imports nothing slow, because every help page and completion imports it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from spiralrope_cli.core.runtime.launch import is_first_process
 
 
 class Group(TyperGroup):
-    """Commands below a name; their help waits for no flag of the group."""
+    """A group of commands, with a faster start."""
 
     def get_params(self, ctx: Any) -> Any:
-        """The flags that were not given are off: for one that is None, Typer loads pydantic."""
+        """Sets flags that are None to False: for None Typer imports pydantic."""
         flags = super().get_params(ctx)
         for flag in flags:
             flag.default = flag.default or False
@@ -54,15 +54,15 @@ HABITS = {
     **dict.fromkeys(("--output-dir", "--results-dir"), ("out",)),
     **dict.fromkeys(("--workers-per-gpu", "--num-workers"), ("workers",)),
 }
-"""Options of timm, torchrun and others -> fields here, and perhaps a value; the first one that a
-command has, counts."""
+"""Options of timm, torchrun and others -> fields here, perhaps with a value. The error names the
+first one that the command has."""
 
 
 class Command(TyperCommand):
-    """A command that knows what people type by habit."""
+    """A command that answers options of other tools with its own."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Names the option of this command that does the same."""
+        """Fails with the option of this command that does the same."""
         here: dict[Any, Any] = {"spiralrope": "spiralrope"}
         for each in self.params:
             if each.param_type_name == "option":
@@ -105,12 +105,9 @@ PLACEHOLDERS = {bool: " ", int: "N", float: "X"}
 
 
 def commands(lines: Mapping[str, str], **more: Any) -> typer.Typer:
-    """Commands of which only the one that was typed is imported and built.
+    """A group of commands, of which only the typed one is imported and built.
 
-    Args:
-        lines: name -> the first line of its help. `dit-train` is the `app` of
-            commands/dit_train.py.
-        more: settings of the group.
+    `lines` is name -> first line of the help; `dit-train` is `app` in commands/dit_train.py.
     """
 
     class OneOf(Group):
@@ -137,19 +134,17 @@ def command(
     defaults: Mapping[str, str] = NONE,
     cls: type[TyperCommand] = Command,
 ) -> Callable[[Callable[[dict[str, Any]], None]], Callable[[dict[str, Any]], None]]:
-    """Registers `function(given)`, with an option for every field of the configs that has one.
+    """Registers `function(given)`; `given` is field name -> value, only of options that were given.
 
     Args:
-        app: where to.
-        name: of the command.
-        kinds: configs.
-        examples: lines for the end of its help.
-        leave_out: fields that are no option of this command.
-        words: field -> help, where it differs from the field's own.
-        defaults: field -> what the help shows as its default, where that is not the field's own.
-        cls: of the command.
-
-    The function gets field name -> value of those that the user gave.
+        app: group of the command.
+        name: name of the command.
+        kinds: configs; each field with `Opt` becomes an option.
+        examples: end of the help.
+        leave_out: fields without an option in this command.
+        words: field -> help that replaces that of the field.
+        defaults: field -> default in the help, if not that of the field.
+        cls: class of the command.
     """
     known = {n: leaf for kind in kinds for n, leaf in leaves(kind).items() if n not in leave_out}
     with_option = [(leaf, leaf.opt) for leaf in known.values() if leaf.opt]
@@ -178,7 +173,7 @@ def command(
                 leaf.check(given[name])
             try:
                 function(given)
-            except KeyboardInterrupt:  # with which Typer leaves without a word
+            except KeyboardInterrupt:  # Typer would exit without a message
                 if is_first_process():
                     typer.echo("interrupted", err=True)
                 raise
@@ -203,7 +198,7 @@ def command(
 
 
 def _parameter(leaf: Leaf, opt: Opt, words: str, default: str | None) -> inspect.Parameter:
-    """What Typer is told of a field: texts, so that all values are read in one place."""
+    """The Typer parameter of a field; a string, because `Leaf.read` converts all values."""
     kind: Any = bool if leaf.hint is bool else list[str] if opt.many else str
     usual = "WORD" if leaf.choices else PLACEHOLDERS.get(leaf.hint)
     complete = getattr(completion, opt.complete or "paths")
@@ -232,7 +227,7 @@ def _parameter(leaf: Leaf, opt: Opt, words: str, default: str | None) -> inspect
 
 
 def _former(leaf: Leaf, opt: Opt) -> inspect.Parameter:
-    """The spelling of an option in earlier versions, which no help shows."""
+    """The old name of an option, hidden in the help."""
     option = typer.Option(
         opt.was, hidden=True, help=f"Now {leaf.called}.", metavar="X", rich_help_panel=opt.panel
     )
@@ -242,7 +237,7 @@ def _former(leaf: Leaf, opt: Opt) -> inspect.Parameter:
 
 
 def _default(leaf: Leaf, opt: Opt) -> str:
-    """The field's own default for the help; nothing where there is none, or 0 for one yet open."""
+    """The default of a field for the help; empty if there is none."""
     default: Any = leaf.default
     if default in (MISSING, None) or (not default and leaf.hint is not float):
         return ""

@@ -1,7 +1,7 @@
-"""What the shell offers for the word that is being typed.
+"""Shell completion.
 
-Each function imports what it offers, as every help page has these functions and a key press waits
-for one. Where a function offers nothing, the shell completes paths by itself.
+Each function imports what it needs when it is called: every help page imports this file. If a
+function returns nothing, the shell completes paths.
 """
 
 from __future__ import annotations
@@ -12,41 +12,41 @@ from pathlib import Path
 import typer
 
 Offer = list[str] | list[tuple[str, str]]
-"""Words, or words with what they mean, for shells that show it."""
+"""Words, or (word, description) for shells that show it."""
 
 TAKES = {
     **dict.fromkeys(("finetune", "eval", "attention"), "deit"),
     **dict.fromkeys(("dit-sample", "dit-train"), "dit"),
 }
-"""Kind of network whose weights a command takes; any other takes both."""
+"""Command -> kind of weights that it takes; other commands take both."""
 
 
 def choices(*allowed: str) -> Callable[[], Offer]:
-    """Completion of an option that takes one of a few words."""
+    """Completion of an option with a few allowed values."""
     return lambda: list(allowed)
 
 
 def paths() -> Offer:
-    """Nothing of ours. Typer would repeat the word itself, which keeps the shell from looking."""
+    """Nothing: the shell completes paths. Typer's default returns the word, which prevents this."""
     return []
 
 
 def deit_archs() -> Offer:
-    """Rows of the table of sizes."""
+    """DeiTs by name."""
     from spiralrope_cli.core.config.models import DEIT_SIZES
 
     return list(DEIT_SIZES)
 
 
 def dit_archs(incomplete: str) -> Offer:
-    """Rows of the table of sizes, in our spelling or in the paper's, whichever was begun."""
+    """DiTs by name: `dit-b4`, or `DiT-B/4` if the word begins like that."""
     from spiralrope_cli.core.config.models import DIT_SIZES
 
     if incomplete == incomplete.lower() and "/" not in incomplete:
         return list(DIT_SIZES)
     sizes = (name.removeprefix("dit-") for name in DIT_SIZES)
     paper = [f"DiT-{size[:-1].upper()}/{size[-1]}" for size in sizes]
-    # Shells drop what does not begin as it was typed, and we take dit-b/4 too.
+    # Shells drop words that do not begin with the typed letters; dit-b/4 is valid too.
     return [
         incomplete + name[len(incomplete) :]
         for name in paper
@@ -55,38 +55,38 @@ def dit_archs(incomplete: str) -> Offer:
 
 
 def archs(incomplete: str) -> Offer:
-    """Rows of both tables."""
+    """DeiTs and DiTs."""
     return [str(name) for name in (*deit_archs(), *dit_archs(incomplete))]
 
 
 def data_sets() -> Offer:
-    """The built-in ones."""
+    """Built-in data sets."""
     from spiralrope_cli.core.config.datasets import BUILT_IN
 
     return list(BUILT_IN)
 
 
 def vaes() -> Offer:
-    """Names of VAEs; a folder is one too."""
+    """Names of VAEs."""
     from spiralrope_cli.core.config.latents import VAE_NAMES
 
     return list(VAE_NAMES)
 
 
 def vaes_or_none() -> Offer:
-    """The same, and the word for pixels."""
+    """Names of VAEs, and `none`."""
     from spiralrope_cli.core.config.dit_runs import NO_VAE
 
     return [*vaes(), NO_VAE]
 
 
 def published() -> Offer:
-    """All that `fetch` knows."""
+    """All published names."""
     return _published(lambda kind: True)
 
 
 def sources(ctx: typer.Context, incomplete: str) -> Offer:
-    """Runs below the runs folder, files of weights, and published names that a command takes."""
+    """Runs in runs/, checkpoint files, and published names, as the command takes them."""
     from spiralrope_cli.core.hub.source import CLASSIFIERS, FILE_SUFFIXES
 
     takes = TAKES.get(ctx.info_name or "")
@@ -100,14 +100,14 @@ def sources(ctx: typer.Context, incomplete: str) -> Offer:
 
 
 def runs(*commands: str) -> list[str]:
-    """Folders of runs of these commands, stages of pipelines among them, the newest first."""
+    """Run folders of these commands, also in pipelines, newest first."""
     from spiralrope_cli.core.config.training import RUNS_FOLDER
     from spiralrope_cli.core.runtime.run_folder import run_configs
 
     found = []
     for config in run_configs(Path(RUNS_FOLDER)):
         try:
-            with config.open() as lines:  # reading all of it as YAML takes longer than a key press
+            with config.open() as lines:  # parsing YAML would be too slow for completion
                 command = next(lines, "").partition("command: ")[2].strip()
             if command in commands:
                 found.append((config.stat().st_mtime, str(config.parent)))
@@ -117,7 +117,7 @@ def runs(*commands: str) -> list[str]:
 
 
 def training_runs() -> Offer:
-    """Folders of all runs that train."""
+    """Folders of all training runs."""
     from spiralrope_cli.core.config.nested import RUN_KINDS
 
     return runs(*RUN_KINDS)

@@ -11,7 +11,7 @@ from spiralrope_cli.core.config.training import TrainOptions
 EXAMPLES = """
 Examples:
 
-  spiralrope dit-encode --data ~/imagenet/train           into latents/
+  spiralrope dit-encode --data ~/imagenet/train           writes to latents/
 
   spiralrope dit-encode --data ~/imagenet --nproc 8       one process per GPU
 
@@ -19,7 +19,7 @@ Examples:
 
   spiralrope dit-encode --data photos --vae ~/my-vae --skip-bad
 
-  spiralrope dit-train --latents latents                  what they are for
+  spiralrope dit-train --latents latents                  train from them
 """
 
 app = typer.Typer(**SETTINGS)
@@ -32,15 +32,15 @@ app = typer.Typer(**SETTINGS)
     TrainOptions,
     examples=EXAMPLES,
     leave_out=("name", "config", "compile", "grad_checkpointing", "resume", "tracker"),
-    words={"precision": "Of the VAE."},
+    words={"precision": "Precision of the VAE."},
     defaults={"precision": EXACT},
 )
 def dit_encode(given: dict[str, Any]) -> None:
-    """Encode images by a VAE once, so that DiT trains from cached latents.
+    """Encode images with a VAE once, to train a DiT from cached latents.
 
-    It holds the posterior's mean and deviation: every epoch draws anew, mirrored or not.
+    Writes mean and standard deviation of the posterior, so that each epoch samples new latents.
 
-    The same command again goes on, and encodes anew what is damaged.
+    After an interruption run the same command again: it resumes, and encodes damaged shards again.
     """
     from spiralrope_cli.core.jobs.encode import encode
 

@@ -12,7 +12,7 @@ from spiralrope_cli.core.config.training import TrainOptions
 EXAMPLES = """
 Examples:
 
-  spiralrope dit-sample runs/dit-train-dit-ti2-digits-r0       a run of yours
+  spiralrope dit-sample runs/dit-train-dit-ti2-digits-r0       your own run
 
   spiralrope dit-sample dit-xl2 --num-samples 50000 --nproc 8   as published
 
@@ -20,7 +20,7 @@ Examples:
 
   spiralrope dit-sample dit-xl2 --sampler dpm++ --num-sampling-steps 20
 
-  spiralrope dit-sample RUN --num-samples 1000 --dry-run       the plan
+  spiralrope dit-sample RUN --num-samples 1000 --dry-run       print the plan
 """
 
 app = typer.Typer(**SETTINGS)
@@ -37,11 +37,11 @@ app = typer.Typer(**SETTINGS)
     defaults=BY_WEIGHTS,
 )
 def dit_sample(given: dict[str, Any]) -> None:
-    """Draw images with a DiT: a run, a checkpoint file or published weights.
+    """Sample images from a DiT: a run, a checkpoint file or published weights.
 
-    They go into samples.npz (arr_0, uint8), which fid reads, and a grid to look at.
+    Writes samples.npz (arr_0, uint8), which fid reads, and samples.png, a grid.
 
-    An interrupted command goes on with the missing images when it is given again.
+    After an interruption run the same command again: it samples the missing images.
     """
     from spiralrope_cli.core.jobs.sample import sample
 

@@ -22,7 +22,7 @@ Examples:
 
   spiralrope dit-train --init-from dit-xl2 --data flowers
 
-  spiralrope dit-train --dry-run                         what it would do
+  spiralrope dit-train --dry-run                         print the plan
 """
 
 app = typer.Typer(**SETTINGS)
@@ -39,13 +39,13 @@ app = typer.Typer(**SETTINGS)
     defaults=shown_defaults("dit-train"),
 )
 def dit_train(given: dict[str, Any]) -> None:
-    """Train a DiT with Spiral RoPE: a diffusion transformer, by class.
+    """Train a class-conditional DiT (diffusion transformer) with Spiral RoPE.
 
     Without options: DiT-Ti/2 on the pixels of the bundled digits, in minutes on two CPU cores.
 
-    What is not given comes from --config, the data set and the published recipe.
+    Other defaults are from --config, the data set and the published recipe.
 
-    The same command again goes on where the last one stopped.
+    After an interruption run the same command again: it resumes.
     """
     from spiralrope_cli.core.jobs.train import train
 

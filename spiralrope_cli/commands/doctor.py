@@ -33,13 +33,13 @@ app = typer.Typer(**SETTINGS)
     ),
 )
 def doctor(given: dict[str, Any]) -> None:
-    """Look at this machine and at what a run would need.
+    """Check this machine, and what a run needs.
 
-    Versions, devices, data, disk, Hub and cache.
+    Checks versions, devices, data, disk, Hub and cache.
 
-    Exit code 0: all is well. 1: something was found that would make a run fail.
+    Exit code 0: no problem. 1: a problem that would make a run fail.
 
-    A Hub that does not answer is told, and is no failure.
+    If the Hub does not answer, this is reported, but is not a problem.
     """
     from spiralrope_cli.core.jobs.doctor import check_machine
 

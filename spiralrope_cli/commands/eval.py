@@ -13,7 +13,7 @@ from spiralrope_cli.core.config.training import MachineConfig
 EXAMPLES = """
 Examples:
 
-  spiralrope eval                              the newest run's last weights
+  spiralrope eval                              last weights of the newest run
 
   spiralrope eval --ema --crop-ratio           its EMA weights, both ratios
 
@@ -28,15 +28,15 @@ Examples:
 
 
 class CropRatioCommand(Command):
-    """A command whose `--crop-ratio` may stand without a value and then means both."""
+    """A command whose `--crop-ratio` without a value means both ratios."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Puts the two values in where none is given."""
+        """Inserts the two values where none is given."""
         return super().parse_args(ctx, with_both_ratios(args))
 
 
 def with_both_ratios(words: list[str]) -> list[str]:
-    """The words with both values after each `--crop-ratio` that no number follows."""
+    """Replaces each `--crop-ratio` without a number by one option for each ratio."""
     filled: list[str] = []
     for place, word in enumerate(words):
         if word == "--":
@@ -71,12 +71,12 @@ app = typer.Typer(**SETTINGS)
     cls=CropRatioCommand,
 )
 def evaluate(given: dict[str, Any]) -> None:
-    """Measure acc@1, acc@5 and loss on the validation images.
+    """Evaluate acc@1, acc@5 and loss on the validation images.
 
-    Without options: the last weights of the newest classifier run, raw, at the crop ratio of its
-    data set. Sizes and RoPE options are the source's; options here win, with a warning.
+    Without options: the last raw weights of the newest classifier run, at the crop ratio of its
+    data set. Sizes and RoPE options are those of SOURCE; options override them, with a warning.
 
-    The table goes to stdout, and into eval.json beside the weights with what produced it.
+    Prints a table, and adds the rows with all settings to eval.json in the run folder.
     """
     from spiralrope_cli.core.jobs import evaluate as job
 

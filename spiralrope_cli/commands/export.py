@@ -25,13 +25,13 @@ app = typer.Typer(**SETTINGS)
 
 @command(app, "export", ExportRun, RopeConfig, examples=EXAMPLES, defaults=BY_WEIGHTS)
 def export(given: dict[str, Any]) -> None:
-    """Write weights to share, in the published layout or as safetensors.
+    """Export weights to share, in the published layout or as safetensors.
 
-    That is a file as the published ones, or a folder with a model card.
+    The published layout is one .pth or .pt file; safetensors is a folder with a model card.
 
-    RoPE options come from the source; a bare state dict has none, and needs --rotate at least.
+    RoPE options are those of SOURCE. A plain state dict has none, so give at least --rotate.
 
-    Prints the path. What is there already is never written over.
+    Prints the path. Existing files are not overwritten.
     """
     from spiralrope_cli.core.jobs import export as job
 

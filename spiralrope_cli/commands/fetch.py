@@ -10,15 +10,15 @@ from spiralrope_cli.core.config.hub import FetchRun
 EXAMPLES = """
 Examples:
 
-  spiralrope fetch --list                      what there is, and what is here
+  spiralrope fetch --list                      all names, and which are downloaded
 
   spiralrope fetch dit-xl2                     DiT-XL/2 after 7M steps
 
   spiralrope fetch deit-s vae-mse inception    several at once
 
-  spiralrope fetch deit-b --out weights        with a copy in weights/
+  spiralrope fetch deit-b --out weights        also copy it to weights/
 
-  spiralrope fetch dit-s2 --offline            only if it is here
+  spiralrope fetch dit-s2 --offline            only from the cache
 
   HF_ENDPOINT=https://mirror.example spiralrope fetch deit-s
 """
@@ -28,11 +28,11 @@ app = typer.Typer(**SETTINGS)
 
 @command(app, "fetch", FetchRun, examples=EXAMPLES)
 def fetch(given: dict[str, Any]) -> None:
-    """Fetch published weights, the VAEs, Inception's weights or reference batches.
+    """Download published weights, VAEs, Inception weights or reference batches.
 
-    Prints the path of each. What is here is not fetched again, but checked.
+    Prints the path of each. Files in the cache are checked, not downloaded again.
 
-    HF_ENDPOINT, HF_TOKEN and HF_HOME are those of huggingface_hub.
+    The variables HF_ENDPOINT, HF_TOKEN and HF_HOME have an effect, as in huggingface_hub.
     """
     from spiralrope_cli.core.jobs import fetch as job
 

@@ -12,9 +12,9 @@ Examples:
 
   spiralrope fid samples.npz imagenet256.npz        all six metrics
 
-  spiralrope fid samples/ photos/ --select fid,is   two of them, from folders
+  spiralrope fid samples/ photos/ --select fid,is   two metrics, from folders
 
-  spiralrope fid photos/ --save-stats photos.npz    a reference for later
+  spiralrope fid photos/ --save-stats photos.npz    save statistics for later
 
   spiralrope fid samples/ photos.npz --num-samples 50000 --nproc 8 --json
 """
@@ -29,19 +29,19 @@ app = typer.Typer(**SETTINGS)
     examples=EXAMPLES,
     leave_out=("compile", "grad_checkpointing", "resume", "tracker"),
     words={
-        "skip_bad": "Leave out images that are damaged.",
-        "workers": "Threads that decode, per process.",
+        "skip_bad": "Skip and count damaged images instead of stopping.",
+        "workers": "Decoding threads per process; by default one per core, at most 8.",
     },
     defaults={"select": "all", "workers": ""},
 )
 def fid(given: dict[str, Any]) -> None:
-    """FID, sFID, Inception Score, KID, Precision and Recall of generated images.
+    """Compute FID, sFID, Inception Score, KID, Precision and Recall of images.
 
-    SAMPLES comes first, REFERENCE second (ADM's own script has it the other way round).
+    SAMPLES is the first argument, REFERENCE the second (ADM's script has the opposite order).
 
     An .npz holds arr_0 (N x H x W x 3 uint8), or statistics (mu, sigma, mu_s, sigma_s), or both.
 
-    Statistics of a reference are kept and found again by its content.
+    Statistics of a REFERENCE are cached by the checksum of its content.
     """
     from spiralrope_cli.core.jobs.score import score
 

@@ -13,7 +13,7 @@ from spiralrope_cli.core.config.training import TrainOptions
 EXAMPLES = """
 Examples:
 
-  spiralrope finetune runs/pretrain-deit-ti-digits-r2     a run of yours
+  spiralrope finetune runs/pretrain-deit-ti-digits-r2     your own run
 
   spiralrope finetune deit-b --data ~/imagenet            published weights
 
@@ -42,11 +42,11 @@ def finetune(given: dict[str, Any]) -> None:
 
     SOURCE is a run folder, a .pth, .pt or .safetensors file, or a name of fetch --list.
 
-    Its averaged (EMA) weights are taken, with its sizes and RoPE options.
+    Starts from its EMA weights, with its sizes and RoPE options.
 
-    Other classes re-initialise the head; another --image-size resamples the positions.
+    For other classes the head is new; for another --image-size the position embedding is resampled.
 
-    The same command again goes on where the last one stopped.
+    After an interruption run the same command again: it resumes.
     """
     from spiralrope_cli.core.jobs.train import train
 

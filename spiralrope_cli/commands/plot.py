@@ -16,7 +16,7 @@ from spiralrope_cli.core.config.plots import (
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Draw runs, what a Spiral RoPE does, attention maps, or generated images.",
+    help="Plot training curves, Spiral RoPE, attention maps, or images.",
     **SETTINGS,
 )
 
@@ -33,9 +33,9 @@ Examples:
 
 @command(app, "run", RunPlot, FigureFile, examples=RUN_EXAMPLES)
 def plot_run(given: dict[str, Any]) -> None:
-    """Loss, accuracy or variational bound, learning rate and speed of training runs.
+    """Plot loss, accuracy or variational bound, learning rate and speed of training runs.
 
-    Several runs share the panels. Prints the path of the figure.
+    Several runs are drawn in the same panels. Prints the path of the figure.
     """
     from spiralrope_cli.core.jobs.plot import draw_run
 
@@ -45,9 +45,9 @@ def plot_run(given: dict[str, Any]) -> None:
 ROPE_EXAMPLES = """
 Examples:
 
-  spiralrope plot rope                                 two pairs of directions
+  spiralrope plot rope                                 four directions
 
-  spiralrope plot rope --rotate 1 --rotate 2 --rotate 4   compared
+  spiralrope plot rope --rotate 1 --rotate 2 --rotate 4   compare three
 
   spiralrope plot rope --rotate 4 --show score --grid 28 --format svg
 
@@ -68,7 +68,7 @@ Examples:
     defaults={"panels": ""},
 )
 def plot_rope(given: dict[str, Any]) -> None:
-    """What a Spiral RoPE does: directions, frequencies, the clamp's reach, scores.
+    """Plot Spiral RoPE: directions, frequencies, clamped positions, attention scores.
 
     Prints the path of the figure.
     """
@@ -98,9 +98,10 @@ Examples:
     defaults=BY_WEIGHTS,
 )
 def plot_attention(given: dict[str, Any]) -> None:
-    """Where a DeiT's class token, or a patch, looks in an image: a map for each head.
+    """Plot attention maps of a DeiT over an image: one map per head, for one query token.
 
-    Brightness goes up to the largest value of each map, which is written above it.
+    The colours of each map range from 0 to its maximum, which is in the title. Prints the path of
+    the figure.
     """
     from spiralrope_cli.core.jobs.plot import draw_attention
 
@@ -120,7 +121,10 @@ Examples:
 
 @command(app, "samples", SamplesPlot, FigureFile, examples=SAMPLES_EXAMPLES)
 def plot_samples(given: dict[str, Any]) -> None:
-    """A grid of generated images, or of any others, with their classes where known."""
+    """Plot a grid of images, with their classes if known.
+
+    Prints the path of the figure.
+    """
     from spiralrope_cli.core.jobs.plot import draw_grid
 
     draw_grid(given)

@@ -20,7 +20,7 @@ Examples:
 
   spiralrope pretrain --data ~/imagenet --nproc 8    the published recipe
 
-  spiralrope pretrain --dry-run                      what it would do
+  spiralrope pretrain --dry-run                      print the plan
 
   spiralrope pretrain --config runs/x/config.yaml --seed 1 --name seed1
 """
@@ -42,9 +42,9 @@ def pretrain(given: dict[str, Any]) -> None:
 
     Without options: DeiT-Ti on the bundled digits, in minutes on two CPU cores.
 
-    What is not given comes from --config, the data set and the published recipe.
+    Other defaults are from --config, the data set and the published recipe.
 
-    The same command again goes on where the last one stopped.
+    After an interruption run the same command again: it resumes.
     """
     from spiralrope_cli.core.jobs.train import train
 

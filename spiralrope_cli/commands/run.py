@@ -22,11 +22,11 @@ Examples:
 
   spiralrope run deit --rotate 4 --data ~/imagenet --nproc 8
 
-  spiralrope run deit --rotate 4 --eval-only            measure it again
+  spiralrope run deit --rotate 4 --eval-only            evaluate it again
 
   spiralrope run deit --sweep rotate=none,1,2,4 --seeds 0,1,2
 
-  spiralrope run deit --from-legacy "4 - - - - 8"       an old line
+  spiralrope run deit --from-legacy "4 - - - - 8"       translate a line of run_all.sh
 """
 
 DIT_EXAMPLES = """
@@ -40,7 +40,7 @@ Examples:
 
   spiralrope run dit --reference imagenet256.npz --num-samples 10000 --dry-run
 
-  spiralrope run dit --from-legacy "- 4"                an old line
+  spiralrope run dit --from-legacy "- 4"                translate a line of run_all.sh
 """
 
 app = typer.Typer(no_args_is_help=True, **SETTINGS)
@@ -48,12 +48,12 @@ NOT_HERE = (
     *("source", "config", "resume", "keep_every", "min_lr", "lr_rule", "schedule", "freeze"),
     *("weight_decay", "clip_grad", "ema_decay"),
 )
-"""Options that the trainings of a pipeline have at their recipe's values."""
+"""Options that are not in `run`: its trainings use the values of the recipe."""
 
 
 @app.callback()
 def run() -> None:
-    """Whole pipelines, from the first training to the last metric, in one folder."""
+    """Run a whole pipeline in one folder: training, evaluation or sampling, report."""
 
 
 @command(
@@ -67,13 +67,13 @@ def run() -> None:
     defaults=shown_defaults("pretrain"),
 )
 def deit(given: dict[str, Any]) -> None:
-    """Pretrain a DeiT, finetune it, and measure it eight times.
+    """Pretrain a DeiT, finetune it, and evaluate it: eight rows.
 
     Without options: DeiT-Ti with four directions on the bundled digits, in minutes on two cores.
 
-    Options of the recipe are of pretraining; those of finetuning begin with --finetune-.
+    Options of the recipe are for pretraining; those for finetuning begin with --finetune-.
 
-    The same command again skips what is done and goes on with what is not.
+    After an interruption run the same command again: it skips finished stages and resumes.
     """
     if "from_legacy" in given:
         say_translated(given, "deit")
@@ -100,13 +100,13 @@ def deit(given: dict[str, Any]) -> None:
     defaults=shown_defaults("dit-train"),
 )
 def dit(given: dict[str, Any]) -> None:
-    """Train a DiT, draw images with it, and measure them.
+    """Train a DiT, sample images from it, and compute their FID.
 
     Without options: DiT-Ti/2 on the bundled digits, in minutes on two cores.
 
-    FID needs a --reference and the weights that fetch inception brings; it is left out otherwise.
+    FID needs a --reference and the Inception weights (fetch inception); else it is skipped.
 
-    The same command again skips what is done and goes on with what is not.
+    After an interruption run the same command again: it skips finished stages and resumes.
     """
     if "from_legacy" in given:
         say_translated(given, "dit")
@@ -117,14 +117,10 @@ def dit(given: dict[str, Any]) -> None:
 
 
 def say_translated(given: dict[str, Any], kind: str) -> None:
-    """Prints the command for an old line on stdout, and what to know about it on stderr.
-
-    Raises:
-        ConfigError: a word that cannot be, or other options beside the line.
-    """
+    """Prints the command for an original line on stdout, and notes on stderr."""
     if list(given) != ["from_legacy"]:
         raise ConfigError(
-            "--from-legacy stands alone", "add the other options to the command that it prints"
+            "--from-legacy allows no other options", "add them to the command that it prints"
         )
     command_line, notes = translate(given["from_legacy"], kind)
     if is_first_process():

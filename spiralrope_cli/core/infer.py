@@ -1,7 +1,7 @@
-"""What tensors tell of the network they belong to, and what has to be said beside them.
+"""Architecture and options of weights without a config.
 
-Width, depth and patch follow from shapes. The number of heads and the RoPE options do not: they are
-the file's, the catalogue's or the user's.
+Width, depth and patch size follow from the shapes of the tensors. The number of heads and the RoPE
+options do not: they are in the file, in the catalogue, or given by the user.
 """
 
 from __future__ import annotations
@@ -29,45 +29,44 @@ from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.hub.published import StateDict
 from spiralrope_cli.core.hub.source import Source
 
-LATENT_SIZE = (32, 32)  # of 256 px through the VAE, where a file does not tell
+LATENT_SIZE = (32, 32)  # for 256 px; used if a file does not have it
 SHOWN_KEYS = 4
 
 
 def is_dit_state(file: Path, state: StateDict) -> bool:
-    """Whether tensors are those of a DiT; else they are a DeiT's, or refused."""
+    """True for a DiT, False for a DeiT; raises for anything else."""
     if "x_embedder.proj.weight" in state:
         return True
     if "cls_token" in state and "blocks.0.gamma_1" in state:
         return False
     some = ", ".join(list(state)[:SHOWN_KEYS])
     raise CheckpointError(
-        f"{file} holds neither a DeiT nor a DiT of this project: "
-        f"{len(state)} tensors such as {some}"
+        f"{file} is not a DeiT or DiT of this project: {len(state)} tensors such as {some}"
     )
 
 
 def trained_rope(
     source: Source, file: Path, state: StateDict, args: dict[str, Any], chosen: dict[str, Any]
 ) -> RopeConfig:
-    """RoPE options of the file, of the catalogue, or of the user where nothing else knows them."""
+    """RoPE options of the file or the catalogue; if neither has them, those of the user."""
     trained = _rope_in_args(args)
     if trained is None and source.row is not None:
         trained = source.row.rope
-    # A DiT has fixed positions in place of RoPE; a DeiT's learned ones say nothing.
+    # A DiT has pos_embed only without RoPE. A DeiT always has one.
     if trained is None and {"x_embedder.proj.weight", "pos_embed"} <= state.keys():
         trained = {"enabled": False}
     if trained is None and not {"rotate", "enabled"} & chosen.keys():
         raise ConfigError(
-            f"{file} does not say which RoPE options it was trained with",
-            "give them, --rotate at least, or --no-rope: wrong ones would load without a sound",
+            f"{file} does not contain its RoPE options",
+            "give at least --rotate, or --no-rope; wrong values would load without an error",
         )
     return RopeConfig(**{"scaling": "extrapolate", **(trained or chosen)})
 
 
 def _rope_in_args(args: dict[str, Any]) -> dict[str, Any] | None:
-    """RoPE options of a run's `args`, by the fields of RopeConfig; None where they have none.
+    """RoPE options in published `args`, by the fields of RopeConfig; None if there are none.
 
-    DiT files put `rope_` in front of the names, DeiT files do not.
+    In DiT files the names have the prefix `rope_`.
     """
     if args.get("use_rope") is False:
         return {"enabled": False}
@@ -88,20 +87,23 @@ def infer_arch(
     given: str,
     notes: list[str],
 ) -> str:
-    """`--arch` of tensors.
+    """The architecture of a state dict.
+
+    The number of heads is from the RoPE frequencies, `num_heads` of the file, `--arch`, or the
+    published size with the same width and depth, in this order.
 
     Args:
-        file: in messages.
-        state: without frequencies.
-        freqs: frequencies of the file, if any, which have one value per four channels of a head.
-        rope: options that the frequencies were made with.
-        args: of the file; `num_heads` counts.
-        given: `--arch` of the user, for what nothing else tells; empty for none.
-        notes: gets one where only a published size says the number of heads.
+        file: for messages.
+        state: state dict without frequencies.
+        freqs: RoPE frequencies in the file, if any: one value per four channels of a head.
+        rope: RoPE options of the frequencies.
+        args: `args` of the file.
+        given: `--arch` of the user; empty: not given.
+        notes: gets a note if the number of heads is that of a published size.
 
     Raises:
-        ConfigError: nobody says the number of heads.
-        ValueError: the file says a number that does not divide the width.
+        ConfigError: the number of heads is unknown.
+        ValueError: the number in the file does not divide the width.
     """
     dit = "x_embedder.proj.weight" in state
     dim, depth = state["blocks.0.attn.proj.bias"].shape[0], _depth(state)
@@ -125,20 +127,20 @@ def infer_arch(
     published = {(size.dim, size.depth): size.heads for size in sizes}
     if not (heads := published.get((dim, depth), 0)):
         raise ConfigError(
-            f"{file} does not say how many heads its {depth} blocks of width {dim} have",
-            f"give --arch {_name(dim, depth, 'HEADS', patch)} as they were trained: another number "
-            "would load without a sound",
+            f"{file} does not contain the number of heads ({depth} blocks of width {dim})",
+            f"give --arch {_name(dim, depth, 'HEADS', patch)}; a wrong number would load without "
+            "an error",
         )
     arch = _name(dim, depth, heads, patch)
     notes.append(
-        f"{file.name} does not say how many heads it has: {heads} are taken, as {arch} has; --arch "
-        "says otherwise"
+        f"{file.name} does not contain the number of heads; {heads} is used, as in {arch} (--arch "
+        "changes it)"
     )
     return arch
 
 
 def _name(dim: int, depth: int, heads: int | str, patch: int) -> str:
-    """`--arch` by numbers, of a DiT if there is a patch, or the name of that size."""
+    """The name of a size, or `--arch` by numbers; a DiT if there is a patch size."""
     if isinstance(heads, str):
         return f"dit-{dim}x{depth}x{heads}-{patch}" if patch else f"deit-{dim}x{depth}x{heads}"
     if patch:
@@ -147,13 +149,9 @@ def _name(dim: int, depth: int, heads: int | str, patch: int) -> str:
 
 
 def check_arch(given: str, arch: str, source: str) -> None:
-    """Refuses an `--arch` that the weights are not.
-
-    Raises:
-        ConfigError: names both.
-    """
+    """Raises if `--arch` is not that of the weights."""
     if arch_name(given) != arch_name(arch):
-        raise ConfigError(f"--arch is {given}, {source} is {arch}", "leave --arch out")
+        raise ConfigError(f"--arch is {given}, but {source} is {arch}", "leave --arch out")
 
 
 def _depth(state: StateDict) -> int:
@@ -163,12 +161,12 @@ def _depth(state: StateDict) -> int:
 def deit_options(
     file: Path, state: StateDict, args: dict[str, Any], notes: list[str]
 ) -> dict[str, Any]:
-    """Arguments of `create_model` beside arch and RoPE; notes say what is taken without a proof."""
+    """Arguments of `create_model` besides arch and rope; assumptions are added to `notes`."""
     weight = state["patch_embed.proj.weight"]
     patch = weight.shape[-1]
     rows, columns = _grid(state["pos_embed"], args)
     if not args:
-        notes.append(f"{file.name} does not say its grid: {rows}x{columns} patches are taken")
+        notes.append(f"{file.name} does not contain its grid; {rows}x{columns} patches are used")
     return {
         "num_classes": len(state["head.weight"]),
         "image_size": (rows * patch, columns * patch),
@@ -181,10 +179,10 @@ def deit_options(
 def dit_options(
     file: Path, state: StateDict, args: dict[str, Any], notes: list[str]
 ) -> dict[str, Any]:
-    """Arguments of `create_model` beside arch and RoPE; notes say what is taken without a proof."""
+    """Arguments of `create_model` besides arch and rope; assumptions are added to `notes`."""
     weight, table = state["x_embedder.proj.weight"], state["y_embedder.embedding_table.weight"]
     patch = weight.shape[-1]
-    # With RoPE nothing in the tensors tells the latent's size, and the network takes any.
+    # With RoPE the tensors do not contain the latent size, and the network takes any size.
     input_size = LATENT_SIZE
     grid = _grid(state["pos_embed"], args) if "pos_embed" in state else args.get("grid")
     if grid is not None:
@@ -192,8 +190,8 @@ def dit_options(
     elif not args:
         rows, columns = input_size
         notes.append(
-            f"{file.name} does not say which size it was trained at: {rows}x{columns} is taken; "
-            "positions at other sizes are interpolated to it unless --scaling says otherwise"
+            f"{file.name} does not contain the size of training; {rows}x{columns} latents are "
+            "used: positions at other sizes are interpolated to it (--scaling changes this)"
         )
     if not args:
         notes.append(f"{file.name}: the last of its {len(table)} labels is taken as the null label")
@@ -217,7 +215,7 @@ def has_null_label(labels: int, args: dict[str, Any]) -> bool:
 
 
 def _grid(pos_embed: Tensor, args: dict[str, Any]) -> tuple[int, int]:
-    """Rows and columns of patches: square, unless the file's `grid` says otherwise."""
+    """Rows and columns of patches: `grid` of the file, or a square."""
     tokens, given = pos_embed.shape[1], args.get("grid")
     if isinstance(given, (list, tuple)) and math.prod(given) == tokens:
         return int(given[0]), int(given[1])

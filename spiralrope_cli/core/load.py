@@ -1,4 +1,4 @@
-"""Networks, and starting points of runs, from weights that `weights.py` has read."""
+"""Networks with weights, and initial weights of runs."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from spiralrope_cli.core.models.dit import DiT
 from spiralrope_cli.core.models.factory import create_model
 from spiralrope_cli.core.weights import Weights, fetch_source, read_weights
 
-ALIGNMENT = 64  # bytes; of torch's own tensors on a CPU
+ALIGNMENT = 64  # bytes, as torch allocates tensors on a CPU
 
 
 def network_on_meta(weights: Weights, **changes: Any) -> DeiT | DiT:
-    """A network of the weights' sizes without their values; changes replace arguments."""
+    """The network of the weights on the meta device; `changes` replace arguments."""
     with torch.device("meta"):
         return create_model(weights.arch, **{"rope": weights.rope, **weights.options, **changes})
 
@@ -36,19 +36,21 @@ def network_on_meta(weights: Weights, **changes: Any) -> DeiT | DiT:
 def load_model(
     source: str | Path, *, ema: bool = False, rope: RopeConfig | None = None, arch: str = ""
 ) -> DeiT | DiT:
-    """A model in eval mode, configured by what the source says.
+    """A model with its weights, in eval mode on the CPU.
 
     Args:
-        source: a run folder, a checkpoint file of either layout, or a published name, which is
-            fetched if need be.
-        ema: the averaged weights.
-        rope: replaces the source's options; a bare state dict needs them.
-        arch: says the number of heads of a bare state dict that is of no published size.
+        source: run folder, checkpoint file, or published name, which is downloaded if needed.
+        ema: EMA weights, not raw ones.
+        rope: replaces the RoPE options of the source; required for a plain state dict.
+        arch: gives the number of heads of a plain state dict that is not of a published size.
+
+    Returns:
+        a network with float32 parameters that do not require gradients.
 
     Raises:
-        CheckpointError: no weights there, damaged ones, or another model's.
-        ConfigError: no such name, or a bare state dict without options.
-        FetchError: published weights that cannot be had.
+        CheckpointError: there are no weights, they are damaged, or of another model.
+        ConfigError: unknown name, or a plain state dict without `rope`.
+        FetchError: the download failed.
     """
     chosen = asdict(rope) if rope is not None else {}
     weights = read_weights(fetch_source(find_source(str(source))), ema=ema, rope=chosen, arch=arch)
@@ -62,10 +64,10 @@ def build_network(
 ) -> DeiT | DiT:
     """The network with its weights, in eval mode on a device.
 
-    Changes replace arguments of `create_model`; another image size resamples the position
-    embedding.
+    `changes` replace arguments of `create_model`; for another image size the position embedding is
+    resampled.
     """
-    model = network_on_meta(weights, **changes)  # initial values would be thrown away
+    model = network_on_meta(weights, **changes)  # no random init: it would be overwritten
     state = fit_state_dict(weights, model)
     model.load_state_dict(
         {name: aligned(value.to(device, torch.float32)) for name, value in state.items()},
@@ -75,15 +77,16 @@ def build_network(
 
 
 def aligned(value: Tensor) -> Tensor:
-    """A tensor at an address that kernels want; one that is mapped from a file can lie anywhere."""
-    # The last bit of a matmul depends on it, and no metric may depend on the layout of a file.
+    """Copies a tensor if its memory is not aligned, as memory-mapped tensors may be."""
+    # The last bit of a matmul depends on the alignment; metrics must not depend on the file layout.
     return value.clone() if value.data_ptr() % ALIGNMENT else value
 
 
 def load_pretrained(weights: Weights, model: DeiT | DiT) -> None:
-    """Puts weights into a fresh network; a head or label table of other classes stays fresh.
+    """Loads weights into a new network.
 
-    So do the fixed positions of a diffusion transformer of another size.
+    A head or label table for other classes keeps its random init; the fixed positions of a DiT of
+    another size are kept too.
     """
     fresh = ("y_embedder.", "pos_embed") if isinstance(model, DiT) else ("head.",)
     state = fit_state_dict(weights, model, may_differ=fresh)
@@ -93,10 +96,10 @@ def load_pretrained(weights: Weights, model: DeiT | DiT) -> None:
 def fit_state_dict(
     weights: Weights, model: DeiT | DiT, may_differ: tuple[str, ...] = ()
 ) -> StateDict:
-    """The weights' tensors as a network takes them, the position embedding resampled to its grid.
+    """The state dict for a network, with the position embedding resampled to its grid.
 
-    Names that begin as those in `may_differ` are left out where their shapes differ; what else is
-    missing, unexpected or reshaped is refused.
+    Raises if tensors are missing, unexpected or of another shape; names with a prefix in
+    `may_differ` are left out instead if their shape differs.
     """
     state = dict(weights.state)
     if isinstance(model, DeiT) and "pos_embed" in state:
@@ -111,7 +114,7 @@ def fit_state_dict(
     differing = {
         "missing": [name for name in expected if name not in state],
         "unexpected": [name for name in state if name not in expected],
-        "reshaped": [name for name in expected if name in reshaped - fresh],
+        "of another shape": [name for name in expected if name in reshaped - fresh],
     }
     if any(differing.values()):
         listed = (f"{len(n)} {what} ({_few(n)})" for what, n in differing.items() if n)
@@ -125,12 +128,12 @@ def _few(names: list[str]) -> str:
 
 
 def at_size(weights: Weights, size: tuple[int, int], rope: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `create_model` for another size, by the rule that finetuning has.
+    """Arguments of `create_model` for another size, as in finetuning.
 
     Args:
-        weights: as read with those options.
-        size: of a DeiT's image or a DiT's latent, (height, width).
-        rope: field name -> value, the options that the user gave.
+        weights: read with the same `rope`.
+        size: (height, width) of a DeiT's image or a DiT's latents.
+        rope: field name -> value, given RoPE options.
     """
     scaling, grid = positions_at(as_starting_point(weights), size, rope.get("scaling"))
     name = "input_size" if is_dit(weights.arch) else "image_size"
@@ -145,22 +148,22 @@ def starting_point(
     dit: bool = False,
     download: bool = True,
 ) -> tuple[StartingPoint, tuple[str, ...]]:
-    """What a run starts from, for its resolution, and notes for the user.
+    """Initial weights of a run, and notes for the user.
 
     Args:
-        source: from `find_source`; published weights are fetched if need be.
-        rope: field name -> value, options of the user, which win over the source's.
-        arch: `--arch` of the user, empty for none.
-        dit: whether they must be those of a diffusion transformer, or of a classifier.
-        download: whether published weights that are not here are fetched.
+        source: from `find_source`.
+        rope: field name -> value, RoPE options that override those of the source.
+        arch: `--arch` of the user; empty: not given.
+        dit: whether a DiT is required, or a classifier.
+        download: whether to download published weights if needed.
     """
     here = fetch_source(source, download=download)
     weights = read_weights(here, ema=True, rope=rope, arch=arch)
     if is_dit(weights.arch) != dit:
         raise CheckpointError(
             f"{source.given} holds {weights.arch}, "
-            + ("a classifier" if dit else "a diffusion transformer, and no classifier"),
-            "finetune starts from those" if dit else "dit-train --init-from starts from those",
+            + ("a classifier, not a DiT" if dit else "a DiT, not a classifier"),
+            "use finetune for classifiers" if dit else "use dit-train --init-from for DiTs",
         )
     of_run = weights.config if weights.source.run else {}
     images = weights.config.get("images", {})
@@ -176,9 +179,9 @@ def starting_point(
 
 
 def as_starting_point(weights: Weights) -> StartingPoint:
-    """What weights are, without what made them."""
+    """Architecture, RoPE options and sizes of weights."""
     return StartingPoint(
-        source=str(Path(weights.source.given)),  # the same with a slash at its end
+        source=str(Path(weights.source.given)),  # without a slash at the end
         arch=weights.arch,
         rope=weights.rope,
         model=DiTModelConfig(class_dropout_prob=0.0, **weights.options)

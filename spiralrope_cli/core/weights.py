@@ -1,7 +1,7 @@
-"""Weights of any origin: their tensors, and what they belong to. `load.py` makes networks of them.
+"""Weights of any SOURCE: tensors, architecture and RoPE options. `load.py` builds networks.
 
-Sizes come from the shapes of the tensors, RoPE options from what was stored beside them: a wrong
-`rotate` would load without a sound.
+Sizes are taken from the shapes of the tensors. RoPE options must be stored with them or given:
+with a wrong `rotate` the weights would load without an error.
 """
 
 from __future__ import annotations
@@ -43,8 +43,7 @@ from spiralrope_cli.core.infer import (
     trained_rope,
 )
 
-LABELS = "y_embedder.embedding_table.weight"
-# What `create_model` needs beside arch and rope, of a DeiT and of a DiT.
+# Arguments of `create_model` besides arch and rope: of a DeiT (False), of a DiT (True).
 MODEL_OPTIONS = {
     False: ("num_classes", "image_size", "patch_size", "in_chans", "pretrain_grid"),
     True: ("num_classes", "input_size", "in_chans", "pretrain_grid", "qk_norm"),
@@ -53,45 +52,45 @@ MODEL_OPTIONS = {
 
 @dataclass(frozen=True)
 class Weights:
-    """One set of weights and what they belong to."""
+    """One set of weights, raw or EMA."""
 
     source: Source
     file: Path
-    ema: bool  # whether they are averaged ones
-    arch: str  # `--arch`, or its form by numbers for sizes outside the table
-    rope: RopeConfig  # as they were trained, but for what the user chose
+    ema: bool
+    arch: str
+    rope: RopeConfig  # as trained, with the options of the user
     options: dict[str, Any]  # further arguments of `create_model`
-    state: StateDict  # mapped from the disk, without frequencies
-    config: dict[str, Any]  # of the run, where it is stored with them
-    notes: tuple[str, ...]  # what the user should know, one line each
-    progress: str  # how far they were trained, in words, or nothing
+    state: StateDict  # memory-mapped, without frequencies
+    config: dict[str, Any]  # config of the run, if stored with them
+    notes: tuple[str, ...]  # for the user, one line each
+    progress: str  # such as `step 2200`; empty if unknown
 
     def what(self, kind: str = "") -> str:
-        """What was loaded, in words; `kind` names both sets where there are two."""
+        """Description; `kind` replaces raw or EMA."""
         kind = kind or ("averaged (EMA)" if self.ema else "raw")
         rope = f"rotate {self.rope.rotate}" if self.rope.enabled else "no RoPE"
         progress = f", {self.progress}" if self.progress else ""
         return f"{kind} weights of {self.arch}, {rope}{progress}"
 
     def summary(self) -> str:
-        """What was loaded and where from, in a line."""
+        """Source and description, in one line."""
         return f"{self.source.given}: {self.what()}"
 
 
 def fetch_source(source: Source, *, download: bool = True) -> Source:
-    """The source on this machine; what is published is fetched, unless `download` is off."""
+    """The source with its file; published weights are downloaded, unless `download` is False."""
     if source.row is None or source.place is not None:
         return source
     if source.row.kind not in ("deit", "dit"):
         raise CheckpointError(
-            f"{source.given} is {source.row.what}, and no weights of a DeiT or DiT",
-            "spiralrope fetch --list shows what is what",
+            f"{source.given} is not a DeiT or DiT: {source.row.what}",
+            "spiralrope fetch --list shows all published names",
         )
     path = local_path(source.row)
     if path is None and not download:
         raise CheckpointError(
-            f"the weights of {source.given} are not here, and --dry-run fetches none",
-            f"spiralrope fetch {source.given} brings them",
+            f"the weights of {source.given} are not downloaded, and --dry-run does not download",
+            f"spiralrope fetch {source.given} downloads them",
         )
     return dataclasses.replace(source, place=path or fetch_published(source.row))
 
@@ -99,17 +98,13 @@ def fetch_source(source: Source, *, download: bool = True) -> Source:
 def read_weights(
     source: Source, *, ema: bool = False, rope: dict[str, Any] | None = None, arch: str = ""
 ) -> Weights:
-    """One set of weights of a source that is here.
+    """Reads one set of weights.
 
     Args:
-        source: what `find_source` and `fetch_source` gave.
-        ema: averaged in place of raw ones; a bare state dict has one set alone.
-        rope: field name -> value, RoPE options of the user, which win over the source's.
-        arch: `--arch`, which says the number of heads where the source does not; empty for none.
-
-    Raises:
-        CheckpointError: weights of another network, damaged ones, or some that are not finite.
-        ConfigError: options that the source does not tell are missing, or another `arch`.
+        source: from `find_source` and `fetch_source`.
+        ema: EMA weights, not raw ones; a plain state dict has one set only.
+        rope: field name -> value, RoPE options that override those of the source.
+        arch: `--arch`, which gives the number of heads if the source does not; empty: not given.
     """
     file, chosen = source.file(ema), rope or {}
     state, metadata = _read_safetensors(file) if file.suffix == ".safetensors" else ({}, {})
@@ -132,7 +127,7 @@ def read_weights(
 
 
 def mean_std(weights: Weights, defaults: dict[str, Any], in_chans: int) -> dict[str, Any]:
-    """Mean and std that the weights were trained with, else those of the data set's defaults."""
+    """Mean and std of the training, else those of the data set."""
     known = {**defaults, **weights.config.get("augment", {})}
     values = {"mean": tuple(known["mean"]), "std": tuple(known["std"]), "in_chans": in_chans}
     fit_channels(values)
@@ -155,7 +150,7 @@ def _from_own_layout(
     metadata: dict[str, str],
     chosen: dict[str, Any],
 ) -> Weights:
-    """Our own safetensors, of a run or exported, whose metadata holds the run's config."""
+    """Safetensors of a run, or exported; the config is in the metadata."""
     try:
         config = json.loads(metadata["config"])
         config = renamed(config, DiTRun if is_dit(config["arch"]) else ClassifierRun)
@@ -163,11 +158,11 @@ def _from_own_layout(
         trained = RopeConfig(**config["rope"])
         options = {name: model[name] for name in MODEL_OPTIONS[is_dit(arch)] if name in model}
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} does not say which model it holds: {error}") from error
+        raise CheckpointError(f"{file} has no valid config of a model: {error}") from error
     averaged = metadata.get("weights") == "ema"
     notes = _contradictions(trained, chosen, source)
     if ema and not averaged:
-        notes.append(f"{file.name} holds raw weights alone; they are taken, not averaged ones")
+        notes.append(f"{file.name} holds only raw weights; they are used instead of EMA weights")
     return Weights(
         source=source,
         file=file,
@@ -190,9 +185,9 @@ def _from_published_layout(
     chosen: dict[str, Any],
     arch: str,
 ) -> Weights:
-    """A published file or a bare state dict, in three steps: the network, its RoPE, its sizes.
+    """A published file or a plain state dict, in three steps: network, RoPE options, sizes.
 
-    `arch` is the user's, empty for none.
+    `arch` is that of the user; empty: not given.
     """
     state, freqs = split_freqs(content.ema if ema else content.raw)
     dit = is_dit_state(file, state)
@@ -203,17 +198,15 @@ def _from_published_layout(
         arch = infer_arch(file, state, freqs, rope, content.args, arch, notes)
         options = (dit_options if dit else deit_options)(file, state, content.args, notes)
     except (KeyError, IndexError, ValueError) as error:
-        raise CheckpointError(f"{file} is not whole: {error} is missing or misshaped") from error
-    known = {"class_dropout_prob": content.args.get("class_dropout_prob")}
-    if dit and not has_null_label(len(state[LABELS]), content.args):
-        state = {**state, LABELS: F.pad(state[LABELS], (0, 0, 0, 1))}
-        known = {"class_dropout_prob": 0}
+        raise CheckpointError(
+            f"{file} is incomplete: {error} is missing or has a wrong shape"
+        ) from error
     size = dit_size(arch) if dit else deit_size(arch)
     if note := freqs_note(freqs, rope, size.head_dim):
         notes.append(f"{file.name}: {note}")
     averaged = content.args.get("weights") == "ema" or (ema and content.has_both)
     if ema and not averaged:
-        notes.append(f"{file.name} holds one set of weights alone; EMA is that one")
+        notes.append(f"{file.name} holds only one set of weights; it is used as EMA weights")
     steps = source.row.steps if source.row else None
     return Weights(
         source=source,
@@ -230,7 +223,7 @@ def _from_published_layout(
 
 
 def _contradictions(trained: RopeConfig, chosen: dict[str, Any], source: Source) -> list[str]:
-    """A warning for each option of the user that the weights were not trained with."""
+    """A warning for each given RoPE option that differs from training."""
     known = leaves(RopeConfig)
     return [
         f"{' '.join(known[name].typed(value))} contradicts {source.given}, which was trained with "
@@ -241,5 +234,5 @@ def _contradictions(trained: RopeConfig, chosen: dict[str, Any], source: Source)
 
 
 def _as_tuples(options: dict[str, Any]) -> dict[str, Any]:
-    """The options with tuples for the lists of a file: a config that holds them can be hashed."""
+    """Replaces lists by tuples, so that configs with these values are hashable."""
     return {n: tuple(value) if isinstance(value, list) else value for n, value in options.items()}

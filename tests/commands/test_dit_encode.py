@@ -298,7 +298,7 @@ def test_a_vae_without_a_scale_is_told(call, photos, tiny_vae, tmp_path):
     config = json.loads((vae / "config.json").read_text())
     (vae / "config.json").write_text(json.dumps({**config, "scaling_factor": None}))
     result, _ = call("--data", photos, "--vae", vae)
-    assert "is no config of a VAE" in result.exception.message
+    assert "is not the config of a VAE" in result.exception.message
 
 
 @pytest.fixture
@@ -372,9 +372,12 @@ def test_a_folder_with_train_is_taken_by_its_train(image_folder):
     [
         ([], "--data is missing"),
         (["--data", "digits"], "--data digits is too small for a VAE"),
-        (["--data", "nowhere"], "--data nowhere is no folder"),
+        (["--data", "nowhere"], "--data nowhere is not a folder"),
         (["--data", "."], "has no class folders"),
-        (["--data", "PHOTOS", "--image-size", "20"], "--image-size 20: the VAE needs sides"),
+        (
+            ["--data", "PHOTOS", "--image-size", "20"],
+            "--image-size 20: the sides must be multiples of 8",
+        ),
         (["--data", "PHOTOS", "--batch-size", "0"], "--batch-size is 0"),
         (["--data", "PHOTOS", "--vae", "nowhere"], "--vae nowhere is neither ema nor mse nor"),
         (["--data", "PHOTOS", "--vae", "PHOTOS"], "has no config.json"),

@@ -288,7 +288,7 @@ def test_a_published_file_draws_through_a_vae_in_any_rectangle(sample, tiny_vae)
 @pytest.mark.parametrize(
     ("words", "code", "printed"),
     [
-        (["--classes", "10"], 2, "--classes 10: the weights know 10 classes, 0 to 9"),
+        (["--classes", "10"], 2, "--classes 10: the weights have 10 classes, 0 to 9"),
         (["--classes", "a"], 2, "it must be a list of class numbers"),
         (["--cfg-scale", "0.5"], 2, "--cfg-scale is 0.5"),
         (["--cfg-interval", "5"], 2, "it must be LO,HI"),
@@ -303,7 +303,7 @@ def test_a_published_file_draws_through_a_vae_in_any_rectangle(sample, tiny_vae)
         (
             ["--sampler", "dpm++", "--num-sampling-steps", "10,15"],
             2,
-            "dpm++ spaces its steps itself",
+            "dpm++ chooses the timesteps itself",
         ),
         (["--out", ""], 2, "--out is empty"),
     ],
@@ -316,11 +316,11 @@ def test_bad_input_has_its_own_line(sample, pixels, words, code, printed):
 def test_sources_that_draw_nothing(sample):
     printed = sample(GOLDEN / "deit_tiny_checkpoint.pth", expect=1)
     assert "a classifier, which draws nothing" in printed
-    assert "which only a VAE turns into images" in sample(DIT, "--vae", "none", expect=2)
+    assert "only a VAE decodes these" in sample(DIT, "--vae", "none", expect=2)
     assert "neither ema nor mse nor a folder" in sample(DIT, "--vae", "gone", expect=2)
-    assert "no published name" in sample("dit-xxl", expect=2)
+    assert "not a published name" in sample("dit-xxl", expect=2)
     printed = sample(DIT, "--name", "x", "--out", "y", expect=2)
-    assert "--name x and --out y both name the folder" in printed
+    assert "--name x and --out y both name the run folder" in printed
 
 
 def test_published_weights_come_by_themselves_after_their_size_was_said(
@@ -343,7 +343,10 @@ def test_published_weights_come_by_themselves_after_their_size_was_said(
             1,
         )
         dry = spiralrope("dit-sample", *words, "--dry-run", env=env, expect=1)
-        assert "the weights of dit-s2 are not here, and --dry-run fetches none" in dry.stderr
+        assert (
+            "the weights of dit-s2 are not downloaded, and --dry-run does not download"
+            in dry.stderr
+        )
         assert not hub.asked
         done = spiralrope("dit-sample", *words, env=env)
     finally:

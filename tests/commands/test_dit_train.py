@@ -108,8 +108,8 @@ def test_a_config_file_repeats_a_run_and_options_win(runs, resolved):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--arch", "dit-q2"], "--arch dit-q2 is not known"),
-        (["--image-size", "9"], "--image-size 9 does not split into the patches of 2 of dit-ti2"),
+        (["--arch", "dit-q2"], "--arch dit-q2 is unknown"),
+        (["--image-size", "9"], "--image-size 9 does not split into patches of 2 for dit-ti2"),
         (["--image-size", "9"], "the nearest that does: 8"),
         (["--vae", "ema"], "through the VAE, which divides by 8"),
         (["--vae", "nowhere", "--image-size", "16"], "--vae nowhere is neither"),
@@ -123,8 +123,8 @@ def test_a_config_file_repeats_a_run_and_options_win(runs, resolved):
         (["--batch-size", "2000"], "more than the 1437 training images"),
         (["--init-from", ""], ". holds no checkpoint"),
         (["--resume", "must"], "holds no checkpoint"),
-        (["--data", "nowhere"], "is no folder and no built-in name"),
-        (["--init-from", "nowhere/at-all"], "is no file and no folder"),
+        (["--data", "nowhere"], "is neither a folder nor a built-in name"),
+        (["--init-from", "nowhere/at-all"], "does not exist"),
     ],
 )
 def test_what_cannot_work_is_told(resolved, words, told):
@@ -140,7 +140,7 @@ def test_what_cannot_work_is_told(resolved, words, told):
         ({"freqs_for": "pixel", "theta": 5.0}, "--theta has no effect: --freqs-for is pixel"),
         ({"max_steps": 900, "epochs": 9}, "--epochs has no effect: --max-steps is given"),
         ({"schedule": "constant", "min_lr": 1.0}, "--min-lr has no effect"),
-        ({"workers": 3}, "--workers has no effect: digits lives in memory"),
+        ({"workers": 3}, "--workers has no effect: digits is kept in memory"),
         ({"projection": "exact"}, "--projection has no effect: --rotate is 0"),
     ],
 )
@@ -221,7 +221,7 @@ def test_the_command_from_start_to_finish_and_again(spiralrope, runs):
     plan = spiralrope("dit-train", "--init-from", "run", "--dry-run").stderr
     assert "as pixels" in plan
     said = spiralrope("dit-train", "--init-from", "run", "--arch", "dit-s2", expect=2).stderr
-    assert "--arch is dit-s2, run is dit-32x2x2-2" in said
+    assert "--arch is dit-s2, but run is dit-32x2x2-2" in said
     assert "Traceback" not in said
 
 

@@ -145,7 +145,7 @@ def test_samples_are_those_of_a_dit(runs):
         (lambda root: [path.unlink() for path in (root / "train/dark").iterdir()], "no images"),
         (lambda root: shutil.rmtree(root / "val/dark"), "differ in 1 class folder(s): dark"),
         (lambda root: shutil.rmtree(root / "val"), "has no val/"),
-        (shutil.rmtree, "is no folder"),
+        (shutil.rmtree, "is neither a folder nor"),
     ],
 )
 def test_a_broken_data_folder(check, pictures, breaks, word):

@@ -135,7 +135,7 @@ def test_a_file_with_one_set_of_weights_has_two_rows_and_says_so(planned):
 def test_raw_weights_are_never_called_averaged(planned):
     run, said = planned("runs/tiny/checkpoints/0000008/model.safetensors", "--ema")
     assert [row.weights for row in run.rows] == ["raw"]
-    assert "holds raw weights alone" in said
+    assert "holds only raw weights" in said
 
 
 def test_a_run_without_a_best_checkpoint_has_its_last(planned):
@@ -203,16 +203,20 @@ def test_machine_options_arrive(planned):
     [
         (("--crop-ratio", "1.5"), ConfigError, "--crop-ratio is 1.5; it must be in (0, 1]"),
         (("--crop-ratio", "-0.5"), ConfigError, "--crop-ratio is -0.5"),
-        (("--crop-ratio", "0.9x"), ConfigError, "0.9x is no file, no run folder"),
+        (("--crop-ratio", "0.9x"), ConfigError, "0.9x is not a file, a run folder"),
         (("--image-size", "7"), ConfigError, "--image-size 7 is not a multiple"),
         (("--json", "--csv"), ConfigError, "--json and --csv exclude each other"),
-        (("--data", "nowhere"), DataError, "--data nowhere is no folder and no built-in name"),
-        (("runs/none",), CheckpointError, "runs/none is no file and no folder"),
-        (("deit-bb",), ConfigError, "deit-bb is no file, no run folder and no published name"),
+        (
+            ("--data", "nowhere"),
+            DataError,
+            "--data nowhere is neither a folder nor a built-in name",
+        ),
+        (("runs/none",), CheckpointError, "runs/none does not exist"),
+        (("deit-bb",), ConfigError, "deit-bb is not a file, a run folder or a published name"),
         (("--scaling", "x"), ConfigError, "--scaling is x"),
         (("--nproc", "-1"), ConfigError, "--nproc is -1"),
         ((GOLDEN / "dit_tiny_0000007.pt",), CheckpointError, "a diffusion transformer"),
-        ((GOLDEN / "dit_tiny_raw.pth",), ConfigError, "does not say which RoPE options"),
+        ((GOLDEN / "dit_tiny_raw.pth",), ConfigError, "does not contain its RoPE options"),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_worker(planned, words, error, message):
@@ -228,7 +232,7 @@ def test_other_classes_than_the_data_sets_are_refused(planned, image_folder):
 
 
 def test_no_run_at_all_is_refused(runs):
-    with pytest.raises(CheckpointError, match="no SOURCE is given"):
+    with pytest.raises(CheckpointError, match="SOURCE is missing"):
         CliRunner().invoke(cli.app, ["eval"], catch_exceptions=False)
 
 

@@ -159,7 +159,7 @@ def test_one_set_alone_is_found_under_both_names_and_is_what_it_is_called(export
     assert path.stat().st_size < 0.6 * both.stat().st_size
     assert torch.equal(outputs(path), outputs(run, ema=True))
     raw, _ = export(run, "--layout", "safetensors", "--out", "raw")
-    with pytest.warns(UserWarning, match="holds raw weights alone"):
+    with pytest.warns(UserWarning, match="holds only raw weights"):
         assert torch.equal(outputs(raw, ema=True), outputs(run))
 
 
@@ -182,8 +182,8 @@ def test_epochs_and_steps_are_told(export, runs):
             {"pretrain_grid": [2, 2]},
             "takes 4x4 patches for",
         ),
-        ("deit-32x2x2", {}, {"image_size": [8, 16]}, "knows square grids alone, and not 2x4"),
-        ("dit-32x2x2-2", {}, {"qk_norm": True}, "no normalised queries"),
+        ("deit-32x2x2", {}, {"image_size": [8, 16]}, "supports square grids only, not 2x4"),
+        ("dit-32x2x2-2", {}, {"qk_norm": True}, "no QK norm"),
         ("deit-32x2x2", {"scaling": "extrapolate"}, {"pretrain_grid": [2, 2]}, ""),
         ("deit-32x2x2", {"rotate": 1, "projection": "exact"}, {}, ""),
     ],
@@ -199,7 +199,7 @@ def test_what_the_published_code_would_compute_otherwise_is_noted(
 
 
 def test_a_bare_state_dict_gets_the_options_that_it_lacks(export):
-    with pytest.raises(ConfigError, match="does not say which RoPE options"):
+    with pytest.raises(ConfigError, match="does not contain its RoPE options"):
         export(GOLDEN / BARE, "--layout", "published")
     path, _ = export(GOLDEN / BARE, "--layout", "published", "--rotate", 2)
     rope = RopeConfig(rotate=2, scaling="extrapolate")
@@ -315,10 +315,10 @@ def test_too_little_space_is_told_before_anything_is_written(export, runs, monke
     ("words", "message"),
     [
         (("deit-s", "--layout", "onnx"), "--layout is onnx; it must be published or safetensors"),
-        (("deit-s", "--layout", "published", "--out", "x"), "does not end with .pth or .pt"),
-        (("deit-s", "--layout", "safetensors", "--out", "x.pth"), "names a file"),
+        (("deit-s", "--layout", "published", "--out", "x"), "must end in .pth or .pt"),
+        (("deit-s", "--layout", "safetensors", "--out", "x.pth"), "is the name of a file"),
         (("deit-s", "--layout", "published", "--best"), "deit-s is no run folder"),
-        (("deit-q", "--layout", "published"), "no published name"),
+        (("deit-q", "--layout", "published"), "not a published name"),
     ],
 )
 def test_wrong_words_are_usage_errors(export, words, message):

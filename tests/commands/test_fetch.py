@@ -114,7 +114,7 @@ def test_a_connection_that_stays_broken_leaves_nothing(fetch, hub, home):
 
 def test_wrong_bytes_of_the_right_size_never_stay(fetch, hub, home):
     hub.wrong.add(SMALL)
-    assert "arrived with wrong bytes, their digest is not" in error_of(fetch("dit-s2", expect=1))
+    assert "has a wrong digest after the download, not" in error_of(fetch("dit-s2", expect=1))
     assert not weights_in(home)
     assert "is not here" in error_of(fetch("dit-s2", "--offline", expect=1))
     hub.wrong.clear()
@@ -127,11 +127,11 @@ def test_what_was_damaged_here_is_found_out(fetch, hub, home):
     content = path.read_bytes()
     path.resolve().write_bytes(content[:-1] + b"?")
     done = fetch("dit-s2")
-    assert "0400000.pt was damaged, and is fetched again" in done.stderr
+    assert "0400000.pt was damaged; downloading it again" in done.stderr
     assert path.read_bytes() == content
     path.resolve().write_bytes(content[:-1] + b"?")
     error = error_of(fetch("dit-s2", "--offline", expect=1))
-    assert "dit-s2 was damaged, and is deleted" in error
+    assert "dit-s2 was damaged, and was deleted" in error
     assert not weights_in(home)
 
 
@@ -140,7 +140,7 @@ def test_what_was_damaged_here_is_found_out(fetch, hub, home):
     [
         (401, "", "set HF_TOKEN"),
         (401, "RepoNotFound", "set HF_TOKEN"),
-        (403, "", "may not read"),
+        (403, "", "has no access to"),
         (403, "GatedRepo", "accept the terms on"),
         (404, "EntryNotFound", f"has no {WEIGHTS_REPO}/{SMALL} (404)"),
         (503, "", "answered 503"),
@@ -176,7 +176,7 @@ def test_nobody_answers(fetch, hub):
 
 def test_someone_else_answers(fetch, hub):
     hub.hub = False
-    assert "does not answer as the Hub does" in error_of(fetch("dit-s2", expect=1))
+    assert "does not answer like the Hub" in error_of(fetch("dit-s2", expect=1))
 
 
 def test_too_little_disk_is_told_before_a_byte_comes(fetch, hub):
@@ -218,7 +218,7 @@ def test_a_copy_is_real_and_flat(fetch, hub, tmp_path):
     assert [path.name for path in copy.parent.iterdir()] == ["0400000.pt"]
     fetch("dit-s2", "--out", "weights")
     copy.write_text("mine")
-    assert "is another file" in error_of(fetch("dit-s2", "--out", "weights", expect=1))
+    assert "exists and differs" in error_of(fetch("dit-s2", "--out", "weights", expect=1))
     assert copy.read_text() == "mine"
     error = error_of(fetch("dit-s2", "dit-b2", "--out", "both", expect=2))
     assert "dit-s2 and dit-b2 both have a file 0400000.pt" in error
@@ -237,7 +237,7 @@ def test_a_vae_is_a_folder_with_its_config(fetch, hub, tmp_path):
 
 def test_a_wrong_config_is_found_out_too(fetch, hub, home):
     hub.wrong.add("config.json")
-    assert "config.json arrived with wrong bytes" in error_of(fetch("vae-mse", expect=1))
+    assert "config.json has a wrong digest" in error_of(fetch("vae-mse", expect=1))
     assert not weights_in(home)
 
 
@@ -270,7 +270,7 @@ def test_the_list_shows_true_steps_and_what_is_here(fetch, hub):
 
 def test_usage(fetch):
     assert "did you mean dit-xl2" in error_of(fetch("dit-x2", expect=2))
-    assert "--list shows what there is" in error_of(fetch(expect=2))
+    assert "--list shows all published names" in error_of(fetch(expect=2))
 
 
 def test_help_shows_examples():

@@ -322,11 +322,11 @@ def test_other_wrong_inputs(fid, sets, tmp_path):
     [
         (["--select", "fid,fod"], "there is no 'fod'"),
         (["--bootstrap", "1"], "needs 2 or more"),
-        (["--bootstrap", "5", "--select", "kid"], "--select lacks fid"),
+        (["--bootstrap", "5", "--select", "kid"], "--bootstrap needs fid in --select"),
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--precision", "auto"], "fp32 or bf16"),
         (["--save-stats", "stats"], "must end in .npz"),
-        (["--save-stats", "no/such/folder.npz"], "no folder to write to"),
+        (["--save-stats", "no/such/folder.npz"], "is not a writable folder"),
         (["--weights", "none.pth"], "--weights none.pth is no file"),
     ],
 )
@@ -383,7 +383,7 @@ def test_weights_are_read_in_either_format_of_torch_and_never_run(
     assert found["is"] == fid(*words)["is"]
     torch.save({"Mixed_7c.branch_pool.conv.weight": Trap(tmp_path / "ran")}, trap)
     text.write_text("no weights")
-    for path, message in ((trap, "to be read it would run"), (text, "is no checkpoint of torch")):
+    for path, message in ((trap, "reading it would run"), (text, "is not a checkpoint of torch")):
         error = fid(*words, "--weights", path, weights=False)
         assert message in error.message
         assert error.exit_code == 1

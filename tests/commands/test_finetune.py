@@ -143,14 +143,14 @@ def test_grey_weights_on_colour_pictures_take_the_mean_of_the_colours(
     ("words", "code", "told"),
     [
         ([""], 1, ". holds no checkpoint"),
-        (["nosuch"], 2, "nosuch is no file, no run folder and no published name"),
-        (["vae-ema"], 1, "no weights of a DeiT"),
+        (["nosuch"], 2, "nosuch is not a file, a run folder or a published name"),
+        (["vae-ema"], 1, "is not a DeiT"),
         ([GOLDEN / "dit_tiny_0000007.pt"], 1, "a diffusion transformer, and no classifier"),
-        ([GOLDEN / "dit_tiny_raw.pth"], 2, "does not say which RoPE options"),
+        ([GOLDEN / "dit_tiny_raw.pth"], 2, "does not contain its RoPE options"),
         ([DEIT, "--freeze", "all"], 2, "--freeze is all"),
         ([DEIT, "--image-size", "50"], 2, "--image-size 50 is not a multiple"),
         ([DEIT, "--rotate", "-1"], 2, "--rotate is -1"),
-        ([DEIT, "--data", "nowhere"], 1, "--data nowhere is no folder"),
+        ([DEIT, "--data", "nowhere"], 1, "--data nowhere is not a folder"),
     ],
 )
 def test_bad_input_has_its_own_line(finetune, words, code, told):
@@ -210,7 +210,10 @@ def test_published_weights_come_by_themselves_after_their_size_was_said(spiralro
     env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "SPIRALROPE_CACHE": str(home / "ours")}
     try:
         dry = spiralrope("finetune", "deit-s", "--dry-run", env=env, expect=1)
-        assert "the weights of deit-s are not here, and --dry-run fetches none" in dry.stderr
+        assert (
+            "the weights of deit-s are not downloaded, and --dry-run does not download"
+            in dry.stderr
+        )
         assert not hub.asked
         done = spiralrope("finetune", "deit-s", "--max-steps", 1, "--nproc", 1, env=env)
     finally:

@@ -99,7 +99,7 @@ def test_curves_come_without_torch(run):
         (["rope", "--grid", "0"], 2, "--grid 0x0"),
         (["rope", "--pretrain-grid", "999"], 2, "--pretrain-grid 999x999"),
         (["rope", "--head-dim", "10"], 2, "head dimension 10"),
-        (["rope", "--arch", "deit-x"], 2, "--arch deit-x is not known"),
+        (["rope", "--arch", "deit-x"], 2, "--arch deit-x is unknown"),
         (["rope", "--rotate", "3", "--same-theta"], 2, "--rotate 3 with --same-theta"),
         (["rope", "--theta", "0"], 2, "--theta is 0"),
         (["attention", DEIT, "gone.png"], 1, "IMAGE gone.png is no file"),
@@ -211,7 +211,7 @@ def test_a_bare_state_dict_takes_rope_options(plot, picture, runs):
     from spiralrope_cli import load_model
 
     torch.save(load_model(DEIT).state_dict(), runs / "bare.pth")
-    assert "does not say which RoPE options" in plot("attention", "bare.pth", picture, expect=2)
+    assert "does not contain its RoPE options" in plot("attention", "bare.pth", picture, expect=2)
     plot("attention", "bare.pth", picture, "--rotate", 2, "--arch", "deit-64x2x2")
 
 

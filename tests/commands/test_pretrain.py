@@ -138,10 +138,10 @@ def test_a_short_run_has_a_short_warm_up(resolved):
         ("arch: 5", "--arch is 5; it must be a text"),
         ("augment: {mean: 0.5}", "mean is 0.5; it must be a list, each a number"),
         ("model: {image_size: wide}", "--image-size is wide; it must be a side, as 224, or HxW"),
-        ("image_size: [8, 8]", "it belongs below model:"),
+        ("image_size: [8, 8]", "it belongs in the group model:"),
         ("source: runs/before", "spiralrope finetune runs/before --config"),
         ("optim: 3", "must hold a group"),
-        ("- a", "holds no config"),
+        ("- a", "is not a config of a run"),
         ("a: [", "is no YAML"),
         ("model: {image_size: [8, 8, 8]}", "--image-size is"),
     ],
@@ -164,14 +164,14 @@ def test_a_config_file_is_read_strictly(runs, resolved, text, told):
         (["--min-freq-lang", "2"], "--min-freq-lang is 2.0"),
         (["--freqs-for", "words"], "must be lang or pixel"),
         (["--same-theta", "--rotate", "3"], "--rotate 3 with --same-theta does not fit"),
-        (["--image-size", "9"], "the nearest that is: 8"),
+        (["--image-size", "9"], "the nearest multiple: 8"),
         (["--batch-size", "50", "--micro-batch-size", "16"], "the nearest that do: 48, 64"),
         (["--batch-size", "2000"], "more than the 1437 training images"),
-        (["--mixup", "1", "--micro-batch-size", "4"], "whole mixing groups of 8"),
+        (["--mixup", "1", "--micro-batch-size", "4"], "must be a multiple of 8"),
         (["--drop-path", "1"], "--drop-path is 1.0"),
         (["--smoothing", "-0.1"], "--smoothing is -0.1"),
         (["--lr", "inf"], "--lr is inf; it must be 0 or more, and finite"),
-        (["--out", "x", "--name", "y"], "--name y and --out x both name the folder"),
+        (["--out", "x", "--name", "y"], "--name y and --out x both name the run folder"),
         (["--schedule", "linear"], "must be cosine or constant or published"),
         (["--epochs", "0"], "--epochs is 0"),
         (["--warmup-epochs", "400"], "leaves nothing"),
@@ -184,7 +184,7 @@ def test_a_config_file_is_read_strictly(runs, resolved, text, told):
         (["--resume", "must"], "holds no checkpoint"),
         (["--rdzv-endpoint", "host:abc"], "it must be HOST:PORT"),
         (["--schedule", "published", "--max-steps", "500"], "counts epochs, not --max-steps"),
-        (["--data", "~nosuchuser/x"], "is no folder and no built-in name"),
+        (["--data", "~nosuchuser/x"], "is neither a folder nor a built-in name"),
     ],
 )
 def test_what_cannot_work_is_told(resolved, monkeypatch, words, told):
@@ -201,7 +201,7 @@ def test_data_folders_that_cannot_work(tmp_path, image_folder, resolved):
             resolved("--data", folder)
         return str(refused.value)
 
-    assert "is no folder and no built-in name" in told(tmp_path / "nowhere")
+    assert "is neither a folder nor a built-in name" in told(tmp_path / "nowhere")
     assert "has no train/ and no val/" in told(tmp_path)
     (tmp_path / "train").mkdir()
     (tmp_path / "val").mkdir()
@@ -246,7 +246,7 @@ def test_an_unreadable_image_is_named_or_skipped_and_counted(tmp_path, image_fol
         ({"geometry": "crop", "translate": 2.0}, "--translate has no effect: --geometry is crop"),
         ({"max_steps": 900, "epochs": 9}, "--epochs has no effect: --max-steps is given"),
         ({"schedule": "constant", "min_lr": 1.0}, "--min-lr has no effect"),
-        ({"workers": 3}, "--workers has no effect: digits lives in memory"),
+        ({"workers": 3}, "--workers has no effect: digits is kept in memory"),
     ],
 )
 def test_options_that_cannot_act_are_a_note(options, told):

@@ -171,7 +171,7 @@ def test_a_stage_that_stops_or_fails_ends_the_command_with_its_code(run, launche
         (["--skip-training"], 1, "run-deit-deit-ti-digits-r2/pretrain holds no checkpoint"),
         (["--skip-training", "--eval-only"], 2, "exclude each other"),
         (["--skip-training", "--no-finetune"], 2, "leave nothing to train"),
-        (["--name", "x", "--out", "y"], 2, "--name x and --out y both name the folder"),
+        (["--name", "x", "--out", "y"], 2, "--name x and --out y both name the run folder"),
         (["--no-finetune", "--finetune-lr", 1], 2, "--finetune-lr has no effect"),
         (["--finetune-epochs", 1], 2, "finetune: --finetune-warmup-epochs 1 leaves nothing"),
         (["--sweep", "rotate=1,2", "--name", "x", "--out", "y"], 2, "--name x and --out y both"),
@@ -195,10 +195,10 @@ def test_a_stage_that_stops_or_fails_ends_the_command_with_its_code(run, launche
         (["--sweep", "rotate=1,5", "--same-theta"], 2, "rotate=5: --rotate 5 with --same-theta"),
         (["--seeds", "1;2"], 2, "--seeds is 1;2; it must be a list of numbers, such as 0,1,2"),
         (["--seeds", "1,2", "--seed", 1], 2, "exclude each other"),
-        (["--from-legacy", "4", "--lr", 1], 2, "--from-legacy stands alone"),
-        (["--from-legacy", "4", "--eval-only"], 2, "--from-legacy stands alone"),
-        (["--from-legacy", "4", "--no-finetune"], 2, "--from-legacy stands alone"),
-        (["--from-legacy", "4", "--sweep", "lr=1,2"], 2, "--from-legacy stands alone"),
+        (["--from-legacy", "4", "--lr", 1], 2, "--from-legacy allows no other options"),
+        (["--from-legacy", "4", "--eval-only"], 2, "--from-legacy allows no other options"),
+        (["--from-legacy", "4", "--no-finetune"], 2, "--from-legacy allows no other options"),
+        (["--from-legacy", "4", "--sweep", "lr=1,2"], 2, "--from-legacy allows no other options"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(run, launched, words, code, printed):
@@ -209,7 +209,7 @@ def test_what_cannot_be_is_refused_in_a_line(run, launched, words, code, printed
 @pytest.mark.parametrize(
     ("words", "code", "printed"),
     [
-        (["--name", "x", "--out", "y"], 2, "--name x and --out y both name the folder"),
+        (["--name", "x", "--out", "y"], 2, "--name x and --out y both name the run folder"),
         (
             ["--num-sampling-steps", 1],
             2,
@@ -360,7 +360,7 @@ def test_dit_measures_where_reference_and_weights_are(
 ):
     reference = ("--reference", image_folder / "val")
     _, printed = run("dit", *DIT, *reference)
-    assert "fid is left out: the weights of Inception are not here" in printed
+    assert "fid is skipped: the Inception weights are not downloaded" in printed
     with_weights = (*reference, "--weights", inception_weights)
     said, _ = run("dit", *DIT, *with_weights)
     assert launched == ["train", "sample", "score"]

@@ -64,13 +64,13 @@ def test_heads_that_nobody_tells_are_asked_for(bare, words):
     )
     code, said = answer(words)
     assert code == 2
-    assert said.startswith(f"{name} does not say how many heads its 2 blocks of width 64 have\n")
+    assert said.startswith(f"{name} does not contain the number of heads (2 blocks of width 64)\n")
     assert f"give --arch {arch}" in said
     other = arch.replace("64", "32").replace("HEADS", "2")
     code, said = answer(f"{words} --arch {other}")
     assert (code, said.splitlines()[0]) == (
         2,
-        f"--arch is {other}, {name} is {other.replace('32', '64')}",
+        f"--arch is {other}, but {name} is {other.replace('32', '64')}",
     )
     code, said = answer(f"{words} --arch {arch.replace('HEADS', '2')}")
     assert code == 0, said
@@ -92,7 +92,7 @@ def test_given_heads_give_the_results_of_the_run(bare, trained_once):
 
 def test_what_a_file_tells_stands_above_the_option(trained_once, drawn_once):
     for source, arch in ((trained_once, "deit-64x2x4"), (drawn_once, "deit-64x2x2")):
-        with pytest.raises(ConfigError, match=f"--arch is {arch}, .* is "):
+        with pytest.raises(ConfigError, match=f"--arch is {arch}, but .* is "):
             load_model(source, arch=arch)
 
 
@@ -101,19 +101,19 @@ def test_heads_of_a_published_size_are_taken_with_a_note(runs):
 
     state = create_model("deit-ti", num_classes=2, image_size=32).state_dict()
     save_file(state, "tiny.safetensors")
-    with pytest.warns(UserWarning, match="does not say") as said:
+    with pytest.warns(UserWarning, match="does not contain") as said:
         load_model("tiny.safetensors", rope=RopeConfig())
     assert [str(each.message) for each in said] == [
-        "tiny.safetensors does not say how many heads it has: 3 are taken, as deit-ti has; "
-        "--arch says otherwise",
-        "tiny.safetensors does not say its grid: 2x2 patches are taken",
+        "tiny.safetensors does not contain the number of heads; 3 is used, as in deit-ti "
+        "(--arch changes it)",
+        "tiny.safetensors does not contain its grid; 2x2 patches are used",
     ]
     with pytest.warns(UserWarning, match="grid"):
         model = load_model("tiny.safetensors", rope=RopeConfig(), arch="deit-192x12x6")
     assert model.blocks[0].attn.num_heads == 6
     # Blocks of that width, but not of that depth, are of no published size.
     save_file({n: v for n, v in state.items() if ".11." not in n}, "short.safetensors")
-    with pytest.raises(ConfigError, match="how many heads its 11 blocks of width 192"):
+    with pytest.raises(ConfigError, match=r"the number of heads \(11 blocks of width 192"):
         load_model("short.safetensors", rope=RopeConfig())
 
 
@@ -122,7 +122,7 @@ def test_a_number_of_heads_that_does_not_divide_the_width_is_no_number(bare):
     torch.save(content, "three.pth")
     code, said = answer("eval three.pth")
     assert code == 1
-    assert said.startswith("three.pth is not whole: a whole number of heads in its width of 64 is")
+    assert said.startswith("three.pth is incomplete: a whole number of heads in its width of 64 is")
 
 
 # --- Weights and results that are not finite.

@@ -202,7 +202,7 @@ def test_init_without_rope_takes_another_size_with_its_own_fixed_positions(tiny,
     train.work(tiny(out="first", enabled=False, max_steps=1))
     start, _ = starting_point(find_source(str(runs / "first")), {}, dit=True)
     run = tiny(start, out="wide", max_steps=1, lr=0.0, schedule="constant", image_size=(8, 12))
-    assert "fixed positions made anew" in train.plan_rows(run, 0)["start"]
+    assert "fixed positions recomputed" in train.plan_rows(run, 0)["start"]
     train.work(run)
     before, after = weights(runs / "first", "ema"), weights(runs / "wide")
     assert torch.equal(after["pos_embed"], sincos_pos_embed((4, 6), 32))

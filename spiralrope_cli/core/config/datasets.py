@@ -1,4 +1,4 @@
-"""Data sets and what a run on each needs. Standard library only, so that a wrong one shows early.
+"""Data sets and their defaults. Standard library only, so that errors come before torch loads.
 
 A data set is a built-in name or a folder with `train/` and `val/`, each with one folder per class.
 """
@@ -20,34 +20,34 @@ VAL_FOLDERS = ("val", "validation", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
-    """One data set as a run sees it before any image is read."""
+    """A data set, before any image is read."""
 
-    data: str  # the built-in name, or the folder as it was given
+    data: str  # built-in name, or folder
     slug: str  # short name for run folders
-    kind: str  # `memory` (small, as tensors), `folder` (files) or `latents` (cached ones)
-    default_arch: str  # classifier that fits it
+    kind: str  # `memory` (tensors), `folder` (image files) or `latents` (cached latents)
+    default_arch: str  # of classifiers
     num_classes: int
     num_train: int
     num_val: int
-    defaults: dict[str, Any] = field(default_factory=dict)  # over the recipe of the command
-    finetune: dict[str, Any] = field(default_factory=dict)  # of finetune alone, over the defaults
-    default_dit: str = "dit-b4"  # diffusion transformer that fits it
-    dit: dict[str, Any] = field(default_factory=dict)  # their defaults: classifiers share none
-    num_samples: int = 50_000  # images that are drawn from a diffusion transformer of it
+    defaults: dict[str, Any] = field(default_factory=dict)  # they override the recipe
+    finetune: dict[str, Any] = field(default_factory=dict)  # they override both, for finetune
+    default_dit: str = "dit-b4"
+    dit: dict[str, Any] = field(default_factory=dict)  # defaults of dit-train
+    num_samples: int = 50_000  # default of dit-sample
 
     def inert_options(self) -> list[tuple[str, str]]:
-        """Fields of a run that cannot act on it, each with the reason."""
+        """Fields of a run that have no effect with this data set, with the reason."""
         idle = ("workers", "skip_bad") if self.kind == "memory" else ()
-        return [(name, f"{self.data} lives in memory") for name in idle]
+        return [(name, f"{self.data} is kept in memory") for name in idle]
 
     def defaults_of(self, command: str) -> dict[str, Any]:
-        """Field name -> value, over the recipe of a training command."""
+        """Field name -> value, for a training command; they override its recipe."""
         if command == "dit-train":
             return self.dit
         return {**self.defaults, **(self.finetune if command == "finetune" else {})}
 
 
-# What the memory sets have in common: small grey images.
+# Common defaults of the built-in sets: small grey images.
 _SMALL_GREY = {
     "in_chans": 1,
     "crop_ratio": 1.0,
@@ -61,7 +61,7 @@ _SMALL_GREY = {
     "min_lr": 1e-5,
 }
 
-# Few grey pixels need no VAE; images of digits must not be mirrored.
+# 8x8 or 28x28 pixels need no VAE. A flipped digit is another sign.
 _DIT_SMALL_GREY = {
     "vae": "none",
     "hflip": 0.0,
@@ -71,7 +71,7 @@ _DIT_SMALL_GREY = {
     "log_every": 25,
 }
 
-# Weights that know the set already need little more.
+# Finetuning on the set of pretraining is short.
 _SHORT = {"warmup_epochs": 1, "lr": 2e-4, "lr_rule": "none"}
 
 DIGITS = DataSet(
@@ -179,7 +179,7 @@ PHOTOGRAPHS: dict[str, Any] = {
 
 
 def find_data_set(data: str) -> DataSet:
-    """The data set of that name, or in that folder."""
+    """The data set by name, or in a folder."""
     if data in BUILT_IN:
         return BUILT_IN[data]
     root = _data_folder(data, "train/ and val/ with one folder per class")
@@ -188,7 +188,7 @@ def find_data_set(data: str) -> DataSet:
         missing = ["train/"] * (not train.is_dir()) + ["val/"] * (val is None)
         raise DataError(
             f"{root} has no {' and no '.join(missing)}",
-            "a data folder holds train/ and val/ with one folder per class, as ImageNet has",
+            "a data folder must hold train/ and val/ with one folder per class, as ImageNet",
         )
     classes = class_names(train)
     if (others := class_names(val)) != classes:
@@ -201,18 +201,20 @@ def find_data_set(data: str) -> DataSet:
 
 
 def find_val_set(data: str) -> DataSet:
-    """The validation set of that name, or in that folder; no `train/` is needed."""
+    """The validation set by name, or in a folder; needs no `train/`."""
     if data in BUILT_IN:
         return BUILT_IN[data]
     root = _data_folder(data, "val/ with one folder per class")
     val = val_folder(root)
     if val is None:
-        raise DataError(f"{root} has no val/", "a data folder holds val/ with one folder per class")
+        raise DataError(
+            f"{root} has no val/", "a data folder must hold val/ with one folder per class"
+        )
     return _of_folder(root, None, val)
 
 
 def find_train_set(data: str) -> DataSet:
-    """The training set of that name, or in that folder; no `val/` is needed."""
+    """The training set by name, or in a folder; needs no `val/`."""
     if data in BUILT_IN:
         return BUILT_IN[data]
     root = _data_folder(data, "one folder per class, or train/ with them")
@@ -223,14 +225,14 @@ def _data_folder(data: str, holds: str) -> Path:
     root = Path(os.path.expanduser(data))
     if not root.is_dir():
         raise DataError(
-            f"--data {data} is no folder and no built-in name",
-            f"built in: {', '.join(BUILT_IN)}; a folder holds {holds}",
+            f"--data {data} is neither a folder nor a built-in name",
+            f"built in: {', '.join(BUILT_IN)}; a folder must hold {holds}",
         )
     return root
 
 
 def _of_folder(root: Path, train: Path | None, val: Path | None) -> DataSet:
-    """A data set of image files, with the class folders of one split or of both."""
+    """A data set of image files, with one split or both."""
     classes = train or val
     return DataSet(
         data=str(root.resolve()),
@@ -245,22 +247,22 @@ def _of_folder(root: Path, train: Path | None, val: Path | None) -> DataSet:
 
 
 def slug_of(root: Path) -> str:
-    """A short name of a data folder; its `train/` is called as the folder itself."""
+    """A short name of a data folder; `train/` is skipped."""
     return root.parent.name if root.name == "train" else root.name
 
 
 def class_folders(root: Path) -> Path:
-    """Where a data folder's training classes are: in its `train/`, or in itself."""
+    """The folder of the training classes: `train/`, or the data folder itself."""
     return root / "train" if (root / "train").is_dir() else root
 
 
 def val_folder(root: Path) -> Path | None:
-    """The validation folder of a data folder, under any of its usual names."""
+    """The validation folder: `val/`, `validation/` or `test/`."""
     return next((root / name for name in VAL_FOLDERS if (root / name).is_dir()), None)
 
 
 def class_names(folder: Path) -> list[str]:
-    """Class folders in plain sorted order, which gives the class numbers of published weights."""
+    """Names of class folders, sorted; the index is the class number, as in published weights."""
     try:
         entries = list(os.scandir(folder))
     except OSError as error:
@@ -274,7 +276,7 @@ def class_names(folder: Path) -> list[str]:
 
 
 def list_images(folder: Path) -> list[tuple[str, int]]:
-    """All images below the class folders, as (path, class number), sorted."""
+    """(path, class number) of all images below the class folders, sorted."""
     images = []
     for number, name in enumerate(class_names(folder)):
         paths = images_below(folder / name)
@@ -288,7 +290,7 @@ def list_images(folder: Path) -> list[tuple[str, int]]:
 
 
 def images_below(folder: Path) -> list[str]:
-    """Image files at any depth, in the order of their paths."""
+    """Image files at any depth, sorted by path."""
     found: list[str] = []
     for where, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not _leads_back(where, name)]
@@ -298,7 +300,7 @@ def images_below(folder: Path) -> list[str]:
 
 
 def _leads_back(where: str, name: str) -> bool:
-    """Whether a link leads to a folder that it lies in, and so on forever."""
+    """Whether a link points to a folder that contains it: an endless loop."""
     path = os.path.join(where, name)
     inside = Path(os.path.realpath(where))
     return os.path.islink(path) and inside.is_relative_to(os.path.realpath(path))

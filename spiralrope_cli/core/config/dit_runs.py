@@ -1,6 +1,6 @@
-"""What a training run of a diffusion transformer is. Standard library only.
+"""Config of a DiT's training run, frozen and checked. Standard library only.
 
-As in `runs.py`, every field name is unique over all groups and is the option's name.
+Field names are unique over all groups; the option is the name with dashes.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from spiralrope_cli.core.errors import ConfigError
 
 NO_VAE = "none"
 DIT_WORDS = {
-    "rotate": "Half the number of directions; as published: 0, plain axial RoPE.",
+    "rotate": "Half the number of directions, K = 2 * rotate; 0 (as published): plain axial RoPE.",
     "lr": "Learning rate.",
 }
-"""Help of shared options where a diffusion transformer's differs."""
+"""Help of shared options that differs for a DiT."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiTModelConfig:
-    """The network's sizes beyond its architecture."""
+    """Sizes of a DiT, besides those of its architecture."""
 
-    input_size: tuple[int, int]  # of the latents, or of the pixels without a VAE
+    input_size: tuple[int, int]  # of the latents; without a VAE of the image
     in_chans: int
-    num_classes: Annotated[int, "the number of classes"]  # without the null class of guidance
+    num_classes: Annotated[int, "the number of classes"]  # without the null class
     class_dropout_prob: Annotated[
         float,
         Opt(
-            "Probability of dropping the class label, for guidance.",
+            "Probability of dropping the class label, for classifier-free guidance.",
             RECIPE,
             ge=0,
             lt=1,
@@ -51,20 +51,20 @@ class DiTModelConfig:
         ),
     ]
     qk_norm: Annotated[bool, Opt("Normalise queries and keys (QK norm).", MODEL)]
-    pretrain_grid: tuple[int, int] | None = None  # patches that positions refer to, if not its own
+    pretrain_grid: tuple[int, int] | None = None  # patch grid of pretraining, if not its own
 
     def __post_init__(self) -> None:
         check_fields(self)
 
     def grid(self, arch: str) -> tuple[int, int]:
-        """Patches as (rows, columns) of an architecture, which knows their side."""
+        """Patches as (rows, columns)."""
         patch = dit_size(arch).patch_size
         return self.input_size[0] // patch, self.input_size[1] // patch
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageConfig:
-    """From an image to the input of the diffusion process."""
+    """Preprocessing of images: size, flip, VAE."""
 
     image_size: Annotated[
         tuple[int, int], Opt("Side, or height x width, in pixels.", MODEL, **SIZE)
@@ -73,7 +73,7 @@ class ImageConfig:
     vae: Annotated[
         str,
         Opt(
-            "ema, mse, a folder in diffusers' layout, or none: pixels.",
+            "VAE: ema, mse, a folder in diffusers' layout, or none for pixels.",
             DATA,
             metavar="NAME|FOLDER",
             complete="vaes_or_none",
@@ -82,7 +82,7 @@ class ImageConfig:
     latents: Annotated[
         str,
         Opt(
-            "Train from a folder of dit-encode, in place of --data.",
+            "Folder of cached latents from dit-encode, instead of --data.",
             DATA,
             metavar="FOLDER",
             read=folder,
@@ -95,23 +95,23 @@ class ImageConfig:
 
     @property
     def in_latents(self) -> bool:
-        """Whether the network sees latents of a VAE."""
+        """Whether the network takes latents of a VAE."""
         return self.vae != NO_VAE
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiTCheckpointConfig:
-    """When a run reports, draws samples and saves; all in steps."""
+    """When a run logs, samples and saves; all in steps."""
 
-    # Log points are the only moments that wait for the device.
+    # The loop waits for the device at log points only.
     log_every: Annotated[int, Opt("Steps between log points.", RUN, ge=1, free=True)]
     sample_every: Annotated[
         int, Opt("Steps between sample grids; 0: only at the end.", RUN, ge=0, free=True)
     ]
     save_every: Annotated[int, Opt("Steps between checkpoints.", RUN, ge=1, free=True)]
-    keep_last: Annotated[int, Opt("Newest checkpoints to keep.", RUN, ge=1, free=True)]
+    keep_last: Annotated[int, Opt("Keep this number of newest checkpoints.", RUN, ge=1, free=True)]
     keep_every: Annotated[
-        int, Opt("Keep checkpoints at multiples of this; 0: none.", RUN, ge=0, free=True)
+        int, Opt("Also keep checkpoints at multiples of this step; 0: none.", RUN, ge=0, free=True)
     ]
 
     def __post_init__(self) -> None:
@@ -120,14 +120,14 @@ class DiTCheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DiTOptimConfig(OptimConfig):
-    """Optimizer, schedule and averages; no run of the published code had another schedule."""
+    """Optimizer, schedule and EMA; there is no `published` schedule for a DiT."""
 
-    schedule: Annotated[Literal["cosine", "constant"], Opt("Cosine per step, or constant.", RECIPE)]
+    schedule: Annotated[Literal["cosine", "constant"], Opt("Learning rate schedule.", RECIPE)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiTRun:
-    """A training run of a diffusion transformer, complete."""
+    """The config of a DiT's training run."""
 
     command: str
     arch: Annotated[
@@ -143,8 +143,8 @@ class DiTRun:
     data: Annotated[
         str,
         Opt(
-            "digits, fashion-mnist, or a folder of class folders, or one with train/. "
-            "Without it: $SPIRALROPE_DATA, else the bundled digits.",
+            "digits, fashion-mnist, or a folder with class folders, or with train/. "
+            "By default $SPIRALROPE_DATA, else the bundled digits.",
             DATA,
             metavar="NAME|FOLDER",
             complete="data_sets",
@@ -189,14 +189,14 @@ class DiTRun:
         return self.model.grid(self.arch)
 
     def inert_options(self) -> list[tuple[str, str]]:
-        """Fields of a diffusion transformer that cannot act in this run, each with the reason."""
+        """Fields that have no effect in this run, with the reason."""
         if not self.images.latents:
             return []
         return [(name, "--latents is given") for name in ("data", "workers", "skip_bad")]
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps per epoch; what is left of a shuffled epoch is dropped."""
+        """Optimizer steps per epoch; an incomplete last batch is dropped."""
         return self.optim.steps_per_epoch(self.num_train)
 
     @property
@@ -206,31 +206,24 @@ class DiTRun:
 
     @property
     def vae_in_loop(self) -> str:
-        """The VAE that images go through in every step, empty for none."""
+        """The VAE that encodes images in every step; empty if there is none."""
         return self.images.vae if self.images.in_latents and not self.images.latents else ""
 
     def samples_at(self, step: int) -> bool:
-        """Whether a sample grid is drawn after a step, but for the last one."""
+        """Whether a sample grid is made after a step, except after the last."""
         every = self.checkpoint.sample_every
         return every > 0 and step % every == 0 and step < self.total_steps
 
     def split_batch(self, world_size: int) -> tuple[int, int]:
-        """How a step is shared out.
-
-        Returns:
-            images at a time per process, and how many times before the optimizer steps.
-
-        Raises:
-            ConfigError: the total batch cannot be met exactly; the nearest that can are named.
-        """
+        """Micro-batch size per process, and number of gradient accumulation steps."""
         return self.optim.split_batch(world_size, self.num_train)
 
     keeps_best = False
-    """Whether the checkpoint of the best validation stays beside the newest."""
+    """Whether the checkpoint of the best validation is kept too."""
     num_conditions = 2
-    """Numbers per image that the network takes beside it: timestep and label."""
+    """Number of inputs per image besides the image: timestep and label."""
     positions = "fixed sin-cos"
-    """The kind of positions beside RoPE."""
+    """Position embedding without RoPE."""
 
     @property
     def head_dim(self) -> int:
@@ -249,39 +242,35 @@ class DiTRun:
 
     @property
     def unit(self) -> str:
-        """Of the sides of the network's input."""
+        """Unit of the input size."""
         return "latents" if self.images.in_latents else "px"
 
     @property
     def data_line(self) -> str:
-        """What it learns from, in words."""
+        """The data, for the plan."""
         images = self.images
         seen = "as pixels, in [-1, 1]"
         if images.in_latents:
             seen = f"through the VAE {images.vae}"
         if images.latents:
             seen = f"as latents of the VAE {images.vae}, cached in {images.latents}"
-        mirrored = f"mirrored with p = {images.hflip:g}" if images.hflip else "never mirrored"
+        mirrored = f"flipped with p = {images.hflip:g}" if images.hflip else "never flipped"
         return (
             f"{self.data}: {self.num_train} training images, {self.model.num_classes} classes; "
             f"{format_size(images.image_size)} px, {mirrored}, {seen}"
         )
 
     def misfits(self, before: dict[str, Any]) -> list[str]:
-        """What of weights with other sizes does not fit this run, in words.
-
-        Args:
-            before: name -> value, sizes of the weights that it starts from.
-        """
-        messages = []
+        """Notes on initial weights of other sizes; `before` is name -> value of these sizes."""
+        notes = []
         if before["num_classes"] != self.model.num_classes:
-            messages.append(
+            notes.append(
                 f"label table re-initialised: {before['num_classes']} -> "
                 f"{self.model.num_classes} classes"
             )
         if not self.rope.enabled and before["input_size"] != self.model.input_size:
-            messages.append("fixed positions made anew for this size")
-        return messages
+            notes.append("fixed positions recomputed for this size")
+        return notes
 
     @property
     def save_steps(self) -> int:
@@ -293,26 +282,21 @@ TrainingRun = ClassifierRun | DiTRun
 
 
 def full_vae_name(given: str) -> str:
-    """A VAE's folder by its whole path, for commands that run elsewhere; names as they are."""
+    """The absolute path of a VAE's folder; names are unchanged."""
     folder = Path(given).expanduser()
     is_name = given in (NO_VAE, *VAE_NAMES)
     return given if is_name or not folder.is_dir() else str(folder.resolve())
 
 
 def input_size(arch: str, image_size: tuple[int, int], vae: str) -> tuple[int, int]:
-    """What an image size is for the network: pixels, or an eighth of them through the VAE.
-
-    Raises:
-        ConfigError: it does not split into whole patches.
-    """
+    """Input size of the network: that of the image, or an eighth of it with a VAE."""
     patch, factor = dit_size(arch).patch_size, 1 if vae == NO_VAE else VAE_FACTOR
     unit = patch * factor
     for side in image_size:
         if side < unit or side % unit:
             through = f" through the VAE, which divides by {factor}" if factor > 1 else ""
             raise ConfigError(
-                f"--image-size {side} does not split into the patches of {patch} "
-                f"of {arch}{through}",
+                f"--image-size {side} does not split into patches of {patch} for {arch}{through}",
                 f"the nearest that does: {max(1, round(side / unit)) * unit}",
             )
     return image_size[0] // factor, image_size[1] // factor

@@ -1,7 +1,4 @@
-"""What an evaluation is: of classifiers, the rows of a table; of generated images, their scores.
-
-Each row says all that its metrics depend on. Standard library only.
-"""
+"""Config of `eval` and `fid`. Standard library only."""
 
 from __future__ import annotations
 
@@ -34,7 +31,7 @@ BOTH_CROP_RATIOS = (0.875, 1.0)
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """What the user asks for; the sources say the rest."""
+    """Options of `eval`; the rest is in the sources."""
 
     sources: Annotated[
         tuple[str, ...],
@@ -46,10 +43,8 @@ class EvalOptions:
             many=True,
         ),
     ] = ()
-    ema: Annotated[bool, Opt("EMA weights, not the raw ones.", WEIGHTS, flag="--ema/--no-ema")] = (
-        False
-    )
-    best: Annotated[bool, Opt("A run's best checkpoint, not its last.", WEIGHTS)] = False
+    ema: Annotated[bool, Opt("Use EMA weights.", WEIGHTS, flag="--ema/--no-ema")] = False
+    best: Annotated[bool, Opt("Use the best checkpoint of a run, not the last.", WEIGHTS)] = False
     every: Annotated[
         bool,
         Opt(
@@ -61,8 +56,8 @@ class EvalOptions:
     data: Annotated[
         str | None,
         Opt(
-            "digits, fashion-mnist, or a folder with train/ and val/ of class folders. "
-            "Without it: the run's own, else $SPIRALROPE_DATA, else digits.",
+            "digits, fashion-mnist, or a folder with val/ with class folders. "
+            "By default that of the run, else $SPIRALROPE_DATA, else digits.",
             DATA,
             metavar="NAME|FOLDER",
             complete="data_sets",
@@ -71,7 +66,7 @@ class EvalOptions:
     crop_ratios: Annotated[
         tuple[float, ...],
         Opt(
-            "Resize to image size / this, then crop the centre; repeatable. Without a value: "
+            "Resize to image size / this, then centre crop; repeatable. Without a value: "
             "0.875 and 1.0.",
             DATA,
             flag="--crop-ratio",
@@ -84,7 +79,7 @@ class EvalOptions:
     image_sizes: Annotated[
         tuple[tuple[int, int], ...],
         Opt(
-            "Side, or height x width, in pixels; repeatable. By default the weights' own.",
+            "Side, or height x width, in pixels; repeatable. By default as trained.",
             DATA,
             flag="--image-size",
             many=True,
@@ -92,11 +87,12 @@ class EvalOptions:
         ),
     ] = ()
     arch: Annotated[str, ARCH_OF_SOURCE] = ""
-    rope: dict[str, Any] = field(default_factory=dict)  # options that win over the source's
-    json: Annotated[bool, Opt("JSON on stdout.", OUTPUT)] = False
-    csv: Annotated[bool, Opt("CSV on stdout.", OUTPUT)] = False
+    rope: dict[str, Any] = field(default_factory=dict)  # options that override the source's
+    json: Annotated[bool, Opt("Print JSON on stdout.", OUTPUT)] = False
+    csv: Annotated[bool, Opt("Print CSV on stdout.", OUTPUT)] = False
     out: Annotated[
-        str | None, Opt("Folder of eval.json; by default the run's or the file's.", OUTPUT, **PATH)
+        str | None,
+        Opt("Folder of eval.json; by default the folder of the run or file.", OUTPUT, **PATH),
     ] = None
 
     def __post_init__(self) -> None:
@@ -109,12 +105,12 @@ class EvalOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRow:
-    """One set of weights under one protocol."""
+    """One set of weights with one protocol."""
 
     source: str  # as the user named it
-    file: str  # that holds the weights
-    checkpoint: str  # `best`, `last`, or nothing where there is no such choice
-    step: int | None  # optimizer steps they were trained for, None where unknown
+    file: str  # file of the weights
+    checkpoint: str  # `best` or `last`; empty if there is no choice
+    step: int | None  # optimizer steps of training; None if unknown
     ema: bool
     arch: str
     rope: RopeConfig
@@ -129,13 +125,13 @@ class EvalRow:
 
     @property
     def network_key(self) -> tuple[str, bool, RopeConfig, ModelConfig]:
-        """Equal for rows that the same forward passes answer."""
+        """Rows with equal networks share their forward passes."""
         return self.file, self.ema, self.rope, self.model
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRun:
-    """All rows of one evaluation, the same in every process."""
+    """All rows of one evaluation."""
 
     rows: tuple[EvalRow, ...]  # in the order of the table
     output: str  # `table`, `json` or `csv`
@@ -151,63 +147,79 @@ FID_METRICS = {
     "precision": ("Precision", "higher is better", 4),
     "recall": ("Recall", "higher is better", 4),
 }
-"""Metric -> its name in a table, which way is better, and its decimals."""
+"""Metric -> name, which direction is better, number of decimals."""
 EXTRACTOR = "inception-v3-compat 2015-12-05"
 
 
 def words(text: str) -> tuple[str, ...]:
-    """`fid, IS` as ("fid", "is"), each once; `all` as all of them."""
+    """`fid, IS` -> ("fid", "is"); `all` -> all metrics."""
     names = tuple(dict.fromkeys(word.strip().lower() for word in text.split(",")))
     return tuple(FID_METRICS) if names == ("all",) else names
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureMachine(MachineConfig):
-    """In full precision, whatever the device computes, unless the user says otherwise."""
+    """As `MachineConfig`, but fp32 by default, so that metrics are comparable."""
 
-    precision: Annotated[Literal["fp32", "bf16"], Opt("Of the features.", MACHINE)] = "fp32"
+    precision: Annotated[
+        Literal["fp32", "bf16"], Opt("Precision of the Inception features.", MACHINE)
+    ] = "fp32"
 
 
 @dataclass(frozen=True, kw_only=True)
 class FidRun:
-    """Metrics of one set of images, measured against another."""
+    """The config of `fid`."""
 
     samples: Annotated[
-        str, Opt("Generated images: a folder, or an .npz.", metavar="SAMPLES", argument=True)
+        str, Opt("Generated images: a folder or an .npz.", metavar="SAMPLES", argument=True)
     ]
     reference: Annotated[
         str,
         Opt(
-            "Real images or their statistics: a folder, an .npz.",
+            "Real images or their statistics: a folder or an .npz.",
             metavar="REFERENCE",
             argument=True,
         ),
     ] = ""
     num_samples: Annotated[
         int,
-        Opt("Only the first N of SAMPLES; fewer are an error. 0: all.", IMAGES, ge=0, was="--num"),
+        Opt(
+            "Use the first N images of SAMPLES; fewer are an error. 0: all.",
+            IMAGES,
+            ge=0,
+            was="--num",
+        ),
     ] = 0
-    weights: Annotated[str, Opt("Inception weights, if not fetched.", IMAGES, metavar="FILE")] = ""
+    weights: Annotated[
+        str, Opt("Inception weights; by default those of fetch inception.", IMAGES, metavar="FILE")
+    ] = ""
     select: Annotated[
         tuple[str, ...],
-        Opt(f"Of {','.join(FID_METRICS)}.", METRICS, metavar="NAMES", read=words, expects="names"),
+        Opt(
+            f"Metrics: some of {','.join(FID_METRICS)}.",
+            METRICS,
+            metavar="NAMES",
+            read=words,
+            expects="names",
+        ),
     ] = tuple(FID_METRICS)
-    kid_subsets: Annotated[int, Opt("Subsets of KID.", METRICS, ge=1)] = 100
-    kid_subset_size: Annotated[int, Opt("Images per subset of KID.", METRICS, ge=2)] = 1000
+    kid_subsets: Annotated[int, Opt("Number of KID subsets.", METRICS, ge=1)] = 100
+    kid_subset_size: Annotated[int, Opt("Images per KID subset.", METRICS, ge=2)] = 1000
     bootstrap: Annotated[
-        int, Opt("Resamples of SAMPLES for an error bar of the FID; 0: none.", METRICS, ge=0)
+        int,
+        Opt("Bootstrap samples for the standard deviation of the FID; 0: none.", METRICS, ge=0),
     ] = 0
     seed: Annotated[int, Opt("Seed of KID subsets and bootstrap.", METRICS, ge=0)] = 2020
-    as_json: Annotated[bool, Opt("The result as JSON on stdout.", OUTPUT, flag="--json")] = False
+    as_json: Annotated[bool, Opt("Print JSON on stdout.", OUTPUT, flag="--json")] = False
     save_stats: Annotated[
         str,
         Opt(
-            "Keep the statistics of SAMPLES as a REFERENCE for later (.npz).",
+            "Save the statistics of SAMPLES (.npz), to use as a REFERENCE later.",
             OUTPUT,
             metavar="FILE",
         ),
     ] = ""
-    result_file: str = ""  # where the JSON goes too
+    result_file: str = ""  # the JSON is also written to this file
     batch_size: Annotated[int, Opt("Images per batch and process.", MACHINE, ge=1)] = 32
     machine: FeatureMachine = field(default_factory=FeatureMachine)
 
@@ -216,19 +228,20 @@ class FidRun:
         unknown = [name for name in self.select if name not in FID_METRICS]
         if unknown or not self.select:
             raise ConfigError(
-                f"--select {','.join(self.select)}: there is no {unknown[0] if unknown else ''!r}",
-                f"there are {', '.join(FID_METRICS)}",
+                f"--select {','.join(self.select)}: unknown metric "
+                f"{unknown[0] if unknown else ''!r}",
+                f"known: {', '.join(FID_METRICS)}",
             )
         if self.seed >= 2**32:
             raise ConfigError(f"--seed is {self.seed}; it must be below 2^32")
         if self.bootstrap == 1:
-            raise ConfigError("--bootstrap is 1; an error bar needs 2 or more")
+            raise ConfigError("--bootstrap is 1; a standard deviation needs 2 or more")
         if self.bootstrap and "fid" not in self.select:
-            raise ConfigError("--bootstrap gives the FID an error bar, and --select lacks fid")
+            raise ConfigError("--bootstrap needs fid in --select")
         if not self.reference and not self.save_stats and self.select != ("is",):
             raise ConfigError(
-                "REFERENCE is missing: SAMPLES comes first, and what it is measured against second",
-                "only --select is and --save-stats do without",
+                "REFERENCE is missing: give SAMPLES first, REFERENCE second",
+                "only --select is, or --save-stats, work without it",
             )
         if not self.save_stats:
             return
@@ -239,28 +252,28 @@ class FidRun:
             raise ConfigError(f"--save-stats {target} exists", "remove it, or choose another name")
         if not os.access(target.absolute().parent, os.W_OK):
             raise ConfigError(
-                f"--save-stats {target}: {target.absolute().parent} is no folder to write to"
+                f"--save-stats {target}: {target.absolute().parent} is not a writable folder"
             )
 
     def protocol(self, weights_digest: str) -> str:
-        """What makes features comparable, in one line: network, weights, precision."""
+        """Network, weights and precision: features are comparable if these are equal."""
         return f"{EXTRACTOR}, weights sha256 {weights_digest}, {self.machine.precision}"
 
     @property
     def out(self) -> str:
-        """Where it leaves something behind: the statistics of references."""
+        """Folder that it writes to: the cached statistics of references."""
         return str(statistics_folder())
 
 
 def fid_notes(run: FidRun, given: Collection[str]) -> list[str]:
-    """One line for every option that was given and changes nothing."""
+    """One line for each given option that has no effect."""
     kid = () if "kid" in run.select else ("kid_subsets", "kid_subset_size")
     reasons = dict.fromkeys(kid, "--select lacks kid")
     if "kid" not in run.select and not run.bootstrap:
-        reasons["seed"] = "nothing is drawn without kid or --bootstrap"
+        reasons["seed"] = "nothing is random without kid or --bootstrap"
     return idle_lines(FidRun, reasons.items(), given)
 
 
 def statistics_folder() -> Path:
-    """Where statistics of references are kept."""
+    """Folder of cached statistics."""
     return cache_folder() / "statistics"

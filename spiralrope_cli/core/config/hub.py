@@ -1,4 +1,4 @@
-"""What `fetch` and `export` are asked, and where downloads are kept. Standard library only."""
+"""Config of `fetch` and `export`, and the cache folder. Standard library only."""
 
 from __future__ import annotations
 
@@ -23,62 +23,68 @@ PUBLISHED_SUFFIXES = (".pth", ".pt")
 
 
 def cache_folder() -> Path:
-    """Where downloads and unpacked data sets are kept."""
+    """Folder of downloads and unpacked data sets."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("SPIRALROPE_CACHE") or Path(base) / "spiralrope")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FetchRun:
-    """Published files that come here, or a list of them."""
+    """The config of `fetch`."""
 
     names: Annotated[
         tuple[str, ...],
         Opt(
-            "Published name; --list shows them.",
+            "Published names; --list shows all.",
             metavar="NAME",
             complete="published",
             argument=True,
             many=True,
         ),
     ] = ()
-    show_list: Annotated[bool, Opt("List names and what is here.", SHOW, flag="--list")] = False
-    as_json: Annotated[bool, Opt("The result as JSON on stdout.", SHOW, flag="--json")] = False
-    out: Annotated[str, Opt("Folder for a copy under the file's own name.", DOWNLOAD, **PATH)] = ""
+    show_list: Annotated[
+        bool, Opt("List all names, and which are downloaded.", SHOW, flag="--list")
+    ] = False
+    as_json: Annotated[bool, Opt("Print JSON on stdout.", SHOW, flag="--json")] = False
+    out: Annotated[str, Opt("Also copy the files into this folder.", DOWNLOAD, **PATH)] = ""
     revision: Annotated[str | None, Opt("Branch, tag or commit on the Hub.", DOWNLOAD)] = None
-    offline: Annotated[bool, Opt("Use only local files; no network.", DOWNLOAD)] = False
+    offline: Annotated[bool, Opt("Use local files only, no network.", DOWNLOAD)] = False
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.show_list and self.names:
-            raise ConfigError("--list shows all that is published", "leave NAME out")
+            raise ConfigError("--list shows all published names", "leave NAME out")
         if not self.show_list and not self.names:
-            raise ConfigError("nothing to fetch", "name what to fetch; --list shows what there is")
+            raise ConfigError("NAME is missing", "--list shows all published names")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRun:
-    """Weights to write in another layout."""
+    """The config of `export`."""
 
     source: Annotated[str, SOURCE]
     layout: Annotated[
         Literal["published", "safetensors"],
-        Opt("A file as published, or a folder with a model card.", EXPORT, required=True),
+        Opt(
+            "published: one .pth file; safetensors: a folder with a model card.",
+            EXPORT,
+            required=True,
+        ),
     ]
     ema: Annotated[
         bool | None,
         Opt(
-            "Only the EMA or the raw weights; by default raw, or both in a published file.",
+            "Only EMA or only raw weights. By default raw; published files hold both.",
             EXPORT,
             flag="--ema/--no-ema",
         ),
     ] = None
-    best: Annotated[bool, Opt("A run's best checkpoint, not its last.", EXPORT)] = False
+    best: Annotated[bool, Opt("Use the best checkpoint of a run, not the last.", EXPORT)] = False
     arch: Annotated[str, ARCH_OF_SOURCE] = ""
     out: Annotated[
         str,
         Opt(
-            "File (published) or folder (safetensors); by default below exports/.",
+            "Output file (published) or folder (safetensors); by default in exports/.",
             EXPORT,
             **{**PATH, "metavar": "PATH"},
         ),
@@ -89,11 +95,11 @@ class ExportRun:
         suffix = Path(self.out).suffix
         if self.out and self.layout == "published" and suffix not in PUBLISHED_SUFFIXES:
             raise ConfigError(
-                f"--out {self.out} does not end with {' or '.join(PUBLISHED_SUFFIXES)}",
+                f"--out {self.out} must end in {' or '.join(PUBLISHED_SUFFIXES)}",
                 "the published layout is one file",
             )
         if self.layout == "safetensors" and suffix in (*PUBLISHED_SUFFIXES, ".safetensors"):
             raise ConfigError(
-                f"--out {self.out} names a file",
+                f"--out {self.out} is the name of a file",
                 "the safetensors layout is a folder: model.safetensors, config.yaml, README.md",
             )

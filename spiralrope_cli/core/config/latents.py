@@ -1,12 +1,11 @@
-"""Cached latents in words: the run that makes them, and what the headers of their files say.
+"""Config of `dit-encode`, and the headers of cached latents. No torch, so that errors come early.
 
-FOLDER/00000.safetensors    `plain` and `mirrored` [n, 2, L, h, w] float32, `labels` [n] int64; of
-                            the dimension of 2, the first is the posterior's mean and the second its
-                            standard deviation, not scaled. The metadata hold the plan that every
-                            shard of the folder follows, images that were left out, and a checksum.
+FOLDER/00000.safetensors    `plain` and `mirrored` [n, 2, L, h, w] float32, `labels` [n] int64. In
+                            the dimension of 2: mean and standard deviation of the posterior, not
+                            scaled. The metadata holds the plan, which is the same for all shards,
+                            skipped images, and a checksum.
 
-A cache is whole when all shards of its plan are there. No torch here, so that a cache that does
-not fit shows before any worker starts.
+A cache is complete when it has all shards of its plan.
 """
 
 from __future__ import annotations
@@ -26,18 +25,18 @@ from spiralrope_cli.core.errors import ConfigError, DataError
 
 VAE_NAMES = ("ema", "mse")
 VAE_FACTOR = 8
-"""Pixels of an image's side for each of its latents'."""
+"""Side of an image in pixels over the side of its latents."""
 
 LATENT_CHANNELS = 4
 LATENT_SCALE = 0.18215
-"""DiT sees the VAE's latents times this."""
+"""Factor of latents for a DiT."""
 
 EXACT = "fp32"
-"""Latents are made once and used for a whole training, so that the exact ones are worth it."""
+"""Default precision: latents are computed once for all epochs, so fp32 is worth its time."""
 
 CROP = "adm-centre"
 METADATA_KEY = "latents"
-"""One key with a JSON text: safetensors writes several in any order, and bytes would differ."""
+"""One key with JSON: safetensors does not sort several keys, so equal caches could differ."""
 
 TENSORS = ("plain", "mirrored", "labels")
 LARGEST_SHARD, SMALLEST_SHARD, WANTED_SHARDS = 1024, 16, 64
@@ -50,8 +49,8 @@ class EncodeRun:
     data: Annotated[
         str,
         Opt(
-            "Folder with one folder of images per class, or with such a folder train/. "
-            "Without it: $SPIRALROPE_DATA.",
+            "Folder with one folder of images per class, directly or in train/. "
+            "By default $SPIRALROPE_DATA.",
             DATA,
             metavar="FOLDER",
         ),
@@ -60,7 +59,7 @@ class EncodeRun:
     vae: Annotated[
         str,
         Opt(
-            "The VAE: ema, mse, or a folder as diffusers saves it.",
+            "VAE: ema, mse, or a folder in diffusers' layout.",
             DATA,
             metavar="ema|mse|FOLDER",
             complete="vaes",
@@ -77,8 +76,8 @@ class EncodeRun:
         nearest = [max(1, round(side / VAE_FACTOR)) * VAE_FACTOR for side in self.image_size]
         if nearest != [*self.image_size]:
             raise ConfigError(
-                f"--image-size {format_size(self.image_size)}: the VAE needs sides that "
-                f"{VAE_FACTOR} divides",
+                f"--image-size {format_size(self.image_size)}: the sides must be multiples of "
+                f"{VAE_FACTOR} for the VAE",
                 f"the nearest: {format_size(nearest)}",
             )
 
@@ -88,12 +87,12 @@ def class_folder(data: str) -> Path:
     if data in BUILT_IN:
         raise DataError(
             f"--data {data} is too small for a VAE",
-            "spiralrope dit-train trains on it in pixel space; dit-encode takes image folders",
+            "spiralrope dit-train trains on its pixels; dit-encode takes image folders",
         )
     root = Path(os.path.expanduser(data))
     if not root.is_dir():
         raise DataError(
-            f"--data {data} is no folder", "it must hold one folder of images per class"
+            f"--data {data} is not a folder", "it must hold one folder of images per class"
         )
     folder = class_folders(root)
     class_names(folder)
@@ -102,77 +101,77 @@ def class_folder(data: str) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class CachePlan:
-    """What a cache is of; every shard of it is made after the same plan."""
+    """The options of a cache, the same for all its shards."""
 
     data: str  # the class folder
     class_names: tuple[str, ...]  # by class number
-    num_files: int  # images found there
-    files_sha256: str  # of their paths below that folder, in order
+    num_files: int  # number of images in that folder
+    files_sha256: str  # of their relative paths, in order
     image_size: tuple[int, int]  # (height, width) in pixels
-    crop: str = CROP  # how they are brought to that size
-    vae: str  # `ema`, `mse`, or the whole path of its folder
-    vae_sha256: str  # of its weights file; empty for a published VAE that is not here yet
-    scale: float = LATENT_SCALE  # what latents are multiplied by
-    precision: str = "float32"  # that the VAE computed in
-    shard_size: int  # images in a shard, but for the last and for unreadable ones
+    crop: str = CROP  # how images get this size
+    vae: str  # `ema`, `mse`, or the absolute path of its folder
+    vae_sha256: str  # of its weights file; empty for a published VAE before the download
+    scale: float = LATENT_SCALE  # factor of latents for a DiT
+    precision: str = "float32"  # of the VAE
+    shard_size: int  # images per shard; the last shard, and shards with skipped images, have fewer
 
     @property
     def num_shards(self) -> int:
-        """Files of the cache."""
+        """Number of shards."""
         return -(-self.num_files // self.shard_size)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """Channels, rows and columns of an image's latents."""
+        """(channels, rows, columns) of the latents of an image."""
         height, width = self.image_size
         return LATENT_CHANNELS, height // VAE_FACTOR, width // VAE_FACTOR
 
     @property
     def bytes_per_image(self) -> int:
-        """Mean and deviation in float32, plain and mirrored, and the label."""
+        """Mean and standard deviation in float32, plain and flipped, and the label."""
         channels, rows, columns = self.latent_shape
         return 2 * 2 * 4 * channels * rows * columns + 8
 
     def files_of(self, shard: int) -> range:
-        """Numbers of the image files that go into a shard."""
+        """Indices of the image files of a shard."""
         first = shard * self.shard_size
         return range(first, min(first + self.shard_size, self.num_files))
 
 
 def shard_size_for(num_files: int) -> int:
-    """Images per shard: large ones for large sets, and enough of them to share out."""
+    """Images per shard: few large shards, but enough of them for several processes."""
     return min(LARGEST_SHARD, max(SMALLEST_SHARD, -(-num_files // WANTED_SHARDS)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """What the metadata of one file say."""
+    """The metadata of one shard."""
 
-    number: int  # which is its name
+    number: int  # also its file name
     plan: CachePlan
-    count: int  # images in it
-    unreadable: dict[str, str]  # path -> reason of the images that were left out
-    crc32: str = ""  # of all that it holds, eight hexadecimal digits
+    count: int  # number of images
+    unreadable: dict[str, str]  # path -> reason, skipped images
+    crc32: str = ""  # of metadata and tensors, eight hexadecimal digits
 
     @property
     def file(self) -> str:
-        """Its name in the folder."""
+        """File name."""
         return shard_file(self.number)
 
     @property
     def num_bytes(self) -> int:
-        """Its size, but for the header."""
+        """Size without the header."""
         return self.count * self.plan.bytes_per_image
 
 
 def shard_file(number: int) -> str:
-    """The name of a shard."""
+    """File name of a shard."""
     return f"{number:05d}.safetensors"
 
 
 @dataclass(frozen=True)
 class CacheMetadata:
-    """A whole cache without its latents: the plan it was made after, and its shards in order."""
+    """Plan and shards of a complete cache, without the latents."""
 
     folder: Path
     plan: CachePlan
@@ -180,40 +179,39 @@ class CacheMetadata:
 
     @property
     def count(self) -> int:
-        """Images."""
+        """Number of images."""
         return sum(shard.count for shard in self.shards)
 
     def check_fits(self, image_size: tuple[int, int], vae: str) -> None:
-        """Refuses latents of another image size (height, width) or VAE than a run has."""
+        """Raises if a run has another image size (height, width) or VAE."""
         plan = self.plan
         if image_size != plan.image_size:
             ours, theirs = map(format_size, (image_size, plan.image_size))
             raise ConfigError(
-                f"--latents {self.folder} are of {theirs} px images, --image-size is {ours}",
-                "leave --image-size out, or encode the images anew by spiralrope dit-encode",
+                f"--latents {self.folder} are of {theirs} px images, but --image-size is {ours}",
+                "leave --image-size out, or encode again with spiralrope dit-encode",
             )
         if vae != plan.vae:
             raise ConfigError(
                 f"--latents {self.folder} were made with --vae {plan.vae}, not with {vae}",
-                "leave --vae out, or encode the images anew by spiralrope dit-encode",
+                "leave --vae out, or encode again with spiralrope dit-encode",
             )
 
 
 def read_cache(folder: Path) -> CacheMetadata:
-    """The metadata of a whole cache; one with a shard that is missing or cut is refused."""
+    """The metadata of a cache; raises if a shard is missing or truncated."""
     shards, wrong = read_shards(folder)
     if not (shards or wrong):
         raise DataError(
             f"--latents {folder} holds no latents",
-            "spiralrope dit-encode makes them; the same command again goes on with an "
-            "interrupted cache",
+            "spiralrope dit-encode makes them; after an interruption run it again, and it resumes",
         )
     if not shards:
         raise damaged(folder, wrong)
     plan = next(iter(shards.values())).plan
     missing = (shard_file(number) for number in range(plan.num_shards) if number not in shards)
     bad = {file: wrong.get(file, "is missing") for file in missing}
-    bad |= {s.file: "is of other options than the first" for s in shards.values() if s.plan != plan}
+    bad |= {s.file: "has other options than the first" for s in shards.values() if s.plan != plan}
     if bad:
         raise damaged(folder, bad)
     metadata = CacheMetadata(folder, plan, tuple(shards.values()))
@@ -225,7 +223,7 @@ def read_cache(folder: Path) -> CacheMetadata:
 def read_shards(folder: Path) -> tuple[dict[int, Shard], dict[str, str]]:
     """The shards of a folder by number, and file -> what is wrong with the others.
 
-    Only headers are read, which also show whether a file was cut.
+    Reads only headers, which also tell whether a file is truncated.
     """
     from safetensors import SafetensorError
 
@@ -257,7 +255,7 @@ def _read_header(path: Path) -> Shard:
         metadata = (file.metadata() or {}).get(METADATA_KEY)
         shapes = [tuple(file.get_slice(name).get_shape()) for name in TENSORS]
     if not metadata:
-        raise ValueError("it is no shard of latents, or of another version")
+        raise ValueError("it is not a shard of latents, or is of another version")
     values = json.loads(metadata)
     plan = values["plan"]
     for name in ("class_names", "image_size"):
@@ -265,15 +263,15 @@ def _read_header(path: Path) -> Shard:
     shard = Shard(**{**values, "plan": CachePlan(**plan)})
     shape = (shard.count, 2, *shard.plan.latent_shape)
     if shapes != [shape, shape, (shard.count,)] or path.name != shard.file:
-        raise ValueError("its latents are not those that its metadata describe")
+        raise ValueError("its tensors do not fit its metadata")
     return shard
 
 
 def damaged(folder: Path, wrong: dict[str, str]) -> DataError:
     """The error for shards that are missing or damaged."""
     file, what = next(iter(sorted(wrong.items())))
-    more = f" (and {len(wrong) - 1} more are wrong)" if len(wrong) > 1 else ""
+    more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
     return DataError(
         f"latents {folder / file} {what}{more}",
-        "the same spiralrope dit-encode command encodes again what is wrong, and only that",
+        "run the same spiralrope dit-encode command again: it encodes only these shards again",
     )

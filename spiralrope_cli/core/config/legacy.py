@@ -1,4 +1,4 @@
-"""Lines of the old positional `run_all.sh` scripts as options of `run`. Standard library only."""
+"""Translates lines of the original `run_all.sh` scripts to options of `run`."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from spiralrope_cli.core.errors import ConfigError
 
 FREQS_FOR = leaves(RopeConfig)["freqs_for"].choices
 KEEP = "-"
-"""The word that kept a script's default."""
+"""Stands for the default of an argument."""
 
 
 @dataclass(frozen=True)
 class Word:
-    """One position of an old line.
+    """One positional argument of an original script.
 
     Attributes:
-        name: in the old documentation.
-        option: here; a flag also has what turns it off, empty where nothing does.
-        read: gives the value, or raises ValueError.
-        allowed: what it may be, in words.
-        default: as the old documentation says.
+        name: its name in the original documentation.
+        option: the option here.
+        read: text -> value, or raises ValueError.
+        allowed: allowed values, in words.
+        default: default in the original documentation.
+        off: the option that turns a flag off, if there is one.
     """
 
     name: str
@@ -82,22 +83,16 @@ WORDS = {"deit": DEIT_SCRIPT, "dit": DIT_SCRIPT}
 
 
 def translate(line: str, kind: str) -> tuple[str, list[str]]:
-    """The command that does what a line of an old script was documented to do.
+    """The command for a line of an original script, and notes for the user.
 
     Args:
-        line: `4 - - - - 8`, with or without `bash run_all.sh` before it.
+        line: such as `4 - - - - 8`, with or without `bash run_all.sh`.
         kind: `deit` or `dit`.
-
-    Returns:
-        the command, and what the user should know, one line each.
-
-    Raises:
-        ConfigError: names the position and the parameter that is wrong.
     """
     words, known = _words_of(line), WORDS[kind]
     if len(words) > len(known):
         raise ConfigError(
-            f"--from-legacy has {len(words)} words; the script took {len(known)} at most",
+            f"--from-legacy has {len(words)} words; the script took at most {len(known)}",
             " ".join(word.name for word in known),
         )
     values = {
@@ -108,7 +103,7 @@ def translate(line: str, kind: str) -> tuple[str, list[str]]:
     _check_together(known, values)
     options = [part for word in known if word.name in values for part in _option(word, values)]
     if "--eval-only" in options and "--skip-training" in options:
-        options.remove("--skip-training")  # the script looked at EVAL_ONLY first
+        options.remove("--skip-training")  # the script checked EVAL_ONLY first
     command = shlex.join(["spiralrope", "run", kind, *options])
     return command, _notes(kind, values)
 
@@ -117,7 +112,7 @@ def _words_of(line: str) -> list[str]:
     try:
         words = shlex.split(line, comments=True)
     except ValueError as error:
-        raise ConfigError(f"--from-legacy {line!r} is no line of a shell: {error}") from error
+        raise ConfigError(f"--from-legacy {line!r} is not a valid shell line: {error}") from error
     while words and (words[0] in ("bash", "sh") or words[0].endswith("run_all.sh")):
         words.pop(0)
     return words
@@ -138,12 +133,12 @@ def _value(place: int, word: Word, given: str) -> Any:
         try:
             RopeConfig(**{field: value})
         except ConfigError as error:
-            raise ConfigError(f"{where} cannot be: {error.message}", error.hint) from error
+            raise ConfigError(f"{where} is not possible: {error.message}", error.hint) from error
     return value
 
 
 def _field(word: Word) -> str:
-    """The RoPE option's name, empty for other words."""
+    """The field of `RopeConfig`; empty for other words."""
     field = word.option.removeprefix("--").replace("-", "_")
     return field if field in RopeConfig.__dataclass_fields__ else ""
 
@@ -166,17 +161,17 @@ def _option(word: Word, values: dict[str, tuple[str, Any]]) -> list[str]:
 
 
 def _notes(kind: str, values: dict[str, tuple[str, Any]]) -> list[str]:
-    notes = ["the script's DATA_PATH is --data here, or $SPIRALROPE_DATA; without it: digits"]
+    notes = ["DATA_PATH of the script is --data here, or $SPIRALROPE_DATA; without both: digits"]
     no_rope = values.get("USE_ROPE", ("", True))[1] is False
     pixel = values.get("FREQS_FOR", ("", "lang"))[1] == "pixel"
     if "MAX_FREQ_LANG" not in values and not no_rope and not pixel:
         notes.append(
-            "MAX_FREQ_LANG was left to the script: documented as 1.5, which this command uses, "
-            "but scripts passed 0.5 or 1.0. To repeat such a run add --max-freq-lang with the "
-            "value that its checkpoint holds"
+            "MAX_FREQ_LANG is not given. Its documented default is 1.5, and this command uses it, "
+            "but scripts passed 0.5 or 1.0. To repeat such a run, add --max-freq-lang with the "
+            "value in its checkpoint"
         )
     if "MODEL" not in values and kind == "dit":
-        notes.append("MODEL was left to the script: dit-b4, as here for folders of images")
+        notes.append("MODEL is not given: dit-b4, as here for image folders")
     if values.get("ROTATE", ("", 2))[1] in (0, 1) and not no_rope:
-        notes.append("ROTATE 0 and 1 are both plain axial RoPE, with two directions")
+        notes.append("ROTATE 0 and 1 are both plain axial RoPE (two directions)")
     return notes

@@ -1,4 +1,4 @@
-"""What a network is: sizes by name, one row each, and RoPE options. Standard library only."""
+"""Sizes of networks by name, and options of Spiral RoPE. Standard library only."""
 
 from __future__ import annotations
 
@@ -66,11 +66,7 @@ DIT_SIZES = {
 
 
 def deit_size(arch: str) -> TransformerSize:
-    """Size of a DeiT by name, or by numbers: `deit-256x8x4` is WIDTHxDEPTHxHEADS.
-
-    Raises:
-        ConfigError: no such architecture; the nearest name is suggested.
-    """
+    """Size of a DeiT by name, or by numbers: `deit-256x8x4` is WIDTHxDEPTHxHEADS."""
     if numbers := re.fullmatch(r"deit-(\d+)x(\d+)x(\d+)", arch):
         size = TransformerSize(*map(int, numbers.groups()))
         _check_heads(arch, size)
@@ -81,18 +77,15 @@ def deit_size(arch: str) -> TransformerSize:
 
 
 def deit_name(size: TransformerSize) -> str:
-    """The `--arch` of a size, which `deit_size` reads back."""
+    """The name of a size; the inverse of `deit_size`."""
     named = {known: name for name, known in DEIT_SIZES.items()}
     return named.get(size, f"deit-{size.dim}x{size.depth}x{size.heads}")
 
 
 def dit_size(arch: str) -> DiTSize:
-    """Size of a DiT by name, or by numbers: `dit-256x8x4-2` ends with the patch side.
+    """Size of a DiT by name, or by numbers: `dit-256x8x4-2` is WIDTHxDEPTHxHEADS-PATCH.
 
-    `DiT-B/4`, as the papers write it, and `dit-b4` are the same.
-
-    Raises:
-        ConfigError: no such architecture; the nearest name is suggested.
+    `DiT-B/4`, as papers write it, is the same as `dit-b4`.
     """
     if numbers := re.fullmatch(r"dit-(\d+)x(\d+)x(\d+)[-/](\d+)", arch.lower()):
         size = DiTSize(*map(int, numbers.groups()))
@@ -105,18 +98,14 @@ def dit_size(arch: str) -> DiTSize:
 
 
 def dit_name(size: DiTSize | str) -> str:
-    """Our name of a DiT by its size, or by a name that people may write otherwise.
-
-    Raises:
-        ConfigError: no such architecture; the nearest name is suggested.
-    """
+    """The name of a DiT, such as `dit-b4`, from its size or any spelling, such as `DiT-B/4`."""
     size = dit_size(size) if isinstance(size, str) else size
     named = {known: name for name, known in DIT_SIZES.items()}
     return named.get(size, f"dit-{size.dim}x{size.depth}x{size.heads}-{size.patch_size}")
 
 
 def is_dit(arch: str) -> bool:
-    """Whether a name is meant as that of a DiT, known or not; else it is a DeiT's."""
+    """Whether a name begins like that of a DiT, known or not; else it is a DeiT."""
     return arch.lower().startswith("dit")
 
 
@@ -130,11 +119,12 @@ def arch_name(text: str) -> str:
 
 
 ARCH_OF_SOURCE = Opt(
-    "Architecture of a SOURCE that does not tell its heads, as deit-WIDTHxDEPTHxHEADS.",
+    "Architecture of SOURCE, if its number of heads is unknown: deit-WIDTHxDEPTHxHEADS.",
     MODEL,
     metavar="NAME",
     complete="archs",
     read=arch_name,
+    expects="a name as deit-s, or deit-WIDTHxDEPTHxHEADS",
 )
 
 
@@ -142,29 +132,25 @@ def _check_heads(arch: str, size: TransformerSize | DiTSize) -> None:
     if min(size) < 1 or size.dim % size.heads:
         raise ConfigError(
             f"--arch {arch}: {size.depth} blocks of width {size.dim} with {size.heads} heads "
-            "do not exist",
-            "the width must be a multiple of the heads, and nothing 0",
+            "are not possible",
+            "the width must be a multiple of the number of heads, and no number may be 0",
         )
 
 
 def _unknown(arch: str, sizes: Collection[str]) -> ConfigError:
     near = difflib.get_close_matches(arch.lower().replace("/", ""), sizes, n=1, cutoff=0.5)
     guess = f"did you mean {near[0]}? " if near else ""
-    return ConfigError(f"--arch {arch} is not known", f"{guess}there are {', '.join(sizes)}")
+    return ConfigError(f"--arch {arch} is unknown", f"{guess}known: {', '.join(sizes)}")
 
 
 def check_divides(image_size: tuple[int, int], patch_size: int) -> None:
-    """Refuses an image size that does not split into whole patches.
-
-    Raises:
-        ConfigError: a side is not a multiple of the patch, or not positive.
-    """
+    """Raises if a side of the image is not a positive multiple of the patch size."""
     for side in image_size:
         if patch_size < 1 or side < patch_size or side % patch_size:
             near = max(1, round(side / patch_size)) * patch_size if patch_size >= 1 else 0
             raise ConfigError(
                 f"--image-size {side} is not a multiple of the patch size, {patch_size}",
-                f"the nearest that is: {near}" if near else "--patch-size must be 1 or more",
+                f"the nearest multiple: {near}" if near else "--patch-size must be 1 or more",
             )
 
 
@@ -186,7 +172,7 @@ SIZE: dict[str, Any] = {
     **{"metavar": "N|HxW", "read": size},
     "expects": "a side, as 224, or HxW, as 224x448",
 }
-"""What options of a size have in common."""
+"""Common arguments of `Opt` for sizes."""
 
 # --- Options of Spiral RoPE
 
@@ -198,10 +184,11 @@ MIN_FREQ_IS_SET = 1e-6
 @document
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Options of Spiral RoPE (arXiv 2602.03227) under their published names."""
+    """Options of Spiral RoPE (arXiv 2602.03227), with their published names."""
 
     enabled: Annotated[
-        bool, Opt("Rotary embedding, or none; `enabled` in YAML.", ROPE, flag="--rope/--no-rope")
+        bool,
+        Opt("Use the rotary embedding; `enabled` in YAML.", ROPE, flag="--rope/--no-rope"),
     ] = True
     rotate: Annotated[
         int,
@@ -213,13 +200,14 @@ class RopeConfig:
         ),
     ] = 2
     theta: Annotated[
-        float, Opt("Ratio that spans the geometric series of frequencies (lang).", ROPE, gt=1)
+        float, Opt("Base of the geometric series of frequencies (lang).", ROPE, gt=1)
     ] = 10000.0
     freqs_for: Annotated[
-        Literal["lang", "pixel"], Opt("Geometric or linear series of frequencies.", ROPE)
+        Literal["lang", "pixel"],
+        Opt("Series of frequencies: geometric (lang) or linear (pixel).", ROPE),
     ] = "lang"
     max_freq: Annotated[
-        float, Opt("Highest frequency (pixel), in half turns per unit.", ROPE, gt=0)
+        float, Opt("Highest frequency (pixel), in units of pi/2 radians per patch.", ROPE, gt=0)
     ] = 10.0
     truncate_percentage: Annotated[
         float, Opt("Fraction of the lowest frequencies set to 0, in [0, 1).", ROPE, ge=0, lt=1)
@@ -228,12 +216,12 @@ class RopeConfig:
         float, Opt("Highest frequency in radians per patch (lang).", ROPE, gt=0)
     ] = 1.5
     min_freq_lang: Annotated[
-        float, Opt("Lowest frequency (lang); 0 takes it from theta.", ROPE)
+        float, Opt("Lowest frequency in radians per patch (lang); 0: from theta.", ROPE)
     ] = 0.0
     same_theta: Annotated[
         bool,
         Opt(
-            "All directions share one short series of frequencies.",
+            "Use the same, shorter series of frequencies for all directions.",
             ROPE,
             flag="--same-theta/--no-same-theta",
         ),
@@ -241,13 +229,13 @@ class RopeConfig:
     projection: Annotated[
         Literal["clamped", "exact"],
         Opt(
-            "Positions clamped to the grid, as in the published models, or the paper's formula.",
+            "Clamp positions to the grid, as in the published models, or not, as in the paper.",
             ROPE,
         ),
     ] = "clamped"
     scaling: Annotated[
         Scaling,
-        Opt("Positions on larger grids: interpolated to the trained range, or extrapolated.", ROPE),
+        Opt("Positions on other grids: interpolate into the trained range, or extrapolate.", ROPE),
     ] = "interpolate"
 
     def __post_init__(self) -> None:
@@ -259,21 +247,17 @@ class RopeConfig:
             )
         if self.freqs_for == "pixel" and self.same_theta and self.rotate >= 2:
             raise ConfigError(
-                f"--same-theta with --freqs-for pixel and --rotate {self.rotate} does not exist",
+                f"--same-theta with --freqs-for pixel and --rotate {self.rotate} is not possible",
                 "use --freqs-for lang, or --no-same-theta",
             )
 
     @property
     def num_directions(self) -> int:
-        """K, the directions in the plane: 2 for plain axial RoPE."""
+        """K, the number of directions in the image plane; 2 for plain axial RoPE."""
         return 2 * max(self.rotate, 1)
 
     def check_head_dim(self, head_dim: int) -> None:
-        """Refuses a head size that these options cannot rotate.
-
-        Raises:
-            ConfigError: head_dim is not a multiple of 4, or same_theta does not fit into it.
-        """
+        """Raises `ConfigError` if head_dim is not a multiple of 4, or does not fit same_theta."""
         if not self.enabled:
             return
         if head_dim < 4 or head_dim % 4:
@@ -283,12 +267,12 @@ class RopeConfig:
             if self.rotate not in fits:
                 raise ConfigError(
                     f"--rotate {self.rotate} with --same-theta does not fit heads of {head_dim} "
-                    "channels: half of them over rotate must be divisible by 4",
+                    "channels: channels / (2 * rotate) must be a multiple of 4",
                     f"use --no-same-theta, or --rotate {', '.join(map(str, fits)) or '0'}",
                 )
 
     def inert_options(self, given: set[str]) -> list[tuple[str, str]]:
-        """Which of the `given` field names cannot act, each with the reason."""
+        """The `given` fields that have no effect, with the reason."""
         lang, one = self.freqs_for == "lang", self.rotate <= 1
         min_given = self.min_freq_lang >= MIN_FREQ_IS_SET
         reasons = [
@@ -301,7 +285,7 @@ class RopeConfig:
             ("truncate_percentage", not lang, "--freqs-for is pixel"),
             ("truncate_percentage", lang and self.rotate == 0, "--rotate is 0"),
             ("same_theta", self.same_theta and one, f"--rotate is {self.rotate}"),
-            ("projection", one, f"--rotate is {self.rotate}, which never leaves the grid"),
+            ("projection", one, f"with --rotate {self.rotate} no position is outside the grid"),
         ]
         if not self.enabled:
             mine = {field.name for field in fields(self)} - {"enabled"}
@@ -310,7 +294,7 @@ class RopeConfig:
 
     @property
     def summary(self) -> str:
-        """Directions and how they are fed, in words."""
+        """Directions and series, for the plan."""
         between = f"every {180 / self.num_directions:g} degrees"
         return (
             f"rotate {self.rotate}: K = {self.num_directions} directions, {between}; "
@@ -319,19 +303,13 @@ class RopeConfig:
 
 
 BY_WEIGHTS = dict.fromkeys(RopeConfig.__dataclass_fields__, "")
-"""What the help shows as defaults where the weights decide: nothing."""
+"""Defaults in the help of commands where the weights decide: none."""
 
 
 def given_rope(given: dict[str, Any]) -> dict[str, Any]:
-    """The RoPE options among those that the user gave, refused where no weights could have them.
-
-    Args:
-        given: field name -> value.
-
-    Raises:
-        ConfigError: names the option and what is allowed.
-    """
+    """The RoPE options among the given ones (field name -> value), checked."""
     chosen = {name: given[name] for name in RopeConfig.__dataclass_fields__ if name in given}
-    together = {"same_theta", "max_freq_lang", "min_freq_lang"}  # the weights may say the other one
+    # These are valid or not depending on others, which may come from the weights.
+    together = {"same_theta", "max_freq_lang", "min_freq_lang"}
     RopeConfig(**{name: value for name, value in chosen.items() if name not in together})
     return chosen

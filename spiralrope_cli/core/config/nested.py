@@ -1,6 +1,6 @@
-"""Configs as files: nested frozen dataclasses to plain values and back, strictly.
+"""`config.yaml`: nested frozen dataclasses to plain values and back, with strict keys.
 
-Standard library only (and PyYAML, where a file is read).
+Standard library only (PyYAML is imported when a file is read).
 """
 
 from __future__ import annotations
@@ -25,10 +25,7 @@ RUN_KINDS: dict[str, type[TrainingRun]] = {
 
 
 def read_config(path: Path, kind: type[TrainingRun] | None = None) -> dict[str, Any]:
-    """Flat values of the `config.yaml` of a training, in the types of their fields.
-
-    Refuses what is no YAML, holds an unknown key, or is of another `kind` of run.
-    """
+    """Flat values of a `config.yaml`, in the types of their fields; checks that it is of `kind`."""
     import yaml
 
     try:
@@ -36,9 +33,9 @@ def read_config(path: Path, kind: type[TrainingRun] | None = None) -> dict[str, 
     except OSError as error:
         raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is no YAML: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"--config {path} is not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(nested, dict):
-        raise ConfigError(f"--config {path} holds no config")
+        raise ConfigError(f"--config {path} is not a config of a run")
     command = nested.get("command")
     of_file = RUN_KINDS.get(str(command), kind or ClassifierRun)
     if kind is not None and of_file is not kind:
@@ -48,7 +45,7 @@ def read_config(path: Path, kind: type[TrainingRun] | None = None) -> dict[str, 
 
 
 def renamed(nested: dict[str, Any], kind: type) -> dict[str, Any]:
-    """A nested config of an earlier version under today's names."""
+    """A nested config with old names replaced by new ones."""
     hints, names, found = typing.get_type_hints(kind), renamed_fields(kind), {}
     for key, value in nested.items():
         group = hints.get(name := names.get(key, key))
@@ -63,16 +60,12 @@ def renamed(nested: dict[str, Any], kind: type) -> dict[str, Any]:
 def flatten(
     nested: dict[str, Any], kind: type, known: Collection[str] | None = None
 ) -> dict[str, Any]:
-    """Flat values by field name, strictly: an unknown key suggests the nearest known one.
-
-    Raises:
-        ConfigError: an unknown key.
-    """
+    """Flat values by field name; for an unknown key the error suggests the nearest."""
     hints, known = typing.get_type_hints(kind), known or list(leaves(kind))
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         if key not in hints:
-            raise ConfigError(f"config key {key!r} is not known here", _nearest(key, hints, known))
+            raise ConfigError(f"config key {key!r} is unknown", _nearest(key, hints, known))
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, dict):
                 raise ConfigError(f"config key {key!r} must hold a group of values")
@@ -83,16 +76,16 @@ def flatten(
 
 
 def _nearest(key: Any, hints: dict[str, Any], known: Collection[str]) -> str:
-    """What may have been meant by a key, as a hint."""
+    """A hint for an unknown key."""
     groups = [name for name, hint in hints.items() if dataclasses.is_dataclass(hint)]
     if group := next((name for name in groups if key in leaves(hints[name])), ""):
-        return f"it belongs below {group}:"
+        return f"it belongs in the group {group}:"
     near = difflib.get_close_matches(str(key), [*(set(known) - {key}), *hints], n=1)
     return f"did you mean {near[0]!r}?" if near else ""
 
 
 def flat_values(config: Any) -> dict[str, Any]:
-    """Field name -> value of everything below a config."""
+    """Field name -> value, over all groups of a config."""
     flat: dict[str, Any] = {}
     for name, value in vars(config).items():
         flat.update(flat_values(value) if dataclasses.is_dataclass(value) else {name: value})
@@ -100,17 +93,13 @@ def flat_values(config: Any) -> dict[str, Any]:
 
 
 def to_nested(run: TrainingRun) -> dict[str, Any]:
-    """Plain nested dicts and lists, as `config.yaml` holds them."""
+    """Nested dicts and lists for `config.yaml`."""
     nested: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(run)))  # tuples to lists
     return nested
 
 
 def build(kind: type, values: dict[str, Any]) -> Any:
-    """Builds a nested frozen config from flat values by field name.
-
-    Raises:
-        ConfigError: a value of another type, out of its bounds, or missing.
-    """
+    """Builds a nested config from flat values by field name; types and bounds are checked."""
     hints, known = typing.get_type_hints(kind), leaves(kind)
     arguments: dict[str, Any] = {}
     for each in dataclasses.fields(kind):
@@ -120,6 +109,6 @@ def build(kind: type, values: dict[str, Any]) -> Any:
             arguments[each.name] = known[each.name].read(values[each.name])
         elif each.default is each.default_factory is dataclasses.MISSING:
             raise ConfigError(
-                f"the config lacks {each.name}", "it was made by another version of spiralrope"
+                f"the config has no {each.name}", "it is of another version of spiralrope"
             )
     return kind(**arguments)

@@ -1,12 +1,10 @@
-"""What a config field says about its option, and how its value is read and checked.
-
-The field is the only place of an option:
+"""Options are fields of configs: `Opt` describes them, `Leaf` reads and checks their values.
 
     epochs: Annotated[int, Opt("Number of epochs.", RUN, ge=1)]
 
-Command line, YAML and Python share its name, type, bounds and messages. A field without `Opt` is
-set by no option; a word in its place, `Annotated[int, "the number of images"]`, is its name in
-messages. Standard library only.
+Command line, YAML and Python use the same name, type, bounds and messages. A field without `Opt`
+has no option; `Annotated[int, "the number of images"]` gives its name in messages. Standard
+library only.
 """
 
 from __future__ import annotations
@@ -34,52 +32,52 @@ PANELS = (
     *(STAGES, WEIGHTS, ATTENTION, EXPORT, DOWNLOAD, SHOW, SAMPLING, IMAGES, METRICS),
     *(MODEL, ROPE, DATA, RECIPE, SAMPLES, FIGURE, RUN, OUTPUT, MACHINE),
 )
-"""Headings of the help, in this order."""
+"""Panels of the help, in this order."""
 
 
 @dataclass(frozen=True)
 class Opt:
-    """The option of a field; bounds are of numbers."""
+    """The option of a field."""
 
     help: str
-    panel: str = ""  # heading that it stands below in the help
+    panel: str = ""  # its panel in the help
     _: dataclasses.KW_ONLY
-    flag: str = ""  # its spelling, where that is not the field's name
-    was: str = ""  # its spelling in earlier versions, which is still taken
-    metavar: str = ""  # placeholder of its value, where the type's name would say too little
+    flag: str = ""  # the option, if it is not the name of the field with dashes
+    was: str = ""  # its old name, a hidden option
+    metavar: str = ""  # placeholder in the help, if that of the type is not enough
     ge: float | None = None
     gt: float | None = None
     le: float | None = None
     lt: float | None = None
-    pattern: str = ""  # regular expression of a text
-    expects: str = ""  # what a value must be, where type and bounds do not say it
-    read: Callable[[str], Any] | None = None  # gives the value of a text, or raises ValueError
-    complete: str = ""  # name of the completion in commands/completion.py
-    free: bool = False  # a resumed run may have another value, as it changes no result
-    many: bool = False  # it can be repeated; the field is a tuple
-    argument: bool = False  # it is a word without a name
+    pattern: str = ""  # regular expression that a string must match
+    expects: str = ""  # allowed values, in messages; by default from type and bounds
+    read: Callable[[str], Any] | None = None  # text -> value, or raises ValueError
+    complete: str = ""  # name of a function in commands/completion.py
+    free: bool = False  # a resumed run may change it: it has no effect on results
+    many: bool = False  # repeatable; the field is a tuple
+    argument: bool = False  # positional
     required: bool = False
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """One value below a config: its name, type and default, and its option if it has one."""
+    """A field of a config or of one of its groups, with its option if it has one."""
 
     name: str
-    hint: Any  # of one value, where the option can be repeated
+    hint: Any  # type; of one element if `many`
     optional: bool
     many: bool
     default: Any
     opt: Opt | None
-    called: str  # in messages
+    called: str  # its name in messages
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The words that it can be, none where it is something else."""
+        """The values of a `Literal`; else none."""
         return typing.get_args(self.hint) if typing.get_origin(self.hint) is typing.Literal else ()
 
     def allowed(self) -> str:
-        """What the value must be, in words."""
+        """Allowed values, for messages."""
         opt = self.opt or Opt("")
         if self.choices or opt.expects:
             return opt.expects or " or ".join(self.choices)
@@ -95,22 +93,18 @@ class Leaf:
         return f"a list, each {_TYPES[inner[0]]}" if inner else _TYPES[self.hint]
 
     def readable(self) -> str:
-        """The same, for a word that is not even of its type."""
+        """`allowed`, for a value of a wrong type."""
         return "a number, " * (self.hint is float) + self.allowed()
 
     def typed(self, value: Any) -> list[str]:
-        """The words of a command line that give this value."""
+        """The words of a command line for this value."""
         if isinstance(value, bool) and self.opt:
             on, _, off = (self.opt.flag or self.called).partition("/")
             return [on if value else off]
         return [self.called, str(value)]
 
     def read(self, value: Any) -> Any:
-        """A word of the command line, or a value of YAML, in the field's type.
-
-        Raises:
-            ConfigError: names the option and what is allowed.
-        """
+        """Converts a word of the command line, or a value of YAML, to the type of the field."""
         if self.many and isinstance(value, (list, tuple)):
             return tuple(dataclasses.replace(self, many=False).read(each) for each in value)
         if value is None and self.optional:
@@ -123,11 +117,7 @@ class Leaf:
             raise self._refused(value, self.readable()) from error
 
     def check(self, value: Any) -> None:
-        """Refuses a value out of its bounds, with the message that `read` has.
-
-        Raises:
-            ConfigError: names the option and what is allowed.
-        """
+        """Raises if a value is out of bounds."""
         for each in value if self.many else (value,):
             if each is not None and not self._fits(each):
                 raise self._refused(each, self.allowed())
@@ -155,7 +145,7 @@ _TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def _as(hint: Any, value: Any) -> Any:
-    """YAML knows no tuples, and writes 1e-3 as a word."""
+    """Converts a value to a type. YAML has no tuples, and reads 1e-3 as a string."""
     if typing.get_origin(hint) is tuple:
         inner = typing.get_args(hint)
         if isinstance(value, (str, dict)) or (Ellipsis not in inner and len(value) != len(inner)):
@@ -176,7 +166,7 @@ def _as(hint: Any, value: Any) -> Any:
 
 
 def _leaves(kind: type) -> dict[str, Leaf]:
-    """Every value below a config by its name, which is unique over all groups."""
+    """All fields of a config and its groups, by name; names must be unique."""
     found: dict[str, Leaf] = {}
     hints = typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
@@ -198,7 +188,7 @@ def _leaves(kind: type) -> dict[str, Leaf]:
             leaf = Leaf(field.name, hint, optional, many, field.default, opt, called)
             inner = {field.name: leaf}
         if twice := found.keys() & inner.keys():
-            raise TypeError(f"{kind.__name__}: {', '.join(twice)} stands in two groups")
+            raise TypeError(f"{kind.__name__}: {', '.join(twice)} is in two groups")
         found.update(inner)
     return found
 
@@ -207,7 +197,7 @@ leaves: Callable[[type], dict[str, Leaf]] = functools.cache(_leaves)
 
 
 def renamed_fields(kind: type) -> dict[str, str]:
-    """Name in earlier versions -> name, of a config's own fields and groups."""
+    """Old name -> name, for the fields and groups of a config."""
     found = {field.metadata.get("was", ""): field.name for field in dataclasses.fields(kind)}
     own = {field.name for field in dataclasses.fields(kind)}
     for name, leaf in leaves(kind).items():
@@ -217,29 +207,25 @@ def renamed_fields(kind: type) -> dict[str, str]:
 
 
 def check_fields(config: Any) -> None:
-    """Checks the own values of a config as its fields say; for `__post_init__`.
-
-    Raises:
-        ConfigError: names the option and what is allowed.
-    """
+    """Checks the values of a config, without its groups; for `__post_init__`."""
     for name, leaf in leaves(type(config)).items():
         if name in vars(config):
             leaf.check(vars(config)[name])
 
 
 def free_fields(kind: type) -> frozenset[str]:
-    """Fields that a resumed run may have other values of: they change no result."""
+    """Fields that a resumed run may change: they have no effect on results."""
     return frozenset(n for n, leaf in leaves(kind).items() if leaf.opt and leaf.opt.free)
 
 
 def idle_lines(kind: type, inert: Iterable[tuple[str, str]], given: Collection[str]) -> list[str]:
-    """One line for each option that was given and cannot act; `inert` has fields and reasons."""
+    """One line per given option that has no effect; `inert` is (field, reason)."""
     known = leaves(kind)
     return [f"{known[name].called} has no effect: {why}" for name, why in inert if name in given]
 
 
 def document(kind: type) -> type:
-    """Adds the fields of a public config, as its options describe them, to its docstring."""
+    """Class decorator: adds the help of each option to the docstring."""
     lines = [
         f"    {name} ({leaf.default!r}): {leaf.opt.help}"
         for name, leaf in leaves(kind).items()
@@ -250,7 +236,7 @@ def document(kind: type) -> type:
 
 
 def in_words(value: Any) -> str:
-    """A value as it would be typed, or nearly so."""
+    """A value for the help, about as it is typed."""
     if isinstance(value, tuple):
         return "x".join(map(in_words, dict.fromkeys(value)))
     if isinstance(value, bool):
@@ -258,30 +244,32 @@ def in_words(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-# --- Readers of texts that are no single number.
+# --- Text -> value
+
+
 def numbers(text: str) -> tuple[int, ...]:
-    """`207,88` as (207, 88)."""
+    """`207,88` -> (207, 88)."""
     if not re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*", text):
         raise ValueError
     return tuple(int(number) for number in text.split(","))
 
 
 def pair(text: str) -> tuple[int, ...]:
-    """`0,600` as (0, 600)."""
+    """`0,600` -> (0, 600)."""
     if len(found := numbers(text)) != 2:
         raise ValueError
     return found
 
 
 def path(text: str) -> str:
-    """A path without `~`, which no shell expands in `--out=~/runs`; an empty one is refused."""
+    """A path; expands `~`, as shells do not in `--out=~/runs`. Empty is an error."""
     if not text.strip():
         raise ValueError
     return os.path.expanduser(text)
 
 
 def folder(text: str) -> str:
-    """A folder, without `~` and the same with a slash at its end; empty for none."""
+    """A folder: expands `~`, removes a slash at the end; may be empty."""
     return os.path.normpath(os.path.expanduser(text)) if text else ""
 
 

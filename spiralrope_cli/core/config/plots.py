@@ -1,4 +1,4 @@
-"""What a figure shows. Standard library only."""
+"""Config of `plot`. Standard library only."""
 
 from __future__ import annotations
 
@@ -26,21 +26,25 @@ FORMATS = ("png", "svg")
 PLOTS_FOLDER = "plots"
 ROPE_PANELS = ("rose", "frequencies", "clamp", "score")
 DEIT_GRID, DIT_LATENT = 14, 32
-"""Sides as published: of a DeiT in patches (224 px by 16), of a DiT's latent (256 px by 8)."""
+"""Published sizes: grid of a DeiT in patches (224 / 16), side of a DiT's latents (256 / 8)."""
 LARGEST_SIDE = 256
 MOST_IMAGES = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class FigureFile:
-    """Where a figure goes."""
+    """File of a figure."""
 
     out: Annotated[
         str,
-        Opt("A .png or .svg; by default below plots/.", FIGURE, **{**PATH, "metavar": "FILE"}),
+        Opt(
+            "Output file, .png or .svg; by default in plots/.",
+            FIGURE,
+            **{**PATH, "metavar": "FILE"},
+        ),
     ] = ""
     format: Annotated[
-        Literal["png", "svg"] | None, Opt("File format without --out; png.", FIGURE)
+        Literal["png", "svg"] | None, Opt("File format; by default that of --out, or png.", FIGURE)
     ] = None
 
     def __post_init__(self) -> None:
@@ -56,14 +60,14 @@ class FigureFile:
             )
 
     def named(self, name: str) -> Path:
-        """The file; a name without suffix counts where the user gave none."""
+        """The file of --out, or one in plots/ with this name."""
         stem = re.sub(r"[^\w.-]+", "-", name)
         return Path(self.out or f"{PLOTS_FOLDER}/{stem}.{self.format or FORMATS[0]}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlot:
-    """Curves of training runs."""
+    """The config of `plot run`."""
 
     runs: Annotated[
         tuple[str, ...],
@@ -75,7 +79,7 @@ class RunPlot:
             many=True,
         ),
     ]
-    over: Annotated[Literal["step", "epoch"], Opt("X axis of the curves.", FIGURE)] = "step"
+    over: Annotated[Literal["step", "epoch"], Opt("X axis.", FIGURE)] = "step"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -83,12 +87,12 @@ class RunPlot:
 
 @dataclass(frozen=True, kw_only=True)
 class RopePlot:
-    """What a Spiral RoPE does, drawn for one or several sets of options."""
+    """The config of `plot rope`."""
 
     rotates: Annotated[
         tuple[int, ...],
         Opt(
-            "Half the number of directions; repeat it to compare.",
+            "Half the number of directions; repeatable, to compare.",
             ROPE,
             flag="--rotate",
             metavar="N",
@@ -98,11 +102,13 @@ class RopePlot:
         ),
     ] = (RopeConfig.rotate,)
     arch: Annotated[
-        str, Opt("Gives heads and grid; deit-s, dit-xl2, ...", MODEL, complete="archs")
+        str,
+        Opt("Architecture that gives --head-dim and --grid.", MODEL, complete="archs"),
     ] = "deit-s"
     head_dim: Annotated[int, Opt("Channels per head; by default those of --arch.", MODEL)]
     grid: Annotated[
-        tuple[int, int], Opt("Patches, a side or rows x columns; or by --arch.", MODEL, **SIZE)
+        tuple[int, int],
+        Opt("Grid of patches: side, or rows x columns; by default that of --arch.", MODEL, **SIZE),
     ]
     pretrain_grid: Annotated[
         tuple[int, int],
@@ -110,7 +116,7 @@ class RopePlot:
     ]
     panels: Annotated[
         tuple[Literal["rose", "frequencies", "clamp", "score"], ...],
-        Opt("Panel to draw; repeatable. By default all.", FIGURE, flag="--show", many=True),
+        Opt("Panel; repeatable. By default all.", FIGURE, flag="--show", many=True),
     ] = ROPE_PANELS  # type: ignore[assignment]
     ropes: tuple[RopeConfig, ...]
 
@@ -120,21 +126,21 @@ class RopePlot:
             rows, columns = getattr(self, name)
             if not 1 <= min(rows, columns) <= max(rows, columns) <= LARGEST_SIDE:
                 word = leaves(RopePlot)[name].called
-                raise ConfigError(f"{word} {rows}x{columns}: sides are 1 to {LARGEST_SIDE}")
+                raise ConfigError(f"{word} {rows}x{columns}: sides must be in [1, {LARGEST_SIDE}]")
         for rope in self.ropes:
             rope.check_head_dim(self.head_dim)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionPlot:
-    """Where a token of a DeiT looks in one image."""
+    """The config of `plot attention`."""
 
     source: Annotated[str, SOURCE]
     image: Annotated[str, Opt("Image file.", metavar="IMAGE", argument=True)]
     patch: Annotated[
         tuple[int, int] | None,
         Opt(
-            "Query patch, from 0,0; by default the class token.",
+            "Query patch, counted from 0,0; by default the class token.",
             ATTENTION,
             metavar="ROW,COL",
             read=pair,
@@ -143,62 +149,70 @@ class AttentionPlot:
     ] = None
     layers: Annotated[
         tuple[int, ...],
-        Opt("From 0, repeatable; by default the last.", ATTENTION, flag="--layer", ge=0, many=True),
+        Opt(
+            "Layer, counted from 0; repeatable. By default the last.",
+            ATTENTION,
+            flag="--layer",
+            ge=0,
+            many=True,
+        ),
     ] = ()
     heads: Annotated[
         tuple[int, ...],
-        Opt("From 0, repeatable; by default all.", ATTENTION, flag="--head", ge=0, many=True),
+        Opt(
+            "Head, counted from 0; repeatable. By default all.",
+            ATTENTION,
+            flag="--head",
+            ge=0,
+            many=True,
+        ),
     ] = ()
-    ema: Annotated[bool, Opt("EMA weights, not the raw ones.", ATTENTION)] = False
-    best: Annotated[bool, Opt("A run's best checkpoint.", ATTENTION)] = False
+    ema: Annotated[bool, Opt("Use EMA weights.", ATTENTION)] = False
+    best: Annotated[bool, Opt("Use the best checkpoint of a run, not the last.", ATTENTION)] = False
     image_size: Annotated[
         tuple[int, int] | None,
         Opt("Side, or height x width, in pixels; by default as trained.", ATTENTION, **SIZE),
     ] = None
     arch: Annotated[str, ARCH_OF_SOURCE] = ""
-    rope: dict[str, Any] = field(default_factory=dict)  # options that win over the source's
+    rope: dict[str, Any] = field(default_factory=dict)  # options that override the source's
 
     def __post_init__(self) -> None:
         check_fields(self)
         if not Path(self.image).is_file():
-            raise DataError(f"IMAGE {self.image} is no file")
+            raise DataError(f"IMAGE {self.image} does not exist")
 
     def check_fits(self, depth: int, num_heads: int, grid: tuple[int, int]) -> None:
-        """Refuses what a network of such sizes does not have.
-
-        Raises:
-            ConfigError: names the option and what there is.
-        """
+        """Raises if the network has no such layer, head or patch."""
         layers = [("layer", number, depth) for number in self.layers]
         for name, number, count in (*layers, *(("head", n, num_heads) for n in self.heads)):
             if number >= count:
-                raise ConfigError(f"--{name} {number}: {self.source} has {count}, 0 to {count - 1}")
+                raise ConfigError(f"--{name} {number}: {self.source} has {name}s 0 to {count - 1}")
         row, column = self.patch or (0, 0)
         if row >= grid[0] or column >= grid[1]:
             raise ConfigError(
-                f"--patch {row},{column} is outside of the grid: rows 0 to {grid[0] - 1}, "
+                f"--patch {row},{column} is outside the grid: rows 0 to {grid[0] - 1}, "
                 f"columns 0 to {grid[1] - 1}"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplesPlot:
-    """A grid of images."""
+    """The config of `plot samples`."""
 
     source: Annotated[
         str,
         Opt(
-            "Folder of dit-sample, .npz of images, or folder of images.",
+            "Output folder of dit-sample, .npz of images, or folder of images.",
             metavar="SOURCE",
             argument=True,
         ),
     ]
     num_samples: Annotated[int, Opt("Number of images.", FIGURE, ge=1, was="--num")] = 64
-    columns: Annotated[int, Opt("Images per row; by default a square grid.", FIGURE, ge=0)] = 0
+    columns: Annotated[int, Opt("Images per row; 0: a square grid.", FIGURE, ge=0)] = 0
     labels: Annotated[
         bool,
         Opt(
-            "Class labels below the images, if known.",
+            "Print class labels below the images, if known.",
             FIGURE,
             flag="--labels/--no-labels",
         ),
@@ -208,5 +222,5 @@ class SamplesPlot:
         check_fields(self)
         if self.num_samples > MOST_IMAGES:
             raise ConfigError(
-                f"--num-samples is {self.num_samples}; a figure takes {MOST_IMAGES} at most"
+                f"--num-samples is {self.num_samples}; it must be at most {MOST_IMAGES}"
             )

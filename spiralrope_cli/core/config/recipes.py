@@ -1,4 +1,4 @@
-"""Recipes: field name -> value, complete but for what the data set and the architecture say."""
+"""Recipes: field name -> value; data set and architecture give the other values."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from spiralrope_cli.core.config.models import BY_WEIGHTS
 from spiralrope_cli.core.config.option import in_words
 from spiralrope_cli.core.config.training import LINEAR_RULE_BATCH
 
-# DeiT stage 1 on ImageNet-1K at 224 px, as the published DeiT-B run had it. The run itself was not
-# repeated here: its parts are tested one by one.
+# DeiT stage 1 on ImageNet-1K at 224 px: the recipe of the published DeiT-B run. That run was not
+# repeated; its parts are tested one by one.
 PRETRAIN: dict[str, Any] = {
     "seed": 0,
     "rotate": 2,
@@ -49,11 +49,11 @@ PRETRAIN: dict[str, Any] = {
     "keep_every": 0,
 }
 
-# DeiT stage 2, from the averaged weights of stage 1.
+# DeiT stage 2, from the EMA weights of stage 1.
 FINETUNE: dict[str, Any] = {
     **PRETRAIN,
     "auto_augment": "rand-m9-mstd0.5-inc1",
-    "color_jitter": 0.0,  # timm leaves it out beside RandAugment
+    "color_jitter": 0.0,  # timm ignores it together with RandAugment
     "drop_path": 0.1,
     "epochs": 20,
     "batch_size": 512,
@@ -66,7 +66,7 @@ FINETUNE: dict[str, Any] = {
     "ema_decay": 0.99996,
 }
 
-# DiT on ImageNet-1K at 256 px, as the published runs had it: 80 epochs are 400K steps.
+# DiT on ImageNet-1K at 256 px: the recipe of the published runs. 80 epochs are 400K steps.
 DIT: dict[str, Any] = {
     "seed": 0,
     "rotate": 0,
@@ -97,7 +97,7 @@ DIT: dict[str, Any] = {
     "keep_every": 0,
 }
 
-# Only B's run is documented; the other rates follow DeiT-III and are unverified.
+# Only the run of DeiT-B is documented; the other rates are from DeiT-III, and not verified.
 DROP_PATH = {"deit-ti": 0.0, "deit-s": 0.05, "deit-b": 0.1, "deit-l": 0.4}
 
 
@@ -109,7 +109,7 @@ def recipe(command: str, arch: str) -> dict[str, Any]:
 
 
 def shown_defaults(command: str) -> dict[str, str]:
-    """Field name -> its default in words: the recipe's, and the digits' where it differs."""
+    """Field name -> default for the help: that of the recipe, and of the digits if it differs."""
     dit = command == "dit-train"
     usual: dict[str, Any] = {"arch": "dit-b4", **DIT} if dit else {"arch": "deit-b", **PHOTOGRAPHS}
     usual |= recipe(command, usual["arch"])

@@ -1,8 +1,8 @@
-"""From options to a run; a later layer wins.
+"""Resolves options to a run, in layers; a later one overrides an earlier one.
 
-Recipe, data set, weights to start from, cached latents, config file, options.
+Recipe, data set, initial weights, cached latents, config file, options.
 
-Standard library only (and PyYAML, where a file is read).
+Standard library only (PyYAML is imported when a file is read).
 """
 
 from __future__ import annotations
@@ -34,34 +34,34 @@ from spiralrope_cli.core.errors import ConfigError
 
 DATA_VARIABLE = "SPIRALROPE_DATA"
 NOT_FROM_FILE = {"command", "out", "num_train", "num_val", "num_classes", "resume"}
-"""Fields that a config file shows but that a repeated run finds anew."""
+"""Fields of a config file that a repeated run determines again."""
 
 Run = TypeVar("Run", bound=TrainingRun)
 Layer = tuple[str, dict[str, Any]]
-"""Where values come from, and field name -> value."""
+"""Origin of values, and field name -> value."""
 
 
 FIXED_BY_SOURCE = {
     *("arch", "patch_size", "in_chans", "pretrain_grid", "qk_norm", "source"),
     *(RopeConfig.__dataclass_fields__.keys() - {"scaling"}),
 }
-"""Fields that the weights to start from decide, whatever a config file says."""
+"""Fields that initial weights decide, not a config file."""
 
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """The weights that a run starts from."""
+    """Initial weights of a run."""
 
     source: str  # as the user named them
     arch: str
-    rope: RopeConfig  # the options they were trained with
+    rope: RopeConfig  # as trained
     model: ModelConfig | DiTModelConfig
-    data: str = ""  # the data set of the run that made them, where known
-    images: dict[str, Any] = field(default_factory=dict)  # image_size, vae of a DiT, where known
+    data: str = ""  # data set of their run, if known
+    images: dict[str, Any] = field(default_factory=dict)  # image_size, vae of a DiT, if known
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) of what the network takes."""
+        """(height, width) of the network's input."""
         if isinstance(self.model, ModelConfig):
             return self.model.image_size
         return self.model.input_size
@@ -74,9 +74,9 @@ class StartingPoint:
         return self.model.grid(self.arch)
 
     def fields(self) -> dict[str, Any]:
-        """Field name -> value of what they decide."""
+        """Field name -> value, for the fields that they decide."""
         values = {**dataclasses.asdict(self.rope), **dataclasses.asdict(self.model)}
-        for name in ("drop_path", "class_dropout_prob"):  # of training, not of the weights
+        for name in ("drop_path", "class_dropout_prob"):  # options of training, not of weights
             values.pop(name, None)
         values.update(self.images, source=self.source, arch=self.arch)
         return {**values, "data": self.data} if self.data else values
@@ -84,13 +84,13 @@ class StartingPoint:
 
 @dataclass(frozen=True)
 class Resolved(Generic[Run]):
-    """A run, and where each of its values came from.
+    """A run, and the origin of each value.
 
     Attributes:
         run: complete and checked.
         sources: field name -> `option`, `config file`, `latents`, `source`, `data set`, `recipe`,
-            `environment`, `default`.
-        warnings: options that cannot act, one line each.
+            `environment` or `default`.
+        warnings: given options that have no effect, one line each.
     """
 
     run: Run
@@ -106,18 +106,14 @@ def resolve(
     name: str = "",
     start: StartingPoint | None = None,
 ) -> Resolved[Any]:
-    """A training run from what the user gave: recipe, data set, weights, file, options.
+    """Resolves a training run.
 
     Args:
         command: `pretrain`, `finetune` or `dit-train`.
-        options: field name -> value, given options alone.
-        config_file: a `config.yaml` of an earlier run, empty for none.
-        name: word at the end of the folder's name.
-        start: the weights to start from, where there are some.
-
-    Raises:
-        ConfigError: an unknown key, or a value that cannot work.
-        DataError: no such data set.
+        options: field name -> value, only those that the user gave.
+        config_file: `config.yaml` of an earlier run; empty: none.
+        name: suffix of the run folder.
+        start: initial weights, if any.
     """
     kind, dit = RUN_KINDS[command], command == "dit-train"
     of_start: Layer = ("source", start.fields() if start else {})
@@ -168,14 +164,14 @@ def resolve(
 
 
 def default_data() -> Layer:
-    """The data set where none is named."""
+    """The default data set."""
     if variable := os.environ.get(DATA_VARIABLE):
         return "environment", {"data": variable}
     return "default", {"data": "digits"}
 
 
 def cached_data_set(cache: CacheMetadata) -> DataSet:
-    """Cached latents as a data set."""
+    """The data set of cached latents."""
     return DataSet(
         data=cache.plan.data,
         slug=slug_of(Path(cache.plan.data)),
@@ -190,12 +186,12 @@ def cached_data_set(cache: CacheMetadata) -> DataSet:
 def values_of_file(
     kind: type[TrainingRun], config_file: str, start: StartingPoint | None
 ) -> dict[str, Any]:
-    """What a config file decides; refuses one of a run from weights, where none are given."""
+    """Values of a config file; raises if its run has initial weights but none are given."""
     from_file = read_config(Path(config_file), kind) if config_file else {}
     if from_file.get("source") and not start:
         again = "dit-train --init-from" if kind is DiTRun else "finetune"
         raise ConfigError(
-            f"--config {config_file} is of a run that starts from {from_file['source']}",
+            f"--config {config_file} is of a run with initial weights {from_file['source']}",
             f"spiralrope {again} {from_file['source']} --config {config_file}",
         )
     fixed = NOT_FROM_FILE | (FIXED_BY_SOURCE if start else set())
@@ -203,7 +199,7 @@ def values_of_file(
 
 
 def merged(*layers: Layer) -> tuple[dict[str, Any], dict[str, str]]:
-    """Field name -> value and field name -> where it came from; a later layer wins."""
+    """Field name -> value, and field name -> origin; a later layer overrides an earlier one."""
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for origin, layer in layers:
@@ -213,7 +209,7 @@ def merged(*layers: Layer) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def fit_channels(values: dict[str, Any]) -> None:
-    """Fits mean and std to the network's channels: the grey one for each, or the colours' mean."""
+    """Fits mean and std to in_chans: repeats that of grey, or averages those of RGB."""
     for name in ("mean", "std"):
         given = tuple(values[name])
         if len(given) == 1:
@@ -223,11 +219,7 @@ def fit_channels(values: dict[str, Any]) -> None:
 
 
 def fit_input(values: dict[str, Any], data_set: DataSet) -> None:
-    """What a diffusion transformer is given, by images and VAE.
-
-    Raises:
-        ConfigError: a size that does not split into patches, or latents of other images.
-    """
+    """Sets input size and channels of a DiT, from image size and VAE."""
     values["vae"] = full_vae_name(values["vae"])
     images: ImageConfig = build(ImageConfig, values)
     if images.latents:
@@ -238,16 +230,12 @@ def fit_input(values: dict[str, Any], data_set: DataSet) -> None:
 
 
 def check_start(values: dict[str, Any], start: StartingPoint) -> None:
-    """Refuses options that contradict the weights to start from.
-
-    Raises:
-        ConfigError: names both.
-    """
+    """Raises if options contradict the initial weights."""
     if values["in_chans"] != start.model.in_chans:
         raise ConfigError(
             f"--init-from {start.source} takes {start.model.in_chans} channels; {values['data']} "
             f"with --vae {values['vae']} has {values['in_chans']}",
-            "choose another --vae, or --data of the kind that it was trained on",
+            "use --vae and --data of the kind that it was trained with",
         )
     if values["qk_norm"] != getattr(start.model, "qk_norm", None):
         raise ConfigError(
@@ -258,19 +246,15 @@ def check_start(values: dict[str, Any], start: StartingPoint) -> None:
 def positions_at(
     start: StartingPoint, size: tuple[int, int], scaling: Scaling | None
 ) -> tuple[Scaling, tuple[int, int] | None]:
-    """How the positions of a network of some size refer to those that its weights learned.
+    """Scaling and `pretrain_grid` of a network of another size than its weights were trained with.
 
-    Whatever they were trained with, positions at another size are interpolated to the trained range
-    unless the user wants it otherwise: published weights say `extrapolate`, which means nothing
-    at their own size.
+    Positions are interpolated unless the user says otherwise. The scaling of the weights is not
+    used: published weights have `extrapolate`, which has no meaning at their own size.
 
     Args:
         start: the weights.
-        size: of the network, `image_size` or `input_size`.
-        scaling: that the user chose, None for no choice.
-
-    Returns:
-        scaling and `pretrain_grid`.
+        size: `image_size` or `input_size` of the network.
+        scaling: the choice of the user, or None.
     """
     if size == start.size:
         return scaling or start.rope.scaling, start.model.pretrain_grid
@@ -280,7 +264,7 @@ def positions_at(
 def fit_positions(
     values: dict[str, Any], sources: dict[str, str], start: StartingPoint, size: str
 ) -> None:
-    """Fits scaling and grid, in place, to the network's size, whose field is named."""
+    """Sets scaling and pretrain_grid; `size` is the field of the network's size."""
     chosen, now = None if sources["scaling"] == "source" else values["scaling"], tuple(values[size])
     values["scaling"], values["pretrain_grid"] = positions_at(start, now, chosen)
     if chosen is None and now != start.size:
@@ -288,7 +272,7 @@ def fit_positions(
 
 
 def fit_length(values: dict[str, Any], sources: dict[str, str], options: dict[str, Any]) -> None:
-    """Lets `--epochs` win over a file's steps, and a short run have a short warm-up."""
+    """`--epochs` overrides max_steps of a file; a short run gets a short warm-up."""
     if "epochs" in options and "max_steps" not in options:
         values["max_steps"], sources["max_steps"] = 0, "option"
     if values["max_steps"] and sources["warmup_epochs"] in ("recipe", "data set"):
@@ -298,5 +282,5 @@ def fit_length(values: dict[str, Any], sources: dict[str, str], options: dict[st
 
 
 def named_folder(*words: str) -> str:
-    """A folder for runs, named by the words that are not empty."""
+    """A folder in runs/, named by the words that are not empty."""
     return str(Path(RUNS_FOLDER) / re.sub(r"[^\w.-]+", "-", "-".join(filter(None, words))))

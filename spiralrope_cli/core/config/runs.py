@@ -1,6 +1,6 @@
-"""What a run is: frozen, checked, and written to `config.yaml`. Standard library only.
+"""Config of a classifier's training run, frozen and checked. Standard library only.
 
-Every field name is unique over all groups, and the command line option is that name with dashes.
+Field names are unique over all groups; the option is the name with dashes.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ from spiralrope_cli.core.config.training import MachineConfig, OptimConfig
 from spiralrope_cli.core.errors import ConfigError
 
 MIX_GROUP = 8
-"""Images that share one mixup or cutmix draw; fixed, so that it is the same for any split."""
+"""Images with the same mixup or cutmix parameters. Fixed, so that it does not depend on the split
+of the batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The classifier's sizes beyond its architecture; pixels and counts."""
+    """Sizes of a classifier, besides those of its architecture."""
 
     image_size: Annotated[
         tuple[int, int], Opt("Side, or height x width, in pixels.", MODEL, **SIZE)
@@ -44,7 +45,7 @@ class ModelConfig:
     in_chans: int
     num_classes: Annotated[int, "the number of classes"]
     drop_path: Annotated[float, Opt("Stochastic depth rate in [0, 1).", MODEL, ge=0, lt=1)]
-    pretrain_grid: tuple[int, int] | None = None  # patches that positions refer to, if not its own
+    pretrain_grid: tuple[int, int] | None = None  # patch grid of pretraining, if not its own
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -58,33 +59,39 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """From a decoded image to what the network sees, in training and in evaluation."""
+    """Preprocessing and augmentation of images."""
 
     mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
     std: tuple[float, ...]
     crop_ratio: Annotated[
         float,
-        Opt("Validation resizes to image size / this, then crops the centre.", DATA, gt=0, le=1),
+        Opt("Validation: resize to image size / this, then centre crop.", DATA, gt=0, le=1),
     ]
     geometry: Annotated[
-        Literal["crop", "shift"], Opt("Random resized crop, or small shifts and rotations.", DATA)
+        Literal["crop", "shift"],
+        Opt("Random resized crop (crop), or small shifts and rotations (shift).", DATA),
     ]
     crop_scale: Annotated[
-        float, Opt("Smallest fraction of the area that crop keeps.", DATA, gt=0, le=1)
+        float, Opt("Smallest area of a random crop, as a fraction.", DATA, gt=0, le=1)
     ]
     hflip: Annotated[float, Opt("Probability of a horizontal flip.", DATA, ge=0, le=1)]
     translate: Annotated[
         float,
-        Opt("Largest shift in pixels (geometry shift).", DATA, ge=0, was="--max-shift"),
+        Opt("Largest shift in pixels, for --geometry shift.", DATA, ge=0, was="--max-shift"),
     ]
     degrees: Annotated[
         float,
-        Opt("Largest rotation in degrees (geometry shift).", DATA, ge=0, was="--max-rotation"),
+        Opt(
+            "Largest rotation in degrees, for --geometry shift.",
+            DATA,
+            ge=0,
+            was="--max-rotation",
+        ),
     ]
     auto_augment: Annotated[
         str,
         Opt(
-            "timm's name: 3a (3-Augment), rand-m9-mstd0.5-inc1 (RandAugment), ...; or none.",
+            "Policy of timm: 3a (3-Augment), rand-m9-mstd0.5-inc1 (RandAugment), ...; or none.",
             DATA,
             metavar="NAME",
             pattern=r"none|3a|(rand|augmix|original|originalr|v0|v0r)(-.+)?",
@@ -93,7 +100,9 @@ class AugmentConfig:
         ),
     ]
     color_jitter: Annotated[float, Opt("Strength of color jitter; 0: none.", DATA, ge=0)]
-    random_erasing: Annotated[float, Opt("Probability of erasing; 0: none.", DATA, ge=0, le=1)]
+    random_erasing: Annotated[
+        float, Opt("Probability of random erasing; 0: none.", DATA, ge=0, le=1)
+    ]
     repeated_aug: Annotated[int, Opt("Augmented copies per image; 1: off.", DATA, ge=1)]
     mixup: Annotated[float, Opt("Mixup alpha; 0: none.", DATA, ge=0)]
     cutmix: Annotated[float, Opt("CutMix alpha; 0: none.", DATA, ge=0)]
@@ -108,14 +117,11 @@ class AugmentConfig:
             )
 
     def check_data(self, data_set: DataSet) -> None:
-        """Refuses augmentation that the kind of data set cannot have.
-
-        Raises:
-            ConfigError: names the option and what there is in its place.
-        """
+        """Raises if an augmentation does not work with this kind of data set."""
         if data_set.kind == "folder" and self.geometry == "shift":
             raise ConfigError(
-                "--geometry shift is for the built-in sets", "use --geometry crop for image folders"
+                "--geometry shift works with the built-in data sets only",
+                "use --geometry crop for image folders",
             )
         for name, off in (("auto_augment", "none"), ("color_jitter", 0)):
             if data_set.kind == "memory" and (value := getattr(self, name)) != off:
@@ -133,7 +139,7 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalProtocol:
-    """Which images are looked at, and how they reach the network."""
+    """Validation images and their preprocessing."""
 
     data: str  # a built-in name or a folder
     num_val: int
@@ -146,22 +152,24 @@ class EvalProtocol:
     def __post_init__(self) -> None:
         if not len(self.mean) == len(self.std) == self.in_chans:
             raise ConfigError(
-                f"--data {self.data} has {len(self.mean)} channel(s), the weights take "
+                f"--data {self.data} has {len(self.mean)} channel(s), but the weights take "
                 f"{self.in_chans}"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When a run reports, validates and saves."""
+    """When a run logs, validates and saves."""
 
-    # Log points are the only moments that wait for the device.
+    # The loop waits for the device at log points only.
     log_every: Annotated[int, Opt("Steps between log points.", RUN, ge=1, free=True)]
     validate_every: Annotated[int, Opt("Epochs between validations.", RUN, ge=1, free=True)]
     save_every: Annotated[int, Opt("Epochs between checkpoints.", RUN, ge=1, free=True)]
-    keep_last: Annotated[int, Opt("Newest checkpoints kept beside the best.", RUN, ge=1, free=True)]
+    keep_last: Annotated[
+        int, Opt("Keep this number of newest checkpoints, and the best.", RUN, ge=1, free=True)
+    ]
     keep_every: Annotated[
-        int, Opt("Keep checkpoints at multiples of this; 0: none.", RUN, ge=0, free=True)
+        int, Opt("Also keep checkpoints at multiples of this step; 0: none.", RUN, ge=0, free=True)
     ]
 
     def __post_init__(self) -> None:
@@ -170,7 +178,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierRun:
-    """A training run of a classifier, complete."""
+    """The config of a classifier's training run."""
 
     command: str
     arch: Annotated[
@@ -185,8 +193,8 @@ class ClassifierRun:
     data: Annotated[
         str,
         Opt(
-            "digits, fashion-mnist, or a folder with train/ and val/ of class folders. "
-            "Without it: $SPIRALROPE_DATA, else the bundled digits.",
+            "digits, fashion-mnist, or a folder with train/ and val/, each with class folders. "
+            "By default $SPIRALROPE_DATA, else the bundled digits.",
             DATA,
             metavar="NAME|FOLDER",
             complete="data_sets",
@@ -226,23 +234,23 @@ class ClassifierRun:
 
     @property
     def vae_in_loop(self) -> str:
-        """A classifier sees pixels."""
+        """Empty: a classifier uses no VAE."""
         return ""
 
     def inert_options(self) -> list[tuple[str, str]]:
-        """Fields of a classifier that cannot act in this run, each with the reason."""
+        """Fields that have no effect in this run, with the reason."""
         augment, inert = self.augment, []
         if augment.geometry == "crop":
             inert += [(name, "--geometry is crop") for name in ("translate", "degrees")]
         else:
             inert += [("crop_scale", "--geometry is shift")]
         if augment.auto_augment not in ("none", "3a") and augment.color_jitter:
-            inert += [("color_jitter", f"timm leaves it out beside {augment.auto_augment}")]
+            inert += [("color_jitter", f"timm ignores it with {augment.auto_augment}")]
         return inert
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps per epoch; what is left of a shuffled epoch is dropped."""
+        """Optimizer steps per epoch; an incomplete last batch is dropped."""
         return self.optim.steps_per_epoch(self.num_train)
 
     @property
@@ -251,31 +259,24 @@ class ClassifierRun:
         return self.optim.total_steps(self.num_train)
 
     def split_batch(self, world_size: int) -> tuple[int, int]:
-        """How a step is shared out.
-
-        Returns:
-            images at a time per process, and how many times before the optimizer steps.
-
-        Raises:
-            ConfigError: the total batch cannot be met exactly; the nearest that can are named.
-        """
+        """Micro-batch size per process, and number of gradient accumulation steps."""
         micro, accumulation = self.optim.split_batch(world_size, self.num_train)
         if self.augment.mixes and micro % MIX_GROUP:
             raise ConfigError(
-                f"{micro} images at a time per process do not hold whole mixing groups of "
-                f"{MIX_GROUP}",
-                f"use a multiple of {MIX_GROUP}, or --mixup 0 --cutmix 0",
+                f"the micro-batch of {micro} images must be a multiple of {MIX_GROUP} "
+                "for mixup and cutmix",
+                "change --micro-batch-size, --batch-size or --nproc, or use --mixup 0 --cutmix 0",
             )
         return micro, accumulation
 
     keeps_best = True
-    """Whether the checkpoint of the best validation stays beside the newest."""
+    """Whether the checkpoint of the best validation is kept too."""
     num_conditions = 0
-    """Numbers per image that the network takes beside it."""
+    """Number of inputs per image besides the image."""
     positions = "learned absolute"
-    """The kind of positions beside RoPE."""
+    """Position embedding besides RoPE."""
     unit = "px"
-    """Of the sides of the network's input."""
+    """Unit of the input size."""
 
     @property
     def head_dim(self) -> int:
@@ -294,27 +295,23 @@ class ClassifierRun:
 
     @property
     def data_line(self) -> str:
-        """What it learns from, in words."""
+        """The data, for the plan."""
         return (
             f"{self.data}: {self.num_train} training and {self.num_val} validation images, "
             f"{self.model.num_classes} classes"
         )
 
     def misfits(self, before: dict[str, Any]) -> list[str]:
-        """What of weights with other sizes does not fit this run, in words.
-
-        Args:
-            before: name -> value, sizes of the weights that it starts from.
-        """
-        messages = []
+        """Notes on initial weights of other sizes; `before` is name -> value of these sizes."""
+        notes = []
         if before["num_classes"] != self.model.num_classes:
-            messages.append(
+            notes.append(
                 f"head re-initialised: {before['num_classes']} -> {self.model.num_classes} classes"
             )
         if before["image_size"] != self.model.image_size:
             was, now = map(format_size, (before["image_size"], self.model.image_size))
-            messages.append(f"position embedding resampled: {was} -> {now} px")
-        return messages
+            notes.append(f"position embedding resampled: {was} -> {now} px")
+        return notes
 
     @property
     def save_steps(self) -> int:

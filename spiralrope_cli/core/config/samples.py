@@ -1,4 +1,4 @@
-"""What a run of sampling is: its chain of steps, its guidance, its images. No torch."""
+"""Config of `dit-sample`: steps, guidance, images. No torch."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ SAMPLING_VAE = "mse"
 
 @dataclass(frozen=True, kw_only=True)
 class GuidanceConfig:
-    """Classifier-free guidance, e = e_null + scale * (e_label - e_null)."""
+    """Classifier-free guidance: e = e_null + scale * (e_label - e_null)."""
 
-    cfg_scale: Annotated[float, Opt("Guidance scale; 1: none, twice as fast.", SAMPLING, ge=1)] = (
-        1.0
-    )
+    cfg_scale: Annotated[
+        float, Opt("Guidance scale; 1: no guidance (twice as fast).", SAMPLING, ge=1)
+    ] = 1.0
     cfg_channels: Annotated[
         Literal["3", "all"],
-        Opt("Channels of the noise that are guided; published results: 3.", SAMPLING),
+        Opt("Number of guided noise channels; 3 as published.", SAMPLING),
     ] = "3"
     # arXiv 2404.07724
     cfg_interval: Annotated[
         tuple[int, int],
         Opt(
-            "Guide only where LO <= timestep < HI, of 0 to 1000.",
+            "Guidance only at timesteps LO <= t < HI, within 0 to 1000.",
             SAMPLING,
             metavar="LO,HI",
             read=pair,
@@ -65,7 +65,7 @@ class GuidanceConfig:
 
     @property
     def summary(self) -> str:
-        """For the plan."""
+        """Guidance, for the plan."""
         if self.cfg_scale == 1:
             return "none"
         low, high = self.cfg_interval
@@ -73,21 +73,18 @@ class GuidanceConfig:
         return f"{self.cfg_scale:g} on {channels}, timesteps {low} to {high}"
 
     def notes(self) -> list[str]:
-        """What of it has no effect."""
+        """Options that have no effect."""
         if self.cfg_scale > 1 or self == GuidanceConfig():
             return []
         return ["--cfg-channels and --cfg-interval have no effect: --cfg-scale is 1"]
 
 
 def space_timesteps(steps: str | int) -> list[int]:
-    """Which of the 1000 steps a shorter chain keeps, ascending.
+    """The timesteps of a chain, ascending, out of 0 to 999.
 
     Args:
-        steps: "250" spreads 250 steps evenly from first to last; "10,15,20" does so in each of
-            three equal sections; "ddim25" takes every 40th.
-
-    Raises:
-        ConfigError: no such chain exists.
+        steps: "250": 250 evenly spaced steps; "10,15,20": evenly spaced in each of three equal
+            sections; "ddim25": every 40th step.
     """
     text = str(steps)
     if text.startswith("ddim"):
@@ -96,8 +93,8 @@ def space_timesteps(steps: str | int) -> list[int]:
             if len(chosen := range(0, NUM_TRAIN_STEPS, step)) == wanted:
                 return list(chosen)
         raise ConfigError(
-            f"--num-sampling-steps {text}: no whole stride through {NUM_TRAIN_STEPS} takes so many "
-            "steps",
+            f"--num-sampling-steps {text}: no integer stride over {NUM_TRAIN_STEPS} steps gives "
+            "this number",
             f"use --num-sampling-steps {wanted}"
             if 1 < wanted <= NUM_TRAIN_STEPS
             else "for example ddim25 or ddim50",
@@ -113,7 +110,7 @@ def space_timesteps(steps: str | int) -> list[int]:
         )
     kept, start = [], 0
     for count, size in zip(counts, sizes, strict=True):
-        # The place is summed up, not multiplied: its rounding is part of the published chains.
+        # Summed, not multiplied, as published: the rounding errors decide which steps are chosen.
         stride, place = (size - 1) / (count - 1) if count > 1 else 1.0, 0.0
         for _ in range(count):
             kept.append(start + round(place))
@@ -123,39 +120,39 @@ def space_timesteps(steps: str | int) -> list[int]:
 
 
 def default_num_samples(data: str) -> int:
-    """How many images are drawn of weights that were trained on a data set, empty if unknown."""
+    """Default number of images for weights trained on `data`, which is empty if unknown."""
     return BUILT_IN.get(data, DataSet).num_samples
 
 
 def default_batch_size(image_size: tuple[int, int]) -> int:
-    """Images at a time: 64 of 256 px, as many pixels of other sizes, and 100 at most."""
+    """64 for 256 px; for other sizes the same number of pixels, at most 100 images."""
     return max(1, min(100, 64 * 256 * 256 // (image_size[0] * image_size[1])))
 
 
 def decoder_of(vae: str) -> str:
-    """The VAE that decodes what was trained on latents of one."""
-    # Trained with the encoder of `ema`, decoded by `mse`: so the published metrics were measured.
+    """The default VAE to decode, for a DiT that was trained with latents of `vae`."""
+    # The published metrics: latents encoded by `ema`, samples decoded by `mse`.
     return SAMPLING_VAE if vae == "ema" else vae
 
 
 def resolve_vae(source: str, channels: int, *, trained: str | None, given: str | None) -> str:
-    """The VAE that decodes: the one given, or what goes with that of the training, if known."""
+    """The VAE to decode: `given`, or the default for that of the training, if known."""
     if trained is None:
         trained = SAMPLING_VAE if channels == LATENT_CHANNELS else NO_VAE
     vae = decoder_of(trained) if given is None else given
     if vae == trained and vae not in (NO_VAE, *VAE_NAMES) and not Path(vae).is_dir():
         raise ConfigError(
-            f"{source} was trained through the VAE {vae}, which is not there",
-            "--vae names its folder, or one like it",
+            f"{source} was trained with the VAE {vae}, which does not exist here",
+            "use --vae with the folder of that VAE",
         )
     if vae == NO_VAE and channels not in (1, 3):
         raise ConfigError(
-            f"--vae none: {source} draws {channels} channels, which only a VAE turns into images",
+            f"--vae none: {source} generates {channels} channels; only a VAE decodes these",
             "use --vae mse, ema or a folder",
         )
     if vae != NO_VAE and channels != LATENT_CHANNELS:
         raise ConfigError(
-            f"--vae {vae}: {source} draws pixels, {channels} channel(s)", "use --vae none"
+            f"--vae {vae}: {source} generates pixels ({channels} channel(s))", "use --vae none"
         )
     return vae
 
@@ -168,15 +165,15 @@ def resolve_image_size(
     given: tuple[int, int] | None,
     rope: bool,
 ) -> tuple[int, int]:
-    """(height, width) in pixels: those given, or what `trained` latents or pixels decode to."""
+    """(height, width) in pixels: `given`, or the size of images in training."""
     factor = 1 if vae == NO_VAE else VAE_FACTOR
     own = factor * trained[0], factor * trained[1]
     image_size = own if given is None else given
     input_size(arch, image_size, vae)
     if image_size != own and not rope:
         raise ConfigError(
-            f"--image-size {'x'.join(map(str, image_size))}: without RoPE these weights draw "
-            f"{'x'.join(map(str, own))} alone",
+            f"--image-size {'x'.join(map(str, image_size))}: these weights have no RoPE, so they "
+            f"generate {'x'.join(map(str, own))} only",
         )
     return image_size
 
@@ -204,11 +201,12 @@ def null_label_notes(source: str, trained: dict[str, Any], scale: float) -> list
 
 
 def check_chain(sampler: str, steps: str) -> None:
-    """Refuses a chain that no sampler, or not this one, can walk."""
+    """Raises if the number of steps is not possible with this sampler."""
     count = len(space_timesteps(steps))
     if sampler == "dpm++" and not steps.isdecimal():
         raise ConfigError(
-            f"--num-sampling-steps {steps}: dpm++ spaces its steps itself", "give their number"
+            f"--num-sampling-steps {steps}: dpm++ chooses the timesteps itself",
+            "use a plain number of steps",
         )
     if sampler == "dpm++" and count >= NUM_TRAIN_STEPS:
         raise ConfigError(
@@ -218,7 +216,7 @@ def check_chain(sampler: str, steps: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRun:
-    """Images from one set of weights, complete."""
+    """The config of `dit-sample`."""
 
     source: Annotated[str, SOURCE]
     file: str  # that holds the weights
@@ -229,25 +227,31 @@ class SampleRun:
     num_classes: Annotated[int, "the number of classes"]
     num_samples: Annotated[
         int,
-        Opt("Images; 50000, or 200 of a run on a built-in set.", SAMPLING, ge=1, was="--num"),
+        Opt(
+            "Number of images; by default 50000, or 200 for a built-in data set.",
+            SAMPLING,
+            ge=1,
+            was="--num",
+        ),
     ]
-    # Steps and sampler: as the published metrics were measured.
+    # Defaults of steps and sampler: those of the published metrics.
     num_sampling_steps: Annotated[
-        str, Opt("Steps: 250, counts per section as 10,15,20, or ddim25.", SAMPLING, was="--steps")
+        str,
+        Opt("Number of steps; or per section, as 10,15,20; or ddim25.", SAMPLING, was="--steps"),
     ] = "250"
     sampler: Annotated[SamplerName, Opt("Sampler.", SAMPLING)] = "ddpm"
     guidance: GuidanceConfig
     classes: Annotated[
         tuple[int, ...],
         Opt(
-            "Class labels, used in turn; by default a random one per image.",
+            "Class labels, repeated in this order; by default random per image.",
             SAMPLING,
             metavar="N,N,...",
             read=numbers,
             expects="a list of class numbers, as 207,88",
         ),
     ] = ()
-    ema: Annotated[bool, Opt("EMA or raw weights.", SAMPLING, flag="--ema/--no-ema")] = True
+    ema: Annotated[bool, Opt("Use EMA weights.", SAMPLING, flag="--ema/--no-ema")] = True
     image_size: Annotated[
         tuple[int, int],
         Opt("Side, or height x width, in pixels; by default as trained.", IMAGES, **SIZE),
@@ -255,16 +259,16 @@ class SampleRun:
     vae: Annotated[
         str,
         Opt(
-            "mse, ema, a folder in diffusers' layout, or none: pixels.",
+            "VAE: mse, ema, a folder in diffusers' layout, or none for pixels.",
             IMAGES,
             metavar="NAME|FOLDER",
             complete="vaes_or_none",
         ),
     ]
-    png: Annotated[bool, Opt("Write every image as a .png too.", IMAGES)] = False
+    png: Annotated[bool, Opt("Also write every image as a .png.", IMAGES)] = False
     out: Annotated[
         str,
-        Opt("Folder of samples.npz and samples.png; by default runs/dit-sample-...", RUN, **PATH),
+        Opt("Output folder; by default runs/dit-sample-...", RUN, **PATH),
     ]
     seed: Annotated[int, Opt("Seed; image i depends only on the seed and i.", RUN, ge=0)] = 100
     batch_size: Annotated[int, Opt("Images per batch and process.", RUN, ge=1)]
@@ -276,12 +280,12 @@ class SampleRun:
         wrong = [label for label in self.classes if not 0 <= label < self.num_classes]
         if wrong:
             raise ConfigError(
-                f"--classes {','.join(map(str, wrong[:5]))}: the weights know "
+                f"--classes {','.join(map(str, wrong[:5]))}: the weights have "
                 f"{self.num_classes} classes, 0 to {self.num_classes - 1}"
             )
 
     @property
     def input_size(self) -> tuple[int, int]:
-        """(height, width) that the network draws."""
+        """(height, width) of the network's input."""
         factor = 1 if self.vae == NO_VAE else VAE_FACTOR
         return self.image_size[0] // factor, self.image_size[1] // factor

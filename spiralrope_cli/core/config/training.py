@@ -33,7 +33,7 @@ LINEAR_RULE_BATCH = 512
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Optimizer, schedule and averages."""
+    """Optimizer, schedule and EMA."""
 
     epochs: Annotated[int, Opt("Number of epochs.", RUN, ge=1)]
     max_steps: Annotated[
@@ -42,29 +42,30 @@ class OptimConfig:
     ]
     batch_size: Annotated[int, Opt("Total images per optimizer step.", RUN, ge=1)]
     micro_batch_size: Annotated[
-        int, Opt("Images per process and pass; gradients accumulate.", RUN, ge=1, free=True)
+        int,
+        Opt("Images per process and forward pass (gradient accumulation).", RUN, ge=1, free=True),
     ]
     lr: Annotated[float, Opt("Learning rate before linear batch scaling.", RECIPE, ge=0)]
     lr_rule: Annotated[
         Literal["linear", "none"],
-        Opt(f"linear: times total batch / {LINEAR_RULE_BATCH}; none: as given.", RECIPE),
+        Opt(f"linear: multiply --lr by batch size / {LINEAR_RULE_BATCH}; none: do not.", RECIPE),
     ]
     min_lr: Annotated[float, Opt("Final learning rate of the cosine schedule.", RECIPE, ge=0)]
-    warmup_lr: float  # where the warm-up starts
+    warmup_lr: float  # first learning rate of the warm-up
     warmup_epochs: Annotated[int, Opt("Epochs of linear warm-up.", RECIPE, ge=0)]
     schedule: Annotated[
         Literal["cosine", "constant", "published"],
-        Opt("Cosine per step, constant, or cosine per epoch (published).", RECIPE),
+        Opt("cosine: per step; published: per epoch, one epoch late.", RECIPE),
     ]
     betas: tuple[float, float]  # of AdamW
     weight_decay: Annotated[
-        float, Opt("AdamW weight decay; not of norms, biases, embeddings.", RECIPE, ge=0)
+        float, Opt("AdamW weight decay; not for norms, biases, embeddings.", RECIPE, ge=0)
     ]
     clip_grad: Annotated[float, Opt("Clip gradients to this norm; 0: none.", RECIPE, ge=0)]
     ema_decay: Annotated[float, Opt("Decay of the EMA weights, per step.", RECIPE, ge=0, lt=1)]
     freeze: Annotated[
         Literal["none", "attn-only", "head-only"],
-        Opt("Train everything, attention and head, or only the head.", RECIPE),
+        Opt("Train all; attention, position embedding and head; or only the head.", RECIPE),
     ]
 
     def __post_init__(self) -> None:
@@ -73,7 +74,7 @@ class OptimConfig:
             raise ConfigError(f"betas are {self.betas}; each must be in [0, 1)")
 
     def inert_options(self) -> list[tuple[str, str]]:
-        """Fields that cannot act, each with the reason."""
+        """Fields that have no effect, with the reason."""
         inert = [("epochs", "--max-steps is given")] if self.max_steps else []
         if self.schedule == "constant":
             inert += [(name, "--schedule is constant") for name in ("min_lr", "warmup_epochs")]
@@ -81,12 +82,12 @@ class OptimConfig:
 
     @property
     def peak_lr(self) -> float:
-        """The learning rate after the rule."""
+        """The learning rate after batch scaling."""
         scale = self.batch_size / LINEAR_RULE_BATCH if self.lr_rule == "linear" else 1.0
         return self.lr * scale
 
     def steps_per_epoch(self, num_train: int) -> int:
-        """Optimizer steps per epoch; what is left of a shuffled epoch is dropped."""
+        """Optimizer steps per epoch; an incomplete last batch is dropped."""
         return num_train // self.batch_size
 
     def total_steps(self, num_train: int) -> int:
@@ -94,11 +95,7 @@ class OptimConfig:
         return self.max_steps or self.epochs * self.steps_per_epoch(num_train)
 
     def check_length(self, num_train: int, data: str) -> None:
-        """Refuses a batch, or a warm-up, that a training set and a run are too short for.
-
-        Raises:
-            ConfigError: names the option and what fits.
-        """
+        """Raises if the batch is larger than the training set, or the warm-up is too long."""
         if self.batch_size > num_train:
             raise ConfigError(
                 f"--batch-size {self.batch_size} is more than the {num_train} "
@@ -110,19 +107,15 @@ class OptimConfig:
         per_epoch, total_steps = self.steps_per_epoch(num_train), self.total_steps(num_train)
         if self.schedule != "constant" and total_steps <= self.warmup_epochs * per_epoch:
             raise ConfigError(
-                f"--warmup-epochs {self.warmup_epochs} leaves nothing of a run of "
-                f"{total_steps} steps ({per_epoch} per epoch)",
+                f"--warmup-epochs {self.warmup_epochs} is as long as the whole run of "
+                f"{total_steps} steps, or longer ({per_epoch} steps per epoch)",
                 "use fewer warm-up epochs, or a longer run",
             )
 
     def split_batch(self, world_size: int, num_train: int) -> tuple[int, int]:
-        """How a step is shared out.
+        """Micro-batch size per process, and number of gradient accumulation steps.
 
-        Returns:
-            images at a time per process, and how many times before the optimizer steps.
-
-        Raises:
-            ConfigError: the total batch cannot be met exactly; the nearest that can are named.
+        Raises if the batch does not split exactly; the message names the nearest that do.
         """
         batch = self.batch_size
         micro = min(self.micro_batch_size, max(batch // world_size, 1))
@@ -144,13 +137,19 @@ class MachineConfig:
     """Where and how a run is executed. Of these only `precision` changes its numbers."""
 
     nproc: Annotated[
-        int, Opt("Processes here; by default one per GPU, one on CPU.", MACHINE, ge=0, free=True)
+        int,
+        Opt(
+            "Processes on this machine; by default one per GPU, or one on CPU.",
+            MACHINE,
+            ge=0,
+            free=True,
+        ),
     ] = 0
     nnodes: Annotated[int, Opt("Number of machines.", MACHINE, ge=1, free=True)] = 1
     rdzv_endpoint: Annotated[
         str,
         Opt(
-            "Rendezvous of several machines.",
+            "Rendezvous endpoint of several machines.",
             MACHINE,
             metavar="HOST:PORT",
             pattern=r"(.+:\d+)?",
@@ -163,18 +162,19 @@ class MachineConfig:
         Opt("Device; by default a GPU if there is one, else the CPU.", MACHINE, free=True),
     ] = "auto"
     precision: Annotated[
-        Literal["auto", "fp32", "bf16"], Opt("auto: bf16 where the device computes it.", MACHINE)
+        Literal["auto", "fp32", "bf16"],
+        Opt("auto: bf16 if the device supports it, else fp32.", MACHINE),
     ] = "auto"
     compile: Annotated[
         bool, Opt("Use torch.compile.", MACHINE, flag="--compile/--no-compile", free=True)
     ] = False
-    grad_checkpointing: Annotated[bool, Opt("Activation checkpointing.", MACHINE, free=True)] = (
-        False
-    )
+    grad_checkpointing: Annotated[
+        bool, Opt("Activation checkpointing: less memory, slower.", MACHINE, free=True)
+    ] = False
     workers: Annotated[
         int,
         Opt(
-            "Data loader workers per process, for image folders; -1: up to 4, by CPU cores.",
+            "Data loader workers per process, for image folders; -1: one per core, at most 4.",
             MACHINE,
             ge=-1,
             free=True,
@@ -186,13 +186,13 @@ class MachineConfig:
     resume: Annotated[
         Literal["auto", "must", "never"],
         Opt(
-            "Resume from the newest checkpoint: if there is one, always, or never.",
+            "Resume from the newest checkpoint. auto: if there is one; must: it must exist.",
             RUN,
             free=True,
         ),
     ] = "auto"
     tracker: Annotated[
-        Literal["none", "tensorboard", "wandb"], Opt("Log to this tracker too.", RUN, free=True)
+        Literal["none", "tensorboard", "wandb"], Opt("Also log to a tracker.", RUN, free=True)
     ] = "none"
 
     def __post_init__(self) -> None:
@@ -206,39 +206,35 @@ class MachineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """What a training command takes beside its config."""
+    """Further options of a training command."""
 
     name: Annotated[str, Opt("Suffix of the run folder's name.", RUN)] = ""
     config: Annotated[
         str,
         Opt(
-            "config.yaml of a run to repeat; options win over it.",
+            "config.yaml of a run to repeat; options override it.",
             RUN,
             **{**PATH, "metavar": "FILE"},
         ),
     ] = ""
-    dry_run: Annotated[bool, Opt("Print the resolved plan and stop.", RUN)] = False
+    dry_run: Annotated[bool, Opt("Print the plan and stop.", RUN)] = False
 
     def check_folder(self, out: str) -> None:
-        """Refuses a word for the folder's name beside the folder itself.
-
-        Raises:
-            ConfigError: names both.
-        """
+        """Raises if both --name and --out are given."""
         if self.name and out:
             raise ConfigError(
-                f"--name {self.name} and --out {out} both name the folder", "give one"
+                f"--name {self.name} and --out {out} both name the run folder", "use one of them"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkup:
-    """What is inspected on this machine, with one kind of run in mind."""
+    """The config of `doctor`: this machine, and the run to check."""
 
     arch: Annotated[
         str,
         Opt(
-            "Architecture to check, a deit-... or dit-...; by default the data set's.",
+            "Architecture of the run, deit-... or dit-...; by default that of the data set.",
             MODEL,
             metavar="NAME",
             complete="archs",
@@ -247,38 +243,42 @@ class Checkup:
     data: Annotated[
         str,
         Opt(
-            "Built-in name or folder; by default SPIRALROPE_DATA, else digits.",
+            "Built-in name or folder; by default $SPIRALROPE_DATA, else digits.",
             DATA,
             metavar="NAME|FOLDER",
             complete="data_sets",
         ),
     ] = ""
-    runs: Annotated[str, Opt("Folder of the run folders.", RUN, **PATH)] = RUNS_FOLDER
+    runs: Annotated[str, Opt("Folder that holds the run folders.", RUN, **PATH)] = RUNS_FOLDER
     num_samples: Annotated[
         int,
-        Opt("Images of dit-sample; 50000, or 200 of a built-in set.", RUN, ge=0, was="--num"),
+        Opt(
+            "Number of images of dit-sample; by default 50000, or 200 for a built-in data set.",
+            RUN,
+            ge=0,
+            was="--num",
+        ),
     ] = 0
     batch_size: Annotated[int | None, Opt("Total images per optimizer step.", RUN, ge=1)] = None
     micro_batch_size: Annotated[
-        int | None, Opt("Images per process and pass; gradients accumulate.", RUN, ge=1)
+        int | None, Opt("Images per process and forward pass (gradient accumulation).", RUN, ge=1)
     ] = None
     offline: Annotated[bool, Opt("Do not contact the Hub.", SHOW)] = False
-    as_json: Annotated[bool, Opt("JSON on stdout, nothing else.", SHOW, flag="--json")] = False
-    options: dict[str, Any] = field(default_factory=dict)  # those of a training command, as given
+    as_json: Annotated[bool, Opt("Print JSON on stdout.", SHOW, flag="--json")] = False
+    options: dict[str, Any] = field(default_factory=dict)  # given options of the training command
     machine: MachineConfig = field(default_factory=MachineConfig)
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.num_samples and not self.dit:
             raise ConfigError(
-                f"--num-samples {self.num_samples} has no effect: it is the number of images "
-                "that a DiT draws",
-                "name it by --arch, or leave --num-samples out",
+                f"--num-samples {self.num_samples} has no effect: only a DiT samples images",
+                "give a DiT with --arch, or leave --num-samples out",
             )
         if self.arch:
             dit_size(self.arch) if self.dit else deit_size(self.arch)
 
     @property
     def dit(self) -> bool:
-        """Whether the run in mind is that of a diffusion transformer."""
+        """Whether the run to check is that of a DiT."""
         return is_dit(self.arch)

@@ -18,34 +18,34 @@ _REFERENCES = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One entry, of a repository on the Hub or of a plain URL."""
+    """A published file, in a repository on the Hub or at a plain URL."""
 
-    name: str  # for `fetch` and the other commands
+    name: str  # published name, for all commands
     kind: str  # deit, dit, vae, inception or reference
-    what: str  # in words
-    file: str  # path in the repository, or the file's name where there is no repository
+    what: str  # description
+    file: str  # path in the repository; for a plain URL the file name
     repo: str = ""
-    more_files: tuple[str, ...] = ()  # of the repository, that belong to it
-    arch: str = ""  # `--arch`, of our networks
-    steps: int | None = None  # of training; the file's name can say something else
-    rope: dict[str, Any] | None = None  # by the fields of RopeConfig, where the file lacks them
+    more_files: tuple[str, ...] = ()  # further files of the repository
+    arch: str = ""  # of a DeiT or DiT
+    steps: int | None = None  # training steps; the file name can be wrong
+    rope: dict[str, Any] | None = None  # fields of RopeConfig, if the file does not have them
     url: str = ""
-    url_variable: str = ""  # environment variable that names a mirror
-    sha256: str = ""  # how the digest of a plain download begins, empty where none is published
+    url_variable: str = ""  # environment variable for a mirror
+    sha256: str = ""  # first digits, for plain URLs; empty if none is published
 
     @property
     def files(self) -> tuple[str, ...]:
-        """All its files, by path in the repository."""
+        """All files, by path in the repository."""
         return (*self.more_files, self.file)
 
     @property
     def file_name(self) -> str:
-        """Its file without folders."""
+        """Name of the file, without folders."""
         return PurePosixPath(self.file).name
 
     @property
     def source_url(self) -> str:
-        """Where a plain download comes from, a mirror named by the user included."""
+        """URL of a plain download, or of the user's mirror."""
         return os.environ.get(self.url_variable or "", "") or self.url
 
 
@@ -91,8 +91,8 @@ ROWS = (
     _dit("dit-b2", "dit_b2/0400000.pt", 400_000),
     _dit("dit-l2", "dit_l2/0400000.pt", 400_000),
     _dit("dit-xl2@400k", "dit_xl2/0400000.pt", 400_000),
-    # The name of this file is one digit short: it holds the weights of step 7 000 000. It is a
-    # bare state dict, so that its RoPE options are known from the authors' run name alone.
+    # The file name lacks a zero: these are the weights of step 7 000 000. It is a plain state dict
+    # without options; the RoPE options are from the name of the authors' run.
     _dit(
         "dit-xl2@7m",
         "dit_xl2/0700000.pth",
@@ -119,7 +119,7 @@ ALIASES = {"dit-xl2": "dit-xl2@7m"}
 
 
 def find_row(name: str) -> Row:
-    """The row of that name; where there is none, the nearest name is suggested."""
+    """The row by name; for an unknown name the error suggests the nearest."""
     wanted = name.strip().lower()
     by_name = {row.name: row for row in ROWS}
     if row := by_name.get(ALIASES.get(wanted, wanted)):
@@ -127,6 +127,6 @@ def find_row(name: str) -> Row:
     near = difflib.get_close_matches(wanted, [*by_name, *ALIASES], n=1, cutoff=0.5)
     guess = f"did you mean {near[0]}? " if near else ""
     raise ConfigError(
-        f"{name} is not among the published weights",
-        f"{guess}spiralrope fetch --list shows them all",
+        f"{name} is not a published name",
+        f"{guess}spiralrope fetch --list shows all",
     )

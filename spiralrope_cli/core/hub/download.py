@@ -1,9 +1,8 @@
-"""Published weights: where they are here, and how they come, from the Hub or by plain HTTPS.
+"""Published weights: in the cache, or downloaded from the Hub or by plain HTTPS.
 
-`huggingface_hub` downloads, goes on after broken connections, and keeps a cache. It compares no
-digests and does not look whether the disk can hold a file: that is done here. It reads
-HF_ENDPOINT, HF_HOME and HF_TOKEN when it is imported, and takes its time to load: it is imported
-inside the functions.
+`huggingface_hub` downloads, resumes and caches. It checks neither digests nor disk space, so this
+is done here. It reads HF_ENDPOINT, HF_HOME and HF_TOKEN at import, and is slow to import: it is
+imported inside functions.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from spiralrope_cli.core.runtime.progress import human_size, say
 
 
 def local_files(row: Row, *, revision: str | None = None) -> list[Path]:
-    """The row's files in the cache, in the order of the row; empty unless all are here."""
+    """Cached files of a row, in its order; empty unless all are cached."""
     if not row.repo:
         target = target_of(row)
         return [target] if target.is_file() else []
@@ -38,13 +37,13 @@ def local_files(row: Row, *, revision: str | None = None) -> list[Path]:
 
 
 def local_path(row: Row) -> Path | None:
-    """The row in the cache, without asking anyone: its file, or the folder of several files."""
+    """The cached file of a row, or the folder of its files; does not use the network."""
     files = local_files(row)
     return _one_path(files) if files else None
 
 
 def damaged_files(row: Row) -> list[Path]:
-    """The row's files in the cache whose bytes have another digest than they should."""
+    """Cached files of a row with a wrong digest."""
     bad = []
     for path in local_files(row):
         expected = named_digest(path) if row.repo else row.sha256
@@ -56,19 +55,13 @@ def damaged_files(row: Row) -> list[Path]:
 def fetch_published(
     row: Row, *, revision: str | None = None, offline: bool = False, out: Path | None = None
 ) -> Path:
-    """Brings a row here, unless it is, and says on stderr what comes and its digest.
+    """Downloads a row unless it is cached, checks it, and returns its file or folder.
 
     Args:
-        row: of the catalogue.
-        revision: branch, tag or commit on the Hub; by default its main branch.
-        offline: takes what is here, and asks nobody.
-        out: folder for a copy under the files' own names.
-
-    Returns:
-        Its file, or the folder of several files; with `out`, of the copy.
-
-    Raises:
-        FetchError: it cannot be had, or is not what it should be.
+        row: row of the catalogue.
+        revision: branch, tag or commit on the Hub; by default main.
+        offline: use cached files only.
+        out: also copy the files into this folder, and return the copy.
     """
     from huggingface_hub import constants
 
@@ -87,7 +80,7 @@ def _one_path(files: list[Path]) -> Path:
 
 
 def cached(row: Row, file: str, revision: str | None) -> Path | None:
-    """A file as the cache last saw that revision."""
+    """The cached file of a revision, or None."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(row.repo, file, revision=revision)
@@ -95,12 +88,12 @@ def cached(row: Row, file: str, revision: str | None) -> Path | None:
 
 
 def named_digest(path: Path) -> str:
-    """The digest that the cache names a file by, empty where it links to none."""
+    """The digest in the cache's name of a file; empty if it is not a link to one."""
     return Path(os.readlink(path)).name if path.is_symlink() else ""
 
 
 class HubFile(NamedTuple):
-    """What the Hub says of a file."""
+    """Metadata of a file on the Hub."""
 
     name: str  # path in the repository
     commit: str
@@ -109,7 +102,7 @@ class HubFile(NamedTuple):
 
 
 def look_up(row: Row, revision: str | None, *, timeout: float | None = None) -> list[HubFile]:
-    """Asks the Hub for commit, digest and size of each file; `timeout` is in seconds."""
+    """Commit, digest and size of each file, from the Hub; `timeout` is in seconds."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
@@ -122,15 +115,15 @@ def look_up(row: Row, revision: str | None, *, timeout: float | None = None) -> 
             )
         except HfHubHTTPError as error:
             raise _refusal(row, file, revision, error) from error
-        # HTTPError is that of the HTTP library, which changes with huggingface_hub's versions.
+        # HTTPError is that of the HTTP library, which depends on the version of huggingface_hub.
         except (HTTPError, OSError) as error:
             raise NoRouteError(
                 f"no route to {constants.ENDPOINT}: {first_line(error)}",
-                "check network, proxy and HF_ENDPOINT; --offline takes what is here",
+                "check network, proxy and HF_ENDPOINT; --offline uses cached files",
             ) from error
         if not metadata.commit_hash or not metadata.etag or metadata.size is None:
             raise FetchError(
-                f"{constants.ENDPOINT} does not answer as the Hub does for {row.repo}/{file}",
+                f"{constants.ENDPOINT} does not answer like the Hub for {row.repo}/{file}",
                 "check HF_ENDPOINT and the proxy",
             )
         found.append(HubFile(file, metadata.commit_hash, metadata.etag, metadata.size))
@@ -138,7 +131,7 @@ def look_up(row: Row, revision: str | None, *, timeout: float | None = None) -> 
 
 
 def _fetch_from_hub(row: Row, revision: str | None, barred: str, out: Path | None) -> list[Path]:
-    """The files of a row, of which those come that are not here; each one's digest is checked."""
+    """The files of a row; missing ones are downloaded, and all digests are checked."""
     from huggingface_hub import constants
 
     there = local_files(row, revision=revision)
@@ -152,7 +145,7 @@ def _fetch_from_hub(row: Row, revision: str | None, barred: str, out: Path | Non
             say(error.message)
     if not remotes:
         return _take_cached(row, there, barred)
-    # By commit, because the revision's name may stand for an older one here.
+    # By commit: in the cache the name of the revision may refer to an older one.
     here = {each.name: cached(row, each.name, each.commit) for each in remotes}
     missing = sum(each.size for each in remotes if here[each.name] is None)
     sizes = {Path(each.name).name: each.size for each in remotes}
@@ -165,51 +158,51 @@ def _fetch_from_hub(row: Row, revision: str | None, barred: str, out: Path | Non
 
 
 def _take_cached(row: Row, files: list[Path], barred: str) -> list[Path]:
-    """The cached files, checked against the digests that the cache names them by."""
+    """The cached files, checked against the digests in their names."""
     if not files:
-        raise FetchError(f"{row.name} is not here", f"fetch it once without {barred}")
+        raise FetchError(f"{row.name} is not downloaded", f"fetch it once without {barred}")
     say(f"{row.name} is here")
     for path in files:
         if not is_right(path, named_digest(path), "the cache"):
             _drop(path)
             again = f"fetch it again without {barred}" if barred else "fetch it again"
-            raise FetchError(f"{row.name} was damaged, and is deleted", again)
+            raise FetchError(f"{row.name} was damaged, and was deleted", again)
     return files
 
 
 def _fetch_one(row: Row, remote: HubFile, revision: str | None, here: Path | None) -> Path:
-    """One file, by huggingface_hub, and compared with the Hub's digest."""
+    """One file by huggingface_hub, compared with the digest of the Hub."""
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     if here and not is_right(here, remote.etag, "the Hub"):
         _drop(here)
-        say(f"  {here.name} was damaged, and is fetched again")
+        say(f"  {here.name} was damaged; downloading it again")
         here = None
     try:
-        # Called for files that are here too: it notes which commit the revision stands for.
+        # Also called for cached files: it records the commit of the revision.
         path = Path(hf_hub_download(row.repo, remote.name, revision=revision))
     except HfHubHTTPError as error:
         raise _refusal(row, remote.name, revision, error) from error
-    # hf_xet, which brings large files from the real Hub, raises RuntimeError.
+    # hf_xet, which downloads large files from the real Hub, raises RuntimeError.
     except (HTTPError, OSError, RuntimeError) as error:
         if isinstance(error, OSError) and error.errno:
             raise disk_error(error, Path(constants.HF_HUB_CACHE)) from error
         raise FetchError(
-            f"the download of {row.name} broke off: {first_line(error)}",
-            "nothing of it was kept; try again",
+            f"the download of {row.name} failed: {first_line(error)}",
+            "nothing was kept; try again",
         ) from error
     if not here and not is_right(path, remote.etag, "the Hub"):
         _drop(path)
         raise FetchError(
-            f"{row.repo}/{remote.name} arrived with wrong bytes, their digest is not {remote.etag}",
-            "nothing of it was kept; try again, or another HF_ENDPOINT",
+            f"{row.repo}/{remote.name} has a wrong digest after the download, not {remote.etag}",
+            "nothing was kept; try again, or another HF_ENDPOINT",
         )
     return path
 
 
 def _drop(path: Path) -> None:
-    """Deletes a file from the cache with everything that its name points to."""
+    """Deletes a file from the cache, with the targets of its links."""
     while path.is_symlink():
         target = path.parent / os.readlink(path)
         path.unlink()
@@ -218,7 +211,7 @@ def _drop(path: Path) -> None:
 
 
 def _refusal(row: Row, file: str, revision: str | None, error: BaseException) -> FetchError:
-    """One line for an answer of the Hub that is no file."""
+    """The error for an HTTP status of the Hub."""
     from huggingface_hub import constants
 
     response = error.response  # type: ignore[attr-defined]
@@ -227,11 +220,11 @@ def _refusal(row: Row, file: str, revision: str | None, error: BaseException) ->
     if code == 401:
         return FetchError(
             f"{constants.ENDPOINT} does not let you read {where} (401)",
-            "set HF_TOKEN to a token that may; a repository that is not there answers so too",
+            "set HF_TOKEN; the Hub gives the same answer if the repository does not exist",
         )
     if code == 403:
         return FetchError(
-            f"your token may not read {where} (403)",
+            f"your token has no access to {where} (403)",
             f"accept the terms on {constants.ENDPOINT}/{row.repo}, or set another HF_TOKEN",
         )
     if code == 404 and reason == "RevisionNotFound":

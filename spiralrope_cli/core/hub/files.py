@@ -1,9 +1,8 @@
-"""Files that come or are written: digests, free disk, copies, and downloads by plain HTTPS.
+"""Files: digests, disk space, copies, and downloads by plain HTTPS.
 
-What is not on the Hub comes by `huggingface_hub.file_download.http_get`, which goes on after broken
-connections. Here is what it leaves out: parts that the next call goes on with, and never with
-another version of the file; free disk; the digest. Downloads of torch.hub and torchvision begin
-anew each time.
+Files outside the Hub are downloaded by `huggingface_hub.file_download.http_get`, which resumes
+broken connections. Added here: the next call resumes a partial download, but never with another
+version of the file; disk space and digest are checked. torch.hub and torchvision do not resume.
 """
 
 from __future__ import annotations
@@ -32,16 +31,16 @@ from spiralrope_cli.core.runtime.progress import human_size, say
 from spiralrope_cli.core.runtime.run_folder import check_space
 
 OTHER_DISK = "free some, or name another disk with --out (for downloads HF_HOME, SPIRALROPE_CACHE)"
-# A whole SHA-256, how one begins, or git's SHA-1; anything else cannot be compared with.
+# SHA-256, its first 8 digits, or git's SHA-1. Anything else cannot be compared.
 DIGEST = re.compile("[0-9a-f]{8}|[0-9a-f]{40}|[0-9a-f]{64}")
 
 TIMEOUT_SECONDS = 30.0
-# Compressed on the way, a file would have another size than the one that was announced.
+# No compression: a compressed response has another size than the file.
 HEADERS = {"User-Agent": f"spiralrope/{__version__}", "Accept-Encoding": "identity"}
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content, as hexadecimal digits."""
+    """SHA-256 of a file, as hexadecimal digits."""
     state = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -50,9 +49,9 @@ def sha256_of(path: Path) -> str:
 
 
 def digest_like(path: Path, expected: str) -> tuple[str, str]:
-    """Kind and digest of a file, of the kind that `expected` is.
+    """Kind and digest of a file; the kind is that of `expected`.
 
-    The Hub names large files by SHA-256, and small ones, that are kept in git, as git does.
+    The Hub uses SHA-256 for large files, and git's SHA-1 for small ones.
     """
     if len(expected) != 40:
         return "sha256", sha256_of(path)
@@ -61,28 +60,28 @@ def digest_like(path: Path, expected: str) -> tuple[str, str]:
 
 
 def is_right(path: Path, expected: str, owner: str, *, name: str = "") -> bool:
-    """Compares a file with its owner's digest, or how that begins, and says the outcome.
+    """Whether a file has the digest `expected` (or its first digits); prints the result.
 
-    What is no digest, as the ETag of some servers, counts as right, and the outcome says so.
+    If `expected` is not a digest, as the ETag of some servers, the result is True, with a remark.
     """
     comparable = DIGEST.fullmatch(expected)
     kind, found = digest_like(path, expected if comparable else "")
     if comparable and not found.startswith(expected):
         return False
-    outcome = f"as {owner} says" if comparable else f"{owner} gives none to compare with"
+    outcome = f"same as {owner}" if comparable else f"not compared: {owner} gives no digest"
     say(f"  {name or path.name}: {human_size(path.stat().st_size)}, {kind} {found}, {outcome}")
     return True
 
 
 def disk_error(error: Exception, where: Path) -> FetchError:
-    """The line for a write that failed."""
+    """The error for a failed write."""
     if is_disk_full(error):
         return FetchError(f"the disk is full: {where} cannot hold the file", OTHER_DISK)
     return FetchError(f"{where} cannot be written: {getattr(error, 'strerror', None) or error}")
 
 
 def refuse_existing(target: Path) -> None:
-    """Refuses to write where something already lies; an empty folder is nothing."""
+    """Raises if the target exists; an empty folder is allowed."""
     empty_folder = target.is_dir() and not any(target.iterdir())
     if (target.is_symlink() or target.exists()) and not empty_folder:
         raise FetchError(f"{target} exists already", "choose another --out, or move it away")
@@ -90,9 +89,9 @@ def refuse_existing(target: Path) -> None:
 
 @contextlib.contextmanager
 def new_path(target: Path) -> Iterator[Path]:
-    """A path beside the target to write a file or a folder at; it gets its name when it is whole.
+    """Yields a temporary path for a new file or folder; at the end it is renamed to `target`.
 
-    Unlike `atomic_write` it takes folders, replaces nothing, and words what the disk refused.
+    Unlike `atomic_write` it also takes folders, never replaces, and raises `FetchError`.
     """
     refuse_existing(target)
     beside = target.with_name(f".{target.name}.{os.getpid()}")
@@ -114,12 +113,12 @@ def new_path(target: Path) -> Iterator[Path]:
 
 
 def check_room(cache: Path, missing: int, out: Path | None, sizes: dict[str, int]) -> None:
-    """Refuses, before a byte comes, what the disks cannot hold, and a copy over another file.
+    """Before a download: raises if a disk is too full, or the copy would replace another file.
 
     Args:
-        cache: where the download goes.
-        missing: bytes of it that are not there yet.
-        out: folder of the copy, if one is wanted.
+        cache: folder of the download.
+        missing: bytes to download.
+        out: folder of the copy, if any.
         sizes: file name -> bytes of the copy.
     """
     needs = [(cache, missing)]
@@ -133,7 +132,7 @@ def check_room(cache: Path, missing: int, out: Path | None, sizes: dict[str, int
 
 
 def place_copy(source: Path, folder: Path) -> Path:
-    """Copies a file into a folder, unless it is there; another file is never replaced."""
+    """Copies a file into a folder unless the same file is there; raises if another file is."""
     target = folder / source.name
     if target.is_file() and filecmp.cmp(source, target, shallow=False):
         return target
@@ -145,31 +144,31 @@ def place_copy(source: Path, folder: Path) -> Path:
 
 
 def _other_file(target: Path) -> FetchError:
-    return FetchError(f"{target} is another file", "choose another --out, or move it away")
+    return FetchError(f"{target} exists and differs", "choose another --out, or move it away")
 
 
 # --- Downloads by plain HTTPS
 
 
 class FileVersion(NamedTuple):
-    """What a server says of a file; `validator` names this very version of it."""
+    """Size of a file on a server, and an identifier of its version."""
 
     size: int
     validator: str
 
 
 def target_of(row: Row) -> Path:
-    """Where the file is kept."""
+    """Path in the cache."""
     return cache_folder() / "weights" / row.file_name
 
 
 def fetch_file(row: Row, barred: str, out: Path | None) -> Path:
-    """Downloads one file, unless it is here.
+    """Downloads one file unless it is cached.
 
     Args:
-        row: of the catalogue.
-        barred: the option or variable that forbids a download, empty where none does.
-        out: folder of the copy that is made afterwards.
+        row: row of the catalogue.
+        barred: the option or variable that forbids downloads; empty if none does.
+        out: folder of a later copy, to check its disk space.
     """
     from huggingface_hub.utils import WeakFileLock
 
@@ -184,25 +183,25 @@ def fetch_file(row: Row, barred: str, out: Path | None) -> Path:
             if is_right(target, row.sha256, "its name"):
                 return target
             target.unlink()
-            say("  it was damaged, and is deleted")
+            say("  it was damaged, and was deleted")
         if barred:
-            raise FetchError(f"{row.name} is not here", f"fetch it once without {barred}")
+            raise FetchError(f"{row.name} is not downloaded", f"fetch it once without {barred}")
         _download(row, target, out)
     return target
 
 
 def file_version(row: Row) -> FileVersion:
-    """Asks for a file's size without reading it."""
+    """Size and version of a file, without reading it."""
     url = row.source_url
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"{row.url_variable} is {url}; it must begin with https:// or http://")
     asked = urllib.request.Request(url, headers=HEADERS)
     try:
-        # Not HEAD: addresses that are signed for a download, as GitHub's, may refuse it.
+        # Not HEAD: signed download URLs, such as GitHub's, may refuse it.
         with urllib.request.urlopen(asked, timeout=TIMEOUT_SECONDS) as answer:
             length = answer.headers.get("Content-Length", "")
             if answer.headers.get_content_type() == "text/html" or not length.isdigit():
-                raise FetchError(f"{url} answers with something other than a file", _mirror(row))
+                raise FetchError(f"{url} does not answer with a file", _mirror(row))
             etag = answer.headers.get("ETag", "")
             validator = etag if etag.startswith('"') else answer.headers.get("Last-Modified", "")
             return FileVersion(int(length), validator)
@@ -223,9 +222,9 @@ def _download(row: Row, target: Path, out: Path | None) -> None:
     part = _part_of(row, target, version)
     have = part.stat().st_size if part.exists() else 0
     check_room(target.parent, version.size - have, out, {target.name: version.size})
-    at = f", going on at {human_size(have)}" if have else ""
+    at = f", resuming at {human_size(have)}" if have else ""
     say(f"{row.name}: {human_size(version.size)} from {row.source_url}{at}")
-    # A server that has another version by now sends that one whole.
+    # If the server has another version by now, it sends that one from the start.
     same = {"If-Range": version.validator} if version.validator else {}
     try:
         with part.open("ab") as sink:
@@ -247,24 +246,24 @@ def _download(row: Row, target: Path, out: Path | None) -> None:
             raise disk_error(error, target.parent) from error
         have = part.stat().st_size
         raise FetchError(
-            f"the download broke off at {human_size(have)} of {human_size(version.size)}: "
+            f"the download failed after {human_size(have)} of {human_size(version.size)}: "
             f"{first_line(error)}",
-            "the same command goes on from there",
+            "run the same command again: it resumes",
         ) from error
     if not right:
         part.unlink()
         raise FetchError(
-            f"{row.source_url} sent wrong bytes: sha256 does not begin with {row.sha256}",
-            _mirror(row) or "nothing of it was kept; try again later",
+            f"{row.source_url} sent a wrong file: its sha256 does not begin with {row.sha256}",
+            _mirror(row) or "nothing was kept; try again later",
         )
 
 
 def _part_of(row: Row, target: Path, version: FileVersion) -> Path:
-    """Where the pieces gather; named by the version, so that two never mix in one file."""
+    """Path of a partial download; the version is in its name, so that versions are never mixed."""
     digest = hashlib.sha256(repr(version).encode()).hexdigest()[:12]
     part = target.with_name(f".{target.name}.{digest}.part")
     for other in target.parent.glob(f".{target.name}.*.part"):
-        # Without a name for the version and without a digest nothing would show a mixture.
+        # Without a version and without a digest, a mix of two versions would not be noticed.
         mixed = not (version.validator or row.sha256) or other.stat().st_size > version.size
         if other != part or mixed:
             other.unlink()
@@ -272,7 +271,7 @@ def _part_of(row: Row, target: Path, version: FileVersion) -> Path:
 
 
 def first_line(error: BaseException) -> str:
-    """What went wrong, without the help that some libraries add."""
+    """First line of a message; some libraries add help."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

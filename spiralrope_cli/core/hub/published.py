@@ -1,7 +1,7 @@
-"""The published file layouts: read without running what a pickle asks for, and written.
+"""Published file layouts: read without running code in pickles, and written without optimizer.
 
 DeiT, `checkpoint.pth`: model, model_ema, epoch, args; `blocks.N.attn.rope.freqs` in each block.
-DiT, `0400000.pt`: model, ema, args; `rope_embedder.freqs` once. No optimizer in what is written.
+DiT, `0400000.pt`: model, ema, args; `rope_embedder.freqs` once.
 """
 
 from __future__ import annotations
@@ -33,37 +33,37 @@ from spiralrope_cli.core.rope import frequencies
 
 StateDict = dict[str, Tensor]
 ZIP_MAGIC = b"PK\x03\x04"
-OF_OURS = "pretrain_grid"  # in the args of exports alone
-FREQS_TOLERANCE = 1e-3  # relative; in averaged weights frequencies crept by up to 2e-4
+OF_OURS = "pretrain_grid"  # `args` of our exports only
+FREQS_TOLERANCE = 1e-3  # relative; in EMA weights the frequencies drifted by up to 2e-4
 
 
 @dataclass(frozen=True)
 class PublishedFile:
-    """One file, unpacked; raw and averaged weights are the same where it holds one set alone."""
+    """The content of a file; with a single set of weights `raw` and `ema` are the same."""
 
-    raw: StateDict  # mapped from the disk where the file's format allows it
+    raw: StateDict  # memory-mapped if the format of the file allows it
     ema: StateDict
     has_both: bool
-    args: dict[str, Any]  # options of the run that made it, none in a bare state dict
-    progress: str = ""  # epoch or step that it was saved at, in words
+    args: dict[str, Any]  # options of its run; empty for a plain state dict
+    progress: str = ""  # such as `epoch 299` or `step 400000`
 
 
 def read_published(path: Path) -> PublishedFile:
-    """Reads a `.pth` or `.pt` file; what its optimizer holds stays on the disk."""
+    """Reads a `.pth` or `.pt` file, without the state of the optimizer."""
     content = load_safely(path)
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__} and no weights")
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, no weights")
     raw = _state_dict_in(content, "model")
     ema = _state_dict_in(content, "model_ema") or _state_dict_in(content, "ema")
     if not raw and not ema:
         if not content or not all(isinstance(value, Tensor) for value in content.values()):
             named = ", ".join(map(str, list(content)[:4])) or "nothing"
             raise CheckpointError(
-                f"{path} is no checkpoint in a published layout: it holds {named}",
-                "it needs a state dict under 'model', or nothing but tensors",
+                f"{path} is not a checkpoint in a published layout: it holds {named}",
+                "it must hold a state dict under 'model', or only tensors",
             )
         return PublishedFile(content, content, False, {})
-    # One set under both names is saved once: the tensors then share their memory.
+    # If raw and EMA weights share their memory, they are one set.
     one = all(name in ema and ema[name].data_ptr() == raw[name].data_ptr() for name in raw)
     args = content.get("args")
     if isinstance(args, argparse.Namespace):
@@ -84,13 +84,13 @@ def read_published(path: Path) -> PublishedFile:
 
 
 def progress_in(content: dict[str, Any]) -> str:
-    """How far weights were trained, in words, or nothing: of a file's `step` or `epoch`."""
+    """`step N` or `epoch N` of a file; empty if it has neither."""
     known = [f"{unit} {content[unit]}" for unit in ("step", "epoch") if unit in content]
     return known[0] if known else ""
 
 
 def _state_dict_in(content: dict[str, Any], key: str) -> StateDict:
-    """The state dict under a key, empty where there is none."""
+    """The state dict under a key; empty if there is none."""
     value = content.get(key)
     if isinstance(value, dict) and all(isinstance(item, Tensor) for item in value.values()):
         return value
@@ -98,7 +98,7 @@ def _state_dict_in(content: dict[str, Any], key: str) -> StateDict:
 
 
 def load_safely(path: Path) -> Any:
-    """What torch saved in a file, of either of its formats, without running anything."""
+    """`torch.load` with weights_only, for both formats of torch; errors say what is wrong."""
     try:
         with path.open("rb") as file:
             head = file.read(512)
@@ -108,71 +108,71 @@ def load_safely(path: Path) -> Any:
         raise CheckpointError(f"{path} is empty", "download it again")
     if head.lstrip()[:1] == b"<":
         raise CheckpointError(
-            f"{path} is a web page and no checkpoint",
-            "what was saved is a server's message; download it again, or use spiralrope fetch",
+            f"{path} is a web page, not a checkpoint",
+            "a message of the server was saved; download it again, or use spiralrope fetch",
         )
     if head.startswith(b"version https://git-lfs"):
         raise CheckpointError(
-            f"{path} is a pointer of git-lfs and not the file itself", "run git lfs pull there"
+            f"{path} is a git-lfs pointer, not the file itself", "run git lfs pull there"
         )
     is_zip = head.startswith(ZIP_MAGIC)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # Mapped, so that tensors which nobody asks for are never read. Old files refuse it.
+            # Memory-mapped: unused tensors are not read. The old format does not allow it.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except UnpicklingError as error:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         if wanted:
             raise CheckpointError(
-                f"{path} is refused: to be read it would run {wanted[1]}",
-                "checkpoints are read without running code: tensors, plain values and "
-                "argparse.Namespace alone",
+                f"{path} is refused: reading it would run {wanted[1]}",
+                "checkpoints are read without running code: only tensors, plain values and "
+                "argparse.Namespace are allowed",
             ) from error
-        raise CheckpointError(f"{path} is no checkpoint of torch, or damaged") from error
+        raise CheckpointError(f"{path} is not a checkpoint of torch, or is damaged") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
         cut = is_zip or "EOF" in str(error)
-        what = "is cut off or damaged" if cut else "is no checkpoint of torch"
+        what = "is truncated or damaged" if cut else "is not a checkpoint of torch"
         size = path.stat().st_size
         raise CheckpointError(f"{path} {what} ({size} bytes)", "download it again") from error
     except Exception as error:  # arbitrary bytes make the unpickler fail in any way
-        raise CheckpointError(f"{path} is no checkpoint of torch") from error
+        raise CheckpointError(f"{path} is not a checkpoint of torch") from error
 
 
 def split_freqs(state: StateDict) -> tuple[StateDict, list[Tensor]]:
-    """The state without frequency buffers, and those."""
+    """The state dict without RoPE frequencies, and the frequencies."""
     freqs = {n: v for n, v in state.items() if n.endswith(("rope.freqs", "rope_embedder.freqs"))}
     return {n: v for n, v in state.items() if n not in freqs}, list(freqs.values())
 
 
 def freqs_note(stored: list[Tensor], rope: RopeConfig, head_dim: int) -> str | None:
-    """Which options to check where a file's frequencies are not those that they give."""
+    """A warning if the frequencies in a file differ from those of the RoPE options."""
     if not stored or not rope.enabled:
         return None
     ours = frequencies(rope, head_dim)
-    for theirs in {id(value): value for value in stored}.values():  # often one, in every block
+    for theirs in {id(value): value for value in stored}.values():  # often one for all blocks
         near = theirs.shape == ours.shape and torch.allclose(
             theirs.double(), ours, rtol=FREQS_TOLERANCE, atol=1e-12
         )
         if not near:
             return (
-                "the file's frequencies are not those of its RoPE options: look at --rotate, "
-                "--theta, --freqs-for, --max-freq-lang, --min-freq-lang, --truncate-percentage "
-                "and --same-theta"
+                "the frequencies in the file differ from those of the RoPE options: check "
+                "--rotate, --theta, --freqs-for, --max-freq-lang, --min-freq-lang, "
+                "--truncate-percentage and --same-theta"
             )
     return None
 
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """The network that weights belong to, as far as a published file tells of it."""
+    """The network of weights, as published files describe it."""
 
     arch: str
     rope: RopeConfig
     num_classes: int  # of a DiT without the null class
     size: tuple[int, int]  # (height, width) in pixels, or of the latent
     grid: tuple[int, int]  # patches as (rows, columns)
-    pretrain_grid: tuple[int, int]  # patches that positions refer to
+    pretrain_grid: tuple[int, int]  # patches in training
     qk_norm: bool = False
     class_dropout_prob: float | None = None  # of its training, where known
 
@@ -190,15 +190,15 @@ def published_content(
     progress: dict[str, int],
     ema: bool = False,
 ) -> dict[str, Any]:
-    """The nested dict that `torch.save` writes.
+    """The dict for `torch.save`.
 
     Args:
-        network: what the weights belong to.
-        raw: name -> tensor in the network's own order, without frequencies.
-        averaged: likewise; the same object where there is one set alone, which the file then
-            holds once, under both names.
-        progress: `epoch`, counted from 0, or `step`, as far as known.
-        ema: whether one set alone is the averaged one.
+        network: network of the weights.
+        raw: name -> tensor in the order of the network, without frequencies.
+        averaged: the same for EMA weights; the same object if there is a single set, which is
+            then stored once, under both names.
+        progress: `epoch` (from 0) or `step`, if known.
+        ema: whether a single set is the EMA weights.
     """
     first = _with_freqs(raw, network)
     second = first if averaged is raw else _with_freqs(averaged, network)
@@ -210,7 +210,7 @@ def published_content(
 
 
 def _with_freqs(state: StateDict, network: NetworkSpec) -> StateDict:
-    """The state dict with the frequencies where published files have them."""
+    """The state dict with RoPE frequencies, at the positions of the published files."""
     if not network.rope.enabled:
         return dict(state)
     freqs = frequencies(network.rope, network.transformer.head_dim).to(torch.float32)
@@ -220,13 +220,13 @@ def _with_freqs(state: StateDict, network: NetworkSpec) -> StateDict:
         if name == "y_embedder.embedding_table.weight":
             found["rope_embedder.freqs"] = freqs
         elif name.endswith(".attn.proj.bias") and not is_dit(network.arch):
-            # One buffer for each block: some loaders refuse tensors that share memory.
+            # A copy for each block: some loaders refuse tensors that share memory.
             found[name.replace("proj.bias", "rope.freqs")] = freqs.clone()
     return found
 
 
 def _published_args(network: NetworkSpec) -> dict[str, Any]:
-    """The options of the run by their published names, and what those do not tell."""
+    """`args`: options with their published names, and what the published ones lack."""
     rope = {name: value for name, value in asdict(network.rope).items() if name != "enabled"}
     height, width = network.size
     model, side, classes = network.arch, "image_size", "num_classes"
@@ -251,16 +251,16 @@ def _published_args(network: NetworkSpec) -> dict[str, Any]:
 
 
 def incompatibilities(network: NetworkSpec) -> list[str]:
-    """What code for published files would compute differently, one line each."""
+    """What the original code would compute differently with these weights, one line each."""
     rope, (rows, columns) = network.rope, network.grid
     found = []
     if rope.enabled and rope.rotate >= 2 and rope.projection == "exact":
-        found.append("cuts off what --projection exact does not")
+        found.append("clamps positions (--projection clamped, not exact)")
     if rope.enabled and network.pretrain_grid != network.grid and rope.scaling == "interpolate":
         trained = "x".join(map(str, network.pretrain_grid))
-        found.append(f"takes {rows}x{columns} patches for the trained grid, not {trained}")
+        found.append(f"takes {rows}x{columns} patches as the trained grid, not {trained}")
     if rope.enabled and rows != columns:
-        found.append(f"knows square grids alone, and not {rows}x{columns}")
+        found.append(f"supports square grids only, not {rows}x{columns}")
     if network.qk_norm:
-        found.append("has no normalised queries and keys")
-    return [f"code for published files {what}: its outputs differ" for what in found]
+        found.append("has no QK norm")
+    return [f"the original code {what}: its outputs differ" for what in found]

@@ -36,17 +36,19 @@ VAE_CONFIG, VAE_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
 @dataclass(frozen=True)
 class Source:
-    """Weights that exist here, or that can be fetched."""
+    """Weights by SOURCE."""
 
     given: str  # as the user named them
-    place: Path | None  # a file, the folder of one checkpoint, or None until it is fetched
-    run: Path | None = None  # its folder, None for a file
-    row: Row | None = None  # of the catalogue, None for what is not published
+    place: Path | None  # file, or folder of a checkpoint; None before the download
+    run: Path | None = None  # run folder; None for a file
+    row: Row | None = None  # row of the catalogue; None if not published
 
     def file(self, ema: bool) -> Path:
-        """Where the raw or the averaged weights are; one published file may hold both."""
+        """File of the raw or EMA weights; a published file may hold both."""
         if self.place is None:
-            raise CheckpointError(f"{self.given} is not here", f"spiralrope fetch {self.given}")
+            raise CheckpointError(
+                f"{self.given} is not downloaded", f"spiralrope fetch {self.given} downloads it"
+            )
         if self.place.is_file():
             return self.place
         averaged = self.place / EMA_FILE
@@ -54,11 +56,11 @@ class Source:
 
 
 def find_source(given: str, *, best: bool = False) -> Source:
-    """The weights that a word names, without reading them.
+    """Finds the weights of SOURCE, without reading them.
 
     Args:
-        given: a run folder, a checkpoint folder in it, a file, or a published name.
-        best: a run's best checkpoint, not its last.
+        given: run folder, checkpoint folder, file, or published name.
+        best: use the best checkpoint of a run, not the last.
     """
     path = Path(given).expanduser()
     if path.is_dir():
@@ -66,12 +68,12 @@ def find_source(given: str, *, best: bool = False) -> Source:
     if path.is_file():
         return Source(given, path)
     if path.suffix in FILE_SUFFIXES or len(path.parts) > 1:
-        raise CheckpointError(f"{given} is no file and no folder", "look at its spelling")
+        raise CheckpointError(f"{given} does not exist", "check the path")
     try:
         return Source(given, None, row=find_row(given))
     except ConfigError as unknown:
         raise ConfigError(
-            f"{given} is no file, no run folder and no published name", unknown.hint
+            f"{given} is not a file, a run folder or a published name", unknown.hint
         ) from unknown
 
 
@@ -84,26 +86,26 @@ def _in_folder(given: str, folder: Path, best: bool) -> Source:
     if not steps:
         raise CheckpointError(
             f"{folder} holds no checkpoint",
-            inner_runs(folder) or f"a run folder has {CHECKPOINTS}/ with numbered folders",
+            inner_runs(folder) or f"a run folder has numbered folders in {CHECKPOINTS}/",
         )
     step = best_step(folder) if best else steps[-1]
     return Source(given, step_folder(folder, step), run=folder)
 
 
 def best_step(run: Path) -> int:
-    """Step of a run's best checkpoint, which only a run that validated has."""
+    """Step of the best checkpoint of a run."""
     pointer = run / CHECKPOINTS / "best.json"
     try:
         step = int(json.loads(pointer.read_text())["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{run} has no best checkpoint yet", "leave --best out") from error
     if step not in steps_on_disk(run):
-        raise CheckpointError(f"the best checkpoint of {run}, step {step}, is gone")
+        raise CheckpointError(f"the best checkpoint of {run}, step {step}, does not exist")
     return step
 
 
 def newest_run(commands: tuple[str, ...] = CLASSIFIERS, folder: Path | None = None) -> Path:
-    """The run of certain commands that saved a checkpoint last."""
+    """The run, of these commands, with the newest checkpoint."""
     folder = folder or Path(RUNS_FOLDER)
     saved: list[tuple[float, Path]] = []
     for config in run_configs(folder):
@@ -112,13 +114,13 @@ def newest_run(commands: tuple[str, ...] = CLASSIFIERS, folder: Path | None = No
         try:
             command = read_config(config).get("command")
         except ConfigError:
-            continue  # another kind of run, or another version's
+            continue  # another kind of run, or of another version
         if command in commands:
             when = step_folder(config.parent, steps[-1]).stat().st_mtime
             saved.append((when, config.parent))
     if not saved:
         raise CheckpointError(
-            f"no SOURCE is given and {folder}/ holds no {' or '.join(commands)} run",
+            f"SOURCE is missing, and {folder}/ holds no {' or '.join(commands)} run",
             "name a run folder, a checkpoint file or published weights",
         )
     return max(saved)[1]
@@ -136,31 +138,31 @@ class VaeFiles:
 
     @property
     def weights(self) -> Path:
-        """The weights file."""
+        """File of the weights."""
         return self.folder / VAE_WEIGHTS
 
     @property
     def scale(self) -> float:
-        """What DiT's latents are multiplied by."""
+        """Factor of the latents for a DiT."""
         config = json.loads((self.folder / VAE_CONFIG).read_text())
         return float(config.get("scaling_factor", LATENT_SCALE))
 
     def sha256(self) -> str:
-        """Which VAE it is, whatever its folder is called."""
+        """SHA-256 of the weights."""
         from spiralrope_cli.core.hub.files import sha256_of
 
         return sha256_of(self.weights)
 
 
 def find_vae(given: str) -> VaeFiles:
-    """The VAE that `--vae` names; `ema` and `mse` are fetched unless they are here."""
+    """The VAE of `--vae`; `ema` and `mse` are downloaded if needed."""
     from spiralrope_cli.core.hub.download import fetch_published
 
     return local_vae(given) or _checked(VaeFiles(given, fetch_published(find_row(f"vae-{given}"))))
 
 
 def local_vae(given: str) -> VaeFiles | None:
-    """The same without asking anyone; None for a published VAE that is not here yet."""
+    """`find_vae` without a download; None if a published VAE is not cached."""
     from spiralrope_cli.core.hub.download import local_path
 
     if given in VAE_NAMES:
@@ -173,15 +175,15 @@ def local_vae(given: str) -> VaeFiles | None:
 
 
 def _checked(files: VaeFiles) -> VaeFiles:
-    """Refuses a folder without a VAE, and a VAE that DiT cannot work with."""
+    """Raises if the folder holds no VAE, or one that does not fit a DiT."""
     path = files.folder / VAE_CONFIG
-    layout = f"a VAE's folder holds {VAE_CONFIG} and {VAE_WEIGHTS}, as diffusers saves it"
+    layout = f"the folder of a VAE must hold {VAE_CONFIG} and {VAE_WEIGHTS}, as diffusers saves it"
     for name in (VAE_CONFIG, VAE_WEIGHTS):
         if not (files.folder / name).is_file():
             raise CheckpointError(f"--vae {files.given}: {files.folder} has no {name}", layout)
     try:
         config = json.loads(path.read_text())
-        # What a config leaves out is as diffusers defaults it.
+        # Missing keys have the defaults of diffusers.
         kind = config.get("_class_name", "AutoencoderKL")
         pixels, back = config.get("in_channels", 3), config.get("out_channels", 3)
         latents = config.get("latent_channels", 4)
@@ -189,40 +191,41 @@ def _checked(files: VaeFiles) -> VaeFiles:
         float(config.get("scaling_factor", LATENT_SCALE))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"--vae {files.given}: {path} is no config of a VAE", layout
+            f"--vae {files.given}: {path} is not the config of a VAE", layout
         ) from error
     if kind != "AutoencoderKL":
-        raise CheckpointError(f"--vae {files.given} is of the kind {kind}, not AutoencoderKL")
+        raise CheckpointError(f"--vae {files.given} is a {kind}, not an AutoencoderKL")
     if (pixels, back, latents) != (3, 3, LATENT_CHANNELS):
         raise CheckpointError(
-            f"--vae {files.given} makes {latents} channels of {pixels} and gives {back} back; DiT "
-            f"takes one that makes {LATENT_CHANNELS} of 3"
+            f"--vae {files.given} has {pixels} input, {latents} latent and {back} output channels; "
+            f"a DiT needs 3, {LATENT_CHANNELS} and 3"
         )
     if factor != VAE_FACTOR:
         raise CheckpointError(
-            f"--vae {files.given} shrinks images {factor} times; DiT takes one that does so "
-            f"{VAE_FACTOR} times"
+            f"--vae {files.given} downsamples by {factor}; a DiT needs a factor of {VAE_FACTOR}"
         )
     return files
 
 
 def find_inception(given: str) -> tuple[Path, str]:
-    """The file of Inception's weights and its SHA-256: `--weights`, or what `fetch` brought."""
+    """File and SHA-256 of the Inception weights: `--weights`, or those of `fetch inception`."""
     from spiralrope_cli.core.hub.files import sha256_of, target_of
 
     row = find_row("inception")
     path = Path(given).expanduser() if given else target_of(row)
     if given and not path.is_file():
-        raise ConfigError(f"--weights {path} is no file", "spiralrope fetch inception brings one")
+        raise ConfigError(
+            f"--weights {path} does not exist", "spiralrope fetch inception downloads the weights"
+        )
     if not path.is_file():
         raise FetchError(
-            f"the weights of Inception are not here: there is no {path}",
-            "spiralrope fetch inception stores them there (95 MB); --weights FILE takes another",
+            f"the Inception weights are not downloaded: {path} does not exist",
+            "use spiralrope fetch inception (95 MB), or --weights FILE",
         )
     digest = sha256_of(path)
     if not given and not digest.startswith(row.sha256):
         raise CheckpointError(
-            f"{path} is damaged: its sha256 begins with {digest[:8]} and not {row.sha256}",
-            "spiralrope fetch inception brings it again",
+            f"{path} is damaged: its sha256 begins with {digest[:8]}, not with {row.sha256}",
+            "spiralrope fetch inception downloads it again",
         )
     return path, digest

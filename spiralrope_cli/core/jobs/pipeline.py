@@ -262,11 +262,11 @@ def check_trainings(runs: Sequence[TrainingRun]) -> None:
 def why_no_fid(own: DiTStages) -> str:
     """Why samples will not be measured, empty where they will; refuses weights that are damaged."""
     if not own.reference:
-        return "fid is left out: there is no --reference to measure against"
+        return "fid is skipped: there is no --reference"
     try:
         find_inception(own.weights)
     except FetchError as error:
-        return f"fid is left out: {error.message}; {error.hint}"
+        return f"fid is skipped: {error.message}; {error.hint}"
     return ""
 
 

@@ -67,7 +67,7 @@ def test_the_validation_folder_may_have_any_usual_name(tmp_path, name):
 
 
 def test_no_folder_and_no_name_lists_what_there_is(tmp_path):
-    with pytest.raises(DataError, match="is no folder and no built-in name") as caught:
+    with pytest.raises(DataError, match="is neither a folder nor a built-in name") as caught:
         find_data_set(str(tmp_path / "nowhere"))
     assert "digits" in caught.value.hint
 

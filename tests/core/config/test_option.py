@@ -239,7 +239,7 @@ def test_groups_share_one_list_of_names():
 
 def test_two_groups_with_one_name_are_refused():
     twice = dataclasses.make_dataclass("Twice", [("a", Inner), ("b", Inner)])
-    with pytest.raises(TypeError, match=r"Twice: .* stands in two groups"):
+    with pytest.raises(TypeError, match=r"Twice: .* is in two groups"):
         leaves(twice)
 
 

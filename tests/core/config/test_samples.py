@@ -70,10 +70,10 @@ def test_the_vae_is_the_one_given_or_goes_with_the_training(channels, trained, g
 @pytest.mark.parametrize(
     ("channels", "trained", "given", "told"),
     [
-        (4, "gone", None, "it was trained through the VAE gone, which is not there"),
-        (4, None, "none", "it draws 4 channels, which only a VAE turns into images"),
-        (2, None, None, "it draws 2 channels"),
-        (3, None, "mse", "it draws pixels, 3 channel"),
+        (4, "gone", None, "it was trained with the VAE gone, which does not exist here"),
+        (4, None, "none", "it generates 4 channels; only a VAE decodes these"),
+        (2, None, None, "it generates 2 channels"),
+        (3, None, "mse", "it generates pixels .3 channel"),
     ],
 )
 def test_a_vae_that_cannot_decode_is_refused(channels, trained, given, told):
@@ -86,5 +86,7 @@ def test_the_image_size_is_the_one_given_or_as_trained():
     assert resolve_image_size("dit-s2", "none", given=None, **trained) == (4, 6)
     assert resolve_image_size("dit-s2", "mse", given=None, **trained) == (32, 48)
     assert resolve_image_size("dit-s2", "mse", given=(64, 64), **trained) == (64, 64)
-    with pytest.raises(ConfigError, match="8x8: without RoPE these weights draw 4x6 alone"):
+    with pytest.raises(
+        ConfigError, match="8x8: these weights have no RoPE, so they generate 4x6 only"
+    ):
         resolve_image_size("dit-s2", "none", trained=(4, 6), given=(8, 8), rope=False)

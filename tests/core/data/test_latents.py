@@ -168,7 +168,7 @@ def test_a_changed_bit_of_the_metadata_is_found(folder):
     content = path.read_bytes()
     path.write_bytes(content.replace(rb"\"c\"]", rb"\"d\"]"))
     assert path.read_bytes() != content
-    with pytest.raises(DataError, match=r"00001\.safetensors is of other options than the first"):
+    with pytest.raises(DataError, match=r"00001\.safetensors has other options than the first"):
         LatentCache(folder)
     for each in folder.glob("*.safetensors"):  # all alike, so that the checksum alone can tell
         each.write_bytes(each.read_bytes().replace(rb"\"c\"]", rb"\"d\"]"))
@@ -191,10 +191,10 @@ def test_a_shard_of_another_size_or_name_than_it_says_is_damaged(folder):
         metadata = file.metadata()
     fewer = {name: each[:2].contiguous() for name, each in load_file(path).items()}
     save_file(fewer, path, metadata)
-    with pytest.raises(DataError, match="not those that its metadata describe"):
+    with pytest.raises(DataError, match="its tensors do not fit its metadata"):
         LatentCache(folder)
     (folder / "00002.safetensors").rename(path)
-    with pytest.raises(DataError, match="not those that its metadata describe"):
+    with pytest.raises(DataError, match="its tensors do not fit its metadata"):
         LatentCache(folder)
 
 
@@ -282,7 +282,7 @@ def test_other_people_may_read_the_shards(tmp_path):
 def test_latents_of_another_run_are_refused(folder):
     metadata = read_cache(folder)
     metadata.check_fits((16, 24), "ema")
-    with pytest.raises(ConfigError, match="are of 16x24 px images, --image-size is 24"):
+    with pytest.raises(ConfigError, match="are of 16x24 px images, but --image-size is 24"):
         metadata.check_fits((24, 24), "ema")
     with pytest.raises(ConfigError, match="made with --vae ema, not with mse\n"):
         metadata.check_fits((16, 24), "mse")

@@ -119,7 +119,7 @@ def test_a_folder_without_its_files_is_refused(copy, name):
         ({"latent_channels": 16}, "makes 16 channels of 3"),
         ({"in_channels": 1, "out_channels": 1}, "makes 4 channels of 1 and gives 1 back"),
         ({"block_out_channels": [8, 8]}, "shrinks images 2 times"),
-        ({"_class_name": "AutoencoderTiny"}, "AutoencoderTiny, not AutoencoderKL"),
+        ({"_class_name": "AutoencoderTiny"}, "AutoencoderTiny, not an AutoencoderKL"),
     ],
 )
 def test_a_vae_that_dit_cannot_take_is_refused(copy, values, words):
@@ -132,7 +132,7 @@ def test_what_is_no_vae_is_refused(copy, tmp_path):
     with pytest.raises(ConfigError, match="neither ema nor mse nor a folder"):
         find_vae(str(tmp_path / "nowhere"))
     (copy / VAE_CONFIG).write_text("[1]")
-    with pytest.raises(CheckpointError, match="no config of a VAE"):
+    with pytest.raises(CheckpointError, match="not the config of a VAE"):
         find_vae(str(copy))
 
 

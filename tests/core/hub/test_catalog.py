@@ -38,7 +38,9 @@ def test_the_best_one_needs_no_suffix():
     [("deit-x", "deit-s"), ("dit-xl2@7k", "dit-xl2@7m"), ("incepton", "inception")],
 )
 def test_a_wrong_name_brings_the_nearest(name, guess):
-    with pytest.raises(ConfigError, match=f"{name} is not among(.|\n)*did you mean {guess}"):
+    with pytest.raises(
+        ConfigError, match=f"{name} is not a published name(.|\n)*did you mean {guess}"
+    ):
         find_row(name)
     with pytest.raises(ConfigError) as far:
         find_row("zzzzzzzz")

@@ -75,7 +75,7 @@ def test_a_broken_connection_goes_on_within_the_call(row, server, tmp_path, monk
 
 def test_a_later_call_goes_on_where_the_last_one_ended(row, server, tmp_path):
     server.cut[NAME] = [len(CONTENT), 2_000_000, *[0] * 5]
-    with pytest.raises(FetchError, match=r"broke off at 2 MB of 3 MB(.|\n)*goes on from there"):
+    with pytest.raises(FetchError, match=r"failed after 2 MB of 3 MB(.|\n)*it resumes"):
         fetch_published(row)
     assert local_path(row) is None
     assert parts(tmp_path)[0].stat().st_size == 2_000_000
@@ -121,7 +121,7 @@ def test_a_server_without_ranges_starts_anew(row, server):
 
 def test_wrong_bytes_never_get_the_name(checked, server, tmp_path):
     server.wrong.add(NAME)
-    with pytest.raises(FetchError, match="sent wrong bytes: sha256 does not begin with"):
+    with pytest.raises(FetchError, match="sent a wrong file: its sha256 does not begin with"):
         fetch_published(checked)
     assert local_path(checked) is None
     assert not parts(tmp_path)
@@ -146,7 +146,7 @@ def test_refusals_are_one_line(row, server, status, message):
 
 def test_a_web_page_is_no_file(row, server):
     server.content_type = "text/html; charset=utf-8"
-    with pytest.raises(FetchError, match="something other than a file"):
+    with pytest.raises(FetchError, match="does not answer with a file"):
         fetch_published(row)
 
 
@@ -154,7 +154,7 @@ def test_nobody_answers(row, server):
     server.close()
     with pytest.raises(NoRouteError, match=r"no route to http://127(.|\n)*check network"):
         fetch_published(row)
-    with pytest.raises(FetchError, match=r"is not here\nfetch it once without --offline"):
+    with pytest.raises(FetchError, match=r"is not downloaded\nfetch it once without --offline"):
         fetch_published(row, offline=True)
 
 
@@ -177,7 +177,7 @@ def test_a_copy_is_whole_and_never_replaces_another_file(row, tmp_path):
     assert (out / NAME).read_bytes() == CONTENT
     assert fetch_published(row, out=out) == out / NAME
     (out / NAME).write_text("mine")
-    with pytest.raises(FetchError, match="is another file"):
+    with pytest.raises(FetchError, match="exists and differs"):
         fetch_published(row, out=out)
     assert (out / NAME).read_text() == "mine"
     assert [path.name for path in out.iterdir()] == [NAME]

@@ -47,9 +47,11 @@ def test_a_folder_that_holds_no_vae_is_told_without_a_download(tmp_path):
 
 def test_weights_are_taken_where_they_are_here(hub):
     source = find_source("dit-s2")
-    with pytest.raises(CheckpointError, match="the weights of dit-s2 are not here") as refused:
+    with pytest.raises(
+        CheckpointError, match="the weights of dit-s2 are not downloaded"
+    ) as refused:
         fetch_source(source, download=False)
-    assert refused.value.hint == "spiralrope fetch dit-s2 brings them"
+    assert refused.value.hint == "spiralrope fetch dit-s2 downloads them"
     assert refused.value.exit_code == 1
     assert len(str(refused.value).splitlines()) == 2
     assert not hub.asked
@@ -63,7 +65,7 @@ def test_weights_are_taken_where_they_are_here(hub):
 
 @pytest.mark.parametrize("download", [False, True])
 def test_what_is_no_network_is_told_before_that(hub, download):
-    with pytest.raises(CheckpointError, match="no weights of a DeiT or DiT"):
+    with pytest.raises(CheckpointError, match="is not a DeiT or DiT"):
         fetch_source(find_source("vae-ema"), download=download)
     assert not hub.asked
 
