@@ -233,7 +233,7 @@ def test_images_that_nothing_tells_of_are_not_overwritten(sample, pixels, runs):
     (runs / "here").mkdir()
     (runs / "here" / "samples.npz").write_bytes(b"somebody's")
     printed = sample(pixels, "--num-samples", 2, *FAST, "--out", "here", expect=1)
-    assert "no samples.json says what made it" in printed
+    assert "samples.json is missing: its options are unknown" in printed
     assert (runs / "here" / "samples.npz").read_bytes() == b"somebody's"
 
 
@@ -294,7 +294,7 @@ def test_a_published_file_draws_through_a_vae_in_any_rectangle(sample, tiny_vae)
         (["--cfg-interval", "5"], 2, "it must be LO,HI"),
         (["--cfg-interval", "9,5"], 2, "--cfg-interval 9,5"),
         (["--image-size", "9"], 2, "--image-size 9 does not split"),
-        (["--vae", "mse"], 2, "draws pixels, 1 channel(s)"),
+        (["--vae", "mse"], 2, "generates pixels (1 channel(s))"),
         (["--num-samples", "0"], 2, "--num-samples is 0"),
         (["--num-samples", "99999999999"], 1, "are needed for 99999999999 images"),
         (["--num-sampling-steps", "1"], 2, "--num-sampling-steps 1"),
@@ -318,7 +318,7 @@ def test_sources_that_draw_nothing(sample):
     assert "a classifier, which draws nothing" in printed
     assert "only a VAE decodes these" in sample(DIT, "--vae", "none", expect=2)
     assert "neither ema nor mse nor a folder" in sample(DIT, "--vae", "gone", expect=2)
-    assert "not a published name" in sample("dit-xxl", expect=2)
+    assert "or a published name" in sample("dit-xxl", expect=2)
     printed = sample(DIT, "--name", "x", "--out", "y", expect=2)
     assert "--name x and --out y both name the run folder" in printed
 

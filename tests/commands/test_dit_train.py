@@ -141,7 +141,7 @@ def test_what_cannot_work_is_told(resolved, words, told):
         ({"max_steps": 900, "epochs": 9}, "--epochs has no effect: --max-steps is given"),
         ({"schedule": "constant", "min_lr": 1.0}, "--min-lr has no effect"),
         ({"workers": 3}, "--workers has no effect: digits is kept in memory"),
-        ({"projection": "exact"}, "--projection has no effect: --rotate is 0"),
+        ({"projection": "exact"}, "--projection has no effect: with --rotate 0"),
     ],
 )
 def test_options_that_cannot_act_are_a_note(options, told):
@@ -162,7 +162,7 @@ def test_the_plan_says_what_was_settled_and_why(spiralrope, runs):
     done = spiralrope("dit-train", "--max-steps", 30, "--dry-run")
     for part in (
         "runs/dit-train-dit-ti2-digits-r0",
-        "1437 training images, 10 classes; 8 px, never mirrored, as pixels, in [-1, 1]",
+        "1437 training images, 10 classes; 8 px, never flipped, as pixels, in [-1, 1]",
         "dit-ti2, 8 px, 4x4 patches of 2 px; 8.16 M parameters",
         "K = 2 directions",
         "30 steps, 22 per epoch: 1.36 epochs",

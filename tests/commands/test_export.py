@@ -175,12 +175,12 @@ def test_epochs_and_steps_are_told(export, runs):
 @pytest.mark.parametrize(
     ("arch", "rope", "sizes", "note"),
     [
-        ("deit-32x2x2", {"projection": "exact"}, {}, "--projection exact"),
+        ("deit-32x2x2", {"projection": "exact"}, {}, "not exact"),
         (
             "deit-32x2x2",
             {},
             {"pretrain_grid": [2, 2]},
-            "takes 4x4 patches for",
+            "takes 4x4 patches as",
         ),
         ("deit-32x2x2", {}, {"image_size": [8, 16]}, "supports square grids only, not 2x4"),
         ("dit-32x2x2-2", {}, {"qk_norm": True}, "no QK norm"),
@@ -318,7 +318,7 @@ def test_too_little_space_is_told_before_anything_is_written(export, runs, monke
         (("deit-s", "--layout", "published", "--out", "x"), "must end in .pth or .pt"),
         (("deit-s", "--layout", "safetensors", "--out", "x.pth"), "is the name of a file"),
         (("deit-s", "--layout", "published", "--best"), "deit-s is no run folder"),
-        (("deit-q", "--layout", "published"), "not a published name"),
+        (("deit-q", "--layout", "published"), "or a published name"),
     ],
 )
 def test_wrong_words_are_usage_errors(export, words, message):

@@ -145,12 +145,12 @@ def test_grey_weights_on_colour_pictures_take_the_mean_of_the_colours(
         ([""], 1, ". holds no checkpoint"),
         (["nosuch"], 2, "nosuch is not a file, a run folder or a published name"),
         (["vae-ema"], 1, "is not a DeiT"),
-        ([GOLDEN / "dit_tiny_0000007.pt"], 1, "a diffusion transformer, and no classifier"),
+        ([GOLDEN / "dit_tiny_0000007.pt"], 1, "a DiT, not a classifier"),
         ([GOLDEN / "dit_tiny_raw.pth"], 2, "does not contain its RoPE options"),
         ([DEIT, "--freeze", "all"], 2, "--freeze is all"),
         ([DEIT, "--image-size", "50"], 2, "--image-size 50 is not a multiple"),
         ([DEIT, "--rotate", "-1"], 2, "--rotate is -1"),
-        ([DEIT, "--data", "nowhere"], 1, "--data nowhere is not a folder"),
+        ([DEIT, "--data", "nowhere"], 1, "--data nowhere is neither a folder nor"),
     ],
 )
 def test_bad_input_has_its_own_line(finetune, words, code, told):

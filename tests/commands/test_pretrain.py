@@ -142,7 +142,7 @@ def test_a_short_run_has_a_short_warm_up(resolved):
         ("source: runs/before", "spiralrope finetune runs/before --config"),
         ("optim: 3", "must hold a group"),
         ("- a", "is not a config of a run"),
-        ("a: [", "is no YAML"),
+        ("a: [", "is not YAML"),
         ("model: {image_size: [8, 8, 8]}", "--image-size is"),
     ],
 )
@@ -174,7 +174,7 @@ def test_a_config_file_is_read_strictly(runs, resolved, text, told):
         (["--out", "x", "--name", "y"], "--name y and --out x both name the run folder"),
         (["--schedule", "linear"], "must be cosine or constant or published"),
         (["--epochs", "0"], "--epochs is 0"),
-        (["--warmup-epochs", "400"], "leaves nothing"),
+        (["--warmup-epochs", "400"], "as long as the whole run"),
         (["--precision", "fp16"], "must be auto or fp32 or bf16"),
         (["--auto-augment", "5a"], "--auto-augment is 5a; it must be none, 3a"),
         (["--auto-augment", "3a"], "works on photographs"),

@@ -151,7 +151,7 @@ def test_a_changed_bit_is_found_by_the_check(folder):
     cache.verify()
     flip_a_bit(folder / "00000.safetensors")
     flip_a_bit(folder / "00001.safetensors")
-    with pytest.raises(DataError, match=r"00000.* is damaged.*\(and 1 more are wrong\)"):
+    with pytest.raises(DataError, match=r"00000.* is damaged.*\(and 1 more\)"):
         LatentCache(folder).verify()
 
 
@@ -207,7 +207,7 @@ def test_a_folder_without_latents_is_refused(tmp_path):
 
 def test_an_unfinished_cache_is_refused(tmp_path):
     write(tmp_path, PLAN, 0)
-    with pytest.raises(DataError, match=r"00001\.safetensors is missing \(and 1 more are wrong\)"):
+    with pytest.raises(DataError, match=r"00001\.safetensors is missing \(and 1 more\)"):
         LatentCache(tmp_path)
 
 

@@ -116,9 +116,9 @@ def test_a_folder_without_its_files_is_refused(copy, name):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"latent_channels": 16}, "makes 16 channels of 3"),
-        ({"in_channels": 1, "out_channels": 1}, "makes 4 channels of 1 and gives 1 back"),
-        ({"block_out_channels": [8, 8]}, "shrinks images 2 times"),
+        ({"latent_channels": 16}, "16 latent and 3 output"),
+        ({"in_channels": 1, "out_channels": 1}, "1 input, 4 latent and 1 output"),
+        ({"block_out_channels": [8, 8]}, "downsamples by 2"),
         ({"_class_name": "AutoencoderTiny"}, "AutoencoderTiny, not an AutoencoderKL"),
     ],
 )
