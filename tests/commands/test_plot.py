@@ -160,7 +160,7 @@ def test_options_reach_the_rope(plot, monkeypatch):
 def test_a_rope_is_drawn_and_idle_options_are_told(plot):
     path, told = plot("rope", "--rotate", 1, "--projection", "exact", "--scaling", "extrapolate")
     assert path == Path("plots/rope-r1.png")
-    assert "--projection has no effect: --rotate is 1" in told
+    assert "--projection has no effect: with --rotate 1" in told
     assert "--scaling has no effect" in told
     _, told = plot("rope", "--rotate", 1, "--rotate", 2, "--projection", "exact", "--show", "clamp")
     assert not told
