@@ -10,7 +10,7 @@ from spiralrope_cli.core.config.hub import FetchRun
 EXAMPLES = """
 Examples:
 
-  spiralrope fetch --list                      all names, and which are downloaded
+  spiralrope fetch --list                      all names, with state
 
   spiralrope fetch dit-xl2                     DiT-XL/2 after 7M steps
 

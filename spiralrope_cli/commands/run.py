@@ -26,7 +26,7 @@ Examples:
 
   spiralrope run deit --sweep rotate=none,1,2,4 --seeds 0,1,2
 
-  spiralrope run deit --from-legacy "4 - - - - 8"       translate a line of run_all.sh
+  spiralrope run deit --from-legacy "4 - - - - 8"       from run_all.sh
 """
 
 DIT_EXAMPLES = """
@@ -40,7 +40,7 @@ Examples:
 
   spiralrope run dit --reference imagenet256.npz --num-samples 10000 --dry-run
 
-  spiralrope run dit --from-legacy "- 4"                translate a line of run_all.sh
+  spiralrope run dit --from-legacy "- 4"                from run_all.sh
 """
 
 app = typer.Typer(no_args_is_help=True, **SETTINGS)
