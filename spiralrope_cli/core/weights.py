@@ -43,6 +43,7 @@ from spiralrope_cli.core.infer import (
     trained_rope,
 )
 
+LABELS = "y_embedder.embedding_table.weight"
 # Arguments of `create_model` besides arch and rope: of a DeiT (False), of a DiT (True).
 MODEL_OPTIONS = {
     False: ("num_classes", "image_size", "patch_size", "in_chans", "pretrain_grid"),
@@ -201,6 +202,10 @@ def _from_published_layout(
         raise CheckpointError(
             f"{file} is incomplete: {error} is missing or has a wrong shape"
         ) from error
+    known = {"class_dropout_prob": content.args.get("class_dropout_prob")}
+    if dit and not has_null_label(len(state[LABELS]), content.args):
+        state = {**state, LABELS: F.pad(state[LABELS], (0, 0, 0, 1))}
+        known = {"class_dropout_prob": 0}
     size = dit_size(arch) if dit else deit_size(arch)
     if note := freqs_note(freqs, rope, size.head_dim):
         notes.append(f"{file.name}: {note}")
