@@ -320,14 +320,14 @@ def test_other_wrong_inputs(fid, sets, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--select", "fid,fod"], "there is no 'fod'"),
+        (["--select", "fid,fod"], "unknown metric 'fod'"),
         (["--bootstrap", "1"], "needs 2 or more"),
         (["--bootstrap", "5", "--select", "kid"], "--bootstrap needs fid in --select"),
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--precision", "auto"], "fp32 or bf16"),
         (["--save-stats", "stats"], "must end in .npz"),
         (["--save-stats", "no/such/folder.npz"], "is not a writable folder"),
-        (["--weights", "none.pth"], "--weights none.pth is no file"),
+        (["--weights", "none.pth"], "--weights none.pth does not exist"),
     ],
 )
 def test_wrong_options_are_usage_errors(fid, sets, words, message):
