@@ -127,7 +127,7 @@ def test_bad_input_has_its_own_line(plot, run, picture, words, code, told):
 
 def test_an_empty_run_is_told(plot, run):
     (run / "metrics.jsonl").write_text("")
-    assert "has logged nothing" in plot("run", "one", "two", expect=1)
+    assert "has no metrics" in plot("run", "one", "two", expect=1)
 
 
 def test_a_pipeline_stands_for_its_samples_and_names_its_runs(plot, run, digit_pictures, picture):

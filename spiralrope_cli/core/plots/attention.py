@@ -1,6 +1,6 @@
-"""Where a token looks: attention maps, recomputed, and drawn over the image, one per head.
+"""Attention maps of one query token, drawn over the image, one per head.
 
-The fused attention of the networks returns no weights: they are computed again from its q and k.
+Fused attention returns no weights, so they are computed again from its q and k.
 
 Legend: B batch, N tokens with the prefix, H heads, D channels of a head.
 """
@@ -26,11 +26,11 @@ PANEL = 1.9
 """Side of a panel in inches."""
 
 MOST_COLUMNS = 5
-"""Panels beside each other where one layer is drawn; several layers have a row each."""
+"""Panels per row for one layer; several layers have a row each."""
 
 OPACITY = 0.65
 DIMMED = 160
-"""How far black and white move towards each other below a map, whose own brightness counts."""
+"""Lower contrast of the image below a map, so that the map stands out."""
 
 
 # --- The maps
@@ -93,16 +93,16 @@ def attention_figure(
     patch: tuple[int, int] | None,
     title: str,
 ) -> Figure:
-    """The image, and over it what each head of each layer attends to.
+    """The image, and an attention map per head and layer.
 
     Args:
         image: [height, width] grey or [height, width, 3], uint8.
-        maps: [layers, heads, 1 + h*w] attention to the class token and to the patches.
+        maps: [layers, heads, 1 + h*w], attention to class token and patches.
         grid: patches as (rows, columns).
-        layers: their numbers.
-        heads: their numbers; of several the mean is drawn too.
-        patch: (row, column) of the query, None for the class token.
-        title: above all.
+        layers: indices of the layers.
+        heads: indices of the heads; for several the mean is drawn too.
+        patch: (row, column) of the query; None: the class token.
+        title: title of the figure.
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
@@ -143,7 +143,7 @@ def attention_figure(
 
 
 def _frame(axis: Axes, patch: tuple[int, int] | None, grid: tuple[int, int]) -> None:
-    """No ticks, and a frame around the patch that looks, in white and black to be seen on both."""
+    """Removes ticks, and draws a frame around the query patch, visible on black and white."""
     from matplotlib.patches import Rectangle
 
     axis.set(xticks=[], yticks=[])

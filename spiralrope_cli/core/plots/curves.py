@@ -1,4 +1,4 @@
-"""The metrics of training runs over their steps, and accuracy against the image size."""
+"""Training curves, and accuracy over image size."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Line = dict[str, Any]
 
 
 class Series(NamedTuple):
-    """One line of a panel: its key in the metrics, its name in the legend, its line style."""
+    """One line of a panel: key in the metrics, name in the legend, line style."""
 
     key: str
     label: str = ""
@@ -37,25 +37,25 @@ class Series(NamedTuple):
 
 
 CURVES = (
-    ("Loss", (Series("loss", "training"), Series("val_loss", "held out", "--"))),
-    ("Held-out acc@1 (%)", (Series("acc1", "weights"), Series("ema_acc1", "EMA weights", "--"))),
+    ("Loss", (Series("loss", "training"), Series("val_loss", "validation", "--"))),
+    (
+        "Validation acc@1 (%)",
+        (Series("acc1", "raw weights"), Series("ema_acc1", "EMA weights", "--")),
+    ),
     ("Variational bound (bits per dimension)", (Series("vb"),)),
     ("Learning rate", (Series("lr"),)),
     ("Images per second", (Series("images_per_s"),)),
 )
 NUM_MARKERS = 8
-"""On one line, where markers tell the runs apart."""
+"""Markers per line, to distinguish runs."""
 
 
 def curves_figure(runs: Sequence[Path], over: str = "step") -> Figure:
     """Loss, accuracy or bound, learning rate and speed of training runs.
 
     Args:
-        runs: run folders; several share the panels, and have a legend.
-        over: `step` or `epoch`, the horizontal axis.
-
-    Raises:
-        DataError: a run that has logged nothing.
+        runs: run folders; several are drawn in the same panels.
+        over: `step` or `epoch`, the x axis.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -63,7 +63,7 @@ def curves_figure(runs: Sequence[Path], over: str = "step") -> Figure:
     logs = [read_metrics(folder) for folder in runs]
     for folder, lines in zip(runs, logs, strict=True):
         if not lines:
-            message = f"{folder} has logged nothing: {METRICS_FILE} is missing or empty"
+            message = f"{folder} has no metrics: {METRICS_FILE} is missing or empty"
             raise DataError(message, inner_runs(folder))
     logged = {key for lines in logs for line in lines for key in line}
     panels = [(title, [each for each in series if each.key in logged]) for title, series in CURVES]
@@ -105,10 +105,10 @@ def _plot(
     points = [(line[over], line[series.key]) for line in lines if {over, series.key} <= line.keys()]
     if not points:
         return
-    if len(points) == 1:  # a line of one point would not be seen
+    if len(points) == 1:  # a line with one point is invisible
         look["marker"] = look["marker"] or "o"
     every = max(1, len(points) // NUM_MARKERS)
-    markers = (int(shift * every), every)  # side by side where lines lie upon each other
+    markers = (int(shift * every), every)  # shifted, so that equal lines are both visible
     axis.plot(*zip(*points, strict=True), series.style, markevery=markers, **look)
 
 
@@ -123,12 +123,12 @@ def _look_of_series(place: int, label: str) -> dict[str, Any]:
 
 
 def sizes_figure(rows: Sequence[Line]) -> Figure:
-    """Accuracy of sets of weights against the image size, from rows of `eval.json`."""
+    """Accuracy over image size, from rows of `eval.json`."""
     from matplotlib.figure import Figure
 
     rows = [{**row, "scaling": row["rope"]["scaling"]} for row in rows]
     named = ("source", "checkpoint", "weights", "scaling", "crop_ratio", "data")
-    # What all lines have in common says nothing about one of them.
+    # The legend has only what differs between the lines.
     telling = [name for name in named if len({row[name] for row in rows}) > 1] or ["weights"]
     lines: dict[str, list[Line]] = {}
     for row in rows:
@@ -152,12 +152,12 @@ def sizes_figure(rows: Sequence[Line]) -> Figure:
         axis.axvline(side, color="0.5", linestyle=":", linewidth=1, zorder=0, label="trained at")
     ticks = {_side(row["image_size"]): row["image_size"] for row in rows}
     axis.set_xticks(list(ticks), list(map(format_size, ticks.values())))
-    style_lines(axis, "Held-out acc@1 (%)", "image size (px)")
+    style_lines(axis, "Validation acc@1 (%)", "image size (px)")
     axis.legend(frameon=False, fontsize=SMALL)
     figure.suptitle(f"{rows[0]['arch']} on {Path(rows[0]['data']).name}", fontsize=HEADING)
     return figure
 
 
 def _side(size: Sequence[int]) -> float:
-    """Of the square of as many pixels."""
+    """Side of the square with the same number of pixels."""
     return float(math.prod(size) ** 0.5)

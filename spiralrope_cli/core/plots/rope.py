@@ -1,4 +1,4 @@
-"""What a Spiral RoPE does, read off `core/rope.py` itself.
+"""Figures of Spiral RoPE, computed by `core/rope.py`.
 
 Legend: D channels of a head, P = D/2 channel pairs, (h, w) the grid of patches.
 """
@@ -30,22 +30,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_LABELS = 4
-"""Directions per half of the head that are each written at their arrow or below their column."""
+"""Labelled directions per half of the head."""
 
 
 @dataclass(frozen=True)
 class RopeView:
-    """What is drawn of one set of options.
+    """What is drawn for one set of options.
 
     Attributes:
         config: the options.
         frequency: [P] radians per patch.
-        angle: [P] degrees between a pair's axes and those of the grid.
-        first_half: [P] bool, True where a pair follows the rotated row axis.
-        across: [P] patches along a pair's direction per column to the right.
-        down: [P] the same per row downwards.
-        clamped: [h, w] fraction of the channels whose position leaves the grid.
-        scores: [h, w] of the centre's query with every patch's key.
+        angle: [P] degrees between the axes of a pair and those of the grid.
+        first_half: [P] bool, True for pairs along the rotated row axis.
+        across: [P] change of position per column to the right, in patches.
+        down: [P] change of position per row downwards, in patches.
+        clamped: [h, w] fraction of the channels whose position is outside the grid.
+        scores: [h, w] scores of the query in the centre with each key.
     """
 
     config: RopeConfig
@@ -59,23 +59,19 @@ class RopeView:
 
     @property
     def angles(self) -> list[float]:
-        """Every angle once."""
+        """Distinct angles, ascending."""
         return sorted(set(self.angle.tolist()))
 
     @property
     def labelled(self) -> list[float]:
-        """Those of them that are written."""
+        """Angles with a label."""
         return self.angles[:: math.ceil(len(self.angles) / MOST_LABELS)]
 
 
 def rope_figure(plot: RopePlot) -> Figure:
-    """Directions, frequencies, the clamp's reach and the scores of a query in the centre.
+    """Directions, frequencies, clamped positions, and scores of a query in the centre.
 
-    One set of options has a panel each; several have a row each, or stand side by side where
-    there is one panel.
-
-    Raises:
-        ConfigError: a head size that does not fit the options.
+    Several sets of options have a row each; with one panel they are side by side.
     """
     from matplotlib.figure import Figure
 
@@ -93,9 +89,9 @@ def rope_figure(plot: RopePlot) -> Figure:
 
 
 def view_of(config: RopeConfig, plot: RopePlot) -> RopeView:
-    """What one set of options does."""
+    """The view of one set of options."""
     frequency, angle, first_half = pair_layout(config, plot.head_dim)
-    # One step to the right and one step down from the middle of three by three patches.
+    # One patch to the right (5) and one patch down (7) from the centre of a 3x3 grid.
     row_half, column_half = projections((3, 3), angle)
     across, down = (torch.where(first_half, row_half[n], column_half[n]) for n in (5, 7))
     return RopeView(
@@ -111,10 +107,9 @@ def view_of(config: RopeConfig, plot: RopePlot) -> RopeView:
 
 
 def centre_scores(config: RopeConfig, plot: RopePlot) -> Tensor:
-    """[h, w] scores of a query in the centre with every key, all of equal content.
+    """[h, w] scores of a query in the centre with each key, for equal content.
 
-    q and k are all ones, so a score is the mean cosine of the differences of their phases: 1
-    where nothing is rotated.
+    q and k are all ones: a score is the mean cosine of the phase differences, 1 without rotation.
     """
     embedding = SpiralRoPE(plot.head_dim, config, plot.pretrain_grid)
     rows, columns = plot.grid
@@ -123,7 +118,7 @@ def centre_scores(config: RopeConfig, plot: RopePlot) -> Tensor:
     return scores.view(plot.grid)
 
 
-# --- Panels: each draws into its axis and gives the title.
+# --- Panels: each draws into its axis and returns the title.
 
 
 def _draw_rose(axis: Axes, view: RopeView, plot: RopePlot, views: list[RopeView]) -> str:
@@ -152,7 +147,7 @@ def _draw_rose(axis: Axes, view: RopeView, plot: RopePlot, views: list[RopeView]
 
 def _draw_frequencies(axis: Axes, view: RopeView, plot: RopePlot, views: list[RopeView]) -> str:
     rotated = view.frequency > 0
-    # A logarithmic axis has no zero: what is not rotated stands below a line.
+    # A logarithmic axis has no zero: channels without rotation are drawn below a line.
     below = float(view.frequency[rotated].min()) / 3
     height = torch.where(rotated, view.frequency, below)
     apart = 180 / view.config.num_directions
@@ -174,7 +169,7 @@ def _draw_frequencies(axis: Axes, view: RopeView, plot: RopePlot, views: list[Ro
     axis.set_box_aspect(1)
     zeros = "" if rotated.all() else "; ×: not rotated"
     halves = f"filled: row half, open: column half{zeros}"
-    style_lines(axis, "", f"turn of the axes (dotted: one turn in {side} patches)\n{halves}")
+    style_lines(axis, "", f"angle of the axes (dotted: one period in {side} patches)\n{halves}")
     other = axis.secondary_yaxis("right", functions=(_wavelength, _wavelength))
     other.set_ylabel("wavelength (patches)")
     count = len(set(view.frequency[rotated].tolist()))
@@ -182,7 +177,7 @@ def _draw_frequencies(axis: Axes, view: RopeView, plot: RopePlot, views: list[Ro
 
 
 def _wavelength(frequency: Any) -> Any:
-    """Radians per patch to patches per period, and back."""
+    """Radians per patch -> patches per period, and the inverse."""
     import numpy as np
 
     with np.errstate(divide="ignore"):
@@ -198,7 +193,7 @@ def _draw_clamp(axis: Axes, view: RopeView, plot: RopePlot, views: list[RopeView
         middle: dict[str, Any] = {"transform": axis.transAxes, "ha": "center", "va": "center"}
         axis.text(0.5, 0.5, "no patch", color="white", **middle)
     exact = view.config.projection == "exact"
-    return "positions beyond the grid" if exact else "positions the clamp moves"
+    return "positions outside the grid" if exact else "clamped positions"
 
 
 def _draw_score(axis: Axes, view: RopeView, plot: RopePlot, views: list[RopeView]) -> str:
@@ -219,7 +214,7 @@ def _draw_score(axis: Axes, view: RopeView, plot: RopePlot, views: list[RopeView
 
 
 def _add_color_bar(axis: Axes, image: Any, label: str) -> None:
-    """A scale as high as the map; the map's sides count whole patches."""
+    """A color bar as high as the map, and integer ticks on both axes."""
     from matplotlib.ticker import MaxNLocator
 
     axis.figure.colorbar(image, cax=axis.inset_axes((1.03, 0, 0.05, 1)), label=label)

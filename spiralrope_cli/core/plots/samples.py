@@ -1,4 +1,4 @@
-"""Generated images side by side, with their classes below."""
+"""A grid of images, with their classes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SMALLEST_TILE = 120
-"""Pixels of the file along an image's side, at least."""
+"""Smallest side of an image in the figure, in pixels."""
 
 STRIP = 0.2
-"""Height of the line below an image, over the image's."""
+"""Height of the label below an image, as a fraction of that of the image."""
 
 CHARACTER, LINE = 0.085, 0.2
-"""Inches that a letter is wide at most, and a line of the title is high."""
+"""Width of a letter (at most) and height of a line of the title, in inches."""
 
 
 def samples_figure(
@@ -34,8 +34,8 @@ def samples_figure(
 
     Args:
         images: [N, 3, height, width] uint8.
-        labels: one for each image, or none.
-        title: above the grid.
+        labels: one per image, or empty.
+        title: title of the figure.
         columns: images per row; by default a square.
     """
     from matplotlib.figure import Figure
@@ -49,7 +49,7 @@ def samples_figure(
     lines = textwrap.wrap(title, max(12, int(width / CHARACTER)))
     above = LINE * (len(lines) + 0.5)
     figure = Figure(figsize=(width, height + above))
-    # Every pixel of the grid has a whole number of pixels of the file.
+    # No resampling: a pixel of the grid is an integer number of pixels of the figure.
     axis = figure.add_axes((0, 0, 1, height / (height + above)))
     axis.imshow(grid, interpolation="nearest", aspect="auto")
     axis.set_axis_off()
@@ -68,7 +68,7 @@ def samples_figure(
 
 
 def fit_to_size(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """[3, h, w] uint8 shrunk or enlarged to fit into (height, width), on white."""
+    """[3, h, w] uint8, resized to fit into (height, width), on a white background."""
     height, width = image.shape[1:]
     if (height, width) == size:
         return image

@@ -1,7 +1,7 @@
-"""How all figures look, and how they become files.
+"""Style of all figures, and saving.
 
-Colours are Okabe and Ito's, which colour-blind eyes tell apart. Nothing depends on colour alone:
-lines differ in style or marker too, and maps grow brighter with their values.
+The colours (Okabe and Ito) are safe for colour-blind readers. Lines also differ in style or marker,
+and the brightness of maps increases with the value.
 """
 
 from __future__ import annotations
@@ -22,18 +22,13 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 COLOR_MAP = "viridis"
 HEADING, TITLE, SMALL = 11, 10, 9
-"""Font sizes in points: of a whole figure, of a panel, of labels."""
+"""Font sizes in points: title of the figure, title of a panel, labels."""
 
 DPI = 150
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a .png or .svg in one piece, and makes its folder; equal figures give equal bytes.
-
-    Raises:
-        ConfigError: another suffix.
-        DataError: it cannot be written.
-    """
+    """Writes a .png or .svg atomically, and creates its folder; equal figures give equal bytes."""
     import matplotlib
 
     form = path.suffix.lower().lstrip(".")
@@ -49,7 +44,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def grid_of_axes(figure: Figure, count: int, columns: int) -> list[Axes]:
-    """So many panels in rows, with some air between them; no empty one is left over."""
+    """`count` panels in rows, without empty ones."""
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
     axes = list(figure.subplots(math.ceil(count / columns), columns, squeeze=False).flat)
     for axis in axes[count:]:

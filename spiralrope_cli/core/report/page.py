@@ -1,7 +1,7 @@
-"""`report.html`: one page of what a run was, what came out, and how to do it again.
+"""`report.html`: one page with configuration, results, and the command that repeats a run.
 
-A folder that holds the folders of several stages gets one page with a part for each of them.
-`page.html.j2` says what stands where; here it is collected from the files of the folder.
+A folder with several stages gets one page with a part for each. The layout is in `page.html.j2`;
+this file collects the content from the files in the folder.
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STAGES = (PRETRAIN, FINETUNE, TRAIN, SAMPLE)
-"""Folders of a pipeline in their order; others come after them, by name."""
+"""Folders of a pipeline in their order; other folders follow, by name."""
 
 FILES = (
     *(CONFIG_FILE, SOURCES_FILE, ENVIRONMENT_FILE, METRICS_FILE, CURVES_FILE),
     *(EVAL_FILE, SAMPLES_FILE, METADATA_FILE, NPZ_FILE, FID_FILE),
 )
-"""Those that a page leads to."""
+"""Files that a page links to."""
 
 ANOTHER = "again"
-"""Added to the folder: in its own a repeated run would find itself finished."""
+"""Suffix of the folder of a repeated run: in the same folder it would be finished already."""
 
 LARGEST_IMAGE = 1_500_000
-"""Bytes of an image that goes in as it is; a larger one is made smaller."""
+"""Larger images are downscaled, in bytes."""
 IMAGE_SIDE = 1600
 JPEG_QUALITY = 85
 
@@ -72,7 +72,7 @@ Tables = Mapping[str, Mapping[str, Any]]
 
 
 class Drawing(NamedTuple):
-    """One panel of a figure, as the attributes and the content of an `<svg>` element."""
+    """One panel of a figure: attributes and content of an `<svg>` element."""
 
     view_box: str
     label: str
@@ -81,37 +81,32 @@ class Drawing(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What the page says of one folder, in this order; what is empty is left out."""
+    """The content of the page for one folder, in this order; empty parts are left out."""
 
     name: str
-    page: str = ""  # address of the page of a stage alone
-    lead: str = ""  # what was done, in a sentence or two
-    tiles: Mapping[str, str] = field(default_factory=dict)  # the few numbers that matter most
+    page: str = ""  # URL of the page of a single stage
+    lead: str = ""  # summary
+    tiles: Mapping[str, str] = field(default_factory=dict)  # the most important metrics
     results: Sequence[Result] = ()
     curves: Sequence[Drawing] = ()
     configuration: Tables = field(default_factory=dict)
-    origins: Mapping[str, str] = field(default_factory=dict)  # where those values came from
+    origins: Mapping[str, str] = field(default_factory=dict)  # origins of these values
     environment: Tables = field(default_factory=dict)
-    command: str = ""  # that does the same into another folder
+    command: str = ""  # repeats the run in another folder
     files: Sequence[tuple[str, str]] = ()  # (name, address)
 
 
 def leave_report(folder: Path) -> None:
-    """Writes the report of a finished run; what goes wrong with it is one line and no failure."""
+    """Writes the report of a finished run; an error is only a warning."""
     try:
         write_report(folder)
-    except Exception as error:  # noqa: BLE001 - the run is done, whatever its report meets
+    except Exception as error:  # noqa: BLE001 - the run itself has succeeded
         reason = str(error).partition("\n")[0] or type(error).__name__
         say(f"warning: {folder / REPORT_FILE} was not written: {reason}")
 
 
 def write_report(folder: Path) -> Path:
-    """Makes the page of a run folder, or of a folder of stages, from the files in it.
-
-    Raises:
-        SpiralRopeError: there is nothing to report, or a file is damaged.
-        OSError: the page cannot be written.
-    """
+    """Writes the page of a run folder, or of a folder with stages."""
     inside, runs = stages(folder), pipelines(folder)
     recorded = any((folder / name).is_file() for name in (PIPELINE_FILE, SWEEP_FILE))
     if not (inside or runs or recorded or is_stage(folder)):
@@ -139,25 +134,25 @@ def write_report(folder: Path) -> Path:
 
 
 def is_stage(folder: Path) -> bool:
-    """Whether a folder is that of one command."""
+    """Whether a folder is that of a single command."""
     return (folder / CONFIG_FILE).is_file() or (folder / METADATA_FILE).is_file()
 
 
 def stages(folder: Path) -> list[Path]:
-    """The stages' folders inside, in the order in which they ran."""
+    """Folders of the stages, in their order."""
     found = sorted(entry for entry in folder.iterdir() if entry.is_dir() and is_stage(entry))
     order = {name: number for number, name in enumerate(STAGES)}
     return sorted(found, key=lambda stage: order.get(stage.name, len(STAGES)))
 
 
 def pipelines(folder: Path) -> list[Path]:
-    """Folders inside that hold stages and have a page, as those of a sweep."""
+    """Folders of pipelines that have a page, as in a sweep."""
     entries = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not is_stage(entry))
     return [entry for entry in entries if (entry / REPORT_FILE).is_file() and stages(entry)]
 
 
 def part(folder: Path, page: Path) -> Part:
-    """Everything about one run, for a page in that folder."""
+    """The part of one run; `page` is the folder of the page."""
     training = (folder / CONFIG_FILE).is_file()
     metadata = {} if training else read_metadata(folder) or {}
     lead, tiles = about_training(folder) if training else (about_samples(metadata), {})
@@ -178,7 +173,7 @@ def part(folder: Path, page: Path) -> Part:
 
 
 def about_training(folder: Path) -> tuple[str, dict[str, str]]:
-    """What was trained, and the numbers that matter most."""
+    """Summary and most important metrics of a training run."""
     config = read_config(folder / CONFIG_FILE)
     run: TrainingRun = build(RUN_KINDS[config["command"]], config)
     lines = read_metrics(folder)
@@ -191,13 +186,13 @@ def about_training(folder: Path) -> tuple[str, dict[str, str]]:
     if logged := [line for line in lines if "loss" in line]:
         tiles["training loss"] = f"{logged[-1]['loss']:.4f}"
         tiles["images per second"] = f"{logged[-1]['images_per_s']:,.0f}"
-    rope = run.rope.summary if run.rope.enabled else "no RoPE: absolute positions alone"
+    rope = run.rope.summary if run.rope.enabled else "no RoPE, only absolute positions"
     what = f"{run.command} of {run.arch}" + (f", from {run.source}" if run.source else "")
     return f"{what}. Data: {run.data_line}. Positions: {rope}.", tiles
 
 
 def about_samples(metadata: dict[str, Any]) -> str:
-    """What was drawn, and from which weights."""
+    """Summary of samples."""
     return (
         f"dit-sample of {metadata['arch']} from {metadata['source']}: {metadata['num']:,} images "
         f"of {format_size(metadata['image_size'])} px, {metadata['sampler']} in "
@@ -207,9 +202,9 @@ def about_samples(metadata: dict[str, Any]) -> str:
 
 
 def configuration(folder: Path, metadata: dict[str, Any]) -> Tables:
-    """Every value of a training run, or of samples, by group."""
+    """All values of a training run, or of samples, by group."""
     if metadata:
-        apart = ("rope", "versions")  # versions stand with the machine
+        apart = ("rope", "versions")  # versions are shown with the machine
         own = {name: value for name, value in metadata.items() if name not in apart}
         return {"samples": own, "rope": metadata["rope"]}
     import yaml
@@ -220,7 +215,7 @@ def configuration(folder: Path, metadata: dict[str, Any]) -> Tables:
 
 
 def machine(folder: Path, metadata: dict[str, Any]) -> Tables:
-    """Where it happened, and the versions of packages."""
+    """Machine and versions of packages."""
     known = ("precision", "versions")
     found = read_json(folder / ENVIRONMENT_FILE) or {n: metadata[n] for n in known if metadata}
     versions = found.pop("versions", {})
@@ -229,7 +224,7 @@ def machine(folder: Path, metadata: dict[str, Any]) -> Tables:
 
 
 def in_short(value: Any) -> str:
-    """A value of a config, as a table shows it."""
+    """A value of a config, for a table."""
     if isinstance(value, list):
         return ", ".join(map(in_short, value)) or "-"
     if isinstance(value, bool):
@@ -238,7 +233,7 @@ def in_short(value: Any) -> str:
 
 
 def repeat_command(folder: Path) -> str:
-    """A command line that repeats a run, into another folder."""
+    """The command line that repeats a run in another folder."""
     origins = read_json(folder / SOURCES_FILE)
     out = f"{folder}-{ANOTHER}"
     if not (folder / CONFIG_FILE).is_file():
@@ -252,7 +247,7 @@ def repeat_command(folder: Path) -> str:
         known = {**leaves(RUN_KINDS[config["command"]]), **leaves(TrainOptions)}
         if source := config.get("source"):
             words += known["source"].typed(source)[config["command"] == "finetune" :]
-            # Other options of RoPE are those of the weights, which the config file holds too.
+            # The other RoPE options are those of the weights, and also in the config file.
             rope = RopeConfig.__dataclass_fields__
             given |= {name: config[name] for name in rope if origins.get(name) == "option"}
     for name, value in given.items():
@@ -261,7 +256,7 @@ def repeat_command(folder: Path) -> str:
 
 
 def _sampling_options(metadata: dict[str, Any], given_rope: list[str]) -> dict[str, Any]:
-    """Field name -> value of the options of `dit-sample`, by what it left."""
+    """Field name -> value of the options of `dit-sample`, from its metadata."""
     low, high = metadata["cfg_interval"]
     return {
         **{"num_samples": metadata["num"], "num_sampling_steps": metadata["steps"]},
@@ -278,11 +273,11 @@ def _sampling_options(metadata: dict[str, Any], given_rope: list[str]) -> dict[s
     }
 
 
-# --- Images and drawings inside the page, which loads nothing from elsewhere
+# --- Images inside the page, which loads no other files
 
 
 def data_url(path: Path) -> str:
-    """An address that holds an image; a large one is made smaller first."""
+    """A data URL of an image; large images are downscaled."""
     kind, content = "png", path.read_bytes()
     if len(content) > LARGEST_IMAGE:
         from PIL import Image
@@ -297,15 +292,15 @@ def data_url(path: Path) -> str:
 
 
 def drawings(figure: Figure, name: str) -> list[Drawing]:
-    """The panels of a figure, each one by itself: the words of a whole one are small on a phone.
+    """The panels of a figure as separate SVGs: in a whole figure the text is too small on a phone.
 
     Args:
-        figure: of no use afterwards.
-        name: different for each figure of a page.
+        figure: it is changed, so do not use it afterwards.
+        name: unique on the page.
     """
     import matplotlib
 
-    name = name.encode().hex()  # what it holds may not be part of an element's name
+    name = name.encode().hex()  # valid in an id of an element
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for of_all in (*figure.texts, *figure.legends):
@@ -323,10 +318,10 @@ def drawings(figure: Figure, name: str) -> list[Drawing]:
             )
         svg = re.sub(r"<metadata>.*?</metadata>", "", sink.getvalue(), flags=re.DOTALL)
         [(view_box, svg)] = re.findall(r'<svg[^>]* viewBox="(.*?)"[^>]*>(.*)</svg>', svg, re.DOTALL)
-        # Elements of two drawings may not share a name, and black is the colour of the text around.
+        # Ids must be unique on the page, and black becomes the colour of the text (dark mode).
         svg = svg.replace("xlink:href", "href").replace("stroke: #000000", "stroke: currentColor")
         svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>d{name}-{number}-", svg)
         title = axis.get_title("left") or axis.get_title()
-        label = " against ".join(filter(None, (title, axis.get_xlabel())))
+        label = " over ".join(filter(None, (title, axis.get_xlabel())))
         drawn.append(Drawing(view_box, label, svg.strip()))
     return drawn

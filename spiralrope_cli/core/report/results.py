@@ -1,4 +1,4 @@
-"""What came out of a run: its last lines on stdout, and tables and images for its page."""
+"""Results of a run: printed on stdout, and as tables and images for the report page."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ Record = dict[str, Any]
 
 ACCURACY = ("acc@1 %", "acc@5 %", "loss")
 SHARED = {"step": "step {}", "image size": "{} px", "crop ratio": "crop ratio {}"}
-"""Columns of numbers, as they stand above a table where all rows have the same."""
+"""Columns that are written above a table instead, if all rows have the same value."""
 ACCURACY_COLUMNS = ("weights", "step", *ACCURACY, "images")
 
 
 def print_results(folder: Path) -> None:
-    """The final metrics of a run, on stdout; the last line is for scripts to find."""
+    """Prints the final metrics of a run; scripts can read the last line."""
     lines = read_metrics(folder)
     validations = [line for line in lines if "acc1" in line]
     if validations:
@@ -56,7 +56,7 @@ def print_results(folder: Path) -> None:
 
 
 def print_evaluation(rows: Sequence[Record]) -> None:
-    """The rows of an evaluation, on stdout; what all share stands above."""
+    """Prints the rows of an evaluation; values that all rows share are above the table."""
     columns, shared = columns_of(rows)
     metrics = (*ACCURACY, "images")
     # Without a least width a narrow terminal gets one letter per line.
@@ -78,7 +78,7 @@ def print_evaluation(rows: Sequence[Record]) -> None:
 
 
 def columns_of(rows: Sequence[Record]) -> tuple[dict[str, list[str]], str]:
-    """Columns that tell rows of an `eval.json` apart, and in words what all of them share."""
+    """Columns that differ between rows of an `eval.json`, and the shared values as text."""
     cells = {
         "source": [row["source"] for row in rows],
         "arch": [row["arch"] for row in rows],
@@ -98,7 +98,7 @@ def columns_of(rows: Sequence[Record]) -> tuple[dict[str, list[str]], str]:
 
 
 def accuracy_rows(validations: list[Record]) -> list[list[str]]:
-    """Raw and averaged weights at the last and at the best validation, by `ACCURACY_COLUMNS`."""
+    """Rows for `ACCURACY_COLUMNS`: last and best validation, raw and EMA weights."""
     last = validations[-1]
     best = best_validation(validations)
     return [
@@ -114,7 +114,7 @@ def accuracy_rows(validations: list[Record]) -> list[list[str]]:
 
 
 def in_digits(row: Record, acc1: str = "acc1", acc5: str = "acc5", loss: str = "loss") -> list[str]:
-    """Accuracies with two digits and the loss with four, by their keys."""
+    """Accuracies with two decimals, the loss with four."""
     return [f"{row[acc1]:.2f}", f"{row[acc5]:.2f}", f"{row[loss]:.4f}"]
 
 
@@ -123,20 +123,20 @@ def in_digits(row: Record, acc1: str = "acc1", acc5: str = "acc5", loss: str = "
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """A heading of the page, with a table and an image below it."""
+    """A section of the page: title, table, image."""
 
     title: str
     caption: str = ""
     columns: Sequence[str] = ()
-    rows: Sequence[Sequence[Any]] = ()  # the first cell says what a row is about
-    words: Collection[str] = ()  # other columns that hold no numbers, and stand at the left
+    rows: Sequence[Sequence[Any]] = ()  # the first cell is the header of the row
+    words: Collection[str] = ()  # text columns, aligned left
     image: Path | None = None
-    alt: str = ""  # what the image shows
+    alt: str = ""  # alternative text of the image
     warnings: Sequence[str] = ()
 
 
 def results(folder: Path) -> list[Result]:
-    """Everything that the folder of a run, a pipeline or a sweep has of this kind."""
+    """All results in the folder of a run, a pipeline or a sweep."""
     found = []
     if points := read_json(folder / SWEEP_FILE).get("rows"):
         found.append(of_sweep(points))
@@ -155,7 +155,7 @@ def results(folder: Path) -> list[Result]:
         sizes = folder / SIZES_FILE
         found.append(of_evaluation(rows, sizes if sizes.exists() else None))
     if (samples := folder / SAMPLES_FILE).is_file():
-        alt = f"grid of images that {folder.name} drew"
+        alt = f"grid of images sampled by {folder.name}"
         found.append(Result(title="Samples", image=samples, alt=alt))
     if scores := read_json(folder / FID_FILE):
         found.append(of_scores(scores))
@@ -163,7 +163,7 @@ def results(folder: Path) -> list[Result]:
 
 
 def of_evaluation(rows: list[Record], sizes: Path | None) -> Result:
-    """One row for each set of weights and protocol; what all share stands above."""
+    """One row per set of weights and protocol."""
     columns, shared = columns_of(rows)
     best = max(row["acc1"] for row in rows) if len(rows) > 1 else None
     table = []
@@ -178,12 +178,12 @@ def of_evaluation(rows: list[Record], sizes: Path | None) -> Result:
         rows=table,
         words=columns.keys() - SHARED.keys(),
         image=sizes,
-        alt="acc@1 against the image size",
+        alt="acc@1 over image size",
     )
 
 
 def of_scores(scores: Record) -> Result:
-    """FID and its relatives, with what they rest on."""
+    """FID and the other metrics of images."""
     rows = []
     for name, (label, better, digits) in FID_METRICS.items():
         if (value := scores.get(name)) is not None:
@@ -196,7 +196,7 @@ def of_scores(scores: Record) -> Result:
         for side in sides
     )
     return Result(
-        title="Metrics of the images",
+        title="Image metrics",
         caption=caption,
         columns=("metric", "value", "±", ""),
         rows=rows,
@@ -206,18 +206,18 @@ def of_scores(scores: Record) -> Result:
 
 
 def of_stages(stages: Record) -> Result:
-    """When each stage of a pipeline was done, and how long it took."""
+    """When each stage of a pipeline finished, and its seconds."""
     rows = [
         (name, each["finished"], "-" if each["seconds"] is None else f"{each['seconds']:,.0f}")
         for name, each in stages.items()
     ]
     columns = ("stage", "finished", "seconds")
-    caption = "As they were done"
+    caption = "Stages that are finished"
     return Result(title="Stages", caption=caption, columns=columns, rows=rows, words={"finished"})
 
 
 def of_sweep(points: list[Record]) -> Result:
-    """Mean and spread over seeds of each point, set of weights and crop ratio."""
+    """Mean and standard deviation over seeds, per configuration, weights and crop ratio."""
     rows = [
         [
             *each["point"].values(),
@@ -231,7 +231,7 @@ def of_sweep(points: list[Record]) -> Result:
         for each in points
     ]
     return Result(
-        title="All points",
+        title="All configurations",
         caption="Mean ± standard deviation over seeds",
         columns=[*points[0]["point"], "weights", "crop ratio", "seeds", *ACCURACY],
         rows=rows,
@@ -240,6 +240,6 @@ def of_sweep(points: list[Record]) -> Result:
 
 
 def with_spread(value: Record, digits: int) -> str:
-    """`97.22 ± 0.31`, of a mean with its standard deviation."""
+    """`97.22 ± 0.31`: mean and standard deviation."""
     more = "" if value["std"] is None else f" ± {value['std']:.{digits}f}"
     return f"{value['mean']:.{digits}f}{more}"

@@ -43,12 +43,12 @@ def heights(axis):
 
 def test_a_classifier_has_loss_accuracy_rate_and_speed(logged):
     figure = curves_figure([logged("a")])
-    assert titles(figure) == ["Loss", "Held-out acc@1 (%)", "Learning rate", "Images per second"]
+    assert titles(figure) == ["Loss", "Validation acc@1 (%)", "Learning rate", "Images per second"]
     loss, accuracy, *_ = figure.axes
     assert heights(loss) == [[0.5, 0.25, 1 / 6], [1, 0.5, 1 / 3]]
     assert heights(accuracy) == [[20, 40, 60], [18, 36, 54]]
     assert list(loss.lines[0].get_xdata()) == [2, 4, 6]
-    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["training", "held out"]
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["training", "validation"]
 
 
 def test_a_diffusion_transformer_has_its_bound_and_nothing_empty(logged):
@@ -80,7 +80,7 @@ def test_a_single_point_is_seen(logged):
 
 
 def test_a_run_without_metrics_is_told(tmp_path):
-    with pytest.raises(DataError, match="has logged nothing"):
+    with pytest.raises(DataError, match="has no metrics"):
         curves_figure([tmp_path])
 
 

@@ -102,7 +102,7 @@ def test_a_run_has_its_page(trained_once):
     page = Page((trained_once / "report.html").read_text())
     text = " ".join(page.words)
     assert [tag for tag, _ in page.elements].count("h1") == 1
-    for title in ("Accuracy", "Curves", "Configuration", "Environment", "Do it again"):
+    for title in ("Accuracy", "Curves", "Configuration", "Environment", "Repeat this run"):
         assert title in page.words
     assert "deit-64x2x2" in text
     assert len(page.all("svg")) == 4
