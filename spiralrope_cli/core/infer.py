@@ -41,7 +41,8 @@ def is_dit_state(file: Path, state: StateDict) -> bool:
         return False
     some = ", ".join(list(state)[:SHOWN_KEYS])
     raise CheckpointError(
-        f"{file} is not a DeiT or DiT of this project: {len(state)} tensors such as {some}"
+        f"{file} is not a DeiT or DiT of this project: {len(state)} tensors such as {some}",
+        "a DiT has x_embedder.proj.weight; a DeiT has cls_token and blocks.0.gamma_1",
     )
 
 

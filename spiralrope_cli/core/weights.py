@@ -25,9 +25,12 @@ from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.download import fetch_published, local_path
 from spiralrope_cli.core.hub.published import (
+    ZIP_MAGIC,
     PublishedFile,
     StateDict,
     freqs_note,
+    head_of,
+    plain_names,
     progress_in,
     read_published,
     split_freqs,
@@ -108,12 +111,18 @@ def read_weights(
         arch: `--arch`, which gives the number of heads if the source does not; empty: not given.
     """
     file, chosen = source.file(ema), rope or {}
-    state, metadata = _read_safetensors(file) if file.suffix == ".safetensors" else ({}, {})
+    head = head_of(file)
+    named_safetensors = file.suffix == ".safetensors"
+    if named_safetensors and head.startswith(ZIP_MAGIC):  # torch.load goes by the suffix too
+        raise CheckpointError(f"{file} is a file of torch.save", "name it .pth")
+    is_safetensors = named_safetensors or head[8:9] == b"{"
+    state, metadata = _read_safetensors(file) if is_safetensors else ({}, {})
     if "config" in metadata:
         weights = _from_own_layout(source, file, ema, state, metadata, chosen)
     else:
+        state = plain_names(state)
         bare = PublishedFile(state, state, has_both=False, args={})
-        content = bare if state else read_published(file)
+        content = bare if is_safetensors else read_published(file)
         weights = _from_published_layout(source, file, ema, content, chosen, arch)
     if arch:
         check_arch(arch, weights.arch, source.given)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import pathlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -223,3 +224,100 @@ def test_published_weights_at_their_own_size_keep_extrapolating():
     start, notes = starting_point(find_source(str(DEIT)), {})
     assert start.rope.scaling == "extrapolate"
     assert not notes
+
+
+# --- Checkpoints of neighbours.
+
+
+def renamed(state, name):
+    """The state with other names."""
+    return {name(each): value for each, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        lambda each: f"module.{each}",
+        lambda each: f"_orig_mod.{each}",
+        lambda each: f"module._orig_mod.{each}",
+        lambda each: f"_orig_mod.module.{each}",
+        lambda each: f"model.{each}",
+        lambda each: f"net.module.{each}",
+        lambda each: each.replace("blocks.0.", "blocks.0._orig_mod."),
+        lambda each: f"_fsdp_wrapped_module.{each}",
+        lambda each: each.replace(".attn.", ".attn._checkpoint_wrapped_module."),
+    ],
+)
+def test_names_of_wrappers_are_left_out(runs, name):
+    content = published()
+    torch.save({**content, "model": renamed(content["model"], name)}, "x.pth")
+    assert same_tensors(load_model("x.pth").state_dict(), load_model(DEIT).state_dict())
+    averaged = {**renamed(content["model"], name), "n_averaged": torch.tensor(3)}
+    torch.save(averaged, "bare.pth")
+    save_file(averaged, "bare.safetensors")
+    for bare in ("bare.pth", "bare.safetensors"):
+        weights = read_weights(find_source(bare), rope={"rotate": 2})
+        assert same_tensors(build_network(weights).state_dict(), load_model(DEIT).state_dict())
+
+
+def test_the_layout_of_timms_script_is_read(runs):
+    content, args = published(), {"model": "spiralrope_deit_tiny_patch16_224", "hflip": 0.5}
+    content["args"] = argparse.Namespace(**args, model_kwargs={"rotate": 2}, gp=None)
+    names = {"state_dict": "model", "state_dict_ema": "model_ema", "args": "args", "epoch": "epoch"}
+    theirs = {name: content[ours] for name, ours in names.items()}
+    torch.save({**theirs, "arch": args["model"], "version": 2, "metric": 71.5}, "timm.pth.tar")
+    for ema in (False, True):
+        weights = read_weights(find_source("timm.pth.tar"), ema=ema)
+        assert (weights.ema, weights.rope.rotate, weights.progress) == (ema, 2, "epoch 17")
+        ours = load_model(DEIT, ema=ema)
+        assert same_tensors(build_network(weights).state_dict(), ours.state_dict())
+    content["args"].gp = "avg"
+    torch.save({**theirs, "args": content["args"]}, "avg.pth.tar")
+    with pytest.raises(CheckpointError, match="the pooling avg, and here the class token is read"):
+        load_model("avg.pth.tar")
+
+
+def test_layouts_of_lightning_and_of_the_diffusion_scripts_are_read(runs):
+    content = published(DIT)
+    dit = load_model(DIT, ema=True).state_dict()
+    torch.save({"ema": content["ema"], "opt": {}, "config": {"train": 1}}, "lightning-dit.pt")
+    torch.save({"state_dict": renamed(content["ema"], "model.{}".format)}, "lightning.ckpt")
+    for name in ("lightning-dit.pt", "lightning.ckpt"):
+        weights = read_weights(find_source(name), ema=True, rope={"rotate": 2})
+        assert same_tensors(build_network(weights).state_dict(), dit)
+    sit = argparse.Namespace(model="SiT-XL/2", path_type="Linear", prediction="velocity")
+    torch.save({**content, "args": sit}, "sit.pt")
+    with pytest.raises(CheckpointError, match="holds a SiT: it predicts a velocity"):
+        load_model("sit.pt")
+
+
+def test_a_layout_that_nobody_knows_says_what_it_needs(runs):
+    torch.save({"network": published()["model"], "epoch": 3}, "x.pth")
+    with pytest.raises(CheckpointError, match="it holds network, epoch") as refused:
+        load_model("x.pth")
+    assert "under 'model' or 'state_dict' or 'model_ema'" in refused.value.hint
+    assert "torch.save(network.state_dict(), FILE)" in refused.value.hint
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"<!DOCTYPE html><html>Not found</html>", "is a web page, not a checkpoint"),
+        (b"\n<html>Sign in</html>", "is a web page, not a checkpoint"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a git-lfs pointer"),
+    ],
+)
+def test_a_failed_download_is_called_that_whatever_its_name(runs, content, message):
+    for name in ("x.safetensors", "x.bin", "x.ckpt"):
+        (runs / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match=message):
+            load_model(name)
+
+
+def test_a_wrong_suffix_is_said_or_does_not_matter(runs, trained_once):
+    shutil.copyfile(DEIT, "x.safetensors")
+    with pytest.raises(CheckpointError, match=r"is a file of torch.save\nname it .pth"):
+        load_model("x.safetensors")
+    shutil.copyfile(trained_once / "checkpoints" / "0000008" / "model.safetensors", "y.bin")
+    assert same_tensors(load_model("y.bin").state_dict(), load_model(trained_once).state_dict())

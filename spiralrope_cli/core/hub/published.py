@@ -32,6 +32,10 @@ from spiralrope_cli.core.hub.catalog import ROWS
 from spiralrope_cli.core.rope import frequencies
 
 StateDict = dict[str, Tensor]
+RAW_KEYS = ("model", "state_dict")  # of DeiT, DiT, SiT, LightningDiT; of timm and Lightning
+EMA_KEYS = ("model_ema", "ema", "state_dict_ema")  # of DeiT; of DiT and those after it; of timm
+# What torch.compile, DDP, FSDP and checkpointing put into names, wherever they wrap a module.
+WRAPPERS = re.compile(r"\b(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 ZIP_MAGIC = b"PK\x03\x04"
 OF_OURS = "pretrain_grid"  # `args` of our exports only
 FREQS_TOLERANCE = 1e-3  # relative; in EMA weights the frequencies drifted by up to 2e-4
@@ -53,22 +57,23 @@ def read_published(path: Path) -> PublishedFile:
     content = load_safely(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, no weights")
-    raw = _state_dict_in(content, "model")
-    ema = _state_dict_in(content, "model_ema") or _state_dict_in(content, "ema")
+    raw, ema = _state_dict_in(content, RAW_KEYS), _state_dict_in(content, EMA_KEYS)
     if not raw and not ema:
         if not content or not all(isinstance(value, Tensor) for value in content.values()):
             named = ", ".join(map(str, list(content)[:4])) or "nothing"
             raise CheckpointError(
                 f"{path} is not a checkpoint in a published layout: it holds {named}",
-                "it must hold a state dict under 'model', or only tensors",
+                f"it must hold a state dict under {' or '.join(map(repr, RAW_KEYS + EMA_KEYS))}, "
+                "or only tensors, as torch.save(network.state_dict(), FILE) writes them",
             )
-        return PublishedFile(content, content, False, {})
+        state = plain_names(content)
+        return PublishedFile(state, state, False, {})
     # If raw and EMA weights share their memory, they are one set.
     one = all(name in ema and ema[name].data_ptr() == raw[name].data_ptr() for name in raw)
     args = content.get("args")
     if isinstance(args, argparse.Namespace):
         args = vars(args)
-    args = args if isinstance(args, dict) else {}
+    args = _with_model_kwargs(path, args) if isinstance(args, dict) else {}
     if OF_OURS in args:  # others can be ten times as large, for their optimizer
         try:
             check_zip(path)
@@ -89,16 +94,49 @@ def progress_in(content: dict[str, Any]) -> str:
     return known[0] if known else ""
 
 
-def _state_dict_in(content: dict[str, Any], key: str) -> StateDict:
-    """The state dict under a key; empty if there is none."""
-    value = content.get(key)
-    if isinstance(value, dict) and all(isinstance(item, Tensor) for item in value.values()):
-        return value
+def _state_dict_in(content: dict[str, Any], keys: tuple[str, ...]) -> StateDict:
+    """The state dict under the first of the keys that has one, empty where there is none."""
+    for value in map(content.get, keys):
+        named = isinstance(value, dict) and value
+        if named and all(isinstance(item, Tensor) for item in named.values()):
+            return plain_names(named)
     return {}
 
 
-def load_safely(path: Path) -> Any:
-    """`torch.load` with weights_only, for both formats of torch; errors say what is wrong."""
+def plain_names(state: StateDict) -> StateDict:
+    """The tensors by their names in the network itself, without those of what was around it."""
+    found = {WRAPPERS.sub("", n): value for n, value in state.items() if n != "n_averaged"}
+    # Lightning and others hold the network as `model`, `net`, ...
+    outer = {name.partition(".")[0] for name in found}
+    if len(outer) == 1 and all("." in name for name in found):
+        return plain_names({name.partition(".")[2]: value for name, value in found.items()})
+    return found
+
+
+def _with_model_kwargs(path: Path, args: dict[str, Any]) -> dict[str, Any]:
+    """Options of a run; those of `timm_models` in timm's script are in `model_kwargs`.
+
+    Raises:
+        CheckpointError: a network of the same names that computes something else.
+    """
+    if "path_type" in args:
+        raise CheckpointError(
+            f"{path} holds a SiT: it predicts a velocity, where a DiT predicts noise",
+            "its own script draws with it",
+        )
+    if not str(args.get("model", "")).startswith("spiralrope_"):
+        return args
+    given = args.get("model_kwargs") or {}
+    if (pool := given.get("global_pool") or args.get("gp") or "token") != "token":
+        raise CheckpointError(
+            f"{path} was trained with the pooling {pool}, and here the class token is read",
+            "timm's own validate.py measures it",
+        )
+    return {**asdict(RopeConfig()), **given, **args}
+
+
+def head_of(path: Path) -> bytes:
+    """The first bytes of a file of weights; what a failed download left there is refused."""
     try:
         with path.open("rb") as file:
             head = file.read(512)
@@ -115,6 +153,12 @@ def load_safely(path: Path) -> Any:
         raise CheckpointError(
             f"{path} is a git-lfs pointer, not the file itself", "run git lfs pull there"
         )
+    return head
+
+
+def load_safely(path: Path) -> Any:
+    """`torch.load` with weights_only, for both formats of torch; errors say what is wrong."""
+    head = head_of(path)
     is_zip = head.startswith(ZIP_MAGIC)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
