@@ -34,7 +34,7 @@ app = typer.Typer(**SETTINGS)
     ClassifierRun,
     TrainOptions,
     examples=EXAMPLES,
-    leave_out=("source", "freeze"),
+    leave_out=("source", "ema", "freeze"),
     defaults=shown_defaults("pretrain"),
 )
 def pretrain(given: dict[str, Any]) -> None:

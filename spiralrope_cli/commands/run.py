@@ -45,7 +45,7 @@ Examples:
 
 app = typer.Typer(no_args_is_help=True, **SETTINGS)
 NOT_HERE = (
-    *("source", "config", "resume", "keep_every", "min_lr", "lr_rule", "schedule", "freeze"),
+    *("source", "ema", "config", "resume", "keep_every", "min_lr", "lr_rule", "schedule", "freeze"),
     *("weight_decay", "clip_grad", "ema_decay"),
 )
 """Options that are not in `run`: its trainings use the values of the recipe."""

@@ -144,6 +144,7 @@ def starting_point(
     source: Source,
     rope: dict[str, Any],
     *,
+    ema: bool = True,
     arch: str = "",
     dit: bool = False,
     download: bool = True,
@@ -153,12 +154,13 @@ def starting_point(
     Args:
         source: from `find_source`.
         rope: field name -> value, RoPE options that override those of the source.
+        ema: averaged weights, not the raw ones.
         arch: `--arch` of the user; empty: not given.
         dit: whether a DiT is required, or a classifier.
         download: whether to download published weights if needed.
     """
     here = fetch_source(source, download=download)
-    weights = read_weights(here, ema=True, rope=rope, arch=arch)
+    weights = read_weights(here, ema=ema, rope=rope, arch=arch)
     if is_dit(weights.arch) != dit:
         raise CheckpointError(
             f"{source.given} holds {weights.arch}, "

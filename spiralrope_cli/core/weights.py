@@ -22,6 +22,7 @@ from spiralrope_cli.core.config.nested import renamed
 from spiralrope_cli.core.config.option import leaves
 from spiralrope_cli.core.config.resolve import fit_channels
 from spiralrope_cli.core.config.runs import ClassifierRun
+from spiralrope_cli.core.config.training import MOST_OF_FIRST
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.download import fetch_published, local_path
 from spiralrope_cli.core.hub.published import (
@@ -173,6 +174,12 @@ def _from_own_layout(
     notes = _contradictions(trained, chosen, source)
     if ema and not averaged:
         notes.append(f"{file.name} holds only raw weights; they are used instead of EMA weights")
+    decay, steps = config.get("optim", {}).get("ema_decay", 0), int(metadata.get("step", "0"))
+    if averaged and (fraction := decay**steps) > MOST_OF_FIRST:
+        notes.append(
+            f"{fraction:.0%} of the EMA weights in {file} are still the first ones: "
+            f"{steps} steps were few for a decay of {decay:g}; the raw ones are trained (--no-ema)"
+        )
     return Weights(
         source=source,
         file=file,

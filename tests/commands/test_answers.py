@@ -606,7 +606,7 @@ def test_options_reach_their_fields_and_no_others(launched, command, words, chan
 
 NOT_ON_DIGITS = {
     "pretrain": {"data", "auto_augment", "color_jitter", "tracker"},
-    "dit-train": {"data", "vae", "latents", "tracker", "source"},
+    "dit-train": {"data", "vae", "latents", "tracker", "source", "ema"},
 }
 """What only other data or other weights can have, or an extra can; other tests have it."""
 

@@ -7,6 +7,7 @@ import json
 import math
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -249,3 +250,69 @@ def test_a_table_without_a_null_label_keeps_its_last_class(runs, drawn_once):
     code, said = answer("dit-sample b.pt --cfg-scale 4 --dry-run")
     assert code == 2
     assert "b.pt has no null label to guide by" in said
+
+
+# --- Averaged weights that are still the first ones.
+@pytest.fixture
+def slow_average(runs, trained_once, drawn_once, digit_pictures):
+    """Runs `a` and `b` of 240 steps, as their files say, at the recipe's decay."""
+    from PIL import Image
+
+    for run, name in ((trained_once, "a"), (drawn_once, "b")):
+        shutil.copytree(run, runs / name)
+        for path in (runs / name).rglob("*.safetensors"):
+            tensors, metadata = read_safetensors(path)
+            config = json.loads(metadata["config"])
+            config["optim"]["ema_decay"] = 0.9999
+            metadata |= {"config": json.dumps(config), "step": "240"}
+            save_file(tensors, path, with_checksum(tensors, metadata))
+    Image.fromarray(digit_pictures[0]).save(runs / "digit.png")
+
+
+STILL_FIRST = "98% of the EMA weights in "
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "finetune a --max-steps 1 --dry-run",
+        "eval a --ema --data digits --nproc 1",
+        "export a --layout safetensors --ema",
+        "plot attention a digit.png --ema",
+        "dit-sample b --dry-run",
+        "dit-train --init-from b --max-steps 1 --dry-run",
+    ],
+)
+def test_averages_that_are_still_the_first_weights_are_said_of_the_source(slow_average, words):
+    code, said = answer(words)
+    assert code == 0, said
+    assert STILL_FIRST in said
+    assert "240 steps were few for a decay of 0.9999" in said
+    raw = words.replace("--ema", "") if "attention" in words else words.replace("--ema", "--no-ema")
+    code, said = answer(raw if raw != words else f"{words} --no-ema")
+    assert code == 0, said
+    assert STILL_FIRST not in said
+
+
+@pytest.mark.parametrize("words", ["finetune a", "dit-train --init-from b"])
+def test_a_run_can_start_from_the_raw_weights(slow_average, words):
+    """At a learning rate of 0 its weights are still those."""
+    more = "--max-steps 1 --lr 0 --min-lr 0 --weight-decay 0 --warmup-epochs 0 --nproc 1"
+    source = load_file(sorted(Path().glob(f"{words[-1]}/checkpoints/0*"))[-1] / "model.safetensors")
+    for ema in ("ema", "no-ema"):
+        code, said = answer(f"{words} {more} --{ema} --out {ema}")
+        assert code == 0, said
+        after = load_file(sorted(Path(ema).glob("checkpoints/0*"))[-1] / "model.safetensors")
+        same = all(torch.equal(after[name], source[name]) for name in source)
+        assert same == (ema == "no-ema")
+
+
+def test_the_plan_says_which_decay_would_do(runs):
+    few = "pretrain --max-steps 240 --dry-run --ema-decay"
+    code, said = answer(f"{few} 0.9999")
+    assert code == 0
+    assert "98% of the EMA weights will still be the first ones: 240 steps are few" in said
+    assert "--ema-decay 0.9999; at 0.981 it would be 1%" in said
+    assert "first ones" not in answer(f"{few} 0.981")[1]
+    assert "first ones" not in answer("pretrain --dry-run")[1]
+    assert "first ones" in answer("dit-train --max-steps 240 --ema-decay 0.9999 --dry-run")[1]

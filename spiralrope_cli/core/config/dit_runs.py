@@ -169,6 +169,10 @@ class DiTRun:
             complete="sources",
         ),
     ] = ""
+    ema: Annotated[
+        bool,
+        Opt("Start from the EMA or the raw weights.", MODEL, flag="--ema/--no-ema"),
+    ] = True
     rope: RopeConfig
     model: DiTModelConfig
     images: ImageConfig = field(metadata={"was": "pictures"})
@@ -190,9 +194,10 @@ class DiTRun:
 
     def inert_options(self) -> list[tuple[str, str]]:
         """Fields that have no effect in this run, with the reason."""
-        if not self.images.latents:
-            return []
-        return [(name, "--latents is given") for name in ("data", "workers", "skip_bad")]
+        inert = [] if self.source else [("ema", "--init-from is not given")]
+        if self.images.latents:
+            inert += [(name, "--latents is given") for name in ("data", "workers", "skip_bad")]
+        return inert
 
     @property
     def steps_per_epoch(self) -> int:

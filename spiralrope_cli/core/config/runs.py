@@ -210,6 +210,10 @@ class ClassifierRun:
     num_train: Annotated[int, "the number of training images"]
     num_val: Annotated[int, "the number of validation images"]
     source: Annotated[str, SOURCE] = ""
+    ema: Annotated[
+        bool,
+        Opt("Start from the EMA or the raw weights.", MODEL, flag="--ema/--no-ema"),
+    ] = True
     rope: RopeConfig
     model: ModelConfig
     augment: AugmentConfig

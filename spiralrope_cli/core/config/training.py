@@ -27,6 +27,8 @@ from spiralrope_cli.core.errors import ConfigError
 RUNS_FOLDER = "runs"
 """Where run folders lie unless --out names one."""
 
+MOST_OF_FIRST = 0.05
+"""Fraction of the first weights above which averaged ones are not those of a training."""
 LINEAR_RULE_BATCH = 512
 """The linear rule multiplies the base learning rate by total batch / this."""
 

@@ -20,7 +20,7 @@ from spiralrope_cli.core.config.nested import build, flat_values
 from spiralrope_cli.core.config.option import leaves
 from spiralrope_cli.core.config.resolve import Resolved, StartingPoint, resolve
 from spiralrope_cli.core.config.runs import ClassifierRun
-from spiralrope_cli.core.config.training import LINEAR_RULE_BATCH, TrainOptions
+from spiralrope_cli.core.config.training import LINEAR_RULE_BATCH, MOST_OF_FIRST, TrainOptions
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.source import find_source, find_vae, local_vae
 from spiralrope_cli.core.report.results import print_results
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from spiralrope_cli.core.weights import Weights
 
 CLAMP_HINT_FRACTION = 0.15
+LITTLE_OF_FIRST = 0.01
 ORIGINS = (
     *("option", "config file", "environment", "latents", "source", "data set"),
     *("recipe", "default"),
@@ -86,7 +87,8 @@ def settle(
 
         dit = command == "dit-train"
         arch = options.get("arch", "")
-        start, notes = starting_point(found, rope, arch=arch, dit=dit, download=not own.dry_run)
+        ema, download = given.get("ema", True), not own.dry_run
+        start, notes = starting_point(found, rope, ema=ema, arch=arch, dit=dit, download=download)
     resolved = resolve(command, options, config_file=own.config, name=own.name, start=start)
     return resolved, notes
 
@@ -187,7 +189,7 @@ def start_line(run: TrainingRun) -> str:
     try:
         find_source(run.source)
     except CheckpointError:  # a pipeline is planned before its first training has left any
-        return f"the averaged (EMA) weights that {run.source} will hold"
+        return f"the {'averaged (EMA)' if run.ema else 'raw'} weights that {run.source} will hold"
     weights = starting_weights(run)
     parts = [weights.summary(), *run.misfits(weights.options)]
     if run.optim.freeze != "none":
@@ -215,6 +217,12 @@ def hints(run: TrainingRun) -> list[str]:
         messages.append(
             f"the learning rate rises to the end: its peak of {optim.peak_lr:g} is below --min-lr "
             f"{optim.min_lr:g}"
+        )
+    if (fraction := optim.ema_decay**run.total_steps) > MOST_OF_FIRST:
+        messages.append(
+            f"{fraction:.0%} of the EMA weights will still be the first ones: {run.total_steps} "
+            f"steps are few for --ema-decay {optim.ema_decay:g}; at "
+            f"{LITTLE_OF_FIRST ** (1 / run.total_steps):.4g} it would be {LITTLE_OF_FIRST:.0%}"
         )
     if isinstance(run, DiTRun) and run.model.class_dropout_prob == 0:
         messages.append(
@@ -287,11 +295,11 @@ def decoder_here(given: str) -> Path:
 
 
 def starting_weights(run: TrainingRun) -> Weights:
-    """The averaged weights that a run starts from."""
+    """The weights that a run starts from, averaged ones by default."""
     from spiralrope_cli.core.weights import fetch_source, read_weights
 
     source = fetch_source(find_source(run.source))
-    return read_weights(source, ema=True, rope=asdict(run.rope), arch=run.arch)
+    return read_weights(source, ema=run.ema, rope=asdict(run.rope), arch=run.arch)
 
 
 def report(out: Path) -> None:
