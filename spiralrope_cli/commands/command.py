@@ -18,7 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from spiralrope_cli.commands import completion
 from spiralrope_cli.core.config.models import size
-from spiralrope_cli.core.config.option import PANELS, Leaf, Opt, in_words, leaves
+from spiralrope_cli.core.config.option import PANELS, Leaf, Opt, in_words, leaves, read_values
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.runtime.launch import is_first_process
 
@@ -169,8 +169,8 @@ def command(
                     )
                 if name != parameter and leaf.opt and is_first_process():
                     typer.echo(f"note: {leaf.opt.was} is now {leaf.called}", err=True)
-                given[name] = leaf.read(values[parameter])
-                leaf.check(given[name])
+                given[name] = values[parameter]
+            given = read_values(known, given)
             try:
                 function(given)
             except KeyboardInterrupt:  # Typer would exit without a message

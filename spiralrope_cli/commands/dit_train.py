@@ -43,6 +43,8 @@ def dit_train(given: dict[str, Any]) -> None:
 
     Without options: DiT-Ti/2 on the pixels of the bundled digits, in minutes on two CPU cores.
 
+    Its RoPE is axial unless --rotate is given, as in the published runs: --rotate 0.
+
     Other defaults are from --config, the data set and the published recipe.
 
     After an interruption run the same command again: it resumes.

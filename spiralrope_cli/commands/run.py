@@ -104,6 +104,8 @@ def dit(given: dict[str, Any]) -> None:
 
     Without options: DiT-Ti/2 on the bundled digits, in minutes on two cores.
 
+    Its RoPE is axial unless --rotate is given, as in the published runs: --rotate 0.
+
     FID needs a --reference and the Inception weights (fetch inception); else it is skipped.
 
     After an interruption run the same command again: it skips finished stages and resumes.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections.abc import Sequence
 
 PLACE, NAME = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST), (errno.ENAMETOOLONG, errno.ELOOP)
 RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -72,6 +73,16 @@ class TrainingError(SpiralRopeError):
 
 class LaunchError(SpiralRopeError):
     """Worker processes that could not be started, or that died."""
+
+
+def raise_all(errors: Sequence[ConfigError]) -> None:
+    """Raises one error for all; none where there are none."""
+    if errors:
+        raise (
+            errors[0]
+            if len(errors) == 1
+            else ConfigError("\n".join(str(each).replace("\n", "\n  ") for each in errors))
+        )
 
 
 def is_disk_full(error: Exception) -> bool:

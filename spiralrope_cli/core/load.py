@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spiralrope_cli.core.config.class_folders import class_difference
 from spiralrope_cli.core.config.dit_runs import DiTModelConfig
 from spiralrope_cli.core.config.latents import VAE_FACTOR
 from spiralrope_cli.core.config.models import RopeConfig, is_dit
@@ -82,14 +84,17 @@ def aligned(value: Tensor) -> Tensor:
     return value.clone() if value.data_ptr() % ALIGNMENT else value
 
 
-def load_pretrained(weights: Weights, model: DeiT | DiT) -> None:
+def load_pretrained(weights: Weights, model: DeiT | DiT, class_names: Sequence[str] = ()) -> None:
     """Loads weights into a new network.
 
     A head or label table for other classes keeps its random init; the fixed positions of a DiT of
-    another size are kept too.
+    another size are kept too. `class_names` are those of the data.
     """
-    fresh = ("y_embedder.", "pos_embed") if isinstance(model, DiT) else ("head.",)
+    of_classes = "y_embedder." if isinstance(model, DiT) else "head."
+    fresh = (of_classes, "pos_embed") if isinstance(model, DiT) else (of_classes,)
     state = fit_state_dict(weights, model, may_differ=fresh)
+    if class_difference(weights.class_names, class_names):
+        state = {name: value for name, value in state.items() if not name.startswith(of_classes)}
     model.load_state_dict({**model.state_dict(), **state})
 
 
@@ -176,6 +181,7 @@ def starting_point(
         as_starting_point(weights),
         data=str(of_run.get("data", "")),
         images={name: images[name] for name in ("image_size", "vae") if name in images},
+        class_names=weights.class_names,
     )
     return start, weights.notes
 

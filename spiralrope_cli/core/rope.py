@@ -18,6 +18,7 @@ arXiv 2602.03227.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -149,6 +150,25 @@ def leaves_grid(grid: tuple[int, int], config: RopeConfig, head_dim: int) -> Ten
 def clamped_fraction(grid: tuple[int, int], config: RopeConfig, head_dim: int) -> float:
     """Fraction of all positions that `projection="clamped"` changes, in [0, 1]."""
     return leaves_grid(grid, config, head_dim).double().mean().item()
+
+
+def change_from_axial(
+    grid: tuple[int, int],
+    head_dim: int,
+    config: RopeConfig,
+    pretrain_grid: tuple[int, int] | None = None,
+) -> float:
+    """How much of a rotation differs from axial RoPE: 0 for none.
+
+    The root mean square, over patches and random queries q, of |rotated q - axially rotated q|/|q|.
+    `pretrain_grid` is the grid by default.
+    """
+    axial = replace(config, rotate=min(config.rotate, 1))
+    angle, along_axes = (
+        build_angles(grid, head_dim, each, pretrain_grid or grid) for each in (config, axial)
+    )
+    # Two rotations of a pair by angles that differ by d are |exp(id) - 1| apart.
+    return (2 - 2 * (angle - along_axes).cos()).mean().sqrt().item()
 
 
 def apply_rotary(x: Tensor, cos_sin: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 
 from spiralrope_cli.core.checksum import DamagedError, read_safetensors
+from spiralrope_cli.core.config.datasets import BUILT_IN
 from spiralrope_cli.core.config.dit_runs import DiTRun
 from spiralrope_cli.core.config.models import RopeConfig, deit_size, dit_size, is_dit
 from spiralrope_cli.core.config.nested import renamed
@@ -69,6 +70,13 @@ class Weights:
     config: dict[str, Any]  # config of the run, if stored with them
     notes: tuple[str, ...]  # for the user, one line each
     progress: str  # such as `step 2200`; empty if unknown
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names by class number, of the run that trained them; empty where nobody knows."""
+        built_in = BUILT_IN.get(str(self.config.get("data")))  # earlier versions stored no names
+        names = self.config.get("class_names", built_in.class_names if built_in else ())
+        return tuple(map(str, names))
 
     def what(self, kind: str = "") -> str:
         """Description; `kind` replaces raw or EMA."""
@@ -228,6 +236,11 @@ def _from_published_layout(
     averaged = content.args.get("weights") == "ema" or (ema and content.has_both)
     if ema and not averaged:
         notes.append(f"{file.name} holds only one set of weights; it is used as EMA weights")
+    config: dict[str, Any] = {}  # what an export of ours has of its run's
+    if known["class_dropout_prob"] is not None:
+        config["model"] = known
+    if isinstance(names := content.args.get("class_names"), list):
+        config["class_names"] = names
     steps = source.row.steps if source.row else None
     return Weights(
         source=source,
@@ -237,7 +250,7 @@ def _from_published_layout(
         rope=rope,
         options=_as_tuples(options),
         state=state,
-        config={"model": known} if known["class_dropout_prob"] is not None else {},
+        config=config,
         notes=tuple(notes),
         progress=content.progress or (f"step {steps}" if steps else ""),
     )

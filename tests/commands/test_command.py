@@ -141,12 +141,13 @@ def shown_defaults(name):
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    """Folder of one empty file for each of 4096 training images."""
+    """Folder of one empty file for each of 4096 training images, of two classes."""
     root = tmp_path_factory.mktemp("photographs")
-    for split, count in (("train", 4096), ("val", 1)):
-        (root / split / "cat").mkdir(parents=True)
-        for number in range(count):
-            (root / split / "cat" / f"{number}.jpg").touch()
+    for split, count in (("train", 2048), ("val", 1)):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                (root / split / name / f"{number}.jpg").touch()
     return root
 
 

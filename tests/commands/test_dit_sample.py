@@ -292,6 +292,11 @@ def test_a_published_file_draws_through_a_vae_in_any_rectangle(sample, tiny_vae)
         (["--classes", "a"], 2, "it must be a list of class numbers"),
         (["--cfg-scale", "0.5"], 2, "--cfg-scale is 0.5"),
         (["--cfg-interval", "5"], 2, "it must be LO,HI"),
+        (
+            ["--cfg-interval", "0.1,0.75"],
+            2,
+            "it must be LO,HI in timesteps of 0 to 1000, as 100,750",
+        ),
         (["--cfg-interval", "9,5"], 2, "--cfg-interval 9,5"),
         (["--image-size", "9"], 2, "--image-size 9 does not split"),
         (["--vae", "mse"], 2, "generates pixels (1 channel(s))"),

@@ -145,7 +145,8 @@ def test_what_cannot_work_is_told(resolved, words, told):
     ],
 )
 def test_options_that_cannot_act_are_a_note(options, told):
-    assert [told in warning for warning in resolve("dit-train", options).warnings] == [True]
+    *_, warning = resolve("dit-train", options).warnings  # after the note on axial RoPE
+    assert told in warning
 
 
 def test_a_dry_run_looks_at_a_vaes_folder_and_fetches_none(resolved, monkeypatch):
@@ -231,3 +232,19 @@ def test_help_is_grouped_and_shows_examples():
         assert f"─ {panel} ─" in said
     assert "spiralrope dit-train --rotate 2" in said
     assert "plain axial RoPE" in " ".join(said.replace("│", " ").split())
+
+
+def test_a_setting_that_hardly_differs_from_axial_rope_is_said():
+    *_, note = training.hints(resolve("pretrain", {"rotate": 4}).run)
+    assert note.startswith(
+        "on 4x4 patches and heads of 64 channels, rotate 4 changes queries by 6.7% against axial"
+    )
+    for rotate in (0, 2):
+        assert training.hints(resolve("pretrain", {"rotate": rotate}).run) == []
+
+
+def test_the_default_is_axial_and_says_so():
+    note = "RoPE is axial by default, as published: --rotate 2 gives four directions"
+    assert resolve("dit-train", {}).warnings == (note,)
+    for options in ({"rotate": 0}, {"rotate": 2}, {"enabled": False}):
+        assert resolve("dit-train", options).warnings == ()

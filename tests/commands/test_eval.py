@@ -170,7 +170,9 @@ def test_data_is_the_option_then_the_runs_own_then_the_environment(planned, monk
         return planned(*words)[0].rows[0].protocol.data
 
     assert data() == "digits"
-    assert data("--data", "fashion-mnist", "--image-size", 28) == "fashion-mnist"
+    assert data(file, "--data", "digits") == "digits"
+    with pytest.raises(ConfigError, match="other classes than those of fashion-mnist"):
+        data("--data", "fashion-mnist", "--image-size", 28)
     assert data(file) == "fashion-mnist"
     monkeypatch.delenv("SPIRALROPE_DATA")
     run, said = planned(file)

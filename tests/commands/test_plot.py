@@ -140,6 +140,9 @@ def test_a_pipeline_stands_for_its_samples_and_names_its_runs(plot, run, digit_p
     trained.mkdir()
     (trained / "config.yaml").write_text("command: dit-train\n")
     assert "name a run in it: runs/pipe/dit-train" in plot("run", "pipe", expect=1)
+    shutil.copy(run / "metrics.jsonl", trained)
+    assert plot("run", "pipe")[0] == Path("plots/run-dit-train.png")
+    (trained / "metrics.jsonl").unlink()
     assert "name a run in it: runs/pipe/dit-train" in plot(
         "attention", "runs/pipe", picture, expect=1
     )
@@ -163,7 +166,8 @@ def test_a_rope_is_drawn_and_idle_options_are_told(plot):
     assert "--projection has no effect: with --rotate 1" in told
     assert "--scaling has no effect" in told
     _, told = plot("rope", "--rotate", 1, "--rotate", 2, "--projection", "exact", "--show", "clamp")
-    assert not told
+    assert told.split("\n")[0] == "rotate 2 changes queries by 36.3% against axial RoPE"
+    assert "no effect" not in told
 
 
 def test_attention_of_a_run_of_a_file_and_of_a_patch(plot, source, picture, monkeypatch):
@@ -258,10 +262,12 @@ def test_samples_of_a_run_have_their_classes(labels_of, runs, plot):
     assert labels_of("dealt", "--no-labels")[1] == []
     _, labels = labels_of("runs/drawn/samples.npz", "--columns", 2)
     assert labels == [str(drawn_class(3, 10, number)) for number in range(6)]
-    (runs / "runs" / "drawn" / "samples.npz").unlink()
+    drawn = runs / "runs" / "drawn"
+    (drawn / "samples.npz").rename(drawn / "samples.npz.part")
     assert "is not finished" in plot("samples", "drawn", expect=1)
-    (runs / "runs" / "drawn" / "samples.json").unlink()
-    (runs / "runs" / "drawn" / "config.yaml").write_text("")
+    (drawn / "samples.json").unlink()
+    for name in ("config.yaml", "sources.json"):
+        (drawn / name).write_text("")
     assert "is a training run" in plot("samples", "drawn", expect=1)
 
 

@@ -173,7 +173,11 @@ def test_a_stage_that_stops_or_fails_ends_the_command_with_its_code(run, launche
         (["--skip-training", "--no-finetune"], 2, "leave nothing to train"),
         (["--name", "x", "--out", "y"], 2, "--name x and --out y both name the run folder"),
         (["--no-finetune", "--finetune-lr", 1], 2, "--finetune-lr has no effect"),
-        (["--finetune-epochs", 1], 2, "finetune: --finetune-warmup-epochs 1 is as long"),
+        (
+            ["--finetune-epochs", 1, "--finetune-warmup-epochs", 1],
+            2,
+            "finetune: --finetune-warmup-epochs 1 is as long",
+        ),
         (["--sweep", "rotate=1,2", "--name", "x", "--out", "y"], 2, "--name x and --out y both"),
         (["--sweep", "rotate"], 2, "is not NAME=V,V"),
         (["--sweep", "seed=1,2"], 2, "seed cannot be swept"),

@@ -180,7 +180,7 @@ def test_light_files_load_the_standard_library_alone(path):
         ["run", "deit", "--eval-only"],
         ["run", "deit", "--from-legacy", "4 - - - - 8"],
         ["run", "deit", "--sweep", "rotate=1,x"],
-        ["run", "deit", "--finetune-epochs", "1"],
+        ["run", "deit", "--finetune-epochs", "1", "--finetune-warmup-epochs", "1"],
         ["run", "dit", "--help"],
         ["run", "dit", "--sampler", "euler"],
         ["run", "dit", "--reference", "nowhere", "--nproc", "1"],

@@ -18,6 +18,7 @@ from spiralrope_cli.core.models.deit import DeiT
 from spiralrope_cli.core.rope import (
     apply_rotary,
     build_angles,
+    change_from_axial,
     clamped_fraction,
     frequencies,
     pair_layout,
@@ -702,3 +703,20 @@ def test_options_that_were_not_given_are_not_told():
     assert RopeConfig(rotate=0).inert_options({"truncate_percentage"}) == [
         ("truncate_percentage", "--rotate is 0")
     ]
+
+
+@pytest.mark.parametrize(
+    ("side", "head_dim", "two", "four"),
+    [(4, 16, 0.006, 0.383), (4, 32, 0.046, 0.023), (7, 32, 0.082, 0.042), (14, 64, 0.354, 0.245)],
+)
+def test_how_much_a_rotation_differs_from_axial_rope(side, head_dim, two, four):
+    grid = (side, side)
+    for rotate, expected in ((0, 0), (1, 0), (2, two), (4, four)):
+        change = change_from_axial(grid, head_dim, RopeConfig(rotate=rotate))
+        assert change == pytest.approx(expected, abs=5e-4)
+    # As it is defined: by queries that both rotate.
+    torch.manual_seed(0)
+    q = torch.randn(400, 1, side * side, head_dim, dtype=torch.float64)
+    spiral, axial = (SpiralRoPE(head_dim, RopeConfig(rotate=n), grid)(q) for n in (2, 0))
+    measured = ((spiral - axial).square().mean() / q.square().mean()).sqrt().item()
+    assert measured == pytest.approx(two, abs=0.03)

@@ -6,13 +6,14 @@ A data set is a built-in name or a folder with `train/` and `val/`, each with on
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from spiralrope_cli.core.errors import DataError
+from spiralrope_cli.core.config.class_folders import class_difference, class_names, folder_of_images
+from spiralrope_cli.core.config.own_folders import refuse_own
+from spiralrope_cli.core.errors import ConfigError, DataError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 VAL_FOLDERS = ("val", "validation", "test")
@@ -26,7 +27,7 @@ class DataSet:
     slug: str  # short name for run folders
     kind: str  # `memory` (tensors), `folder` (image files) or `latents` (cached latents)
     default_arch: str  # of classifiers
-    num_classes: int
+    class_names: tuple[str, ...]  # by class number
     num_train: int
     num_val: int
     defaults: dict[str, Any] = field(default_factory=dict)  # they override the recipe
@@ -34,6 +35,30 @@ class DataSet:
     default_dit: str = "dit-b4"
     dit: dict[str, Any] = field(default_factory=dict)  # defaults of dit-train
     num_samples: int = 50_000  # default of dit-sample
+    notes: tuple[str, ...] = ()  # what the user may not expect of its files
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes."""
+        return len(self.class_names)
+
+    def check_classes(self, source: str, num_classes: int, known: tuple[str, ...]) -> None:
+        """Refuses weights of other classes; `known` are their names, empty if they have none.
+
+        Raises:
+            ConfigError: names the first difference.
+        """
+        if num_classes != self.num_classes:
+            raise ConfigError(
+                f"{source} has {num_classes} classes, {self.data} has {self.num_classes}",
+                "name the data set that it was trained on by --data",
+            )
+        if other := class_difference(known, self.class_names):
+            raise ConfigError(
+                f"{source} was trained on other classes than those of {self.data}: {other}",
+                "give the class folders the names that they had in training, or name another "
+                "--data",
+            )
 
     def inert_options(self) -> list[tuple[str, str]]:
         """Fields of a run that have no effect with this data set, with the reason."""
@@ -79,7 +104,7 @@ DIGITS = DataSet(
     slug="digits",
     kind="memory",
     default_arch="deit-ti",
-    num_classes=10,
+    class_names=tuple("0123456789"),
     num_train=1437,
     num_val=360,
     defaults={
@@ -125,7 +150,10 @@ FASHION_MNIST = DataSet(
     slug="fashion-mnist",
     kind="memory",
     default_arch="deit-ti",
-    num_classes=10,
+    class_names=(
+        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    ),
     num_train=60000,
     num_val=10000,
     defaults={
@@ -192,12 +220,23 @@ def find_data_set(data: str) -> DataSet:
         )
     classes = class_names(train)
     if (others := class_names(val)) != classes:
-        odd = sorted(set(classes) ^ set(others))
+        only = [
+            f"{len(odd)} class folder(s) only in {side}: {', '.join(odd[:5])}"
+            for side, odd in (
+                (train, sorted({*classes} - {*others})),
+                (val, sorted({*others} - {*classes})),
+            )
+            if odd
+        ]
+        raise DataError("; ".join(only), "train/ and val/ need the same class folders")
+    data_set = _of_folder(root, train, val)
+    if len(classes) == 1:
         raise DataError(
-            f"{train} and {val} differ in {len(odd)} class folder(s): {', '.join(odd[:5])}",
-            "both need the same class folders",
+            f"{train} has one class folder, {classes[0]}",
+            "a classifier needs two; they lie in train/ itself, not in a folder in it",
         )
-    return _of_folder(root, train, val)
+    best = ", and chooses the best checkpoint"
+    return replace(data_set, notes=(*_val_note(val, best), *data_set.notes))
 
 
 def find_val_set(data: str) -> DataSet:
@@ -210,7 +249,8 @@ def find_val_set(data: str) -> DataSet:
         raise DataError(
             f"{root} has no val/", "a data folder must hold val/ with one folder per class"
         )
-    return _of_folder(root, None, val)
+    data_set = _of_folder(root, None, val)
+    return replace(data_set, notes=(*_val_note(val), *data_set.notes))
 
 
 def find_train_set(data: str) -> DataSet:
@@ -228,22 +268,30 @@ def _data_folder(data: str, holds: str) -> Path:
             f"--data {data} is neither a folder nor a built-in name",
             f"built in: {', '.join(BUILT_IN)}; a folder must hold {holds}",
         )
+    refuse_own(root, f"--data {data}")
     return root
 
 
 def _of_folder(root: Path, train: Path | None, val: Path | None) -> DataSet:
     """A data set of image files, with one split or both."""
-    classes = train or val
+    found = {split: folder_of_images(split) for split in (train, val) if split}
     return DataSet(
         data=str(root.resolve()),
         slug=slug_of(root.resolve()),
         kind="folder",
         default_arch="deit-b",
-        num_classes=len(class_names(classes)) if classes else 0,
-        num_train=len(list_images(train)) if train else 0,
-        num_val=len(list_images(val)) if val else 0,
+        class_names=tuple(class_names(train or val or root)),
+        num_train=len(found[train][0]) if train else 0,
+        num_val=len(found[val][0]) if val else 0,
         defaults=PHOTOGRAPHS,
+        notes=tuple(note for _, notes in found.values() for note in notes),
     )
+
+
+def _val_note(val: Path, more: str = "") -> list[str]:
+    """Names a test set that is taken for validation."""
+    named = f"there is no val/: {val} is used for validation{more}"
+    return [named] if val.name == "test" else []
 
 
 def slug_of(root: Path) -> str:
@@ -259,48 +307,3 @@ def class_folders(root: Path) -> Path:
 def val_folder(root: Path) -> Path | None:
     """The validation folder: `val/`, `validation/` or `test/`."""
     return next((root / name for name in VAL_FOLDERS if (root / name).is_dir()), None)
-
-
-def class_names(folder: Path) -> list[str]:
-    """Names of class folders, sorted; the index is the class number, as in published weights."""
-    try:
-        entries = list(os.scandir(folder))
-    except OSError as error:
-        raise DataError(f"{folder} cannot be read: {error.strerror}") from error
-    names = sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
-    if not names:
-        raise DataError(
-            f"{folder} has no class folders", "it must hold one folder of images per class"
-        )
-    return names
-
-
-def list_images(folder: Path) -> list[tuple[str, int]]:
-    """(path, class number) of all images below the class folders, sorted."""
-    images = []
-    for number, name in enumerate(class_names(folder)):
-        paths = images_below(folder / name)
-        if not paths:
-            raise DataError(
-                f"class folder {folder / name} holds no images",
-                f"known suffixes: {' '.join(IMAGE_SUFFIXES)}",
-            )
-        images += [(path, number) for path in paths]
-    return images
-
-
-def images_below(folder: Path) -> list[str]:
-    """Image files at any depth, sorted by path."""
-    found: list[str] = []
-    for where, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not _leads_back(where, name)]
-        images = (name for name in files if name.lower().endswith(IMAGE_SUFFIXES))
-        found += [os.path.join(where, name) for name in images if name[0] != "."]
-    return sorted(found)
-
-
-def _leads_back(where: str, name: str) -> bool:
-    """Whether a link points to a folder that contains it: an endless loop."""
-    path = os.path.join(where, name)
-    inside = Path(os.path.realpath(where))
-    return os.path.islink(path) and inside.is_relative_to(os.path.realpath(path))

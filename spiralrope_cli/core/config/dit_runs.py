@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from spiralrope_cli.core.config.class_folders import class_difference
 from spiralrope_cli.core.config.latents import VAE_FACTOR, VAE_NAMES
 from spiralrope_cli.core.config.models import SIZE, RopeConfig, dit_size, format_size
 from spiralrope_cli.core.config.option import (
@@ -179,6 +180,7 @@ class DiTRun:
     optim: DiTOptimConfig
     checkpoint: DiTCheckpointConfig
     machine: MachineConfig = field(default_factory=MachineConfig)
+    class_names: tuple[str, ...] = ()  # by class number; earlier versions stored none
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -266,13 +268,15 @@ class DiTRun:
         )
 
     def misfits(self, before: dict[str, Any]) -> list[str]:
-        """Notes on initial weights of other sizes; `before` is name -> value of these sizes."""
+        """Notes on weights of other sizes or classes; `before` is name -> value of these."""
         notes = []
         if before["num_classes"] != self.model.num_classes:
             notes.append(
                 f"label table re-initialised: {before['num_classes']} -> "
                 f"{self.model.num_classes} classes"
             )
+        elif other := class_difference(before["class_names"], self.class_names):
+            notes.append(f"label table re-initialised: {other}")
         if not self.rope.enabled and before["input_size"] != self.model.input_size:
             notes.append("fixed positions recomputed for this size")
         return notes

@@ -44,7 +44,9 @@ class EvalOptions:
         ),
     ] = ()
     ema: Annotated[bool, Opt("Use EMA weights.", WEIGHTS, flag="--ema/--no-ema")] = False
-    best: Annotated[bool, Opt("Use the best checkpoint of a run, not the last.", WEIGHTS)] = False
+    best: Annotated[
+        bool, Opt("Use the checkpoint with the best raw acc@1, not the last.", WEIGHTS)
+    ] = False
     every: Annotated[
         bool,
         Opt(

@@ -79,7 +79,9 @@ class ExportRun:
             flag="--ema/--no-ema",
         ),
     ] = None
-    best: Annotated[bool, Opt("Use the best checkpoint of a run, not the last.", EXPORT)] = False
+    best: Annotated[
+        bool, Opt("Use the checkpoint with the best raw acc@1, not the last.", EXPORT)
+    ] = False
     arch: Annotated[str, ARCH_OF_SOURCE] = ""
     out: Annotated[
         str,

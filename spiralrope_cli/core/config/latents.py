@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from spiralrope_cli.core.config.datasets import BUILT_IN, class_folders, class_names
+from spiralrope_cli.core.config.class_folders import class_names
+from spiralrope_cli.core.config.datasets import BUILT_IN, class_folders
 from spiralrope_cli.core.config.models import SIZE, format_size
 from spiralrope_cli.core.config.option import DATA, MACHINE, PATH, RUN, Opt, check_fields
+from spiralrope_cli.core.config.own_folders import own_folder, refuse_own
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError, DataError
 
@@ -94,6 +96,7 @@ def class_folder(data: str) -> Path:
         raise DataError(
             f"--data {data} is not a folder", "it must hold one folder of images per class"
         )
+    refuse_own(root, f"--data {data}")
     folder = class_folders(root)
     class_names(folder)
     return folder.resolve()
@@ -202,6 +205,8 @@ def read_cache(folder: Path) -> CacheMetadata:
     """The metadata of a cache; raises if a shard is missing or truncated."""
     shards, wrong = read_shards(folder)
     if not (shards or wrong):
+        if kind := own_folder(folder)[0]:
+            raise DataError(f"--latents {folder} is {kind}", "dit-encode makes a folder of latents")
         raise DataError(
             f"--latents {folder} holds no latents",
             "spiralrope dit-encode makes them; after an interruption run it again, and it resumes",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
-from spiralrope_cli.core.config.option import leaves, renamed_fields
+from spiralrope_cli.core.config.option import leaves, read_values, renamed_fields
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.errors import ConfigError
 
@@ -41,7 +41,7 @@ def read_config(path: Path, kind: type[TrainingRun] | None = None) -> dict[str, 
     if kind is not None and of_file is not kind:
         raise ConfigError(f"--config {path} is of another kind of run, {command}")
     known, nested = leaves(of_file), renamed(nested, of_file)
-    return {name: known[name].read(value) for name, value in flatten(nested, of_file).items()}
+    return read_values(known, flatten(nested, of_file))
 
 
 def renamed(nested: dict[str, Any], kind: type) -> dict[str, Any]:

@@ -16,12 +16,12 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass
 from operator import ge, gt, le, lt
 from typing import Any
 
-from spiralrope_cli.core.errors import ConfigError
+from spiralrope_cli.core.errors import ConfigError, raise_all
 
 STAGES, WEIGHTS, ATTENTION, EXPORT = "Stages", "Weights", "Attention", "Export"
 DOWNLOAD, SHOW, SAMPLING, IMAGES = "Download", "Display", "Sampling", "Images"
@@ -139,6 +139,23 @@ class Leaf:
         finite = ", and finite" if value in (math.inf, "inf") else ""
         shown = "empty" if value == "" else value
         return ConfigError(f"{self.called} is {shown}; it must be {allowed}{finite}")
+
+
+def read_values(known: Mapping[str, Leaf], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values in the types of their fields, others as they are; all that are wrong in one error.
+
+    Raises:
+        ConfigError: names the options and what is allowed.
+    """
+    found, errors = dict(values), []
+    for name in filter(known.__contains__, values):
+        try:
+            found[name] = known[name].read(values[name])
+            known[name].check(found[name])
+        except ConfigError as error:
+            errors.append(error)
+    raise_all(errors)
+    return found
 
 
 _TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}

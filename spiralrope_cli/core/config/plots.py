@@ -168,7 +168,9 @@ class AttentionPlot:
         ),
     ] = ()
     ema: Annotated[bool, Opt("Use EMA weights.", ATTENTION)] = False
-    best: Annotated[bool, Opt("Use the best checkpoint of a run, not the last.", ATTENTION)] = False
+    best: Annotated[
+        bool, Opt("Use the checkpoint with the best raw acc@1, not the last.", ATTENTION)
+    ] = False
     image_size: Annotated[
         tuple[int, int] | None,
         Opt("Side, or height x width, in pixels; by default as trained.", ATTENTION, **SIZE),

@@ -24,16 +24,17 @@ from spiralrope_cli.core.config.dit_runs import (
     full_vae_name,
     input_size,
 )
+from spiralrope_cli.core.config.fitting import fit_to_run
 from spiralrope_cli.core.config.latents import LATENT_CHANNELS, CacheMetadata, read_cache
 from spiralrope_cli.core.config.models import RopeConfig, Scaling, dit_name
 from spiralrope_cli.core.config.nested import RUN_KINDS, build, read_config
-from spiralrope_cli.core.config.option import idle_lines
+from spiralrope_cli.core.config.option import idle_lines, leaves, read_values
 from spiralrope_cli.core.config.runs import ModelConfig
 from spiralrope_cli.core.config.training import RUNS_FOLDER
 from spiralrope_cli.core.errors import ConfigError
 
 DATA_VARIABLE = "SPIRALROPE_DATA"
-NOT_FROM_FILE = {"command", "out", "num_train", "num_val", "num_classes", "resume"}
+NOT_FROM_FILE = {"command", "out", "num_train", "num_val", "num_classes", "class_names", "resume"}
 """Fields of a config file that a repeated run determines again."""
 
 Run = TypeVar("Run", bound=TrainingRun)
@@ -58,6 +59,7 @@ class StartingPoint:
     model: ModelConfig | DiTModelConfig
     data: str = ""  # data set of their run, if known
     images: dict[str, Any] = field(default_factory=dict)  # image_size, vae of a DiT, if known
+    class_names: tuple[str, ...] = ()  # by class number, if known
 
     @property
     def size(self) -> tuple[int, int]:
@@ -89,8 +91,8 @@ class Resolved(Generic[Run]):
     Attributes:
         run: complete and checked.
         sources: field name -> `option`, `config file`, `latents`, `source`, `data set`, `recipe`,
-            `environment` or `default`.
-        warnings: given options that have no effect, one line each.
+            `environment`, `fit` to the run, `default`.
+        warnings: what was fitted, has no effect or does not count, one line each.
     """
 
     run: Run
@@ -137,8 +139,9 @@ def resolve(
         of_latents,
         file,
         ("option", options),
-        ("data set", {"num_classes": data_set.num_classes}),
+        ("data set", {"num_classes": data_set.num_classes, "class_names": data_set.class_names}),
     )
+    values = read_values(leaves(kind), values)
     values.update(command=command, arch=arch, data=data_set.data)
     values.update(num_train=data_set.num_train, num_val=data_set.num_val)
     sources = {**origins, "data": sources["data"]}
@@ -150,7 +153,9 @@ def resolve(
         fit_channels(values)
     if start:
         fit_positions(values, sources, start, "input_size" if dit else "image_size")
-    fit_length(values, sources, options)
+    if "epochs" in options and "max_steps" not in options:  # which win over those of a file
+        values["max_steps"], sources["max_steps"] = 0, "option"
+    fitted = fit_to_run(values, sources)
     rope: RopeConfig = build(RopeConfig, values)
     rotation = f"r{rope.rotate}" if rope.enabled else "norope"
     # No date in the name, so that the same command finds its own folder.
@@ -160,7 +165,10 @@ def resolve(
         run.augment.check_data(data_set)
     inert = [*run.rope.inert_options(set(options)), *run.optim.inert_options()]
     inert += [*data_set.inert_options(), *run.inert_options()]
-    return Resolved(run, sources, tuple(idle_lines(kind, inert, options)))
+    if dit and sources["rotate"] == "recipe" and run.rope.enabled:
+        fitted.append("RoPE is axial by default, as published: --rotate 2 gives four directions")
+    notes = (*data_set.notes, *fitted, *idle_lines(kind, inert, options))
+    return Resolved(run, sources, notes)
 
 
 def default_data() -> Layer:
@@ -177,7 +185,7 @@ def cached_data_set(cache: CacheMetadata) -> DataSet:
         slug=slug_of(Path(cache.plan.data)),
         kind="latents",
         default_arch="",
-        num_classes=len(cache.plan.class_names),
+        class_names=cache.plan.class_names,
         num_train=cache.count,
         num_val=0,
     )
@@ -269,16 +277,6 @@ def fit_positions(
     values["scaling"], values["pretrain_grid"] = positions_at(start, now, chosen)
     if chosen is None and now != start.size:
         sources["scaling"] = "default"
-
-
-def fit_length(values: dict[str, Any], sources: dict[str, str], options: dict[str, Any]) -> None:
-    """`--epochs` overrides max_steps of a file; a short run gets a short warm-up."""
-    if "epochs" in options and "max_steps" not in options:
-        values["max_steps"], sources["max_steps"] = 0, "option"
-    if values["max_steps"] and sources["warmup_epochs"] in ("recipe", "data set"):
-        steps_per_epoch = max(values["num_train"] // max(values["batch_size"], 1), 1)
-        longest = int(values["max_steps"]) // (4 * steps_per_epoch)
-        values["warmup_epochs"] = min(values["warmup_epochs"], longest)
 
 
 def named_folder(*words: str) -> str:

@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from spiralrope_cli.core.config.class_folders import class_difference
 from spiralrope_cli.core.config.datasets import DataSet
+from spiralrope_cli.core.config.fitting import MIX_GROUP
 from spiralrope_cli.core.config.models import (
     SIZE,
     RopeConfig,
@@ -28,10 +30,6 @@ from spiralrope_cli.core.config.option import (
 )
 from spiralrope_cli.core.config.training import MachineConfig, OptimConfig
 from spiralrope_cli.core.errors import ConfigError
-
-MIX_GROUP = 8
-"""Images with the same mixup or cutmix parameters. Fixed, so that it does not depend on the split
-of the batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +218,7 @@ class ClassifierRun:
     optim: OptimConfig
     checkpoint: CheckpointConfig
     machine: MachineConfig = field(default_factory=MachineConfig)
+    class_names: tuple[str, ...] = ()  # by class number; earlier versions stored none
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -306,12 +305,14 @@ class ClassifierRun:
         )
 
     def misfits(self, before: dict[str, Any]) -> list[str]:
-        """Notes on initial weights of other sizes; `before` is name -> value of these sizes."""
+        """Notes on weights of other sizes or classes; `before` is name -> value of these."""
         notes = []
         if before["num_classes"] != self.model.num_classes:
             notes.append(
                 f"head re-initialised: {before['num_classes']} -> {self.model.num_classes} classes"
             )
+        elif other := class_difference(before["class_names"], self.class_names):
+            notes.append(f"head re-initialised: {other}")
         if before["image_size"] != self.model.image_size:
             was, now = map(format_size, (before["image_size"], self.model.image_size))
             notes.append(f"position embedding resampled: {was} -> {now} px")

@@ -50,7 +50,7 @@ class GuidanceConfig:
             SAMPLING,
             metavar="LO,HI",
             read=pair,
-            expects="LO,HI, as 0,600",
+            expects="LO,HI in timesteps of 0 to 1000, as 100,750 for the fractions 0.1 to 0.75",
         ),
     ] = (0, NUM_TRAIN_STEPS)
 

@@ -22,7 +22,7 @@ from spiralrope_cli.core.config.option import (
     Opt,
     check_fields,
 )
-from spiralrope_cli.core.errors import ConfigError
+from spiralrope_cli.core.errors import ConfigError, raise_all
 
 RUNS_FOLDER = "runs"
 """Where run folders lie unless --out names one."""
@@ -98,21 +98,31 @@ class OptimConfig:
 
     def check_length(self, num_train: int, data: str) -> None:
         """Raises if the batch is larger than the training set, or the warm-up is too long."""
+        errors = []
         if self.batch_size > num_train:
-            raise ConfigError(
-                f"--batch-size {self.batch_size} is more than the {num_train} "
-                f"training images of {data}",
-                f"use at most {num_train}",
-            )
+            errors += [
+                ConfigError(
+                    f"--batch-size {self.batch_size} is more than the {num_train} "
+                    f"training images of {data}",
+                    # A power of two has whole mixing groups, and splits over most machines.
+                    f"use fewer, for example {1 << (num_train.bit_length() - 1)}",
+                )
+            ]
         if self.schedule == "published" and self.max_steps:
-            raise ConfigError("--schedule published counts epochs, not --max-steps", "use --epochs")
-        per_epoch, total_steps = self.steps_per_epoch(num_train), self.total_steps(num_train)
+            hint = "use --epochs"
+            errors += [ConfigError("--schedule published counts epochs, not --max-steps", hint)]
+        # Of a batch that does not fit, epochs are compared, as if they had one step each.
+        per_epoch = self.steps_per_epoch(num_train) or 1
+        total_steps = self.max_steps or self.epochs * per_epoch
         if self.schedule != "constant" and total_steps <= self.warmup_epochs * per_epoch:
-            raise ConfigError(
-                f"--warmup-epochs {self.warmup_epochs} is as long as the whole run of "
-                f"{total_steps} steps, or longer ({per_epoch} steps per epoch)",
-                "use fewer warm-up epochs, or a longer run",
-            )
+            errors += [
+                ConfigError(
+                    f"--warmup-epochs {self.warmup_epochs} is as long as the whole run of "
+                    f"{total_steps} steps, or longer ({per_epoch} steps per epoch)",
+                    "use fewer warm-up epochs, or a longer run",
+                )
+            ]
+        raise_all(errors)
 
     def split_batch(self, world_size: int, num_train: int) -> tuple[int, int]:
         """Micro-batch size per process, and number of gradient accumulation steps.

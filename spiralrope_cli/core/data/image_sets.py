@@ -10,7 +10,7 @@ import hashlib
 import os
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from spiralrope_cli.core.config.datasets import (
+from spiralrope_cli.core.config.class_folders import (
     IMAGE_SUFFIXES,
-    class_folders,
+    IMAGENET_CLASSES,
     class_names,
+    count_files,
     images_below,
 )
+from spiralrope_cli.core.config.datasets import BUILT_IN, class_folders
+from spiralrope_cli.core.config.own_folders import refuse_own, samples_in
 from spiralrope_cli.core.data.npz import (
     STATISTICS,
     Header,
@@ -33,8 +36,6 @@ from spiralrope_cli.core.data.npz import (
 )
 from spiralrope_cli.core.errors import DataError
 
-IMAGENET_CLASSES = 1000
-
 
 @dataclass(frozen=True)
 class FolderInput:
@@ -42,6 +43,7 @@ class FolderInput:
 
     path: Path
     files: list[str] = field(repr=False)
+    others: str = ""  # its files that are no images, in words
 
     def __len__(self) -> int:
         return len(self.files)
@@ -90,6 +92,7 @@ class Side:
 
 def inspect_side(path: Path, role: str, num: int = 0) -> Side:
     """What a folder or file holds; only its first `num` images are used, 0: all."""
+    path = samples_in(path)
     images, stored, count, protocol = _contents(path, role)
     if images is None:
         if num and num != count:
@@ -113,6 +116,7 @@ def inspect_side(path: Path, role: str, num: int = 0) -> Side:
 
 def images_in(path: Path, role: str) -> ImageInput:
     """The images of a folder or file; at least one."""
+    path = samples_in(path)
     images, *_ = _contents(path, role)
     if images is None:
         raise DataError(f"{role} {path} holds statistics, but no images")
@@ -124,10 +128,12 @@ def images_in(path: Path, role: str) -> ImageInput:
 def _contents(path: Path, role: str) -> tuple[ImageInput | None, tuple[str, ...], int, str]:
     """Images; metrics with stored statistics; number of images and protocol of these."""
     if path.is_dir():
-        if not (files := images_below(path)):
+        refuse_own(path, f"{role} {path}")
+        files, others = images_below(path)
+        if not files:
             known = f"known suffixes: {' '.join(IMAGE_SUFFIXES)}"
-            raise DataError(f"{path} holds no images", known)
-        return FolderInput(path, files), (), 0, ""
+            raise DataError(f"{path} holds no images{count_files(others)}", known)
+        return FolderInput(path, files, count_files(others)), (), 0, ""
     if not path.exists():
         raise DataError(f"{role} {path} does not exist", "name a folder of images or an .npz file")
     if path.suffix != ".npz" and not zipfile.is_zipfile(path):
@@ -199,20 +205,19 @@ def digest_of(side: Side, stop: threading.Event | None = None) -> str:
     return state.hexdigest()
 
 
-def names_of(data: str, num_classes: int) -> list[str]:
+def names_of(data: str, num_classes: int, stored: Sequence[str] = ()) -> list[str]:
     """The names of all classes, or their numbers if the names are unknown.
 
-    `data` is a built-in name or a folder; empty for published weights.
+    `stored` are those of the weights. `data` is a built-in name or a folder; empty for published
+    weights.
     """
-    names: list[str] = []
-    if data == "fashion-mnist":
-        from torchvision.datasets import FashionMNIST
-
-        names = list(FashionMNIST.classes)
-    elif data:
+    names = list(stored)
+    if not names and data in BUILT_IN:
+        names = list(BUILT_IN[data].class_names)
+    elif not names and data:
         with contextlib.suppress(DataError):
             names = class_names(class_folders(Path(data)))
-    elif num_classes == IMAGENET_CLASSES:
+    elif not names and num_classes == IMAGENET_CLASSES:
         from timm.data import ImageNetInfo
 
         names = [name.split(",")[0] for name in ImageNetInfo().label_descriptions()]

@@ -69,7 +69,8 @@ def open_image(
         reason = str(error).replace(path, "").strip(" '") or type(error).__name__
         return Unreadable(path, reason)
     except Image.DecompressionBombError:
-        return Unreadable(path, "it is too large")
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        return Unreadable(path, f"it has more than {limit:,} pixels; scale it down")
 
 
 def note_unreadable(unreadable: Iterable[Unreadable], skip: bool, reasons: dict[str, str]) -> None:

@@ -42,7 +42,7 @@ GRID_IMAGES = 64
 CHUNK = 1 << 22
 SAY_ABOVE = 1 << 30
 """For more bytes than this, a line says that the checksum is being computed."""
-FREE_TO_DIFFER = ("made_by", "source", "versions", "trained", "data", "num_classes")
+FREE_TO_DIFFER = ("made_by", "source", "versions", "trained", "data", "num_classes", "class_names")
 """Metadata that may differ between two runs of the same images, or that the weights decide."""
 
 
@@ -206,6 +206,8 @@ class SampleFiles:
     def write_pngs(self, metadata: dict[str, Any], part: range) -> Iterator[int]:
         """Writes the missing PNG files of a part, and yields the number of each."""
         (self.folder / PNG_FOLDER).mkdir(exist_ok=True)
+        # In every file, a thousand names would be longer than all else.
+        metadata = {name: value for name, value in metadata.items() if name != "class_names"}
         for index, image in zip(part, self._images(part, 1), strict=True):
             path = self.png(index)
             if not path.exists():
@@ -214,11 +216,11 @@ class SampleFiles:
 
 
 def _comment(metadata: dict[str, Any]) -> bytes:
-    """Metadata as the comment of a zip, without the list of classes if it is too long."""
-    whole = json.dumps(metadata).encode()
-    if len(whole) < zipfile.ZIP_MAX_COMMENT:
-        return whole
-    return json.dumps({**metadata, "classes": f"{len(metadata['classes'])} classes"}).encode()
+    """Metadata as the comment of a zip, without lists of classes if they are too long."""
+    for name in ("class_names", "classes"):
+        if len(json.dumps(metadata)) >= zipfile.ZIP_MAX_COMMENT:
+            metadata = {**metadata, name: f"{len(metadata.get(name, ()))} classes"}
+    return json.dumps(metadata).encode()
 
 
 def npz_metadata(npz: Path) -> dict[str, Any]:

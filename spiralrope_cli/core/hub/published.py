@@ -219,6 +219,7 @@ class NetworkSpec:
     pretrain_grid: tuple[int, int]  # patches in training
     qk_norm: bool = False
     class_dropout_prob: float | None = None  # of its training, where known
+    class_names: tuple[str, ...] = ()  # by class number, where known
 
     @property
     def transformer(self) -> TransformerSize | DiTSize:
@@ -291,6 +292,7 @@ def _published_args(network: NetworkSpec) -> dict[str, Any]:
         "num_heads": network.transformer.heads,
         "grid": list(network.grid),
         OF_OURS: list(network.pretrain_grid),
+        **({"class_names": list(network.class_names)} if network.class_names else {}),
     }
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from spiralrope_cli.core.config.hub import PUBLISHED_SUFFIXES
 from spiralrope_cli.core.config.latents import LATENT_CHANNELS, LATENT_SCALE, VAE_FACTOR, VAE_NAMES
 from spiralrope_cli.core.config.nested import read_config
+from spiralrope_cli.core.config.own_folders import own_folder
 from spiralrope_cli.core.config.training import RUNS_FOLDER
 from spiralrope_cli.core.errors import CheckpointError, ConfigError, FetchError
 from spiralrope_cli.core.hub.catalog import Row, find_row
@@ -84,9 +85,10 @@ def _in_folder(given: str, folder: Path, best: bool) -> Source:
         return Source(given, real, run=real.parent.parent if of_run else None)
     steps = steps_on_disk(folder)
     if not steps:
+        kind, takes = own_folder(folder)
         raise CheckpointError(
-            f"{folder} holds no checkpoint",
-            inner_runs(folder) or f"a run folder has numbered folders in {CHECKPOINTS}/",
+            f"{folder} holds no checkpoint" + (f": it is {kind}" if kind else ""),
+            inner_runs(folder) or takes or f"a run folder has numbered folders in {CHECKPOINTS}/",
         )
     step = best_step(folder) if best else steps[-1]
     return Source(given, step_folder(folder, step), run=folder)

@@ -203,7 +203,8 @@ def inspect_data(checkup: Checkup, findings: list[Finding]) -> tuple[Values, Row
     tried = values["decoded"] + len(values["unreadable"])
     seen = values.get("note") or f"{values['decoded']} of {tried} looked at could be decoded"
     images = f"{data_set.num_classes} classes, {data_set.num_train} training{val} images"
-    return values, [("data", f"{data_set.data}{chosen}: {images}; {seen}")]
+    notes = [("  note", note) for note in data_set.notes]
+    return values, [("data", f"{data_set.data}{chosen}: {images}; {seen}"), *notes]
 
 
 def inspect_run(checkup: Checkup) -> tuple[Values, Rows]:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spiralrope_cli.core.config.datasets import class_names, list_images
+from spiralrope_cli.core.config.class_folders import class_names, folder_of_images, numbering_note
 from spiralrope_cli.core.config.dit_runs import full_vae_name
 from spiralrope_cli.core.config.latents import (
     EXACT,
@@ -33,7 +33,7 @@ from spiralrope_cli.core.config.resolve import DATA_VARIABLE
 from spiralrope_cli.core.config.training import MachineConfig, TrainOptions
 from spiralrope_cli.core.errors import ConfigError, DataError
 from spiralrope_cli.core.hub.source import VaeFiles, find_vae, local_vae
-from spiralrope_cli.core.runtime.launch import is_first_process, launch, world_size
+from spiralrope_cli.core.runtime.launch import is_first_process, launch, say_notes, world_size
 from spiralrope_cli.core.runtime.progress import (
     console,
     counted,
@@ -58,6 +58,7 @@ class EncodePlan:
     cache: CachePlan  # what the cache will be of
     images: list[tuple[str, int]]  # (path, class number) of every image
     vae: VaeFiles | None  # None for a published one that is not here yet
+    notes: tuple[str, ...]  # for the user
 
     @property
     def machine(self) -> MachineConfig:
@@ -92,7 +93,7 @@ def settle(run: EncodeRun, *, fetch: bool = True) -> EncodePlan:
 
     from spiralrope_cli.core.runtime.device import pick_device, pick_precision
 
-    images = list_images(folder)
+    images, notes = folder_of_images(folder)
     digest = hashlib.sha256()
     for path, _ in images:
         digest.update(os.fsencode(os.path.relpath(path, folder)) + b"\0")
@@ -111,7 +112,8 @@ def settle(run: EncodeRun, *, fetch: bool = True) -> EncodePlan:
         precision=str(dtype).removeprefix("torch."),
         shard_size=shard_size_for(len(images)),
     )
-    return EncodePlan(run, cache, images, vae)
+    notes += numbering_note(cache.class_names)
+    return EncodePlan(run, cache, images, vae, tuple(notes))
 
 
 def plan(settled: EncodePlan) -> None:
@@ -147,6 +149,7 @@ def plan(settled: EncodePlan) -> None:
         f"work   {world_size(run.machine)} process(es) x {run.batch_size} images at a time",
     ):
         say(line)
+    say_notes(settled.notes)
 
 
 def work(plan: EncodePlan) -> None:

@@ -18,6 +18,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spiralrope_cli.core.config.class_folders import nameless_note, numbering_note
 from spiralrope_cli.core.config.datasets import BUILT_IN, DataSet, find_val_set
 from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions, EvalRow, EvalRun
 from spiralrope_cli.core.config.models import RopeConfig, format_size, given_rope, is_dit
@@ -26,7 +27,7 @@ from spiralrope_cli.core.config.option import idle_lines
 from spiralrope_cli.core.config.resolve import DATA_VARIABLE
 from spiralrope_cli.core.config.runs import EvalProtocol, ModelConfig
 from spiralrope_cli.core.config.training import RUNS_FOLDER, MachineConfig
-from spiralrope_cli.core.errors import CheckpointError, ConfigError
+from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.files import sha256_of
 from spiralrope_cli.core.hub.source import Source, find_source, newest_run
 from spiralrope_cli.core.plots.curves import sizes_figure
@@ -88,6 +89,9 @@ def settle(
             if not (chosen or data):
                 notes.append(f"no --data and no {DATA_VARIABLE}: digits")
             data_set = chosen or find(data or "digits")
+            classes = data_set.class_names
+            notes += nameless_note(each.given, sets[0].class_names, classes)
+            notes += [*numbering_note(classes), *data_set.notes]
             rows += [
                 settle_row(weights, checkpoint, data_set, size, ratio, options)
                 for size in dict.fromkeys(options.image_sizes) or (None,)
@@ -160,12 +164,7 @@ def settle_row(
             "dit-sample draws images from it, and fid measures those",
         )
     trained = ModelConfig(drop_path=0.0, **weights.options)
-    if trained.num_classes != data_set.num_classes:
-        raise ConfigError(
-            f"{source.given} has {trained.num_classes} classes, {data_set.data} has "
-            f"{data_set.num_classes}",
-            "name the data set that it was trained on by --data",
-        )
+    data_set.check_classes(source.given, trained.num_classes, weights.class_names)
     size = size or trained.image_size
     placed = at_size(weights, size, options.rope)
     # Beside the weights, but not into the cache of published ones.

@@ -104,6 +104,7 @@ def whole_state(weights: Weights) -> tuple[NetworkSpec, StateDict]:
         pretrain_grid=to_2tuple(weights.options.get("pretrain_grid") or model.grid),
         qk_norm=bool(weights.options.get("qk_norm")),
         class_dropout_prob=weights.config.get("model", {}).get("class_dropout_prob"),
+        class_names=weights.class_names,
     )
     return network, {name: own_memory(found[name]) for name in model.state_dict()}
 

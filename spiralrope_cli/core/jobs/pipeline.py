@@ -108,7 +108,9 @@ def settle_deit(given: dict[str, Any], *, show_measured: bool = True) -> Pipelin
     if own.finetunes:
         run = stages[0].config.run if stages else saved_run(before, "--skip-training", options)
         shared = {name: value for name, value in options.items() if name in OF_BOTH_TRAININGS}
-        start = StartingPoint(run.out, run.arch, run.rope, run.model, run.data)
+        start = StartingPoint(
+            run.out, run.arch, run.rope, run.model, run.data, class_names=run.class_names
+        )
         with refused_by(FINETUNE):
             second = resolve(FINETUNE, finetuning | shared, start=start)
         stages.append(train_stage(second, after))

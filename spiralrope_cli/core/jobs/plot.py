@@ -20,7 +20,6 @@ from spiralrope_cli.core.config.models import (
 )
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.option import idle_lines
-from spiralrope_cli.core.config.pipelines import SAMPLE
 from spiralrope_cli.core.config.plots import (
     DEIT_GRID,
     DIT_LATENT,
@@ -37,7 +36,7 @@ from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.plots.curves import curves_figure
 from spiralrope_cli.core.plots.style import save_figure
 from spiralrope_cli.core.runtime.progress import METRICS_FILE, say, say_result
-from spiralrope_cli.core.runtime.run_folder import CONFIG_FILE, NPZ_FILE, PIPELINE_FILE, find_run
+from spiralrope_cli.core.runtime.run_folder import find_run, run_configs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,7 +63,13 @@ def draw_run(given: dict[str, Any]) -> None:
     """
     plot: RunPlot = build(RunPlot, given)
     file: FigureFile = build(FigureFile, given)
-    named = list(dict.fromkeys(map(find_run, plot.runs)))
+    # The folder of a pipeline or a sweep stands for the runs in it.
+    named = []
+    for folder in map(find_run, plot.runs):
+        inside = [config.parent for config in sorted(run_configs(folder))]
+        logged = [each for each in inside if (each / METRICS_FILE).is_file()]
+        named += [folder] if (folder / METRICS_FILE).is_file() else logged or [folder]
+    named = list(dict.fromkeys(named))
     folders = [folder for folder in named if (folder / METRICS_FILE).is_file()] or named
     for folder in named:
         if folder not in folders:
@@ -82,7 +87,12 @@ def draw_rope(given: dict[str, Any]) -> None:
         say(f"note: {note}")
 
     from spiralrope_cli.core.plots.rope import rope_figure
+    from spiralrope_cli.core.rope import change_from_axial
 
+    for rope in plot.ropes:
+        if rope.rotate > 1:
+            change = change_from_axial(plot.grid, plot.head_dim, rope, plot.pretrain_grid)
+            say(f"rotate {rope.rotate} changes queries by {change:.1%} against axial RoPE")
     name = "rope-" + "-".join(f"r{rope.rotate}" for rope in plot.ropes)
     report(rope_figure(plot), file.named(name))
 
@@ -232,8 +242,6 @@ def find_images(given: str) -> Path:
         CheckpointError: no such folder and no such run.
         DataError: a run that has no images, or not yet.
     """
-    from spiralrope_cli.core.data.sample_files import METADATA_FILE
-
     path = Path(given).expanduser()
     if not path.exists() and path.suffix != ".npz":
         try:
@@ -241,14 +249,6 @@ def find_images(given: str) -> Path:
         except CheckpointError as error:
             message = f"{given} is no .npz, no folder of images and no run below {RUNS_FOLDER}/"
             raise CheckpointError(message, error.hint) from error
-    if (path / PIPELINE_FILE).is_file():
-        path = path / SAMPLE
-    if (path / NPZ_FILE).is_file():
-        return path / NPZ_FILE
-    if (path / METADATA_FILE).is_file():
-        raise DataError(f"{path} is not finished", "the same dit-sample command goes on with it")
-    if (path / CONFIG_FILE).is_file():
-        raise DataError(f"{path} is a training run", f"spiralrope dit-sample {given} draws images")
     return path
 
 
@@ -264,6 +264,8 @@ def labels_of(images: ImageInput, part: range) -> list[str]:
         return [parts[0] for parts in inside] if all(len(parts) > 1 for parts in inside) else []
     metadata = npz_metadata(images.path)
     classes, num_classes = metadata.get("classes"), metadata.get("num_classes", 0)
+    if isinstance(classes, str):  # too many of them for the archive
+        return []
     if classes:
         numbers = [classes[number % len(classes)] for number in part]
     elif num_classes:
@@ -275,5 +277,8 @@ def labels_of(images: ImageInput, part: range) -> list[str]:
             return []
         numbers = read_array(images.path, "arr_1")[: len(part)].tolist()
         num_classes = 0
-    names = names_of(metadata.get("data", ""), num_classes)
+    stored = metadata.get("class_names", ())
+    names = names_of(
+        metadata.get("data", ""), num_classes, stored if isinstance(stored, list) else ()
+    )
     return [names[number] if number < len(names) else str(number) for number in numbers]

@@ -168,6 +168,7 @@ def metadata_of(run: SampleRun, weights: Weights) -> dict[str, Any]:
         "arch": weights.arch,
         "data": weights.config.get("data", ""),
         "num_classes": run.num_classes,
+        "class_names": list(weights.class_names),
         "rope": asdict(weights.rope),
         "num": run.num_samples,
         "steps": run.num_sampling_steps,
@@ -190,7 +191,9 @@ def plan(run: SampleRun, weights: Weights, files: SampleFiles) -> None:
     drawn = run.num_samples - len(files.missing())
     there = f"; {drawn} are there" if drawn else ""
     vae = run.vae if run.vae_sha256 or run.vae == NO_VAE else f"{run.vae} (to be fetched)"
-    classes = ",".join(map(str, run.classes)) if run.classes else f"drawn from {run.num_classes}"
+    names = dict(enumerate(weights.class_names))
+    classes = ",".join(str(names.get(label, label)) for label in run.classes)
+    classes = classes or f"drawn from {run.num_classes}"
     images = f"{run.num_samples} of {format_size(run.image_size)} px"
     chain = f"{run.sampler}, {run.num_sampling_steps} steps, guidance {run.guidance.summary}"
     for name, text in (

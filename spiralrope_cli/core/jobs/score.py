@@ -20,7 +20,13 @@ from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.option import idle_lines
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data import npz
-from spiralrope_cli.core.data.image_sets import Side, digest_of, digests_beside, inspect_side
+from spiralrope_cli.core.data.image_sets import (
+    FolderInput,
+    Side,
+    digest_of,
+    digests_beside,
+    inspect_side,
+)
 from spiralrope_cli.core.errors import ConfigError, DataError
 from spiralrope_cli.core.hub.catalog import find_row
 from spiralrope_cli.core.hub.source import find_inception
@@ -45,6 +51,11 @@ def score(given: dict[str, Any]) -> None:
     run: FidRun = build(FidRun, given)
     say_notes(fid_notes(run, given))
     plan = settle(run)
+    say_notes(
+        f"{side.path}: files that are no images are left out{side.images.others}"
+        for side in plan.sides
+        if isinstance(side.images, FolderInput) and side.images.others
+    )
     idle = () if plan.run.weights else OF_FEATURES
     say_notes(idle_lines(FidRun, [(name, "no image is looked at") for name in idle], given))
     launch(work, plan)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rich.table import Table
 
+from spiralrope_cli.core.config.class_folders import nameless_note, numbering_note
 from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
 from spiralrope_cli.core.config.models import format_size, given_rope, is_dit
 from spiralrope_cli.core.config.nested import build, flat_values
@@ -21,7 +22,7 @@ from spiralrope_cli.core.config.option import leaves
 from spiralrope_cli.core.config.resolve import Resolved, StartingPoint, resolve
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import LINEAR_RULE_BATCH, MOST_OF_FIRST, TrainOptions
-from spiralrope_cli.core.errors import CheckpointError
+from spiralrope_cli.core.errors import CheckpointError, NoRouteError
 from spiralrope_cli.core.hub.source import find_source, find_vae, local_vae
 from spiralrope_cli.core.report.results import print_results
 from spiralrope_cli.core.runtime.launch import (
@@ -45,12 +46,14 @@ if TYPE_CHECKING:
 
 CLAMP_HINT_FRACTION = 0.15
 LITTLE_OF_FIRST = 0.01
+SMALL_CHANGE = 0.1
+"""Change of a query against axial RoPE below which results can hardly differ."""
 ORIGINS = (
     *("option", "config file", "environment", "latents", "source", "data set"),
-    *("recipe", "default"),
+    *("recipe", "fit", "default"),
 )
-IN_THE_ROWS = {"out", "num_train", "num_val", "command", "source", "input_size"}
-"""Fields that the rows of the plan show already."""
+NOT_LISTED = {"out", "num_train", "num_val", "command", "source", "input_size", "class_names"}
+"""Fields that the rows of the plan show already, and what is too long for it."""
 
 
 def train(command: str, given: dict[str, Any]) -> None:
@@ -90,6 +93,9 @@ def settle(
         ema, download = given.get("ema", True), not own.dry_run
         start, notes = starting_point(found, rope, ema=ema, arch=arch, dit=dit, download=download)
     resolved = resolve(command, options, config_file=own.config, name=own.name, start=start)
+    run = resolved.run
+    if start and start.model.num_classes == run.model.num_classes:
+        notes = (*notes, *nameless_note(start.source, start.class_names, run.class_names))
     return resolved, notes
 
 
@@ -115,7 +121,11 @@ def carry_out(resolved: Resolved[Any], notes: Iterable[str] = (), *, dry_run: bo
     if is_first_process():
         plan(resolved, first_step=step, every_value=dry_run, notes=notes)
         if run.vae_in_loop:
-            local_vae(run.vae_in_loop) if dry_run else find_vae(run.vae_in_loop)
+            try:
+                local_vae(run.vae_in_loop) if dry_run else find_vae(run.vae_in_loop)
+            except NoRouteError as error:
+                hint = f"{error.hint}; --vae none trains on pixels, without a VAE"
+                raise NoRouteError(error.message, hint) from error
     if not dry_run:
         if is_first_process():
             write_sources(run, resolved.sources)
@@ -137,7 +147,7 @@ def plan(
         shown = [
             f"{'rope' if name == 'enabled' else name} {_short(value)}"
             for name, value in values.items()
-            if name not in IN_THE_ROWS and value != ""
+            if name not in NOT_LISTED and value != ""
             if resolved.sources.get(name, "default") == origin
         ]
         if shown:
@@ -191,7 +201,8 @@ def start_line(run: TrainingRun) -> str:
     except CheckpointError:  # a pipeline is planned before its first training has left any
         return f"the {'averaged (EMA)' if run.ema else 'raw'} weights that {run.source} will hold"
     weights = starting_weights(run)
-    parts = [weights.summary(), *run.misfits(weights.options)]
+    before = {**weights.options, "class_names": weights.class_names}
+    parts = [weights.summary(), *run.misfits(before)]
     if run.optim.freeze != "none":
         parts.append(f"trained: {run.optim.freeze}")
     return "; ".join(parts)
@@ -208,7 +219,7 @@ def _short(value: object) -> str:
 def hints(run: TrainingRun) -> list[str]:
     """Advice on settings that work but may not be what is wanted."""
     rope, machine, optim = run.rope, run.machine, run.optim
-    messages = []
+    messages = numbering_note(run.class_names)
     if joined_world_size() is not None and (machine.nproc or machine.nnodes > 1):
         messages.append(
             "--nproc and --nnodes have no effect: another launcher started the processes"
@@ -216,7 +227,7 @@ def hints(run: TrainingRun) -> list[str]:
     if optim.schedule == "cosine" and optim.peak_lr < optim.min_lr:
         messages.append(
             f"the learning rate rises to the end: its peak of {optim.peak_lr:g} is below --min-lr "
-            f"{optim.min_lr:g}"
+            f"{optim.min_lr:g}; try a higher --lr, or --lr-rule none"
         )
     if (fraction := optim.ema_decay**run.total_steps) > MOST_OF_FIRST:
         messages.append(
@@ -242,6 +253,17 @@ def hints(run: TrainingRun) -> list[str]:
                 f"{fraction:.0%} of the positions are clamped to the grid's border; try "
                 "--projection exact"
             )
+    if rope.enabled and rope.rotate > 1:
+        from spiralrope_cli.core.rope import change_from_axial
+
+        change = change_from_axial(run.grid, run.head_dim, rope, run.model.pretrain_grid)
+        if change < SMALL_CHANGE:
+            rows, columns = run.grid
+            messages.append(
+                f"on {rows}x{columns} patches and heads of {run.head_dim} channels, rotate "
+                f"{rope.rotate} changes queries by {change:.1%} against axial RoPE: such runs "
+                "hardly differ"
+            )
     return messages
 
 
@@ -263,7 +285,10 @@ def work(config: TrainingRun) -> None:
         step = loop.agreed_first_step(config)
         task = open_task(config, ctx)
         state, forward = loop.build_state(
-            config, ctx, step, lambda model: load_pretrained(starting_weights(config), model)
+            config,
+            ctx,
+            step,
+            lambda model: load_pretrained(starting_weights(config), model, config.class_names),
         )
         with loop.open_report(config, ctx, state) as reporter:
             loop.training_loop(config, ctx, task, state, forward, reporter)

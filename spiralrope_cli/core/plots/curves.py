@@ -81,11 +81,11 @@ def curves_figure(runs: Sequence[Path], over: str = "step") -> Figure:
         if len(series) > 1:
             gray = [Line2D([], [], color="0.3", ls=each.style, label=each.label) for each in series]
             axis.legend(handles=gray if several else None, frameon=False, fontsize=SMALL)
-        if series[0].key == "images_per_s":
-            axis.set_ylim(bottom=0)
+        _set_scale(axis, from_zero=series[0].key == "images_per_s")
     names = [folder.name for folder in runs]
-    if len(set(names)) < len(names):
-        names = [str(folder) for folder in runs]
+    for longer in ([f"{each.parent.name}/{each.name}" for each in runs], list(map(str, runs))):
+        if len(set(names)) < len(names):
+            names = longer
     if not several:
         figure.suptitle(names[0], fontsize=HEADING)
         return figure
@@ -110,6 +110,16 @@ def _plot(
     every = max(1, len(points) // NUM_MARKERS)
     markers = (int(shift * every), every)  # shifted, so that equal lines are both visible
     axis.plot(*zip(*points, strict=True), series.style, markevery=markers, **look)
+
+
+def _set_scale(axis: Axes, *, from_zero: bool) -> None:
+    """Axes that begin at zero where one point by itself has no scale, or where it is wanted."""
+    import numpy as np
+
+    if alone := all(np.size(line.get_xdata()) == 1 for line in axis.lines):
+        axis.set_xlim(left=0)
+    if alone or from_zero:
+        axis.set_ylim(bottom=0)
 
 
 def _look_of_run(number: int) -> dict[str, Any]:

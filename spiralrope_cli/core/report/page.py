@@ -67,6 +67,9 @@ LARGEST_IMAGE = 1_500_000
 IMAGE_SIDE = 1600
 JPEG_QUALITY = 85
 
+SHOWN_ITEMS = 20
+"""Of a list in a table."""
+
 Tables = Mapping[str, Mapping[str, Any]]
 """Caption -> name -> value."""
 
@@ -122,15 +125,25 @@ def write_report(folder: Path) -> Path:
     content = environment.get_template("page.html.j2", globals={"zip": zip}).render(
         style=(resources.files("spiralrope_cli") / "data" / "report.css").read_text(),
         version=__version__,
-        whole=part(folder, folder)
-        if is_stage(folder)
-        else Part(name=folder.name, results=results(folder)),
+        whole=part(folder, folder) if is_stage(folder) else of_several(folder, runs),
         stages=[part(stage, folder) for stage in inside],
         runs=[(run.name, f"{run.name}/{REPORT_FILE}") for run in runs],
     )
     target = folder / REPORT_FILE
     write_whole(target, content)
     return target
+
+
+def of_several(folder: Path, runs: Sequence[Path]) -> Part:
+    """What stands above the stages of a pipeline, or of a sweep, whose runs share their curves."""
+    first = [stage for run in runs for stage in stages(run)[:1] if read_metrics(stage)]
+    lead = ""
+    if first:
+        config = read_config(first[0] / CONFIG_FILE)
+        run: TrainingRun = build(RUN_KINDS[config["command"]], config)
+        lead = f"{len(runs)} runs: {run.command} of {run.arch}. Data: {run.data_line}."
+    curves = drawings(curves_figure(first), folder.name) if first else ()
+    return Part(name=folder.name, lead=lead, results=results(folder), curves=curves)
 
 
 def is_stage(folder: Path) -> bool:
@@ -182,7 +195,7 @@ def about_training(folder: Path) -> tuple[str, dict[str, str]]:
     if validations := [line for line in lines if "acc1" in line]:
         tiles["acc@1, last"] = f"{validations[-1]['acc1']:.2f} %"
         tiles["acc@1, EMA"] = f"{validations[-1]['ema_acc1']:.2f} %"
-        tiles["acc@1, best"] = f"{best_validation(validations)['acc1']:.2f} %"
+        tiles["acc@1, best raw"] = f"{best_validation(validations)['acc1']:.2f} %"
     if logged := [line for line in lines if "loss" in line]:
         tiles["training loss"] = f"{logged[-1]['loss']:.4f}"
         tiles["images per second"] = f"{logged[-1]['images_per_s']:,.0f}"
@@ -226,7 +239,8 @@ def machine(folder: Path, metadata: dict[str, Any]) -> Tables:
 def in_short(value: Any) -> str:
     """A value of a config, for a table."""
     if isinstance(value, list):
-        return ", ".join(map(in_short, value)) or "-"
+        more = [f"... ({len(value)})"] if len(value) > SHOWN_ITEMS else []
+        return ", ".join([*map(in_short, value[:SHOWN_ITEMS]), *more]) or "-"
     if isinstance(value, bool):
         return "on" if value else "off"
     return f"{value:g}" if isinstance(value, float) else "-" if value in (None, "") else str(value)

@@ -31,6 +31,7 @@ Record = dict[str, Any]
 ACCURACY = ("acc@1 %", "acc@5 %", "loss")
 SHARED = {"step": "step {}", "image size": "{} px", "crop ratio": "crop ratio {}"}
 """Columns that are written above a table instead, if all rows have the same value."""
+BEST = "best: the highest raw acc@1 of all validations"
 ACCURACY_COLUMNS = ("weights", "step", *ACCURACY, "images")
 
 
@@ -39,7 +40,7 @@ def print_results(folder: Path) -> None:
     lines = read_metrics(folder)
     validations = [line for line in lines if "acc1" in line]
     if validations:
-        table = Table(title=str(folder), title_justify="left")
+        table = Table(title=str(folder), title_justify="left", caption=BEST, caption_justify="left")
         for column in ACCURACY_COLUMNS:
             table.add_column(column, justify="left" if column == "weights" else "right")
         for row in accuracy_rows(validations):
@@ -92,9 +93,9 @@ def columns_of(rows: Sequence[Record]) -> tuple[dict[str, list[str]], str]:
     }
     columns = {n: column for n, column in cells.items() if n == "weights" or len(set(column)) > 1}
     shared = {n: column[0] for n, column in cells.items() if n not in (*columns, "scaling")}
-    return columns, ", ".join(
-        SHARED.get(n, "{}").format(cell) for n, cell in shared.items() if cell
-    )
+    words = [SHARED.get(n, "{}").format(cell) for n, cell in shared.items() if cell]
+    words += [BEST] if any(row["checkpoint"] == "best" for row in rows) else []
+    return columns, ", ".join(words)
 
 
 def accuracy_rows(validations: list[Record]) -> list[list[str]]:
@@ -146,7 +147,7 @@ def results(folder: Path) -> list[Result]:
         found.append(
             Result(
                 title="Accuracy",
-                caption="Validation images, as trained",
+                caption=f"Validation images, as trained; {BEST}",
                 columns=ACCURACY_COLUMNS,
                 rows=accuracy_rows(validations),
             )
@@ -169,7 +170,7 @@ def of_evaluation(rows: list[Record], sizes: Path | None) -> Result:
     table = []
     for row, *cells in zip(rows, *columns.values(), strict=True):
         acc1, *others = in_digits(row)
-        mark = " (best)" if row["acc1"] == best else ""
+        mark = " (highest)" if row["acc1"] == best else ""
         table.append([*cells, acc1 + mark, *others, row["count"]])
     return Result(
         title="Evaluation",
@@ -230,9 +231,10 @@ def of_sweep(points: list[Record]) -> Result:
         ]
         for each in points
     ]
+    spread = any(each["acc1"]["std"] is not None for each in points)
     return Result(
         title="All configurations",
-        caption="Mean ± standard deviation over seeds",
+        caption="Mean ± standard deviation over seeds" if spread else "One seed each",
         columns=[*points[0]["point"], "weights", "crop ratio", "seeds", *ACCURACY],
         rows=rows,
         words={"weights"},

@@ -164,7 +164,8 @@ class Reporter:
             self._live.start()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._live.transient = kind is not None  # a bar below "stopped at step" would be stale
         self._live.stop()
         self._close_tracker()
 
@@ -205,7 +206,7 @@ class Reporter:
 
     def _show_status(self, best_acc1: float | None = None) -> None:
         if best_acc1 is not None:
-            self._best = f"best acc@1 {best_acc1:.2f} %"
+            self._best = f"best raw acc@1 {best_acc1:.2f} %"
         self._status.plain = f"{self._metrics}  {self._best}"
 
     def _record(self, step: int, values: dict[str, float]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from spiralrope_cli.core.atomic import write_whole
+from spiralrope_cli.core.config.class_folders import class_difference
 from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.nested import build, flat_values, read_config, to_nested
 from spiralrope_cli.core.config.option import free_fields, leaves
@@ -120,6 +121,12 @@ def check_same(run: TrainingRun, folder: Path) -> None:
         )
     before, now = read_config(folder / CONFIG_FILE, type(run)), flat_values(run)
     known, free = leaves(type(run)), free_fields(type(run))
+    names = before.pop("class_names", ()), now.pop("class_names")  # earlier versions stored none
+    if other := class_difference(*names):
+        raise CheckpointError(
+            f"{folder} holds a run on other classes: {other}",
+            "give the class folders their names of before, or this run another --name or --out",
+        )
     # No default in its place: the run may have been trained with another value.
     if lacking := [name for name in now if name not in before and name not in free]:
         raise CheckpointError(

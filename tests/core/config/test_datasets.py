@@ -3,7 +3,14 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from spiralrope_cli.core.config.datasets import find_data_set, list_images, val_folder
+from spiralrope_cli.core.config.class_folders import list_images
+from spiralrope_cli.core.config.datasets import (
+    find_data_set,
+    find_train_set,
+    find_val_set,
+    val_folder,
+)
+from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.errors import DataError
 
 
@@ -60,10 +67,41 @@ def test_a_missing_split_is_named(tmp_path, there, message):
 
 @pytest.mark.parametrize("name", ["val", "validation", "test"])
 def test_the_validation_folder_may_have_any_usual_name(tmp_path, name):
-    save(tmp_path / "train" / "a" / "0.png")
-    save(tmp_path / name / "a" / "0.png")
-    assert find_data_set(str(tmp_path)).num_val == 1
-    assert len(list_images(val_folder(tmp_path))) == 1
+    for split in ("train", name):
+        for label in "ab":
+            save(tmp_path / split / label / "0.png")
+    data_set = find_data_set(str(tmp_path))
+    assert data_set.num_val == 2
+    assert len(list_images(val_folder(tmp_path))) == 2
+    told = [f"there is no val/: {tmp_path / 'test'} is used for validation"] * (name == "test")
+    assert list(find_val_set(str(tmp_path)).notes) == told
+    best = ", and chooses the best checkpoint"
+    assert list(data_set.notes) == [note + best for note in told]
+
+
+def test_files_that_do_not_count_are_counted_and_said(root):
+    for name in ("A/1.heic", "A/deep/2.HEIC", "b/list.txt", "b/.DS_Store", "README", "stray.png"):
+        path = root / "train" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("no image of ours")
+    assert find_data_set(str(root)).notes == (
+        f"{root}/train: 1 image(s) beside the class folders are left out",
+        f"{root}/train: files that are no images are left out: 2 .heic, 1 .txt",
+    )
+    assert find_val_set(str(root)).notes == ()
+    assert find_train_set(str(root)).notes == find_data_set(str(root)).notes
+    resolved = resolve("pretrain", {"data": str(root), "batch_size": 8, "warmup_epochs": 0})
+    assert resolved.warnings == find_data_set(str(root)).notes
+
+
+def test_one_class_is_refused_for_a_classifier_and_said_elsewhere(tmp_path):
+    for split in ("train", "val"):
+        save(tmp_path / split / "all" / "cat" / "0.png")
+    with pytest.raises(DataError, match="has one class folder, all") as refused:
+        find_data_set(str(tmp_path))
+    assert "they lie in train/ itself" in refused.value.hint
+    assert find_train_set(str(tmp_path)).notes == (f"{tmp_path}/train has one class, all",)
+    assert find_val_set(str(tmp_path)).notes == (f"{tmp_path}/val has one class, all",)
 
 
 def test_no_folder_and_no_name_lists_what_there_is(tmp_path):
@@ -83,12 +121,26 @@ def test_a_split_without_class_folders_is_refused(root):
 def test_a_class_without_images_is_named(root):
     for path in (root / "train" / "2").iterdir():
         path.unlink()
-    with pytest.raises(DataError, match="train/2 holds no images") as caught:
+    (root / "train" / "2" / "0.heic").write_text("no image of ours")
+    with pytest.raises(DataError, match=r"train/2 holds no images: 1 \.heic") as caught:
         find_data_set(str(root))
     assert ".png" in caught.value.hint
 
 
 def test_splits_with_different_classes_are_refused(root):
     (root / "val" / "b").rename(root / "val" / "c")
-    with pytest.raises(DataError, match=r"differ in 2 class folder\(s\): b, c"):
+    with pytest.raises(DataError, match="only in") as refused:
         find_data_set(str(root))
+    assert refused.value.message == (
+        f"1 class folder(s) only in {root}/train: b; 1 class folder(s) only in {root}/val: c"
+    )
+
+
+def test_archives_are_to_be_unpacked(root):
+    for name in ("n01440764.tar", "n01443537.tar.gz"):
+        path = root / "packed" / "train" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    with pytest.raises(DataError, match=r"no class folders, but 2 archive\(s\): n01440764") as told:
+        find_train_set(str(root / "packed"))
+    assert "tar -xf" in told.value.hint

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -30,3 +32,12 @@ def test_names_are_known_or_numbers(image_folder):
     assert names_of(str(image_folder), 2) == ["dark", "light"]
     assert names_of(str(image_folder), 3) == ["0", "1", "2"]
     assert names_of("gone", 2) == ["0", "1"]
+
+
+def test_files_of_a_folder_that_are_no_images_are_counted(image_folder, tmp_path):
+    folder = shutil.copytree(image_folder, tmp_path / "images")
+    assert inspect_side(folder, "SAMPLES").images.others == ""
+    for name in ("a.heic", "b.heic", "train/list.txt", ".hidden"):
+        (folder / name).write_text("no image of ours")
+    side = inspect_side(folder, "SAMPLES")
+    assert (side.images.others, side.num) == (": 2 .heic, 1 .txt", 26)

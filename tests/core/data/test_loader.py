@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from spiralrope_cli.core.config.datasets import PHOTOGRAPHS, list_images, val_folder
+from spiralrope_cli.core.config.class_folders import list_images
+from spiralrope_cli.core.config.datasets import PHOTOGRAPHS, val_folder
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.recipes import PRETRAIN
 from spiralrope_cli.core.config.runs import AugmentConfig
@@ -158,7 +159,7 @@ def test_a_image_too_large_to_be_true_is_told(tmp_path, monkeypatch):
     path = save(tmp_path / "x.png", picture(60, 60))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     _, _, bad = ImageFiles([(path, 0)], eval_transform(SIZE, 0.875), grey=False)[0, None]
-    assert bad == (Unreadable(path, "it is too large"),)
+    assert bad == (Unreadable(path, "it has more than 2,000 pixels; scale it down"),)
 
 
 def test_training_replaces_an_unreadable_image_by_the_next_and_tells(tmp_path):

@@ -51,6 +51,12 @@ def test_a_classifier_has_loss_accuracy_rate_and_speed(logged):
     assert [text.get_text() for text in loss.get_legend().get_texts()] == ["training", "validation"]
 
 
+def test_one_log_point_stands_on_a_scale_from_zero(logged):
+    for axis in curves_figure([logged("a", steps=(4,))]).axes:
+        assert axis.get_xlim()[0] == axis.get_ylim()[0] == 0
+    assert curves_figure([logged("b")]).axes[2].get_ylim()[0] != 0
+
+
 def test_a_diffusion_transformer_has_its_bound_and_nothing_empty(logged):
     figure = curves_figure([logged("a", dit=True)])
     assert titles(figure)[1].startswith("Variational bound")

@@ -144,12 +144,12 @@ def test_text_is_escaped(run_folder):
 
 def test_evaluation_shows_what_differs_and_the_best(run_folder):
     page = Page(write_report(run_folder).read_text())
-    for word in ("last, raw", "last, EMA", "8", "12", "15.00 (best)"):
+    for word in ("last, raw", "last, EMA", "8", "12", "15.00 (highest)"):
         assert word in page.words
     assert any("crop ratio 1" in word for word in page.words)
     rows = json.loads((run_folder / "eval.json").read_text())["rows"]
     (run_folder / "eval.json").write_text(json.dumps({"rows": rows[:1]}))
-    assert "(best)" not in write_report(run_folder).read_text()
+    assert "(highest)" not in write_report(run_folder).read_text()
 
 
 def test_values_say_where_they_came_from(run_folder):
@@ -218,8 +218,13 @@ def test_a_sweep_shows_its_table_and_leads_to_its_runs(run_folder, runs):
     }
     write_json(whole / "sweep.json", {"rows": [row]})
     page = Page(write_report(whole).read_text())
-    for word in ("rotate", "97.22 ± 0.30", "97.22", "last EMA"):
+    for word in ("rotate", "97.22 ± 0.30", "97.22", "last EMA", "Curves"):
         assert word in page.words
+    assert "1 runs: pretrain of deit" in " ".join(page.words)
+    assert "Mean ± standard deviation" in " ".join(page.words)
+    alone = {"mean": 97.216, "std": None, "values": [97.216]}
+    write_json(whole / "sweep.json", {"rows": [{**row, **dict.fromkeys(("acc1", "loss"), alone)}]})
+    assert "±" not in " ".join(Page(write_report(whole).read_text()).words)
     assert [each["href"] for each in page.all("a")] == ["rotate2-seed0/report.html"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import re
@@ -80,3 +81,12 @@ def test_a_log_point_leaves_out_what_is_not_finite(tiny, runs):
     [line] = read_metrics(runs / "run")
     assert line["loss"] == 0.5
     assert "grad_norm" not in line
+
+
+def test_a_bar_does_not_stay_below_the_line_that_says_why_it_stopped(tiny):
+    ended, stopped = (Reporter(tiny(), step=0, best_acc1=None, first=False) for _ in range(2))
+    with ended:
+        pass
+    with contextlib.suppress(SystemExit), stopped:
+        raise SystemExit(130)
+    assert (ended._live.transient, stopped._live.transient) == (False, True)
