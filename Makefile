@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make demo     train DeiT-Ti with Spiral RoPE on the bundled digits and evaluate it"
 	@echo "make test     run the tests"
-	@echo "make docs     write the reference of commands and the picture of channels"
+	@echo "make docs     write the reference of commands and draw the figures of the method"
 	@echo "make style    format the code; make quality checks format, lint and types"
 
 setup: $(STAMP)
@@ -37,6 +37,12 @@ quality: $(STAMP)
 
 docs: $(STAMP)
 	@$(BIN)/python docs/cli_reference.py && $(BIN)/python docs/channel_layout.py
+	@cd docs/images && for figure in \
+		"--rotate 1 --rotate 2 --rotate 4 --show rose --out rope-directions.svg" \
+		"--rotate 2 --show rose --show frequencies --out rope-rotate2.png" \
+		"--rotate 2 --rotate 4 --show clamp --out rope-clamp.png" \
+		"--rotate 1 --rotate 2 --rotate 4 --show score --out rope-scores.png"; \
+	do $(abspath $(BIN))/spiralrope plot rope $$figure; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
