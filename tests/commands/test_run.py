@@ -253,7 +253,7 @@ def test_a_dry_run_plans_all_stages_and_writes_nothing(run, runs):
     ]
     _, printed = run("dit", *DIT, "--dry-run")
     assert "5 images from the averaged (EMA) weights" in printed
-    assert "fid is left out: there is no --reference" in printed
+    assert "fid is skipped: there is no --reference" in printed
     _, printed = run("deit", *DEIT, "--sweep", "rotate=0,1", "--dry-run")
     assert "note: rotate=0 and rotate=1 are both plain axial RoPE" in printed
     assert "== 2/2: rotate=1, seed 0" in printed
@@ -349,7 +349,7 @@ def test_dit_runs_every_stage_once(run, launched):
     assert launched == ["train", "sample"]
     assert marks(folder) == ["dit-train", "dit-sample"]
     assert (folder / "dit-sample" / "samples.npz").is_file()
-    assert "fid is left out: there is no --reference" in printed
+    assert "fid is skipped: there is no --reference" in printed
     _, printed = run("dit", *DIT)
     assert "dit-sample is finished: 5 images" in printed
     assert len(launched) == 2
