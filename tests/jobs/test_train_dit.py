@@ -171,7 +171,9 @@ def test_what_a_run_writes_is_read_by_load_model(tiny, runs):
 def test_init_starts_from_averaged_weights_and_keeps_what_fits(tiny, runs):
     train.work(tiny(out="first", rotate=3, lr=1e-2))
     start, notes = starting_point(find_source(str(runs / "first")), {}, dit=True)
-    assert not notes
+    assert len(notes) == 1
+    assert "of the EMA weights" in notes[0]
+    assert "6 steps were few for a decay of 0.995" in notes[0]
     same = tiny(start, out="same", max_steps=1, lr=0.0, schedule="constant")
     assert (same.arch, same.rope.rotate, same.data) == ("dit-32x2x2-2", 3, "digits")
     train.work(same)
