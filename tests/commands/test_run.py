@@ -67,9 +67,9 @@ def launched(monkeypatch):
     """The jobs that stages launch, in order."""
     jobs, plain = [], train.launch
 
-    def noted(job, config):
-        jobs.append(job.split(".")[-1].partition(":")[0])
-        plain(job, config)
+    def noted(work, config):
+        jobs.append(work.__module__.split(".")[-1])
+        plain(work, config)
 
     for module in (train, sample, pipelines):
         monkeypatch.setattr(module, "launch", noted)
