@@ -180,7 +180,7 @@ OLD_NAMES = {"max_steps": "steps", "class_dropout_prob": "label_dropout", "image
 
 
 def with_names_of_an_earlier_version(folder):
-    """Rewrites a run as it was before some of its keys were renamed."""
+    """Rewrites a run as it was before some of its keys were renamed and others were added."""
 
     def rename(tree):
         if not isinstance(tree, dict):
@@ -190,6 +190,7 @@ def with_names_of_an_earlier_version(folder):
     config = folder / "config.yaml"
     old = rename(yaml.safe_load(config.read_text()))
     assert {"pictures"} < old.keys()
+    del old["ema"], old["class_names"]  # which are of later versions
     config.write_text(yaml.safe_dump(old))
     for file in folder.rglob("*.safetensors"):
         with safe_open(file, "pt") as opened:

@@ -176,7 +176,7 @@ def test_a_disk_that_is_too_small(check, monkeypatch):
 
 
 def test_a_damaged_weights_file(check, tmp_path):
-    row = catalog.find("inception")
+    row = catalog.find_row("inception")
     path = tmp_path / "cache" / "weights" / row.file_name
     path.parent.mkdir(parents=True)
     path.write_bytes(b"other bytes")
@@ -191,11 +191,11 @@ def test_files_of_the_hub_are_compared_with_their_names(tmp_path, monkeypatch):
     link = tmp_path / "0400000.pt"
     link.symlink_to(blob)
     monkeypatch.setattr(download, "cached", lambda *_: link)
-    assert download.damaged_files(catalog.find("dit-s2")) == [link]
+    assert download.damaged_files(catalog.find_row("dit-s2")) == [link]
     blob.rename(good := tmp_path / download.digest_like(blob, "")[1])
     link.unlink()
     link.symlink_to(good)
-    assert download.damaged_files(catalog.find("dit-s2")) == []
+    assert download.damaged_files(catalog.find_row("dit-s2")) == []
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_a_hub_that_does_not_answer_is_told_and_no_failure(check, monkeypatch):
 
 def test_a_hub_that_answers(spiralrope, runs):
     server = HubServer()
-    server.repos[catalog.WEIGHTS_REPO] = {catalog.find("dit-s2").file: b"weights"}
+    server.repos[catalog.WEIGHTS_REPO] = {catalog.find_row("dit-s2").file: b"weights"}
     try:
         env = {"HF_ENDPOINT": server.url, "HF_HOME": str(runs / "home"), "HF_TOKEN": ""}
         facts = json.loads(spiralrope("doctor", "--json", *TINY, env=env).stdout)

@@ -52,7 +52,7 @@ def test_options_and_fields_have_the_same_names():
 def test_finetune_has_the_options_of_pretrain_but_for_what_its_source_decides():
     of_pretrain, of_finetune = options_of("pretrain"), options_of("finetune")
     assert of_pretrain - of_finetune == {"patch_size"}
-    assert of_finetune - of_pretrain == {"source", "freeze"}
+    assert of_finetune - of_pretrain == {"source", "ema", "freeze"}
 
 
 def test_field_names_are_unique_over_all_groups():

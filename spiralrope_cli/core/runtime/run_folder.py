@@ -121,7 +121,8 @@ def check_same(run: TrainingRun, folder: Path) -> None:
         )
     before, now = read_config(folder / CONFIG_FILE, type(run)), flat_values(run)
     known, free = leaves(type(run)), free_fields(type(run))
-    names = before.pop("class_names", ()), now.pop("class_names")  # earlier versions stored none
+    before.setdefault("ema", True)  # earlier versions started from nothing else
+    names = before.pop("class_names", ()), now.pop("class_names")  # they stored no names
     if other := class_difference(*names):
         raise CheckpointError(
             f"{folder} holds a run on other classes: {other}",

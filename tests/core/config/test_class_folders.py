@@ -63,10 +63,10 @@ def here(tmp_path_factory):
 
 
 def old(run, to):
-    """A copy of a run as earlier versions wrote it, without names."""
+    """A copy of a run as earlier versions wrote it, without names and without `ema`."""
     shutil.copytree(run, to)
     config = yaml.safe_load((to / "config.yaml").read_text())
-    del config["class_names"]
+    del config["class_names"], config["ema"]
     (to / "config.yaml").write_text(yaml.safe_dump(config))
     for file in to.glob("checkpoints/*/*.safetensors"):
         with safe_open(file, "pt") as opened:
@@ -157,7 +157,7 @@ def test_runs_of_earlier_versions_work_and_say_that_names_are_missing(here, tmp_
     _, notes = train.settle(
         "finetune", {**DEIT, "source": str(run), "data": str(here / "xb")}, train.TrainOptions()
     )
-    assert notes == (note,)
+    assert notes[-1] == note
 
 
 @pytest.mark.parametrize(
