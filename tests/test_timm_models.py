@@ -291,7 +291,7 @@ def test_published_files_with_frequencies_load(tmp_path, x):
 
 def test_frequencies_of_other_options_are_told(tmp_path):
     _, file = exported(tmp_path, RopeConfig(rotate=4, max_freq_lang=1.0))
-    with pytest.warns(UserWarning, match="frequencies are not those"):
+    with pytest.warns(UserWarning, match="frequencies in the file differ"):
         timm.create_model(TINY, checkpoint_path=file, img_size=32, num_classes=5, rotate=4)
 
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -130,7 +131,7 @@ def test_an_interrupted_run_goes_on_with_the_missing_images(sample, pixels, monk
     assert "is finished: 9 images" in sample(*words, "--out", "parts")
 
 
-@pytest.mark.parametrize("at", ["zlib.crc32", "zipfile.ZipFile", "flush"])
+@pytest.mark.parametrize("at", ["zlib", "zipfile.ZipFile", "flush"])
 def test_ended_while_the_archive_is_made_nothing_is_lost(sample, pixels, monkeypatch, runs, at):
     def end(first, *more):
         if at == "zipfile.ZipFile":  # the file, amid what follows the images
@@ -140,7 +141,9 @@ def test_ended_while_the_archive_is_made_nothing_is_lost(sample, pixels, monkeyp
     words = (pixels, "--num-samples", 3, *FAST)
     sample(*words, "--out", "whole")
     with monkeypatch.context() as patched:
-        patched.setattr(f"spiralrope_cli.core.data.sample_files.{at}", end)
+        # Not `zlib.crc32` itself, which reading the weights calls too.
+        ends = SimpleNamespace(crc32=end) if at == "zlib" else end
+        patched.setattr(f"spiralrope_cli.core.data.sample_files.{at}", ends)
         assert "no space left on the disk" in sample(*words, "--out", "parts", expect=1)
     sample(*words, "--out", "parts")
     assert (runs / "parts/samples.npz").read_bytes() == (runs / "whole/samples.npz").read_bytes()

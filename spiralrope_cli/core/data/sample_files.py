@@ -218,8 +218,8 @@ class SampleFiles:
 def _comment(metadata: dict[str, Any]) -> bytes:
     """Metadata as the comment of a zip, without lists of classes if they are too long."""
     for name in ("class_names", "classes"):
-        if len(json.dumps(metadata)) >= zipfile.ZIP_MAX_COMMENT:
-            metadata = {**metadata, name: f"{len(metadata.get(name, ()))} classes"}
+        if name in metadata and len(json.dumps(metadata)) >= zipfile.ZIP_MAX_COMMENT:
+            metadata = {**metadata, name: f"{len(metadata[name])} classes"}
     return json.dumps(metadata).encode()
 
 
