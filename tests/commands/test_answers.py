@@ -511,7 +511,7 @@ REFUSED = {
         ("--sweep rotate=", "--sweep rotate= is not NAME=V"),
         ("--sweep rotate=1,1", "--sweep rotate=1"),
         ("--sweep rotate=x", "--sweep rotate=x"),
-        ("--sweep rotate=1,2 --rotate 4", "--rotate is given and swept"),
+        ("--sweep rotate=1,2 --rotate 4", "--rotate is given twice, also in --sweep"),
         ("--seeds x", "--seeds is x"),
         ("--seeds 0,0", "--seeds 0"),
         ("--seeds=", "--seeds is empty"),

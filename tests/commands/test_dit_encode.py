@@ -162,7 +162,7 @@ def test_an_interrupted_run_goes_on(make, made, monkeypatch, capfd):
     with pytest.raises(SystemExit) as left:
         work(config)
     assert left.value.code == 143
-    assert "the same command goes on" in capfd.readouterr().err
+    assert "the same command resumes" in capfd.readouterr().err
     with pytest.raises(DataError, match=r"00002\.safetensors is missing"):
         LatentCache(Path(config.out))
     assert written == [0, 1]
@@ -221,7 +221,7 @@ def test_what_is_damaged_is_encoded_again_and_only_that(make, made, capfd):
     torch.testing.assert_close(after[0], before[0], rtol=0, atol=1e-5)
 
     work(config)
-    assert "is finished: all 3 shards are as they should be" in capfd.readouterr().err
+    assert "is finished: all 3 shards are correct" in capfd.readouterr().err
 
 
 @pytest.fixture
@@ -287,7 +287,7 @@ def test_a_shard_of_something_else_is_encoded_again(make, made, capfd):
 def test_a_cache_is_kept_from_classes_and_runs(call, photos, tiny_vae, runs):
     words = ("--data", photos, "--vae", tiny_vae, "--image-size", 64, "--dry-run")
     result, _ = call(*words, "--out", photos / "cache")
-    assert "lies among the class folders" in result.exception.message
+    assert "so it would count as a class folder" in result.exception.message
     (runs / "run" / "checkpoints").mkdir(parents=True)
     result, _ = call(*words, "--out", "run")
     assert "is the folder of a training run" in result.exception.message
@@ -349,14 +349,14 @@ def test_a_dry_run_fetches_no_vae(call, photos, no_download):
     result, launched = call(*words, "--vae", "mse", "--dry-run")
     assert result.exit_code == 0
     assert not launched
-    assert "VAE    mse: not here (it would be fetched), float32" in result.stderr
+    assert "VAE    mse: to be downloaded, float32" in result.stderr
     assert "in 3 shards; 4x4x3 latents" in result.stderr
 
 
 def test_a_dry_run_without_the_vae_knows_a_cache_again(call, made, photos, no_download):
     words = ("--data", photos, "--out", made, "--device", "cpu", "--dry-run")
     result, _ = call(*words, "--image-size", "32x24")
-    assert "3 are there" in result.stderr
+    assert "3 are finished" in result.stderr
     result, _ = call(*words, "--image-size", "32")
     assert "image_size was (32, 24), now (32, 32)" in result.exception.message
     assert "vae" not in result.exception.message
@@ -408,7 +408,7 @@ def test_a_folder_of_other_latents_is_refused(made, call, photos, tiny_vae):
     assert "image_size was (32, 24), now (32, 32)" in result.exception.message
     result, launched = call(*words, "--image-size", "32x24")
     assert launched
-    assert "3 are there" in result.stderr
+    assert "3 are finished" in result.stderr
 
 
 def test_the_cache_names_the_vae_and_the_data(made, photos, tiny_vae):

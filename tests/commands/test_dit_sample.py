@@ -156,7 +156,7 @@ def test_a_signal_within_a_batch_ends_it_at_once(sample, pixels, monkeypatch, ru
 
     monkeypatch.setattr(StopRequest, "listen", ask)
     printed = sample(pixels, "--num-samples", 3, *FAST, "--out", "here", expect=130)
-    assert "stopped with 0 of 3 images; the same command goes on" in printed
+    assert "stopped with 0 of 3 images; the same command resumes" in printed
     assert (runs / "here" / "samples.npz.part").exists()
 
 
@@ -168,7 +168,7 @@ def test_parts_that_are_not_whole_are_drawn_again(sample, pixels, monkeypatch, r
     with monkeypatch.context() as patched:
         patched.setattr(StopRequest, "agreed", lambda *_, **__: next(answers))
         sample(*words, "--out", "parts", expect=143)
-        assert "4 are there" in sample(*words, "--out", "parts", "--dry-run")
+        assert "4 are finished" in sample(*words, "--out", "parts", "--dry-run")
     if lost == "samples.npz.part":
         os.truncate(runs / "parts" / lost, 200)
     else:

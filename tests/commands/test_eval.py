@@ -109,7 +109,9 @@ def test_all_gives_eight_rows_in_order(planned):
 def test_flags_beside_all_are_named_in_one_line(planned):
     run, said = planned("--all", "--ema", "--best", "--crop-ratio", "0.9")
     assert len(run.rows) == 8
-    assert "note: --ema, --best, --crop-ratio without effect: --all has all of those rows" in said
+    assert (
+        "note: --ema, --best, --crop-ratio without effect: --all includes all of these rows" in said
+    )
 
 
 def test_a_published_file_has_four_rows_and_says_so(planned):

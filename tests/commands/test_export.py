@@ -260,7 +260,7 @@ def test_without_figures_the_card_claims_none(export):
     card = ModelCard.load(folder / "README.md")
     assert card.data.eval_results is None
     assert card.data.datasets is None
-    assert "Figures" not in card.text
+    assert "Metrics" not in card.text
 
 
 def test_a_damaged_eval_file_is_told_and_nothing_is_left(export, runs):
@@ -317,7 +317,7 @@ def test_too_little_space_is_told_before_anything_is_written(export, runs, monke
         (("deit-s", "--layout", "onnx"), "--layout is onnx; it must be published or safetensors"),
         (("deit-s", "--layout", "published", "--out", "x"), "must end in .pth or .pt"),
         (("deit-s", "--layout", "safetensors", "--out", "x.pth"), "is the name of a file"),
-        (("deit-s", "--layout", "published", "--best"), "deit-s is no run folder"),
+        (("deit-s", "--layout", "published", "--best"), "deit-s is not one"),
         (("deit-q", "--layout", "published"), "or a published name"),
     ],
 )

@@ -98,7 +98,7 @@ def test_all_metrics_are_those_of_torch_fidelity(fid, sets, features):
     assert len(found["protocol"]["weights_sha256"]) == 64
     warned = " ".join(found["warnings"])
     assert "8 samples are fewer than the 50,000" in warned
-    assert "7 images of REFERENCE are at most the 2048 features" in warned
+    assert "7 images of REFERENCE are not more than the 2048 features" in warned
     assert "not the published ones" in warned
 
 
@@ -179,7 +179,7 @@ def test_statistics_by_other_weights_are_refused(fid, sets, tmp_path, inception_
     weights = torch.load(inception_weights)
     torch.save({**weights, "fc.bias": weights["fc.bias"] + 1}, other)
     error = fid(sets / "a.npz", tmp_path / "b.npz", "--weights", other, weights=False)
-    assert "statistics that were made differently" in error.message
+    assert "statistics with different protocols" in error.message
     assert error.hint.startswith("REFERENCE: inception-v3-compat 2015-12-05, weights sha256 ")
     # They do not matter to what is measured without them.
     words = (sets / "a.npz", tmp_path / "b.npz", "--select", "is", "--precision", "bf16")
@@ -232,7 +232,7 @@ def test_the_table_shows_both_sides_and_why_a_metric_is_missing(
     shown = CliRunner().invoke(cli.app, list(map(str, words))).stdout
     assert shown.index("a.npz") < shown.index("8 images of 8x8") < shown.index("b.npz")
     assert "7 images of 8x8" in shown
-    assert "SAMPLES has 8 images, and 1000 are" in shown
+    assert "SAMPLES has 8 images, but 1000 are" in shown
     assert max(map(len, shown[shown.index("┏") :].splitlines())) <= 80
 
 
@@ -257,9 +257,9 @@ def test_metrics_that_damaged_images_make_impossible_are_left_out(fid, sets, tmp
     words = (tmp_path, sets / "a.npz", "--skip-bad", "--kid-subset-size", "5")
     found = fid(*words, "--select", "kid,precision")
     assert found["kid"] is None
-    assert found["left_out"]["kid"].startswith("SAMPLES has 4 images, and 5 are needed")
+    assert found["left_out"]["kid"].startswith("SAMPLES has 4 images, but 5 are needed")
     assert 0 <= found["precision"] <= 1
-    assert "nothing of --select can be computed" in fid(*words, "--select", "kid").message
+    assert "no metric of --select can be computed" in fid(*words, "--select", "kid").message
     (tmp_path / "3.png").write_text("a text")
     found = fid(*words, "--select", "is,precision")
     assert found["precision"] is None
@@ -349,7 +349,7 @@ def test_options_of_features_are_told_where_none_are_made(fid, sets, tmp_path):
     fid(sets / "a.npz", "--select", "fid", "--save-stats", kept, sets / "b.npz")
     words = ("--select", "FID,fid", "--weights", "none.pth", "--batch-size", 3)
     found = fid(kept, kept, *words, weights=False)
-    assert "note: --weights has no effect: no image is looked at" in found["stderr"]
+    assert "note: --weights has no effect: no image is read" in found["stderr"]
     assert "note: --batch-size has no effect" in found["stderr"]
     assert abs(found["fid"]) < 1e-6
 
@@ -403,4 +403,4 @@ class Trap:
 def test_half_precision_says_that_it_is_another_protocol(fid, sets):
     found = fid(sets / "a.npz", "--select", "is", "--precision", "bf16")
     assert found["protocol"]["precision"] == "bf16"
-    assert any("papers compute them in fp32" in line for line in found["warnings"])
+    assert any("papers use fp32" in line for line in found["warnings"])

@@ -260,7 +260,7 @@ def test_elongated_grids_are_told_of_the_exact_projection():
 
 
 def test_more_directions_than_channels_are_told(resolved):
-    assert "heads of 64 channels have room for 8 at most" in hints(resolved("--rotate", 9))[0]
+    assert "heads of 64 channels support at most 8" in hints(resolved("--rotate", 9))[0]
     assert len(hints(resolved("--rotate", 8, "--projection", "exact"))) == 1
 
 

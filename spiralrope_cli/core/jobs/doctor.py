@@ -1,7 +1,7 @@
-"""Inspects this machine, and what a run would need here.
+"""`doctor`: checks this machine, and what a run needs.
 
-Every `inspect_...` gives what it found twice: as values for JSON, and as rows of the table. Each
-part is inspected whatever another one found. What loads torch is imported where it is needed.
+Each `inspect_...` returns values for JSON and rows for the table. An error in one part does not
+stop the others. Modules that load torch are imported inside functions.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ from spiralrope_cli.core.runtime.run_folder import nearest_folder
 
 OF_TRAINING = ("arch", "data", "batch_size", "micro_batch_size", "nproc", "device", "precision")
 DECODED = 48
-"""Images of each split that are decoded."""
+"""Number of images per split that are decoded as a test."""
 HUB_SECONDS = 3.0
 HUB_ROW = "dit-s2"
 
 Values = dict[str, Any]
 Rows = list[tuple[str, str]]
-"""Of the table: a title and a text."""
+"""Rows of the table: (title, text)."""
 
 
 class Finding(NamedTuple):
-    """Something that will fail, or hurt, and what to do about it."""
+    """A problem, and what to do."""
 
-    subject: str  # the part where it was found
+    subject: str  # part of the check
     problem: str
     hint: str = ""
 
 
 def check_machine(given: dict[str, Any]) -> bool:
-    """Inspects everything and shows it; whether nothing was found that would make a run fail."""
+    """Runs all checks and prints them; returns whether there is no problem."""
     options = {name: given[name] for name in OF_TRAINING if name in given}
     checkup: Checkup = build(Checkup, {**given, "options": options})
     values, rows, findings = work(checkup)
@@ -67,7 +67,7 @@ def check_machine(given: dict[str, Any]) -> bool:
 
 # ---- work
 def work(checkup: Checkup) -> tuple[Values, Rows, list[Finding]]:
-    """Inspects one part after the other; an error becomes a finding."""
+    """Checks one part after the other; an error becomes a finding."""
     from spiralrope_cli.core.training.needs import memory_notes
 
     values: Values = {}
@@ -84,9 +84,9 @@ def work(checkup: Checkup) -> tuple[Values, Rows, list[Finding]]:
     }
     with console(stderr=True).status("") as status:
         for name, inspect in parts.items():
-            status.update(f"inspecting: {name}")
+            status.update(f"checking: {name}")
             values[name], of_part = None, [(name, "see below")]
-            # What keeps a run from being planned is reported once.
+            # Without machine or data a run cannot be planned; do not report the same error twice.
             if name != "run" or None not in (values["machine"], values["data"]):
                 try:
                     values[name], of_part = inspect()
@@ -100,7 +100,7 @@ def work(checkup: Checkup) -> tuple[Values, Rows, list[Finding]]:
 
 
 def inspect_versions(findings: list[Finding]) -> tuple[Values, Rows]:
-    """Installed versions of what is required, and of what is optional and there."""
+    """Installed versions of required packages, and of installed optional ones."""
     from spiralrope_cli.core.runtime import device
 
     values: Values = {
@@ -120,7 +120,7 @@ def inspect_versions(findings: list[Finding]) -> tuple[Values, Rows]:
 
 
 def inspect_device(checkup: Checkup) -> tuple[Values, Rows]:
-    """Devices, precision, cores and how fast matrices are multiplied."""
+    """Devices, precision, cores and speed of matmuls."""
     import torch
 
     from spiralrope_cli.core.runtime import device as devices
@@ -161,11 +161,7 @@ def inspect_device(checkup: Checkup) -> tuple[Values, Rows]:
 
 
 def inspect_data(checkup: Checkup, findings: list[Finding]) -> tuple[Values, Rows]:
-    """Classes, counts, and whether a sample of the images can be decoded.
-
-    Raises:
-        DataError: no such data set, an empty class, or splits that differ.
-    """
+    """Classes, counts, and whether some of the images can be decoded."""
     from spiralrope_cli.core.data import memory
     from spiralrope_cli.core.data.images import decode_some
 
@@ -188,31 +184,27 @@ def inspect_data(checkup: Checkup, findings: list[Finding]) -> tuple[Values, Row
         values |= {"decoded": count - len(bad), "unreadable": [vars(each) for each in bad]}
         if bad:
             error = bad[0].error()
-            more = f" ({len(bad)} of {count} looked at)" if len(bad) > 1 else ""
+            more = f" ({len(bad)} of {count} tested images)" if len(bad) > 1 else ""
             findings.append(Finding("data", error.message + more, error.hint))
     elif memory.is_here(data):
         splits = memory.load_memory_set(data)
         counts = [len(split.labels) for split in splits]
         if counts != [data_set.num_train, data_set.num_val]:
-            raise DataError(f"{data} holds {counts} images in place of its own number")
+            raise DataError(f"{data} has {counts} images, which is a wrong number")
         values["decoded"] = sum(counts)
     else:
-        values["note"] = "not here yet: the first run brings it"
+        values["note"] = "not downloaded: the first run downloads it"
     chosen = "" if source == "default" else f" (by {source})"
     val = f" and {data_set.num_val} validation" if data_set.num_val else ""
     tried = values["decoded"] + len(values["unreadable"])
-    seen = values.get("note") or f"{values['decoded']} of {tried} looked at could be decoded"
+    seen = values.get("note") or f"{values['decoded']} of {tried} tested images can be decoded"
     images = f"{data_set.num_classes} classes, {data_set.num_train} training{val} images"
     notes = [("  note", note) for note in data_set.notes]
     return values, [("data", f"{data_set.data}{chosen}: {images}; {seen}"), *notes]
 
 
 def inspect_run(checkup: Checkup) -> tuple[Values, Rows]:
-    """What a training run would need here, and which values it could have.
-
-    Raises:
-        ConfigError: no such run exists.
-    """
+    """Needs of the training run, and valid values of its options."""
     from spiralrope_cli.core.training.needs import advice
 
     values = advice(checkup)
@@ -226,9 +218,12 @@ def inspect_run(checkup: Checkup) -> tuple[Values, Rows]:
     return values, [
         ("model", f"{values['arch']}: {size}"),
         ("batch", f"{values['batch_size']} = {split}"),
-        ("  --nproc", f"{_few(values['valid_nproc'])} split it"),
-        ("  --batch-size", f"{_few(values['valid_batch_sizes'])} split over {nproc} process(es)"),
-        ("  --rotate", f"{rotate}; with --same-theta {_few(values['valid_rotate_same_theta'])}"),
+        ("  --nproc", f"valid: {_few(values['valid_nproc'])}"),
+        ("  --batch-size", f"valid with {nproc} process(es): {_few(values['valid_batch_sizes'])}"),
+        (
+            "  --rotate",
+            f"valid: {rotate}; with --same-theta {_few(values['valid_rotate_same_theta'])}",
+        ),
         (
             "memory",
             f"about {human_size(needs['total'])} per process: {fixed} for weights and optimizer, "
@@ -242,11 +237,7 @@ def _few(numbers: list[int]) -> str:
 
 
 def inspect_disk(checkup: Checkup, found: Values, findings: list[Finding]) -> tuple[Values, Rows]:
-    """Whether the runs folder can be written, and holds what a run leaves there.
-
-    Raises:
-        CheckpointError: it cannot be written.
-    """
+    """Whether the runs folder is writable, and has enough space for a run."""
     folder = Path(checkup.runs).expanduser().absolute()
     there = nearest_folder(folder)
     try:
@@ -256,7 +247,7 @@ def inspect_disk(checkup: Checkup, found: Values, findings: list[Finding]) -> tu
     except OSError as error:
         raise CheckpointError(
             f"--runs {checkup.runs}: {there} cannot be written: {error.strerror}",
-            "make it yours, or name another folder with --runs and --out",
+            "change its permissions, or use another folder with --runs and --out",
         ) from error
     free = shutil.disk_usage(there).free
     planned = found["run"] or {}
@@ -267,23 +258,23 @@ def inspect_disk(checkup: Checkup, found: Values, findings: list[Finding]) -> tu
         needs["samples"] = 3 * num * height * width
     if sum(needs.values()) > free:
         words = " and ".join(f"{human_size(size)} of {name}" for name, size in needs.items())
-        problem = f"{there} has {human_size(free)} free; a run leaves {words}"
-        hint = "free some, or name a folder on another disk with --runs and --out"
+        problem = f"{there} has {human_size(free)} free, but a run needs {words}"
+        hint = "free some, or use --runs and --out with a folder on another disk"
         findings.append(Finding("disk", problem, hint))
     needed = ", ".join(f"{human_size(size)} {name}" for name, size in needs.items() if size)
-    more = f"; a run takes {needed}" if needed else ""
+    more = f"; a run needs {needed}" if needed else ""
     values: Values = {"folder": str(folder), "free": free, "needs": needs}
     return values, [("disk", f"{folder}: {human_size(free)} free{more}")]
 
 
 def inspect_hub(checkup: Checkup) -> tuple[Values, Rows]:
-    """Whether the Hub answers; nobody is asked offline."""
+    """Whether the Hub answers; not checked offline."""
     from huggingface_hub import constants
 
     values: Values = {"endpoint": constants.ENDPOINT, "asked": False, "answers": False, "words": ""}
     if checkup.offline or constants.HF_HUB_OFFLINE:
         why = "--offline" if checkup.offline else "HF_HUB_OFFLINE"
-        values |= {"words": f"not asked: {why}"}
+        values |= {"words": f"not checked: {why}"}
     else:
         try:
             download.look_up(find_row(HUB_ROW), None, timeout=HUB_SECONDS)
@@ -294,7 +285,7 @@ def inspect_hub(checkup: Checkup) -> tuple[Values, Rows]:
 
 
 def inspect_cache(findings: list[Finding]) -> tuple[Values, Rows]:
-    """Published files that are here, each compared with its digest."""
+    """Cached published files, compared with their digests."""
     from huggingface_hub import constants
 
     values: Values = {"hub": constants.HF_HUB_CACHE, "own": str(cache_folder()), "files": []}
@@ -306,17 +297,17 @@ def inspect_cache(findings: list[Finding]) -> tuple[Values, Rows]:
             values["files"].append({"name": row.name, "size": size, "whole": not bad})
             words.append(f"{row.name} {human_size(size)}" + (" (damaged)" if bad else ""))
             for path in bad:
-                problem = f"{path} is damaged: its bytes have another digest than its name says"
+                problem = f"{path} is damaged: its digest is wrong"
                 findings.append(
-                    Finding("cache", problem, f"spiralrope fetch {row.name} brings it again")
+                    Finding("cache", problem, f"spiralrope fetch {row.name} downloads it again")
                 )
-    there = ", ".join(words) or "nothing published is here"
+    there = ", ".join(words) or "no published files"
     return values, [("cache", there), ("", values["hub"]), ("", values["own"])]
 
 
 # ---- report
 def report(rows: Rows, notes: list[str], findings: list[Finding]) -> None:
-    """Everything on stdout, in a table that fits 80 columns; findings last."""
+    """Prints a table for 80 columns on stdout; findings last."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -330,4 +321,4 @@ def report(rows: Rows, notes: list[str], findings: list[Finding]) -> None:
         out.print(f"problem ({finding.subject}): {finding.problem}")
         if finding.hint:
             out.print(f"  {finding.hint}")
-    out.print(f"{len(findings)} problem(s) found" if findings else "all is well")
+    out.print(f"{len(findings)} problem(s) found" if findings else "no problems found")

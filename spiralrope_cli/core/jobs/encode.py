@@ -1,6 +1,6 @@
-"""`dit-encode`: encodes a folder of images once, for training from their latents.
+"""`dit-encode`: encodes a folder of images once, to train from cached latents.
 
-What loads torch is imported where it is needed: a refusal comes without it.
+Modules that load torch are imported inside functions, so that usage errors are fast.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EncodePlan:
-    """What `work` does."""
+    """Arguments of `work`."""
 
     run: EncodeRun
-    cache: CachePlan  # what the cache will be of
-    images: list[tuple[str, int]]  # (path, class number) of every image
-    vae: VaeFiles | None  # None for a published one that is not here yet
+    cache: CachePlan
+    images: list[tuple[str, int]]  # (path, class number) of each image
+    vae: VaeFiles | None  # None for a published VAE before the download
     notes: tuple[str, ...]  # for the user
 
     @property
@@ -72,13 +72,13 @@ class EncodePlan:
 
 
 def encode(given: dict[str, Any]) -> None:
-    """Encodes the images of a folder, as far as they are not yet."""
+    """Encodes the images of a folder that are not encoded yet."""
     own: TrainOptions = build(TrainOptions, given)
     values = {"precision": EXACT, "data": os.environ.get(DATA_VARIABLE), **given}
     if not values["data"]:
         raise DataError(
             "--data is missing",
-            f"name a folder with one folder of images per class, or set {DATA_VARIABLE}",
+            f"give a folder with one folder of images per class, or set ${DATA_VARIABLE}",
         )
     settled = settle(build(EncodeRun, values), fetch=not own.dry_run)
     plan(settled)
@@ -87,7 +87,7 @@ def encode(given: dict[str, Any]) -> None:
 
 
 def settle(run: EncodeRun, *, fetch: bool = True) -> EncodePlan:
-    """What the cache will be of; without `fetch` a published VAE may be missing, and its digest."""
+    """Plan of the cache; without `fetch` a published VAE and its digest may be missing."""
     folder = class_folder(run.data)
     vae = local_vae(run.vae)
 
@@ -117,7 +117,7 @@ def settle(run: EncodeRun, *, fetch: bool = True) -> EncodePlan:
 
 
 def plan(settled: EncodePlan) -> None:
-    """Refuses what cannot work before any worker starts, and says what will be done."""
+    """Checks the plan before any worker starts, and prints it."""
     run, cache, vae, out = settled.run, settled.cache, settled.vae, Path(settled.out)
 
     from spiralrope_cli.core.data.latents import finished_shards
@@ -125,35 +125,33 @@ def plan(settled: EncodePlan) -> None:
     refuse_run(out)
     if out.resolve().is_relative_to(cache.data):
         raise ConfigError(
-            f"--out {out} lies among the class folders of {cache.data}",
-            "as one of them it would be taken for a class",
+            f"--out {out} is inside {cache.data}, so it would count as a class folder",
+            "choose another --out",
         )
     there, _ = finished_shards(out, cache)
     total = cache.num_files * cache.bytes_per_image
     needed = total - sum(shard.num_bytes for shard in there.values())
-    hint = "free some, or name another disk by --out"
+    hint = "free some, or use --out on another disk"
     check_space((out, needed), what="the latents", hint=hint)
     if not is_first_process():
         return
-    found = (
-        f"{vae.folder}, sha256 {cache.vae_sha256[:16]}" if vae else "not here (it would be fetched)"
-    )
+    found = f"{vae.folder}, sha256 {cache.vae_sha256[:16]}" if vae else "to be downloaded"
     channels, rows, columns = cache.latent_shape
-    goes_on = f", {len(there)} are there" if there else ""
+    goes_on = f", {len(there)} are finished" if there else ""
     for line in (
         f"data   {cache.data}: {cache.num_files} images, {len(cache.class_names)} classes",
-        f"crop   {format_size(cache.image_size)} px, ADM's centre crop, plain and mirrored",
+        f"crop   {format_size(cache.image_size)} px, ADM's centre crop, plain and flipped",
         f"VAE    {run.vae}: {found}, {cache.precision}",
         f"cache  {out}: {human_size(total)} in {cache.num_shards} shards{goes_on}; "
-        f"{channels}x{rows}x{columns} latents, mean and deviation in float32",
-        f"work   {world_size(run.machine)} process(es) x {run.batch_size} images at a time",
+        f"{channels}x{rows}x{columns} latents, mean and standard deviation in float32",
+        f"batch  {world_size(run.machine)} process(es) x {run.batch_size} images",
     ):
         say(line)
     say_notes(settled.notes)
 
 
 def work(plan: EncodePlan) -> None:
-    """Encodes what is missing or damaged; executed by every worker."""
+    """Encodes missing and damaged shards; every worker runs this."""
     from spiralrope_cli.core.data.latents import damaged_shards, finished_shards
     from spiralrope_cli.core.runtime.distributed import open_context
 
@@ -164,38 +162,38 @@ def work(plan: EncodePlan) -> None:
         wrong |= damaged_shards(out, list(shards.values()))
         for shard in shards.values():
             if readable_now(shard, run.machine.skip_bad):
-                wrong[shard.file] = "was made when some images could not be read that now can"
+                wrong[shard.file] = "lacks images that could not be read before, but can be now"
         good = {number: shard for number, shard in shards.items() if shard.file not in wrong}
         missing = [number for number in range(cache.num_shards) if number not in good]
         reasons = {number: wrong.get(shard_file(number), "is missing") for number in missing}
         for reason in dict.fromkeys(reasons.values()) if shards or wrong else ():
             first, *others = [number for number in missing if reasons[number] == reason]
             more = f" (and {len(others)} more)" if others else ""
-            say(f"{out / shard_file(first)} {reason}{more}; encoded again", shown_on)
+            say(f"{out / shard_file(first)} {reason}{more}; encoding again", shown_on)
         good |= encode_missing(plan, ctx, missing)
         if not any(shard.count for shard in good.values()):
             raise DataError(f"none of the {cache.num_files} images in {cache.data} can be read")
         if not missing:
-            say(f"{out} is finished: all {cache.num_shards} shards are as they should be", shown_on)
+            say(f"{out} is finished: all {cache.num_shards} shards are correct", shown_on)
         elif ctx.is_first:
             report(plan, [good[number] for number in range(cache.num_shards)])
 
 
 def readable_now(shard: Shard, skip_bad: bool) -> bool:
-    """Whether an image that was left out of a shard can be read by now."""
+    """Whether a skipped image of a shard can be read now."""
     from spiralrope_cli.core.data.loader import Unreadable, open_image
 
     still = [open_image(path, lambda image: image.copy()) for path in shard.unreadable]
     bad = [each for each in still if isinstance(each, Unreadable)]
     if bad and not skip_bad:
-        raise bad[0].error()  # without --skip-bad none is left out
+        raise bad[0].error()  # without --skip-bad no image may be skipped
     return len(bad) < len(still)
 
 
 def encode_missing(plan: EncodePlan, ctx: DistContext, missing: list[int]) -> dict[int, Shard]:
-    """The missing shards, one per process at a time; in the end all processes know of all.
+    """Encodes the missing shards, one per process at a time; returns them on all processes.
 
-    Where a signal asks for it, everybody leaves with its exit code; shards that are done stay.
+    After a signal all processes exit; finished shards are kept.
     """
     if not missing:
         return {}
@@ -207,7 +205,7 @@ def encode_missing(plan: EncodePlan, ctx: DistContext, missing: list[int]) -> di
 
     run, cache, size = plan.run, plan.cache, plan.run.batch_size
     vae = load_vae((plan.vae or find_vae(run.vae)).folder, ctx.device, ctx.dtype)
-    # What this process will encode is read ahead; no batch reaches into the next shard.
+    # All batches of this process, for reading ahead; a batch never spans two shards.
     to_read = (
         BatchIndices(list(numbers[first : first + size]), [])
         for numbers in map(cache.files_of, missing[ctx.rank :: ctx.world_size])
@@ -225,11 +223,11 @@ def encode_missing(plan: EncodePlan, ctx: DistContext, missing: list[int]) -> di
             if ctx.rank < len(together):
                 number, busy = together[ctx.rank], len(together)
                 shard = encode_shard(plan, ctx, vae, batches, number, busy, advance)
-            # A meeting in every round: nobody waits for long, and all stop together.
+            # One collective per round, so that no process waits long, and all stop together.
             shards.update({each.number: each for each in all_gather_object(shard) if each})
             if stop := ctx.stop.agreed(ctx.device, ask_all=True):
                 if ctx.is_first:
-                    say("stopped; the shards that are done stay, the same command goes on")
+                    say("stopped; finished shards are kept, the same command resumes")
                 sys.exit(128 + stop)
     return shards
 
@@ -243,13 +241,13 @@ def encode_shard(
     busy: int,
     advance: Callable[[int], None],
 ) -> Shard | None:
-    """Encodes and writes one shard, as `busy` processes do; None where a signal came in between."""
+    """Encodes and writes one shard, while `busy` processes do so; None after a signal."""
     import torch
 
     from spiralrope_cli.core.data import latents
 
     run, cache, num_files = plan.run, plan.cache, len(plan.cache.files_of(number))
-    # They stay on the device until the shard is full: no batch waits for a copy.
+    # Kept on the device until the shard is complete, so that no batch waits for a copy.
     sides = [torch.empty(2, 0, 2, *cache.latent_shape, device=ctx.device)]
     labels = [torch.empty(0, dtype=torch.int64, device=ctx.device)]
     unreadable: dict[str, str] = {}
@@ -271,7 +269,7 @@ def encode_shard(
 
 
 def report(plan: EncodePlan, shards: list[Shard]) -> None:
-    """What was left out, and on stdout what there is now."""
+    """Prints skipped images, and on stdout the size of the cache."""
     say_unreadable({path: why for shard in shards for path, why in shard.unreadable.items()})
     say_result(
         f"{plan.out}: {sum(shard.count for shard in shards)} images of "

@@ -1,7 +1,7 @@
-"""`eval`: accuracy of weights on the validation images, one pass over them for each protocol.
+"""`eval`: accuracy on the validation images, with one pass over the images per protocol.
 
-Settle: from the options to explicit rows, all checked. Work: what every process computes. Report:
-a table, JSON or CSV, `eval.json` and a plot. Torch is imported late, so that a refusal is fast.
+Settle: options to rows, all checked. Work: in every process. Report: a table, JSON or CSV,
+`eval.json` and a plot. Torch is imported late, so that usage errors are fast.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ digest_of_file = cache(sha256_of)  # a large file has several rows
 
 
 def evaluate(given: dict[str, Any]) -> None:
-    """Measures what the user named, or else the newest run; `given`: field -> value."""
+    """Evaluates the given sources, or the newest run; `given` is field name -> value."""
     machine: MachineConfig = build(MachineConfig, given)
     options: EvalOptions = build(EvalOptions, {**given, "rope": given_rope(given)})
     if not options.sources:
@@ -65,21 +65,14 @@ def evaluate(given: dict[str, Any]) -> None:
 def settle(
     options: EvalOptions, machine: MachineConfig, given: set[str]
 ) -> tuple[EvalRun, list[str]]:
-    """All rows of an evaluation, and notes for the user; `given` names the options they typed.
-
-    Raises:
-        CheckpointError: no weights there, or not a classifier's.
-        ConfigError: an image size or data set that does not fit the weights.
-        DataError: no such data set.
-        FetchError: published weights that cannot be had.
-    """
+    """All rows of an evaluation, and notes for the user; `given` are the names of given options."""
     sources = [find_source(each, best=options.best) for each in options.sources]
     chosen = None if options.data is None else find_val_set(options.data)
     find = cache(find_val_set)  # it counts the files of a folder
     notes: list[str] = []
     idle = {"ema": "--ema", "best": "--best", "crop_ratios": "--crop-ratio"}
     if options.every and (names := [word for name, word in idle.items() if name in given]):
-        notes.append(f"{', '.join(names)} without effect: --all has all of those rows")
+        notes.append(f"{', '.join(names)} without effect: --all includes all of these rows")
     ratios = BOTH_CROP_RATIOS if options.every else dict.fromkeys(options.crop_ratios) or (None,)
     rows: list[EvalRow] = []
     for each in sources:
@@ -87,7 +80,7 @@ def settle(
             sets = weight_sets(source, options, notes)
             data = sets[0].config.get("data") or os.environ.get(DATA_VARIABLE)
             if not (chosen or data):
-                notes.append(f"no --data and no {DATA_VARIABLE}: digits")
+                notes.append(f"no --data and no ${DATA_VARIABLE}: using digits")
             data_set = chosen or find(data or "digits")
             classes = data_set.class_names
             notes += nameless_note(each.given, sets[0].class_names, classes)
@@ -109,28 +102,28 @@ def settle(
 def checkpoints(
     source: Source, options: EvalOptions, notes: list[str]
 ) -> Iterator[tuple[str, Source]]:
-    """The checkpoints of one source that are asked for: `best`, `last` or nothing, and where."""
+    """(`best`, `last` or empty, source) of the wanted checkpoints of a source."""
     from spiralrope_cli.core.weights import fetch_source
 
     given = source.given
     if source.run is None or source.place == Path(given).expanduser().resolve():
         if options.every:
-            notes.append(f"{given} has no best and last checkpoint: its own rows alone")
+            notes.append(f"{given} is a single checkpoint: --all gives no best and last rows")
         elif options.best:
-            notes.append(f"--best without effect: {given} has no best and last checkpoint")
+            notes.append(f"--best without effect: {given} is a single checkpoint")
         yield "", fetch_source(source)
     elif options.every:
         try:
             yield "best", find_source(given, best=True)
         except CheckpointError as error:
-            notes.append(f"{error.message}: the rows of the last checkpoint alone")
+            notes.append(f"{error.message}: only rows of the last checkpoint")
         yield "last", find_source(given)
     else:
         yield "best" if options.best else "last", source
 
 
 def weight_sets(source: Source, options: EvalOptions, notes: list[str]) -> list[Weights]:
-    """The sets of weights of one checkpoint that are asked for: raw, EMA, or both."""
+    """The wanted sets of weights of a checkpoint: raw, EMA, or both."""
     from spiralrope_cli.core.weights import read_weights
 
     wanted = (False, True) if options.every else (options.ema,)
@@ -153,21 +146,21 @@ def settle_row(
     ratio: float | None,
     options: EvalOptions,
 ) -> EvalRow:
-    """One row, checked; without size and ratio, those of the weights and of the data set."""
+    """One row, checked; default size is that of the weights, default ratio that of the data set."""
     from spiralrope_cli.core.load import at_size
     from spiralrope_cli.core.weights import mean_std
 
     source = weights.source
     if is_dit(weights.arch):
         raise CheckpointError(
-            f"{source.given} holds {weights.arch}, a diffusion transformer, and no classifier",
-            "dit-sample draws images from it, and fid measures those",
+            f"{source.given} holds {weights.arch}, a DiT, not a classifier",
+            "use dit-sample to sample images, and fid for their metrics",
         )
     trained = ModelConfig(drop_path=0.0, **weights.options)
     data_set.check_classes(source.given, trained.num_classes, weights.class_names)
     size = size or trained.image_size
     placed = at_size(weights, size, options.rope)
-    # Beside the weights, but not into the cache of published ones.
+    # Next to the weights, but not in the cache of published weights.
     beside = Path(RUNS_FOLDER) / f"eval-{source.row.name}" if source.row else source.run
     folder = Path(options.out or beside or weights.file.parent)
     return EvalRow(
@@ -193,7 +186,7 @@ def settle_row(
 
 # ---- work
 def work(config: EvalRun) -> None:
-    """Measures all rows and reports them from the first process; executed by every worker."""
+    """Computes all rows; every worker runs this, and the first one reports."""
     from spiralrope_cli.core.data.batches import ValidationImages
     from spiralrope_cli.core.runtime.distributed import all_gather_object, open_context
 
@@ -202,7 +195,7 @@ def work(config: EvalRun) -> None:
         if len(set(all_gather_object(config.rows))) > 1:
             raise CheckpointError(
                 "the machines see different weights or data sets",
-                "sources and --data must lie in folders that all of them share",
+                "sources and --data must be in folders that all machines share",
             )
         metrics: dict[EvalRow, Accuracy] = {}
         unreadable: dict[str, str] = {}
@@ -223,7 +216,7 @@ def work(config: EvalRun) -> None:
 def measure_rows(
     rows: list[EvalRow], images: ValidationImages, ctx: DistContext
 ) -> dict[EvalRow, Accuracy]:
-    """Metrics of the rows of one protocol, in one pass; equal networks see it once."""
+    """Metrics of the rows of one protocol, in one pass over the images."""
     from spiralrope_cli.core import load
     from spiralrope_cli.core.metrics.accuracy import measure_accuracy
     from spiralrope_cli.core.models.factory import compile_blocks
@@ -249,7 +242,7 @@ def measure_rows(
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             for pixels, labels in images.batches():
                 yield pixels, labels
-                advance(len(labels) * ctx.world_size)  # the others are as far
+                advance(len(labels) * ctx.world_size)  # the other processes are about as far
 
         in_precision = partial(autocast, ctx.device, ctx.dtype)
         found = measure_accuracy(models, batches(), ctx.device, in_precision)
@@ -266,7 +259,7 @@ def measure_rows(
 def report(
     config: EvalRun, metrics: dict[EvalRow, Accuracy], decoded: int, ctx: DistContext
 ) -> None:
-    """Writes and prints everything, from the first process alone."""
+    """Writes and prints all results, on the first process."""
     from spiralrope_cli.core.metrics import accuracy
     from spiralrope_cli.core.report.page import is_stage, leave_report
     from spiralrope_cli.core.report.results import print_evaluation
@@ -292,7 +285,7 @@ def report(
                 save_figure(sizes_figure(records), folder / SIZES_FILE)
                 say(f"plot: {folder / SIZES_FILE}")
         except OSError as error:
-            say(f"note: {path} was not written: {error.strerror or error}; --out names a folder")
+            say(f"note: {path} was not written: {error.strerror or error}; use another --out")
     say(f"decoded {decoded} images for {len(rows)} row(s)")
     if config.output == "json":
         sys.stdout.write(
@@ -307,7 +300,7 @@ def report(
 
 
 def measured_rows(config: EvalRun) -> list[Record]:
-    """The rows as `eval.json` has them, of these very weights; none unless all are there."""
+    """The rows in `eval.json`, if all are there for the same weights; else none."""
     from spiralrope_cli.core.metrics.accuracy import is_same
     from spiralrope_cli.core.runtime.device import PRECISIONS, pick_device, pick_precision
 
@@ -324,7 +317,7 @@ def measured_rows(config: EvalRun) -> list[Record]:
 
 
 def describe_row(row: EvalRow) -> Record:
-    """What a row of `eval.json` says before its metrics, as plain values."""
+    """The part of a row of `eval.json` without metrics, as plain values."""
     protocol, model = row.protocol, row.model
     return {
         "source": row.source,

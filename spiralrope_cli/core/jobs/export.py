@@ -38,7 +38,7 @@ GENERIC_NAMES = ("model", "ema", "checkpoint", "best_checkpoint")
 
 
 def export(given: dict[str, Any]) -> None:
-    """Writes a source's weights in another layout and prints where they are."""
+    """Writes weights in another layout, and prints the path."""
     rope = given_rope(given)
     config: ExportRun = build(ExportRun, given)
     settled = settle(config, rope)
@@ -56,19 +56,19 @@ class Export:
 
     weights: Weights  # the first set
     network: NetworkSpec
-    sets: tuple[StateDict, ...]  # whole and in the network's order; one, or raw and averaged
+    sets: tuple[StateDict, ...]  # one set, or raw and EMA; complete, in the order of the network
     target: Path  # file or folder
 
 
 def settle(config: ExportRun, rope: dict[str, Any]) -> Export:
-    """Reads the weights, all of them, and finds where they go; what is published is fetched.
+    """Reads the weights, and chooses the target.
 
-    Without a choice of `ema` these are the raw weights, and both sets for a published file.
+    If `ema` is not given: raw weights, or both sets for the published layout.
     """
     source = find_source(config.source, best=config.best)
     if config.best and source.run != Path(config.source).expanduser():
         raise ConfigError(
-            f"--best chooses among a run's checkpoints, and {config.source} is no run folder",
+            f"--best needs a run folder, and {config.source} is not one",
             "leave --best out",
         )
     from spiralrope_cli.core.weights import fetch_source, read_weights
@@ -87,7 +87,7 @@ def settle(config: ExportRun, rope: dict[str, Any]) -> Export:
 
 
 def whole_state(weights: Weights) -> tuple[NetworkSpec, StateDict]:
-    """What the weights belong to, and their tensors, none missing, in the network's order."""
+    """The network of weights, and their tensors, complete and in the order of the network."""
     from spiralrope_cli.core.hub.published import NetworkSpec
     from spiralrope_cli.core.load import fit_state_dict, network_on_meta
     from spiralrope_cli.core.models.dit import DiT
@@ -110,7 +110,7 @@ def whole_state(weights: Weights) -> tuple[NetworkSpec, StateDict]:
 
 
 def own_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor without anything beside it: a view would be saved with all that it is a part of."""
+    """A copy of a view, because torch.save would store the whole storage of a view."""
     import torch
 
     if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
@@ -119,7 +119,7 @@ def own_memory(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def default_target(weights: Weights, layout: str, kind: str) -> Path:
-    """A name below `exports/` that says which weights they are."""
+    """The default path in `exports/`, named by the weights."""
     source, file = weights.source, weights.file.resolve()
     if source.row:
         name = source.row.name.replace("@", "-")
@@ -134,7 +134,7 @@ def default_target(weights: Weights, layout: str, kind: str) -> Path:
 
 
 def write_published(export: Export) -> None:
-    """One file as the published ones."""
+    """Writes one file in the published layout."""
     import torch
 
     from spiralrope_cli.core.hub.published import published_content
@@ -148,7 +148,7 @@ def write_published(export: Export) -> None:
 
 
 def write_safetensors(export: Export) -> None:
-    """A folder of safetensors, the config to be read, and the model card."""
+    """Writes a folder with safetensors, config and model card."""
     import yaml
     from safetensors.torch import save_file
 
@@ -178,10 +178,10 @@ def write_safetensors(export: Export) -> None:
 
 
 def model_card(name: str, weights: Weights) -> str:
-    """README.md of the folder, by huggingface_hub from the template beside this file."""
+    """The model card (README.md), from the template next to this file."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    # The path of a folder of images means nothing elsewhere.
+    # Only the name of the data folder: its path is that of this machine.
     rows = [
         {**row, "data": Path(row["data"]).name, "pixels": format_size(row["image_size"])}
         for row in measured_rows(weights)
@@ -201,7 +201,7 @@ def model_card(name: str, weights: Weights) -> str:
     dit, data, what = is_dit(weights.arch), training_set(weights), weights.what()
     task = "class-conditional-image-generation" if dit else "image-classification"
     card_data = ModelCardData(
-        license="unknown",  # licences of weights are their owners' to give
+        license="unknown",  # only the owner of the weights can give a licence
         library_name="spiralrope",
         tags=["spiral-rope", "rotary-position-embedding", task, "arxiv:2602.03227"],
         pipeline_tag=None if dit else task,
@@ -227,7 +227,7 @@ def model_card(name: str, weights: Weights) -> str:
 
 
 def measured_rows(weights: Weights) -> list[dict[str, Any]]:
-    """Of the `eval.json` beside the weights or in their run folder, the rows that are theirs."""
+    """Rows of these weights in the `eval.json` next to them or in their run folder."""
     beside = weights.file.parent
     folders = dict.fromkeys((beside, weights.source.run or beside))
     rows = [row for folder in folders for row in read_rows(folder / EVAL_FILE, strict=True)]
@@ -238,7 +238,7 @@ def measured_rows(weights: Weights) -> list[dict[str, Any]]:
 
 
 def progress_of(weights: Weights) -> dict[str, int]:
-    """The step or epoch of the weights, for DeiT runs of ours both."""
+    """Step or epoch of the weights; both for our DeiT runs."""
     unit, _, number = weights.progress.partition(" ")
     known = {unit: int(number)} if number.isdigit() else {}
     if is_dit(weights.arch):
@@ -252,7 +252,7 @@ def progress_of(weights: Weights) -> dict[str, int]:
 
 
 def training_set(weights: Weights) -> str:
-    """The training set by its name on the Hub; a folder's path means nothing elsewhere."""
+    """Name of the training set on the Hub; empty for a folder of this machine."""
     if weights.source.row in ROWS:
         return "imagenet-1k"
     data = str(weights.config.get("data", ""))
@@ -260,7 +260,7 @@ def training_set(weights: Weights) -> str:
 
 
 def report(export: Export, layout: str) -> None:
-    """Notes and what was written, and on stdout where it is."""
+    """Prints notes and files, and on stdout the path."""
     from spiralrope_cli.core.hub.published import incompatibilities
 
     weights, target = export.weights, export.target

@@ -1,4 +1,4 @@
-"""`fetch`: published weights come here, or are listed. Results go to stdout, the rest to stderr."""
+"""`fetch`: downloads or lists published weights. Results go to stdout, the rest to stderr."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LINE = "{:<15} {:>5}  {:>7}  {:<4}  {}"
 
 
 def fetch(given: dict[str, Any]) -> None:
-    """Fetches what the user named and prints where each one is, or lists all that there is."""
+    """Downloads the given names and prints their paths, or lists all names."""
     config: FetchRun = build(FetchRun, given)
     if config.show_list:
         show_list(as_json=config.as_json)
@@ -38,7 +38,7 @@ def fetch(given: dict[str, Any]) -> None:
 
 
 def settle(names: Sequence[str], *, one_folder: bool) -> list[Row]:
-    """The rows of some names, each once; in one folder no two may have a file of the same name."""
+    """The rows of names; with one --out folder, file names must differ."""
     rows = list({row.name: row for row in map(find_row, names)}.values())
     owner: dict[str, str] = {}
     for row in rows if one_folder else ():
@@ -46,13 +46,13 @@ def settle(names: Sequence[str], *, one_folder: bool) -> list[Row]:
             if owner.setdefault(name, row.name) != row.name:
                 raise ConfigError(
                     f"{owner[name]} and {row.name} both have a file {name}",
-                    "fetch them into different --out folders",
+                    "use a different --out for each",
                 )
     return rows
 
 
 def show_list(*, as_json: bool) -> None:
-    """Prints all rows and what of them is here."""
+    """Prints all rows, and which are downloaded."""
     listed = [listing(row) for row in ROWS]
     if as_json:
         say_result(json.dumps(listed, indent=2))
@@ -75,7 +75,7 @@ def show_list(*, as_json: bool) -> None:
 
 
 def listing(row: Row) -> dict[str, Any]:
-    """A row as `--list --json` shows it."""
+    """A row of `--list --json`."""
     files, here = local_files(row), local_path(row)
     return {
         "name": row.name,

@@ -1,8 +1,8 @@
-"""Whole pipelines, `run deit` and `run dit`: a list of stages, each of them a job with its config.
+"""`run deit` and `run dit`: a list of stages, each a job with its config.
 
-All stages are settled and checked before the first one starts. Each job skips what its folder
-already holds and resumes what was stopped. `pipeline.json` says what finished when.
-No torch at module level: a wrong option of the last stage is refused at once.
+All stages are checked before the first one starts. Each job skips finished work and resumes.
+`pipeline.json` records when each stage finished. No torch at module level, so that usage errors,
+also of the last stage, are fast.
 """
 
 from __future__ import annotations
@@ -61,18 +61,18 @@ FINETUNE_PREFIX = "finetune_"
 
 @dataclass(frozen=True)
 class Stage:
-    """One job of a pipeline, called as `job(config, dry_run=)`; it says whether all was done."""
+    """One stage; `job(config, dry_run=)` returns whether it was already finished."""
 
     name: str
     folder: str
     config: Any
     job: Callable[..., bool]
-    line: str = ""  # what it will do; a training has a plan before the stage ahead of it is done
+    line: str = ""  # description, for stages whose plan needs the result of an earlier stage
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Stages in order, each with a folder in `folder`; `note` says what is left out, and why."""
+    """Stages in order, in one folder; `note` says which stage is skipped, and why."""
 
     command: str
     folder: str
@@ -84,11 +84,11 @@ class Pipeline:
 def settle_deit(given: dict[str, Any], *, show_measured: bool = True) -> Pipeline:
     """Pretrain, finetune and eight evaluations.
 
-    What is not trained now is taken as its folder says; options may repeat that, not change it.
+    A stage that is not trained now must exist; options must be equal to those of its run.
 
     Args:
-        given: field name -> value of the options that the user gave.
-        show_measured: whether rows that an earlier run measured are printed.
+        given: field name -> value of the given options.
+        show_measured: whether to print rows of an earlier run.
     """
     check_not_joined()
     own: DeiTStages = build(DeiTStages, given)
@@ -134,7 +134,7 @@ def settle_deit(given: dict[str, Any], *, show_measured: bool = True) -> Pipelin
 
 
 def settle_dit(given: dict[str, Any]) -> Pipeline:
-    """Train, draw and measure, from the options that the user gave."""
+    """Train, sample and score; `given` is field name -> value."""
     check_not_joined()
     own: DiTStages = build(DiTStages, given)
     build(TrainOptions, given).check_folder(own.out)
@@ -149,7 +149,7 @@ def settle_dit(given: dict[str, Any]) -> Pipeline:
     drawn = folder / SAMPLE
     if drawn.exists() and not is_finished(run, first_step(run)):
         raise CheckpointError(
-            f"{drawn} was drawn from weights that {run.out} does not hold yet",
+            f"{drawn} holds samples of other weights: {run.out} is not finished",
             f"remove {drawn}, or give this pipeline another --name or --out",
         )
     note = why_no_fid(own)
@@ -168,7 +168,7 @@ def settle_dit(given: dict[str, Any]) -> Pipeline:
         "seed": own.sampling_seed,
     }
     line = (
-        f" {sampling['num_samples']} images from the averaged (EMA) weights of {run.out}: "
+        f" {sampling['num_samples']} images from the EMA weights of {run.out}: "
         f"{own.sampler}, {own.num_sampling_steps} steps, guidance {own.cfg_scale:g}, "
         f"seed {own.sampling_seed}"
     )
@@ -179,7 +179,7 @@ def settle_dit(given: dict[str, Any]) -> Pipeline:
             reference=own.reference,
             weights=own.weights,
             result_file=str(folder / FID_FILE),
-            # Features in full precision, whatever the network is trained and sampled in.
+            # fp32 features, independent of --precision of training and sampling.
             machine=build(FeatureMachine, {**machine, "precision": FeatureMachine.precision}),
         )
         line = f" {fid.samples} against {fid.reference}: {', '.join(fid.select)}"
@@ -190,14 +190,14 @@ def settle_dit(given: dict[str, Any]) -> Pipeline:
 
 
 def training_options(given: dict[str, Any], own: type) -> dict[str, Any]:
-    """The given options without those of the pipeline itself."""
+    """The given options, without those of the pipeline."""
     not_of_run = leaves(own).keys() | leaves(TrainOptions)
     return {name: value for name, value in given.items() if name not in not_of_run}
 
 
 @contextlib.contextmanager
 def refused_by(stage: str) -> Iterator[None]:
-    """Names the stage in what it refuses, and its options as `run` spells them."""
+    """Adds the stage to errors, and replaces options by those of `run`."""
     here = leaves(DeiTStages)
     spelled = {
         leaf.called: here[FINETUNE_PREFIX + name].called
@@ -215,7 +215,7 @@ def refused_by(stage: str) -> Iterator[None]:
 
 
 def pipeline_folder(command: str, out: str, run: TrainingRun) -> Path:
-    """The pipeline's folder: as given, or named as its training's but for the command."""
+    """The folder of the pipeline: `out`, or the name of the training run with another prefix."""
     usual = Path(run.out)
     folder = Path(out) if out else usual.with_name(command + usual.name.removeprefix(run.command))
     refuse_run(folder)
@@ -226,27 +226,26 @@ def pipeline_folder(command: str, out: str, run: TrainingRun) -> Path:
 
 
 def train_stage(resolved: Resolved[Any], folder: Path) -> Stage:
-    """A training, in the folder that it has in the pipeline."""
+    """The stage of a training."""
     run = replace(resolved.run, out=str(folder))
     return Stage(run.command, run.out, replace(resolved, run=run), train.carry_out)
 
 
 def saved_run(folder: Path, option: str, given: dict[str, Any]) -> TrainingRun:
-    """The run in a folder, which an option takes as it is; the given options may repeat its own."""
+    """The existing run for `option`; given options must be equal to those of the run."""
     if not steps_on_disk(folder):
         other = folder.with_name(PRETRAIN)
         raise CheckpointError(
             f"{option}: {folder} holds no checkpoint",
-            f"--no-finetune takes those of {other}"
+            f"--no-finetune uses those of {other}"
             if folder.name == FINETUNE and steps_on_disk(other)
-            else f"leave {option} out, or name the pipeline by the options that it was started "
-            "with, or by --out",
+            else f"leave {option} out, or give the same options as before, or --out",
         )
     return repeated_run(ClassifierRun, folder, given)
 
 
 def check_trainings(runs: Sequence[TrainingRun]) -> None:
-    """Refuses what a training could only find out when its turn comes."""
+    """Checks all trainings before the first one starts."""
     unfinished = ""
     for run in runs:
         check_tracker(run.machine.tracker)
@@ -255,14 +254,14 @@ def check_trainings(runs: Sequence[TrainingRun]) -> None:
             step = first_step(run)
         if step and unfinished:
             raise CheckpointError(
-                f"{run.out} was trained from weights that {unfinished} does not hold yet",
+                f"{run.out} was trained from other weights: {unfinished} is not finished",
                 f"remove {run.out}, or give this pipeline another --name or --out",
             )
         unfinished = "" if is_finished(run, step) else run.out
 
 
 def why_no_fid(own: DiTStages) -> str:
-    """Why samples will not be measured, empty where they will; refuses weights that are damaged."""
+    """Why the FID is skipped; empty if it is computed. Raises if the weights are damaged."""
     if not own.reference:
         return "fid is skipped: there is no --reference"
     try:
@@ -274,7 +273,7 @@ def why_no_fid(own: DiTStages) -> str:
 
 # ---- plan and work
 def carry_out(pipeline: Pipeline, *, dry_run: bool) -> None:
-    """Stages in order, without those that are done, then the page of them all; or plans alone."""
+    """Runs the unfinished stages, then writes the report; or only prints all plans."""
     folder, waiting = Path(pipeline.folder), False
     for number, stage in enumerate(pipeline.stages, 1):
         say(f"[{number}/{len(pipeline.stages)}] {stage.name}")
@@ -300,12 +299,12 @@ def carry_out(pipeline: Pipeline, *, dry_run: bool) -> None:
 
 
 def evaluate_all(config: dict[str, Any], *, dry_run: bool) -> bool:
-    """Best and last checkpoint, both crops, raw and EMA weights."""
+    """Eight rows: best and last checkpoint, both crop ratios, raw and EMA weights."""
     options = config["options"]
     run, notes = evaluate.settle(options, config["machine"], set())
     rows = evaluate.measured_rows(run)
     if rows and not dry_run:
-        say(f"{options.sources[0]} is measured: {len(rows)} rows")
+        say(f"{options.sources[0]} is already evaluated: {len(rows)} rows")
         if config["show"]:
             from spiralrope_cli.core.report.results import print_evaluation
 
@@ -317,16 +316,16 @@ def evaluate_all(config: dict[str, Any], *, dry_run: bool) -> bool:
 
 
 def draw_samples(given: dict[str, Any], *, dry_run: bool) -> bool:
-    """Images from the averaged weights, by options of `dit-sample`."""
+    """Samples images from the EMA weights; `given` are options of `dit-sample`."""
     run, weights = sample.settle(given, download=not dry_run)
     return sample.carry_out(run, weights, dry_run=dry_run)
 
 
 def score_samples(run: FidRun, *, dry_run: bool) -> bool:
-    """Metrics of the samples against the reference."""
+    """Computes the metrics of the samples."""
     result = score.earlier_result(run)
     if result and not dry_run:
-        say(f"{run.result_file} is there")
+        say(f"{run.result_file} is finished")
         score.report(run, result)
     elif not dry_run:
         launch(score.work, score.settle(run))
@@ -335,7 +334,7 @@ def score_samples(run: FidRun, *, dry_run: bool) -> bool:
 
 # ---- report
 def record(pipeline: Pipeline, stage: Stage, seconds: float | None) -> None:
-    """Notes in `pipeline.json` that a stage is done, and the seconds of it, None if done before."""
+    """Adds a stage to `pipeline.json`, with its seconds; None if it was finished before."""
     path = Path(pipeline.folder) / PIPELINE_FILE
     stages = read_json(path).get("stages", {})
     if seconds is None and stage.name in stages:

@@ -1,7 +1,6 @@
-"""Draws figures: runs, what a Spiral RoPE does, attention, and images.
+"""`plot run`, `rope`, `attention` and `samples`: settle, draw, print the path.
 
-Each of the four settles what is drawn and where it goes, works, and reports the file's path. What
-loads torch is imported where the work starts: curves and refusals come without it.
+Modules that load torch are imported inside functions, so that curves and usage errors are fast.
 """
 
 from __future__ import annotations
@@ -55,12 +54,7 @@ def report(figure: Figure, path: Path) -> None:
 
 # ---- plot run
 def draw_run(given: dict[str, Any]) -> None:
-    """Loss, accuracy or bound, learning rate and speed of training runs.
-
-    Raises:
-        CheckpointError: no such run.
-        DataError: a run that has logged nothing.
-    """
+    """Loss, accuracy or bound, learning rate and speed of training runs."""
     plot: RunPlot = build(RunPlot, given)
     file: FigureFile = build(FigureFile, given)
     # The folder of a pipeline or a sweep stands for the runs in it.
@@ -73,14 +67,14 @@ def draw_run(given: dict[str, Any]) -> None:
     folders = [folder for folder in named if (folder / METRICS_FILE).is_file()] or named
     for folder in named:
         if folder not in folders:
-            say(f"note: {folder} is left out: it has no {METRICS_FILE}")
+            say(f"note: {folder} is skipped: it has no {METRICS_FILE}")
     more = f"-and-{len(folders) - 1}-more" if len(folders) > 1 else ""
     report(curves_figure(folders, plot.over), file.named(f"run-{folders[0].resolve().name}{more}"))
 
 
 # ---- plot rope
 def draw_rope(given: dict[str, Any]) -> None:
-    """Directions, frequencies, the clamp's reach and centre scores."""
+    """Directions, frequencies, clamped positions and scores."""
     plot, notes = settle_rope(given)
     file: FigureFile = build(FigureFile, given)
     for note in notes:
@@ -98,11 +92,7 @@ def draw_rope(given: dict[str, Any]) -> None:
 
 
 def settle_rope(given: dict[str, Any]) -> tuple[RopePlot, list[str]]:
-    """What is drawn, and a note for each option that changes nothing in any row.
-
-    Raises:
-        ConfigError: no such architecture, or a value that cannot be.
-    """
+    """The config, and a note for each given option that has no effect in any row."""
     chosen, arch = given_rope(given), given.get("arch", RopePlot.arch)
     rotates = dict.fromkeys(given.get("rotates", RopePlot.rotates))
     ropes = tuple(RopeConfig(rotate=each, **chosen) for each in rotates)
@@ -117,24 +107,18 @@ def settle_rope(given: dict[str, Any]) -> tuple[RopePlot, list[str]]:
     inert = [dict(rope.inert_options({*chosen})) for rope in plot.ropes]
     idle = {name: why for name, why in inert[0].items() if all(name in row for row in inert)}
     if "scaling" in chosen and plot.grid == plot.pretrain_grid:
-        idle["scaling"] = "--grid is that of --pretrain-grid"
+        idle["scaling"] = "--grid and --pretrain-grid are equal"
     return plot, idle_lines(RopeConfig, idle.items(), {*chosen})
 
 
 # ---- plot attention
 def draw_attention(given: dict[str, Any]) -> None:
-    """Where a token of a DeiT looks in an image: a map for each head.
-
-    Raises:
-        CheckpointError: no weights there, or those of a diffusion transformer.
-        ConfigError: a layer, head or patch that there is not.
-        DataError: no image.
-    """
+    """Attention maps of one query token of a DeiT, one per head."""
     plot: AttentionPlot = build(AttentionPlot, {**given, "rope": given_rope(given)})
     file: FigureFile = build(FigureFile, given)
     path = file.named(f"attention-{Path(plot.source).resolve().stem}-{Path(plot.image).stem}")
     if path.resolve() == Path(plot.image).resolve():
-        raise ConfigError(f"--out {file.out} is IMAGE itself", "name another file")
+        raise ConfigError(f"--out {file.out} is IMAGE itself", "choose another --out")
     source = find_source(plot.source, best=plot.best)
 
     from spiralrope_cli.core.load import at_size, build_network
@@ -144,8 +128,8 @@ def draw_attention(given: dict[str, Any]) -> None:
     weights = read_weights(fetch_source(source), ema=plot.ema, rope=plot.rope, arch=plot.arch)
     if is_dit(weights.arch):
         raise CheckpointError(
-            f"{source.given} holds {weights.arch}, a diffusion transformer",
-            "plot attention takes a DeiT, which looks at images",
+            f"{source.given} holds {weights.arch}, a DiT",
+            "plot attention takes a DeiT",
         )
     for note in weights.notes:
         say(f"note: {note}")
@@ -177,13 +161,10 @@ def draw_attention(given: dict[str, Any]) -> None:
 
 
 def read_image(file: str, weights: Weights, size: tuple[int, int]) -> tuple[np.ndarray, Tensor]:
-    """An image to draw, and as the network takes it: resized and cropped as `eval` does.
+    """An image, resized and cropped as in `eval`: to draw, and as input of the network.
 
     Returns:
         [height, width] or [height, width, 3] uint8, and [1, channels, height, width].
-
-    Raises:
-        DataError: it cannot be decoded.
     """
     import torch
 
@@ -204,12 +185,7 @@ def read_image(file: str, weights: Weights, size: tuple[int, int]) -> tuple[np.n
 
 # ---- plot samples
 def draw_grid(given: dict[str, Any]) -> None:
-    """The first images of a set as a grid, with their classes where those are known.
-
-    Raises:
-        CheckpointError: no such folder and no such run.
-        DataError: no images there, or damaged ones.
-    """
+    """A grid of the first images of a set, with their classes if known."""
     plot: SamplesPlot = build(SamplesPlot, given)
     file: FigureFile = build(FigureFile, given)
 
@@ -236,24 +212,19 @@ def draw_grid(given: dict[str, Any]) -> None:
 
 
 def find_images(given: str) -> Path:
-    """The `.npz` or folder of images that a word names.
-
-    Raises:
-        CheckpointError: no such folder and no such run.
-        DataError: a run that has no images, or not yet.
-    """
+    """The `.npz` or folder of images of SOURCE."""
     path = Path(given).expanduser()
     if not path.exists() and path.suffix != ".npz":
         try:
             path = find_run(given)
         except CheckpointError as error:
-            message = f"{given} is no .npz, no folder of images and no run below {RUNS_FOLDER}/"
+            message = f"{given} is not an .npz, a folder of images or a run in {RUNS_FOLDER}/"
             raise CheckpointError(message, error.hint) from error
     return path
 
 
 def labels_of(images: ImageInput, part: range) -> list[str]:
-    """The class of each image in words; none where nobody knows."""
+    """The class name of each image; empty if the classes are unknown."""
     from spiralrope_cli.core.data.image_sets import NpzImages, names_of
     from spiralrope_cli.core.data.npz import read_array, read_headers
     from spiralrope_cli.core.data.sample_files import npz_metadata
@@ -271,7 +242,7 @@ def labels_of(images: ImageInput, part: range) -> list[str]:
     elif num_classes:
         numbers = [drawn_class(metadata["seed"], num_classes, number) for number in part]
     else:
-        # ADM's samples carry their labels so.
+        # ADM's script stores labels as arr_1.
         header = read_headers(images.path).get("arr_1")
         if header is None or header.dtype.kind not in "iu" or header.shape != (len(images),):
             return []

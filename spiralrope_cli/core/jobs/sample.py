@@ -1,6 +1,6 @@
-"""`dit-sample`: images that a diffusion transformer draws. Settle, plan, work, report.
+"""`dit-sample`: samples images from a DiT. Settle, plan, work, report.
 
-What loads torch is imported where it is needed: a refusal comes without it.
+Modules that load torch are imported inside functions, so that usage errors are fast.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 
 def sample(given: dict[str, Any]) -> None:
-    """Draws the images of the options that the user gave, as far as they are not there."""
+    """Samples the missing images; `given` is field name -> value."""
     options: TrainOptions = build_config(TrainOptions, given)
     options.check_folder(given.get("out", ""))
     run, weights = settle(given, options.name, download=not options.dry_run)
@@ -62,8 +62,8 @@ def sample(given: dict[str, Any]) -> None:
 def settle(
     given: dict[str, Any], name: str = "", *, download: bool = True
 ) -> tuple[SampleRun, Weights]:
-    """The complete run and its weights; published ones that are not here may be fetched."""
-    # What is wrong by itself is refused before torch is loaded to read the weights.
+    """The run and its weights; published weights are downloaded if needed."""
+    # Options that need no weights are checked before torch is loaded.
     rope = given_rope(given)
     guidance: GuidanceConfig = build_config(GuidanceConfig, given)
     build_config(MachineConfig, given)
@@ -97,7 +97,7 @@ def settle(
         given=given.get("image_size"),
         rope=weights.rope.enabled,
     )
-    # A dry run leaves the digest of a VAE that is not here empty.
+    # In a dry run the digest of a VAE that is not downloaded stays empty.
     files = None if vae == NO_VAE else find_vae(vae) if download else local_vae(vae)
     defaults = {
         "num_samples": default_num_samples(trained.get("data", "")),
@@ -119,7 +119,7 @@ def settle(
 
 
 def default_folder(run: SampleRun, weights: Weights, name: str) -> str:
-    """The folder where none was asked for, without a date: the same command finds its own."""
+    """The default folder; without a date, so that the same command finds it again."""
     of_run = weights.source.run
     stem = of_run.resolve().name if of_run else Path(run.source).stem
     guided = f"cfg{run.guidance.cfg_scale:g}" if run.guidance.cfg_scale != 1 else ""
@@ -129,13 +129,13 @@ def default_folder(run: SampleRun, weights: Weights, name: str) -> str:
 
 
 def carry_out(run: SampleRun, weights: Weights, *, dry_run: bool) -> bool:
-    """Draws what is missing, True where nothing was; a dry run shows the plan alone."""
+    """Samples missing images; a dry run only prints the plan. True if nothing was missing."""
     from spiralrope_cli.core.data.sample_files import SampleFiles
 
     files = SampleFiles(Path(run.out), run.num_samples, run.image_size)
     metadata = metadata_of(run, weights)
     if not run.vae_sha256:
-        del metadata["vae_sha256"]  # without a VAE, or of one that a dry run does not fetch
+        del metadata["vae_sha256"]  # no VAE, or not downloaded in a dry run
     files.check_same(metadata)
     finished = files.finished(run.png)
     if finished and not dry_run:
@@ -153,7 +153,7 @@ def carry_out(run: SampleRun, weights: Weights, *, dry_run: bool) -> bool:
 
 
 def metadata_of(run: SampleRun, weights: Weights) -> dict[str, Any]:
-    """What makes the images, for every file that holds some."""
+    """Metadata of the samples, for all files."""
     import torch
 
     from spiralrope_cli.core.runtime.device import pick_device, pick_precision
@@ -187,13 +187,13 @@ def metadata_of(run: SampleRun, weights: Weights) -> dict[str, Any]:
 
 # ---- plan
 def plan(run: SampleRun, weights: Weights, files: SampleFiles) -> None:
-    """Says on stderr what will be drawn."""
+    """Prints the plan on stderr."""
     drawn = run.num_samples - len(files.missing())
-    there = f"; {drawn} are there" if drawn else ""
-    vae = run.vae if run.vae_sha256 or run.vae == NO_VAE else f"{run.vae} (to be fetched)"
+    there = f"; {drawn} are finished" if drawn else ""
+    vae = run.vae if run.vae_sha256 or run.vae == NO_VAE else f"{run.vae} (to be downloaded)"
     names = dict(enumerate(weights.class_names))
     classes = ",".join(str(names.get(label, label)) for label in run.classes)
-    classes = classes or f"drawn from {run.num_classes}"
+    classes = classes or f"random of {run.num_classes}"
     images = f"{run.num_samples} of {format_size(run.image_size)} px"
     chain = f"{run.sampler}, {run.num_sampling_steps} steps, guidance {run.guidance.summary}"
     for name, text in (
@@ -201,7 +201,7 @@ def plan(run: SampleRun, weights: Weights, files: SampleFiles) -> None:
         ("weights", weights.summary()),
         ("images", f"{images}, VAE {vae}; classes {classes}{there}"),
         ("sampler", f"{chain}, seed {run.seed}"),
-        ("batch", f"{run.batch_size} at a time in {world_size(run.machine)} process(es)"),
+        ("batch", f"{world_size(run.machine)} process(es) x {run.batch_size} images"),
     ):
         say(f" {name:<8} {text}")
     null_label = null_label_notes(run.source, weights.config, run.guidance.cfg_scale)
@@ -210,7 +210,7 @@ def plan(run: SampleRun, weights: Weights, files: SampleFiles) -> None:
 
 # ---- work
 def work(run: SampleRun) -> None:
-    """Draws what is missing, then writes the results; executed by every worker."""
+    """Samples missing images, then writes the results; every worker runs this."""
     import torch
 
     from spiralrope_cli.core.data.sample_files import SampleFiles
@@ -221,7 +221,7 @@ def work(run: SampleRun) -> None:
 
     out, files = Path(run.out), SampleFiles(Path(run.out), run.num_samples, run.image_size)
     with open_context(run.machine, out) as ctx, torch.inference_mode():
-        # Of the very file that was settled, whatever its run has saved since.
+        # The file of the plan: its run may have saved newer checkpoints since.
         source = replace(find_source(run.source), place=Path(run.file))
         weights = read_weights(source, ema=run.ema, rope=run.rope, arch=run.arch)
         metadata = metadata_of(run, weights)
@@ -244,7 +244,7 @@ def work(run: SampleRun) -> None:
 
 
 class Sampler:
-    """Draws images by their numbers: (seed, number) decides noise, class and step noise."""
+    """Samples images by number: noise, class and step noise are functions of (seed, number)."""
 
     def __init__(self, run: SampleRun, ctx: DistContext, weights: Weights) -> None:
         import torch
@@ -266,7 +266,7 @@ class Sampler:
         self.vae = None if run.vae == NO_VAE else load_vae(find_vae(run.vae).folder, ctx.device)
 
     def __call__(self, indices: Sequence[int], after_step: Callable[[], None]) -> Tensor | None:
-        """[B, 3, H, W] uint8 of the images with these numbers; None where a signal came."""
+        """Images [B, 3, H, W] uint8 by their numbers; None after a signal."""
         import torch
 
         from spiralrope_cli.core.data.images import to_uint8
@@ -293,10 +293,10 @@ class Sampler:
 
 
 def sample_missing(missing: Sequence[int], sampler: Sampler, files: SampleFiles) -> None:
-    """Draws images and puts them at their places, until all are there or a signal comes."""
+    """Samples and writes images, until all are finished or a signal comes."""
     ctx, size = sampler.ctx, sampler.run.batch_size
-    # Batches are dealt to the ranks in turn, as edm2 deals its seeds. In the last round some ranks
-    # may get an empty one: they stay, to stop with the others.
+    # Batch i goes to rank i mod world_size, as in edm2. Empty batches fill the last round, because
+    # all ranks must take part in `leave_if_asked`.
     batches = [missing[first : first + size] for first in range(0, len(missing), size)]
     batches += [[]] * (-len(batches) % ctx.world_size)
     done, parts = files.num - len(missing), sampler.diffusion.num_steps + 1  # and the decoding
@@ -305,7 +305,7 @@ def sample_missing(missing: Sequence[int], sampler: Sampler, files: SampleFiles)
     ) as advance:
         for first in range(0, len(batches), ctx.world_size):
             dealt = batches[first : first + ctx.world_size]
-            after_step = partial(advance, sum(map(len, dealt)))  # all ranks are about as far
+            after_step = partial(advance, sum(map(len, dealt)))  # the other ranks are about as far
             indices = dealt[ctx.rank]
             images = sampler(indices, after_step) if indices else None
             if images is not None:
@@ -315,16 +315,16 @@ def sample_missing(missing: Sequence[int], sampler: Sampler, files: SampleFiles)
 
 
 def leave_if_asked(ctx: DistContext, files: SampleFiles) -> None:
-    """Ends after a signal to any process; what is drawn stays. All processes meet here."""
+    """Exits after a signal to any process; finished images are kept. A collective."""
     if stop := ctx.stop.agreed(ctx.device, ask_all=True):
         if ctx.is_first:
             drawn = files.num - len(files.missing())
-            say(f"stopped with {drawn} of {files.num} images; the same command goes on")
+            say(f"stopped with {drawn} of {files.num} images; the same command resumes")
         sys.exit(128 + stop)
 
 
 def write_pngs(ctx: DistContext, files: SampleFiles, metadata: dict[str, Any]) -> None:
-    """A file for every image; each process writes its part of them."""
+    """Writes one file per image; each process writes a part."""
     from spiralrope_cli.core.runtime import distributed
 
     missing = distributed.all_gather_object(files.missing_pngs() if ctx.is_first else 0)[0]
@@ -340,7 +340,7 @@ def write_pngs(ctx: DistContext, files: SampleFiles, metadata: dict[str, Any]) -
 
 # ---- report
 def report(run: SampleRun, files: SampleFiles) -> None:
-    """Says where the results are."""
+    """Prints the paths of the results."""
     say_result(f"{run.num_samples} images: {files.npz}")
     say_result(f"grid: {files.grid}")
     say_result(f"report: {files.folder / REPORT_FILE}")

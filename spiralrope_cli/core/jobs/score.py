@@ -1,6 +1,6 @@
-"""`fid`: measures a set of images against another, from two inputs to metrics with their protocol.
+"""`fid`: metrics of SAMPLES against REFERENCE, with their protocol.
 
-Torch is imported in `work` alone, so that wrong inputs are refused at once.
+Torch is imported in `work` only, so that usage errors are fast.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ if TYPE_CHECKING:
     from spiralrope_cli.core.metrics.inception import InceptionFeatures
 
 NEIGHBOURHOOD = 4
-"""Images that Precision and Recall need: one, and its neighbours."""
+"""Smallest number of images for Precision and Recall: one, and its neighbours."""
 USUAL_COUNT = 50_000
-"""Samples behind the metrics of papers."""
+"""Number of samples in papers."""
 OF_FEATURES = ("batch_size", "device", "nproc", "precision", "skip_bad", "weights", "workers")
-"""Options without effect where both sides hold statistics alone."""
+"""Options that have no effect if no image is read."""
 
 
 def score(given: dict[str, Any]) -> None:
-    """Measures one set of images, against another if there is one; `given`: field -> value."""
+    """Runs `fid`; `given` is field name -> value."""
     run: FidRun = build(FidRun, given)
     say_notes(fid_notes(run, given))
     plan = settle(run)
@@ -57,22 +57,22 @@ def score(given: dict[str, Any]) -> None:
         if isinstance(side.images, FolderInput) and side.images.others
     )
     idle = () if plan.run.weights else OF_FEATURES
-    say_notes(idle_lines(FidRun, [(name, "no image is looked at") for name in idle], given))
+    say_notes(idle_lines(FidRun, [(name, "no image is read") for name in idle], given))
     launch(work, plan)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `work` does."""
+    """Arguments of `work`."""
 
-    run: FidRun  # with the path of the weights; without weights where no image is looked at
+    run: FidRun  # with the path of the weights; empty if no image is read
     weights_sha256: str  # empty without weights
-    sides: tuple[Side, ...]  # SAMPLES, and REFERENCE if there is one
+    sides: tuple[Side, ...]  # SAMPLES, and REFERENCE if given
     left_out: dict[str, str]  # metric -> why it cannot be computed
 
     @property
     def metrics(self) -> list[str]:
-        """Those that can be computed."""
+        """Selected metrics that can be computed."""
         return [name for name in self.run.select if name not in self.left_out]
 
     @property
@@ -88,12 +88,7 @@ class Plan:
 
 # ---- settle
 def settle(run: FidRun) -> Plan:
-    """Checks all that can be checked before any image is looked at, and finds the weights.
-
-    Raises:
-        DataError: a side is missing, damaged or too small, or allows nothing of what was asked.
-        FetchError: there are no weights.
-    """
+    """Checks inputs before any image is read, and finds the weights."""
     sides = [inspect_side(Path(run.samples).expanduser(), "SAMPLES", run.num_samples)]
     if run.reference:
         sides.append(inspect_side(Path(run.reference).expanduser(), "REFERENCE"))
@@ -101,9 +96,9 @@ def settle(run: FidRun) -> Plan:
     metrics = set(run.select).difference(left_out)
     has_images = sides[0].images is not None
     if run.save_stats and not has_images:
-        raise ConfigError(f"--save-stats: {sides[0].path} already is a file of statistics")
+        raise ConfigError(f"--save-stats: {sides[0].path} already holds statistics, no images")
     if run.bootstrap and not ("fid" in metrics and has_images):
-        raise DataError("--bootstrap draws images of SAMPLES, and there are none to measure")
+        raise DataError("--bootstrap needs the images of SAMPLES, and a REFERENCE for the FID")
     wanted = metrics | ({"features"} if run.bootstrap else set())
     if run.save_stats:
         wanted |= {"fid"} | {"sfid"}.intersection(run.select)
@@ -111,7 +106,7 @@ def settle(run: FidRun) -> Plan:
     sides[1:] = [replace(side, needed=needed_parts(side, metrics - {"is"})) for side in sides[1:]]
     used = [(side, name) for side in sides for name in side.stored if name in metrics]
     for side, name in used:
-        npz.read_statistics(side.path, name)  # refuses what is no covariance
+        npz.read_statistics(side.path, name)  # raises if it is not a covariance
     protocols = {side.role: side.protocol for side, _ in used if side.protocol}
     sha256 = ""
     if any(side.needed for side in sides):
@@ -123,39 +118,35 @@ def settle(run: FidRun) -> Plan:
         run = replace(run, weights="", machine=replace(run.machine, nproc=nproc))
     if len(set(protocols.values())) > 1:
         raise DataError(
-            "statistics that were made differently cannot be compared",
+            "statistics with different protocols cannot be compared",
             "; ".join(f"{who}: {protocol}" for who, protocol in protocols.items()),
         )
     return Plan(run, sha256, tuple(sides), left_out)
 
 
 def needed_parts(side: Side, wanted: Collection[str]) -> tuple[str, ...]:
-    """What the images of a side must be looked at for: of `fid`, `sfid`, `is`, `features`."""
+    """Parts to compute from the images of a side: some of `fid`, `sfid`, `is`, `features`."""
     if side.images is None:
         return ()
     parts = [name for name in ("fid", "sfid") if name in wanted and name not in side.stored]
     parts += ["is"] if "is" in wanted else []
-    # The others need the features of every image, not only sums over them.
+    # Other metrics need the features of each image, not only sums.
     each_image = {"features", "kid", "precision", "recall"}
     return (*parts, "features") if each_image & set(wanted) else tuple(parts)
 
 
 def check_possible(run: FidRun, sides: Sequence[Side]) -> dict[str, str]:
-    """Metric -> why it cannot be computed.
-
-    Raises:
-        DataError: none of what was asked can be.
-    """
+    """Metric -> why it cannot be computed; raises if no selected metric can be."""
     reasons = {name: _obstacle(name, run, sides) for name in run.select}
     left_out = {name: reason for name, reason in reasons.items() if reason}
     if len(left_out) == len(reasons) and run.reference:
         name, reason = next(iter(left_out.items()))
-        raise DataError(f"nothing of --select can be computed; {name}: {reason}")
+        raise DataError(f"no metric of --select can be computed; {name}: {reason}")
     return left_out
 
 
 def _obstacle(metric: str, run: FidRun, sides: Sequence[Side]) -> str:
-    """Why a metric cannot be computed, empty where it can."""
+    """Why a metric cannot be computed; empty if it can."""
     if metric == "is":
         return "" if sides[0].images is not None else "SAMPLES holds no images"
     if not run.reference:
@@ -167,12 +158,12 @@ def _obstacle(metric: str, run: FidRun, sides: Sequence[Side]) -> str:
             return f"{side.role} holds {names if metric == 'sfid' else ''}no images"
         if side.images is not None and (side.num or 0) < least.get(metric, 2):
             option = " (--kid-subset-size)" if metric == "kid" else ""
-            return f"{side.role} has {side.num} images, and {least[metric]} are needed{option}"
+            return f"{side.role} has {side.num} images, but {least[metric]} are needed{option}"
     return ""
 
 
 def earlier_result(run: FidRun) -> dict[str, Any]:
-    """What an earlier run left, if of these samples, this reference and these weights."""
+    """The result of an earlier run, if samples, reference and weights are the same."""
     samples, path = Path(run.samples), Path(run.result_file)
     found = read_json(path)
     if not found or not samples.exists() or path.stat().st_mtime < samples.stat().st_mtime:
@@ -188,7 +179,7 @@ def earlier_result(run: FidRun) -> dict[str, Any]:
 
 # ---- work
 def work(plan: Plan) -> None:
-    """Measures, compares and reports; executed by every worker."""
+    """Computes and reports the metrics; every worker runs this."""
     from spiralrope_cli.core.metrics.features import compare, measure_side
     from spiralrope_cli.core.runtime.device import forbid_tf32, return_freed_memory
     from spiralrope_cli.core.runtime.distributed import open_context
@@ -200,9 +191,9 @@ def work(plan: Plan) -> None:
         network = functools.partial(_load_once, Path(run.weights), str(ctx.device))
         with digests_beside(list(plan.sides) if ctx.is_first else []) as digests:
             measured = [measure_side(run, ctx, samples, network)]
-            return_freed_memory()  # what the other side adds would come on top of it
+            return_freed_memory()  # else the peak would include the memory of both sides
             if run.save_stats and ctx.is_first:
-                # What a file of images had stored is of no one knows which images and weights.
+                # Statistics stored beside images may be of other images and weights.
                 known = (0, "") if samples.stored else (measured[0].num or 0, protocol)
                 npz.save_statistics(Path(run.save_stats), measured[0].stats, *known)
             for side in plan.sides[1:]:
@@ -239,7 +230,7 @@ def describe(
     measured: Sequence[Measured],
     digests: Sequence[str],
 ) -> dict[str, Any]:
-    """Everything that the JSON holds: the metrics, and what they rest on."""
+    """The JSON: metrics, inputs and protocol."""
     from spiralrope_cli.core.metrics.inception_score import SPLIT_SIZE
 
     run, sha256 = plan.run, plan.weights_sha256
@@ -275,39 +266,39 @@ def describe(
 
 
 def _warnings(plan: Plan, result: dict[str, Any]) -> list[str]:
-    """Why the metrics must not be compared with those of papers."""
+    """Reasons not to compare the metrics with those of papers."""
     lines = []
     biased = {"fid", "sfid"}.intersection(plan.metrics)
     for side in plan.sides if biased else ():
         count, is_samples = result[side.role.lower()]["count"], side.role == "SAMPLES"
-        # Statistics that a file of images holds are not of these images alone.
+        # Statistics stored beside images may be of more images than these.
         if count is None or (side.images is not None and biased <= set(side.stored)):
             if is_samples:
-                lines.append("SAMPLES does not say of how many images its statistics are")
+                lines.append("the number of images behind the statistics of SAMPLES is unknown")
             continue
         if is_samples and count < USUAL_COUNT:
             lines.append(
                 f"{count:,} samples are fewer than the {USUAL_COUNT:,} of papers: FID and sFID "
-                "come out too large"
+                "are biased upwards"
             )
         if count <= npz.POOL_SIZE:
             lines.append(
-                f"{count:,} images of {side.role} are at most the {npz.POOL_SIZE} features: their "
-                "covariance is singular"
+                f"{count:,} images of {side.role} are not more than the {npz.POOL_SIZE} features: "
+                "their covariance is singular"
             )
     count, protocol = result["samples"]["count"], result["protocol"]
     split_size = protocol["is_split_size"]
     if protocol["weights_published"] is False:
-        lines.append("the weights are not the published ones: nothing compares with papers")
+        lines.append("the weights are not the published ones: do not compare with papers")
     if protocol["precision"] != "fp32":
-        lines.append(f"features in {protocol['precision']}: papers compute them in fp32")
+        lines.append(f"features are in {protocol['precision']}: papers use fp32")
     if "is" in plan.metrics and count is not None and count < split_size:
         lines.append(f"the Inception Score is of one split of {count:,} images, not {split_size:,}")
     return lines
 
 
 def report(run: FidRun, result: dict[str, Any]) -> None:
-    """JSON on stdout and nothing else there, or a table."""
+    """Prints JSON or a table on stdout."""
     if run.as_json:
         print(json.dumps(result, indent=2, allow_nan=False))  # noqa: T201 - rich would wrap it
         return
@@ -318,7 +309,7 @@ def report(run: FidRun, result: dict[str, Any]) -> None:
             bad = f", {side['count']:,} measured and {bad:,} unreadable" if bad else ""
             say_result(f"           {side['holds']}{bad}, sha256 {side['sha256'][:16]}")
             if side["from_cache"]:
-                say_result("           its statistics were computed by an earlier run")
+                say_result("           statistics from the cache")
     protocol = result["protocol"]
     if weights := protocol["weights_sha256"]:
         say_result(f"FEATURES   {EXTRACTOR}, {protocol['precision']}, sha256 {weights[:16]}")

@@ -1,6 +1,6 @@
-"""A grid of classifier pipelines, one after the other, and one table of all.
+"""`run deit --sweep`: a grid of pipelines, one after the other, and one table.
 
-No torch at module level: all pipelines are settled, and checked, before the first one starts.
+All pipelines are checked before the first one starts. No torch at module level.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from spiralrope_cli.core.runtime.run_folder import (
 
 METRICS = ("acc1", "acc5", "loss")
 COLUMNS = (("raw", "acc1", "acc@1 %"), ("EMA", "acc1", "acc@1 % EMA"), ("EMA", "loss", "loss EMA"))
-"""Weights, metric and heading of the table's columns; all of the last checkpoint: the best one was
-chosen by the very images that it is measured on."""
+"""(weights, metric, heading) of the columns. All are of the last checkpoint: the best one was
+chosen on the same validation images, so its accuracy is biased."""
 
 BASELINE = ("rotate", "none")
 """Without rotary embedding."""
@@ -50,16 +50,16 @@ SWEPT: dict[str, Leaf] = {
     **{name: _OF_RUN[name] for name in ("arch", "drop_path", *_OF_TRAINING)},
     **{f"finetune_{name}": _OF_RUN[name] for name in _OF_TRAINING},
 }
-"""What can be swept: name of the option -> its field."""
+"""Options that can be swept: name -> field."""
 RENAMED = renamed_fields(OptimConfig) | renamed_fields(DeiTStages)
-"""Spelling in earlier versions -> name. Folders keep the spelling: such a sweep goes on in them."""
+"""Old name -> name. Folders keep the old name, so that an earlier sweep resumes."""
 
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Point:
-    """One configuration of a grid: (name, value) of each option, as the user wrote them."""
+    """One configuration of a grid: (name, value) of each option, as typed."""
 
     words: tuple[tuple[str, str], ...]
 
@@ -73,7 +73,7 @@ class Point:
 
     @property
     def slug(self) -> str:
-        """For a folder."""
+        """Name of the folder."""
         return re.sub(r"[^A-Za-z0-9._=-]+", "-", "-".join(str(self).split()))
 
 
@@ -88,7 +88,7 @@ class SweepRun:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Runs, all seeds of the first point first; `notes` say what of the grid changes nothing."""
+    """Runs in order (all seeds of a point together), and notes on equal points."""
 
     folder: str
     runs: tuple[SweepRun, ...]
@@ -97,10 +97,10 @@ class Sweep:
 
 # ---- settle
 def settle_sweep(given: dict[str, Any]) -> Sweep:
-    """One pipeline for every different point and seed.
+    """One pipeline per distinct point and seed.
 
-    A seed decides data order and augmentation, which all points share, and initial weights, which
-    those of one architecture share: RoPE has no parameters.
+    With the same seed all points have the same data order and augmentation. Points of one
+    architecture also have the same initial weights, because RoPE has no parameters.
     """
     own: DeiTStages = build(DeiTStages, given)
     build(TrainOptions, given).check_folder(own.out)
@@ -109,9 +109,9 @@ def settle_sweep(given: dict[str, Any]) -> Sweep:
         name = RENAMED.get(typed, typed)
         if {"rope": "enabled"}.get(name, name) in given:
             word = leaves(DeiTStages).get(name, SWEPT[name]).called
-            raise ConfigError(f"{word} is given and swept", "leave one of them out")
+            raise ConfigError(f"{word} is given twice, also in --sweep", "leave one of them out")
     if own.seeds and "seed" in given:
-        raise ConfigError("--seed and --seeds exclude each other", "use --seeds alone")
+        raise ConfigError("--seed and --seeds exclude each other", "use only --seeds")
     common = {n: v for n, v in given.items() if n not in ("sweep", "seeds", "name", "out")}
     first = resolve(PRETRAIN, training_options(common, DeiTStages) | grid[0].options).run
     usual = named_folder("sweep-deit", first.arch, Path(first.data).name, given.get("name", ""))
@@ -139,13 +139,15 @@ def settle_sweep(given: dict[str, Any]) -> Sweep:
 
 
 def points(axes: Sequence[str]) -> list[Point]:
-    """The grid of `NAME=V,V` words; one point without options where there are none."""
+    """The grid of `NAME=V,V` words; without words a single point."""
     choices = [_axis(text) for text in axes]
     names = [RENAMED.get(axis[0][0], axis[0][0]) for axis in choices]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise ConfigError(f"--sweep {twice[0]} is given twice", f"as one: {twice[0]}=V,V,V")
+        raise ConfigError(f"--sweep {twice[0]} is given twice", f"use one: {twice[0]}=V,V,V")
     if "rope" in names and any(BASELINE in axis for axis in choices):
-        raise ConfigError("--sweep rope and --sweep rotate=none say the same", "leave one out")
+        raise ConfigError(
+            "--sweep rope and --sweep rotate=none mean the same", "leave one of them out"
+        )
     return [Point(words) for words in itertools.product(*choices)]
 
 
@@ -161,7 +163,7 @@ def _axis(text: str) -> list[tuple[str, str]]:
             f"--sweep {text}: {name} cannot be swept", f"these can: {', '.join(SWEPT)}"
         )
     if len(set(words)) < len(words):
-        raise ConfigError(f"--sweep {text} holds a value twice")
+        raise ConfigError(f"--sweep {text} has a value twice")
     for word in words:
         try:
             _option(name, word)
@@ -172,7 +174,7 @@ def _axis(text: str) -> list[tuple[str, str]]:
 
 
 def _option(name: str, word: str) -> tuple[str, Any]:
-    """Field and value of an option in words."""
+    """Field and value of a typed option."""
     if (name, word) == BASELINE:
         return "enabled", False
     name = RENAMED.get(name, name)
@@ -180,7 +182,7 @@ def _option(name: str, word: str) -> tuple[str, Any]:
 
 
 def computed(pipeline: Pipeline) -> list[Any]:
-    """Equal for pipelines that compute the same, whatever their folders and idle options."""
+    """A key that is equal for pipelines with equal results: no folders, no inert options."""
     *trainings, evaluation = pipeline.stages
     runs = [stage.config.run for stage in trainings]
     return [replace(run, out="", source="", rope=acting(run.rope)) for run in runs] or [
@@ -189,7 +191,7 @@ def computed(pipeline: Pipeline) -> list[Any]:
 
 
 def acting(rope: RopeConfig) -> RopeConfig:
-    """The same RoPE with options that cannot act at their defaults: equal for equal networks."""
+    """RoPE options with inert ones set to their defaults, so that equal networks compare equal."""
     if not rope.enabled:
         return RopeConfig(enabled=False)
     plain, names = RopeConfig(), {field.name for field in fields(rope)}
@@ -198,14 +200,14 @@ def acting(rope: RopeConfig) -> RopeConfig:
 
 # ---- plan and work
 def run_sweep(given: dict[str, Any]) -> None:
-    """Runs what is missing of the grid, then shows all of it; or prints plans alone."""
+    """Runs the unfinished pipelines, then reports all; or only prints plans."""
     sweep, dry_run = settle_sweep(given), given.get("dry_run", False)
     for note in sweep.notes:
         say(f"note: {note}")
     for number, run in enumerate(sweep.runs, 1):
         say(f"== {number}/{len(sweep.runs)}: {run.point}, seed {run.seed}")
         if dry_run and number > 1:
-            say(f" as the first one, into {run.pipeline.folder}")
+            say(f" same plan, in {run.pipeline.folder}")
         else:
             carry_out(run.pipeline, dry_run=dry_run)
     if not dry_run:
@@ -214,7 +216,7 @@ def run_sweep(given: dict[str, Any]) -> None:
 
 # ---- report
 def report(sweep: Sweep) -> None:
-    """Metrics of all runs as a file, a table and a page."""
+    """Writes and prints the metrics of all runs."""
     from spiralrope_cli.core.report.page import leave_report
 
     folder, records = Path(sweep.folder), summary(sweep.runs)
@@ -226,7 +228,7 @@ def report(sweep: Sweep) -> None:
 
 
 def summary(runs: Sequence[SweepRun]) -> list[Record]:
-    """One row for each point, set of weights and crop ratio, with mean and spread over seeds."""
+    """One row per point, weights and crop ratio: mean and standard deviation over seeds."""
     records = []
     for point in dict.fromkeys(run.point for run in runs):
         of_point = [run for run in runs if run.point == point]
@@ -251,13 +253,13 @@ def summary(runs: Sequence[SweepRun]) -> list[Record]:
 
 
 def measured(run: SweepRun) -> dict[tuple[str, str, float], Record]:
-    """The rows of one pipeline by checkpoint, weights and crop ratio; the newest ones."""
+    """The rows of one pipeline, by (checkpoint, weights, crop ratio)."""
     rows = read_rows(Path(run.pipeline.stages[-1].folder) / EVAL_FILE)
     return {(row["checkpoint"], row["weights"], row["crop_ratio"]): row for row in rows}
 
 
 def spread(values: Sequence[float]) -> Record:
-    """Mean and sample standard deviation (none of a single value), with the values."""
+    """Mean, sample standard deviation (None for a single value), and the values."""
     return {
         "mean": statistics.fmean(values),
         "std": statistics.stdev(values) if len(values) > 1 else None,
@@ -266,7 +268,7 @@ def spread(values: Sequence[float]) -> Record:
 
 
 def print_table(records: Sequence[Record]) -> None:
-    """Mean ± spread of the last checkpoints at the data set's own crop ratio."""
+    """Prints mean ± standard deviation of the last checkpoints, at the default crop ratio."""
     rows = [each for each in records if each["usual_crop"] and each["checkpoint"] == "last"]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     for name in rows[0]["point"] or {"options": ""}:

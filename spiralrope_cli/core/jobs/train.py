@@ -1,7 +1,6 @@
-"""Trains a network: `pretrain`, `finetune` and `dit-train`.
+"""`pretrain`, `finetune` and `dit-train`: resolve the run, print the plan, train, report.
 
-Settle what the run is, print the plan, train in every worker, and report from the first one. What
-loads torch is imported where it is needed: a refusal comes without it.
+Modules that load torch are imported inside functions, so that usage errors are fast.
 """
 
 from __future__ import annotations
@@ -52,17 +51,12 @@ ORIGINS = (
     *("option", "config file", "environment", "latents", "source", "data set"),
     *("recipe", "fit", "default"),
 )
-NOT_LISTED = {"out", "num_train", "num_val", "command", "source", "input_size", "class_names"}
-"""Fields that the rows of the plan show already, and what is too long for it."""
+IN_THE_ROWS = {"out", "num_train", "num_val", "command", "source", "input_size", "class_names"}
+"""Fields that other rows of the plan show, or that are too long for it."""
 
 
 def train(command: str, given: dict[str, Any]) -> None:
-    """Carries out a training command, or says that its run is finished.
-
-    Args:
-        command: `pretrain`, `finetune` or `dit-train`.
-        given: field name -> value of the options that the user gave.
-    """
+    """Runs a training command; `given` is field name -> value of the given options."""
     own: TrainOptions = build(TrainOptions, given)
     own.check_folder(given.get("out", ""))
     resolved, notes = settle(command, given, own)
@@ -74,12 +68,7 @@ def train(command: str, given: dict[str, Any]) -> None:
 def settle(
     command: str, given: dict[str, Any], own: TrainOptions
 ) -> tuple[Resolved[Any], tuple[str, ...]]:
-    """The run, and notes for the user.
-
-    Raises:
-        ConfigError, CheckpointError, DataError: what cannot work.
-        FetchError: published weights to start from that cannot be had.
-    """
+    """The resolved run, and notes for the user."""
     not_of_run = leaves(TrainOptions).keys() | {"source"}
     options = {name: value for name, value in given.items() if name not in not_of_run}
     start: StartingPoint | None = None
@@ -100,15 +89,7 @@ def settle(
 
 
 def carry_out(resolved: Resolved[Any], notes: Iterable[str] = (), *, dry_run: bool) -> bool:
-    """Trains; a dry run prints the plan, writes nothing and fetches nothing.
-
-    Returns:
-        whether the run was finished before.
-
-    Raises:
-        CheckpointError: the folder holds another run.
-        ConfigError: a batch that does not split over the processes, or no such tracker.
-    """
+    """Trains; a dry run only prints the plan. Returns whether the run was already finished."""
     run = resolved.run
     check_tracker(run.machine.tracker)
     step = first_step(run)
@@ -136,7 +117,7 @@ def carry_out(resolved: Resolved[Any], notes: Iterable[str] = (), *, dry_run: bo
 def plan(
     resolved: Resolved[Any], first_step: int, *, every_value: bool, notes: Iterable[str]
 ) -> None:
-    """Prints the resolved plan of a run; with `every_value` also the values that are defaults."""
+    """Prints the plan of a run; with `every_value` also values that are defaults."""
     table = Table(show_header=False, box=None, padding=(0, 1))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -147,7 +128,7 @@ def plan(
         shown = [
             f"{'rope' if name == 'enabled' else name} {_short(value)}"
             for name, value in values.items()
-            if name not in NOT_LISTED and value != ""
+            if name not in IN_THE_ROWS and value != ""
             if resolved.sources.get(name, "default") == origin
         ]
         if shown:
@@ -158,10 +139,10 @@ def plan(
 
 
 def plan_rows(run: TrainingRun, first_step: int) -> dict[str, str]:
-    """What a run settles: its weights, data, model, batch, learning rate and length."""
+    """Rows of the plan: weights, data, model, batch, learning rate and length."""
     from spiralrope_cli.core.models.factory import model_cost
 
-    rows = {"run": run.out + (f", goes on at step {first_step}" if first_step else "")}
+    rows = {"run": run.out + (f", resumes at step {first_step}" if first_step else "")}
     if run.source:
         rows["start"] = start_line(run)
     parameters, flops = model_cost(run)
@@ -172,13 +153,13 @@ def plan_rows(run: TrainingRun, first_step: int) -> dict[str, str]:
         f"{size[0] // grid[0]} {run.unit}; "
         f"{parameters / 1e6:.2f} M parameters, {flops / 1e9:.3g} GFLOPs per image"
     )
-    no_rope = f"none: {run.positions} positions alone"
+    no_rope = f"none, only {run.positions} positions"
     rows["RoPE"] = run.rope.summary if run.rope.enabled else no_rope
     optim, world = run.optim, world_size(run.machine)
     micro, grad_accum_steps = run.split_batch(world)
     rows["batch"] = (
         f"{optim.batch_size} = {world} process(es) x {micro} images x {grad_accum_steps} "
-        "accumulation step(s)"
+        "gradient accumulation step(s)"
     )
     lr = f"{optim.lr:g}, as given"
     if optim.lr_rule == "linear":
@@ -195,16 +176,16 @@ def plan_rows(run: TrainingRun, first_step: int) -> dict[str, str]:
 
 
 def start_line(run: TrainingRun) -> str:
-    """Where the weights come from, and which of them do not fit this run."""
+    """Initial weights, and what of them does not fit this run."""
     try:
         find_source(run.source)
-    except CheckpointError:  # a pipeline is planned before its first training has left any
-        return f"the {'averaged (EMA)' if run.ema else 'raw'} weights that {run.source} will hold"
+    except CheckpointError:  # a pipeline prints this plan before its first training
+        return f"{'EMA' if run.ema else 'raw'} weights of {run.source}, after its training"
     weights = starting_weights(run)
     before = {**weights.options, "class_names": weights.class_names}
     parts = [weights.summary(), *run.misfits(before)]
     if run.optim.freeze != "none":
-        parts.append(f"trained: {run.optim.freeze}")
+        parts.append(f"freeze: {run.optim.freeze}")
     return "; ".join(parts)
 
 
@@ -217,12 +198,12 @@ def _short(value: object) -> str:
 
 
 def hints(run: TrainingRun) -> list[str]:
-    """Advice on settings that work but may not be what is wanted."""
+    """Notes on settings that work but are probably not intended."""
     rope, machine, optim = run.rope, run.machine, run.optim
     messages = numbering_note(run.class_names)
     if joined_world_size() is not None and (machine.nproc or machine.nnodes > 1):
         messages.append(
-            "--nproc and --nnodes have no effect: another launcher started the processes"
+            "--nproc and --nnodes have no effect: the processes were started by another launcher"
         )
     if optim.schedule == "cosine" and optim.peak_lr < optim.min_lr:
         messages.append(
@@ -241,8 +222,8 @@ def hints(run: TrainingRun) -> list[str]:
         )
     if rope.enabled and rope.rotate > (most := max(run.head_dim // 8, 1)):
         messages.append(
-            f"--rotate {rope.rotate}: heads of {run.head_dim} channels have room for {most} at "
-            "most; with more, a direction has one of its two axes or none"
+            f"--rotate {rope.rotate}: heads of {run.head_dim} channels support at most {most}; "
+            "with more, some directions have too few channels, or none"
         )
     if rope.enabled and rope.rotate > 1 and rope.projection != "exact":
         from spiralrope_cli.core.rope import clamped_fraction
@@ -250,8 +231,7 @@ def hints(run: TrainingRun) -> list[str]:
         fraction = clamped_fraction(run.grid, rope, run.head_dim)
         if fraction >= CLAMP_HINT_FRACTION:
             messages.append(
-                f"{fraction:.0%} of the positions are clamped to the grid's border; try "
-                "--projection exact"
+                f"{fraction:.0%} of the positions are clamped; --projection exact clamps none"
             )
     if rope.enabled and rope.rotate > 1:
         from spiralrope_cli.core.rope import change_from_axial
@@ -268,14 +248,7 @@ def hints(run: TrainingRun) -> list[str]:
 
 
 def work(config: TrainingRun) -> None:
-    """Trains until the last step, or until a signal; executed by every worker.
-
-    Raises:
-        TrainingError: a loss was not finite.
-        CheckpointError: the folder holds another run, is in use, or cannot be written.
-        DataError: the data set is missing or damaged.
-        FetchError: the VAE is not here and cannot be had.
-    """
+    """Trains; every worker runs this."""
     from spiralrope_cli.core.load import load_pretrained
     from spiralrope_cli.core.runtime import distributed
     from spiralrope_cli.core.runtime.distributed import open_context
@@ -299,7 +272,7 @@ def work(config: TrainingRun) -> None:
 
 
 def open_task(config: TrainingRun, ctx: DistContext) -> loop.Task:
-    """Data, loss and validation of the run's kind of network."""
+    """The task of the network: classification or diffusion."""
     from spiralrope_cli.core.training.classification import classification
     from spiralrope_cli.core.training.diffusion import diffusion
 
@@ -309,18 +282,14 @@ def open_task(config: TrainingRun, ctx: DistContext) -> loop.Task:
 
 
 def decoder_here(given: str) -> Path:
-    """Folder of a VAE that can be had without a network.
-
-    Raises:
-        CheckpointError, ConfigError: it is not here, or it cannot be read.
-    """
+    """Folder of a VAE, without a download; raises if it is missing."""
     if (files := local_vae(given)) is None:
-        raise CheckpointError(f"the VAE {given} is not here to decode them")
+        raise CheckpointError(f"the VAE {given} is not downloaded, so they cannot be decoded")
     return files.folder
 
 
 def starting_weights(run: TrainingRun) -> Weights:
-    """The weights that a run starts from, averaged ones by default."""
+    """The initial weights of a run: by default the EMA weights of its source."""
     from spiralrope_cli.core.weights import fetch_source, read_weights
 
     source = fetch_source(find_source(run.source))
@@ -328,7 +297,7 @@ def starting_weights(run: TrainingRun) -> Weights:
 
 
 def report(out: Path) -> None:
-    """Leaves curves and the page of a finished run, and prints its metrics."""
+    """Writes curves and report page of a finished run, and prints its metrics."""
     from spiralrope_cli.core.plots.curves import curves_figure
     from spiralrope_cli.core.plots.style import save_figure
     from spiralrope_cli.core.report.page import leave_report
