@@ -120,7 +120,7 @@ def test_a_published_file_has_four_rows_and_says_so(planned):
     assert [(row.checkpoint, row.protocol.crop_ratio, row.weights) for row in run.rows] == [
         ("", ratio, weights) for ratio in (0.875, 1.0) for weights in ("raw", "EMA")
     ]
-    assert "has no best and last checkpoint" in said
+    assert "is a single checkpoint" in said
     assert Path(run.rows[0].folder) == GOLDEN
     _, said = planned(file, "--best")
     assert "--best without effect" in said
@@ -179,7 +179,7 @@ def test_data_is_the_option_then_the_runs_own_then_the_environment(planned, monk
     monkeypatch.delenv("SPIRALROPE_DATA")
     run, said = planned(file)
     assert run.rows[0].protocol.mean == (0.3054,) * 3
-    assert "no --data and no SPIRALROPE_DATA: digits" in said
+    assert "no --data and no $SPIRALROPE_DATA: using digits" in said
 
 
 def test_rope_options_win_with_a_warning(planned):
@@ -219,7 +219,7 @@ def test_machine_options_arrive(planned):
         (("deit-bb",), ConfigError, "deit-bb is not a file, a run folder or a published name"),
         (("--scaling", "x"), ConfigError, "--scaling is x"),
         (("--nproc", "-1"), ConfigError, "--nproc is -1"),
-        ((GOLDEN / "dit_tiny_0000007.pt",), CheckpointError, "a diffusion transformer"),
+        ((GOLDEN / "dit_tiny_0000007.pt",), CheckpointError, "a DiT, not a classifier"),
         ((GOLDEN / "dit_tiny_raw.pth",), ConfigError, "does not contain its RoPE options"),
     ],
 )

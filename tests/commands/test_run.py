@@ -260,11 +260,7 @@ def test_a_dry_run_plans_all_stages_and_writes_nothing(run, runs):
         "[3/3] eval",
     ]
     _, printed = run("dit", *DIT, "--dry-run")
-<<<<<<< HEAD
-    assert "5 images from the averaged (EMA) weights" in printed
-=======
     assert "5 images from the EMA weights" in printed
->>>>>>> 4640616 (Docstrings and messages of jobs, plots and the page in plain sentences; labels say validation and not rotated)
     assert "fid is skipped: there is no --reference" in printed
     _, printed = run("deit", *DEIT, "--sweep", "rotate=0,1", "--dry-run")
     assert "note: rotate=0 and rotate=1 are both plain axial RoPE" in printed
