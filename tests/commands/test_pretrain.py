@@ -255,7 +255,7 @@ def test_options_that_cannot_act_are_a_note(options, told):
 
 def test_elongated_grids_are_told_of_the_exact_projection():
     long = resolve("pretrain", {"image_size": (14, 56)}).run
-    assert "try --projection exact" in hints(long)[0]
+    assert "--projection exact clamps none" in hints(long)[0]
     assert not hints(resolve("pretrain", {}).run)
 
 
