@@ -121,6 +121,7 @@ def resolve(
     of_start: Layer = ("source", start.fields() if start else {})
     file: Layer = ("config file", values_of_file(kind, config_file, start))
     given, sources = merged(default_data(), of_start, file, ("option", options))
+    cache: CacheMetadata | None = None
     of_latents: Layer = ("latents", {})
     if dit and given.get("latents"):
         cache = read_cache(Path(given["latents"]))
@@ -146,7 +147,7 @@ def resolve(
     values.update(num_train=data_set.num_train, num_val=data_set.num_val)
     sources = {**origins, "data": sources["data"]}
     if dit:
-        fit_input(values, data_set)
+        fit_input(values, data_set, cache)
         if start:
             check_start(values, start)
     else:
@@ -226,12 +227,12 @@ def fit_channels(values: dict[str, Any]) -> None:
             values[name] = (round(sum(given) / len(given), 4),)
 
 
-def fit_input(values: dict[str, Any], data_set: DataSet) -> None:
+def fit_input(values: dict[str, Any], data_set: DataSet, cache: CacheMetadata | None) -> None:
     """Sets input size and channels of a DiT, from image size and VAE."""
     values["vae"] = full_vae_name(values["vae"])
     images: ImageConfig = build(ImageConfig, values)
-    if images.latents:
-        read_cache(Path(images.latents)).check_fits(images.image_size, images.vae)
+    if cache:
+        cache.check_fits(images.image_size, images.vae)
     values["input_size"] = input_size(values["arch"], images.image_size, images.vae)
     channels = 1 if data_set.kind == "memory" else 3
     values["in_chans"] = LATENT_CHANNELS if images.in_latents else channels
