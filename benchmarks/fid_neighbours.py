@@ -9,7 +9,7 @@ import time
 import torch
 from interleave import prepare, show
 
-from spiralrope_cli.core.metrics.precision_recall import precision_recall
+from spiralrope_cli.core.metrics.scores import precision_recall
 
 NUM_FEATURES = 2048
 

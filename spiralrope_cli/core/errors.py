@@ -75,14 +75,11 @@ class LaunchError(SpiralRopeError):
     """Worker processes that could not be started, or that died."""
 
 
-def raise_all(errors: Sequence[ConfigError]) -> None:
-    """Raises one error for all; none where there are none."""
-    if errors:
-        raise (
-            errors[0]
-            if len(errors) == 1
-            else ConfigError("\n".join(str(each).replace("\n", "\n  ") for each in errors))
-        )
+def in_one(errors: Sequence[ConfigError]) -> ConfigError:
+    """One error for all."""
+    if len(errors) == 1:
+        return errors[0]
+    return ConfigError("\n".join(str(each).replace("\n", "\n  ") for each in errors))
 
 
 def is_disk_full(error: Exception) -> bool:

@@ -15,7 +15,6 @@ from typing import Any
 import torch.nn.functional as F
 from safetensors import SafetensorError
 
-from spiralrope_cli.core.checksum import DamagedError, read_safetensors
 from spiralrope_cli.core.config.datasets import BUILT_IN
 from spiralrope_cli.core.config.dit_runs import DiTRun
 from spiralrope_cli.core.config.models import RopeConfig, deit_size, dit_size, is_dit
@@ -47,6 +46,7 @@ from spiralrope_cli.core.infer import (
     is_dit_state,
     trained_rope,
 )
+from spiralrope_cli.core.storage import DamagedError, read_safetensors
 
 LABELS = "y_embedder.embedding_table.weight"
 # Arguments of `create_model` besides arch and rope: of a DeiT (False), of a DiT (True).

@@ -21,7 +21,7 @@ from dataclasses import MISSING, dataclass
 from operator import ge, gt, le, lt
 from typing import Any
 
-from spiralrope_cli.core.errors import ConfigError, raise_all
+from spiralrope_cli.core.errors import ConfigError, in_one
 
 STAGES, WEIGHTS, ATTENTION, EXPORT = "Stages", "Weights", "Attention", "Export"
 DOWNLOAD, SHOW, SAMPLING, IMAGES = "Download", "Display", "Sampling", "Images"
@@ -154,7 +154,8 @@ def read_values(known: Mapping[str, Leaf], values: Mapping[str, Any]) -> dict[st
             known[name].check(found[name])
         except ConfigError as error:
             errors.append(error)
-    raise_all(errors)
+    if errors:
+        raise in_one(errors)
     return found
 
 

@@ -1,4 +1,8 @@
-"""Recipes: field name -> value; data set and architecture give the other values."""
+"""Recipes: field name -> value; data set and architecture give the other values.
+
+What a recipe gives is fitted to a small set of images or a short run; values of the user, and those
+that work, stay as they are.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,9 @@ from typing import Any
 
 from spiralrope_cli.core.config.datasets import DIGITS, PHOTOGRAPHS
 from spiralrope_cli.core.config.models import BY_WEIGHTS
-from spiralrope_cli.core.config.option import in_words
-from spiralrope_cli.core.config.training import LINEAR_RULE_BATCH
+from spiralrope_cli.core.config.option import in_words, leaves
+from spiralrope_cli.core.config.runs import MIX_GROUP
+from spiralrope_cli.core.config.training import LINEAR_RULE_BATCH, OptimConfig
 
 # DeiT stage 1 on ImageNet-1K at 224 px: the recipe of the published DeiT-B run. That run was not
 # repeated; its parts are tested one by one.
@@ -100,6 +105,11 @@ DIT: dict[str, Any] = {
 # Only the run of DeiT-B is documented; the other rates are from DeiT-III, and not verified.
 DROP_PATH = {"deit-ti": 0.0, "deit-s": 0.05, "deit-b": 0.1, "deit-l": 0.4}
 
+FITTED = "fit"
+"""Origin of a fitted value."""
+STEPS_PER_EPOCH, SMALLEST_BATCH = 4, 8
+"""A fitted batch leaves an epoch so many steps, unless it would be smaller than that."""
+
 
 def recipe(command: str, arch: str) -> dict[str, Any]:
     """The recipe of a training command for an architecture."""
@@ -128,3 +138,46 @@ def shown_defaults(command: str) -> dict[str, str]:
             words += f"; digits {here}"
         shown[name] = words
     return {**shown, **of_weights}
+
+
+def fit_to_run(values: dict[str, Any], sources: dict[str, str]) -> list[str]:
+    """Fits batch, rate and warm-up of the recipe, in place; one note for each."""
+    notes: list[str] = []
+    known = leaves(OptimConfig)
+
+    def of_recipe(*names: str) -> bool:
+        return all(sources[name] in ("recipe", "data set") for name in names)
+
+    def fit(name: str, value: Any, why: str) -> None:
+        notes.append(f"{known[name].called} {value}, not the recipe's {values[name]}: {why}")
+        values[name], sources[name] = value, FITTED
+
+    num_train = values["num_train"]
+    if of_recipe("batch_size") and values["batch_size"] > num_train > 0:
+        batch = fitted_batch(num_train)
+        fit("batch_size", batch, f"the set has {num_train} images")
+        if of_recipe("lr", "lr_rule") and batch < LINEAR_RULE_BATCH and values["lr_rule"] != "none":
+            fit("lr_rule", "none", f"a batch of {batch} would leave little of --lr")
+    batch, nproc = max(values["batch_size"], 1), max(values.get("nproc", 0), 1)
+    if of_recipe("micro_batch_size") and batch % nproc == 0:
+        micro, mine = values["micro_batch_size"], batch // nproc
+        unit = MIX_GROUP if values.get("mixup") or values.get("cutmix") else 1
+        divisors = [n for n in range(unit, min(micro, mine) + 1, unit) if mine % n == 0]
+        if mine > micro and mine % micro and divisors and 4 * divisors[-1] >= micro:
+            fit("micro_batch_size", divisors[-1], f"it divides {mine} images")
+    if of_recipe("warmup_epochs"):
+        per_epoch, warmup = max(num_train // batch, 1), values["warmup_epochs"]
+        total = values["max_steps"] or values["epochs"] * per_epoch
+        shorter = min(warmup, total // (4 * per_epoch))
+        too_long = values["schedule"] != "constant" and total <= warmup * per_epoch
+        if shorter < warmup and too_long:
+            fit("warmup_epochs", shorter, f"the run has {total} steps, {per_epoch} per epoch")
+        elif values["max_steps"]:
+            values["warmup_epochs"] = shorter
+    return notes
+
+
+def fitted_batch(num_train: int) -> int:
+    """The largest power of two that leaves an epoch several steps, where there is one."""
+    wanted = max(num_train // STEPS_PER_EPOCH, min(SMALLEST_BATCH, num_train))
+    return 1 << (wanted.bit_length() - 1)

@@ -24,7 +24,6 @@ from spiralrope_cli.core.config.dit_runs import (
     full_vae_name,
     input_size,
 )
-from spiralrope_cli.core.config.fitting import fit_to_run
 from spiralrope_cli.core.config.latents import LATENT_CHANNELS, CacheMetadata, read_cache
 from spiralrope_cli.core.config.models import RopeConfig, Scaling, dit_name
 from spiralrope_cli.core.config.nested import RUN_KINDS, build, read_config
@@ -156,7 +155,7 @@ def resolve(
         fit_positions(values, sources, start, "input_size" if dit else "image_size")
     if "epochs" in options and "max_steps" not in options:  # which win over those of a file
         values["max_steps"], sources["max_steps"] = 0, "option"
-    fitted = fit_to_run(values, sources)
+    fitted = recipes.fit_to_run(values, sources)
     rope: RopeConfig = build(RopeConfig, values)
     rotation = f"r{rope.rotate}" if rope.enabled else "norope"
     # No date in the name, so that the same command finds its own folder.

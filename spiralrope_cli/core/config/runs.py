@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 
 from spiralrope_cli.core.config.class_folders import class_difference
 from spiralrope_cli.core.config.datasets import DataSet
-from spiralrope_cli.core.config.fitting import MIX_GROUP
 from spiralrope_cli.core.config.models import (
     SIZE,
     RopeConfig,
@@ -30,6 +29,9 @@ from spiralrope_cli.core.config.option import (
 )
 from spiralrope_cli.core.config.training import MachineConfig, OptimConfig
 from spiralrope_cli.core.errors import ConfigError
+
+MIX_GROUP = 8
+"""Images that share one mixup or cutmix draw; fixed, so that it is the same for any split."""
 
 
 @dataclass(frozen=True, kw_only=True)

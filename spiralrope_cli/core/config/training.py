@@ -22,7 +22,7 @@ from spiralrope_cli.core.config.option import (
     Opt,
     check_fields,
 )
-from spiralrope_cli.core.errors import ConfigError, raise_all
+from spiralrope_cli.core.errors import ConfigError, in_one
 
 RUNS_FOLDER = "runs"
 """Where run folders lie unless --out names one."""
@@ -122,7 +122,8 @@ class OptimConfig:
                     "use fewer warm-up epochs, or a longer run",
                 )
             ]
-        raise_all(errors)
+        if errors:
+            raise in_one(errors)
 
     def split_batch(self, world_size: int, num_train: int) -> tuple[int, int]:
         """Micro-batch size per process, and number of gradient accumulation steps.

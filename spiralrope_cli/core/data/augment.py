@@ -21,8 +21,7 @@ from timm.data.auto_augment import NAME_TO_OP, posterize
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from spiralrope_cli.core.config.fitting import MIX_GROUP
-from spiralrope_cli.core.config.runs import AugmentConfig
+from spiralrope_cli.core.config.runs import MIX_GROUP, AugmentConfig
 from spiralrope_cli.core.data.loader import Transform
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.runtime.seeds import generator_for, seed_everything

@@ -21,7 +21,6 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
-from spiralrope_cli.core.atomic import atomic_write
 from spiralrope_cli.core.config.latents import (
     METADATA_KEY,
     TENSORS,
@@ -36,6 +35,7 @@ from spiralrope_cli.core.runtime import distributed
 from spiralrope_cli.core.runtime.launch import cores_per_process
 from spiralrope_cli.core.runtime.progress import counted
 from spiralrope_cli.core.runtime.run_folder import differences
+from spiralrope_cli.core.storage import atomic_write
 
 FREE_TO_CHANGE = {"data", "vae"}
 """Paths, which may change: the digests are compared instead."""

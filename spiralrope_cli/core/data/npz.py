@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing
 from numpy.lib import format as npy
 
-from spiralrope_cli.core.atomic import atomic_write
 from spiralrope_cli.core.config.evals import statistics_folder
 from spiralrope_cli.core.errors import DataError, SpiralRopeError
 from spiralrope_cli.core.runtime.progress import say
+from spiralrope_cli.core.storage import atomic_write
 
 _BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
 

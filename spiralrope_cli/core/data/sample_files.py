@@ -24,7 +24,6 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from spiralrope_cli.core.atomic import atomic_write, flush, write_whole
 from spiralrope_cli.core.data.images import image_grid
 from spiralrope_cli.core.data.npz import read_headers, stream_rows
 from spiralrope_cli.core.errors import CheckpointError
@@ -35,6 +34,7 @@ from spiralrope_cli.core.runtime.run_folder import (
     differences,
     refuse_run,
 )
+from spiralrope_cli.core.storage import atomic_write, flush, write_whole
 
 METADATA_FILE, PART_FILE, DONE_FILE = "samples.json", "samples.npz.part", "samples.done"
 PNG_FOLDER = "png"

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spiralrope_cli.core.checksum import DamagedError, check_zip
 from spiralrope_cli.core.config.latents import VAE_FACTOR
 from spiralrope_cli.core.config.models import (
     DiTSize,
@@ -30,6 +29,7 @@ from spiralrope_cli.core.config.models import (
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.catalog import ROWS
 from spiralrope_cli.core.rope import frequencies
+from spiralrope_cli.core.storage import DamagedError, check_zip
 
 StateDict = dict[str, Tensor]
 RAW_KEYS = ("model", "state_dict")  # of DeiT, DiT, SiT, LightningDiT; of timm and Lightning

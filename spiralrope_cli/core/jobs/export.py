@@ -152,7 +152,7 @@ def write_safetensors(export: Export) -> None:
     import yaml
     from safetensors.torch import save_file
 
-    from spiralrope_cli.core.checksum import with_checksum
+    from spiralrope_cli.core.storage import with_checksum
 
     weights, target = export.weights, export.target
     config = {

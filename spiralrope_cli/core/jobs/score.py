@@ -231,7 +231,7 @@ def describe(
     digests: Sequence[str],
 ) -> dict[str, Any]:
     """The JSON: metrics, inputs and protocol."""
-    from spiralrope_cli.core.metrics.inception_score import SPLIT_SIZE
+    from spiralrope_cli.core.metrics.scores import SPLIT_SIZE
 
     run, sha256 = plan.run, plan.weights_sha256
     keys = ("fid", "fid_std", "sfid", "is", "is_std", "kid", "kid_std", "precision", "recall")

@@ -22,9 +22,7 @@ from spiralrope_cli.core.data.npz import POOL_SIZE, SPATIAL_SIZE, ReferenceCache
 from spiralrope_cli.core.errors import CheckpointError, DataError
 from spiralrope_cli.core.metrics.fid import Moments, fid_spread, frechet_distance
 from spiralrope_cli.core.metrics.inception import NUM_CLASSES, Features, InceptionFeatures
-from spiralrope_cli.core.metrics.inception_score import InceptionScore
-from spiralrope_cli.core.metrics.kid import kernel_distance
-from spiralrope_cli.core.metrics.precision_recall import precision_recall
+from spiralrope_cli.core.metrics.scores import InceptionScore, kernel_distance, precision_recall
 from spiralrope_cli.core.runtime import distributed
 from spiralrope_cli.core.runtime.device import autocast
 from spiralrope_cli.core.runtime.distributed import DistContext

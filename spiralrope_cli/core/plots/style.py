@@ -10,9 +10,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spiralrope_cli.core.atomic import atomic_write
 from spiralrope_cli.core.config.plots import FORMATS
 from spiralrope_cli.core.errors import ConfigError, DataError
+from spiralrope_cli.core.storage import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from spiralrope_cli import __version__
-from spiralrope_cli.core.atomic import write_whole
 from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.models import RopeConfig, format_size
 from spiralrope_cli.core.config.nested import RUN_KINDS, build, read_config
@@ -46,6 +45,7 @@ from spiralrope_cli.core.runtime.run_folder import (
     SWEEP_FILE,
     read_json,
 )
+from spiralrope_cli.core.storage import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from spiralrope_cli.core.atomic import write_whole
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import (
     ConfigError,
@@ -28,6 +27,7 @@ from spiralrope_cli.core.errors import (
     refused_path,
 )
 from spiralrope_cli.core.runtime.progress import say
+from spiralrope_cli.core.storage import write_whole
 
 SHUTDOWN_SECONDS = 600
 """How long workers may take to write a checkpoint after a signal."""

@@ -30,9 +30,9 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from spiralrope_cli.core.atomic import write_whole
 from spiralrope_cli.core.config.nested import to_nested
 from spiralrope_cli.core.errors import ConfigError
+from spiralrope_cli.core.storage import write_whole
 
 if TYPE_CHECKING:
     from spiralrope_cli.core.config.dit_runs import TrainingRun

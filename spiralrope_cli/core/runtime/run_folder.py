@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
-from spiralrope_cli.core.atomic import write_whole
 from spiralrope_cli.core.config.class_folders import class_difference
 from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.nested import build, flat_values, read_config, to_nested
@@ -22,6 +21,7 @@ from spiralrope_cli.core.config.option import free_fields, leaves
 from spiralrope_cli.core.config.training import RUNS_FOLDER
 from spiralrope_cli.core.errors import CheckpointError, DiskError
 from spiralrope_cli.core.runtime.progress import human_size, say
+from spiralrope_cli.core.storage import write_whole
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"

@@ -19,8 +19,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_model
 from torch import nn
 
-from spiralrope_cli.core.atomic import flush, write_whole
-from spiralrope_cli.core.checksum import check_zip, read_safetensors, with_checksum
 from spiralrope_cli.core.errors import CheckpointError, is_disk_full
 from spiralrope_cli.core.runtime.run_folder import (
     CHECKPOINTS,
@@ -30,6 +28,13 @@ from spiralrope_cli.core.runtime.run_folder import (
     check_space,
     step_folder,
     steps_on_disk,
+)
+from spiralrope_cli.core.storage import (
+    check_zip,
+    flush,
+    read_safetensors,
+    with_checksum,
+    write_whole,
 )
 from spiralrope_cli.core.training.step import TrainState
 

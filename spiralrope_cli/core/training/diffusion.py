@@ -10,7 +10,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from spiralrope_cli.core.atomic import atomic_write
 from spiralrope_cli.core.config.dit_runs import DiTRun
 from spiralrope_cli.core.data.batches import dit_data
 from spiralrope_cli.core.data.images import image_grid, to_uint8
@@ -23,6 +22,7 @@ from spiralrope_cli.core.runtime import distributed, run_folder
 from spiralrope_cli.core.runtime.device import autocast
 from spiralrope_cli.core.runtime.distributed import DistContext
 from spiralrope_cli.core.runtime.seeds import NoisePerImage, generator_for
+from spiralrope_cli.core.storage import atomic_write
 from spiralrope_cli.core.training.loop import Task
 from spiralrope_cli.core.training.step import LossMeter, TrainState
 

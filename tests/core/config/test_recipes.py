@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from spiralrope_cli.core.config.fitting import fitted_batch
+from spiralrope_cli.core.config.recipes import fitted_batch
 from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.errors import ConfigError
 

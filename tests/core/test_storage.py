@@ -1,4 +1,4 @@
-"""A flipped bit anywhere in a file of ours is found, or changes nothing."""
+"""Files of ours are whole or absent, and a flipped bit anywhere is found or changes nothing."""
 
 from __future__ import annotations
 
@@ -10,10 +10,16 @@ import torch
 from comparing import same_tensors
 from safetensors.torch import load_file, save_file
 
-from spiralrope_cli.core.checksum import DamagedError, read_safetensors, with_checksum
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.load import build_network
+from spiralrope_cli.core.storage import (
+    DamagedError,
+    atomic_write,
+    read_safetensors,
+    with_checksum,
+    write_whole,
+)
 from spiralrope_cli.core.training import checkpoint
 from spiralrope_cli.core.training.step import TrainState
 from spiralrope_cli.core.weights import read_weights
@@ -106,3 +112,35 @@ def test_names_shapes_types_and_metadata_count(tmp_path):
         save_file(changed, path, said)
         with pytest.raises(DamagedError):
             read_safetensors(path)
+
+
+# --- Atomic writes
+
+
+@pytest.mark.parametrize("options", [{}, {"sole": True}, {"durable": True}])
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, options):
+    target = tmp_path / "figures.json"
+    write_whole(target, "old")
+
+    def fill_the_disk():
+        with atomic_write(target, **options) as beside:
+            beside.write_text("ne")
+            assert target.read_text() == "old"
+            raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        fill_the_disk()
+    assert {path: path.read_text() for path in tmp_path.iterdir()} == {target: "old"}
+    with atomic_write(target, **options) as beside:
+        beside.write_text("new")
+    assert {path: path.read_text() for path in tmp_path.iterdir()} == {target: "new"}
+
+
+def test_a_sole_writer_writes_over_what_a_killed_one_left(tmp_path):
+    with atomic_write(tmp_path / "large.npz", sole=True) as left:
+        left.write_text("whole")
+    left.write_text("half of another")
+    with atomic_write(tmp_path / "large.npz", sole=True) as beside:
+        assert beside == left
+        beside.write_text("again")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["again"]

@@ -1,31 +1,71 @@
-"""Files of ours that say what they should hold, so that a flipped bit is found when they are read.
+"""Files of ours: complete or absent, even if the process is killed, and with checksums.
 
 A `.safetensors` file has a CRC-32 in its metadata, of all else in it. What torch saves is a zip
-archive, which has one for each of its members.
+archive, which has one for each of its members. So a flipped bit is found when a file is read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors import safe_open
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-KEY = "crc32"
+CHECKSUM_KEY = "crc32"
 
 
 class DamagedError(ValueError):
     """A file does not hold what its checksum was made of."""
 
 
+@contextlib.contextmanager
+def atomic_write(path: Path, *, sole: bool = False, durable: bool = False) -> Iterator[Path]:
+    """Yields a temporary path in the same folder; at the end it is renamed to `path`.
+
+    After an error the temporary file is removed, and `path` is unchanged.
+
+    Args:
+        path: the file to create or replace; its folder must exist.
+        sole: no other process writes this file. The temporary name is then always the same, so
+            that the next run overwrites what a killed process left, perhaps gigabytes.
+        durable: wait until the content is on the disk: a rename alone may survive a power cut
+            without it.
+    """
+    beside = path.with_name(f".{path.name}.{'new' if sole else os.getpid()}")
+    try:
+        yield beside
+        if durable:
+            flush(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Waits until a file, or the list of names of a folder, is on the disk (fsync)."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_whole(path: Path, content: str | bytes, *, durable: bool = False) -> None:
+    """Writes a whole file atomically."""
+    with atomic_write(path, durable=durable) as beside:
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
 def with_checksum(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> dict[str, str]:
     """Metadata for a `.safetensors` file of these tensors, with the checksum of both."""
-    return {**metadata, KEY: _crc32(tensors, metadata)}
+    return {**metadata, CHECKSUM_KEY: _crc32(tensors, metadata)}
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -35,10 +75,12 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         DamagedError: the checksum is another one.
         OSError, SafetensorError: it cannot be read.
     """
+    from safetensors import safe_open
+
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    expected = metadata.get(KEY)
+    expected = metadata.get(CHECKSUM_KEY)
     if expected is not None and _crc32(tensors, metadata) != expected:
         raise DamagedError("its checksum is not the one in its metadata")
     return tensors, metadata
@@ -61,7 +103,9 @@ def check_zip(path: Path) -> None:
 
 def _crc32(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """CRC-32 of names, shapes, values and metadata: finds damage, ten times as fast as a disk."""
-    rest = {name: value for name, value in metadata.items() if name != KEY}
+    import torch
+
+    rest = {name: value for name, value in metadata.items() if name != CHECKSUM_KEY}
     value = zlib.crc32(json.dumps(rest, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
