@@ -11,7 +11,7 @@ import typer
 
 from spiralrope_cli import __version__
 from spiralrope_cli.commands.command import commands
-from spiralrope_cli.core.errors import SpiralRopeError, UnreadableImageError, refused_path
+from spiralrope_cli.core.errors import SpiralRopeError, UnreadableImageError, system_error
 from spiralrope_cli.core.runtime.launch import (
     is_first_process,
     joined_world_size,
@@ -69,8 +69,8 @@ def main() -> None:
     try:
         app(prog_name="spiralrope")
         return
-    except (SpiralRopeError, OSError) as caught:
-        error = refused_path(caught, "the output") if isinstance(caught, OSError) else caught
+    except Exception as caught:
+        error = caught if isinstance(caught, SpiralRopeError) else system_error(caught)
         if error is None or os.environ.get(DEBUG_VARIABLE):
             raise
         # Under torchrun or srun every process raises the same error, so the first one prints it.

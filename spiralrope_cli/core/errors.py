@@ -5,15 +5,19 @@ from __future__ import annotations
 import errno
 import os
 import re
+import resource
 from collections.abc import Sequence
 
-PLACE, NAME = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST), (errno.ENAMETOOLONG, errno.ELOOP)
-RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
-"""Errors of the operating system about a path that the user chose."""
-
-SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Messages of safetensors and torch for a write that failed because the disk is full.
-CUT_SHORT = re.compile(r"\(os error (27|28|122)\)|No space left|unexpected pos|file write failed")
+TEXTS = {
+    errno.ENOSPC: "No space left|unexpected pos|file write failed",
+    errno.ENOMEM: "(allocate|not enough|out of) memory",
+    errno.EMFILE: "Too many open files|received 0 items of ancdata",
+    errno.EAGAIN: "can't start new thread",
+    errno.ELOOP: "Symlink loop",
+    errno.ECONNRESET: "Connection (closed|reset)|Broken pipe|remote process exited",
+}
+"""Messages of Python, torch and safetensors for errors of the operating system without errno."""
+SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class SpiralRopeError(Exception):
@@ -82,23 +86,56 @@ def in_one(errors: Sequence[ConfigError]) -> ConfigError:
     return ConfigError("\n".join(str(each).replace("\n", "\n  ") for each in errors))
 
 
-def is_disk_full(error: Exception) -> bool:
-    """Whether the disk was full; some libraries give no errno, only text."""
-    return getattr(error, "errno", None) in SPACE or bool(CUT_SHORT.search(str(error)))
+def errno_of(error: BaseException) -> int | None:
+    """The errno of an error of the operating system, also if a library wraps it in text."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    if isinstance(error, MemoryError):
+        return errno.ENOMEM
+    text = str(error)
+    if found := re.search(r"(?:\[Errno |\(os error )(\d+)", text):
+        return int(found[1])
+    code = next((code for code, words in TEXTS.items() if re.search(words, text)), None)
+    # torch says the same of a full disk and of a file that may not grow.
+    limited = resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
+    return errno.EFBIG if code == errno.ENOSPC and limited else code
 
 
-def refused_path(error: OSError, out: str = "") -> SpiralRopeError | None:
-    """An error of the operating system about a path, as a message; None for any other error.
+def system_error(error: Exception, out: str = "") -> SpiralRopeError | None:
+    """The message for an error of the operating system; None for any other error.
 
-    Errors of a full disk often name no path: `out` is then named.
+    Many of them name no path: `out` is then named.
     """
-    path = out if error.filename is None else os.fsdecode(error.filename)
-    if path and is_disk_full(error):
-        hint = "free some; the same command then resumes"
-        return DiskError(f"no space left on the disk of {path}", hint)
-    if error.errno not in (*PLACE, *RIGHTS, *NAME) or error.filename is None:
-        return None
-    return SpiralRopeError(f"{path}: {os.strerror(error.errno)}")
+    if isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error):
+        return dead_loader(error)
+    named = re.search(r"(?:from|:) '(.+)'", str(error))
+    path = os.fsdecode(getattr(error, "filename", None) or (named[1] if named else ""))
+    where = path or out or "the output"
+    match errno_of(error):
+        case None:
+            return None
+        case code if code in SPACE:
+            hint = "free some; the same command then resumes"
+            return DiskError(f"no space left on the disk of {where}", hint)
+        case errno.EFBIG:
+            hint = "raise that limit; the same command then resumes"
+            return DiskError(f"a file reached the size limit (ulimit -f): {where}", hint)
+        case errno.EMFILE | errno.ENFILE:
+            hint = "raise that limit, or use fewer --workers"
+            return SpiralRopeError("too many files are open (ulimit -n)", hint)
+        case errno.EAGAIN:
+            hint = "raise that limit, or use fewer --workers and --nproc"
+            return SpiralRopeError("no more processes or threads can start (ulimit -u)", hint)
+        case errno.ENOMEM:
+            asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
+            hint = "try a smaller --batch-size or --micro-batch-size, or fewer --workers"
+            return SpiralRopeError("out of memory" + (f": {asked[1]} more" if asked else ""), hint)
+        case errno.ECONNRESET if not isinstance(error, OSError):
+            hint = "it was killed, or the network failed: see its own output"
+            return LaunchError("the connection to another process was lost", hint)
+        case code:
+            reason = getattr(error, "strerror", None) or os.strerror(code)
+            return SpiralRopeError(f"{path}: {reason}" if path else reason)
 
 
 def dead_loader(error: Exception) -> DataError | None:
@@ -107,7 +144,7 @@ def dead_loader(error: Exception) -> DataError | None:
     torch raises it from a signal handler, so any line may raise it.
     """
     message = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if isinstance(error, RuntimeError) and "DataLoader worker" not in message:
+    if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in message:
         return None
     hint = "often the system ran out of memory: try fewer --workers"
     return DataError(f"a data loader worker died: {message}", hint)

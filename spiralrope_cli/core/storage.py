@@ -11,9 +11,9 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +44,10 @@ def atomic_write(path: Path, *, sole: bool = False, durable: bool = False) -> It
         if durable:
             flush(beside)
         os.replace(beside, path)
+    except OSError as error:
+        if error.errno and error.filename in (None, str(beside), beside):  # a full disk names none
+            error.filename = str(path)
+        raise
     finally:
         beside.unlink(missing_ok=True)
 
@@ -61,6 +65,14 @@ def write_whole(path: Path, content: str | bytes, *, durable: bool = False) -> N
     """Writes a whole file atomically."""
     with atomic_write(path, durable=durable) as beside:
         beside.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def parse(text: str | bytes, read: Callable[[Any], Any] = json.loads) -> Any:
+    """What JSON holds, or YAML by its `read`; ValueError also if it is nested too deeply."""
+    try:
+        return read(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def with_checksum(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> dict[str, str]:

@@ -7,7 +7,6 @@ with a wrong `rotate` the weights would load without an error.
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ from spiralrope_cli.core.infer import (
     is_dit_state,
     trained_rope,
 )
-from spiralrope_cli.core.storage import DamagedError, read_safetensors
+from spiralrope_cli.core.storage import DamagedError, parse, read_safetensors
 
 LABELS = "y_embedder.embedding_table.weight"
 # Arguments of `create_model` besides arch and rope: of a DeiT (False), of a DiT (True).
@@ -171,7 +170,7 @@ def _from_own_layout(
 ) -> Weights:
     """Safetensors of a run, or exported; the config is in the metadata."""
     try:
-        config = json.loads(metadata["config"])
+        config = parse(metadata["config"])
         config = renamed(config, DiTRun if is_dit(config["arch"]) else ClassifierRun)
         arch, model = config["arch"], config["model"]
         trained = RopeConfig(**config["rope"])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import random
 import shutil
 
 import pytest
 import torch
+import yaml
 from comparing import same_tensors
 from safetensors.torch import load_file, save_file
 
@@ -16,6 +19,7 @@ from spiralrope_cli.core.load import build_network
 from spiralrope_cli.core.storage import (
     DamagedError,
     atomic_write,
+    parse,
     read_safetensors,
     with_checksum,
     write_whole,
@@ -144,3 +148,19 @@ def test_a_sole_writer_writes_over_what_a_killed_one_left(tmp_path):
         assert beside == left
         beside.write_text("again")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["again"]
+
+
+def test_an_error_names_the_file_that_was_to_be_written(tmp_path):
+    with pytest.raises(OSError, match="No space") as full, atomic_write(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert full.value.filename == str(tmp_path / "a")
+    with pytest.raises(FileNotFoundError) as missing:
+        write_whole(tmp_path / "nowhere" / "a", "text")
+    assert missing.value.filename == str(tmp_path / "nowhere" / "a")
+
+
+@pytest.mark.parametrize("read", [json.loads, yaml.safe_load])
+def test_what_is_nested_without_end_is_damaged(read):
+    assert parse('{"a": [1]}', read) == {"a": [1]}
+    with pytest.raises(ValueError, match="nested too deeply"):
+        parse("[" * 20_000, read)

@@ -11,7 +11,6 @@ A cache is complete when it has all shards of its plan.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from spiralrope_cli.core.config.option import DATA, MACHINE, PATH, RUN, Opt, che
 from spiralrope_cli.core.config.own_folders import own_folder, refuse_own
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError, DataError
+from spiralrope_cli.core.storage import parse
 
 VAE_NAMES = ("ema", "mse")
 VAE_FACTOR = 8
@@ -261,7 +261,7 @@ def _read_header(path: Path) -> Shard:
         shapes = [tuple(file.get_slice(name).get_shape()) for name in TENSORS]
     if not metadata:
         raise ValueError("it is not a shard of latents, or is of another version")
-    values = json.loads(metadata)
+    values = parse(metadata)
     plan = values["plan"]
     for name in ("class_names", "image_size"):
         plan[name] = tuple(plan[name])

@@ -17,6 +17,7 @@ from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
 from spiralrope_cli.core.config.option import leaves, read_values, renamed_fields
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.errors import ConfigError
+from spiralrope_cli.core.storage import parse
 
 RUN_KINDS: dict[str, type[TrainingRun]] = {
     **dict.fromkeys(("pretrain", "finetune"), ClassifierRun),
@@ -29,10 +30,10 @@ def read_config(path: Path, kind: type[TrainingRun] | None = None) -> dict[str, 
     import yaml
 
     try:
-        nested = yaml.safe_load(path.read_text())
+        nested = parse(path.read_text(), yaml.safe_load)
     except OSError as error:
         raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"--config {path} is not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(nested, dict):
         raise ConfigError(f"--config {path} is not a config of a run")

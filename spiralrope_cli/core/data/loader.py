@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import DataError, UnreadableImageError, dead_loader
@@ -240,6 +240,9 @@ def load(
 
 
 def _as_it_is(batch: Batch) -> Batch:
+    if get_worker_info():  # an error in the thread that sends it would be lost, and this would wait
+        for tensor in (batch.images, batch.labels):
+            tensor.share_memory_()
     return batch
 
 

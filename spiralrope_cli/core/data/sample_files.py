@@ -34,7 +34,7 @@ from spiralrope_cli.core.runtime.run_folder import (
     differences,
     refuse_run,
 )
-from spiralrope_cli.core.storage import atomic_write, flush, write_whole
+from spiralrope_cli.core.storage import atomic_write, flush, parse, write_whole
 
 METADATA_FILE, PART_FILE, DONE_FILE = "samples.json", "samples.npz.part", "samples.done"
 PNG_FOLDER = "png"
@@ -227,7 +227,7 @@ def npz_metadata(npz: Path) -> dict[str, Any]:
     """Metadata of the samples in an `.npz`; empty if it has none."""
     try:
         with zipfile.ZipFile(npz) as archive:
-            return dict(json.loads(archive.comment or b"{}"))
+            return dict(parse(archive.comment or b"{}"))
     except (OSError, ValueError, TypeError, zipfile.BadZipFile):
         return {}
 
@@ -238,7 +238,7 @@ def read_metadata(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(parse(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read", "choose another --out") from error
 

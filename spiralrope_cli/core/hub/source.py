@@ -6,7 +6,6 @@ waits for this file.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from spiralrope_cli.core.runtime.run_folder import (
     step_folder,
     steps_on_disk,
 )
+from spiralrope_cli.core.storage import parse
 
 FILE_SUFFIXES = (*PUBLISHED_SUFFIXES, ".bin", ".safetensors")
 CLASSIFIERS = ("pretrain", "finetune")
@@ -98,7 +98,7 @@ def best_step(run: Path) -> int:
     """Step of the best checkpoint of a run."""
     pointer = run / CHECKPOINTS / "best.json"
     try:
-        step = int(json.loads(pointer.read_text())["step"])
+        step = int(parse(pointer.read_text())["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{run} has no best checkpoint yet", "leave --best out") from error
     if step not in steps_on_disk(run):
@@ -146,7 +146,7 @@ class VaeFiles:
     @property
     def scale(self) -> float:
         """Factor of the latents for a DiT."""
-        config = json.loads((self.folder / VAE_CONFIG).read_text())
+        config = parse((self.folder / VAE_CONFIG).read_text())
         return float(config.get("scaling_factor", LATENT_SCALE))
 
     def sha256(self) -> str:
@@ -184,7 +184,7 @@ def _checked(files: VaeFiles) -> VaeFiles:
         if not (files.folder / name).is_file():
             raise CheckpointError(f"--vae {files.given}: {files.folder} has no {name}", layout)
     try:
-        config = json.loads(path.read_text())
+        config = parse(path.read_text())
         # Missing keys have the defaults of diffusers.
         kind = config.get("_class_name", "AutoencoderKL")
         pixels, back = config.get("in_channels", 3), config.get("out_channels", 3)

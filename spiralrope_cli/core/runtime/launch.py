@@ -23,14 +23,18 @@ from spiralrope_cli.core.errors import (
     ConfigError,
     LaunchError,
     SpiralRopeError,
-    dead_loader,
-    refused_path,
+    system_error,
 )
 from spiralrope_cli.core.runtime.progress import say
 from spiralrope_cli.core.storage import write_whole
 
 SHUTDOWN_SECONDS = 600
 """How long workers may take to write a checkpoint after a signal."""
+
+MENDABLE, BUG, LOST = range(3)
+"""Kinds of errors of workers: a cause comes before its consequences."""
+LOST_SECONDS = 5
+"""Before a worker leaves that has lost the connection to another one."""
 
 ERROR_FOLDER_VARIABLE = "SPIRALROPE_ERROR_FOLDER"
 
@@ -134,13 +138,11 @@ def launch(work: Callable[[Any], None], run: Launched) -> None:
 def _call(work: Callable[[Any], None], run: Launched) -> None:
     try:
         work(run)
-    except OSError as error:
-        if refused := refused_path(error, run.out):
-            raise refused from error
+    except SpiralRopeError:
         raise
-    except RuntimeError as error:
-        if died := dead_loader(error):
-            raise died from error
+    except Exception as error:
+        if refused := system_error(error, run.out):
+            raise refused from error
         raise
 
 
@@ -211,14 +213,19 @@ def _worker_main(work: Callable[[Any], None], run: Launched) -> None:
         _call(work, run)
         return
     except SpiralRopeError as error:
-        _leave_error(error)
+        lost = isinstance(error, LaunchError)
+        _leave_error(error, LOST if lost else MENDABLE)
         code = error.exit_code
+        if lost:  # let the launcher first see which worker was killed
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(LOST_SECONDS)
     except (KeyboardInterrupt, SystemExit):
         raise
     except Exception:  # noqa: BLE001 - the parent shows the traceback of a bug, once
         import traceback
 
-        _leave_error(LaunchError(f"worker {os.environ.get('RANK')} failed", traceback.format_exc()))
+        failed = f"worker {os.environ.get('RANK')} failed"
+        _leave_error(LaunchError(failed, traceback.format_exc()), BUG)
         code = 1
     leave_at_once(code)
 
@@ -234,31 +241,31 @@ def leave_at_once(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _leave_error(error: SpiralRopeError) -> None:
+def _leave_error(error: SpiralRopeError, kind: int) -> None:
     path = Path(os.environ[ERROR_FOLDER_VARIABLE]) / f"{os.environ.get('RANK', '0')}.json"
     report = {
         "time": time.time(),
         "message": error.message,
         "hint": error.hint,
         "exit_code": error.exit_code,
-        "is_bug": isinstance(error, LaunchError),
+        "kind": kind,
     }
     with contextlib.suppress(OSError):
         write_whole(path, json.dumps(report))  # the parent may end this process at any moment
 
 
 def _raise_first(folder: Path, failed: Any) -> None:
-    """Raises the first error of a worker; bugs, which may be its consequences, come last."""
+    """Raises the first error of a worker; what may be its consequence comes last."""
     reports = sorted(
         (json.loads(path.read_text()) for path in folder.glob("*.json")),
-        key=lambda each: (each["is_bug"], each["time"]),
+        key=lambda each: (each["kind"], each["time"]),
     )
-    if reports:
+    rank, failure = failed.get_first_failure()
+    code = failure.exitcode
+    if reports and not (code < 0 and reports[0]["kind"] != MENDABLE):
         error = SpiralRopeError(reports[0]["message"], reports[0]["hint"])
         error.exit_code = reports[0]["exit_code"]
         raise error from None
-    rank, failure = failed.get_first_failure()
-    code = failure.exitcode
     if code in (130, 143):
         sys.exit(code)
     if code < 0:

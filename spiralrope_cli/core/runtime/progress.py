@@ -7,6 +7,7 @@ elsewhere. Only the first process of a run prints and logs.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 import math
@@ -32,7 +33,7 @@ from rich.text import Text
 
 from spiralrope_cli.core.config.nested import to_nested
 from spiralrope_cli.core.errors import ConfigError
-from spiralrope_cli.core.storage import write_whole
+from spiralrope_cli.core.storage import parse, write_whole
 
 if TYPE_CHECKING:
     from spiralrope_cli.core.config.dit_runs import TrainingRun
@@ -41,6 +42,12 @@ SECONDS = 30.0
 """Between progress lines, without a terminal."""
 
 METRICS_FILE = "metrics.jsonl"
+LOGGED = ("step", "epoch", "loss", "lr", "images_per_s")
+VALIDATED = (
+    *("step", "epoch", "acc1", "acc5", "val_loss"),
+    *("ema_acc1", "ema_acc5", "ema_val_loss", "count"),
+)
+"""Keys of a log point, and of a validation."""
 SHOWN = {
     "lr": "lr {:.3g}",
     "loss": "loss {:.4f}",
@@ -221,13 +228,28 @@ class Reporter:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All lines of `metrics.jsonl`, without lines that a crash cut off."""
+    """The lines of `metrics.jsonl`; a note counts those that a crash damaged."""
     path = folder / METRICS_FILE
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(line))
+    there = path.read_bytes().splitlines() if path.exists() else []
+    lines = [line for line in map(_whole_line, there) if line]
+    if len(lines) < len(there):
+        _note_damaged(path, len(there) - len(lines))
     return lines
+
+
+def _whole_line(line: bytes) -> dict[str, Any]:
+    """One line; empty if it is damaged."""
+    with contextlib.suppress(ValueError, TypeError, AttributeError):
+        found = parse(line)
+        whole = any(set(keys) <= found.keys() for keys in (LOGGED, VALIDATED))
+        if whole and all(abs(value) < math.inf for value in found.values()):
+            return dict(found)
+    return {}
+
+
+@functools.cache  # a command reads the file several times
+def _note_damaged(path: Path, count: int) -> None:
+    say(f"note: {path}: {count} damaged line(s) are passed over")
 
 
 def best_validation(validations: Iterable[dict[str, Any]]) -> dict[str, Any]:

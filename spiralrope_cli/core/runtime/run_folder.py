@@ -21,7 +21,7 @@ from spiralrope_cli.core.config.option import free_fields, leaves
 from spiralrope_cli.core.config.training import RUNS_FOLDER
 from spiralrope_cli.core.errors import CheckpointError, DiskError
 from spiralrope_cli.core.runtime.progress import human_size, say
-from spiralrope_cli.core.storage import write_whole
+from spiralrope_cli.core.storage import parse, write_whole
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -202,8 +202,8 @@ def hold_folder(folder: Path) -> Iterator[IO[str]]:
         except OSError as error:
             raise CheckpointError(f"{folder} cannot be locked: {error.strerror}") from error
         lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+        with contextlib.suppress(OSError):  # a full disk: what is needed later says it
+            os.write(lock.fileno(), str(os.getpid()).encode())
         yield lock
 
 
@@ -224,7 +224,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The content of a JSON file; empty if it is missing or damaged."""
     with contextlib.suppress(OSError, ValueError):
-        content = json.loads(path.read_text())
+        content = parse(path.read_text())
         return content if isinstance(content, dict) else {}
     return {}
 
@@ -237,7 +237,7 @@ def read_rows(path: Path, *, strict: bool = False) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        rows = json.loads(path.read_text())["rows"]
+        rows = parse(path.read_text())["rows"]
         if not all(isinstance(each, dict) for each in rows):
             raise TypeError("it holds no list of rows")
         return list(rows)

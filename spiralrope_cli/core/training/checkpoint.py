@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_model
 from torch import nn
 
-from spiralrope_cli.core.errors import CheckpointError, is_disk_full
+from spiralrope_cli.core.errors import SPACE, CheckpointError, errno_of, system_error
 from spiralrope_cli.core.runtime.run_folder import (
     CHECKPOINTS,
     EMA_FILE,
@@ -94,12 +94,13 @@ def _write(folder: Path, state: TrainState, metadata: dict[str, str]) -> None:
 
 def _cannot_write(path: Path, error: Exception) -> CheckpointError:
     free = shutil.disk_usage(path.parent).free
-    if is_disk_full(error) or free < 2**20:
+    if errno_of(error) in SPACE or free < 2**20:
         return CheckpointError(
             f"no space left for checkpoint {path} ({free / 2**20:.0f} MiB free)",
             "free some, or choose another --out; the same command then resumes",
         )
-    return CheckpointError(f"checkpoint {path} could not be written: {_first_line(error)}")
+    told = system_error(error, path.name) or CheckpointError(_first_line(error))
+    return CheckpointError(f"checkpoint {path} could not be written: {told.message}", told.hint)
 
 
 def _first_line(error: Exception) -> str:

@@ -9,6 +9,7 @@ import pytest
 from spiralrope_cli.core.errors import ConfigError, DataError
 from spiralrope_cli.core.plots.curves import curves_figure
 from spiralrope_cli.core.plots.style import save_figure
+from spiralrope_cli.core.runtime.progress import VALIDATED
 
 
 @pytest.fixture
@@ -24,8 +25,9 @@ def logged(tmp_path):
             values.update({"vb": 0.5 / step} if dit else {})
             lines.append({"step": step, "epoch": step / 2, **values})
             if not dit:
-                measured = {"acc1": 10.0 * step, "ema_acc1": 9.0 * step, "val_loss": 2 / step}
-                lines.append({"step": step, "epoch": step / 2, **measured})
+                measured = dict.fromkeys(VALIDATED, 0.0)
+                measured |= {"acc1": 10.0 * step, "ema_acc1": 9.0 * step, "val_loss": 2 / step}
+                lines.append({**measured, "step": step, "epoch": step / 2})
         content = "".join(json.dumps(line) + "\n" for line in lines)
         (folder / "metrics.jsonl").write_text(content + '{"step": 8, "lo')
         return folder

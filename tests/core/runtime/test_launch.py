@@ -1,10 +1,21 @@
 from __future__ import annotations
 
+import json
 import os
+from types import SimpleNamespace
 
 import pytest
 
-from spiralrope_cli.core.runtime.launch import cores_per_process
+from spiralrope_cli.core.errors import SpiralRopeError
+from spiralrope_cli.core.runtime import launch
+from spiralrope_cli.core.runtime.launch import (
+    BUG,
+    ERROR_FOLDER_VARIABLE,
+    LOST,
+    MENDABLE,
+    _raise_first,
+    cores_per_process,
+)
 
 
 @pytest.mark.parametrize(("processes", "cores"), [("1", 6), ("4", 1), ("9", 1)])
@@ -13,3 +24,51 @@ def test_processes_share_the_cores_where_no_one_tells_which_they_are(monkeypatch
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
     assert cores_per_process() == cores
+
+
+@pytest.fixture
+def failed(tmp_path):
+    """What the launcher raises: worker 1 ended first, with this code; reports of the others."""
+
+    def make(exitcode, **reports):
+        for name, (message, kind) in reports.items():
+            report = {"message": message, "hint": "", "exit_code": 1, "kind": kind, "time": 1}
+            (tmp_path / f"{name}.json").write_text(json.dumps(report))
+        first = SimpleNamespace(exitcode=exitcode)
+        return tmp_path, SimpleNamespace(get_first_failure=lambda: (1, first))
+
+    return make
+
+
+CLOSED = "the connection to another process was lost"
+
+
+@pytest.mark.parametrize(
+    ("exitcode", "reports", "message"),
+    [
+        (-9, {}, "worker 1 was killed by SIGKILL"),
+        (-11, {"r0": (CLOSED, LOST)}, "worker 1 was killed by SIGSEGV"),
+        (-9, {"r0": ("image a.png cannot be read", MENDABLE)}, "image a.png cannot be read"),
+        (1, {"r0": (CLOSED, LOST), "r1": ("worker 1 failed", BUG)}, "worker 1 failed"),
+        (3, {}, "worker 1 ended with exit code 3"),
+    ],
+)
+def test_who_was_killed_comes_before_what_the_others_lost(failed, exitcode, reports, message):
+    with pytest.raises(SpiralRopeError) as raised:
+        _raise_first(*failed(exitcode, **reports))
+    assert raised.value.message == message
+
+
+def test_a_worker_that_lost_another_one_leaves_after_it(monkeypatch, tmp_path):
+    def lose(run):
+        raise RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:4711")
+
+    waited, left = [], []
+    monkeypatch.setenv(ERROR_FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(launch.time, "sleep", waited.append)
+    monkeypatch.setattr(launch.signal, "signal", lambda *handler: None)
+    monkeypatch.setattr(launch, "leave_at_once", left.append)
+    launch._worker_main(lose, SimpleNamespace(out="runs/one"))
+    [report] = [json.loads(path.read_text()) for path in tmp_path.iterdir()]
+    assert (report["message"], report["kind"]) == (CLOSED, LOST)
+    assert (waited, left) == ([launch.LOST_SECONDS], [1])

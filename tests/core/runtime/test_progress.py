@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import math
 import re
 
@@ -11,7 +12,13 @@ import pytest
 from rich.progress import Progress
 
 from spiralrope_cli.core.runtime import progress
-from spiralrope_cli.core.runtime.progress import Reporter, human_size, read_metrics
+from spiralrope_cli.core.runtime.progress import (
+    METRICS_FILE,
+    Reporter,
+    forget_after,
+    human_size,
+    read_metrics,
+)
 
 
 @pytest.fixture
@@ -90,3 +97,31 @@ def test_a_bar_does_not_stay_below_the_line_that_says_why_it_stopped(tiny):
     with contextlib.suppress(SystemExit), stopped:
         raise SystemExit(130)
     assert (ended._live.transient, stopped._live.transient) == (False, True)
+
+
+LINE = {"step": 2, "epoch": 0.5, "loss": 0.5, "lr": 0.1, "images_per_s": 9.0}
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        b'{"step": 4, "epo',
+        b"\x00\x00\xff\xfe\x93NUMPY",
+        b"[1, 2]",
+        b"4",
+        b"{}",
+        b'{"step": 4, "time": 1.0}',
+        json.dumps({**LINE, "loss": None}).encode(),
+        json.dumps({**LINE, "loss": math.nan}).encode(),
+        json.dumps({**LINE, "step": "two"}).encode(),
+        b'{"a":' * 20_000,
+    ],
+)
+def test_damaged_lines_are_passed_over_and_counted_once(damaged, runs, capsys):
+    lines = [json.dumps(LINE).encode(), damaged, json.dumps({**LINE, "step": 6}).encode(), damaged]
+    (runs / METRICS_FILE).write_bytes(b"\n".join(lines))
+    for _ in range(2):
+        assert read_metrics(runs) == [LINE, {**LINE, "step": 6}]
+    assert capsys.readouterr().err.count("metrics.jsonl: 2 damaged line(s) are passed over") == 1
+    forget_after(runs, 4)
+    assert (runs / METRICS_FILE).read_text() == json.dumps(LINE) + "\n"
