@@ -15,7 +15,7 @@ ALWAYS = {"errors", "config", "storage"}
 MAY_IMPORT = {
     "errors": set(),
     "storage": set(),
-    "config": {"errors"},
+    "config": {"errors", "storage"},
     "runtime": ALWAYS,
     "kernels": set(),
     "rope": ALWAYS | {"kernels"},
