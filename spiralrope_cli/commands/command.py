@@ -5,10 +5,11 @@ Imports nothing slow, because every help page and completion imports it.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -18,7 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from spiralrope_cli.commands import completion
 from spiralrope_cli.core.config.models import size
-from spiralrope_cli.core.config.option import PANELS, Leaf, Opt, in_words, leaves, read_values
+from spiralrope_cli.core.config.option import PANELS, Opt, in_words, leaves, read_values
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.runtime.launch import is_first_process
 
@@ -146,13 +147,13 @@ def command(
         defaults: field -> default in the help, if not that of the field.
         cls: class of the command.
     """
-    known = {n: leaf for kind in kinds for n, leaf in leaves(kind).items() if n not in leave_out}
-    with_option = [(leaf, leaf.opt) for leaf in known.values() if leaf.opt]
-    arguments = [pair for pair in with_option if pair[1].argument]
-    options = sorted(
-        (pair for pair in with_option if not pair[1].argument),
-        key=lambda pair: PANELS.index(pair[1].panel),
-    )
+    known = {
+        name: dataclasses.replace(opt, help=words.get(name, opt.help))
+        for kind in kinds
+        for name, opt in leaves(kind).items()
+        if opt.help and name not in leave_out
+    }
+    shown = sorted(known.values(), key=lambda opt: -1 if opt.argument else PANELS.index(opt.panel))
 
     def register(function: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
         def call(ctx: typer.Context, **values: Any) -> None:
@@ -162,29 +163,23 @@ def command(
             ]
             given: dict[str, Any] = {}
             for parameter in typed:
-                leaf = known[name := parameter.removeprefix(FORMERLY)]
-                if name != parameter and leaf.opt and name in typed:
-                    raise ConfigError(
-                        f"{leaf.opt.was} is now {leaf.called}, and both are given", "give one"
-                    )
-                if name != parameter and leaf.opt and is_first_process():
-                    typer.echo(f"note: {leaf.opt.was} is now {leaf.called}", err=True)
+                opt = known[name := parameter.removeprefix(FORMERLY)]
+                if name != parameter:
+                    note = f"{opt.was} is now {opt.called}"
+                    if name in typed:
+                        raise ConfigError(f"{note}, and both are given", "give one")
+                    if is_first_process():
+                        typer.echo(f"note: {note}", err=True)
                 given[name] = values[parameter]
-            given = read_values(known, given)
             try:
-                function(given)
+                function(read_values(known, given))
             except KeyboardInterrupt:  # Typer would exit without a message
                 if is_first_process():
                     typer.echo("interrupted", err=True)
                 raise
 
         context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-        said = []
-        for leaf, opt in [*arguments, *options]:
-            said.append(
-                _parameter(leaf, opt, words.get(leaf.name, opt.help), defaults.get(leaf.name))
-            )
-            said += [_former(leaf, opt)] if opt.was else []
+        said = [each for opt in shown for each in _parameters(opt, defaults.get(opt.name))]
         call.__signature__ = inspect.Signature([context, *said])  # type: ignore[attr-defined]
         call.__annotations__ = {}  # Typer would evaluate these too
         # Typer would keep the line breaks inside of a paragraph.
@@ -197,49 +192,42 @@ def command(
     return register
 
 
-def _parameter(leaf: Leaf, opt: Opt, words: str, default: str | None) -> inspect.Parameter:
-    """The Typer parameter of a field; a string, because `Leaf.read` converts all values."""
-    kind: Any = bool if leaf.hint is bool else list[str] if opt.many else str
-    usual = "WORD" if leaf.choices else PLACEHOLDERS.get(leaf.hint)
+def _parameters(opt: Opt, default: str | None) -> Iterator[inspect.Parameter]:
+    """What Typer gets for an option and its old name: strings, as `Opt.convert` reads them."""
+    kind: Any = bool if opt.hint is bool else list[str] if opt.many else str
+    usual, words = PLACEHOLDERS.get(opt.hint), opt.help
     complete = getattr(completion, opt.complete or "paths")
-    if leaf.choices:
-        words += f" ({', '.join(leaf.choices)})"
-        complete = completion.choices(*leaf.choices)
-    required = opt.required or (opt.argument and leaf.default is MISSING)
+    if opt.choices:
+        usual, complete = "WORD", completion.choices(*opt.choices)
+        words += f" ({', '.join(opt.choices)})"
+    shown = _default(opt) if default is None else default
+    if shown and not opt.argument:
+        words += f" [dim]\\[{shown}][/dim]"
     said: dict[str, Any] = {
+        "help": words,
         "metavar": opt.metavar or usual,
         "show_default": False,
         "autocompletion": complete,
+        "rich_help_panel": opt.panel or None,
     }
-    if opt.argument:
-        parameter = typer.Argument(help=words, **said)
-    else:
-        shown = _default(leaf, opt) if default is None else default
-        words += f" [dim]\\[{shown}][/dim]" if shown else ""
-        flag = opt.flag or "--" + leaf.name.replace("_", "-")
-        parameter = typer.Option(flag, help=words, rich_help_panel=opt.panel, **said)
-    return inspect.Parameter(
-        leaf.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=inspect.Parameter.empty if required else None,
-        annotation=Annotated[kind if required else kind | None, parameter],
-    )
+    made = typer.Argument(**said) if opt.argument else typer.Option(opt.flag, **said)
+    parameters = {opt.name: made}
+    if opt.was:
+        parameters[FORMERLY + opt.name] = typer.Option(opt.was, hidden=True, **said)
+    required = opt.required or (opt.argument and opt.default is MISSING)
+    for name, parameter in parameters.items():
+        yield inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if required else None,
+            annotation=Annotated[kind if required else kind | None, parameter],
+        )
 
 
-def _former(leaf: Leaf, opt: Opt) -> inspect.Parameter:
-    """The old name of an option, hidden in the help."""
-    option = typer.Option(
-        opt.was, hidden=True, help=f"Now {leaf.called}.", metavar="X", rich_help_panel=opt.panel
-    )
-    annotation = Annotated[str | None, option]
-    name, kind = FORMERLY + leaf.name, inspect.Parameter.KEYWORD_ONLY
-    return inspect.Parameter(name, kind, default=None, annotation=annotation)
-
-
-def _default(leaf: Leaf, opt: Opt) -> str:
+def _default(opt: Opt) -> str:
     """The default of a field for the help; empty if there is none."""
-    default: Any = leaf.default
-    if default in (MISSING, None) or (not default and leaf.hint is not float):
+    default: Any = opt.default
+    if default in (MISSING, None) or (not default and opt.hint is not float):
         return ""
     if isinstance(default, tuple) and opt.read is not size:
         return ",".join(map(in_words, default))

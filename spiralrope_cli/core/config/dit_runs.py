@@ -40,7 +40,7 @@ class DiTModelConfig:
 
     input_size: tuple[int, int]  # of the latents; without a VAE of the image
     in_chans: int
-    num_classes: Annotated[int, "the number of classes"]  # without the null class
+    num_classes: Annotated[int, Opt(called="the number of classes")]  # without the null class
     class_dropout_prob: Annotated[
         float,
         Opt(
@@ -158,7 +158,7 @@ class DiTRun:
         ),
     ]
     seed: Annotated[int, Opt("Seed of weights, data order, timesteps and noise.", RUN, ge=0)]
-    num_train: Annotated[int, "the number of training images"]
+    num_train: Annotated[int, Opt(called="the number of training images")]
     source: Annotated[
         str,
         Opt(

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, NamedTuple
 
-from spiralrope_cli.core.config.option import MODEL, ROPE, Opt, check_fields, document
+from spiralrope_cli.core.config.option import MODEL, ROPE, Opt, check_fields, leaves
 from spiralrope_cli.core.errors import ConfigError
 
 
@@ -181,7 +181,6 @@ MIN_FREQ_IS_SET = 1e-6
 """`min_freq_lang` below this means "not given": the lowest frequency then follows from theta."""
 
 
-@document
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
     """Options of Spiral RoPE (arXiv 2602.03227), with their published names."""
@@ -302,6 +301,9 @@ class RopeConfig:
         )
 
 
+RopeConfig.__doc__ = f"{RopeConfig.__doc__}\n\nAttributes:\n" + "\n".join(
+    f"    {name} ({opt.default!r}): {opt.help}" for name, opt in leaves(RopeConfig).items()
+)
 BY_WEIGHTS = dict.fromkeys(RopeConfig.__dataclass_fields__, "")
 """Defaults in the help of commands where the weights decide: none."""
 

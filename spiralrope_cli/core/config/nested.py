@@ -47,14 +47,12 @@ def read_config(path: Path, kind: type[TrainingRun] | None = None) -> dict[str, 
 
 def renamed(nested: dict[str, Any], kind: type) -> dict[str, Any]:
     """A nested config with old names replaced by new ones."""
-    hints, names, found = typing.get_type_hints(kind), renamed_fields(kind), {}
+    names, found = renamed_fields(kind), {}
     for key, value in nested.items():
-        group = hints.get(name := names.get(key, key))
-        inner = isinstance(value, dict) and dataclasses.is_dataclass(group)
-        if name in found:
+        if (name := names.get(key, key)) in found:
             was = next(old for old in nested if names.get(old) == name)
             raise ConfigError(f"config keys {was!r} and {name!r} are one", f"leave {was!r} out")
-        found[name] = renamed(value, typing.cast(type, group)) if inner else value
+        found[name] = renamed(value, kind) if isinstance(value, dict) else value
     return found
 
 
@@ -63,26 +61,24 @@ def flatten(
 ) -> dict[str, Any]:
     """Flat values by field name; for an unknown key the error suggests the nearest."""
     hints, known = typing.get_type_hints(kind), known or list(leaves(kind))
+    groups: dict[str, Any] = {
+        n: hint for n, hint in hints.items() if dataclasses.is_dataclass(hint)
+    }
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         if key not in hints:
-            raise ConfigError(f"config key {key!r} is unknown", _nearest(key, hints, known))
-        if dataclasses.is_dataclass(hints[key]):
-            if not isinstance(value, dict):
-                raise ConfigError(f"config key {key!r} must hold a group of values")
-            flat.update(flatten(value, typing.cast(type, hints[key]), known))
-        else:
+            near = difflib.get_close_matches(str(key), [*({*known} - {key}), *hints], n=1)
+            hint = f"did you mean {near[0]!r}?" if near else ""
+            if home := [name for name, group in groups.items() if key in leaves(group)]:
+                hint = f"it belongs in the group {home[0]}:"
+            raise ConfigError(f"config key {key!r} is unknown", hint)
+        if key not in groups:
             flat[key] = value
+        elif isinstance(value, dict):
+            flat.update(flatten(value, groups[key], known))
+        else:
+            raise ConfigError(f"config key {key!r} must hold a group of values")
     return flat
-
-
-def _nearest(key: Any, hints: dict[str, Any], known: Collection[str]) -> str:
-    """A hint for an unknown key."""
-    groups = [name for name, hint in hints.items() if dataclasses.is_dataclass(hint)]
-    if group := next((name for name in groups if key in leaves(hints[name])), ""):
-        return f"it belongs in the group {group}:"
-    near = difflib.get_close_matches(str(key), [*(set(known) - {key}), *hints], n=1)
-    return f"did you mean {near[0]!r}?" if near else ""
 
 
 def flat_values(config: Any) -> dict[str, Any]:
@@ -107,7 +103,7 @@ def build(kind: type, values: dict[str, Any]) -> Any:
         if dataclasses.is_dataclass(hints[each.name]):
             arguments[each.name] = build(typing.cast(type, hints[each.name]), values)
         elif each.name in values:
-            arguments[each.name] = known[each.name].read(values[each.name])
+            arguments[each.name] = known[each.name].convert(values[each.name])
         elif each.default is each.default_factory is dataclasses.MISSING:
             raise ConfigError(
                 f"the config has no {each.name}", "it is of another version of spiralrope"

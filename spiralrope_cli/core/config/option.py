@@ -1,10 +1,10 @@
-"""Options are fields of configs: `Opt` describes them, `Leaf` reads and checks their values.
+"""Options are fields of configs: `Opt` describes an option, reads its values and checks them.
 
     epochs: Annotated[int, Opt("Number of epochs.", RUN, ge=1)]
 
-Command line, YAML and Python use the same name, type, bounds and messages. A field without `Opt`
-has no option; `Annotated[int, "the number of images"]` gives its name in messages. Standard
-library only.
+Command line, YAML and Python use the same name, type, bounds and messages. A field without help
+has no option; `Annotated[int, Opt(called="the number of images")]` gives its name in messages.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from operator import ge, gt, le, lt
 from typing import Any
 
@@ -37,9 +37,9 @@ PANELS = (
 
 @dataclass(frozen=True)
 class Opt:
-    """The option of a field."""
+    """A field of a config, and its option; `leaves` adds what the field itself says."""
 
-    help: str
+    help: str = ""  # empty: there is no option
     panel: str = ""  # its panel in the help
     _: dataclasses.KW_ONLY
     flag: str = ""  # the option, if it is not the name of the field with dashes
@@ -57,19 +57,12 @@ class Opt:
     many: bool = False  # repeatable; the field is a tuple
     argument: bool = False  # positional
     required: bool = False
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """A field of a config or of one of its groups, with its option if it has one."""
-
-    name: str
-    hint: Any  # type; of one element if `many`
-    optional: bool
-    many: bool
-    default: Any
-    opt: Opt | None
-    called: str  # its name in messages
+    called: str = ""  # its name in messages, if it has no option
+    # Of the field
+    name: str = ""
+    hint: Any = None  # type; of one element if `many`
+    optional: bool = False
+    default: Any = None  # MISSING: there is none
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -78,19 +71,18 @@ class Leaf:
 
     def allowed(self) -> str:
         """Allowed values, for messages."""
-        opt = self.opt or Opt("")
-        if self.choices or opt.expects:
-            return opt.expects or " or ".join(self.choices)
-        low = opt.ge if opt.gt is None else opt.gt
-        high = opt.le if opt.lt is None else opt.lt
-        if low is not None and high is not None:
-            left, right = "[" if opt.gt is None else "(", "]" if opt.lt is None else ")"
+        if self.choices or self.expects:
+            return self.expects or " or ".join(self.choices)
+        low = self.ge if self.gt is None else self.gt
+        high = self.le if self.lt is None else self.lt
+        if low is None:
+            inner = typing.get_args(self.hint)
+            return f"a list, each {_TYPES[inner[0]]}" if inner else _TYPES[self.hint]
+        if high is not None:
+            left, right = "[" if self.gt is None else "(", "]" if self.lt is None else ")"
             return f"in {left}{low:g}, {high:g}{right}"
-        if low is not None:
-            whole = "a whole number, " if self.hint is int else ""
-            return whole + (f"{low:g} or more" if opt.gt is None else f"above {low:g}")
-        inner = typing.get_args(self.hint)
-        return f"a list, each {_TYPES[inner[0]]}" if inner else _TYPES[self.hint]
+        whole = "a whole number, " if self.hint is int else ""
+        return whole + (f"{low:g} or more" if self.gt is None else f"above {low:g}")
 
     def readable(self) -> str:
         """`allowed`, for a value of a wrong type."""
@@ -98,42 +90,40 @@ class Leaf:
 
     def typed(self, value: Any) -> list[str]:
         """The words of a command line for this value."""
-        if isinstance(value, bool) and self.opt:
-            on, _, off = (self.opt.flag or self.called).partition("/")
+        if isinstance(value, bool) and self.help:
+            on, _, off = self.flag.partition("/")
             return [on if value else off]
         return [self.called, str(value)]
 
-    def read(self, value: Any) -> Any:
+    def convert(self, value: Any) -> Any:
         """Converts a word of the command line, or a value of YAML, to the type of the field."""
         if self.many and isinstance(value, (list, tuple)):
-            return tuple(dataclasses.replace(self, many=False).read(each) for each in value)
+            return tuple(dataclasses.replace(self, many=False).convert(each) for each in value)
         if value is None and self.optional:
             return None
         try:
-            if isinstance(value, (str, int)) and self.opt and self.opt.read:
-                return self.opt.read(str(value))
+            if isinstance(value, (str, int)) and self.read:
+                return self.read(str(value))
             return _as(self.hint, value)
         except (TypeError, ValueError, OverflowError) as error:
             raise self._refused(value, self.readable()) from error
 
     def check(self, value: Any) -> None:
         """Raises if a value is out of bounds."""
+        bounds = [(self.ge, ge), (self.gt, gt), (self.le, le), (self.lt, lt)]
         for each in value if self.many else (value,):
-            if each is not None and not self._fits(each):
+            if self.choices:
+                fits = each in (*self.choices, None)
+            elif isinstance(each, str):
+                fits = not self.pattern or re.fullmatch(self.pattern, each) is not None
+            else:
+                fits = each is None or all(
+                    holds(each, bound) and math.isfinite(each)
+                    for bound, holds in bounds
+                    if bound is not None
+                )
+            if not fits:
                 raise self._refused(each, self.allowed())
-
-    def _fits(self, value: Any) -> bool:
-        opt = self.opt or Opt("")
-        if self.choices:
-            return value in self.choices
-        if isinstance(value, str):
-            return not opt.pattern or re.fullmatch(opt.pattern, value) is not None
-        bounds = [(opt.ge, ge), (opt.gt, gt), (opt.le, le), (opt.lt, lt)]
-        return all(
-            holds(value, bound) and math.isfinite(value)
-            for bound, holds in bounds
-            if bound is not None
-        )
 
     def _refused(self, value: Any, allowed: str) -> ConfigError:
         finite = ", and finite" if value in (math.inf, "inf") else ""
@@ -141,7 +131,7 @@ class Leaf:
         return ConfigError(f"{self.called} is {shown}; it must be {allowed}{finite}")
 
 
-def read_values(known: Mapping[str, Leaf], values: Mapping[str, Any]) -> dict[str, Any]:
+def read_values(known: Mapping[str, Opt], values: Mapping[str, Any]) -> dict[str, Any]:
     """Values in the types of their fields, others as they are; all that are wrong in one error.
 
     Raises:
@@ -150,7 +140,7 @@ def read_values(known: Mapping[str, Leaf], values: Mapping[str, Any]) -> dict[st
     found, errors = dict(values), []
     for name in filter(known.__contains__, values):
         try:
-            found[name] = known[name].read(values[name])
+            found[name] = known[name].convert(values[name])
             known[name].check(found[name])
         except ConfigError as error:
             errors.append(error)
@@ -183,74 +173,60 @@ def _as(hint: Any, value: Any) -> Any:
     return value
 
 
-def _leaves(kind: type) -> dict[str, Leaf]:
+def _leaves(kind: type) -> dict[str, Opt]:
     """All fields of a config and its groups, by name; names must be unique."""
-    found: dict[str, Leaf] = {}
+    found: dict[str, Opt] = {}
     hints = typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
-        hint, opt, called = hints[field.name], None, ""
+        hint, opt = hints[field.name], Opt()
         if typing.get_origin(hint) is typing.Annotated:
-            hint, said = typing.get_args(hint)
-            opt, called = (said, "") if isinstance(said, Opt) else (None, said)
+            hint, opt = typing.get_args(hint)
         if dataclasses.is_dataclass(hint):
             inner = leaves(typing.cast(type, hint))
         else:
             optional = typing.get_origin(hint) in (types.UnionType, typing.Union)
-            hint = typing.get_args(hint)[0] if optional else hint
-            if opt:
-                flag = opt.flag.partition("/")[0] or "--" + field.name.replace("_", "-")
-                called = opt.metavar if opt.argument else flag
-            many = opt is not None and opt.many
-            hint = typing.get_args(hint)[0] if many else hint
-            called = called or field.name
-            leaf = Leaf(field.name, hint, optional, many, field.default, opt, called)
-            inner = {field.name: leaf}
+            for _ in range(optional + opt.many):
+                hint = typing.get_args(hint)[0]
+            flag = opt.flag or "--" + field.name.replace("_", "-")
+            said = flag.partition("/")[0] if opt.help else opt.called or field.name
+            bound = dataclasses.replace(
+                opt,
+                name=field.name,
+                hint=hint,
+                optional=optional,
+                default=field.default,
+                flag=flag,
+                called=opt.metavar if opt.argument else said,
+            )
+            inner = {field.name: bound}
         if twice := found.keys() & inner.keys():
             raise TypeError(f"{kind.__name__}: {', '.join(twice)} is in two groups")
         found.update(inner)
     return found
 
 
-leaves: Callable[[type], dict[str, Leaf]] = functools.cache(_leaves)
+leaves: Callable[[type], dict[str, Opt]] = functools.cache(_leaves)
 
 
 def renamed_fields(kind: type) -> dict[str, str]:
     """Old name -> name, for the fields and groups of a config."""
     found = {field.metadata.get("was", ""): field.name for field in dataclasses.fields(kind)}
-    own = {field.name for field in dataclasses.fields(kind)}
-    for name, leaf in leaves(kind).items():
-        if leaf.opt and name in own:
-            found[leaf.opt.was.removeprefix("--").replace("-", "_")] = name
+    for name, opt in leaves(kind).items():
+        found[opt.was.removeprefix("--").replace("-", "_")] = name
     return {was: name for was, name in found.items() if was}
 
 
 def check_fields(config: Any) -> None:
     """Checks the values of a config, without its groups; for `__post_init__`."""
-    for name, leaf in leaves(type(config)).items():
+    for name, opt in leaves(type(config)).items():
         if name in vars(config):
-            leaf.check(vars(config)[name])
-
-
-def free_fields(kind: type) -> frozenset[str]:
-    """Fields that a resumed run may change: they have no effect on results."""
-    return frozenset(n for n, leaf in leaves(kind).items() if leaf.opt and leaf.opt.free)
+            opt.check(vars(config)[name])
 
 
 def idle_lines(kind: type, inert: Iterable[tuple[str, str]], given: Collection[str]) -> list[str]:
     """One line per given option that has no effect; `inert` is (field, reason)."""
     known = leaves(kind)
     return [f"{known[name].called} has no effect: {why}" for name, why in inert if name in given]
-
-
-def document(kind: type) -> type:
-    """Class decorator: adds the help of each option to the docstring."""
-    lines = [
-        f"    {name} ({leaf.default!r}): {leaf.opt.help}"
-        for name, leaf in leaves(kind).items()
-        if leaf.opt and leaf.default is not MISSING
-    ]
-    kind.__doc__ = "\n".join([(kind.__doc__ or "").rstrip(), "", "Attributes:", *lines])
-    return kind
 
 
 def in_words(value: Any) -> str:

@@ -156,8 +156,7 @@ def resolve(
     if "epochs" in options and "max_steps" not in options:  # which win over those of a file
         values["max_steps"], sources["max_steps"] = 0, "option"
     fitted = recipes.fit_to_run(values, sources)
-    rope: RopeConfig = build(RopeConfig, values)
-    rotation = f"r{rope.rotate}" if rope.enabled else "norope"
+    rotation = f"r{values['rotate']}" if values.get("enabled", RopeConfig.enabled) else "norope"
     # No date in the name, so that the same command finds its own folder.
     values.setdefault("out", named_folder(command, arch, data_set.slug, rotation, name))
     run = build(kind, values)

@@ -43,7 +43,7 @@ class ModelConfig:
     ]
     patch_size: Annotated[int, Opt("Side of a patch in pixels.", MODEL)]
     in_chans: int
-    num_classes: Annotated[int, "the number of classes"]
+    num_classes: Annotated[int, Opt(called="the number of classes")]
     drop_path: Annotated[float, Opt("Stochastic depth rate in [0, 1).", MODEL, ge=0, lt=1)]
     pretrain_grid: tuple[int, int] | None = None  # patch grid of pretraining, if not its own
 
@@ -207,8 +207,8 @@ class ClassifierRun:
         ),
     ]
     seed: Annotated[int, Opt("Seed of weights, data order and augmentation.", RUN, ge=0)]
-    num_train: Annotated[int, "the number of training images"]
-    num_val: Annotated[int, "the number of validation images"]
+    num_train: Annotated[int, Opt(called="the number of training images")]
+    num_val: Annotated[int, Opt(called="the number of validation images")]
     source: Annotated[str, SOURCE] = ""
     ema: Annotated[
         bool,

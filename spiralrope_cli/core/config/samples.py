@@ -224,7 +224,7 @@ class SampleRun:
     arch: Annotated[str, ARCH_OF_SOURCE]
     vae_sha256: str  # empty without a VAE
     rope: dict[str, Any]  # options of the user over those of the weights
-    num_classes: Annotated[int, "the number of classes"]
+    num_classes: Annotated[int, Opt(called="the number of classes")]
     num_samples: Annotated[
         int,
         Opt(

@@ -200,8 +200,8 @@ def refused_by(stage: str) -> Iterator[None]:
     """Adds the stage to errors, and replaces options by those of `run`."""
     here = leaves(DeiTStages)
     spelled = {
-        leaf.called: here[FINETUNE_PREFIX + name].called
-        for name, leaf in leaves(ClassifierRun).items()
+        opt.called: here[FINETUNE_PREFIX + name].called
+        for name, opt in leaves(ClassifierRun).items()
         if stage == FINETUNE and FINETUNE_PREFIX + name in here
     }
     try:

@@ -19,7 +19,7 @@ from rich.table import Table
 from spiralrope_cli.core.config.datasets import find_val_set
 from spiralrope_cli.core.config.models import RopeConfig
 from spiralrope_cli.core.config.nested import build
-from spiralrope_cli.core.config.option import Leaf, leaves, renamed_fields
+from spiralrope_cli.core.config.option import Opt, leaves, renamed_fields
 from spiralrope_cli.core.config.pipelines import PRETRAIN, DeiTStages
 from spiralrope_cli.core.config.resolve import named_folder, resolve
 from spiralrope_cli.core.config.runs import ClassifierRun
@@ -45,8 +45,8 @@ BASELINE = ("rotate", "none")
 """Without rotary embedding."""
 _OF_RUN = leaves(ClassifierRun)
 _OF_TRAINING = ("epochs", "max_steps", "lr", "warmup_epochs", "batch_size")
-SWEPT: dict[str, Leaf] = {
-    **{("rope" if n == "enabled" else n): leaf for n, leaf in leaves(RopeConfig).items()},
+SWEPT: dict[str, Opt] = {
+    **{("rope" if n == "enabled" else n): opt for n, opt in leaves(RopeConfig).items()},
     **{name: _OF_RUN[name] for name in ("arch", "drop_path", *_OF_TRAINING)},
     **{f"finetune_{name}": _OF_RUN[name] for name in _OF_TRAINING},
 }
@@ -178,7 +178,7 @@ def _option(name: str, word: str) -> tuple[str, Any]:
     if (name, word) == BASELINE:
         return "enabled", False
     name = RENAMED.get(name, name)
-    return ("enabled" if name == "rope" else name), SWEPT[name].read(word)
+    return ("enabled" if name == "rope" else name), SWEPT[name].convert(word)
 
 
 def computed(pipeline: Pipeline) -> list[Any]:

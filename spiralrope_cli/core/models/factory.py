@@ -67,14 +67,8 @@ def compile_blocks(model: DeiT | DiT) -> None:
         block.compile()
 
 
-def on_meta(run: TrainingRun) -> DeiT | DiT:
-    """The network of a run on the meta device: shapes without memory."""
-    with torch.device("meta"):
-        return model_of(run)
-
-
 def meta_inputs(run: TrainingRun, batch_size: int, dtype: torch.dtype) -> list[Tensor]:
-    """Inputs of that network: images [B, channels, H, W]; for a DiT also timesteps, labels [B]."""
+    """Inputs on meta: images [B, channels, H, W]; for a DiT also timesteps, labels [B]."""
     images = torch.empty(batch_size, *run.input_shape, device="meta", dtype=dtype)
     integers = torch.empty(batch_size, device="meta", dtype=torch.int64)
     return [images, *[integers] * run.num_conditions]
@@ -82,7 +76,8 @@ def meta_inputs(run: TrainingRun, batch_size: int, dtype: torch.dtype) -> list[T
 
 def model_cost(run: TrainingRun) -> tuple[int, int]:
     """Number of parameters, and FLOPs of one forward pass on one image."""
-    network = on_meta(run)
+    with torch.device("meta"):  # shapes without memory
+        network = model_of(run)
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         network(*meta_inputs(run, 1, torch.float32))
     return sum(p.numel() for p in network.parameters()), counter.get_total_flops()

@@ -17,7 +17,7 @@ from typing import IO, Any, cast
 from spiralrope_cli.core.config.class_folders import class_difference
 from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.nested import build, flat_values, read_config, to_nested
-from spiralrope_cli.core.config.option import free_fields, leaves
+from spiralrope_cli.core.config.option import leaves
 from spiralrope_cli.core.config.training import RUNS_FOLDER
 from spiralrope_cli.core.errors import CheckpointError, DiskError
 from spiralrope_cli.core.runtime.progress import human_size, say
@@ -120,7 +120,8 @@ def check_same(run: TrainingRun, folder: Path) -> None:
             "restore it, or choose another --out or --name",
         )
     before, now = read_config(folder / CONFIG_FILE, type(run)), flat_values(run)
-    known, free = leaves(type(run)), free_fields(type(run))
+    known = leaves(type(run))
+    free = {name for name, opt in known.items() if opt.free}
     before.setdefault("ema", True)  # earlier versions started from nothing else
     names = before.pop("class_names", ()), now.pop("class_names")  # they stored no names
     if other := class_difference(*names):
@@ -144,7 +145,8 @@ def check_same(run: TrainingRun, folder: Path) -> None:
 def repeated_run(kind: type[TrainingRun], folder: Path, given: Mapping[str, Any]) -> TrainingRun:
     """The run in a folder; given options must be equal to those of the run."""
     values = {**read_config(folder / CONFIG_FILE, kind), "out": str(folder)}
-    may_differ = free_fields(kind) | {"precision"}  # it is that of the new command
+    may_differ = {name for name, opt in leaves(kind).items() if opt.free}
+    may_differ |= {"precision"}  # it is that of the new command
     changes = {k: v for k, v in given.items() if k in values and k not in may_differ}
     if "data" in changes and (root := Path(str(changes["data"])).expanduser()).is_dir():
         changes["data"] = str(root.resolve())

@@ -13,7 +13,7 @@ from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.config.training import Checkup
 from spiralrope_cli.core.errors import ConfigError
-from spiralrope_cli.core.models.factory import meta_inputs, model_cost, on_meta
+from spiralrope_cli.core.models.factory import meta_inputs, model_cost, model_of
 from spiralrope_cli.core.runtime.device import pick_device, pick_precision
 from spiralrope_cli.core.runtime.launch import num_local_workers, usable_cores
 from spiralrope_cli.core.runtime.progress import human_size
@@ -34,7 +34,10 @@ def advice(checkup: Checkup) -> dict[str, Any]:
     dtype, _ = pick_precision(checkup.machine.precision, pick_device(checkup.machine))
     parameters, flops = model_cost(run)
     fixed = BYTES_PER_PARAMETER * parameters
-    per_image = activation_bytes(run, on_meta(run).to(dtype))
+    with torch.device("meta"):
+        network = model_of(run)
+    checkpoint_bytes = needed_bytes(network)
+    per_image = activation_bytes(run, network.to(dtype))
     batch_sizes = sorted({run.optim.batch_size, *(2**power for power in range(3, 14))})
     most_rotate = run.head_dim // 8
     return {
@@ -56,7 +59,7 @@ def advice(checkup: Checkup) -> dict[str, Any]:
         "valid_rotate_same_theta": [
             n for n in range(2, most_rotate + 1) if _accepts(_check_rotate, run, n, True)
         ],
-        "checkpoint_bytes": needed_bytes(on_meta(run)),
+        "checkpoint_bytes": checkpoint_bytes,
         # The newest ones, the best, and one more: a new one is written before an old one goes.
         "checkpoints": run.checkpoint.keep_last + run.keeps_best + 1,
         "memory": {"fixed": fixed, "per_image": per_image, "total": fixed + micro * per_image},

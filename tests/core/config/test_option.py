@@ -22,7 +22,6 @@ from spiralrope_cli.core.config.option import (
     Opt,
     check_fields,
     folder,
-    free_fields,
     in_words,
     leaves,
     numbers,
@@ -67,7 +66,7 @@ class Every:
     source: Annotated[str, Opt("From where.", metavar="SOURCE", argument=True)] = "x"
     betas: tuple[float, float] = (0.9, 0.999)
     mean: tuple[float, ...] = (0.5,)
-    classes: Annotated[int, "the number of classes"] = 1
+    classes: Annotated[int, Opt(called="the number of classes")] = 1
     inner: Inner = dataclasses.field(default_factory=Inner)
 
     def __post_init__(self) -> None:
@@ -108,7 +107,7 @@ READ = [
 
 @pytest.mark.parametrize(("name", "value", "read"), READ)
 def test_a_word_or_a_value_of_yaml_becomes_the_fields_type(name, value, read):
-    found = leaves(Every)[name].read(value)
+    found = leaves(Every)[name].convert(value)
     assert found == read
     assert type(found) is type(read)
 
@@ -158,7 +157,7 @@ REFUSED = [
 @pytest.mark.parametrize(("name", "value", "told"), REFUSED)
 def test_what_cannot_be_read_is_told_in_a_line(name, value, told):
     with pytest.raises(ConfigError) as refused:
-        leaves(Every)[name].read(value)
+        leaves(Every)[name].convert(value)
     assert str(refused.value).startswith(told)
     assert "\n" not in str(refused.value)
 
@@ -220,7 +219,7 @@ def test_readers():
 def test_no_shell_expands_a_home_behind_an_equals_sign(monkeypatch):
     monkeypatch.setenv("HOME", "/home/of-a-test")
     assert path("~/runs") == "/home/of-a-test/runs"
-    assert leaves(Every)["out"].read("~/runs") == "/home/of-a-test/runs"
+    assert leaves(Every)["out"].convert("~/runs") == "/home/of-a-test/runs"
 
 
 def test_a_value_is_shown_as_it_would_be_typed():
@@ -234,7 +233,7 @@ def test_groups_share_one_list_of_names():
     assert {"rate", "drop"} < found.keys()
     assert "inner" not in found
     assert found["drop"].default == 0.0
-    assert free_fields(Every) == {"drop"}
+    assert [name for name, opt in found.items() if opt.free] == ["drop"]
 
 
 def test_two_groups_with_one_name_are_refused():
@@ -245,9 +244,9 @@ def test_two_groups_with_one_name_are_refused():
 
 def test_a_public_config_has_its_fields_in_its_help():
     text = RopeConfig.__doc__ or ""
-    for name, leaf in leaves(RopeConfig).items():
-        assert leaf.opt
-        assert f"    {name} ({leaf.default!r}): {leaf.opt.help}" in text
+    for name, opt in leaves(RopeConfig).items():
+        assert opt.help
+        assert f"    {name} ({opt.default!r}): {opt.help}" in text
 
 
 # --- All configs of the package.
@@ -274,7 +273,7 @@ def own_hints(kind: type) -> dict[str, Any]:
 
 def options_inside(hint: Any) -> list[Opt]:
     """Every `Opt` in a type hint, however deep."""
-    mine = [each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Opt)]
+    mine = [opt for opt in getattr(hint, "__metadata__", ()) if opt.help]
     return mine + [opt for inner in typing.get_args(hint) for opt in options_inside(inner)]
 
 
@@ -284,7 +283,7 @@ def hidden_options(kind: type) -> list[str]:
     return [
         name
         for name, hint in own_hints(kind).items()
-        if options_inside(hint) and not (name in found and found[name].opt)
+        if options_inside(hint) and not (name in found and found[name].help)
     ]
 
 
@@ -309,8 +308,8 @@ def test_no_config_hides_an_option(kind):
 
 @pytest.mark.parametrize("kind", CONFIGS, ids=lambda kind: kind.__name__)
 def test_every_option_says_what_it_is(kind):
-    for name, leaf in leaves(kind).items():
-        if opt := leaf.opt:
+    for name, opt in leaves(kind).items():
+        if opt.help:
             assert opt.argument or opt.panel in PANELS, name
             assert opt.help.endswith((".", "...")), name
             assert not opt.argument or opt.metavar, name
@@ -318,12 +317,12 @@ def test_every_option_says_what_it_is(kind):
             assert not (opt.pattern and not opt.expects), f"{name}: no user reads a pattern"
             upper = opt.le is not None or opt.lt is not None
             assert not upper or opt.ge is not None or opt.gt is not None, f"{name}: one bound"
-            assert leaf.allowed(), name
-            assert not opt.many or leaf.default is MISSING or isinstance(leaf.default, tuple), name
+            assert opt.allowed(), name
+            assert not opt.many or opt.default is MISSING or isinstance(opt.default, tuple), name
 
 
 @pytest.mark.parametrize("kind", CONFIGS, ids=lambda kind: kind.__name__)
 def test_every_default_is_one_that_the_option_takes(kind):
-    for leaf in leaves(kind).values():
-        if leaf.opt and leaf.default is not MISSING:
-            leaf.check(leaf.default)
+    for opt in leaves(kind).values():
+        if opt.help and opt.default is not MISSING:
+            opt.check(opt.default)
