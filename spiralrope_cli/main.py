@@ -5,13 +5,18 @@ from __future__ import annotations
 import io
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from spiralrope_cli import __version__
 from spiralrope_cli.commands.command import commands
-from spiralrope_cli.core.errors import SpiralRopeError, UnreadableImageError, system_error
+from spiralrope_cli.core.errors import (
+    ConfigError,
+    SpiralRopeError,
+    UnreadableImageError,
+    system_error,
+)
 from spiralrope_cli.core.runtime.launch import (
     is_first_process,
     joined_world_size,
@@ -20,6 +25,9 @@ from spiralrope_cli.core.runtime.launch import (
 )
 
 DEBUG_VARIABLE = "SPIRALROPE_DEBUG"
+
+USAGE_ERROR: Any = typer.BadParameter.__base__
+"""What Typer raises for a wrong command line; it has no public name."""
 
 COMMANDS = {
     "pretrain": "Train a DeiT with Spiral RoPE from scratch.",
@@ -59,6 +67,17 @@ def spiralrope(
     """
 
 
+def _run() -> int:
+    """Runs the command, and returns the exit code."""
+    try:
+        return app(prog_name="spiralrope", standalone_mode=False) or 0
+    except USAGE_ERROR as wrong:
+        if not (said := wrong.format_message()):
+            return int(wrong.exit_code)  # the help was printed instead
+        hint = f"see {wrong.ctx.command_path} -h" if wrong.ctx else ""
+        raise ConfigError(said[0].lower() + said[1:].rstrip("."), hint) from None
+
+
 def main() -> None:
     """Entry point of the console script."""
     share_the_machine()
@@ -67,8 +86,7 @@ def main() -> None:
             # Print "?" for a letter that the encoding lacks: do not lose the metrics.
             stream.reconfigure(errors="replace")
     try:
-        app(prog_name="spiralrope")
-        return
+        code = _run()
     except Exception as caught:
         error = caught if isinstance(caught, SpiralRopeError) else system_error(caught)
         if error is None or os.environ.get(DEBUG_VARIABLE):
@@ -84,7 +102,7 @@ def main() -> None:
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         code = 130
-    if joined_world_size() is not None:
+    if code and joined_world_size() is not None:
         leave_at_once(code)
     sys.exit(code)
 

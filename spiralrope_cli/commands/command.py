@@ -38,50 +38,64 @@ class Group(TyperGroup):
 HABITS = {
     "--model": ("SOURCE", "names", "arch"),
     "--num-heads": ("arch",),
-    "--pretrained": ("source", "sources", "names", "spiralrope finetune, or dit-train --init-from"),
-    **dict.fromkeys(
-        ("--init", "--init-from"), ("source", "spiralrope finetune, or dit-train --init-from")
-    ),
+    **dict.fromkeys(("--pretrained", "--checkpoint", "--ckpt"), ("source", "sources", "names")),
+    **dict.fromkeys(("--init", "--init-from"), ("source",)),
+    "--resume": ("sources",),
+    **dict.fromkeys(("--num-classes", "--nb-classes"), ()),
     **dict.fromkeys(("--gpus", "--devices", "--nproc-per-node"), ("nproc",)),
     "--wandb": ("tracker wandb",),
     **dict.fromkeys(("--amp", "--fp16"), ("precision bf16",)),
     "--reprob": ("random_erasing",),
     "--crop-pct": ("crop_ratio", "crop_ratios"),
-    "--img-size": ("image_size", "image_sizes"),
+    **dict.fromkeys(("--img-size", "--input-size"), ("image_size", "image_sizes")),
     "--accum": ("micro_batch_size",),
-    "--global-batch-size": ("batch_size",),
+    **dict.fromkeys(("--global-batch-size", "--per-proc-batch-size"), ("batch_size",)),
     "--learning-rate": ("lr",),
     "--data-path": ("data",),
-    **dict.fromkeys(("--output-dir", "--results-dir"), ("out",)),
+    "--num-fid-samples": ("num_samples",),
+    **dict.fromkeys(("--output-dir", "--results-dir", "--sample-dir", "--local-dir"), ("out",)),
+    "--format": ("layout",),
     **dict.fromkeys(("--workers-per-gpu", "--num-workers"), ("workers",)),
 }
-"""Options of timm, torchrun and others -> fields here, perhaps with a value. The error names the
-first one that the command has."""
+"""Options of timm, DiT, torchrun and others -> fields here, perhaps with a value. The error names
+the first one that the command has."""
+ELSE = {
+    **dict.fromkeys(
+        ("--pretrained", "--checkpoint", "--ckpt", "--init", "--init-from"),
+        "spiralrope finetune, or dit-train --init-from, starts from weights",
+    ),
+    "--resume": "run the same command again: it resumes",
+    **dict.fromkeys(("--num-classes", "--nb-classes"), "it follows from the data or the weights"),
+}
+"""What the error says if the command has none of these fields."""
 
 
 class Command(TyperCommand):
     """A command that answers options of other tools with its own."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Fails with the option of this command that does the same."""
-        here: dict[Any, Any] = {"spiralrope": "spiralrope"}
+        """Raises with the option of this command that does the same."""
+        here: dict[Any, str] = {}
         for each in self.params:
             if each.param_type_name == "option":
                 here[each.name] = each.opts[0]
             else:
-                here[each.name] = here[each.metavar] = each.metavar
+                here[each.name] = here[each.metavar] = f"the argument {each.metavar}"
         shown = {flag for each in self.params for flag in each.opts + each.secondary_opts}
-        for word in args:
+        for word in () if ctx.resilient_parsing else args:
             option = word.partition("=")[0].replace("_", "-")
-            if option not in HABITS or option in shown or ctx.resilient_parsing:
+            if option not in HABITS or option in shown:
                 continue
             for habit in HABITS[option]:
                 field, _, value = habit.partition(" ")
                 if field in here:
-                    ctx.fail(f"No such option: {option}. Here it is {here[field]} {value}".strip())
-            ctx.fail(f"No such option: {option}. {ctx.info_name} has nothing like it")
+                    hint = f"here it is {here[field]} {value}".strip()
+                    raise ConfigError(f"no such option: {option}", hint)
+            hint = ELSE.get(option, f"{ctx.info_name} has nothing like it")
+            raise ConfigError(f"no such option: {option}", hint)
+        ctx.allow_extra_args = True  # for an error of our own
         try:
-            return super().parse_args(ctx, args)
+            unknown = super().parse_args(ctx, args)
         except Exception as error:  # the parser's, of which Typer has no public name
             refusal: Any = error
             if near := getattr(refusal, "possibilities", None):
@@ -91,6 +105,11 @@ class Command(TyperCommand):
                     refusal.option_name, [flag for flag in near if flag not in old], cutoff=0.75
                 )
             raise
+        if unknown and not ctx.resilient_parsing:
+            takes_data = "data" in here and not any("argument" in each for each in here.values())
+            hint = f"use --data {unknown[0]}" if takes_data else ""
+            raise ConfigError(f"unexpected argument: {unknown[0]}", hint)
+        return unknown
 
 
 SETTINGS: dict[str, Any] = {

@@ -23,7 +23,7 @@ from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.config.runs import AugmentConfig
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
-from spiralrope_cli.main import COMMANDS, app
+from spiralrope_cli.main import COMMANDS, app, main
 
 
 def built(*names):
@@ -334,21 +334,70 @@ def test_every_old_spelling_is_hidden_beside_its_new_one(words, old, new):
     assert not parameters[new].hidden
 
 
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """What the command line prints for words that it refuses."""
+
+    def call(words):
+        monkeypatch.setattr(sys, "argv", ["spiralrope", *words.split()])
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert left.value.code == 2
+        printed = capsys.readouterr()
+        assert not printed.out
+        assert len(printed.err.splitlines()) <= 2
+        return printed.err
+
+    return call
+
+
+STARTS = "spiralrope finetune, or dit-train --init-from, starts from weights"
+AGAIN = "run the same command again: it resumes"
+CLASSES = "it follows from the data or the weights"
+THE_SOURCE = "here it is the argument SOURCE"
 HABITS = {
     "pretrain": {
-        **{"--model": "--arch", "--pretrained": "spiralrope finetune", "--gpus": "--nproc"},
-        **{"--devices": "--nproc", "--wandb": "--tracker wandb", "--amp": "--precision bf16"},
-        **{"--reprob": "--random-erasing", "--crop-pct": "--crop-ratio"},
-        **{"--img-size": "--image-size", "--accum": "--micro-batch-size"},
-        **{"--workers-per-gpu": "--workers", "--fp16": "--precision bf16"},
-        **{"--data-path": "--data", "--output_dir": "--out", "--num_workers": "--workers"},
+        "--model": "here it is --arch",
+        **dict.fromkeys(("--pretrained", "--checkpoint", "--ckpt", "--init-from"), STARTS),
+        **dict.fromkeys(("--gpus", "--devices"), "here it is --nproc"),
+        "--wandb": "here it is --tracker wandb",
+        **dict.fromkeys(("--amp", "--fp16"), "here it is --precision bf16"),
+        "--reprob": "here it is --random-erasing",
+        "--crop-pct": "here it is --crop-ratio",
+        **dict.fromkeys(("--img-size", "--input-size"), "here it is --image-size"),
+        "--accum": "here it is --micro-batch-size",
+        **dict.fromkeys(("--workers-per-gpu", "--num_workers"), "here it is --workers"),
+        "--data-path": "here it is --data",
+        "--output_dir": "here it is --out",
+        **dict.fromkeys(("--num-classes", "--nb_classes"), CLASSES),
     },
-    "fetch": {"--model": "NAME", "--pretrained": "NAME"},
-    "run deit": {"--init": "spiralrope finetune, or dit-train --init-from"},
-    "finetune": {"--model": "SOURCE", "--pretrained": "SOURCE"},
-    "dit-train": {"--model": "--arch", "--pretrained": "--init-from"},
-    "eval": {"--model": "SOURCE", "--img-size=32": "--image-size", "--crop-pct": "--crop-ratio"},
-    "fid": {"--devices": "--nproc", "--fp16": "--precision bf16"},
+    "fetch": {
+        **dict.fromkeys(("--model", "--pretrained"), "here it is the argument NAME"),
+        "--local-dir": "here it is --out",
+    },
+    "run deit": {"--init": STARTS, "--resume": AGAIN, "--num-classes": CLASSES},
+    "finetune": dict.fromkeys(("--model", "--pretrained", "--checkpoint"), THE_SOURCE),
+    "dit-train": {
+        "--model": "here it is --arch",
+        **dict.fromkeys(("--pretrained", "--ckpt"), "here it is --init-from"),
+        "--results-dir": "here it is --out",
+        "--reprob": "dit-train has nothing like it",
+    },
+    "eval": {
+        **dict.fromkeys(("--model", "--checkpoint", "--resume"), THE_SOURCE),
+        **{"--img-size=32": "here it is --image-size", "--crop-pct": "here it is --crop-ratio"},
+    },
+    "dit-sample": {
+        **dict.fromkeys(("--model", "--ckpt"), THE_SOURCE),
+        "--num-fid-samples": "here it is --num-samples",
+        "--per-proc-batch-size": "here it is --batch-size",
+        "--resume": AGAIN,
+    },
+    "export": {"--format": "here it is --layout", "--ckpt": THE_SOURCE},
+    "fid": {
+        **{"--devices": "here it is --nproc", "--fp16": "here it is --precision bf16"},
+        "--model": "fid has nothing like it",
+    },
 }
 
 
@@ -356,29 +405,59 @@ HABITS = {
     ("name", "habit", "here"),
     [(name, *pair) for name, habits in HABITS.items() for pair in habits.items()],
 )
-def test_what_people_type_by_habit_is_named_in_a_line(name, habit, here):
-    result = CliRunner().invoke(app, [*name.split(), habit], env={"COLUMNS": "200"})
-    assert result.exit_code == CliRunner().invoke(app, [name, "--unheard-of"]).exit_code == 2
+def test_what_people_type_by_habit_is_named_in_a_line(refused, name, habit, here):
     typed = habit.partition("=")[0].replace("_", "-")
-    assert f"No such option: {typed}. Here it is {here}" in result.output
+    assert refused(f"{name} {habit} x") == f"error: no such option: {typed}\n  {here}\n"
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("dit-train --reprob 0.2", "--reprob. dit-train has nothing like it"),
-        ("fid a b --model x", "--model. fid has nothing like it"),
+        ("pretrain images", "unexpected argument: images\n  use --data images"),
+        ("dit-train ~/images --seed 1", "unexpected argument: ~/images\n  use --data ~/images"),
+        ("run dit images", "unexpected argument: images\n  use --data images"),
+        ("finetune run images", "unexpected argument: images"),
+        ("plot rope run", "unexpected argument: run"),
         (
-            "dit-sample x --sampling-steps 2",
-            "--sampling-steps (Possible options: --num-sampling-steps)",
+            "pretrain --arch dit-xl2",
+            "--arch dit-xl2 is a DiT\n  use spiralrope dit-train or run dit",
         ),
-        ("pretrain --batchsize 2", "--batchsize (Possible options: --batch-size"),
+        (
+            "pretrain --arch DiT-XL/2",
+            "--arch DiT-XL/2 is a DiT\n  use spiralrope dit-train or run dit",
+        ),
+        ("run dit --arch deit-s", "--arch deit-s is a DeiT\n  use spiralrope pretrain or run deit"),
+        (
+            "pretrain --resume runs/x",
+            "--resume is runs/x; it must be auto, must or never; the same command, or --config "
+            "RUN/config.yaml --out RUN, resumes a run",
+        ),
     ],
 )
-def test_an_unknown_option_suggests_near_ones_and_no_hidden_one(words, said):
-    result = CliRunner().invoke(app, words.split(), env={"COLUMNS": "200"})
-    assert result.exit_code == 2
-    assert f"No such option: {said}" in result.output
+def test_what_people_type_in_other_places_is_named_too(refused, words, said):
+    assert refused(words) == f"error: {said}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said", "see"),
+    [
+        (
+            "dit-sample x --sampling-steps 2",
+            "no such option: --sampling-steps (Possible options: --num-sampling-steps)",
+            "dit-sample",
+        ),
+        (
+            "dit-train --rotat 2",
+            "no such option: --rotat (Possible options: --rotate)",
+            "dit-train",
+        ),
+        ("dit-sample", "missing argument 'SOURCE'", "dit-sample"),
+        ("plot x", "no such command 'x'", "plot"),
+    ],
+)
+def test_a_wrong_command_line_is_an_error_of_the_usual_form(refused, words, said, see):
+    assert refused(words) == f"error: {said}\n  see spiralrope {see} -h\n"
+    assert refused("pretrain --lr") == "error: option '--lr' requires an argument\n"
 
 
 def test_an_unknown_option_that_is_near_none_gets_no_suggestion():

@@ -180,7 +180,7 @@ def test_a_config_file_is_read_strictly(runs, resolved, text, told):
         (["--auto-augment", "3a"], "works on photographs"),
         (["--crop-ratio", "1.5"], "--crop-ratio is 1.5"),
         (["--tracker", "wandb"], "pip install 'spiralrope[wandb]'"),
-        (["--resume", "perhaps"], "must be auto or must or never"),
+        (["--resume", "perhaps"], "must be auto, must or never"),
         (["--resume", "must"], "holds no checkpoint"),
         (["--rdzv-endpoint", "host:abc"], "it must be HOST:PORT"),
         (["--schedule", "published", "--max-steps", "500"], "counts epochs, not --max-steps"),
@@ -329,7 +329,7 @@ def test_help_is_grouped_and_shows_examples():
 
 
 def test_usage_errors_have_their_code(spiralrope):
-    assert "No such option" in spiralrope("pretrain", "--rotat", 1, expect=2).stderr
+    assert "no such option" in spiralrope("pretrain", "--rotat", 1, expect=2).stderr
     told = spiralrope("pretrain", "--image-size", "big", expect=2).stderr
     assert told == "error: --image-size is big; it must be a side, as 224, or HxW, as 224x448\n"
     assert spiralrope("pretrain", "--rotate", "x", expect=2).stderr.startswith(

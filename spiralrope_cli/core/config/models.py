@@ -138,6 +138,11 @@ def _check_heads(arch: str, size: TransformerSize | DiTSize) -> None:
 
 
 def _unknown(arch: str, sizes: Collection[str]) -> ConfigError:
+    other, trains = (
+        ("DiT", "dit-train or run dit") if sizes is DEIT_SIZES else ("DeiT", "pretrain or run deit")
+    )
+    if arch.lower().startswith(f"{other.lower()}-"):
+        return ConfigError(f"--arch {arch} is a {other}", f"use spiralrope {trains}")
     near = difflib.get_close_matches(arch.lower().replace("/", ""), sizes, n=1, cutoff=0.5)
     guess = f"did you mean {near[0]}? " if near else ""
     return ConfigError(f"--arch {arch} is unknown", f"{guess}known: {', '.join(sizes)}")

@@ -201,6 +201,8 @@ class MachineConfig:
         Opt(
             "Resume from the newest checkpoint. auto: if there is one; must: it must exist.",
             RUN,
+            expects="auto, must or never; the same command, or --config RUN/config.yaml --out RUN, "
+            "resumes a run",
             free=True,
         ),
     ] = "auto"
