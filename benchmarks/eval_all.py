@@ -25,8 +25,8 @@ from spiralrope_cli import load_model
 from spiralrope_cli.core.config.runs import EvalProtocol
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.batches import ValidationImages
-from spiralrope_cli.core.metrics.accuracy import measure_accuracy
 from spiralrope_cli.core.runtime.device import autocast, pick_precision
+from spiralrope_cli.core.training.classification import measure_accuracy
 
 CPU = torch.device("cpu")
 PROTOCOL = EvalProtocol(

@@ -23,8 +23,8 @@ from spiralrope_cli.core.data.memory import load_digits
 from spiralrope_cli.core.hub.files import sha256_of
 from spiralrope_cli.core.jobs import evaluate, train
 from spiralrope_cli.core.jobs.export import export
-from spiralrope_cli.core.metrics import accuracy
 from spiralrope_cli.core.report.results import print_evaluation
+from spiralrope_cli.core.training import classification
 
 METRICS = ("acc1", "acc5", "loss", "count")
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoints" / "deit_tiny_checkpoint.pth"
@@ -59,7 +59,7 @@ def by_hand(source, **which):
     images = (val.images.float() / 255 - 0.3054) / 0.3760
     batches = [(images, val.labels)]
     none = contextlib.nullcontext
-    return accuracy.measure_accuracy({"": model}, batches, torch.device("cpu"), none)[""]
+    return classification.measure_accuracy({"": model}, batches, torch.device("cpu"), none)[""]
 
 
 def test_ema_is_ema_and_raw_is_raw(source, rows_of):

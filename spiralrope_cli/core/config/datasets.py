@@ -10,8 +10,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from spiralrope_cli.core.config.class_folders import class_difference, class_names, folder_of_images
-from spiralrope_cli.core.config.own_folders import refuse_own
+from spiralrope_cli.core.config.folders import (
+    class_difference,
+    class_names,
+    folder_of_images,
+    refuse_own,
+)
 from spiralrope_cli.core.errors import ConfigError, DataError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

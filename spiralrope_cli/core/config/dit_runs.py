@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from spiralrope_cli.core.config.class_folders import class_difference
+from spiralrope_cli.core.config.folders import class_difference
 from spiralrope_cli.core.config.latents import VAE_FACTOR, VAE_NAMES
 from spiralrope_cli.core.config.models import SIZE, RopeConfig, dit_size, format_size
 from spiralrope_cli.core.config.option import (

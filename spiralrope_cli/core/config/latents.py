@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from spiralrope_cli.core.config.class_folders import class_names
 from spiralrope_cli.core.config.datasets import BUILT_IN, class_folders
+from spiralrope_cli.core.config.folders import class_names, own_folder, refuse_own
 from spiralrope_cli.core.config.models import SIZE, format_size
 from spiralrope_cli.core.config.option import DATA, MACHINE, PATH, RUN, Opt, check_fields
-from spiralrope_cli.core.config.own_folders import own_folder, refuse_own
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError, DataError
 from spiralrope_cli.core.storage import parse

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from spiralrope_cli.core.config.class_folders import class_difference
 from spiralrope_cli.core.config.datasets import DataSet
+from spiralrope_cli.core.config.folders import class_difference
 from spiralrope_cli.core.config.models import (
     SIZE,
     RopeConfig,

@@ -19,9 +19,9 @@ import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
 
-from spiralrope_cli.core.config.class_folders import list_images
 from spiralrope_cli.core.config.datasets import BUILT_IN, class_folders, val_folder
 from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
+from spiralrope_cli.core.config.folders import list_images
 from spiralrope_cli.core.config.runs import ClassifierRun, EvalProtocol
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data import augment, memory

@@ -18,15 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from spiralrope_cli.core.config.class_folders import (
+from spiralrope_cli.core.config.datasets import BUILT_IN, class_folders
+from spiralrope_cli.core.config.folders import (
     IMAGE_SUFFIXES,
     IMAGENET_CLASSES,
     class_names,
     count_files,
     images_below,
+    refuse_own,
+    samples_in,
 )
-from spiralrope_cli.core.config.datasets import BUILT_IN, class_folders
-from spiralrope_cli.core.config.own_folders import refuse_own, samples_in
 from spiralrope_cli.core.data.npz import (
     STATISTICS,
     Header,

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from spiralrope_cli.core.config.class_folders import list_images
+from spiralrope_cli.core.config.folders import list_images
 from spiralrope_cli.core.data.image_sets import FolderInput, ImageInput, NpzImages
 from spiralrope_cli.core.data.loader import Unreadable, open_image
 from spiralrope_cli.core.data.npz import stream_rows

@@ -24,20 +24,15 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
+from spiralrope_cli.core.config.folders import METADATA_FILE, NPZ_FILE, PART_FILE, SAMPLES_FILE
 from spiralrope_cli.core.data.images import image_grid
 from spiralrope_cli.core.data.npz import read_headers, stream_rows
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.runtime.progress import say
-from spiralrope_cli.core.runtime.run_folder import (
-    NPZ_FILE,
-    SAMPLES_FILE,
-    differences,
-    refuse_run,
-)
+from spiralrope_cli.core.runtime.run_folder import differences, refuse_run
 from spiralrope_cli.core.storage import atomic_write, flush, parse, write_whole
 
-METADATA_FILE, PART_FILE, DONE_FILE = "samples.json", "samples.npz.part", "samples.done"
-PNG_FOLDER = "png"
+DONE_FILE, PNG_FOLDER = "samples.done", "png"
 GRID_IMAGES = 64
 CHUNK = 1 << 22
 SAY_ABOVE = 1 << 30

@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spiralrope_cli.core.config.class_folders import class_names, folder_of_images, numbering_note
 from spiralrope_cli.core.config.dit_runs import full_vae_name
+from spiralrope_cli.core.config.folders import class_names, folder_of_images, numbering_note
 from spiralrope_cli.core.config.latents import (
     EXACT,
     LATENT_SCALE,

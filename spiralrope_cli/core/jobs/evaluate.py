@@ -18,9 +18,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spiralrope_cli.core.config.class_folders import nameless_note, numbering_note
 from spiralrope_cli.core.config.datasets import BUILT_IN, DataSet, find_val_set
 from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions, EvalRow, EvalRun
+from spiralrope_cli.core.config.folders import EVAL_FILE, SIZES_FILE, nameless_note, numbering_note
 from spiralrope_cli.core.config.models import RopeConfig, format_size, given_rope, is_dit
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.option import idle_lines
@@ -30,21 +30,21 @@ from spiralrope_cli.core.config.training import RUNS_FOLDER, MachineConfig
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.files import sha256_of
 from spiralrope_cli.core.hub.source import Source, find_source, newest_run
-from spiralrope_cli.core.plots.curves import sizes_figure
-from spiralrope_cli.core.plots.style import save_figure
+from spiralrope_cli.core.plots.curves import save_figure, sizes_figure
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, say_notes
 from spiralrope_cli.core.runtime.progress import counted, say, say_unreadable
-from spiralrope_cli.core.runtime.run_folder import EVAL_FILE, SIZES_FILE, read_rows
+from spiralrope_cli.core.runtime.run_folder import add_rows, is_same, read_rows
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from spiralrope_cli.core.data.batches import ValidationImages
-    from spiralrope_cli.core.metrics.accuracy import Accuracy, Record
     from spiralrope_cli.core.runtime.distributed import DistContext
+    from spiralrope_cli.core.training.classification import Accuracy
     from spiralrope_cli.core.weights import Weights
 
 
+Record = dict[str, Any]
 digest_of_file = cache(sha256_of)  # a large file has several rows
 
 
@@ -218,9 +218,9 @@ def measure_rows(
 ) -> dict[EvalRow, Accuracy]:
     """Metrics of the rows of one protocol, in one pass over the images."""
     from spiralrope_cli.core import load
-    from spiralrope_cli.core.metrics.accuracy import measure_accuracy
     from spiralrope_cli.core.models.factory import compile_blocks
     from spiralrope_cli.core.runtime.device import autocast
+    from spiralrope_cli.core.training.classification import measure_accuracy
     from spiralrope_cli.core.weights import read_weights
 
     models: dict[Any, nn.Module] = {}
@@ -260,9 +260,8 @@ def report(
     config: EvalRun, metrics: dict[EvalRow, Accuracy], decoded: int, ctx: DistContext
 ) -> None:
     """Writes and prints all results, on the first process."""
-    from spiralrope_cli.core.metrics import accuracy
     from spiralrope_cli.core.report.page import is_stage, leave_report
-    from spiralrope_cli.core.report.results import print_evaluation
+    from spiralrope_cli.core.report.results import print_csv, print_evaluation
     from spiralrope_cli.core.runtime.device import PRECISIONS, versions
 
     circumstances = {
@@ -279,7 +278,7 @@ def report(
     for folder, records in folders.items():
         path = folder / EVAL_FILE
         try:
-            accuracy.add_rows(path, records, decoded)
+            add_rows(path, records, decoded)
             say(f"metrics: {path}")
             if len({tuple(record["image_size"]) for record in records}) > 1:
                 save_figure(sizes_figure(records), folder / SIZES_FILE)
@@ -292,7 +291,7 @@ def report(
             json.dumps({"decoded": decoded, "rows": rows}, indent=2, allow_nan=False) + "\n"
         )
     elif config.output == "csv":
-        accuracy.print_csv(rows)
+        print_csv(rows)
     else:
         print_evaluation(rows)
     for folder in filter(is_stage, folders):
@@ -301,7 +300,6 @@ def report(
 
 def measured_rows(config: EvalRun) -> list[Record]:
     """The rows in `eval.json`, if all are there for the same weights; else none."""
-    from spiralrope_cli.core.metrics.accuracy import is_same
     from spiralrope_cli.core.runtime.device import PRECISIONS, pick_device, pick_precision
 
     device = pick_device(config.machine)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spiralrope_cli.core.config.folders import CONFIG_FILE, EVAL_FILE, MODEL_FILE
 from spiralrope_cli.core.config.hub import ExportRun
 from spiralrope_cli.core.config.models import format_size, given_rope, is_dit
 from spiralrope_cli.core.config.nested import build
@@ -16,13 +17,7 @@ from spiralrope_cli.core.hub.catalog import ROWS
 from spiralrope_cli.core.hub.files import OTHER_DISK, new_path, refuse_existing, sha256_of
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.runtime.progress import human_size, say, say_result
-from spiralrope_cli.core.runtime.run_folder import (
-    CONFIG_FILE,
-    EVAL_FILE,
-    MODEL_FILE,
-    check_space,
-    read_rows,
-)
+from spiralrope_cli.core.runtime.run_folder import check_space, read_rows
 
 if TYPE_CHECKING:
     import torch

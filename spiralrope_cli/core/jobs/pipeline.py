@@ -18,6 +18,7 @@ from typing import Any
 from spiralrope_cli import __version__
 from spiralrope_cli.core.config.dit_runs import NO_VAE, DiTRun, TrainingRun
 from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions, FeatureMachine, FidRun
+from spiralrope_cli.core.config.folders import FID_FILE, NPZ_FILE, PIPELINE_FILE, REPORT_FILE
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.option import leaves
 from spiralrope_cli.core.config.pipelines import (
@@ -43,10 +44,6 @@ from spiralrope_cli.core.jobs import evaluate, sample, score, train
 from spiralrope_cli.core.runtime.launch import check_not_joined, launch, say_notes, world_size
 from spiralrope_cli.core.runtime.progress import check_tracker, say
 from spiralrope_cli.core.runtime.run_folder import (
-    FID_FILE,
-    NPZ_FILE,
-    PIPELINE_FILE,
-    REPORT_FILE,
     first_step,
     is_finished,
     read_json,

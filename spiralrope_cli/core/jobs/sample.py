@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from spiralrope_cli import __version__
 from spiralrope_cli.core.config.dit_runs import NO_VAE
+from spiralrope_cli.core.config.folders import REPORT_FILE, SOURCES_FILE
 from spiralrope_cli.core.config.models import format_size, given_rope, is_dit
 from spiralrope_cli.core.config.nested import build as build_config
 from spiralrope_cli.core.config.resolve import named_folder
@@ -34,12 +35,7 @@ from spiralrope_cli.core.hub.files import sha256_of
 from spiralrope_cli.core.hub.source import find_source, find_vae, local_vae
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, say_notes, world_size
 from spiralrope_cli.core.runtime.progress import counted, say, say_result
-from spiralrope_cli.core.runtime.run_folder import (
-    REPORT_FILE,
-    SOURCES_FILE,
-    check_space,
-    write_json,
-)
+from spiralrope_cli.core.runtime.run_folder import check_space, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor

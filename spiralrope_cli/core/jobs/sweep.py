@@ -17,6 +17,7 @@ from rich import box
 from rich.table import Table
 
 from spiralrope_cli.core.config.datasets import find_val_set
+from spiralrope_cli.core.config.folders import EVAL_FILE, REPORT_FILE, SWEEP_FILE
 from spiralrope_cli.core.config.models import RopeConfig
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.option import Opt, leaves, renamed_fields
@@ -28,13 +29,7 @@ from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.jobs.pipeline import Pipeline, carry_out, settle_deit, training_options
 from spiralrope_cli.core.report.results import with_spread
 from spiralrope_cli.core.runtime.progress import console, say, say_result
-from spiralrope_cli.core.runtime.run_folder import (
-    EVAL_FILE,
-    REPORT_FILE,
-    SWEEP_FILE,
-    read_rows,
-    write_json,
-)
+from spiralrope_cli.core.runtime.run_folder import read_rows, write_json
 
 METRICS = ("acc1", "acc5", "loss")
 COLUMNS = (("raw", "acc1", "acc@1 %"), ("EMA", "acc1", "acc@1 % EMA"), ("EMA", "loss", "loss EMA"))

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rich.table import Table
 
-from spiralrope_cli.core.config.class_folders import nameless_note, numbering_note
 from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
+from spiralrope_cli.core.config.folders import CURVES_FILE, nameless_note, numbering_note
 from spiralrope_cli.core.config.models import format_size, given_rope, is_dit
 from spiralrope_cli.core.config.nested import build, flat_values
 from spiralrope_cli.core.config.option import leaves
@@ -31,12 +31,7 @@ from spiralrope_cli.core.runtime.launch import (
     world_size,
 )
 from spiralrope_cli.core.runtime.progress import check_tracker, console, say, say_unreadable
-from spiralrope_cli.core.runtime.run_folder import (
-    CURVES_FILE,
-    first_step,
-    is_finished,
-    write_sources,
-)
+from spiralrope_cli.core.runtime.run_folder import first_step, is_finished, write_sources
 
 if TYPE_CHECKING:
     from spiralrope_cli.core.runtime.distributed import DistContext
@@ -298,8 +293,7 @@ def starting_weights(run: TrainingRun) -> Weights:
 
 def report(out: Path) -> None:
     """Writes curves and report page of a finished run, and prints its metrics."""
-    from spiralrope_cli.core.plots.curves import curves_figure
-    from spiralrope_cli.core.plots.style import save_figure
+    from spiralrope_cli.core.plots.curves import curves_figure, save_figure
     from spiralrope_cli.core.report.page import leave_report
 
     save_figure(curves_figure([out]), out / CURVES_FILE)

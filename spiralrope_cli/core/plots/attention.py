@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from spiralrope_cli.core.plots.style import COLOR_MAP, HEADING, SMALL, grid_of_axes
+from spiralrope_cli.core.plots.curves import COLOR_MAP, HEADING, SMALL, grid_of_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spiralrope_cli.core.config.models import RopeConfig
 from spiralrope_cli.core.config.plots import RopePlot
-from spiralrope_cli.core.plots.style import (
+from spiralrope_cli.core.plots.curves import (
     COLOR_MAP,
     COLORS,
     MARKERS,

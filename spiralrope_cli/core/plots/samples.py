@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spiralrope_cli.core.data.images import SMALLEST_SIDE, image_grid
-from spiralrope_cli.core.plots.style import DPI, SMALL, TITLE
+from spiralrope_cli.core.plots.curves import DPI, SMALL, TITLE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

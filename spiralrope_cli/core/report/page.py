@@ -20,31 +20,32 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from spiralrope_cli import __version__
 from spiralrope_cli.core.config.dit_runs import TrainingRun
-from spiralrope_cli.core.config.models import RopeConfig, format_size
-from spiralrope_cli.core.config.nested import RUN_KINDS, build, read_config
-from spiralrope_cli.core.config.option import leaves
-from spiralrope_cli.core.config.pipelines import FINETUNE, PRETRAIN, SAMPLE, TRAIN
-from spiralrope_cli.core.config.samples import SampleRun
-from spiralrope_cli.core.config.training import TrainOptions
-from spiralrope_cli.core.data.sample_files import METADATA_FILE, read_metadata
-from spiralrope_cli.core.errors import SpiralRopeError
-from spiralrope_cli.core.plots.curves import curves_figure
-from spiralrope_cli.core.report.results import Result, results
-from spiralrope_cli.core.runtime.progress import METRICS_FILE, best_validation, read_metrics, say
-from spiralrope_cli.core.runtime.run_folder import (
+from spiralrope_cli.core.config.folders import (
     CONFIG_FILE,
     CURVES_FILE,
     ENVIRONMENT_FILE,
     EVAL_FILE,
     FID_FILE,
+    METADATA_FILE,
     NPZ_FILE,
     PIPELINE_FILE,
     REPORT_FILE,
     SAMPLES_FILE,
     SOURCES_FILE,
     SWEEP_FILE,
-    read_json,
 )
+from spiralrope_cli.core.config.models import RopeConfig, format_size
+from spiralrope_cli.core.config.nested import RUN_KINDS, build, read_config
+from spiralrope_cli.core.config.option import leaves
+from spiralrope_cli.core.config.pipelines import FINETUNE, PRETRAIN, SAMPLE, TRAIN
+from spiralrope_cli.core.config.samples import SampleRun
+from spiralrope_cli.core.config.training import TrainOptions
+from spiralrope_cli.core.data.sample_files import read_metadata
+from spiralrope_cli.core.errors import SpiralRopeError
+from spiralrope_cli.core.plots.curves import curves_figure
+from spiralrope_cli.core.report.results import Result, results
+from spiralrope_cli.core.runtime.progress import METRICS_FILE, best_validation, read_metrics, say
+from spiralrope_cli.core.runtime.run_folder import read_json
 from spiralrope_cli.core.storage import write_whole
 
 if TYPE_CHECKING:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +13,7 @@ from rich import box
 from rich.table import Table
 
 from spiralrope_cli.core.config.evals import FID_METRICS
-from spiralrope_cli.core.config.models import format_size
-from spiralrope_cli.core.runtime.progress import best_validation, console, read_metrics, say_result
-from spiralrope_cli.core.runtime.run_folder import (
+from spiralrope_cli.core.config.folders import (
     CURVES_FILE,
     EVAL_FILE,
     FID_FILE,
@@ -22,9 +22,10 @@ from spiralrope_cli.core.runtime.run_folder import (
     SAMPLES_FILE,
     SIZES_FILE,
     SWEEP_FILE,
-    read_json,
-    read_rows,
 )
+from spiralrope_cli.core.config.models import format_size
+from spiralrope_cli.core.runtime.progress import best_validation, console, read_metrics, say_result
+from spiralrope_cli.core.runtime.run_folder import read_json, read_rows
 
 Record = dict[str, Any]
 
@@ -76,6 +77,24 @@ def print_evaluation(rows: Sequence[Record]) -> None:
         table.add_row(*texts, *in_digits(row), str(row["count"]))
     say_result(shared)
     console().print(table)
+
+
+def print_csv(rows: Sequence[Record]) -> None:
+    """One line per row on stdout; nested values get a column each, lists are written `8x8`."""
+    lines = []
+    for row in rows:
+        line: Record = {}
+        for key, value in row.items():
+            if isinstance(value, dict):
+                line |= {f"{key}_{name}": item for name, item in value.items()}
+            elif isinstance(value, list):
+                line[key] = ("/" if key in ("mean", "std") else "x").join(map(str, value))
+            else:
+                line[key] = value
+        lines.append(line)
+    writer = csv.DictWriter(sys.stdout, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
 
 
 def columns_of(rows: Sequence[Record]) -> tuple[dict[str, list[str]], str]:

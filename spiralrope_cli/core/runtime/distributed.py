@@ -18,11 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from spiralrope_cli.core.config.folders import ENVIRONMENT_FILE
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.runtime import device as devices
 from spiralrope_cli.core.runtime.launch import usable_cores
 from spiralrope_cli.core.runtime.progress import say
-from spiralrope_cli.core.runtime.run_folder import ENVIRONMENT_FILE, hold_folder, write_json
+from spiralrope_cli.core.runtime.run_folder import hold_folder, write_json
 
 _T = TypeVar("_T")
 

@@ -8,14 +8,22 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
-from spiralrope_cli.core.config.class_folders import class_difference
 from spiralrope_cli.core.config.dit_runs import TrainingRun
+from spiralrope_cli.core.config.folders import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    CURVES_FILE,
+    SAMPLES,
+    SOURCES_FILE,
+    class_difference,
+)
 from spiralrope_cli.core.config.nested import build, flat_values, read_config, to_nested
 from spiralrope_cli.core.config.option import leaves
 from spiralrope_cli.core.config.training import RUNS_FOLDER
@@ -23,15 +31,10 @@ from spiralrope_cli.core.errors import CheckpointError, DiskError
 from spiralrope_cli.core.runtime.progress import human_size, say
 from spiralrope_cli.core.storage import parse, write_whole
 
-CONFIG_FILE = "config.yaml"
-CHECKPOINTS = "checkpoints"
-CURVES_FILE, REPORT_FILE = "curves.png", "report.html"
-SOURCES_FILE, ENVIRONMENT_FILE = "sources.json", "environment.json"
-PIPELINE_FILE, SWEEP_FILE, FID_FILE = "pipeline.json", "sweep.json", "fid.json"
-EVAL_FILE, SIZES_FILE = "eval.json", "eval-sizes.png"
-SAMPLES_FILE, SAMPLES, NPZ_FILE = "samples.png", "samples", "samples.npz"
-MODEL_FILE, EMA_FILE, TRAINER_FILE = "model.safetensors", "ema.safetensors", "trainer.pt"
 STEP_DIGITS = 7
+
+SAME = ("sha256", "checkpoint", "weights", "data", "image_size", "crop_ratio", "rope", "precision")
+"""A new row of `eval.json` replaces an old one that is equal in these."""
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -252,6 +255,21 @@ def read_rows(path: Path, *, strict: bool = False) -> list[dict[str, Any]]:
     os.replace(path, aside)
     say(f"note: {path} was damaged (no list of rows); it was renamed to {aside.name}")
     return []
+
+
+def is_same(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether two rows have the same weights and protocol."""
+    return not differences(before, {name: now[name] for name in SAME}, free=())
+
+
+def add_rows(path: Path, rows: Sequence[dict[str, Any]], decoded: int) -> None:
+    """Adds rows to an `eval.json`; they replace rows of the same weights and protocol."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = [old for old in read_rows(path) if not any(is_same(old, new) for new in rows)]
+    kept = [
+        old for old in kept if math.isfinite(old.get("loss", 0.0))
+    ]  # earlier versions wrote NaN
+    write_json(path, {"decoded": decoded, "rows": [*kept, *rows]})
 
 
 def nearest_folder(path: Path) -> Path:

@@ -19,16 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_model
 from torch import nn
 
+from spiralrope_cli.core.config.folders import CHECKPOINTS, EMA_FILE, MODEL_FILE, TRAINER_FILE
 from spiralrope_cli.core.errors import SPACE, CheckpointError, errno_of, system_error
-from spiralrope_cli.core.runtime.run_folder import (
-    CHECKPOINTS,
-    EMA_FILE,
-    MODEL_FILE,
-    TRAINER_FILE,
-    check_space,
-    step_folder,
-    steps_on_disk,
-)
+from spiralrope_cli.core.runtime.run_folder import check_space, step_folder, steps_on_disk
 from spiralrope_cli.core.storage import (
     check_zip,
     flush,

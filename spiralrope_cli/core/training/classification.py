@@ -1,11 +1,14 @@
-"""The classifier's task: batches of images, cross entropy, validation."""
+"""The classifier's task: batches of images, cross entropy, validation, accuracy."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, TypeVar, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,14 +16,16 @@ from spiralrope_cli.core.config.runs import ClassifierRun, EvalProtocol
 from spiralrope_cli.core.data.batches import ValidationImages, classifier_data
 from spiralrope_cli.core.data.loader import Batch
 from spiralrope_cli.core.errors import TrainingError
-from spiralrope_cli.core.metrics.accuracy import measure_accuracy
 from spiralrope_cli.core.models.deit import DeiT
+from spiralrope_cli.core.runtime import distributed
 from spiralrope_cli.core.runtime.device import autocast
 from spiralrope_cli.core.runtime.distributed import DistContext
 from spiralrope_cli.core.runtime.progress import Reporter, best_validation
 from spiralrope_cli.core.runtime.seeds import generator_for
 from spiralrope_cli.core.training.loop import LOWER_LR, Task, due
 from spiralrope_cli.core.training.step import TrainState
+
+Name = TypeVar("Name")
 
 
 def classification(config: ClassifierRun, ctx: DistContext) -> Task:
@@ -100,3 +105,58 @@ def validate(
     now = {"step": state.step, **values}
     state.best = best_validation([state.best, now]) if state.best else now
     reporter.validated(state.step, values, state.best["acc1"])
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Top-1 and top-5 accuracy in percent, mean cross entropy in nats, and number of images."""
+
+    acc1: float
+    acc5: float
+    loss: float
+    count: int
+
+
+@torch.inference_mode()
+def measure_accuracy(
+    models: Mapping[Name, nn.Module],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device,
+    autocast: Callable[[], Any],
+) -> dict[Name, Accuracy]:
+    """Accuracy of several models in one pass over the data, summed over all processes.
+
+    Args:
+        models: name -> network with logits [B, K]; train or eval mode is restored.
+        batches: images [B, ...] and labels [B] of this process.
+        device: device of the models.
+        autocast: returns the context of the forward passes.
+    """
+    was_training = [model.training for model in models.values()]
+    # float32 counts exactly only to 16 million.
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    sums = torch.zeros(len(models), 4, dtype=dtype, device=device)
+    for model in models.values():
+        model.eval()
+    for images, labels in batches:
+        for number, model in enumerate(models.values()):
+            with autocast():
+                logits = model(images)
+            sums[number] += _batch_sums(logits.float(), labels)
+    for model, training in zip(models.values(), was_training, strict=True):
+        model.train(training)
+    found = {}
+    totals = distributed.all_reduce_sum(sums).tolist()
+    for name, (*hits, loss, count) in zip(models, totals, strict=True):
+        num = max(count, 1)
+        acc1, acc5 = (100 * each / num for each in hits)
+        found[name] = Accuracy(acc1, acc5, loss / num, int(count))
+    return found
+
+
+def _batch_sums(logits: Tensor, labels: Tensor) -> Tensor:
+    """[4]: top-1 hits, top-5 hits, sum of losses, number of images."""
+    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    hits = ranked == labels[:, None]
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    return torch.stack((hits[:, 0].sum(), hits.any(1).sum(), loss, loss.new_tensor(len(labels))))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spiralrope_cli.core.config.dit_runs import DiTRun
+from spiralrope_cli.core.config.folders import SAMPLES_FILE
 from spiralrope_cli.core.data.batches import dit_data
 from spiralrope_cli.core.data.images import image_grid, to_uint8
 from spiralrope_cli.core.data.loader import Batch
@@ -18,9 +19,10 @@ from spiralrope_cli.core.diffusion.gaussian import GaussianDiffusion
 from spiralrope_cli.core.diffusion.vae import Vae, load_vae, sample_posterior
 from spiralrope_cli.core.errors import DataError, SpiralRopeError
 from spiralrope_cli.core.models.dit import DiT
-from spiralrope_cli.core.runtime import distributed, run_folder
+from spiralrope_cli.core.runtime import distributed
 from spiralrope_cli.core.runtime.device import autocast
 from spiralrope_cli.core.runtime.distributed import DistContext
+from spiralrope_cli.core.runtime.run_folder import sample_file
 from spiralrope_cli.core.runtime.seeds import NoisePerImage, generator_for
 from spiralrope_cli.core.storage import atomic_write
 from spiralrope_cli.core.training.loop import Task
@@ -131,7 +133,7 @@ def draw_grid(
         except SpiralRopeError as error:
             return f"no samples: {error.message}"
     folder = Path(config.out)
-    target = run_folder.sample_file(folder, state.step)
+    target = sample_file(folder, state.step)
     target.parent.mkdir(exist_ok=True)
     images = grid_samples(config, ctx, cast(DiT, state.ema.module))
     if vae is not None:
@@ -140,7 +142,7 @@ def draw_grid(
         grid = image_grid(to_uint8(images), columns=len(images) // ROWS)
     except DataError as error:
         return f"no samples at step {state.step}: {error.message}"
-    for path in (target, folder / run_folder.SAMPLES_FILE):
+    for path in (target, folder / SAMPLES_FILE):
         with atomic_write(path, sole=True) as beside:
             grid.save(beside, "png")
     return f"samples: {target}"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from spiralrope_cli.core.config.dit_runs import TrainingRun
+from spiralrope_cli.core.config.folders import CHECKPOINTS
 from spiralrope_cli.core.config.nested import to_nested
 from spiralrope_cli.core.data.loader import Batch
 from spiralrope_cli.core.errors import CheckpointError, TrainingError
@@ -192,7 +193,7 @@ def read_finite(
     mean, bad_step, mine = meter.read()
     if bad_step is None:
         return mean
-    kept = Path(config.out) / run_folder.CHECKPOINTS
+    kept = Path(config.out) / CHECKPOINTS
     kept.mkdir(exist_ok=True)
     offending = kept / f"nonfinite-step-{bad_step:0{run_folder.STEP_DIGITS}d}-rank{ctx.rank}.pt"
     if mine:

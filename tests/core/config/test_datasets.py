@@ -3,13 +3,13 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from spiralrope_cli.core.config.class_folders import list_images
 from spiralrope_cli.core.config.datasets import (
     find_data_set,
     find_train_set,
     find_val_set,
     val_folder,
 )
+from spiralrope_cli.core.config.folders import list_images
 from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.errors import DataError
 

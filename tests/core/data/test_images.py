@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from spiralrope_cli.core.config.class_folders import images_below
+from spiralrope_cli.core.config.folders import images_below
 from spiralrope_cli.core.data import images as reading
 from spiralrope_cli.core.data.image_sets import inspect_side
 from spiralrope_cli.core.data.images import image_batches

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from spiralrope_cli.core.config.class_folders import list_images
 from spiralrope_cli.core.config.datasets import PHOTOGRAPHS, val_folder
+from spiralrope_cli.core.config.folders import list_images
 from spiralrope_cli.core.config.nested import build
 from spiralrope_cli.core.config.recipes import PRETRAIN
 from spiralrope_cli.core.config.runs import AugmentConfig

@@ -7,8 +7,7 @@ import json
 import pytest
 
 from spiralrope_cli.core.errors import ConfigError, DataError
-from spiralrope_cli.core.plots.curves import curves_figure
-from spiralrope_cli.core.plots.style import save_figure
+from spiralrope_cli.core.plots.curves import curves_figure, save_figure
 from spiralrope_cli.core.runtime.progress import VALIDATED
 
 

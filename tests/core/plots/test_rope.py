@@ -9,8 +9,8 @@ import torch
 
 from spiralrope_cli import RopeConfig, SpiralRoPE
 from spiralrope_cli.core.config.plots import ROPE_PANELS, RopePlot
+from spiralrope_cli.core.plots.curves import save_figure
 from spiralrope_cli.core.plots.rope import rope_figure, view_of
-from spiralrope_cli.core.plots.style import save_figure
 from spiralrope_cli.core.rope import clamped_fraction
 
 VARIANTS = (

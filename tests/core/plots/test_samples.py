@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from spiralrope_cli.core.plots.curves import save_figure
 from spiralrope_cli.core.plots.samples import samples_figure
-from spiralrope_cli.core.plots.style import save_figure
 
 
 @pytest.mark.parametrize("labels", [[], [str(n) for n in range(5)]])

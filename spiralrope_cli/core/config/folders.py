@@ -1,7 +1,7 @@
-"""Class folders: their names, which give the class numbers, and the images in them.
+"""Folders that users name: our own, by the files in them, and class folders of images.
 
-Weights carry the names, so that their class numbers can be compared with those of other data.
-Standard library only.
+The names of class folders give the class numbers. Weights carry the names, so that their class
+numbers can be compared with those of other data. Standard library only.
 """
 
 from __future__ import annotations
@@ -14,9 +14,77 @@ from pathlib import Path
 
 from spiralrope_cli.core.errors import DataError
 
+CONFIG_FILE = "config.yaml"
+CHECKPOINTS = "checkpoints"
+CURVES_FILE, REPORT_FILE = "curves.png", "report.html"
+SOURCES_FILE, ENVIRONMENT_FILE = "sources.json", "environment.json"
+PIPELINE_FILE, SWEEP_FILE, FID_FILE = "pipeline.json", "sweep.json", "fid.json"
+EVAL_FILE, SIZES_FILE = "eval.json", "eval-sizes.png"
+SAMPLES_FILE, SAMPLES, NPZ_FILE = "samples.png", "samples", "samples.npz"
+METADATA_FILE, PART_FILE = "samples.json", "samples.npz.part"
+MODEL_FILE, EMA_FILE, TRAINER_FILE = "model.safetensors", "ema.safetensors", "trainer.pt"
+
+# What it is -> files of which it has all, and what takes it. Any folder may have a config.yaml.
+MARKS: dict[str, tuple[tuple[tuple[str, ...], ...], str]] = {
+    "a folder of samples": (
+        ((METADATA_FILE, NPZ_FILE), (METADATA_FILE, PART_FILE)),
+        "fid and plot samples take it",
+    ),
+    "a training run": (
+        ((CONFIG_FILE, CHECKPOINTS), (CONFIG_FILE, SOURCES_FILE)),
+        "dit-sample draws images from the run of a DiT; eval takes that of a DeiT",
+    ),
+    "the folder of a pipeline": (
+        tuple(
+            (PIPELINE_FILE, stage) for stage in ("pretrain", "finetune", "dit-train", "dit-sample")
+        ),
+        "name a stage in it, such as dit-train or dit-sample",
+    ),
+    "the folder of a sweep": (((SWEEP_FILE, REPORT_FILE),), "name a run in it"),
+    "a folder of latents": ((("00000.safetensors",),), "dit-train --latents takes it"),
+}
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 IMAGENET_CLASSES, IMAGENET_NAME = 1000, re.compile(r"n\d{8}")
 """Published weights carry no names; in such folders their order is right."""
+
+
+# --- Folders of ours
+
+
+def own_folder(folder: Path) -> tuple[str, str]:
+    """What a folder of ours is, and what takes it; both empty for any other folder."""
+    for kind, (marks, hint) in MARKS.items():
+        if any(all((folder / name).exists() for name in names) for names in marks):
+            return kind, hint
+    return "", ""
+
+
+def refuse_own(folder: Path, given: str) -> None:
+    """Refuses a folder of ours that was `given` as a folder of images: it has curves and grids.
+
+    Raises:
+        DataError: says what it is and what takes it.
+    """
+    kind, hint = own_folder(folder)
+    if kind and not (folder / "train").is_dir():
+        raise DataError(f"{given} is {kind}, not a folder of images", hint)
+
+
+def samples_in(folder: Path) -> Path:
+    """The images of a folder of samples, or of a pipeline that has them; else the folder itself."""
+    kind, _ = own_folder(folder)
+    drawn = folder / "dit-sample"
+    if "pipeline" in kind and drawn.is_dir():
+        kind, folder = "samples", drawn
+    if "samples" not in kind:
+        return folder
+    if not (folder / NPZ_FILE).exists():
+        raise DataError(f"{folder} is not finished", "the same dit-sample command goes on with it")
+    return folder / NPZ_FILE
+
+
+# --- Class names
 
 
 def class_difference(before: Sequence[str], now: Sequence[str]) -> str:
