@@ -199,7 +199,7 @@ def trained_once(tmp_path_factory):
     """A run of 8 steps on the digits; its best checkpoint, of step 4, has other weights."""
     from safetensors.torch import load_file, save_file
 
-    from spiralrope_cli.core.config.nested import to_nested
+    from spiralrope_cli.core.config.option import to_nested
     from spiralrope_cli.core.config.resolve import resolve
     from spiralrope_cli.core.jobs import train
 

@@ -17,8 +17,7 @@ from safetensors import SafetensorError
 from spiralrope_cli.core.config.datasets import BUILT_IN
 from spiralrope_cli.core.config.dit_runs import DiTRun
 from spiralrope_cli.core.config.models import RopeConfig, deit_size, dit_size, is_dit
-from spiralrope_cli.core.config.nested import renamed
-from spiralrope_cli.core.config.option import leaves
+from spiralrope_cli.core.config.option import leaves, renamed
 from spiralrope_cli.core.config.resolve import fit_channels
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import MOST_OF_FIRST

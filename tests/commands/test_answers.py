@@ -13,7 +13,7 @@ from conftest import call_launch_instead, options_of
 from typer.testing import CliRunner
 
 from spiralrope_cli import main
-from spiralrope_cli.core.config.nested import to_nested
+from spiralrope_cli.core.config.option import to_nested
 from spiralrope_cli.core.errors import SpiralRopeError
 
 FILES = {

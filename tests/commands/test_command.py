@@ -16,8 +16,7 @@ from spiralrope_cli.commands.command import SETTINGS, command
 from spiralrope_cli.core.config import recipes
 from spiralrope_cli.core.config.datasets import DIGITS
 from spiralrope_cli.core.config.models import RopeConfig
-from spiralrope_cli.core.config.nested import to_nested
-from spiralrope_cli.core.config.option import PANELS, in_words
+from spiralrope_cli.core.config.option import PANELS, in_words, to_nested
 from spiralrope_cli.core.config.plots import RopePlot
 from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.config.runs import AugmentConfig

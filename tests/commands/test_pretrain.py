@@ -15,8 +15,7 @@ from typer.testing import CliRunner
 from spiralrope_cli import main as cli
 from spiralrope_cli.core.config import datasets, recipes
 from spiralrope_cli.core.config.models import RopeConfig
-from spiralrope_cli.core.config.nested import to_nested
-from spiralrope_cli.core.config.option import leaves
+from spiralrope_cli.core.config.option import leaves, to_nested
 from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.errors import ConfigError, DataError, SpiralRopeError

@@ -10,7 +10,9 @@ Standard library only.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
+import json
 import math
 import os
 import re
@@ -173,6 +175,13 @@ def _as(hint: Any, value: Any) -> Any:
     return value
 
 
+@functools.cache
+def groups(kind: type) -> dict[str, Any]:
+    """The fields of a config that are configs themselves."""
+    hints = typing.get_type_hints(kind)
+    return {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+
+
 def _leaves(kind: type) -> dict[str, Opt]:
     """All fields of a config and its groups, by name; names must be unique."""
     found: dict[str, Opt] = {}
@@ -181,8 +190,8 @@ def _leaves(kind: type) -> dict[str, Opt]:
         hint, opt = hints[field.name], Opt()
         if typing.get_origin(hint) is typing.Annotated:
             hint, opt = typing.get_args(hint)
-        if dataclasses.is_dataclass(hint):
-            inner = leaves(typing.cast(type, hint))
+        if field.name in groups(kind):
+            inner = leaves(hint)
         else:
             optional = typing.get_origin(hint) in (types.UnionType, typing.Union)
             for _ in range(optional + opt.many):
@@ -236,6 +245,70 @@ def in_words(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# --- Nested configs <-> flat values by field name
+
+
+def renamed(nested: dict[str, Any], kind: type) -> dict[str, Any]:
+    """A nested config with old names replaced by new ones."""
+    names, found = renamed_fields(kind), {}
+    for key, value in nested.items():
+        if (name := names.get(key, key)) in found:
+            was = next(old for old in nested if names.get(old) == name)
+            raise ConfigError(f"config keys {was!r} and {name!r} are one", f"leave {was!r} out")
+        found[name] = renamed(value, kind) if isinstance(value, dict) else value
+    return found
+
+
+def flatten(
+    nested: dict[str, Any], kind: type, known: Collection[str] | None = None
+) -> dict[str, Any]:
+    """Flat values by field name; for an unknown key the error suggests the nearest."""
+    here, known = {field.name for field in dataclasses.fields(kind)}, known or list(leaves(kind))
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if key not in here:
+            near = difflib.get_close_matches(str(key), {*known, *here} - {key}, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else ""
+            if home := [name for name, group in groups(kind).items() if key in leaves(group)]:
+                hint = f"it belongs in the group {home[0]}:"
+            raise ConfigError(f"config key {key!r} is unknown", hint)
+        if key not in groups(kind):
+            flat[key] = value
+        elif isinstance(value, dict):
+            flat.update(flatten(value, groups(kind)[key], known))
+        else:
+            raise ConfigError(f"config key {key!r} must hold a group of values")
+    return flat
+
+
+def flat_values(config: Any) -> dict[str, Any]:
+    """Field name -> value, over all groups of a config."""
+    flat: dict[str, Any] = {}
+    for name, value in vars(config).items():
+        flat.update(flat_values(value) if dataclasses.is_dataclass(value) else {name: value})
+    return flat
+
+
+def to_nested(run: Any) -> dict[str, Any]:
+    """Nested dicts and lists for `config.yaml`."""
+    nested: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(run)))  # tuples to lists
+    return nested
+
+
+def build(kind: type, values: dict[str, Any]) -> Any:
+    """Builds a nested config from flat values by field name; types and bounds are checked."""
+    arguments: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        name = field.name
+        if name in groups(kind):
+            arguments[name] = build(groups(kind)[name], values)
+        elif name in values:
+            arguments[name] = leaves(kind)[name].convert(values[name])
+        elif field.default is field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"the config has no {name}", "it is of another version of spiralrope")
+    return kind(**arguments)
 
 
 # --- Text -> value

@@ -26,12 +26,23 @@ from spiralrope_cli.core.config.dit_runs import (
 )
 from spiralrope_cli.core.config.latents import LATENT_CHANNELS, CacheMetadata, read_cache
 from spiralrope_cli.core.config.models import RopeConfig, Scaling, dit_name
-from spiralrope_cli.core.config.nested import RUN_KINDS, build, read_config
-from spiralrope_cli.core.config.option import idle_lines, leaves, read_values
-from spiralrope_cli.core.config.runs import ModelConfig
+from spiralrope_cli.core.config.option import (
+    build,
+    flatten,
+    idle_lines,
+    leaves,
+    read_values,
+    renamed,
+)
+from spiralrope_cli.core.config.runs import ClassifierRun, ModelConfig
 from spiralrope_cli.core.config.training import RUNS_FOLDER
 from spiralrope_cli.core.errors import ConfigError
+from spiralrope_cli.core.storage import parse
 
+RUN_KINDS: dict[str, type[TrainingRun]] = {
+    **dict.fromkeys(("pretrain", "finetune"), ClassifierRun),
+    "dit-train": DiTRun,
+}
 DATA_VARIABLE = "SPIRALROPE_DATA"
 NOT_FROM_FILE = {"command", "out", "num_train", "num_val", "num_classes", "class_names", "resume"}
 """Fields of a config file that a repeated run determines again."""
@@ -188,6 +199,26 @@ def cached_data_set(cache: CacheMetadata) -> DataSet:
         num_train=cache.count,
         num_val=0,
     )
+
+
+def read_config(path: Path, kind: type[TrainingRun] | None = None) -> dict[str, Any]:
+    """Flat values of a `config.yaml`, in the types of their fields; checks that it is of `kind`."""
+    import yaml
+
+    try:
+        nested = parse(path.read_text(), yaml.safe_load)
+    except OSError as error:
+        raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"--config {path} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(nested, dict):
+        raise ConfigError(f"--config {path} is not a config of a run")
+    command = nested.get("command")
+    of_file = RUN_KINDS.get(str(command), kind or ClassifierRun)
+    if kind is not None and of_file is not kind:
+        raise ConfigError(f"--config {path} is of another kind of run, {command}")
+    known, nested = leaves(of_file), renamed(nested, of_file)
+    return read_values(known, flatten(nested, of_file))
 
 
 def values_of_file(

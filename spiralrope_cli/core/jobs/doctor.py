@@ -23,7 +23,7 @@ from spiralrope_cli.core.config.datasets import (
     val_folder,
 )
 from spiralrope_cli.core.config.hub import cache_folder
-from spiralrope_cli.core.config.nested import build
+from spiralrope_cli.core.config.option import build
 from spiralrope_cli.core.config.resolve import default_data, merged
 from spiralrope_cli.core.config.samples import default_num_samples
 from spiralrope_cli.core.config.training import Checkup

@@ -28,7 +28,7 @@ from spiralrope_cli.core.config.latents import (
     shard_size_for,
 )
 from spiralrope_cli.core.config.models import format_size
-from spiralrope_cli.core.config.nested import build
+from spiralrope_cli.core.config.option import build
 from spiralrope_cli.core.config.resolve import DATA_VARIABLE
 from spiralrope_cli.core.config.training import MachineConfig, TrainOptions
 from spiralrope_cli.core.errors import ConfigError, DataError

@@ -22,8 +22,7 @@ from spiralrope_cli.core.config.datasets import BUILT_IN, DataSet, find_val_set
 from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions, EvalRow, EvalRun
 from spiralrope_cli.core.config.folders import EVAL_FILE, SIZES_FILE, nameless_note, numbering_note
 from spiralrope_cli.core.config.models import RopeConfig, format_size, given_rope, is_dit
-from spiralrope_cli.core.config.nested import build
-from spiralrope_cli.core.config.option import idle_lines
+from spiralrope_cli.core.config.option import build, idle_lines
 from spiralrope_cli.core.config.resolve import DATA_VARIABLE
 from spiralrope_cli.core.config.runs import EvalProtocol, ModelConfig
 from spiralrope_cli.core.config.training import RUNS_FOLDER, MachineConfig

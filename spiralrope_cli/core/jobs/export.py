@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from spiralrope_cli.core.config.folders import CONFIG_FILE, EVAL_FILE, MODEL_FILE
 from spiralrope_cli.core.config.hub import ExportRun
 from spiralrope_cli.core.config.models import format_size, given_rope, is_dit
-from spiralrope_cli.core.config.nested import build
+from spiralrope_cli.core.config.option import build
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.hub.catalog import ROWS
 from spiralrope_cli.core.hub.files import OTHER_DISK, new_path, refuse_existing, sha256_of

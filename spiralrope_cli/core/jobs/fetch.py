@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spiralrope_cli.core.config.hub import FetchRun
-from spiralrope_cli.core.config.nested import build
+from spiralrope_cli.core.config.option import build
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.hub import download
 from spiralrope_cli.core.hub.catalog import ALIASES, ROWS, Row, find_row

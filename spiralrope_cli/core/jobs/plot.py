@@ -17,8 +17,7 @@ from spiralrope_cli.core.config.models import (
     given_rope,
     is_dit,
 )
-from spiralrope_cli.core.config.nested import build
-from spiralrope_cli.core.config.option import idle_lines
+from spiralrope_cli.core.config.option import build, idle_lines
 from spiralrope_cli.core.config.plots import (
     DEIT_GRID,
     DIT_LATENT,

@@ -17,7 +17,7 @@ from spiralrope_cli import __version__
 from spiralrope_cli.core.config.dit_runs import NO_VAE
 from spiralrope_cli.core.config.folders import REPORT_FILE, SOURCES_FILE
 from spiralrope_cli.core.config.models import format_size, given_rope, is_dit
-from spiralrope_cli.core.config.nested import build as build_config
+from spiralrope_cli.core.config.option import build as build_config
 from spiralrope_cli.core.config.resolve import named_folder
 from spiralrope_cli.core.config.samples import (
     GuidanceConfig,

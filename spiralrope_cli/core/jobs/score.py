@@ -16,8 +16,7 @@ from rich.table import Column, Table
 
 from spiralrope_cli import __version__
 from spiralrope_cli.core.config.evals import EXTRACTOR, FID_METRICS, FidRun, fid_notes
-from spiralrope_cli.core.config.nested import build
-from spiralrope_cli.core.config.option import idle_lines
+from spiralrope_cli.core.config.option import build, idle_lines
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data import npz
 from spiralrope_cli.core.data.image_sets import (

@@ -19,8 +19,7 @@ from rich.table import Table
 from spiralrope_cli.core.config.datasets import find_val_set
 from spiralrope_cli.core.config.folders import EVAL_FILE, REPORT_FILE, SWEEP_FILE
 from spiralrope_cli.core.config.models import RopeConfig
-from spiralrope_cli.core.config.nested import build
-from spiralrope_cli.core.config.option import Opt, leaves, renamed_fields
+from spiralrope_cli.core.config.option import Opt, build, leaves, renamed_fields
 from spiralrope_cli.core.config.pipelines import PRETRAIN, DeiTStages
 from spiralrope_cli.core.config.resolve import named_folder, resolve
 from spiralrope_cli.core.config.runs import ClassifierRun

@@ -16,8 +16,7 @@ from rich.table import Table
 from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
 from spiralrope_cli.core.config.folders import CURVES_FILE, nameless_note, numbering_note
 from spiralrope_cli.core.config.models import format_size, given_rope, is_dit
-from spiralrope_cli.core.config.nested import build, flat_values
-from spiralrope_cli.core.config.option import leaves
+from spiralrope_cli.core.config.option import build, flat_values, leaves
 from spiralrope_cli.core.config.resolve import Resolved, StartingPoint, resolve
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import LINEAR_RULE_BATCH, MOST_OF_FIRST, TrainOptions

@@ -35,9 +35,9 @@ from spiralrope_cli.core.config.folders import (
     SWEEP_FILE,
 )
 from spiralrope_cli.core.config.models import RopeConfig, format_size
-from spiralrope_cli.core.config.nested import RUN_KINDS, build, read_config
-from spiralrope_cli.core.config.option import leaves
+from spiralrope_cli.core.config.option import build, leaves
 from spiralrope_cli.core.config.pipelines import FINETUNE, PRETRAIN, SAMPLE, TRAIN
+from spiralrope_cli.core.config.resolve import RUN_KINDS, read_config
 from spiralrope_cli.core.config.samples import SampleRun
 from spiralrope_cli.core.config.training import TrainOptions
 from spiralrope_cli.core.data.sample_files import read_metadata

@@ -31,7 +31,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from spiralrope_cli.core.config.nested import to_nested
+from spiralrope_cli.core.config.option import to_nested
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.storage import parse, write_whole
 

@@ -24,8 +24,8 @@ from spiralrope_cli.core.config.folders import (
     SOURCES_FILE,
     class_difference,
 )
-from spiralrope_cli.core.config.nested import build, flat_values, read_config, to_nested
-from spiralrope_cli.core.config.option import leaves
+from spiralrope_cli.core.config.option import build, flat_values, leaves, to_nested
+from spiralrope_cli.core.config.resolve import read_config
 from spiralrope_cli.core.config.training import RUNS_FOLDER
 from spiralrope_cli.core.errors import CheckpointError, DiskError
 from spiralrope_cli.core.runtime.progress import human_size, say

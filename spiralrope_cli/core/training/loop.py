@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.folders import CHECKPOINTS
-from spiralrope_cli.core.config.nested import to_nested
+from spiralrope_cli.core.config.option import to_nested
 from spiralrope_cli.core.data.loader import Batch
 from spiralrope_cli.core.errors import CheckpointError, TrainingError
 from spiralrope_cli.core.models.factory import compile_blocks, model_of

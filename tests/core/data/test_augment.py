@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from spiralrope_cli.core.config.datasets import DIGITS, PHOTOGRAPHS
-from spiralrope_cli.core.config.nested import build
+from spiralrope_cli.core.config.option import build
 from spiralrope_cli.core.config.recipes import PRETRAIN
 from spiralrope_cli.core.config.runs import MIX_GROUP, AugmentConfig
 from spiralrope_cli.core.data.augment import (

@@ -13,7 +13,7 @@ from PIL import Image
 
 from spiralrope_cli.core.config.datasets import PHOTOGRAPHS, val_folder
 from spiralrope_cli.core.config.folders import list_images
-from spiralrope_cli.core.config.nested import build
+from spiralrope_cli.core.config.option import build
 from spiralrope_cli.core.config.recipes import PRETRAIN
 from spiralrope_cli.core.config.runs import AugmentConfig
 from spiralrope_cli.core.config.training import MachineConfig

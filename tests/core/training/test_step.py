@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from spiralrope_cli import RopeConfig, create_model
-from spiralrope_cli.core.config.nested import build
+from spiralrope_cli.core.config.option import build
 from spiralrope_cli.core.config.recipes import PRETRAIN
 from spiralrope_cli.core.config.training import OptimConfig
 from spiralrope_cli.core.models.deit import DeiT
