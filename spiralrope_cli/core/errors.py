@@ -11,6 +11,7 @@ from collections.abc import Sequence
 TEXTS = {
     errno.ENOSPC: "No space left|unexpected pos|file write failed",
     errno.ENOMEM: "(allocate|not enough|out of) memory",
+    errno.EFBIG: "File too large",
     errno.EMFILE: "Too many open files|received 0 items of ancdata",
     errno.EAGAIN: "can't start new thread",
     errno.ELOOP: "Symlink loop",

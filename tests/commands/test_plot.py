@@ -125,6 +125,13 @@ def test_bad_input_has_its_own_line(plot, run, picture, words, code, told):
     assert told in plot(*words, expect=code)
 
 
+def test_more_than_the_memory_holds_is_told_before_it_is_read(plot, runs, monkeypatch):
+    np.savez_compressed(runs / "a.npz", np.zeros((5, 40, 40, 3), np.uint8))
+    monkeypatch.setattr("spiralrope_cli.core.jobs.plot.DRAWN_BYTES", 10**12)
+    monkeypatch.setattr("spiralrope_cli.core.data.images.stream_rows", None)
+    assert "needed for 5 images of a.npz" in plot("samples", "a.npz", expect=1)
+
+
 def test_an_empty_run_is_told(plot, run):
     (run / "metrics.jsonl").write_text("")
     assert "has no metrics" in plot("run", "one", "two", expect=1)

@@ -37,6 +37,11 @@ from spiralrope_cli.core.data.npz import (
 )
 from spiralrope_cli.core.errors import DataError
 
+MOST_PIXELS = 178_956_970
+"""Of an image: beyond it Pillow refuses an image file as a decompression bomb."""
+LONGEST_NOTE = 1 << 16
+"""Bytes of a scalar beside statistics."""
+
 
 @dataclass(frozen=True)
 class FolderInput:
@@ -158,7 +163,9 @@ def _contents(path: Path, role: str) -> tuple[ImageInput | None, tuple[str, ...]
 def _note(path: Path, headers: dict[str, Header], name: str, kinds: str) -> Any:
     """A scalar that `--save-stats` wrote beside statistics; None if it is missing."""
     header = headers.get(name)
-    if header is None or header.shape or header.dtype.kind not in kinds:
+    if header is None or header.num_bytes > LONGEST_NOTE:
+        return None
+    if header.shape or header.dtype.kind not in kinds:
         return None
     return read_array(path, name).item()
 
@@ -171,6 +178,11 @@ def _check_images(path: Path, header: Header) -> None:
         )
     if len(header.shape) != 4 or header.shape[3] != 3 or 0 in header.shape[1:]:
         raise DataError(f"{path}: arr_0 has shape {header.shape}; images must be N x H x W x 3")
+    height, width = header.shape[1:3]
+    if height * width > MOST_PIXELS:
+        raise DataError(
+            f"{path}: arr_0 has images of {height}x{width}; at most {MOST_PIXELS:,} pixels are read"
+        )
     if header.fortran_order:
         raise DataError(
             f"{path}: arr_0 is in Fortran order and cannot be streamed",

@@ -56,6 +56,14 @@ def decode_some(folders: Iterable[Path | None], most: int) -> tuple[int, list[Un
     return len(chosen), [each for each in decoded if isinstance(each, Unreadable)]
 
 
+def num_bytes(images: ImageInput, part: range) -> int:
+    """Bytes of the pixels of a part of a set, from headers alone; unreadable images count 0."""
+    if isinstance(images, NpzImages):
+        return len(part) * math.prod(images.header.shape[1:])
+    opened = (open_image(images.files[number], lambda image: image) for number in part)
+    return sum(3 * math.prod(image.size) for image in opened if not isinstance(image, Unreadable))
+
+
 @dataclass
 class ImageBatch:
     """A batch of images, grouped by size."""
@@ -81,8 +89,10 @@ def image_batches(
 
 
 def _streamed(images: NpzImages, part: range, batch_size: int) -> Generator[ImageBatch, None, None]:
-    pieces = stream_rows(images.path, "arr_0", images.header, part, batch_size)
-    firsts = part[::batch_size]
+    _, *shape = images.header.shape
+    rows = max(1, min(batch_size, LARGEST_BATCH // math.prod(shape)))
+    pieces = stream_rows(images.path, "arr_0", images.header, part, rows)
+    firsts = part[::rows]
     # One thread, so that the stream is read in order.
     with contextlib.closing(in_order((partial(next, pieces) for _ in firsts), 1, 2)) as read:
         for first, piece in zip(firsts, read, strict=True):

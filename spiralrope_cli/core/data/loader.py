@@ -6,6 +6,7 @@ Legend: B images in a batch, K classes, (h, w) pixels or latents.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import struct
 import sys
@@ -66,8 +67,10 @@ def open_image(
         with Image.open(path) as image:
             return convert(image)
     except BROKEN_IMAGE as error:
-        reason = str(error).replace(path, "").strip(" '") or type(error).__name__
-        return Unreadable(path, reason)
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise  # the image is not to blame, and must not be skipped
+        reason = getattr(error, "strerror", "") or str(error).replace(path, "").strip(" '")
+        return Unreadable(path, reason or type(error).__name__)
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         return Unreadable(path, f"it has more than {limit:,} pixels; scale it down")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import math
 import zipfile
 import zlib
@@ -29,6 +30,9 @@ _BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, Runtim
 POOL_SIZE, SPATIAL_SIZE = 2048, 2023
 STATISTICS = {"fid": ("mu", "sigma", POOL_SIZE), "sfid": ("mu_s", "sigma_s", SPATIAL_SIZE)}
 """Metric -> names of mean and covariance in a file, as in ADM's reference batches, and size."""
+
+LONGEST_HEADER = 1 << 16
+"""Of an array, in bytes; numpy writes 128."""
 
 LAYOUT = 1
 """Increase it if cached statistics of older versions must not be used."""
@@ -84,7 +88,8 @@ def read_headers(path: Path) -> dict[str, Header]:
     return headers
 
 
-def _read_header(stream: IO[bytes], path: Path, name: str) -> Header:
+def _read_header(entry: IO[bytes], path: Path, name: str) -> Header:
+    stream = io.BytesIO(entry.read(LONGEST_HEADER))  # an archive of kilobytes may hold gigabytes
     try:
         version = npy.read_magic(stream)
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0

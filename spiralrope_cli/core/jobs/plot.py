@@ -33,7 +33,7 @@ from spiralrope_cli.core.errors import CheckpointError, ConfigError, DataError
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.plots.curves import curves_figure, save_figure
 from spiralrope_cli.core.runtime.progress import METRICS_FILE, say, say_result
-from spiralrope_cli.core.runtime.run_folder import find_run, run_configs
+from spiralrope_cli.core.runtime.run_folder import check_memory, find_run, run_configs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,6 +42,10 @@ if TYPE_CHECKING:
 
     from spiralrope_cli.core.data.image_sets import ImageInput
     from spiralrope_cli.core.weights import Weights
+
+
+DRAWN_BYTES = 40
+"""Bytes of memory per byte of a grid, most of them matplotlib's."""
 
 
 def report(figure: Figure, path: Path) -> None:
@@ -190,11 +194,14 @@ def draw_grid(given: dict[str, Any]) -> None:
     import torch
 
     from spiralrope_cli.core.data.image_sets import images_in
-    from spiralrope_cli.core.data.images import image_batches
+    from spiralrope_cli.core.data.images import image_batches, num_bytes
     from spiralrope_cli.core.plots.samples import fit_to_size, samples_figure
 
     images = images_in(find_images(plot.source), "SOURCE")
     part = range(min(plot.num_samples, len(images)))
+    # Each is drawn in the size of the first.
+    drawn = max(num_bytes(images, part), len(part) * num_bytes(images, part[:1]))
+    check_memory(DRAWN_BYTES * drawn, f"{len(part)} images of {plot.source}")
     pixels: dict[int, Tensor] = {}
     for batch in image_batches(images, part, len(part), threads=-1, pin_memory=False):
         for unreadable in batch.unreadable:
@@ -224,7 +231,7 @@ def find_images(given: str) -> Path:
 def labels_of(images: ImageInput, part: range) -> list[str]:
     """The class name of each image; empty if the classes are unknown."""
     from spiralrope_cli.core.data.image_sets import NpzImages, names_of
-    from spiralrope_cli.core.data.npz import read_array, read_headers
+    from spiralrope_cli.core.data.npz import read_headers, stream_rows
     from spiralrope_cli.core.data.sample_files import npz_metadata
     from spiralrope_cli.core.runtime.seeds import drawn_class
 
@@ -244,7 +251,7 @@ def labels_of(images: ImageInput, part: range) -> list[str]:
         header = read_headers(images.path).get("arr_1")
         if header is None or header.dtype.kind not in "iu" or header.shape != (len(images),):
             return []
-        numbers = read_array(images.path, "arr_1")[: len(part)].tolist()
+        numbers = next(stream_rows(images.path, "arr_1", header, part, len(part))).tolist()
         num_classes = 0
     stored = metadata.get("class_names", ())
     names = names_of(

@@ -4,8 +4,11 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from spiralrope_cli.core.data import image_sets
 from spiralrope_cli.core.data.image_sets import inspect_side, names_of
+from spiralrope_cli.core.errors import DataError
 
 
 @pytest.mark.parametrize(
@@ -16,6 +19,7 @@ from spiralrope_cli.core.data.image_sets import inspect_side, names_of
         ({"num_images": [1, 2], "protocol": [1.0]}, None, ""),
         ({"num_images": "many", "protocol": 3}, None, ""),
         ({"num_images": -4}, None, ""),
+        ({"protocol": "long" * 10_000}, None, ""),
     ],
 )
 def test_what_statistics_say_of_themselves_is_believed_if_it_can_be(tmp_path, notes, num, protocol):
@@ -41,3 +45,15 @@ def test_files_of_a_folder_that_are_no_images_are_counted(image_folder, tmp_path
         (folder / name).write_text("no image of ours")
     side = inspect_side(folder, "SAMPLES")
     assert (side.images.others, side.num) == (": 2 .heic, 1 .txt", 26)
+
+
+def test_an_image_too_large_to_be_true_is_refused_by_its_header(tmp_path, monkeypatch):
+    np.savez(tmp_path / "a.npz", np.zeros((2, 20, 30, 3), np.uint8))
+    assert inspect_side(tmp_path / "a.npz", "SAMPLES").num == 2
+    monkeypatch.setattr(image_sets, "MOST_PIXELS", 599)
+    with pytest.raises(DataError, match="arr_0 has images of 20x30; at most 599 pixels are read"):
+        inspect_side(tmp_path / "a.npz", "SAMPLES")
+
+
+def test_the_limit_is_that_of_image_files():
+    assert image_sets.MOST_PIXELS == 2 * Image.MAX_IMAGE_PIXELS

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from spiralrope_cli.core.config.folders import images_below
 from spiralrope_cli.core.data import images as reading
 from spiralrope_cli.core.data.image_sets import inspect_side
-from spiralrope_cli.core.data.images import image_batches
+from spiralrope_cli.core.data.images import image_batches, num_bytes
 
 SIZES = [(8, 8), (6, 9), (8, 8), (8, 8), (6, 9), (5, 5), (8, 8)]
 
@@ -101,3 +102,23 @@ def test_who_stops_early_leaves_no_thread_behind(folder):
     next(batches)
     batches.close()
     assert not [thread for thread in threading.enumerate() if "spiralrope" in thread.name]
+
+
+def test_a_batch_of_an_archive_ends_early_where_its_images_are_large(tmp_path, monkeypatch):
+    pixels = np.arange(7 * 4 * 4 * 3).astype(np.uint8).reshape(7, 4, 4, 3)
+    np.savez(tmp_path / "a.npz", pixels)
+    monkeypatch.setattr(reading, "LARGEST_BATCH", 100)
+    batches = read(tmp_path / "a.npz", range(1, 6), batch_size=4)
+    assert [batch.numbers for batch in batches] == [[1, 2], [3, 4], [5]]
+    found = torch.cat([group for batch in batches for group in batch.groups])
+    assert torch.equal(found.permute(0, 2, 3, 1), torch.from_numpy(pixels[1:6]))
+
+
+def test_the_size_of_a_set_is_read_from_headers(folder, tmp_path):
+    np.savez(tmp_path / "a.npz", np.zeros((7, 4, 5, 3), np.uint8))
+    in_archive, in_folder = (
+        inspect_side(path, "SAMPLES").images for path in (tmp_path / "a.npz", folder)
+    )
+    assert num_bytes(in_archive, range(2, 5)) == 3 * 60
+    sizes = [math.prod(Image.open(file).size) for file in in_folder.files[:4]]
+    assert num_bytes(in_folder, range(4)) == 3 * sum(sizes)

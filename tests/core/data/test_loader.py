@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
 import multiprocessing
+import resource
 from functools import partial
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,7 +22,7 @@ from spiralrope_cli.core.config.runs import AugmentConfig
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.augment import eval_transform, train_transform
 from spiralrope_cli.core.data.loader import MAX_TRIES, BatchIndices, ImageFiles, Unreadable, load
-from spiralrope_cli.core.errors import DataError
+from spiralrope_cli.core.errors import DataError, errno_of
 from spiralrope_cli.core.runtime.seeds import seed_everything
 
 TrainFiles = partial(ImageFiles, tries=MAX_TRIES, seed=0)
@@ -162,6 +165,14 @@ def test_a_image_too_large_to_be_true_is_told(tmp_path, monkeypatch):
     assert bad == (Unreadable(path, "it has more than 2,000 pixels; scale it down"),)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_is_not_to_blame_for_what_the_system_lacks(root, monkeypatch, workers):
+    monkeypatch.setattr(Image, "open", Mock(side_effect=OSError(errno.EMFILE, "Too many open")))
+    with pytest.raises(OSError, match="Too many open") as refused:
+        list(loaded(val_files(root), [BatchIndices([0, 1], [])], workers))
+    assert errno_of(refused.value) == errno.EMFILE
+
+
 def test_training_replaces_an_unreadable_image_by_the_next_and_tells(tmp_path):
     bad = [damaged(tmp_path, how) for how in ("text", "cut")]
     good = save(tmp_path / "good.png")
@@ -249,6 +260,18 @@ def test_a_worker_that_was_killed_is_one_line(root):
     worker.kill()
     with pytest.raises(DataError, match="a data loader worker died"):
         list(batches)
+
+
+def test_a_size_limit_is_an_error_of_the_worker_and_not_a_wait_without_end(root):
+    batches = loaded(val_files(root), [BatchIndices([0, 1], [])], 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # workers inherit it
+    try:
+        with pytest.raises(RuntimeError, match="File too large") as refused:
+            list(batches)
+        assert errno_of(refused.value) == errno.EFBIG
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_workers_name_unreadable_images(root):

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from numpy.lib import format as npy
 
 from spiralrope_cli.core.data.npz import read_array, read_headers, stream_rows
 from spiralrope_cli.core.errors import DataError
@@ -50,12 +53,23 @@ def test_a_changed_byte_is_found_when_all_is_read(file, where):
 
 
 def test_a_header_that_promises_more_than_there_is(tmp_path):
-    import zipfile
-
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive, archive.open("x.npy", "w") as stream:
         np.lib.format.write_array_header_1_0(
             stream, {"descr": "|u1", "fortran_order": False, "shape": (10**12, 8, 8, 3)}
         )
         stream.write(b"few")
     with pytest.raises(DataError, match="but its header needs"):
+        read_headers(tmp_path / "a.npz")
+
+
+def test_a_header_that_unpacks_to_gigabytes_is_not_read(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive, archive.open("x.npy", "w") as stream:
+        stream.write(npy.magic(2, 0) + (1 << 24).to_bytes(4, "little") + b" " * (1 << 24))
+    with pytest.raises(DataError, match=r"x\.npy is not a numpy array .*got 65524"):
+        read_headers(tmp_path / "a.npz")
+
+
+def test_a_file_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(zipfile, "ZipFile", Mock(side_effect=PermissionError(13, "denied")))
+    with pytest.raises(DataError, match=r"a\.npz cannot be read: denied"):
         read_headers(tmp_path / "a.npz")
