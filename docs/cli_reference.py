@@ -44,9 +44,8 @@ def reference() -> str:
 def rope_fields() -> str:
     """The table of RopeConfig's fields, in the words of their options."""
     return FIELDS_HEAD + "".join(
-        _row(f"`{name}`", f"`{leaf.default!r}`", leaf.opt.help + _choices(leaf.choices))
-        for name, leaf in leaves(RopeConfig).items()
-        if leaf.opt
+        _row(f"`{name}`", f"`{opt.default!r}`", opt.help + _choices(opt.choices))
+        for name, opt in leaves(RopeConfig).items()
     )
 
 

@@ -160,7 +160,7 @@ def command(
         app: group of the command.
         name: name of the command.
         kinds: configs; each field with `Opt` becomes an option.
-        examples: end of the help.
+        examples: end of the help, one example per line.
         leave_out: fields without an option in this command.
         words: field -> help that replaces that of the field.
         defaults: field -> default in the help, if not that of the field.
@@ -201,11 +201,12 @@ def command(
         said = [each for opt in shown for each in _parameters(opt, defaults.get(opt.name))]
         call.__signature__ = inspect.Signature([context, *said])  # type: ignore[attr-defined]
         call.__annotations__ = {}  # Typer would evaluate these too
-        # Typer would keep the line breaks inside of a paragraph.
+        # Typer keeps the line breaks inside of a paragraph of the help, but not of the epilog.
         text = "\n\n".join(
             " ".join(each.split()) for each in (inspect.getdoc(function) or "").split("\n\n")
         )
-        app.command(name, help=text, epilog=examples, cls=cls)(call)
+        epilog = "\n\n".join(["\nExamples:", *examples.strip("\n").splitlines()])
+        app.command(name, help=text, epilog=epilog, cls=cls)(call)
         return function
 
     return register

@@ -9,16 +9,10 @@ from spiralrope_cli.core.config.latents import EXACT, EncodeRun
 from spiralrope_cli.core.config.training import TrainOptions
 
 EXAMPLES = """
-Examples:
-
   spiralrope dit-encode --data ~/imagenet/train           writes to latents/
-
   spiralrope dit-encode --data ~/imagenet --nproc 8       one process per GPU
-
   spiralrope dit-encode --data photos --image-size 512 --out latents-512
-
   spiralrope dit-encode --data photos --vae ~/my-vae --skip-bad
-
   spiralrope dit-train --latents latents                  train from them
 """
 

@@ -10,16 +10,10 @@ from spiralrope_cli.core.config.samples import SampleRun
 from spiralrope_cli.core.config.training import TrainOptions
 
 EXAMPLES = """
-Examples:
-
   spiralrope dit-sample runs/dit-train-dit-ti2-digits-r0       your own run
-
   spiralrope dit-sample dit-xl2 --num-samples 50000 --nproc 8   as published
-
   spiralrope dit-sample dit-xl2 --num-samples 16 --cfg-scale 4 --classes 7,88
-
   spiralrope dit-sample dit-xl2 --sampler dpm++ --num-sampling-steps 20
-
   spiralrope dit-sample RUN --num-samples 1000 --dry-run       print the plan
 """
 

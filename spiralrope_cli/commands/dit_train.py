@@ -10,18 +10,11 @@ from spiralrope_cli.core.config.recipes import shown_defaults
 from spiralrope_cli.core.config.training import TrainOptions
 
 EXAMPLES = """
-Examples:
-
   spiralrope dit-train                                   DiT-Ti/2 on digits
-
   spiralrope dit-train --rotate 2 --name four            four directions
-
   spiralrope dit-train --data ~/imagenet --arch dit-b4   the published recipe
-
   spiralrope dit-train --arch dit-b4 --latents latents   from cached latents
-
   spiralrope dit-train --init-from dit-xl2 --data flowers
-
   spiralrope dit-train --dry-run                         print the plan
 """
 

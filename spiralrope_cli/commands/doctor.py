@@ -8,14 +8,9 @@ from spiralrope_cli.commands.command import SETTINGS, command
 from spiralrope_cli.core.config.training import Checkup
 
 EXAMPLES = """
-Examples:
-
   spiralrope doctor                              this machine and the digits
-
   spiralrope doctor --data ~/imagenet --arch deit-b --nproc 8
-
   spiralrope doctor --arch dit-xl2 --data ~/imagenet --num-samples 50000
-
   spiralrope doctor --offline --json             for scripts
 """
 

@@ -11,18 +11,11 @@ from spiralrope_cli.core.config.models import BY_WEIGHTS, RopeConfig
 from spiralrope_cli.core.config.training import MachineConfig
 
 EXAMPLES = """
-Examples:
-
   spiralrope eval                              last weights of the newest run
-
   spiralrope eval --ema --crop-ratio           its EMA weights, both ratios
-
   spiralrope eval runs/x --all                 all eight rows
-
   spiralrope eval deit-b --data ~/imagenet     published weights
-
   spiralrope eval deit-b --image-size 224 --image-size 384
-
   spiralrope eval runs/x runs/y --json         several at once, for scripts
 """
 

@@ -9,14 +9,9 @@ from spiralrope_cli.core.config.hub import ExportRun
 from spiralrope_cli.core.config.models import BY_WEIGHTS, RopeConfig
 
 EXAMPLES = """
-Examples:
-
   spiralrope export runs/pretrain-deit-s-digits-r2 --layout published
-
   spiralrope export runs/pretrain-deit-s-digits-r2 --layout safetensors --ema
-
   spiralrope export deit-b --layout safetensors --out weights/deit-b
-
   spiralrope export old.pth --layout published --rotate 4 --out new.pth
 """
 

@@ -8,18 +8,11 @@ from spiralrope_cli.commands.command import SETTINGS, command
 from spiralrope_cli.core.config.hub import FetchRun
 
 EXAMPLES = """
-Examples:
-
   spiralrope fetch --list                      all names, with state
-
   spiralrope fetch dit-xl2                     DiT-XL/2 after 7M steps
-
   spiralrope fetch deit-s vae-mse inception    several at once
-
   spiralrope fetch deit-b --out weights        also copy it to weights/
-
   spiralrope fetch dit-s2 --offline            only from the cache
-
   HF_ENDPOINT=https://mirror.example spiralrope fetch deit-s
 """
 

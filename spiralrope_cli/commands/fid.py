@@ -8,14 +8,9 @@ from spiralrope_cli.commands.command import SETTINGS, command
 from spiralrope_cli.core.config.evals import FidRun
 
 EXAMPLES = """
-Examples:
-
   spiralrope fid samples.npz imagenet256.npz        all six metrics
-
   spiralrope fid samples/ photos/ --select fid,is   two metrics, from folders
-
   spiralrope fid photos/ --save-stats photos.npz    save statistics for later
-
   spiralrope fid samples/ photos.npz --num-samples 50000 --nproc 8 --json
 """
 

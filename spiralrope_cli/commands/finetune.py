@@ -11,16 +11,10 @@ from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import TrainOptions
 
 EXAMPLES = """
-Examples:
-
   spiralrope finetune runs/pretrain-deit-ti-digits-r2     your own run
-
   spiralrope finetune deit-b --data ~/imagenet            published weights
-
   spiralrope finetune deit-b --data ~/birds --image-size 384
-
   spiralrope finetune checkpoint.pth --data ~/birds --freeze head-only
-
   spiralrope finetune deit-s --data ~/imagenet --dry-run
 """
 

@@ -21,12 +21,8 @@ app = typer.Typer(
 )
 
 RUN_EXAMPLES = """
-Examples:
-
   spiralrope plot run runs/pretrain-deit-ti-digits-r2
-
   spiralrope plot run pretrain-deit-ti-digits-r1 pretrain-deit-ti-digits-r2
-
   spiralrope plot run runs/pretrain-* --over epoch --out all.svg
 """
 
@@ -43,16 +39,10 @@ def plot_run(given: dict[str, Any]) -> None:
 
 
 ROPE_EXAMPLES = """
-Examples:
-
   spiralrope plot rope                                 four directions
-
   spiralrope plot rope --rotate 1 --rotate 2 --rotate 4   compare three
-
   spiralrope plot rope --rotate 4 --show score --grid 28 --format svg
-
   spiralrope plot rope --arch dit-xl2 --rotate 2 --truncate-percentage 0.25
-
   spiralrope plot rope --grid 7x28 --projection exact
 """
 
@@ -78,12 +68,8 @@ def plot_rope(given: dict[str, Any]) -> None:
 
 
 ATTENTION_EXAMPLES = """
-Examples:
-
   spiralrope plot attention deit-b photo.jpg            of the class token
-
   spiralrope plot attention deit-b photo.jpg --patch 7,3 --layer 0 --layer 11
-
   spiralrope plot attention runs/birds photo.jpg --head 2 --ema
 """
 
@@ -109,12 +95,8 @@ def plot_attention(given: dict[str, Any]) -> None:
 
 
 SAMPLES_EXAMPLES = """
-Examples:
-
   spiralrope plot samples runs/dit-sample-dit-xl2-ddpm250
-
   spiralrope plot samples samples.npz --num-samples 32 --columns 8
-
   spiralrope plot samples ~/imagenet/val --num-samples 100 --out val.svg
 """
 

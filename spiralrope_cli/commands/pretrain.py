@@ -10,18 +10,11 @@ from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import TrainOptions
 
 EXAMPLES = """
-Examples:
-
   spiralrope pretrain                                DeiT-Ti on digits
-
   spiralrope pretrain --arch deit-s --rotate 2       four directions
-
   spiralrope pretrain --no-rope --name baseline      no rotary embedding
-
   spiralrope pretrain --data ~/imagenet --nproc 8    the published recipe
-
   spiralrope pretrain --dry-run                      print the plan
-
   spiralrope pretrain --config runs/x/config.yaml --seed 1 --name seed1
 """
 

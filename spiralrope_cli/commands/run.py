@@ -16,30 +16,18 @@ from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.runtime.launch import is_first_process
 
 DEIT_EXAMPLES = """
-Examples:
-
   spiralrope run deit                                   DeiT-Ti on digits
-
   spiralrope run deit --rotate 4 --data ~/imagenet --nproc 8
-
   spiralrope run deit --rotate 4 --eval-only            evaluate it again
-
   spiralrope run deit --sweep rotate=none,1,2,4 --seeds 0,1,2
-
   spiralrope run deit --from-legacy "4 - - - - 8"       from run_all.sh
 """
 
 DIT_EXAMPLES = """
-Examples:
-
   spiralrope run dit                                    DiT-Ti/2 on digits
-
   spiralrope run dit --no-rope --name baseline
-
   spiralrope run dit --rotate 2 --data ~/imagenet --arch dit-b4 --nproc 8
-
   spiralrope run dit --reference imagenet256.npz --num-samples 10000 --dry-run
-
   spiralrope run dit --from-legacy "- 4"                from run_all.sh
 """
 
