@@ -28,6 +28,9 @@ from spiralrope_cli.core.errors import ConfigError
 
 BOTH_CROP_RATIOS = (0.875, 1.0)
 
+Reading = Literal["as-pil", "as-trained"]
+"""How image files are read: by PIL's `convert("RGB")`, as other FID tools do, or as in training."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
@@ -195,6 +198,14 @@ class FidRun:
     weights: Annotated[
         str, Opt("Inception weights; by default those of fetch inception.", IMAGES, metavar="FILE")
     ] = ""
+    images: Annotated[
+        Reading,
+        Opt(
+            "Read transparency and 16-bit grey by PIL's convert('RGB'), as other FID tools do, "
+            "or as in training.",
+            IMAGES,
+        ),
+    ] = "as-pil"
     select: Annotated[
         tuple[str, ...],
         Opt(
@@ -258,8 +269,9 @@ class FidRun:
             )
 
     def protocol(self, weights_digest: str) -> str:
-        """Network, weights and precision: features are comparable if these are equal."""
-        return f"{EXTRACTOR}, weights sha256 {weights_digest}, {self.machine.precision}"
+        """What statistics depend on besides the images; equal ones are comparable."""
+        reading = "" if self.images == "as-pil" else f", images {self.images}"
+        return f"{EXTRACTOR}, weights sha256 {weights_digest}, {self.machine.precision}{reading}"
 
     @property
     def out(self) -> str:

@@ -1,4 +1,4 @@
-"""Images of a folder or an `.npz` as uint8 batches, and tensors to images.
+"""Image files, images of a folder or an `.npz` as uint8 batches, and tensors to images.
 
 Threads read and decode ahead; memory does not grow with the number of images.
 
@@ -8,7 +8,10 @@ Legend: B batch, (h, w) pixels.
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
+import struct
+import zlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,14 +25,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from spiralrope_cli.core.config.evals import Reading
 from spiralrope_cli.core.config.folders import list_images
 from spiralrope_cli.core.data.image_sets import FolderInput, ImageInput, NpzImages
-from spiralrope_cli.core.data.loader import Unreadable, open_image
 from spiralrope_cli.core.data.npz import stream_rows
-from spiralrope_cli.core.errors import DataError
+from spiralrope_cli.core.errors import DataError, UnreadableImageError
 from spiralrope_cli.core.runtime.launch import cores_per_process
 
 Result = TypeVar("Result")
+
+BROKEN_IMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error)
 
 LARGEST_BATCH = 1 << 28
 """Bytes of pixels after which a batch ends early."""
@@ -39,10 +44,81 @@ SMALLEST_SIDE = 64
 """In a grid, images with a smaller side are enlarged by repeating pixels."""
 
 
-def decode(path: str) -> np.ndarray | Unreadable:
-    """[h, w, 3] uint8: grey and palettes become RGB, alpha is dropped, as in other FID tools."""
-    image = open_image(path, lambda image: image.convert("RGB"))
-    return image if isinstance(image, Unreadable) else np.array(image)
+# --- One file
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An image that could not be decoded; not an exception, as these are hard to pickle."""
+
+    path: str
+    reason: str
+
+    def error(self) -> UnreadableImageError:
+        """The error that ends a run without --skip-bad."""
+        return UnreadableImageError(
+            f"image {self.path} cannot be read: {self.reason}",
+            "remove it, or use --skip-bad to skip such images",
+        )
+
+
+def open_image(path: str, convert: Callable[[Image.Image], Result]) -> Result | Unreadable:
+    """An image file, decoded and converted, or `Unreadable`."""
+    try:
+        with Image.open(path) as image:
+            return convert(image)
+    except BROKEN_IMAGE as error:
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise  # the image is not to blame, and must not be skipped
+        reason = getattr(error, "strerror", "") or str(error).replace(path, "").strip(" '")
+        return Unreadable(path, reason or type(error).__name__)
+    except Image.DecompressionBombError:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        return Unreadable(path, f"it has more than {limit:,} pixels; scale it down")
+
+
+def note_unreadable(unreadable: Iterable[Unreadable], skip: bool, reasons: dict[str, str]) -> None:
+    """Adds unreadable images to `reasons` (path -> reason), or raises for the first one."""
+    for bad in unreadable:
+        if not skip:
+            raise bad.error()
+        reasons[bad.path] = bad.reason
+
+
+def as_trained(image: Image.Image, mode: str = "RGB") -> Image.Image:
+    """RGB or L: how all commands read an image; docs/formats.md has a line per mode."""
+    return _flattened(image).convert(mode)
+
+
+def _flattened(image: Image.Image) -> Image.Image:
+    """16-bit grey as 8-bit, and transparency over black: `convert` would do neither."""
+    if image.mode[0] in "IF":
+        values, white = np.asarray(image), 255 if image.mode == "F" else 65535
+        low, high = values.min(), values.max()
+        if not 0 <= low <= high <= white or (image.mode == "F" and 0 < high <= 1):
+            expected = f"its levels are from {low:g} to {high:g}, not from 0 to {white}"
+            raise ValueError(f"{expected}; save it with 8 or 16 bits")
+        if image.mode == "F":
+            return image
+        return Image.fromarray((values / 257).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    return image
+
+
+def decode(path: str, reading: Reading) -> tuple[np.ndarray, bool] | Unreadable:
+    """[h, w, 3] uint8, and whether the other reading gives another image."""
+
+    def convert(image: Image.Image) -> tuple[np.ndarray, bool]:
+        flat = _flattened(image)
+        if flat is image:
+            return np.array(image.convert("RGB")), False
+        image.info.pop("transparency", None)  # `convert` would warn
+        pil, trained = (np.array(each.convert("RGB")) for each in (image, flat))
+        return pil if reading == "as-pil" else trained, not np.array_equal(pil, trained)
+
+    return open_image(path, convert)
 
 
 def decode_some(folders: Iterable[Path | None], most: int) -> tuple[int, list[Unreadable]]:
@@ -52,7 +128,7 @@ def decode_some(folders: Iterable[Path | None], most: int) -> tuple[int, list[Un
         paths = [path for path, _ in list_images(folder)] if folder else []
         count = min(most, len(paths))
         chosen += [paths[number * len(paths) // count] for number in range(count)]
-    decoded = map(decode, chosen)
+    decoded = (open_image(path, as_trained) for path in chosen)
     return len(chosen), [each for each in decoded if isinstance(each, Unreadable)]
 
 
@@ -64,6 +140,9 @@ def num_bytes(images: ImageInput, part: range) -> int:
     return sum(3 * math.prod(image.size) for image in opened if not isinstance(image, Unreadable))
 
 
+# --- Batches for `fid` and `plot samples`
+
+
 @dataclass
 class ImageBatch:
     """A batch of images, grouped by size."""
@@ -71,14 +150,21 @@ class ImageBatch:
     numbers: list[int] = field(default_factory=list)  # indices in the set, in the groups' order
     groups: list[Tensor] = field(default_factory=list)  # [B, 3, h, w] uint8, one per size
     unreadable: list[Unreadable] = field(default_factory=list)
+    num_differing: int = 0  # images that the two readings see differently
 
 
 def image_batches(
-    images: ImageInput, part: range, batch_size: int, *, threads: int, pin_memory: bool
+    images: ImageInput,
+    part: range,
+    batch_size: int,
+    *,
+    threads: int,
+    pin_memory: bool,
+    reading: Reading = "as-trained",
 ) -> Generator[ImageBatch, None, None]:
     """The images of a part of a set, decoded by `threads` threads; -1: by the number of cores."""
     if isinstance(images, FolderInput):
-        batches = _decoded(images, part, batch_size, threads)
+        batches = _decoded(images, part, batch_size, threads, reading)
     else:
         batches = _streamed(images, part, batch_size)
     with contextlib.closing(batches):
@@ -100,18 +186,20 @@ def _streamed(images: NpzImages, part: range, batch_size: int) -> Generator[Imag
 
 
 def _decoded(
-    images: FolderInput, part: range, batch_size: int, threads: int
+    images: FolderInput, part: range, batch_size: int, threads: int, reading: Reading
 ) -> Generator[ImageBatch, None, None]:
     if threads < 0:
         threads = min(MOST_THREADS, cores_per_process())
     batch, num_bytes = ImageBatch(), 0
     sizes: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = defaultdict(list)
-    tasks = (partial(decode, images.files[number]) for number in part)
+    tasks = (partial(decode, images.files[number], reading) for number in part)
     with contextlib.closing(in_order(tasks, max(threads, 1), 4 * threads)) as decoded:
-        for number, image in zip(part, decoded, strict=True):
-            if isinstance(image, Unreadable):
-                batch.unreadable.append(image)
+        for number, result in zip(part, decoded, strict=True):
+            if isinstance(result, Unreadable):
+                batch.unreadable.append(result)
             else:
+                image, differs = result
+                batch.num_differing += differs
                 sizes[image.shape].append((number, image))
                 num_bytes += image.nbytes
             waiting = sum(map(len, sizes.values()))

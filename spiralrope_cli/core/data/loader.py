@@ -1,4 +1,4 @@
-"""Image files: opened one by one, or decoded and augmented in batches by data loader workers.
+"""Batches of image files, decoded and augmented by data loader workers.
 
 Legend: B images in a batch, K classes, (h, w) pixels or latents.
 """
@@ -6,13 +6,11 @@ Legend: B images in a batch, K classes, (h, w) pixels or latents.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import struct
 import sys
-import zlib
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +20,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from spiralrope_cli.core.config.training import MachineConfig
-from spiralrope_cli.core.errors import DataError, UnreadableImageError, dead_loader
+from spiralrope_cli.core.data.images import (
+    Unreadable,
+    as_trained,
+    note_unreadable,
+    open_image,
+)
+from spiralrope_cli.core.errors import DataError, dead_loader
 from spiralrope_cli.core.runtime.launch import cores_per_process
 from spiralrope_cli.core.runtime.seeds import seed_everything
 
@@ -32,56 +36,11 @@ Transform = Callable[[Image.Image], np.ndarray]
 Key = tuple[int, tuple[int, ...] | None]
 """Index of an image in its set, and the seed parts of its augmentation, if any."""
 
-BROKEN_IMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error)
-
 MAX_TRIES = 16
 """With `skip_bad`, unreadable images in a row after which training stops."""
 
 GRACE_SECONDS = 60
 """Workers live so long after a SIGTERM, because the trainer finishes its step."""
-
-
-# --- One file
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """An image that could not be decoded; not an exception, as these are hard to pickle."""
-
-    path: str
-    reason: str
-
-    def error(self) -> UnreadableImageError:
-        """The error that ends a run without --skip-bad."""
-        return UnreadableImageError(
-            f"image {self.path} cannot be read: {self.reason}",
-            "remove it, or use --skip-bad to skip such images",
-        )
-
-
-def open_image(
-    path: str, convert: Callable[[Image.Image], Image.Image]
-) -> Image.Image | Unreadable:
-    """A decoded and converted image, or `Unreadable`."""
-    try:
-        with Image.open(path) as image:
-            return convert(image)
-    except BROKEN_IMAGE as error:
-        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-            raise  # the image is not to blame, and must not be skipped
-        reason = getattr(error, "strerror", "") or str(error).replace(path, "").strip(" '")
-        return Unreadable(path, reason or type(error).__name__)
-    except Image.DecompressionBombError:
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        return Unreadable(path, f"it has more than {limit:,} pixels; scale it down")
-
-
-def note_unreadable(unreadable: Iterable[Unreadable], skip: bool, reasons: dict[str, str]) -> None:
-    """Adds unreadable images to `reasons` (path -> reason), or raises for the first one."""
-    for bad in unreadable:
-        if not skip:
-            raise bad.error()
-        reasons[bad.path] = bad.reason
 
 
 # --- Batches
@@ -163,7 +122,7 @@ class ImageFiles(Dataset[Any]):
         failed: list[Unreadable] = []
         for index in range(first, first + self.tries):
             path = os.fsdecode(self.paths[index % len(self.paths)])
-            image = open_image(path, lambda image: _flattened(image).convert(self.mode))
+            image = open_image(path, partial(as_trained, mode=self.mode))
             if not isinstance(image, Unreadable):
                 if seed_parts is not None:
                     seed_everything("augment", *seed_parts)
@@ -184,17 +143,6 @@ class ImageFiles(Dataset[Any]):
         kept = [label for array, label in zip(arrays, labels, strict=True) if array is not None]
         unreadable = tuple(each for some in failed for each in some)
         return Batch(at, images, torch.tensor(kept, dtype=torch.int64), unreadable=unreadable)
-
-
-def _flattened(image: Image.Image) -> Image.Image:
-    """Transparency over black, and 16-bit grey as 8-bit: `convert` would do neither."""
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        grey = np.asarray(image).clip(0, 65535) / 257  # else all but the darkest become white
-        return Image.fromarray(grey.round().astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-    return image
 
 
 def load(

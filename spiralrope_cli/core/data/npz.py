@@ -34,7 +34,7 @@ STATISTICS = {"fid": ("mu", "sigma", POOL_SIZE), "sfid": ("mu_s", "sigma_s", SPA
 LONGEST_HEADER = 1 << 16
 """Of an array, in bytes; numpy writes 128."""
 
-LAYOUT = 1
+LAYOUT = 2
 """Increase it if cached statistics of older versions must not be used."""
 
 

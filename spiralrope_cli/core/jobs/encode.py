@@ -181,9 +181,9 @@ def work(plan: EncodePlan) -> None:
 
 def readable_now(shard: Shard, skip_bad: bool) -> bool:
     """Whether a skipped image of a shard can be read now."""
-    from spiralrope_cli.core.data.loader import Unreadable, open_image
+    from spiralrope_cli.core.data.images import Unreadable, as_trained, open_image
 
-    still = [open_image(path, lambda image: image.copy()) for path in shard.unreadable]
+    still = [open_image(path, as_trained) for path in shard.unreadable]
     bad = [each for each in still if isinstance(each, Unreadable)]
     if bad and not skip_bad:
         raise bad[0].error()  # without --skip-bad no image may be skipped

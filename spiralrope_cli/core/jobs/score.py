@@ -55,8 +55,11 @@ def score(given: dict[str, Any]) -> None:
         for side in plan.sides
         if isinstance(side.images, FolderInput) and side.images.others
     )
-    idle = () if plan.run.weights else OF_FEATURES
-    say_notes(idle_lines(FidRun, [(name, "no image is read") for name in idle], given))
+    idle = dict.fromkeys(() if plan.run.weights else OF_FEATURES, "no image is read")
+    # Saved statistics have a protocol, which `--images` has to repeat.
+    if not any(isinstance(side.images, FolderInput) or side.protocol for side in plan.sides):
+        idle["images"] = "no image file is read"
+    say_notes(idle_lines(FidRun, idle.items(), given))
     launch(work, plan)
 
 
@@ -168,8 +171,13 @@ def earlier_result(run: FidRun) -> dict[str, Any]:
     if not found or not samples.exists() or path.stat().st_mtime < samples.stat().st_mtime:
         return {}
     reference, protocol = (found.get(part) or {} for part in ("reference", "protocol"))
-    before = {"reference": reference.get("sha256"), "weights": protocol.get("weights_sha256")}
+    before = {
+        "images": protocol.get("images", FidRun.images),
+        "weights": protocol.get("weights_sha256"),
+        "reference": reference.get("sha256"),
+    }
     now = {
+        "images": run.images,
         "weights": find_inception(run.weights)[1],
         "reference": digest_of(inspect_side(Path(run.reference).expanduser(), "REFERENCE")),
     }
@@ -242,6 +250,7 @@ def describe(
             "holds": side.words,
             "count": found.num,
             "unreadable": found.num_unreadable,
+            "read_differently": found.num_differing,
             "stored_statistics": list(side.stored),
             "from_cache": list(found.from_cache),
             "sha256": digest,
@@ -251,6 +260,7 @@ def describe(
         "weights": run.weights or None,
         "weights_sha256": sha256 or None,
         "weights_published": sha256.startswith(find_row("inception").sha256) if sha256 else None,
+        "images": run.images,
         "resize": "bilinear of TensorFlow 1, to 299x299",
         "precision": run.machine.precision,
         "is_split_size": SPLIT_SIZE,
@@ -266,7 +276,16 @@ def describe(
 
 def _warnings(plan: Plan, result: dict[str, Any]) -> list[str]:
     """Reasons not to compare the metrics with those of papers."""
-    lines = []
+    how = {
+        "as-pil": "as other FID tools do, not as in training (--images as-trained)",
+        "as-trained": "as in training, not as other FID tools do",
+    }
+    lines = [
+        f"{number:,} image(s) of {side.role} with transparency or 16-bit grey are read "
+        + how[plan.run.images]
+        for side in plan.sides
+        if (number := result[side.role.lower()]["read_differently"])
+    ]
     biased = {"fid", "sfid"}.intersection(plan.metrics)
     for side in plan.sides if biased else ():
         count, is_samples = result[side.role.lower()]["count"], side.role == "SAMPLES"

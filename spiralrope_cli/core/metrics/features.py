@@ -44,6 +44,7 @@ class Measured:
 
     num: int | None  # number of images; None if unknown
     num_unreadable: int = 0  # images that were skipped
+    num_differing: int = 0  # images that the two readings see differently
     # `fid` and `sfid`: mean [D] and covariance [D, D], float64, on the CPU.
     # `features`: pool features [N, 2048], float32, in the order of the images.
     stats: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
@@ -68,6 +69,7 @@ def measure_side(
         result = Measured(side.num, from_cache=side.needed)
         for part, arrays in kept.items():
             result.num, result.num_unreadable = int(arrays["num"]), int(arrays["bad"])
+            result.num_differing = int(arrays["differing"])
             result.stats[part] = tuple(torch.from_numpy(arrays[name]) for name in ARRAYS[part])
     elif side.needed and side.images is not None:
         result = _measure_images(run, ctx, side, side.images, network())
@@ -75,7 +77,8 @@ def measure_side(
             for part in side.needed:
                 tensors = (each.cpu().numpy() for each in result.stats[part])
                 named = dict(zip(ARRAYS[part], tensors, strict=True))
-                cache.store(part, num=result.num or 0, bad=result.num_unreadable, **named)
+                counts = {"num": result.num or 0, "bad": result.num_unreadable}
+                cache.store(part, **counts, differing=result.num_differing, **named)
     else:
         result = Measured(side.num)
     for part in side.stored if ctx.is_first else ():
@@ -99,8 +102,10 @@ def _measure_images(
         -(-run.batch_size // cores),
         threads=run.machine.workers,
         pin_memory=ctx.device.type == "cuda",
+        reading=run.images,
     )
     unreadable: dict[str, str] = {}
+    differing = 0
     with (
         contextlib.closing(opened) as batches,
         contextlib.closing(in_features(batches, network, side.needed, ctx)) as measured,
@@ -112,10 +117,12 @@ def _measure_images(
                 if not run.machine.skip_bad:
                     raise bad.error()
                 unreadable[bad.path] = bad.reason
+            differing += batch.num_differing
             if features:
                 sums.add(batch.numbers, features)
             advance((len(batch.numbers) + len(batch.unreadable)) * ctx.world_size)
         result = sums.merged()
+        result.num_differing = sum(distributed.all_gather_object(differing))
     unreadable = dict(ChainMap(*distributed.all_gather_object(unreadable)))
     if ctx.is_first:
         say_unreadable(unreadable)

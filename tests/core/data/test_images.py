@@ -81,7 +81,7 @@ def test_every_mode_becomes_rgb_as_pillow_converts_it(tmp_path, mode):
     if mode == "I;16":
         source = Image.fromarray(np.asarray(source).astype(np.uint16) * 200)
     source.save(tmp_path / name)
-    found = reading.decode(str(tmp_path / name))
+    found, _ = reading.decode(str(tmp_path / name), "as-pil")
     assert found.shape == (8, 8, 3)
     with Image.open(tmp_path / name) as image:
         np.testing.assert_array_equal(found, np.asarray(image.convert("RGB")))

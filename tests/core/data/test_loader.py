@@ -21,7 +21,8 @@ from spiralrope_cli.core.config.recipes import PRETRAIN
 from spiralrope_cli.core.config.runs import AugmentConfig
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.augment import eval_transform, train_transform
-from spiralrope_cli.core.data.loader import MAX_TRIES, BatchIndices, ImageFiles, Unreadable, load
+from spiralrope_cli.core.data.images import Unreadable
+from spiralrope_cli.core.data.loader import MAX_TRIES, BatchIndices, ImageFiles, load
 from spiralrope_cli.core.errors import DataError, errno_of
 from spiralrope_cli.core.runtime.seeds import seed_everything
 
