@@ -11,7 +11,6 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING
-from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
@@ -119,7 +118,6 @@ SETTINGS: dict[str, Any] = {
     "pretty_exceptions_enable": False,
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
-NONE: Mapping[str, str] = MappingProxyType({})
 FORMERLY = "formerly_"
 PLACEHOLDERS = {bool: " ", int: "N", float: "X"}
 
@@ -150,8 +148,8 @@ def command(
     *kinds: type,
     examples: str,
     leave_out: Iterable[str] = (),
-    words: Mapping[str, str] = NONE,
-    defaults: Mapping[str, str] = NONE,
+    words: Mapping[str, str] | None = None,
+    defaults: Mapping[str, str] | None = None,
     cls: type[TyperCommand] = Command,
 ) -> Callable[[Callable[[dict[str, Any]], None]], Callable[[dict[str, Any]], None]]:
     """Registers `function(given)`; `given` is field name -> value, only of options that were given.
@@ -167,7 +165,7 @@ def command(
         cls: class of the command.
     """
     known = {
-        name: dataclasses.replace(opt, help=words.get(name, opt.help))
+        name: dataclasses.replace(opt, help=(words or {}).get(name, opt.help))
         for kind in kinds
         for name, opt in leaves(kind).items()
         if opt.help and name not in leave_out
@@ -177,9 +175,7 @@ def command(
     def register(function: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
         def call(ctx: typer.Context, **values: Any) -> None:
             sources = {name: ctx.get_parameter_source(name) for name in values}
-            typed = [
-                name for name, source in sources.items() if source and source.name == "COMMANDLINE"
-            ]
+            typed = [n for n, source in sources.items() if source and source.name == "COMMANDLINE"]
             given: dict[str, Any] = {}
             for parameter in typed:
                 opt = known[name := parameter.removeprefix(FORMERLY)]
@@ -198,7 +194,7 @@ def command(
                 raise
 
         context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-        said = [each for opt in shown for each in _parameters(opt, defaults.get(opt.name))]
+        said = [each for opt in shown for each in _parameters(opt, (defaults or {}).get(opt.name))]
         call.__signature__ = inspect.Signature([context, *said])  # type: ignore[attr-defined]
         call.__annotations__ = {}  # Typer would evaluate these too
         # Typer keeps the line breaks inside of a paragraph of the help, but not of the epilog.

@@ -15,14 +15,13 @@ from spiralrope_cli.core.config.models import SIZE, RopeConfig, dit_size, format
 from spiralrope_cli.core.config.option import (
     DATA,
     MODEL,
-    PATH,
     RECIPE,
     RUN,
     Opt,
     check_fields,
     folder,
 )
-from spiralrope_cli.core.config.runs import ClassifierRun
+from spiralrope_cli.core.config.runs import EMA, RUN_FOLDER, ClassifierRun
 from spiralrope_cli.core.config.training import MachineConfig, OptimConfig
 from spiralrope_cli.core.errors import ConfigError
 
@@ -151,12 +150,7 @@ class DiTRun:
             complete="data_sets",
         ),
     ]
-    out: Annotated[
-        str,
-        Opt(
-            "Run folder; by default runs/COMMAND-ARCH-DATA-rROTATE[-NAME].", RUN, **PATH, free=True
-        ),
-    ]
+    out: Annotated[str, RUN_FOLDER]
     seed: Annotated[int, Opt("Seed of weights, data order, timesteps and noise.", RUN, ge=0)]
     num_train: Annotated[int, Opt(called="the number of training images")]
     source: Annotated[
@@ -170,10 +164,7 @@ class DiTRun:
             complete="sources",
         ),
     ] = ""
-    ema: Annotated[
-        bool,
-        Opt("Start from the EMA or the raw weights.", MODEL, flag="--ema/--no-ema"),
-    ] = True
+    ema: Annotated[bool, EMA] = True
     rope: RopeConfig
     model: DiTModelConfig
     images: ImageConfig = field(metadata={"was": "pictures"})

@@ -114,16 +114,6 @@ class DeiTStages:
                     "leave one of them out",
                 )
 
-    @property
-    def pretrains(self) -> bool:
-        """Whether to pretrain."""
-        return not (self.eval_only or self.skip_training)
-
-    @property
-    def finetunes(self) -> bool:
-        """Whether to finetune."""
-        return self.with_finetune and not self.eval_only
-
 
 @dataclass(frozen=True, kw_only=True)
 class DiTStages:

@@ -12,7 +12,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from spiralrope_cli.core.config import recipes
 from spiralrope_cli.core.config.datasets import DataSet, find_data_set, find_train_set, slug_of
@@ -47,7 +47,6 @@ DATA_VARIABLE = "SPIRALROPE_DATA"
 NOT_FROM_FILE = {"command", "out", "num_train", "num_val", "num_classes", "class_names", "resume"}
 """Fields of a config file that a repeated run determines again."""
 
-Run = TypeVar("Run", bound=TrainingRun)
 Layer = tuple[str, dict[str, Any]]
 """Origin of values, and field name -> value."""
 
@@ -95,7 +94,7 @@ class StartingPoint:
 
 
 @dataclass(frozen=True)
-class Resolved(Generic[Run]):
+class Resolved:
     """A run, and the origin of each value.
 
     Attributes:
@@ -105,7 +104,7 @@ class Resolved(Generic[Run]):
         warnings: what was fitted, has no effect or does not count, one line each.
     """
 
-    run: Run
+    run: Any  # ClassifierRun or DiTRun
     sources: dict[str, str]
     warnings: tuple[str, ...]
 
@@ -117,7 +116,7 @@ def resolve(
     config_file: str = "",
     name: str = "",
     start: StartingPoint | None = None,
-) -> Resolved[Any]:
+) -> Resolved:
     """Resolves a training run.
 
     Args:
@@ -130,19 +129,19 @@ def resolve(
     kind, dit = RUN_KINDS[command], command == "dit-train"
     of_start: Layer = ("source", start.fields() if start else {})
     file: Layer = ("config file", values_of_file(kind, config_file, start))
-    given, sources = merged(default_data(), of_start, file, ("option", options))
+    default = default_data()
+    given = {**default[1], **of_start[1], **file[1], **options}
     cache: CacheMetadata | None = None
     of_latents: Layer = ("latents", {})
     if dit and given.get("latents"):
         cache = read_cache(Path(given["latents"]))
         data_set = cached_data_set(cache)
         of_latents = ("latents", {"image_size": cache.plan.image_size, "vae": cache.plan.vae})
-        sources["data"] = "latents"
     else:
         data_set = (find_train_set if dit else find_data_set)(given["data"])
     arch = given.get("arch", data_set.default_dit if dit else data_set.default_arch)
     arch = dit_name(arch) if dit else arch
-    values, origins = merged(
+    layers: list[Layer] = [
         ("data set", {"arch": arch}),
         ("recipe", recipes.recipe(command, arch)),
         ("data set", data_set.defaults_of(command)),
@@ -151,11 +150,13 @@ def resolve(
         file,
         ("option", options),
         ("data set", {"num_classes": data_set.num_classes, "class_names": data_set.class_names}),
-    )
-    values = read_values(leaves(kind), values)
+    ]
+    merged = {name: value for _, layer in layers for name, value in layer.items()}
+    sources = {name: origin for origin, layer in layers for name in layer}
+    sources["data"] = "latents" if cache else sources.get("data", default[0])
+    values = read_values(leaves(kind), merged)
     values.update(command=command, arch=arch, data=data_set.data)
     values.update(num_train=data_set.num_train, num_val=data_set.num_val)
-    sources = {**origins, "data": sources["data"]}
     if dit:
         fit_input(values, data_set, cache)
         if start:
@@ -234,16 +235,6 @@ def values_of_file(
         )
     fixed = NOT_FROM_FILE | (FIXED_BY_SOURCE if start else set())
     return {key: value for key, value in from_file.items() if key not in fixed}
-
-
-def merged(*layers: Layer) -> tuple[dict[str, Any], dict[str, str]]:
-    """Field name -> value, and field name -> origin; a later layer overrides an earlier one."""
-    values: dict[str, Any] = {}
-    sources: dict[str, str] = {}
-    for origin, layer in layers:
-        values.update(layer)
-        sources.update(dict.fromkeys(layer, origin))
-    return values, sources
 
 
 def fit_channels(values: dict[str, Any]) -> None:

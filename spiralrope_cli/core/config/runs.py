@@ -33,6 +33,11 @@ from spiralrope_cli.core.errors import ConfigError
 MIX_GROUP = 8
 """Images that share one mixup or cutmix draw; fixed, so that it is the same for any split."""
 
+RUN_FOLDER = Opt(
+    "Run folder; by default runs/COMMAND-ARCH-DATA-rROTATE[-NAME].", RUN, **PATH, free=True
+)
+EMA = Opt("Start from the EMA or the raw weights.", MODEL, flag="--ema/--no-ema")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -200,20 +205,12 @@ class ClassifierRun:
             complete="data_sets",
         ),
     ]
-    out: Annotated[
-        str,
-        Opt(
-            "Run folder; by default runs/COMMAND-ARCH-DATA-rROTATE[-NAME].", RUN, **PATH, free=True
-        ),
-    ]
+    out: Annotated[str, RUN_FOLDER]
     seed: Annotated[int, Opt("Seed of weights, data order and augmentation.", RUN, ge=0)]
     num_train: Annotated[int, Opt(called="the number of training images")]
     num_val: Annotated[int, Opt(called="the number of validation images")]
     source: Annotated[str, SOURCE] = ""
-    ema: Annotated[
-        bool,
-        Opt("Start from the EMA or the raw weights.", MODEL, flag="--ema/--no-ema"),
-    ] = True
+    ema: Annotated[bool, EMA] = True
     rope: RopeConfig
     model: ModelConfig
     augment: AugmentConfig

@@ -24,7 +24,7 @@ from spiralrope_cli.core.config.datasets import (
 )
 from spiralrope_cli.core.config.hub import cache_folder
 from spiralrope_cli.core.config.option import build
-from spiralrope_cli.core.config.resolve import default_data, merged
+from spiralrope_cli.core.config.resolve import default_data
 from spiralrope_cli.core.config.samples import default_num_samples
 from spiralrope_cli.core.config.training import Checkup
 from spiralrope_cli.core.errors import CheckpointError, DataError, FetchError, SpiralRopeError
@@ -165,8 +165,9 @@ def inspect_data(checkup: Checkup, findings: list[Finding]) -> tuple[Values, Row
     from spiralrope_cli.core.data import memory
     from spiralrope_cli.core.data.images import decode_some
 
-    named, origins = merged(default_data(), ("option", checkup.options))
-    data, source = named["data"], origins["data"]
+    given = "data" in checkup.options
+    source, named = ("option", checkup.options) if given else default_data()
+    data = named["data"]
     data_set = find_train_set(data) if checkup.dit else find_data_set(data)
     values: Values = {
         "data": data_set.data,

@@ -99,9 +99,9 @@ def settle_deit(given: dict[str, Any], *, show_measured: bool = True) -> Pipelin
     folder = pipeline_folder("run-deit", own.out, first.run)
     before, after = folder / PRETRAIN, folder / FINETUNE
     stages: list[Stage] = []
-    if own.pretrains:
+    if not (own.eval_only or own.skip_training):
         stages.append(train_stage(first, before))
-    if own.finetunes:
+    if own.with_finetune and not own.eval_only:
         run = stages[0].config.run if stages else saved_run(before, "--skip-training", options)
         shared = {name: value for name, value in options.items() if name in OF_BOTH_TRAININGS}
         start = StartingPoint(
@@ -221,7 +221,7 @@ def pipeline_folder(command: str, out: str, run: TrainingRun) -> Path:
     return folder
 
 
-def train_stage(resolved: Resolved[Any], folder: Path) -> Stage:
+def train_stage(resolved: Resolved, folder: Path) -> Stage:
     """The stage of a training."""
     run = replace(resolved.run, out=str(folder))
     return Stage(run.command, run.out, replace(resolved, run=run), train.carry_out)

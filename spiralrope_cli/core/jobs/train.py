@@ -61,7 +61,7 @@ def train(command: str, given: dict[str, Any]) -> None:
 
 def settle(
     command: str, given: dict[str, Any], own: TrainOptions
-) -> tuple[Resolved[Any], tuple[str, ...]]:
+) -> tuple[Resolved, tuple[str, ...]]:
     """The resolved run, and notes for the user."""
     not_of_run = leaves(TrainOptions).keys() | {"source"}
     options = {name: value for name, value in given.items() if name not in not_of_run}
@@ -82,7 +82,7 @@ def settle(
     return resolved, notes
 
 
-def carry_out(resolved: Resolved[Any], notes: Iterable[str] = (), *, dry_run: bool) -> bool:
+def carry_out(resolved: Resolved, notes: Iterable[str] = (), *, dry_run: bool) -> bool:
     """Trains; a dry run only prints the plan. Returns whether the run was already finished."""
     run = resolved.run
     check_tracker(run.machine.tracker)
@@ -108,9 +108,7 @@ def carry_out(resolved: Resolved[Any], notes: Iterable[str] = (), *, dry_run: bo
     return finished
 
 
-def plan(
-    resolved: Resolved[Any], first_step: int, *, every_value: bool, notes: Iterable[str]
-) -> None:
+def plan(resolved: Resolved, first_step: int, *, every_value: bool, notes: Iterable[str]) -> None:
     """Prints the plan of a run; with `every_value` also values that are defaults."""
     table = Table(show_header=False, box=None, padding=(0, 1))
     table.add_column(style="bold", no_wrap=True)
