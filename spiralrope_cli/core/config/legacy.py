@@ -18,23 +18,14 @@ KEEP = "-"
 
 @dataclass(frozen=True)
 class Word:
-    """One positional argument of an original script.
+    """One positional argument of an original script."""
 
-    Attributes:
-        name: its name in the original documentation.
-        option: the option here.
-        read: text -> value, or raises ValueError.
-        allowed: allowed values, in words.
-        default: default in the original documentation.
-        off: the option that turns a flag off, if there is one.
-    """
-
-    name: str
-    option: str
-    read: Callable[[str], Any]
-    allowed: str
-    default: str
-    off: str = ""
+    name: str  # in the original documentation
+    option: str  # the option here
+    read: Callable[[str], Any]  # text -> value, or raises ValueError
+    allowed: str  # allowed values, in words
+    default: str  # in the original documentation
+    off: str = ""  # the option that turns a flag off, if there is one
 
 
 def _truth(word: str) -> bool:
@@ -89,7 +80,13 @@ def translate(line: str, kind: str) -> tuple[str, list[str]]:
         line: such as `4 - - - - 8`, with or without `bash run_all.sh`.
         kind: `deit` or `dit`.
     """
-    words, known = _words_of(line), WORDS[kind]
+    try:
+        words = shlex.split(line, comments=True)
+    except ValueError as error:
+        raise ConfigError(f"--from-legacy {line!r} is not a valid shell line: {error}") from error
+    while words and (words[0] in ("bash", "sh") or words[0].endswith("run_all.sh")):
+        words.pop(0)
+    known = WORDS[kind]
     if len(words) > len(known):
         raise ConfigError(
             f"--from-legacy has {len(words)} words; the script took at most {len(known)}",
@@ -100,22 +97,17 @@ def translate(line: str, kind: str) -> tuple[str, list[str]]:
         for place, (word, given) in enumerate(zip(known, words, strict=False), 1)
         if given != KEEP
     }
-    _check_together(known, values)
+    fields = {_field(word): values[word.name][1] for word in known if word.name in values}
+    fields.pop("", None)
+    try:
+        RopeConfig(**fields)
+    except ConfigError as error:
+        raise ConfigError(f"--from-legacy: {error.message}", error.hint) from error
     options = [part for word in known if word.name in values for part in _option(word, values)]
     if "--eval-only" in options and "--skip-training" in options:
         options.remove("--skip-training")  # the script checked EVAL_ONLY first
     command = shlex.join(["spiralrope", "run", kind, *options])
     return command, _notes(kind, values)
-
-
-def _words_of(line: str) -> list[str]:
-    try:
-        words = shlex.split(line, comments=True)
-    except ValueError as error:
-        raise ConfigError(f"--from-legacy {line!r} is not a valid shell line: {error}") from error
-    while words and (words[0] in ("bash", "sh") or words[0].endswith("run_all.sh")):
-        words.pop(0)
-    return words
 
 
 def _value(place: int, word: Word, given: str) -> Any:
@@ -141,15 +133,6 @@ def _field(word: Word) -> str:
     """The field of `RopeConfig`; empty for other words."""
     field = word.option.removeprefix("--").replace("-", "_")
     return field if field in RopeConfig.__dataclass_fields__ else ""
-
-
-def _check_together(known: tuple[Word, ...], values: dict[str, tuple[str, Any]]) -> None:
-    given = {_field(word): values[word.name][1] for word in known if word.name in values}
-    given.pop("", None)
-    try:
-        RopeConfig(**given)
-    except ConfigError as error:
-        raise ConfigError(f"--from-legacy: {error.message}", error.hint) from error
 
 
 def _option(word: Word, values: dict[str, tuple[str, Any]]) -> list[str]:
