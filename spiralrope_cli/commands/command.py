@@ -146,7 +146,6 @@ def command(
     app: typer.Typer,
     name: str,
     *kinds: type,
-    examples: str,
     leave_out: Iterable[str] = (),
     words: Mapping[str, str] | None = None,
     defaults: Mapping[str, str] | None = None,
@@ -158,7 +157,6 @@ def command(
         app: group of the command.
         name: name of the command.
         kinds: configs; each field with `Opt` becomes an option.
-        examples: end of the help, one example per line.
         leave_out: fields without an option in this command.
         words: field -> help that replaces that of the field.
         defaults: field -> default in the help, if not that of the field.
@@ -197,11 +195,10 @@ def command(
         said = [each for opt in shown for each in _parameters(opt, (defaults or {}).get(opt.name))]
         call.__signature__ = inspect.Signature([context, *said])  # type: ignore[attr-defined]
         call.__annotations__ = {}  # Typer would evaluate these too
+        text, _, examples = (inspect.getdoc(function) or "").partition("Examples:\n")
         # Typer keeps the line breaks inside of a paragraph of the help, but not of the epilog.
-        text = "\n\n".join(
-            " ".join(each.split()) for each in (inspect.getdoc(function) or "").split("\n\n")
-        )
-        epilog = "\n\n".join(["\nExamples:", *examples.strip("\n").splitlines()])
+        text = "\n\n".join(" ".join(each.split()) for each in text.strip().split("\n\n"))
+        epilog = "\n\n".join(["\nExamples:", *examples.splitlines()])
         app.command(name, help=text, epilog=epilog, cls=cls)(call)
         return function
 

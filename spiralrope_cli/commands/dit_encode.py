@@ -8,14 +8,6 @@ from spiralrope_cli.commands.command import SETTINGS, command
 from spiralrope_cli.core.config.latents import EXACT, EncodeRun
 from spiralrope_cli.core.config.training import TrainOptions
 
-EXAMPLES = """
-  spiralrope dit-encode --data ~/imagenet/train           writes to latents/
-  spiralrope dit-encode --data ~/imagenet --nproc 8       one process per GPU
-  spiralrope dit-encode --data photos --image-size 512 --out latents-512
-  spiralrope dit-encode --data photos --vae ~/my-vae --skip-bad
-  spiralrope dit-train --latents latents                  train from them
-"""
-
 app = typer.Typer(**SETTINGS)
 
 
@@ -24,7 +16,6 @@ app = typer.Typer(**SETTINGS)
     "dit-encode",
     EncodeRun,
     TrainOptions,
-    examples=EXAMPLES,
     leave_out=("name", "config", "compile", "grad_checkpointing", "resume", "tracker"),
     words={"precision": "Precision of the VAE."},
     defaults={"precision": EXACT},
@@ -35,6 +26,13 @@ def dit_encode(given: dict[str, Any]) -> None:
     Writes mean and standard deviation of the posterior, so that each epoch samples new latents.
 
     After an interruption run the same command again: it resumes, and encodes damaged shards again.
+
+    Examples:
+      spiralrope dit-encode --data ~/imagenet/train           writes to latents/
+      spiralrope dit-encode --data ~/imagenet --nproc 8       one process per GPU
+      spiralrope dit-encode --data photos --image-size 512 --out latents-512
+      spiralrope dit-encode --data photos --vae ~/my-vae --skip-bad
+      spiralrope dit-train --latents latents                  train from them
     """
     from spiralrope_cli.core.jobs.encode import encode
 

@@ -9,15 +9,6 @@ from spiralrope_cli.core.config.dit_runs import DIT_WORDS, DiTRun
 from spiralrope_cli.core.config.recipes import shown_defaults
 from spiralrope_cli.core.config.training import TrainOptions
 
-EXAMPLES = """
-  spiralrope dit-train                                   DiT-Ti/2 on digits
-  spiralrope dit-train --rotate 2 --name four            four directions
-  spiralrope dit-train --data ~/imagenet --arch dit-b4   the published recipe
-  spiralrope dit-train --arch dit-b4 --latents latents   from cached latents
-  spiralrope dit-train --init-from dit-xl2 --data flowers
-  spiralrope dit-train --dry-run                         print the plan
-"""
-
 app = typer.Typer(**SETTINGS)
 
 
@@ -26,7 +17,6 @@ app = typer.Typer(**SETTINGS)
     "dit-train",
     DiTRun,
     TrainOptions,
-    examples=EXAMPLES,
     leave_out=("lr_rule", "freeze"),
     words=DIT_WORDS,
     defaults=shown_defaults("dit-train"),
@@ -41,6 +31,14 @@ def dit_train(given: dict[str, Any]) -> None:
     Other defaults are from --config, the data set and the published recipe.
 
     After an interruption run the same command again: it resumes.
+
+    Examples:
+      spiralrope dit-train                                   DiT-Ti/2 on digits
+      spiralrope dit-train --rotate 2 --name four            four directions
+      spiralrope dit-train --data ~/imagenet --arch dit-b4   the published recipe
+      spiralrope dit-train --arch dit-b4 --latents latents   from cached latents
+      spiralrope dit-train --init-from dit-xl2 --data flowers
+      spiralrope dit-train --dry-run                         print the plan
     """
     from spiralrope_cli.core.jobs.train import train
 

@@ -7,13 +7,6 @@ import typer
 from spiralrope_cli.commands.command import SETTINGS, command
 from spiralrope_cli.core.config.training import Checkup
 
-EXAMPLES = """
-  spiralrope doctor                              this machine and the digits
-  spiralrope doctor --data ~/imagenet --arch deit-b --nproc 8
-  spiralrope doctor --arch dit-xl2 --data ~/imagenet --num-samples 50000
-  spiralrope doctor --offline --json             for scripts
-"""
-
 app = typer.Typer(**SETTINGS)
 
 
@@ -21,7 +14,6 @@ app = typer.Typer(**SETTINGS)
     app,
     "doctor",
     Checkup,
-    examples=EXAMPLES,
     leave_out=(
         *("nnodes", "rdzv_endpoint", "compile", "grad_checkpointing", "workers", "skip_bad"),
         *("resume", "tracker"),
@@ -35,6 +27,12 @@ def doctor(given: dict[str, Any]) -> None:
     Exit code 0: no problem. 1: a problem that would make a run fail.
 
     If the Hub does not answer, this is reported, but is not a problem.
+
+    Examples:
+      spiralrope doctor                              this machine and the digits
+      spiralrope doctor --data ~/imagenet --arch deit-b --nproc 8
+      spiralrope doctor --arch dit-xl2 --data ~/imagenet --num-samples 50000
+      spiralrope doctor --offline --json             for scripts
     """
     from spiralrope_cli.core.jobs.doctor import check_machine
 

@@ -10,15 +10,6 @@ from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions
 from spiralrope_cli.core.config.models import BY_WEIGHTS, RopeConfig
 from spiralrope_cli.core.config.training import MachineConfig
 
-EXAMPLES = """
-  spiralrope eval                              last weights of the newest run
-  spiralrope eval --ema --crop-ratio           its EMA weights, both ratios
-  spiralrope eval runs/x --all                 all eight rows
-  spiralrope eval deit-b --data ~/imagenet     published weights
-  spiralrope eval deit-b --image-size 224 --image-size 384
-  spiralrope eval runs/x runs/y --json         several at once, for scripts
-"""
-
 
 class CropRatioCommand(Command):
     """A command whose `--crop-ratio` without a value means both ratios."""
@@ -58,7 +49,6 @@ app = typer.Typer(**SETTINGS)
     EvalOptions,
     RopeConfig,
     MachineConfig,
-    examples=EXAMPLES,
     leave_out=("grad_checkpointing", "resume", "tracker"),
     defaults=BY_WEIGHTS,
     cls=CropRatioCommand,
@@ -70,6 +60,14 @@ def evaluate(given: dict[str, Any]) -> None:
     data set. Sizes and RoPE options are those of SOURCE; options override them, with a warning.
 
     Prints a table, and adds the rows with all settings to eval.json in the run folder.
+
+    Examples:
+      spiralrope eval                              last weights of the newest run
+      spiralrope eval --ema --crop-ratio           its EMA weights, both ratios
+      spiralrope eval runs/x --all                 all eight rows
+      spiralrope eval deit-b --data ~/imagenet     published weights
+      spiralrope eval deit-b --image-size 224 --image-size 384
+      spiralrope eval runs/x runs/y --json         several at once, for scripts
     """
     from spiralrope_cli.core.jobs import evaluate as job
 

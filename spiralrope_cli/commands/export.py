@@ -8,17 +8,10 @@ from spiralrope_cli.commands.command import SETTINGS, command
 from spiralrope_cli.core.config.hub import ExportRun
 from spiralrope_cli.core.config.models import BY_WEIGHTS, RopeConfig
 
-EXAMPLES = """
-  spiralrope export runs/pretrain-deit-s-digits-r2 --layout published
-  spiralrope export runs/pretrain-deit-s-digits-r2 --layout safetensors --ema
-  spiralrope export deit-b --layout safetensors --out weights/deit-b
-  spiralrope export old.pth --layout published --rotate 4 --out new.pth
-"""
-
 app = typer.Typer(**SETTINGS)
 
 
-@command(app, "export", ExportRun, RopeConfig, examples=EXAMPLES, defaults=BY_WEIGHTS)
+@command(app, "export", ExportRun, RopeConfig, defaults=BY_WEIGHTS)
 def export(given: dict[str, Any]) -> None:
     """Export weights to share, in the published layout or as safetensors.
 
@@ -27,6 +20,12 @@ def export(given: dict[str, Any]) -> None:
     RoPE options are those of SOURCE. A plain state dict has none, so give at least --rotate.
 
     Prints the path. Existing files are not overwritten.
+
+    Examples:
+      spiralrope export runs/pretrain-deit-s-digits-r2 --layout published
+      spiralrope export runs/pretrain-deit-s-digits-r2 --layout safetensors --ema
+      spiralrope export deit-b --layout safetensors --out weights/deit-b
+      spiralrope export old.pth --layout published --rotate 4 --out new.pth
     """
     from spiralrope_cli.core.jobs import export as job
 

@@ -7,25 +7,24 @@ import typer
 from spiralrope_cli.commands.command import SETTINGS, command
 from spiralrope_cli.core.config.hub import FetchRun
 
-EXAMPLES = """
-  spiralrope fetch --list                      all names, with state
-  spiralrope fetch dit-xl2                     DiT-XL/2 after 7M steps
-  spiralrope fetch deit-s vae-mse inception    several at once
-  spiralrope fetch deit-b --out weights        also copy it to weights/
-  spiralrope fetch dit-s2 --offline            only from the cache
-  HF_ENDPOINT=https://mirror.example spiralrope fetch deit-s
-"""
-
 app = typer.Typer(**SETTINGS)
 
 
-@command(app, "fetch", FetchRun, examples=EXAMPLES)
+@command(app, "fetch", FetchRun)
 def fetch(given: dict[str, Any]) -> None:
     """Download published weights, VAEs, Inception weights or reference batches.
 
     Prints the path of each. Files in the cache are checked, not downloaded again.
 
     The variables HF_ENDPOINT, HF_TOKEN and HF_HOME have an effect, as in huggingface_hub.
+
+    Examples:
+      spiralrope fetch --list                      all names, with state
+      spiralrope fetch dit-xl2                     DiT-XL/2 after 7M steps
+      spiralrope fetch deit-s vae-mse inception    several at once
+      spiralrope fetch deit-b --out weights        also copy it to weights/
+      spiralrope fetch dit-s2 --offline            only from the cache
+      HF_ENDPOINT=https://mirror.example spiralrope fetch deit-s
     """
     from spiralrope_cli.core.jobs import fetch as job
 

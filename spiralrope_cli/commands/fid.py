@@ -7,13 +7,6 @@ import typer
 from spiralrope_cli.commands.command import SETTINGS, command
 from spiralrope_cli.core.config.evals import FidRun
 
-EXAMPLES = """
-  spiralrope fid samples.npz imagenet256.npz        all six metrics
-  spiralrope fid samples/ photos/ --select fid,is   two metrics, from folders
-  spiralrope fid photos/ --save-stats photos.npz    save statistics for later
-  spiralrope fid samples/ photos.npz --num-samples 50000 --nproc 8 --json
-"""
-
 app = typer.Typer(**SETTINGS)
 
 
@@ -21,7 +14,6 @@ app = typer.Typer(**SETTINGS)
     app,
     "fid",
     FidRun,
-    examples=EXAMPLES,
     leave_out=("compile", "grad_checkpointing", "resume", "tracker"),
     words={
         "skip_bad": "Skip and count damaged images instead of stopping.",
@@ -37,6 +29,12 @@ def fid(given: dict[str, Any]) -> None:
     An .npz holds arr_0 (N x H x W x 3 uint8), or statistics (mu, sigma, mu_s, sigma_s), or both.
 
     Statistics of a REFERENCE are cached by the checksum of its content.
+
+    Examples:
+      spiralrope fid samples.npz imagenet256.npz        all six metrics
+      spiralrope fid samples/ photos/ --select fid,is   two metrics, from folders
+      spiralrope fid photos/ --save-stats photos.npz    save statistics for later
+      spiralrope fid samples/ photos.npz --num-samples 50000 --nproc 8 --json
     """
     from spiralrope_cli.core.jobs.score import score
 

@@ -10,14 +10,6 @@ from spiralrope_cli.core.config.recipes import shown_defaults
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import TrainOptions
 
-EXAMPLES = """
-  spiralrope finetune runs/pretrain-deit-ti-digits-r2     your own run
-  spiralrope finetune deit-b --data ~/imagenet            published weights
-  spiralrope finetune deit-b --data ~/birds --image-size 384
-  spiralrope finetune checkpoint.pth --data ~/birds --freeze head-only
-  spiralrope finetune deit-s --data ~/imagenet --dry-run
-"""
-
 app = typer.Typer(**SETTINGS)
 
 
@@ -26,7 +18,6 @@ app = typer.Typer(**SETTINGS)
     "finetune",
     ClassifierRun,
     TrainOptions,
-    examples=EXAMPLES,
     leave_out=("patch_size",),
     words={"arch": ARCH_OF_SOURCE.help},
     defaults=shown_defaults("finetune"),
@@ -41,6 +32,13 @@ def finetune(given: dict[str, Any]) -> None:
     For other classes the head is new; for another --image-size the position embedding is resampled.
 
     After an interruption run the same command again: it resumes.
+
+    Examples:
+      spiralrope finetune runs/pretrain-deit-ti-digits-r2     your own run
+      spiralrope finetune deit-b --data ~/imagenet            published weights
+      spiralrope finetune deit-b --data ~/birds --image-size 384
+      spiralrope finetune checkpoint.pth --data ~/birds --freeze head-only
+      spiralrope finetune deit-s --data ~/imagenet --dry-run
     """
     from spiralrope_cli.core.jobs.train import train
 

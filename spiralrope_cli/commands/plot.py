@@ -20,31 +20,21 @@ app = typer.Typer(
     **SETTINGS,
 )
 
-RUN_EXAMPLES = """
-  spiralrope plot run runs/pretrain-deit-ti-digits-r2
-  spiralrope plot run pretrain-deit-ti-digits-r1 pretrain-deit-ti-digits-r2
-  spiralrope plot run runs/pretrain-* --over epoch --out all.svg
-"""
 
-
-@command(app, "run", RunPlot, FigureFile, examples=RUN_EXAMPLES)
+@command(app, "run", RunPlot, FigureFile)
 def plot_run(given: dict[str, Any]) -> None:
     """Plot loss, accuracy or variational bound, learning rate and speed of training runs.
 
     Several runs are drawn in the same panels. Prints the path of the figure.
+
+    Examples:
+      spiralrope plot run runs/pretrain-deit-ti-digits-r2
+      spiralrope plot run pretrain-deit-ti-digits-r1 pretrain-deit-ti-digits-r2
+      spiralrope plot run runs/pretrain-* --over epoch --out all.svg
     """
     from spiralrope_cli.core.jobs.plot import draw_run
 
     draw_run(given)
-
-
-ROPE_EXAMPLES = """
-  spiralrope plot rope                                 four directions
-  spiralrope plot rope --rotate 1 --rotate 2 --rotate 4   compare three
-  spiralrope plot rope --rotate 4 --show score --grid 28 --format svg
-  spiralrope plot rope --arch dit-xl2 --rotate 2 --truncate-percentage 0.25
-  spiralrope plot rope --grid 7x28 --projection exact
-"""
 
 
 @command(
@@ -53,7 +43,6 @@ ROPE_EXAMPLES = """
     RopePlot,
     RopeConfig,
     FigureFile,
-    examples=ROPE_EXAMPLES,
     leave_out=("enabled", "rotate"),
     defaults={"panels": ""},
 )
@@ -61,17 +50,17 @@ def plot_rope(given: dict[str, Any]) -> None:
     """Plot Spiral RoPE: directions, frequencies, clamped positions, attention scores.
 
     Prints the path of the figure.
+
+    Examples:
+      spiralrope plot rope                                 four directions
+      spiralrope plot rope --rotate 1 --rotate 2 --rotate 4   compare three
+      spiralrope plot rope --rotate 4 --show score --grid 28 --format svg
+      spiralrope plot rope --arch dit-xl2 --rotate 2 --truncate-percentage 0.25
+      spiralrope plot rope --grid 7x28 --projection exact
     """
     from spiralrope_cli.core.jobs.plot import draw_rope
 
     draw_rope(given)
-
-
-ATTENTION_EXAMPLES = """
-  spiralrope plot attention deit-b photo.jpg            of the class token
-  spiralrope plot attention deit-b photo.jpg --patch 7,3 --layer 0 --layer 11
-  spiralrope plot attention runs/birds photo.jpg --head 2 --ema
-"""
 
 
 @command(
@@ -80,7 +69,6 @@ ATTENTION_EXAMPLES = """
     AttentionPlot,
     RopeConfig,
     FigureFile,
-    examples=ATTENTION_EXAMPLES,
     defaults=BY_WEIGHTS,
 )
 def plot_attention(given: dict[str, Any]) -> None:
@@ -88,24 +76,27 @@ def plot_attention(given: dict[str, Any]) -> None:
 
     The colours of each map range from 0 to its maximum, which is in the title. Prints the path of
     the figure.
+
+    Examples:
+      spiralrope plot attention deit-b photo.jpg            of the class token
+      spiralrope plot attention deit-b photo.jpg --patch 7,3 --layer 0 --layer 11
+      spiralrope plot attention runs/birds photo.jpg --head 2 --ema
     """
     from spiralrope_cli.core.jobs.plot import draw_attention
 
     draw_attention(given)
 
 
-SAMPLES_EXAMPLES = """
-  spiralrope plot samples runs/dit-sample-dit-xl2-ddpm250
-  spiralrope plot samples samples.npz --num-samples 32 --columns 8
-  spiralrope plot samples ~/imagenet/val --num-samples 100 --out val.svg
-"""
-
-
-@command(app, "samples", SamplesPlot, FigureFile, examples=SAMPLES_EXAMPLES)
+@command(app, "samples", SamplesPlot, FigureFile)
 def plot_samples(given: dict[str, Any]) -> None:
     """Plot a grid of images, with their classes if known.
 
     Prints the path of the figure.
+
+    Examples:
+      spiralrope plot samples runs/dit-sample-dit-xl2-ddpm250
+      spiralrope plot samples samples.npz --num-samples 32 --columns 8
+      spiralrope plot samples ~/imagenet/val --num-samples 100 --out val.svg
     """
     from spiralrope_cli.core.jobs.plot import draw_grid
 

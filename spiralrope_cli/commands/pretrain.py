@@ -9,15 +9,6 @@ from spiralrope_cli.core.config.recipes import shown_defaults
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import TrainOptions
 
-EXAMPLES = """
-  spiralrope pretrain                                DeiT-Ti on digits
-  spiralrope pretrain --arch deit-s --rotate 2       four directions
-  spiralrope pretrain --no-rope --name baseline      no rotary embedding
-  spiralrope pretrain --data ~/imagenet --nproc 8    the published recipe
-  spiralrope pretrain --dry-run                      print the plan
-  spiralrope pretrain --config runs/x/config.yaml --seed 1 --name seed1
-"""
-
 app = typer.Typer(**SETTINGS)
 
 
@@ -26,7 +17,6 @@ app = typer.Typer(**SETTINGS)
     "pretrain",
     ClassifierRun,
     TrainOptions,
-    examples=EXAMPLES,
     leave_out=("source", "ema", "freeze"),
     defaults=shown_defaults("pretrain"),
 )
@@ -38,6 +28,14 @@ def pretrain(given: dict[str, Any]) -> None:
     Other defaults are from --config, the data set and the published recipe.
 
     After an interruption run the same command again: it resumes.
+
+    Examples:
+      spiralrope pretrain                                DeiT-Ti on digits
+      spiralrope pretrain --arch deit-s --rotate 2       four directions
+      spiralrope pretrain --no-rope --name baseline      no rotary embedding
+      spiralrope pretrain --data ~/imagenet --nproc 8    the published recipe
+      spiralrope pretrain --dry-run                      print the plan
+      spiralrope pretrain --config runs/x/config.yaml --seed 1 --name seed1
     """
     from spiralrope_cli.core.jobs.train import train
 

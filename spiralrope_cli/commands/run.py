@@ -15,22 +15,6 @@ from spiralrope_cli.core.config.training import TrainOptions
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.runtime.launch import is_first_process
 
-DEIT_EXAMPLES = """
-  spiralrope run deit                                   DeiT-Ti on digits
-  spiralrope run deit --rotate 4 --data ~/imagenet --nproc 8
-  spiralrope run deit --rotate 4 --eval-only            evaluate it again
-  spiralrope run deit --sweep rotate=none,1,2,4 --seeds 0,1,2
-  spiralrope run deit --from-legacy "4 - - - - 8"       from run_all.sh
-"""
-
-DIT_EXAMPLES = """
-  spiralrope run dit                                    DiT-Ti/2 on digits
-  spiralrope run dit --no-rope --name baseline
-  spiralrope run dit --rotate 2 --data ~/imagenet --arch dit-b4 --nproc 8
-  spiralrope run dit --reference imagenet256.npz --num-samples 10000 --dry-run
-  spiralrope run dit --from-legacy "- 4"                from run_all.sh
-"""
-
 app = typer.Typer(no_args_is_help=True, **SETTINGS)
 NOT_HERE = (
     *("source", "ema", "config", "resume", "keep_every", "min_lr", "lr_rule", "schedule", "freeze"),
@@ -50,7 +34,6 @@ def run() -> None:
     ClassifierRun,
     TrainOptions,
     DeiTStages,
-    examples=DEIT_EXAMPLES,
     leave_out=(*NOT_HERE, *leaves(AugmentConfig)),
     defaults=shown_defaults("pretrain"),
 )
@@ -62,6 +45,13 @@ def deit(given: dict[str, Any]) -> None:
     Options of the recipe are for pretraining; those for finetuning begin with --finetune-.
 
     After an interruption run the same command again: it skips finished stages and resumes.
+
+    Examples:
+      spiralrope run deit                                   DeiT-Ti on digits
+      spiralrope run deit --rotate 4 --data ~/imagenet --nproc 8
+      spiralrope run deit --rotate 4 --eval-only            evaluate it again
+      spiralrope run deit --sweep rotate=none,1,2,4 --seeds 0,1,2
+      spiralrope run deit --from-legacy "4 - - - - 8"       from run_all.sh
     """
     if "from_legacy" in given:
         say_translated(given, "deit")
@@ -82,7 +72,6 @@ def deit(given: dict[str, Any]) -> None:
     DiTRun,
     TrainOptions,
     DiTStages,
-    examples=DIT_EXAMPLES,
     leave_out=(*NOT_HERE, "qk_norm", "hflip", "class_dropout_prob"),
     words=DIT_WORDS,
     defaults=shown_defaults("dit-train"),
@@ -97,6 +86,13 @@ def dit(given: dict[str, Any]) -> None:
     FID needs a --reference and the Inception weights (fetch inception); else it is skipped.
 
     After an interruption run the same command again: it skips finished stages and resumes.
+
+    Examples:
+      spiralrope run dit                                    DiT-Ti/2 on digits
+      spiralrope run dit --no-rope --name baseline
+      spiralrope run dit --rotate 2 --data ~/imagenet --arch dit-b4 --nproc 8
+      spiralrope run dit --reference imagenet256.npz --num-samples 10000 --dry-run
+      spiralrope run dit --from-legacy "- 4"                from run_all.sh
     """
     if "from_legacy" in given:
         say_translated(given, "dit")

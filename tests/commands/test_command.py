@@ -211,7 +211,7 @@ def given_to(kind, words, **more):
     """What the function of a command with the options of a config gets."""
     one, got = typer.Typer(**SETTINGS), []
 
-    @command(one, "one", kind, examples="", **more)
+    @command(one, "one", kind, **more)
     def function(given):
         """One command."""
         got.append(given)
@@ -235,7 +235,7 @@ def test_a_function_gets_what_was_given_and_nothing_else():
 def test_an_interrupted_command_says_so():
     one = typer.Typer(**SETTINGS)
 
-    @command(one, "one", RopeConfig, examples="")
+    @command(one, "one", RopeConfig)
     def function(given):
         """One command."""
         raise KeyboardInterrupt
@@ -252,7 +252,6 @@ def test_a_command_can_leave_out_and_reword():
         one,
         "one",
         MachineConfig,
-        examples="",
         leave_out=("nproc",),
         words={"precision": "Of the VAE."},
         defaults={"precision": "fp32", "device": ""},
@@ -290,7 +289,7 @@ def test_help_breaks_no_example_and_fills_its_paragraphs_at_80_columns(words):
 def test_an_old_spelling_is_taken_and_named_anew():
     one, got = typer.Typer(**SETTINGS), []
 
-    @command(one, "one", AugmentConfig, examples="")
+    @command(one, "one", AugmentConfig)
     def function(given):
         """One command."""
         got.append(given)
