@@ -351,6 +351,21 @@ def test_help_fits_80_columns(name):
     assert "…" not in said
 
 
+@pytest.mark.parametrize("name", HELPED)
+def test_the_line_of_torchrun_works_for_every_option(name):
+    from torch.distributed.run import parse_args
+
+    command = typer.main.get_command(cli.app)
+    for word in name.split():
+        command = command.resolve_command(typer.Context(command), [word])[1]
+    [line] = [line for _, line in LINES if line.startswith("torchrun")]
+    start = shlex.split(line)[1 : -len(words_of(line))]
+    words = [*name.split(), *(flag for each in command.params for flag in each.opts)]
+    read = parse_args([*start, *words])
+    assert read.module
+    assert [read.training_script, *read.training_script_args] == [start[-1], *words]
+
+
 def test_every_file_that_a_run_leaves_is_described():
     modules = (progress, run_folder, sample_files)
     found = [item for each in modules for item in vars(each).items()]
