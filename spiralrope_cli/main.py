@@ -79,7 +79,7 @@ def _run() -> int:
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Runs the command line; `__main__.py` calls it."""
     share_the_machine()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # else it is closed, or a test's
@@ -99,13 +99,6 @@ def main() -> None:
                 typer.echo(f"  {error.hint}", err=True)
         code = error.exit_code
         del error
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        code = 130
     if code and joined_world_size() is not None:
         leave_at_once(code)
     sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()

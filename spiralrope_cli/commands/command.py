@@ -184,12 +184,7 @@ def command(
                     if is_first_process():
                         typer.echo(f"note: {note}", err=True)
                 given[name] = values[parameter]
-            try:
-                function(read_values(known, given))
-            except KeyboardInterrupt:  # Typer would exit without a message
-                if is_first_process():
-                    typer.echo("interrupted", err=True)
-                raise
+            function(read_values(known, given))
 
         context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
         said = [each for opt in shown for each in _parameters(opt, (defaults or {}).get(opt.name))]

@@ -232,17 +232,28 @@ def test_a_function_gets_what_was_given_and_nothing_else():
         given_to(RopeConfig, ["--rotate", "-1"])
 
 
-def test_an_interrupted_command_says_so():
-    one = typer.Typer(**SETTINGS)
+INTERRUPTED = """
+import runpy, signal, sys
 
-    @command(one, "one", RopeConfig)
-    def function(given):
-        """One command."""
-        raise KeyboardInterrupt
+class Stop:
+    def find_spec(name, *rest):
+        if name == {module!r}:
+            signal.raise_signal(signal.SIGINT)
 
-    result = CliRunner().invoke(one, [])
-    assert result.exit_code == 130
-    assert result.stderr == "interrupted\n"
+sys.meta_path.insert(0, Stop)
+sys.argv = ["spiralrope", "plot", "rope"]
+runpy.run_module("spiralrope_cli", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "module", ["typer", "spiralrope_cli.commands.plot", "spiralrope_cli.core.plots.rope"]
+)
+def test_an_interrupted_command_says_so_wherever_it_is(module):
+    """While the command line is imported, while Typer looks for the command, and in the job."""
+    code = INTERRUPTED.format(module=module)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
 def test_a_command_can_leave_out_and_reword():

@@ -222,7 +222,7 @@ class FidRun:
         int,
         Opt("Bootstrap samples for the standard deviation of the FID; 0: none.", METRICS, ge=0),
     ] = 0
-    seed: Annotated[int, Opt("Seed of KID subsets and bootstrap.", METRICS, ge=0)] = 2020
+    seed: Annotated[int, Opt("Seed of KID subsets and bootstrap.", METRICS, ge=0, lt=2**32)] = 2020
     as_json: Annotated[bool, Opt("Print JSON on stdout.", OUTPUT, flag="--json")] = False
     save_stats: Annotated[
         str,

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -104,9 +105,12 @@ class Opt:
         if value is None and self.optional:
             return None
         try:
-            if isinstance(value, (str, int)) and self.read:
-                return self.read(str(value))
-            return _as(self.hint, value)
+            read = self.read if isinstance(value, (str, int)) else None
+            found = read(str(value)) if read else _as(self.hint, value)
+            parts = found if isinstance(found, tuple) else (found,)
+            if any(isinstance(n, int) and abs(n) > MOST for n in parts) and "seed" not in self.name:
+                raise self._refused(value, f"{self.readable()}, at most {MOST}")
+            return found
         except (TypeError, ValueError, OverflowError) as error:
             raise self._refused(value, self.readable()) from error
 
@@ -120,7 +124,7 @@ class Opt:
                 fits = not self.pattern or re.fullmatch(self.pattern, each) is not None
             else:
                 fits = each is None or all(
-                    holds(each, bound) and math.isfinite(each)
+                    holds(each, bound) and abs(each) < math.inf
                     for bound, holds in bounds
                     if bound is not None
                 )
@@ -129,7 +133,7 @@ class Opt:
 
     def _refused(self, value: Any, allowed: str) -> ConfigError:
         finite = ", and finite" if value in (math.inf, "inf") else ""
-        shown = "empty" if value == "" else value
+        shown = (value if isinstance(value, str) else reprlib.repr(value))[:200] or "empty"
         return ConfigError(f"{self.called} is {shown}; it must be {allowed}{finite}")
 
 
@@ -151,6 +155,7 @@ def read_values(known: Mapping[str, Opt], values: Mapping[str, Any]) -> dict[str
     return found
 
 
+MOST = 2**31 - 1  # of whole numbers: what computes with them has 32 or 64 bits; seeds are hashed
 _TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
@@ -257,7 +262,8 @@ def renamed(nested: dict[str, Any], kind: type) -> dict[str, Any]:
         if (name := names.get(key, key)) in found:
             was = next(old for old in nested if names.get(old) == name)
             raise ConfigError(f"config keys {was!r} and {name!r} are one", f"leave {was!r} out")
-        found[name] = renamed(value, kind) if isinstance(value, dict) else value
+        inner = isinstance(value, dict) and groups(kind).get(name)
+        found[name] = renamed(value, inner) if inner else value
     return found
 
 
@@ -293,8 +299,7 @@ def flat_values(config: Any) -> dict[str, Any]:
 
 def to_nested(run: Any) -> dict[str, Any]:
     """Nested dicts and lists for `config.yaml`."""
-    nested: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(run)))  # tuples to lists
-    return nested
+    return dict(json.loads(json.dumps(dataclasses.asdict(run))))  # tuples to lists
 
 
 def build(kind: type, values: dict[str, Any]) -> Any:

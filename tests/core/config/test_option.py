@@ -27,6 +27,7 @@ from spiralrope_cli.core.config.option import (
     numbers,
     pair,
     path,
+    read_values,
 )
 from spiralrope_cli.core.errors import ConfigError
 
@@ -151,6 +152,12 @@ REFUSED = [
     ("mean", 0.5, "mean is 0.5; it must be a list, each a number"),
     ("classes", "x", "the number of classes is x; it must be a whole number"),
     ("source", 5, "SOURCE is 5; it must be a text"),
+    (
+        "count",
+        2**31,
+        "--count is 2147483648; it must be a whole number, 1 or more, at most 2147483647",
+    ),
+    ("count", "3000000000", "--count is 3000000000; it must be a whole number, 1 or more, at most"),
 ]
 
 
@@ -201,6 +208,15 @@ def test_a_value_out_of_its_bounds_is_refused_wherever_it_came_from(name, value,
 )
 def test_a_value_at_its_bound_is_as_the_bound_says(name, value):
     leaves(Every)[name].check(value)
+
+
+def test_a_long_value_is_cut_in_messages():
+    nested = "bombs"
+    for _ in range(60):
+        nested = [nested] * 9
+    with pytest.raises(ConfigError, match=r"--count is \[\[\[") as refused:
+        leaves(Every)["count"].convert(nested)
+    assert len(str(refused.value)) < 600
 
 
 def test_readers():
@@ -326,3 +342,14 @@ def test_every_default_is_one_that_the_option_takes(kind):
     for opt in leaves(kind).values():
         if opt.help and opt.default is not MISSING:
             opt.check(opt.default)
+
+
+@pytest.mark.parametrize("kind", CONFIGS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("digits", [60, 5000])
+def test_a_whole_number_of_many_digits_is_refused_in_a_line(kind, digits):
+    for name, opt in leaves(kind).items():
+        if opt.help and "seed" not in name and opt.hint in (int, tuple[int, int], tuple[int, ...]):
+            value = ",".join(["9" * digits] * 2) if opt.read in (numbers, pair) else "9" * digits
+            with pytest.raises(ConfigError) as refused:
+                read_values({name: opt}, {name: [value] if opt.many else value})
+            assert len(str(refused.value)) < 400, name
