@@ -81,6 +81,7 @@ MODES = {
     "float.tif": (saved(Image.fromarray(LEVELS.astype(np.float32))), grey(LEVELS)),
     "grey-alpha.png": (saved(with_alpha(LEVELS)), grey(LEVELS * OPAQUE)),
     "rgb-alpha.png": (saved(with_alpha(COLOURS)), COLOURS * OPAQUE[..., None]),
+    "rgb-opaque.png": (saved(Image.fromarray(COLOURS).convert("RGBA")), COLOURS),
     "rgb-alpha.webp": (
         saved(with_alpha(COLOURS), lossless=True, exact=True),
         COLOURS * OPAQUE[..., None],

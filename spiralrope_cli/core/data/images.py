@@ -101,6 +101,8 @@ def _flattened(image: Image.Image) -> Image.Image:
         if image.mode == "F":
             return image
         return Image.fromarray((values / 257).round().astype(np.uint8))
+    if image.mode == "RGBA" and image.getchannel("A").getextrema()[0] == 255:
+        return image  # opaque
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
