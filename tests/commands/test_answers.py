@@ -271,7 +271,7 @@ REFUSED = {
         ("--arch deit-63x2x2", "--arch deit-63x2x2"),
         ("--arch dit-s2", "--arch dit-s2 is a DiT"),
         ("--arch deit-64x0x4", "--arch deit-64x0x4"),
-        ("--arch=", "--arch  is unknown"),
+        ("--arch=", "--arch is empty"),
         ("--color-jitter 0.4", "--color-jitter 0.4 works on photographs"),
         ("--color-jitter -1", "--color-jitter is -1.0"),
         (

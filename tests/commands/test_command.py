@@ -448,6 +448,18 @@ def test_what_people_type_in_other_places_is_named_too(refused, words, said):
 
 
 @pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        *((f"{name} --data=", "--data") for name in ("pretrain", "eval", "dit-encode", "doctor")),
+        *(("dit-train --latents=", "--latents"), ("run dit --vae=", "--vae")),
+        *(("fid a --select=", "--select"), ("plot rope --rotate=1 --rotate=", "--rotate")),
+    ],
+)
+def test_an_empty_value_is_refused(refused, words, name):
+    assert refused(words) == f"error: {name} is empty\n  give a value, or leave it out\n"
+
+
+@pytest.mark.parametrize(
     ("words", "said", "see"),
     [
         (

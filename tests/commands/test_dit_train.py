@@ -120,7 +120,7 @@ def test_a_config_file_repeats_a_run_and_options_win(runs, resolved):
         (["--sample-every", "-1"], "--sample-every is -1"),
         (["--batch-size", "50", "--micro-batch-size", "16"], "the nearest that do: 48, 64"),
         (["--batch-size", "2000"], "more than the 1437 training images"),
-        (["--init-from", ""], ". holds no checkpoint"),
+        (["--init-from", ""], "--init-from is empty"),
         (["--resume", "must"], "holds no checkpoint"),
         (["--data", "nowhere"], "is neither a folder nor a built-in name"),
         (["--init-from", "nowhere/at-all"], "does not exist"),

@@ -142,7 +142,7 @@ def test_grey_weights_on_colour_pictures_take_the_mean_of_the_colours(
 @pytest.mark.parametrize(
     ("words", "code", "told"),
     [
-        ([""], 1, ". holds no checkpoint"),
+        ([""], 2, "SOURCE is empty"),
         (["nosuch"], 2, "nosuch is not a file, a run folder or a published name"),
         (["vae-ema"], 1, "is not a DeiT"),
         ([GOLDEN / "dit_tiny_0000007.pt"], 1, "a DiT, not a classifier"),
