@@ -63,14 +63,7 @@ def plot_rope(given: dict[str, Any]) -> None:
     draw_rope(given)
 
 
-@command(
-    app,
-    "attention",
-    AttentionPlot,
-    RopeConfig,
-    FigureFile,
-    defaults=BY_WEIGHTS,
-)
+@command(app, "attention", AttentionPlot, RopeConfig, FigureFile, defaults=BY_WEIGHTS)
 def plot_attention(given: dict[str, Any]) -> None:
     """Plot attention maps of a DeiT over an image: one map per head, for one query token.
 

@@ -12,15 +12,7 @@ from typing import Annotated, Any, Literal
 from spiralrope_cli.core.config.folders import class_difference
 from spiralrope_cli.core.config.latents import VAE_FACTOR, VAE_NAMES
 from spiralrope_cli.core.config.models import SIZE, RopeConfig, dit_size, format_size
-from spiralrope_cli.core.config.option import (
-    DATA,
-    MODEL,
-    RECIPE,
-    RUN,
-    Opt,
-    check_fields,
-    folder,
-)
+from spiralrope_cli.core.config.option import DATA, MODEL, RECIPE, RUN, Opt, check_fields, folder
 from spiralrope_cli.core.config.runs import EMA, RUN_FOLDER, ClassifierRun
 from spiralrope_cli.core.config.training import MachineConfig, OptimConfig
 from spiralrope_cli.core.errors import ConfigError

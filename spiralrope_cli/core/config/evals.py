@@ -219,8 +219,7 @@ class FidRun:
     kid_subsets: Annotated[int, Opt("Number of KID subsets.", METRICS, ge=1)] = 100
     kid_subset_size: Annotated[int, Opt("Images per KID subset.", METRICS, ge=2)] = 1000
     bootstrap: Annotated[
-        int,
-        Opt("Bootstrap samples for the standard deviation of the FID; 0: none.", METRICS, ge=0),
+        int, Opt("Bootstrap samples for the standard deviation of the FID; 0: none.", METRICS, ge=0)
     ] = 0
     seed: Annotated[int, Opt("Seed of KID subsets and bootstrap.", METRICS, ge=0, lt=2**32)] = 2020
     as_json: Annotated[bool, Opt("Print JSON on stdout.", OUTPUT, flag="--json")] = False

@@ -191,8 +191,7 @@ class RopeConfig:
     """Options of Spiral RoPE (arXiv 2602.03227), with their published names."""
 
     enabled: Annotated[
-        bool,
-        Opt("Use the rotary embedding; `enabled` in YAML.", ROPE, flag="--rope/--no-rope"),
+        bool, Opt("Use the rotary embedding; `enabled` in YAML.", ROPE, flag="--rope/--no-rope")
     ] = True
     rotate: Annotated[
         int,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from spiralrope_cli.core.config.option import (
@@ -16,7 +16,13 @@ from spiralrope_cli.core.config.option import (
     leaves,
     numbers,
 )
-from spiralrope_cli.core.config.samples import GuidanceConfig, SamplerName, SampleRun, check_chain
+from spiralrope_cli.core.config.samples import (
+    NUM_SAMPLES,
+    GuidanceConfig,
+    SamplerName,
+    SampleRun,
+    check_chain,
+)
 from spiralrope_cli.core.config.training import MachineConfig, OptimConfig
 from spiralrope_cli.core.errors import ConfigError
 
@@ -121,19 +127,10 @@ class DiTStages:
 
     dry_run: Annotated[bool, DRY_RUN] = False
     from_legacy: Annotated[str | None, FROM_LEGACY] = None
-    num_samples: Annotated[
-        int | None,
-        Opt(
-            "Number of images; by default 50000, or 200 for a built-in data set.",
-            SAMPLES,
-            ge=1,
-            was="--num",
-        ),
-    ] = None
+    num_samples: Annotated[int | None, replace(NUM_SAMPLES, panel=SAMPLES)] = None
     sampler: Annotated[SamplerName, Opt("Sampler.", SAMPLES)] = SampleRun.sampler
     num_sampling_steps: Annotated[
-        str,
-        Opt("Number of sampling steps, or ddim25.", SAMPLES, was="--sampling-steps"),
+        str, Opt("Number of sampling steps, or ddim25.", SAMPLES, was="--sampling-steps")
     ] = SampleRun.num_sampling_steps
     cfg_scale: Annotated[float, Opt("Guidance scale; 1: no guidance.", SAMPLES, ge=1)] = (
         GuidanceConfig.cfg_scale

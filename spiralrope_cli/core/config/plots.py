@@ -102,8 +102,7 @@ class RopePlot:
         ),
     ] = (RopeConfig.rotate,)
     arch: Annotated[
-        str,
-        Opt("Architecture that gives --head-dim and --grid.", MODEL, complete="archs"),
+        str, Opt("Architecture that gives --head-dim and --grid.", MODEL, complete="archs")
     ] = "deit-s"
     head_dim: Annotated[int, Opt("Channels per head; by default those of --arch.", MODEL)]
     grid: Annotated[
@@ -111,8 +110,7 @@ class RopePlot:
         Opt("Grid of patches: side, or rows x columns; by default that of --arch.", MODEL, **SIZE),
     ]
     pretrain_grid: Annotated[
-        tuple[int, int],
-        Opt("Grid of patches in training; by default --grid.", MODEL, **SIZE),
+        tuple[int, int], Opt("Grid of patches in training; by default --grid.", MODEL, **SIZE)
     ]
     panels: Annotated[
         tuple[Literal["rose", "frequencies", "clamp", "score"], ...],
@@ -213,11 +211,7 @@ class SamplesPlot:
     columns: Annotated[int, Opt("Images per row; 0: a square grid.", FIGURE, ge=0)] = 0
     labels: Annotated[
         bool,
-        Opt(
-            "Print class labels below the images, if known.",
-            FIGURE,
-            flag="--labels/--no-labels",
-        ),
+        Opt("Print class labels below the images, if known.", FIGURE, flag="--labels/--no-labels"),
     ] = True
 
     def __post_init__(self) -> None:

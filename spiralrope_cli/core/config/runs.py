@@ -69,8 +69,7 @@ class AugmentConfig:
     mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
     std: tuple[float, ...]
     crop_ratio: Annotated[
-        float,
-        Opt("Validation: resize to image size / this, then centre crop.", DATA, gt=0, le=1),
+        float, Opt("Validation: resize to image size / this, then centre crop.", DATA, gt=0, le=1)
     ]
     geometry: Annotated[
         Literal["crop", "shift"],
@@ -81,17 +80,11 @@ class AugmentConfig:
     ]
     hflip: Annotated[float, Opt("Probability of a horizontal flip.", DATA, ge=0, le=1)]
     translate: Annotated[
-        float,
-        Opt("Largest shift in pixels, for --geometry shift.", DATA, ge=0, was="--max-shift"),
+        float, Opt("Largest shift in pixels, for --geometry shift.", DATA, ge=0, was="--max-shift")
     ]
     degrees: Annotated[
         float,
-        Opt(
-            "Largest rotation in degrees, for --geometry shift.",
-            DATA,
-            ge=0,
-            was="--max-rotation",
-        ),
+        Opt("Largest rotation in degrees, for --geometry shift.", DATA, ge=0, was="--max-rotation"),
     ]
     auto_augment: Annotated[
         str,

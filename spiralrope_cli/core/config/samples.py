@@ -29,6 +29,12 @@ BETA_FIRST, BETA_LAST = 1e-4, 0.02
 SamplerName = Literal["ddpm", "ddim", "dpm++"]
 SAMPLERS: tuple[str, ...] = get_args(SamplerName)
 SAMPLING_VAE = "mse"
+NUM_SAMPLES = Opt(
+    "Number of images; by default 50000, or 200 for a built-in data set.",
+    SAMPLING,
+    ge=1,
+    was="--num",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +45,7 @@ class GuidanceConfig:
         float, Opt("Guidance scale; 1: no guidance (twice as fast).", SAMPLING, ge=1)
     ] = 1.0
     cfg_channels: Annotated[
-        Literal["3", "all"],
-        Opt("Number of guided noise channels; 3 as published.", SAMPLING),
+        Literal["3", "all"], Opt("Number of guided noise channels; 3 as published.", SAMPLING)
     ] = "3"
     # arXiv 2404.07724
     cfg_interval: Annotated[
@@ -158,12 +163,7 @@ def resolve_vae(source: str, channels: int, *, trained: str | None, given: str |
 
 
 def resolve_image_size(
-    arch: str,
-    vae: str,
-    *,
-    trained: tuple[int, int],
-    given: tuple[int, int] | None,
-    rope: bool,
+    arch: str, vae: str, *, trained: tuple[int, int], given: tuple[int, int] | None, rope: bool
 ) -> tuple[int, int]:
     """(height, width) in pixels: `given`, or the size of images in training."""
     factor = 1 if vae == NO_VAE else VAE_FACTOR
@@ -173,7 +173,7 @@ def resolve_image_size(
     if image_size != own and not rope:
         raise ConfigError(
             f"--image-size {'x'.join(map(str, image_size))}: these weights have no RoPE, so they "
-            f"generate {'x'.join(map(str, own))} only",
+            f"generate {'x'.join(map(str, own))} only"
         )
     return image_size
 
@@ -225,15 +225,7 @@ class SampleRun:
     vae_sha256: str  # empty without a VAE
     rope: dict[str, Any]  # options of the user over those of the weights
     num_classes: Annotated[int, Opt(called="the number of classes")]
-    num_samples: Annotated[
-        int,
-        Opt(
-            "Number of images; by default 50000, or 200 for a built-in data set.",
-            SAMPLING,
-            ge=1,
-            was="--num",
-        ),
-    ]
+    num_samples: Annotated[int, NUM_SAMPLES]
     # Defaults of steps and sampler: those of the published metrics.
     num_sampling_steps: Annotated[
         str,
@@ -266,10 +258,7 @@ class SampleRun:
         ),
     ]
     png: Annotated[bool, Opt("Also write every image as a .png.", IMAGES)] = False
-    out: Annotated[
-        str,
-        Opt("Output folder; by default runs/dit-sample-...", RUN, **PATH),
-    ]
+    out: Annotated[str, Opt("Output folder; by default runs/dit-sample-...", RUN, **PATH)]
     seed: Annotated[int, Opt("Seed; image i depends only on the seed and i.", RUN, ge=0)] = 100
     batch_size: Annotated[int, Opt("Images per batch and process.", RUN, ge=1)]
     machine: MachineConfig = field(default_factory=MachineConfig)

@@ -39,8 +39,7 @@ class OptimConfig:
 
     epochs: Annotated[int, Opt("Number of epochs.", RUN, ge=1)]
     max_steps: Annotated[
-        int,
-        Opt("Number of optimizer steps, in place of --epochs.", RECIPE, ge=0, was="--steps"),
+        int, Opt("Number of optimizer steps, in place of --epochs.", RECIPE, ge=0, was="--steps")
     ]
     batch_size: Annotated[int, Opt("Total images per optimizer step.", RUN, ge=1)]
     micro_batch_size: Annotated[
