@@ -34,5 +34,5 @@ def test_an_unknown_dit_suggests_the_nearest(wrong, nearest):
 
 def test_a_deit_is_no_dit():
     assert not is_dit("deit-s")
-    with pytest.raises(ConfigError, match="--arch deit-s is unknown"):
+    with pytest.raises(ConfigError, match="--arch deit-s is a DeiT"):
         dit_size("deit-s")
