@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import typer
@@ -347,11 +349,11 @@ def test_every_old_spelling_is_hidden_beside_its_new_one(words, old, new):
 def refused(monkeypatch, capsys):
     """What the command line prints for words that it refuses."""
 
-    def call(words):
+    def call(words, code=2):
         monkeypatch.setattr(sys, "argv", ["spiralrope", *words.split()])
         with pytest.raises(SystemExit) as left:
             main()
-        assert left.value.code == 2
+        assert left.value.code == code
         printed = capsys.readouterr()
         assert not printed.out
         assert len(printed.err.splitlines()) <= 2
@@ -502,3 +504,21 @@ def test_an_output_on_a_full_disk_is_a_message(words):
     assert done.returncode == 1
     assert "error: no space left on the disk of the output" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.ENOSPC, "x", "runs/a/.lock"), "no space left on the disk of runs/a/.lock"),
+        (OSError(errno.EFBIG, "x", "a.npz"), "a file reached the size limit (ulimit -f): a.npz"),
+        (OSError(errno.EMFILE, "x"), "too many files are open (ulimit -n)"),
+        (OSError(errno.ELOOP, "Too many levels of symbolic links", "a"), "a: Too many levels of"),
+        (OSError(errno.EACCES, "Permission denied", "a"), "a: Permission denied"),
+        (MemoryError("Unable to allocate 4.00 GiB for an array"), "out of memory: 4.00 GiB more"),
+    ],
+)
+def test_an_error_of_the_system_outside_of_workers_is_a_line_or_two(
+    refused, monkeypatch, error, told
+):
+    monkeypatch.setattr("spiralrope_cli.core.jobs.plot.draw_rope", Mock(side_effect=error))
+    assert refused("plot rope", code=1).startswith(f"error: {told}")

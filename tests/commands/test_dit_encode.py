@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import signal
 import time
@@ -416,3 +417,27 @@ def test_the_cache_names_the_vae_and_the_data(made, photos, tiny_vae):
     assert plan.vae == str(tiny_vae)
     assert plan.data == str(photos.resolve())
     assert len(plan.vae_sha256) == 64
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_size_limit_ends_it_and_it_goes_on_without(spiralrope, photos, tiny_vae, runs, workers):
+    words = ["dit-encode", "--data", photos, "--vae", tiny_vae, "--image-size", "32x24"]
+    words += ["--out", "latents", "--device", "cpu", "--workers", workers]
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))
+
+    done = spiralrope(*words, expect=1, preexec_fn=limit)
+    assert "Traceback" not in done.stderr
+    assert "error: a file reached the size limit (ulimit -f)" in done.stderr
+    assert [path.name for path in (runs / "latents").iterdir()] == [".lock"]
+    if not workers:
+        spiralrope(*words)
+        LatentCache(runs / "latents").verify()
+
+
+def test_a_loop_of_links_is_one_line(spiralrope, photos, tmp_path):
+    folder = shutil.copytree(photos, tmp_path / "looped")
+    (folder / "class3").symlink_to("class3")
+    done = spiralrope("dit-encode", "--data", folder, "--vae", "ema", expect=1)
+    assert done.stderr == f"error: {folder}/class3: Too many levels of symbolic links\n"

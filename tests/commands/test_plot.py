@@ -125,6 +125,13 @@ def test_bad_input_has_its_own_line(plot, run, picture, words, code, told):
     assert told in plot(*words, expect=code)
 
 
+def test_damaged_lines_of_a_run_are_counted_and_the_rest_is_drawn(plot, run):
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b'\xff\x00 no text\n{"step": 3}\n{"step": 4, "lo')
+    _, told = plot("run", "one")
+    assert "metrics.jsonl: 3 damaged line(s) are passed over" in told
+
+
 def test_more_than_the_memory_holds_is_told_before_it_is_read(plot, runs, monkeypatch):
     np.savez_compressed(runs / "a.npz", np.zeros((5, 40, 40, 3), np.uint8))
     monkeypatch.setattr("spiralrope_cli.core.jobs.plot.DRAWN_BYTES", 10**12)

@@ -24,7 +24,14 @@ from safetensors import SafetensorError
 
 from spiralrope_cli import __version__
 from spiralrope_cli.core.config.hub import cache_folder
-from spiralrope_cli.core.errors import SPACE, ConfigError, FetchError, NoRouteError, errno_of
+from spiralrope_cli.core.errors import (
+    SPACE,
+    ConfigError,
+    FetchError,
+    NoRouteError,
+    errno_of,
+    system_error,
+)
 from spiralrope_cli.core.hub.catalog import Row
 from spiralrope_cli.core.runtime.progress import human_size, say
 from spiralrope_cli.core.runtime.run_folder import check_space
@@ -77,7 +84,9 @@ def disk_error(error: Exception, where: Path) -> FetchError:
     """The error for a failed write."""
     if errno_of(error) in SPACE:
         return FetchError(f"the disk is full: {where} cannot hold the file", OTHER_DISK)
-    return FetchError(f"{where} cannot be written: {getattr(error, 'strerror', None) or error}")
+    told = system_error(error, where.name)
+    reason = getattr(error, "strerror", None) or (told.message if told else error)
+    return FetchError(f"{where} cannot be written: {reason}")
 
 
 def refuse_existing(target: Path) -> None:

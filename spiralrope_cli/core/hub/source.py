@@ -96,7 +96,7 @@ def best_step(run: Path) -> int:
     pointer = run / CHECKPOINTS / "best.json"
     try:
         step = int(parse(pointer.read_text())["step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{run} has no best checkpoint yet", "leave --best out") from error
     if step not in steps_on_disk(run):
         raise CheckpointError(f"the best checkpoint of {run}, step {step}, does not exist")

@@ -18,3 +18,36 @@ def test_a_value_under_its_old_name_and_its_new_one_is_refused(tmp_path, optim):
     file.write_text(f"optim: {optim}\n")
     with pytest.raises(ConfigError, match="'steps' and 'max_steps' are one"):
         read_config(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("rope: " + "[" * 20_000, "is not YAML: it is nested too deeply"),
+        ("&a {rope: *a}", "config key 'rope' is unknown"),
+        ("&a {x: *a}", "config key 'x' is unknown"),
+        ("rope: {rotate: &a [*a]}", r"--rotate is \[\[\["),
+        ("rope: {rotate: 2.5}", "--rotate is 2.5"),
+        ("rope: {rotate: .inf}", "--rotate is inf"),
+        (f"rope: {{rotate: {'1' * 60}}}", "--rotate is 1111"),
+        (f"rope: {{rotate: {'1' * 6000}}}", "is not YAML"),
+        ("rope: {rotate: 2", "is not YAML"),
+        ("- rope", "is not a config of a run"),
+        ("\0", "is not YAML"),
+    ],
+)
+def test_a_damaged_config_is_one_line(tmp_path, text, told):
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=told) as refused:
+        read_config(file)
+    assert len(refused.value.message) < 500
+    file.write_bytes(b"rope: \xff\xfe")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        read_config(file)
+
+
+def test_a_whole_number_may_be_written_with_a_point(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("rope: {rotate: 2.0}")
+    assert repr(read_config(file)) == "{'rotate': 2}"

@@ -9,7 +9,14 @@ from hub_server import HubServer
 
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.hub.catalog import WEIGHTS_REPO, find_row
-from spiralrope_cli.core.hub.source import VAE_CONFIG, VAE_WEIGHTS, find_source, find_vae, local_vae
+from spiralrope_cli.core.hub.source import (
+    VAE_CONFIG,
+    VAE_WEIGHTS,
+    best_step,
+    find_source,
+    find_vae,
+    local_vae,
+)
 from spiralrope_cli.core.weights import fetch_source
 
 
@@ -75,3 +82,13 @@ def test_a_file_needs_no_download(tmp_path):
     source = find_source(str(tmp_path / "weights.pth"))
     assert fetch_source(source, download=False) is source
     assert source.place == Path(tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 20_000, "", "[]", "5", '{"step": 1e999}', '{"step": NaN}', '{"step": "x"}']
+)
+def test_a_damaged_pointer_to_the_best_checkpoint_is_one_line(tmp_path, content):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "best.json").write_text(content)
+    with pytest.raises(CheckpointError, match="has no best checkpoint"):
+        best_step(tmp_path)

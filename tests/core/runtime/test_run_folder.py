@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 
 from spiralrope_cli.core.errors import DiskError, SpiralRopeError
-from spiralrope_cli.core.runtime.run_folder import check_memory, check_space
+from spiralrope_cli.core.runtime.run_folder import (
+    check_memory,
+    check_space,
+    hold_folder,
+    write_json,
+)
 
 
 @pytest.fixture
@@ -41,3 +48,12 @@ def test_what_does_not_fit_into_the_memory_is_refused(monkeypatch):
     )
     monkeypatch.setattr(Path, "read_text", Mock(side_effect=FileNotFoundError))  # not on Linux
     check_memory(1 << 60, "anything")
+
+
+def test_a_full_disk_where_a_run_folder_begins_is_named(tmp_path, monkeypatch):
+    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(os, "write", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with hold_folder(tmp_path / "run"), pytest.raises(OSError, match="No space") as raised:
+        write_json(tmp_path / "run" / "sources.json", {})
+    assert raised.value.filename == str(tmp_path / "run" / "sources.json")
