@@ -24,7 +24,7 @@ from spiralrope_cli.core.infer import SHOWN_KEYS
 from spiralrope_cli.core.models.deit import DeiT, resize_pos_embed
 from spiralrope_cli.core.models.dit import DiT
 from spiralrope_cli.core.models.factory import create_model
-from spiralrope_cli.core.weights import Weights, fetch_source, read_weights
+from spiralrope_cli.core.weights import Weights, read_weights
 
 ALIGNMENT = 64  # bytes, as torch allocates tensors on a CPU
 
@@ -55,7 +55,7 @@ def load_model(
         FetchError: the download failed.
     """
     chosen = asdict(rope) if rope is not None else {}
-    weights = read_weights(fetch_source(find_source(str(source))), ema=ema, rope=chosen, arch=arch)
+    weights = read_weights(find_source(str(source)), ema=ema, rope=chosen, arch=arch)
     for note in weights.notes:
         warnings.warn(note, stacklevel=2)
     return build_network(weights)
@@ -164,14 +164,7 @@ def starting_point(
         dit: whether a DiT is required, or a classifier.
         download: whether to download published weights if needed.
     """
-    here = fetch_source(source, download=download)
-    weights = read_weights(here, ema=ema, rope=rope, arch=arch)
-    if is_dit(weights.arch) != dit:
-        raise CheckpointError(
-            f"{source.given} holds {weights.arch}, "
-            + ("a classifier, not a DiT" if dit else "a DiT, not a classifier"),
-            "use finetune for classifiers" if dit else "use dit-train --init-from for DiTs",
-        )
+    weights = read_weights(source, ema=ema, rope=rope, arch=arch, dit=dit, download=download)
     of_run = weights.config if weights.source.run else {}
     images = weights.config.get("images", {})
     if dit and not images:

@@ -107,17 +107,26 @@ def fetch_source(source: Source, *, download: bool = True) -> Source:
 
 
 def read_weights(
-    source: Source, *, ema: bool = False, rope: dict[str, Any] | None = None, arch: str = ""
+    source: Source,
+    *,
+    ema: bool = False,
+    rope: dict[str, Any] | None = None,
+    arch: str = "",
+    dit: bool | None = None,
+    download: bool = True,
 ) -> Weights:
     """Reads one set of weights.
 
     Args:
-        source: from `find_source` and `fetch_source`.
+        source: from `find_source`.
         ema: EMA weights, not raw ones; a plain state dict has one set only.
         rope: field name -> value, RoPE options that override those of the source.
         arch: `--arch`, which gives the number of heads if the source does not; empty: not given.
+        dit: whether they must be those of a DiT, or of a classifier; None: of either.
+        download: whether to download published weights if needed.
     """
-    file, chosen = source.file(ema), rope or {}
+    source, chosen = fetch_source(source, download=download), rope or {}
+    file = source.file(ema)
     head = head_of(file)
     named_safetensors = file.suffix == ".safetensors"
     if named_safetensors and head.startswith(ZIP_MAGIC):  # torch.load goes by the suffix too
@@ -133,6 +142,13 @@ def read_weights(
         weights = _from_published_layout(source, file, ema, content, chosen, arch)
     if arch:
         check_arch(arch, weights.arch, source.given)
+    if dit not in (None, is_dit(weights.arch)):
+        kinds = "a classifier, not a DiT" if dit else "a DiT, not a classifier"
+        raise CheckpointError(
+            f"{source.given} holds {weights.arch}, {kinds}",
+            "eval, finetune and plot attention take classifiers; dit-sample and dit-train "
+            "--init-from take DiTs",
+        )
     bad = [name for name, value in weights.state.items() if not value.isfinite().all()]
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""

@@ -58,7 +58,7 @@ def one_thread(monkeypatch):
 
 
 def work(run):
-    encode.work(encode.settle(run))
+    encode.work(run, encode.settle(run))
 
 
 def config_of(photos, vae, out, **changes):

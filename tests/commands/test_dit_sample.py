@@ -323,7 +323,7 @@ def test_bad_input_has_its_own_line(sample, pixels, words, code, printed):
 
 def test_sources_that_draw_nothing(sample):
     printed = sample(GOLDEN / "deit_tiny_checkpoint.pth", expect=1)
-    assert "a classifier, which draws nothing" in printed
+    assert "a classifier, not a DiT" in printed
     assert "only a VAE decodes these" in sample(DIT, "--vae", "none", expect=2)
     assert "neither ema nor mse nor a folder" in sample(DIT, "--vae", "gone", expect=2)
     assert "or a published name" in sample("dit-xxl", expect=2)

@@ -291,7 +291,7 @@ def test_cached_latents_train_as_the_vae_in_the_loop_does(
         machine=MachineConfig(precision="fp32", workers=0),
         out=str(runs / "latents"),
     )
-    encode.work(encode.settle(of_encode))
+    encode.work(of_encode, encode.settle(of_encode))
     live = on_photographs(out="live")
     cached = tiny(out="cached", latents="latents", max_steps=4, schedule="constant")
     assert cached.model == live.model

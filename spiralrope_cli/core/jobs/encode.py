@@ -30,7 +30,7 @@ from spiralrope_cli.core.config.latents import (
 from spiralrope_cli.core.config.models import format_size
 from spiralrope_cli.core.config.option import build
 from spiralrope_cli.core.config.resolve import DATA_VARIABLE
-from spiralrope_cli.core.config.training import MachineConfig, TrainOptions
+from spiralrope_cli.core.config.training import TrainOptions
 from spiralrope_cli.core.errors import ConfigError, DataError
 from spiralrope_cli.core.hub.source import VaeFiles, find_vae, local_vae
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, say_notes, world_size
@@ -60,16 +60,6 @@ class EncodePlan:
     vae: VaeFiles | None  # None for a published VAE before the download
     notes: tuple[str, ...]  # for the user
 
-    @property
-    def machine(self) -> MachineConfig:
-        """Where it is executed."""
-        return self.run.machine
-
-    @property
-    def out(self) -> str:
-        """The folder of the cache."""
-        return self.run.out
-
 
 def encode(given: dict[str, Any]) -> None:
     """Encodes the images of a folder that are not encoded yet."""
@@ -83,7 +73,7 @@ def encode(given: dict[str, Any]) -> None:
     settled = settle(build(EncodeRun, values), fetch=not own.dry_run)
     plan(settled)
     if not own.dry_run:
-        launch(work, settled)
+        launch(work, settled.run, settled)
 
 
 def settle(run: EncodeRun, *, fetch: bool = True) -> EncodePlan:
@@ -118,7 +108,7 @@ def settle(run: EncodeRun, *, fetch: bool = True) -> EncodePlan:
 
 def plan(settled: EncodePlan) -> None:
     """Checks the plan before any worker starts, and prints it."""
-    run, cache, vae, out = settled.run, settled.cache, settled.vae, Path(settled.out)
+    run, cache, vae, out = settled.run, settled.cache, settled.vae, Path(settled.run.out)
 
     from spiralrope_cli.core.data.latents import finished_shards
 
@@ -150,12 +140,12 @@ def plan(settled: EncodePlan) -> None:
     say_notes(settled.notes)
 
 
-def work(plan: EncodePlan) -> None:
+def work(run: EncodeRun, plan: EncodePlan) -> None:
     """Encodes missing and damaged shards; every worker runs this."""
     from spiralrope_cli.core.data.latents import damaged_shards, finished_shards
     from spiralrope_cli.core.runtime.distributed import open_context
 
-    run, cache, out = plan.run, plan.cache, Path(plan.out)
+    cache, out = plan.cache, Path(run.out)
     with open_context(run.machine, out) as ctx:
         shown_on = console(stderr=True, quiet=not ctx.is_first)
         shards, wrong = finished_shards(out, cache)
@@ -272,7 +262,7 @@ def report(plan: EncodePlan, shards: list[Shard]) -> None:
     """Prints skipped images, and on stdout the size of the cache."""
     say_unreadable({path: why for shard in shards for path, why in shard.unreadable.items()})
     say_result(
-        f"{plan.out}: {sum(shard.count for shard in shards)} images of "
+        f"{plan.run.out}: {sum(shard.count for shard in shards)} images of "
         f"{len(plan.cache.class_names)} classes, "
         f"{human_size(sum(shard.num_bytes for shard in shards))} in {len(shards)} shards"
     )

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from spiralrope_cli.core.config.datasets import BUILT_IN, DataSet, find_val_set
 from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions, EvalRow, EvalRun
 from spiralrope_cli.core.config.folders import EVAL_FILE, SIZES_FILE, nameless_note, numbering_note
-from spiralrope_cli.core.config.models import RopeConfig, format_size, given_rope, is_dit
+from spiralrope_cli.core.config.models import RopeConfig, format_size, given_rope
 from spiralrope_cli.core.config.option import build, idle_lines
 from spiralrope_cli.core.config.resolve import DATA_VARIABLE
 from spiralrope_cli.core.config.runs import EvalProtocol, ModelConfig
@@ -102,15 +102,13 @@ def checkpoints(
     source: Source, options: EvalOptions, notes: list[str]
 ) -> Iterator[tuple[str, Source]]:
     """(`best`, `last` or empty, source) of the wanted checkpoints of a source."""
-    from spiralrope_cli.core.weights import fetch_source
-
     given = source.given
     if source.run is None or source.place == Path(given).expanduser().resolve():
         if options.every:
             notes.append(f"{given} is a single checkpoint: --all gives no best and last rows")
         elif options.best:
             notes.append(f"--best without effect: {given} is a single checkpoint")
-        yield "", fetch_source(source)
+        yield "", source
     elif options.every:
         try:
             yield "best", find_source(given, best=True)
@@ -126,7 +124,10 @@ def weight_sets(source: Source, options: EvalOptions, notes: list[str]) -> list[
     from spiralrope_cli.core.weights import read_weights
 
     wanted = (False, True) if options.every else (options.ema,)
-    sets = [read_weights(source, ema=ema, rope=options.rope, arch=options.arch) for ema in wanted]
+    sets = [
+        read_weights(source, ema=ema, rope=options.rope, arch=options.arch, dit=False)
+        for ema in wanted
+    ]
     if len(sets) == 2 and (sets[0].file, sets[0].ema) == (sets[1].file, sets[1].ema):
         del sets[1]
         notes.append(f"{source.given} holds one set of weights: no separate EMA rows")
@@ -150,11 +151,6 @@ def settle_row(
     from spiralrope_cli.core.weights import mean_std
 
     source = weights.source
-    if is_dit(weights.arch):
-        raise CheckpointError(
-            f"{source.given} holds {weights.arch}, a DiT, not a classifier",
-            "use dit-sample to sample images, and fid for their metrics",
-        )
     trained = ModelConfig(drop_path=0.0, **weights.options)
     data_set.check_classes(source.given, trained.num_classes, weights.class_names)
     size = size or trained.image_size

@@ -66,9 +66,9 @@ def settle(config: ExportRun, rope: dict[str, Any]) -> Export:
             f"--best needs a run folder, and {config.source} is not one",
             "leave --best out",
         )
-    from spiralrope_cli.core.weights import fetch_source, read_weights
+    from spiralrope_cli.core.weights import read_weights
 
-    source, layout = fetch_source(source), config.layout
+    layout = config.layout
     weights = read_weights(source, ema=bool(config.ema), rope=rope, arch=config.arch)
     network, state = whole_state(weights)
     sets: tuple[StateDict, ...] = (state,)

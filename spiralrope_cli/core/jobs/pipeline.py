@@ -324,7 +324,8 @@ def score_samples(run: FidRun, *, dry_run: bool) -> bool:
         say(f"{run.result_file} is finished")
         score.report(run, result)
     elif not dry_run:
-        launch(score.work, score.settle(run))
+        plan = score.settle(run)
+        launch(score.work, plan.run, plan)
     return bool(result)
 
 

@@ -125,14 +125,9 @@ def draw_attention(given: dict[str, Any]) -> None:
 
     from spiralrope_cli.core.load import at_size, build_network
     from spiralrope_cli.core.plots.attention import attention_figure, attention_from
-    from spiralrope_cli.core.weights import fetch_source, read_weights
+    from spiralrope_cli.core.weights import read_weights
 
-    weights = read_weights(fetch_source(source), ema=plot.ema, rope=plot.rope, arch=plot.arch)
-    if is_dit(weights.arch):
-        raise CheckpointError(
-            f"{source.given} holds {weights.arch}, a DiT",
-            "plot attention takes a DeiT",
-        )
+    weights = read_weights(source, ema=plot.ema, rope=plot.rope, arch=plot.arch, dit=False)
     for note in weights.notes:
         say(f"note: {note}")
     size, side = plot.image_size or weights.options["image_size"], weights.options["patch_size"]

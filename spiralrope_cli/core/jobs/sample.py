@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from spiralrope_cli import __version__
 from spiralrope_cli.core.config.dit_runs import NO_VAE
 from spiralrope_cli.core.config.folders import REPORT_FILE, SOURCES_FILE
-from spiralrope_cli.core.config.models import format_size, given_rope, is_dit
+from spiralrope_cli.core.config.models import format_size, given_rope
 from spiralrope_cli.core.config.option import build as build_config
 from spiralrope_cli.core.config.resolve import named_folder
 from spiralrope_cli.core.config.samples import (
@@ -30,7 +30,6 @@ from spiralrope_cli.core.config.samples import (
     resolve_vae,
 )
 from spiralrope_cli.core.config.training import RUNS_FOLDER, MachineConfig, TrainOptions
-from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.files import sha256_of
 from spiralrope_cli.core.hub.source import find_source, find_vae, local_vae
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, say_notes, world_size
@@ -68,16 +67,10 @@ def settle(
 
     source = find_source(given["source"])
 
-    from spiralrope_cli.core.weights import fetch_source, read_weights
+    from spiralrope_cli.core.weights import read_weights
 
     ema, arch = given.get("ema", SampleRun.ema), given.get("arch", "")
-    here = fetch_source(source, download=download)
-    weights = read_weights(here, ema=ema, rope=rope, arch=arch)
-    if not is_dit(weights.arch):
-        raise CheckpointError(
-            f"{source.given} holds {weights.arch}, a classifier, which draws nothing",
-            "dit-sample takes a diffusion transformer; eval takes classifiers",
-        )
+    weights = read_weights(source, ema=ema, rope=rope, arch=arch, dit=True, download=download)
     network, trained = weights.options, weights.config
     null_label_notes(source.given, trained, guidance.cfg_scale)
     vae = resolve_vae(

@@ -12,12 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Column, Table
-
 from spiralrope_cli import __version__
-from spiralrope_cli.core.config.evals import EXTRACTOR, FID_METRICS, FidRun, fid_notes
+from spiralrope_cli.core.config.evals import EXTRACTOR, FidRun, fid_notes
 from spiralrope_cli.core.config.option import build, idle_lines
-from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data import npz
 from spiralrope_cli.core.data.image_sets import (
     FolderInput,
@@ -29,8 +26,9 @@ from spiralrope_cli.core.data.image_sets import (
 from spiralrope_cli.core.errors import ConfigError, DataError
 from spiralrope_cli.core.hub.catalog import find_row
 from spiralrope_cli.core.hub.source import find_inception
+from spiralrope_cli.core.report.results import of_scores, print_table
 from spiralrope_cli.core.runtime.launch import launch, say_notes
-from spiralrope_cli.core.runtime.progress import console, say, say_result
+from spiralrope_cli.core.runtime.progress import say, say_result
 from spiralrope_cli.core.runtime.run_folder import differences, read_json, write_json
 
 if TYPE_CHECKING:
@@ -60,7 +58,7 @@ def score(given: dict[str, Any]) -> None:
     if not any(isinstance(side.images, FolderInput) or side.protocol for side in plan.sides):
         idle["images"] = "no image file is read"
     say_notes(idle_lines(FidRun, idle.items(), given))
-    launch(work, plan)
+    launch(work, plan.run, plan)
 
 
 @dataclass(frozen=True)
@@ -76,16 +74,6 @@ class Plan:
     def metrics(self) -> list[str]:
         """Selected metrics that can be computed."""
         return [name for name in self.run.select if name not in self.left_out]
-
-    @property
-    def machine(self) -> MachineConfig:
-        """Where it is executed."""
-        return self.run.machine
-
-    @property
-    def out(self) -> str:
-        """Where it leaves something behind."""
-        return self.run.out
 
 
 # ---- settle
@@ -185,13 +173,13 @@ def earlier_result(run: FidRun) -> dict[str, Any]:
 
 
 # ---- work
-def work(plan: Plan) -> None:
+def work(run: FidRun, plan: Plan) -> None:
     """Computes and reports the metrics; every worker runs this."""
     from spiralrope_cli.core.metrics.features import compare, measure_side
     from spiralrope_cli.core.runtime.device import forbid_tf32, return_freed_memory
     from spiralrope_cli.core.runtime.distributed import open_context
 
-    run, sha256, samples = plan.run, plan.weights_sha256, plan.sides[0]
+    sha256, samples = plan.weights_sha256, plan.sides[0]
     protocol = run.protocol(sha256) if sha256 else samples.protocol
     with open_context(run.machine, None) as ctx:
         forbid_tf32()
@@ -331,14 +319,6 @@ def report(run: FidRun, result: dict[str, Any]) -> None:
     protocol = result["protocol"]
     if weights := protocol["weights_sha256"]:
         say_result(f"FEATURES   {EXTRACTOR}, {protocol['precision']}, sha256 {weights[:16]}")
-    table = Table("metric", Column("value", justify="right"), Column("±", justify="right"), "")
-    for name in run.select:
-        label, better, digits = FID_METRICS[name]
-        value, spread = (
-            None if (number := result.get(key)) is None else f"{number:.{digits}f}"
-            for key in (name, f"{name}_std")
-        )
-        table.add_row(label, value or "-", spread or "", result["left_out"].get(name, better))
-    console().print(table)
+    print_table(of_scores(result))
     for line in result["warnings"]:
         say(f"warning: {line}")

@@ -13,9 +13,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
 from spiralrope_cli.core.config.datasets import find_val_set
 from spiralrope_cli.core.config.folders import EVAL_FILE, REPORT_FILE, SWEEP_FILE
 from spiralrope_cli.core.config.models import RopeConfig
@@ -26,8 +23,8 @@ from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import OptimConfig, TrainOptions
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.jobs.pipeline import Pipeline, carry_out, settle_deit, training_options
-from spiralrope_cli.core.report.results import with_spread
-from spiralrope_cli.core.runtime.progress import console, say, say_result
+from spiralrope_cli.core.report.results import Result, print_table, with_spread
+from spiralrope_cli.core.runtime.progress import say, say_result
 from spiralrope_cli.core.runtime.run_folder import read_rows, write_json
 
 METRICS = ("acc1", "acc5", "loss")
@@ -215,7 +212,9 @@ def report(sweep: Sweep) -> None:
 
     folder, records = Path(sweep.folder), summary(sweep.runs)
     write_json(folder / SWEEP_FILE, {"rows": records})
-    print_table(records)
+    last = of_last(records)
+    say_result(last.caption)
+    print_table(last)
     say(f"metrics: {folder / SWEEP_FILE}")
     leave_report(folder)
     say(f"report: {folder / REPORT_FILE}")
@@ -261,26 +260,29 @@ def spread(values: Sequence[float]) -> Record:
     }
 
 
-def print_table(records: Sequence[Record]) -> None:
-    """Prints mean ± standard deviation of the last checkpoints, at the default crop ratio."""
+def of_last(records: Sequence[Record]) -> Result:
+    """Mean ± standard deviation of the last checkpoints, at the default crop ratio."""
     rows = [each for each in records if each["usual_crop"] and each["checkpoint"] == "last"]
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    for name in rows[0]["point"] or {"options": ""}:
-        table.add_column(name, justify="right", overflow="fold")
-    for heading in ("seeds", *(heading for _, _, heading in COLUMNS)):
-        table.add_column(heading, justify="right", no_wrap=True)
     by_point: dict[tuple[str, ...], dict[str, Record]] = {}
     for each in rows:
         words = tuple(each["point"].values()) or ("as given",)
         by_point.setdefault(words, {})[each["weights"]] = each
-    for words, by_weights in by_point.items():
-        cells = [
-            with_spread(by_weights[weights][metric], 4 if metric == "loss" else 2)
-            for weights, metric, _ in COLUMNS
-        ]
-        table.add_row(*words, str(len(by_weights["raw"]["seeds"])), *cells)
-    say_result(
-        f"last checkpoint, crop ratio {rows[0]['crop_ratio']:g}, {rows[0]['images']} validation "
-        "images; mean ± standard deviation over seeds"
+    names = list(rows[0]["point"]) or ["options"]
+    return Result(
+        title="Sweep",
+        caption=f"last checkpoint, crop ratio {rows[0]['crop_ratio']:g}, {rows[0]['images']} "
+        "validation images; mean ± standard deviation over seeds",
+        columns=[*names, "seeds", *(heading for _, _, heading in COLUMNS)],
+        rows=[
+            (
+                *words,
+                len(by_weights["raw"]["seeds"]),
+                *(
+                    with_spread(by_weights[weights][metric], 4 if metric == "loss" else 2)
+                    for weights, metric, _ in COLUMNS
+                ),
+            )
+            for words, by_weights in by_point.items()
+        ],
+        words=names,
     )
-    console().print(table)

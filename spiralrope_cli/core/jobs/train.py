@@ -282,10 +282,10 @@ def decoder_here(given: str) -> Path:
 
 def starting_weights(run: TrainingRun) -> Weights:
     """The initial weights of a run: by default the EMA weights of its source."""
-    from spiralrope_cli.core.weights import fetch_source, read_weights
+    from spiralrope_cli.core.weights import read_weights
 
-    source = fetch_source(find_source(run.source))
-    return read_weights(source, ema=run.ema, rope=asdict(run.rope), arch=run.arch)
+    rope = asdict(run.rope)
+    return read_weights(find_source(run.source), ema=run.ema, rope=rope, arch=run.arch)
 
 
 def report(out: Path) -> None:

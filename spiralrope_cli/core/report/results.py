@@ -33,7 +33,20 @@ ACCURACY = ("acc@1 %", "acc@5 %", "loss")
 SHARED = {"step": "step {}", "image size": "{} px", "crop ratio": "crop ratio {}"}
 """Columns that are written above a table instead, if all rows have the same value."""
 BEST = "best: the highest raw acc@1 of all validations"
-ACCURACY_COLUMNS = ("weights", "step", *ACCURACY, "images")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A section of the page: title, table, image; the table is also printed."""
+
+    title: str
+    caption: str = ""
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[Any]] = ()  # the first cell is the header of the row
+    words: Collection[str] = ()  # text columns, aligned left
+    image: Path | None = None
+    alt: str = ""  # alternative text of the image
+    warnings: Sequence[str] = ()
 
 
 def print_results(folder: Path) -> None:
@@ -41,12 +54,9 @@ def print_results(folder: Path) -> None:
     lines = read_metrics(folder)
     validations = [line for line in lines if "acc1" in line]
     if validations:
-        table = Table(title=str(folder), title_justify="left", caption=BEST, caption_justify="left")
-        for column in ACCURACY_COLUMNS:
-            table.add_column(column, justify="left" if column == "weights" else "right")
-        for row in accuracy_rows(validations):
-            table.add_row(*row)
-        console().print(table)
+        accuracy = of_validations(validations)
+        say_result(f"{folder}: {accuracy.caption}")
+        print_table(accuracy)
     images = (("curves", CURVES_FILE), ("samples", SAMPLES_FILE), ("report", REPORT_FILE))
     for name, file in images:
         if (folder / file).exists():
@@ -59,23 +69,26 @@ def print_results(folder: Path) -> None:
 
 def print_evaluation(rows: Sequence[Record]) -> None:
     """Prints the rows of an evaluation; values that all rows share are above the table."""
-    columns, shared = columns_of(rows)
-    metrics = (*ACCURACY, "images")
-    # Without a least width a narrow terminal gets one letter per line.
-    least = {
-        name: min(max(len(word) for text in (name, *texts) for word in text.split()), 8)
-        for name, texts in columns.items()
-    }
-    needed = sum(least.values()) + sum(map(len, metrics)) + 3 * (len(columns) + len(metrics))
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1 if needed < console().width else 0))
-    for name, width in least.items():
-        justify: Literal["left", "right"] = "right" if name in SHARED else "left"
-        table.add_column(name, justify=justify, overflow="fold", min_width=width)
-    for name in metrics:
-        table.add_column(name, justify="right", no_wrap=True)
-    for row, *texts in zip(rows, *columns.values(), strict=True):
-        table.add_row(*texts, *in_digits(row), str(row["count"]))
-    say_result(shared)
+    evaluation = of_evaluation(rows, mark="")
+    say_result(evaluation.caption)
+    print_table(evaluation)
+
+
+def print_table(result: Result) -> None:
+    """Prints the table of a result; text columns are folded on a narrow terminal."""
+    table, needed = Table(box=box.SIMPLE_HEAD), 0
+    for name, *cells in zip(result.columns, *result.rows, strict=True):
+        is_text = not table.columns or name in result.words
+        words = [word for cell in (name, *cells) for word in str(cell).split()]
+        # Without a least width a narrow terminal gets one letter per line.
+        least = min(max(map(len, words), default=0), 8)
+        needed += 3 + (least if is_text else max(len(str(cell)) for cell in (name, *cells)))
+        justify: Literal["left", "right"] = "left" if is_text else "right"
+        overflow: dict[str, Any] = {"overflow": "fold", "min_width": least}
+        table.add_column(name, justify=justify, **(overflow if is_text else {"no_wrap": True}))
+    table.padding = (0, 1 if needed < console().width else 0)
+    for row in result.rows:
+        table.add_row(*map(str, row))
     console().print(table)
 
 
@@ -117,42 +130,12 @@ def columns_of(rows: Sequence[Record]) -> tuple[dict[str, list[str]], str]:
     return columns, ", ".join(words)
 
 
-def accuracy_rows(validations: list[Record]) -> list[list[str]]:
-    """Rows for `ACCURACY_COLUMNS`: last and best validation, raw and EMA weights."""
-    last = validations[-1]
-    best = best_validation(validations)
-    return [
-        [
-            f"{name}, {weights}",
-            str(line["step"]),
-            *in_digits(line, f"{prefix}acc1", f"{prefix}acc5", f"{prefix}val_loss"),
-            str(line["count"]),
-        ]
-        for name, line in (("last", last), ("best", best))
-        for weights, prefix in (("raw", ""), ("EMA", "ema_"))
-    ]
-
-
 def in_digits(row: Record, acc1: str = "acc1", acc5: str = "acc5", loss: str = "loss") -> list[str]:
     """Accuracies with two decimals, the loss with four."""
     return [f"{row[acc1]:.2f}", f"{row[acc5]:.2f}", f"{row[loss]:.4f}"]
 
 
-# --- On the page
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """A section of the page: title, table, image."""
-
-    title: str
-    caption: str = ""
-    columns: Sequence[str] = ()
-    rows: Sequence[Sequence[Any]] = ()  # the first cell is the header of the row
-    words: Collection[str] = ()  # text columns, aligned left
-    image: Path | None = None
-    alt: str = ""  # alternative text of the image
-    warnings: Sequence[str] = ()
+# --- Tables
 
 
 def results(folder: Path) -> list[Result]:
@@ -163,14 +146,7 @@ def results(folder: Path) -> list[Result]:
     if stages := read_json(folder / PIPELINE_FILE).get("stages"):
         found.append(of_stages(stages))
     if validations := [line for line in read_metrics(folder) if "acc1" in line]:
-        found.append(
-            Result(
-                title="Accuracy",
-                caption=f"Validation images, as trained; {BEST}",
-                columns=ACCURACY_COLUMNS,
-                rows=accuracy_rows(validations),
-            )
-        )
+        found.append(of_validations(validations))
     if rows := read_rows(folder / EVAL_FILE):
         sizes = folder / SIZES_FILE
         found.append(of_evaluation(rows, sizes if sizes.exists() else None))
@@ -182,15 +158,37 @@ def results(folder: Path) -> list[Result]:
     return found
 
 
-def of_evaluation(rows: list[Record], sizes: Path | None) -> Result:
-    """One row per set of weights and protocol."""
+def of_validations(validations: list[Record]) -> Result:
+    """Last and best validation, raw and EMA weights."""
+    rows = [
+        [
+            f"{name}, {weights}",
+            line["step"],
+            *in_digits(line, f"{prefix}acc1", f"{prefix}acc5", f"{prefix}val_loss"),
+            line["count"],
+        ]
+        for name, line in (("last", validations[-1]), ("best", best_validation(validations)))
+        for weights, prefix in (("raw", ""), ("EMA", "ema_"))
+    ]
+    return Result(
+        title="Accuracy",
+        caption=f"Validation images, as trained; {BEST}",
+        columns=("weights", "step", *ACCURACY, "images"),
+        rows=rows,
+    )
+
+
+def of_evaluation(
+    rows: Sequence[Record], sizes: Path | None = None, mark: str = " (highest)"
+) -> Result:
+    """One row per set of weights and protocol; `mark` follows the best acc@1."""
     columns, shared = columns_of(rows)
     best = max(row["acc1"] for row in rows) if len(rows) > 1 else None
     table = []
     for row, *cells in zip(rows, *columns.values(), strict=True):
         acc1, *others = in_digits(row)
-        mark = " (highest)" if row["acc1"] == best else ""
-        table.append([*cells, acc1 + mark, *others, row["count"]])
+        marked = acc1 + mark if row["acc1"] == best else acc1
+        table.append([*cells, marked, *others, row["count"]])
     return Result(
         title="Evaluation",
         caption=shared,
@@ -203,13 +201,16 @@ def of_evaluation(rows: list[Record], sizes: Path | None) -> Result:
 
 
 def of_scores(scores: Record) -> Result:
-    """FID and the other metrics of images."""
+    """FID and the other metrics of images; those that were left out with the reason."""
     rows = []
     for name, (label, better, digits) in FID_METRICS.items():
-        if (value := scores.get(name)) is not None:
-            spread = scores.get(f"{name}_std")
-            spread = "" if spread is None else f"{spread:.{digits}f}"
-            rows.append((label, f"{value:.{digits}f}", spread, better))
+        value, spread = (
+            "" if (number := scores.get(key)) is None else f"{number:.{digits}f}"
+            for key in (name, f"{name}_std")
+        )
+        reason = scores.get("left_out", {}).get(name)
+        if value or reason:
+            rows.append((label, value or "-", spread, reason or better))
     sides = [scores[role] for role in ("samples", "reference") if scores.get(role)]
     caption = " against ".join(
         f"{side['count']:,} images of {side['path']}" if side["count"] else side["path"]

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import (
@@ -108,36 +108,22 @@ def world_size(machine: MachineConfig) -> int:
     return joined_world_size() or num_local_workers(machine) * machine.nnodes
 
 
-class Launched(Protocol):
-    """The config of a run, as `launch` needs it."""
+def launch(work: Callable[..., None], run: Any, *more: Any) -> None:
+    """Calls `work(run, *more)` in every worker; raises one error.
 
-    @property
-    def machine(self) -> MachineConfig: ...  # noqa: D102
-
-    @property
-    def out(self) -> str: ...  # noqa: D102
-
-
-def launch(work: Callable[[Any], None], run: Launched) -> None:
-    """Calls `work(run)` in every worker; raises one error.
-
-    Workers find the function by its module and its name.
+    Workers find the function by its module and its name. The run has a `machine` and an `out`.
     """
-    machine = run.machine
     if joined_world_size() is not None:
         _adopt_slurm()
-        _call(work, run)
+    elif (num_workers := num_local_workers(run.machine)) * run.machine.nnodes > 1:
+        _launch_elastic(num_workers, work, run, *more)
         return
-    num_workers = num_local_workers(machine)
-    if num_workers * machine.nnodes == 1:
-        _call(work, run)
-        return
-    _launch_elastic(work, run, num_workers)
+    _call(work, run, *more)
 
 
-def _call(work: Callable[[Any], None], run: Launched) -> None:
+def _call(work: Callable[..., None], run: Any, *more: Any) -> None:
     try:
-        work(run)
+        work(run, *more)
     except SpiralRopeError:
         raise
     except Exception as error:
@@ -160,7 +146,7 @@ def _adopt_slurm() -> None:
     env.setdefault("MASTER_PORT", str(20000 + job_number % 20000))
 
 
-def _launch_elastic(work: Callable[[Any], None], run: Launched, num_workers: int) -> None:
+def _launch_elastic(num_workers: int, work: Callable[..., None], run: Any, *more: Any) -> None:
     import logging
 
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
@@ -191,7 +177,7 @@ def _launch_elastic(work: Callable[[Any], None], run: Launched, num_workers: int
             logs_specs=DefaultLogsSpecs(log_dir=folder),  # by default a folder that stays
         )
         try:
-            elastic_launch(settings, _worker_main)(work, run)
+            elastic_launch(settings, _worker_main)(work, run, *more)
         except SignalException as stopped:
             sys.exit(128 + stopped.sigval)
         except RendezvousError as error:
@@ -203,14 +189,14 @@ def _launch_elastic(work: Callable[[Any], None], run: Launched, num_workers: int
             _raise_first(Path(folder), failed)
 
 
-def _worker_main(work: Callable[[Any], None], run: Launched) -> None:
+def _worker_main(work: Callable[..., None], *arguments: Any) -> None:
     """The main function of a worker; it writes its error into a file for the parent.
 
     torch's `record` does this too, but without hint and exit code, and it prints a traceback for
     errors that are no bugs.
     """
     try:
-        _call(work, run)
+        _call(work, *arguments)
         return
     except SpiralRopeError as error:
         lost = isinstance(error, LaunchError)
