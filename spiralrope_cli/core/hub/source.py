@@ -103,23 +103,22 @@ def best_step(run: Path) -> int:
     return step
 
 
-def newest_run(commands: tuple[str, ...] = CLASSIFIERS, folder: Path | None = None) -> Path:
-    """The run, of these commands, with the newest checkpoint."""
-    folder = folder or Path(RUNS_FOLDER)
+def newest_run() -> Path:
+    """The run of a classifier with the newest checkpoint."""
     saved: list[tuple[float, Path]] = []
-    for config in run_configs(folder):
+    for config in run_configs(Path(RUNS_FOLDER)):
         if not (steps := steps_on_disk(config.parent)):
             continue
         try:
             command = read_config(config).get("command")
         except ConfigError:
             continue  # another kind of run, or of another version
-        if command in commands:
+        if command in CLASSIFIERS:
             when = step_folder(config.parent, steps[-1]).stat().st_mtime
             saved.append((when, config.parent))
     if not saved:
         raise CheckpointError(
-            f"SOURCE is missing, and {folder}/ holds no {' or '.join(commands)} run",
+            f"SOURCE is missing, and {RUNS_FOLDER}/ holds no {' or '.join(CLASSIFIERS)} run",
             "name a run folder, a checkpoint file or published weights",
         )
     return max(saved)[1]

@@ -16,6 +16,7 @@ from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.hub.catalog import ROWS
 from spiralrope_cli.core.hub.files import OTHER_DISK, new_path, refuse_existing, sha256_of
 from spiralrope_cli.core.hub.source import find_source
+from spiralrope_cli.core.runtime.launch import say_notes
 from spiralrope_cli.core.runtime.progress import human_size, say, say_result
 from spiralrope_cli.core.runtime.run_folder import check_space, read_rows
 
@@ -260,8 +261,7 @@ def report(export: Export, layout: str) -> None:
 
     weights, target = export.weights, export.target
     of_layout = incompatibilities(export.network) if layout == "published" else []
-    for note in (*weights.notes, *of_layout):
-        say(f"note: {note}")
+    say_notes([*weights.notes, *of_layout])
     sets = "raw and averaged (EMA)" if len(export.sets) > 1 else ""
     say(f"{weights.source.given}: {weights.what(sets)}, {layout} layout")
     files = [target / name for name in (MODEL_FILE, CONFIG_FILE, CARD_FILE)]

@@ -32,6 +32,7 @@ from spiralrope_cli.core.config.training import RUNS_FOLDER
 from spiralrope_cli.core.errors import CheckpointError, ConfigError, DataError
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.plots.curves import curves_figure, save_figure
+from spiralrope_cli.core.runtime.launch import say_notes
 from spiralrope_cli.core.runtime.progress import METRICS_FILE, say, say_result
 from spiralrope_cli.core.runtime.run_folder import check_memory, find_run, run_configs
 
@@ -67,9 +68,8 @@ def draw_run(given: dict[str, Any]) -> None:
         named += [folder] if (folder / METRICS_FILE).is_file() else logged or [folder]
     named = list(dict.fromkeys(named))
     folders = [folder for folder in named if (folder / METRICS_FILE).is_file()] or named
-    for folder in named:
-        if folder not in folders:
-            say(f"note: {folder} is skipped: it has no {METRICS_FILE}")
+    skipped = [folder for folder in named if folder not in folders]
+    say_notes(f"{folder} is skipped: it has no {METRICS_FILE}" for folder in skipped)
     more = f"-and-{len(folders) - 1}-more" if len(folders) > 1 else ""
     report(curves_figure(folders, plot.over), file.named(f"run-{folders[0].resolve().name}{more}"))
 
@@ -79,8 +79,7 @@ def draw_rope(given: dict[str, Any]) -> None:
     """Directions, frequencies, clamped positions and scores."""
     plot, notes = settle_rope(given)
     file: FigureFile = build(FigureFile, given)
-    for note in notes:
-        say(f"note: {note}")
+    say_notes(notes)
 
     from spiralrope_cli.core.plots.rope import rope_figure
     from spiralrope_cli.core.rope import change_from_axial
@@ -128,8 +127,7 @@ def draw_attention(given: dict[str, Any]) -> None:
     from spiralrope_cli.core.weights import read_weights
 
     weights = read_weights(source, ema=plot.ema, rope=plot.rope, arch=plot.arch, dit=False)
-    for note in weights.notes:
-        say(f"note: {note}")
+    say_notes(weights.notes)
     size, side = plot.image_size or weights.options["image_size"], weights.options["patch_size"]
     check_divides(size, side)
     shape, grid = deit_size(weights.arch), (size[0] // side, size[1] // side)

@@ -24,6 +24,7 @@ from spiralrope_cli.core.config.training import OptimConfig, TrainOptions
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.jobs.pipeline import Pipeline, carry_out, settle_deit, training_options
 from spiralrope_cli.core.report.results import Result, print_table, with_spread
+from spiralrope_cli.core.runtime.launch import say_notes
 from spiralrope_cli.core.runtime.progress import say, say_result
 from spiralrope_cli.core.runtime.run_folder import read_rows, write_json
 
@@ -193,8 +194,7 @@ def acting(rope: RopeConfig) -> RopeConfig:
 def run_sweep(given: dict[str, Any]) -> None:
     """Runs the unfinished pipelines, then reports all; or only prints plans."""
     sweep, dry_run = settle_sweep(given), given.get("dry_run", False)
-    for note in sweep.notes:
-        say(f"note: {note}")
+    say_notes(sweep.notes)
     for number, run in enumerate(sweep.runs, 1):
         say(f"== {number}/{len(sweep.runs)}: {run.point}, seed {run.seed}")
         if dry_run and number > 1:

@@ -27,6 +27,7 @@ from spiralrope_cli.core.runtime.launch import (
     is_first_process,
     joined_world_size,
     launch,
+    say_notes,
     world_size,
 )
 from spiralrope_cli.core.runtime.progress import check_tracker, console, say, say_unreadable
@@ -126,8 +127,7 @@ def plan(resolved: Resolved, first_step: int, *, every_value: bool, notes: Itera
         if shown:
             table.add_row(f"by {origin}", ", ".join(shown), style="dim")
     console(stderr=True).print(table)
-    for note in [*notes, *resolved.warnings, *hints(resolved.run)]:
-        say(f"note: {note}")
+    say_notes([*notes, *resolved.warnings, *hints(resolved.run)])
 
 
 def plan_rows(run: TrainingRun, first_step: int) -> dict[str, str]:
@@ -253,7 +253,9 @@ def work(config: TrainingRun) -> None:
             config,
             ctx,
             step,
-            lambda model: load_pretrained(starting_weights(config), model, config.class_names),
+            lambda model: load_pretrained(
+                starting_weights(config, verify=False), model, config.class_names
+            ),
         )
         with loop.open_report(config, ctx, state) as reporter:
             loop.training_loop(config, ctx, task, state, forward, reporter)
@@ -280,12 +282,12 @@ def decoder_here(given: str) -> Path:
     return files.folder
 
 
-def starting_weights(run: TrainingRun) -> Weights:
+def starting_weights(run: TrainingRun, *, verify: bool = True) -> Weights:
     """The initial weights of a run: by default the EMA weights of its source."""
     from spiralrope_cli.core.weights import read_weights
 
-    rope = asdict(run.rope)
-    return read_weights(find_source(run.source), ema=run.ema, rope=rope, arch=run.arch)
+    source, rope = find_source(run.source), asdict(run.rope)
+    return read_weights(source, ema=run.ema, rope=rope, arch=run.arch, verify=verify)
 
 
 def report(out: Path) -> None:
