@@ -230,7 +230,9 @@ def test_an_unreadable_image_is_named_or_skipped_and_counted(tmp_path, image_fol
     done = spiralrope(*words, "--skip-bad", "--name", "skipping")
     assert "2 image(s) could not be read and were skipped" in done.stderr
     assert "broken.jpg" in done.stderr
-    assert re.search(r"│\s+10 │", done.stdout), "the broken one of 11 must not be counted"
+    assert re.search(r"  10 +$", done.stdout, re.MULTILINE), (
+        "the broken one of 11 must not be counted"
+    )
 
 
 @pytest.mark.parametrize(

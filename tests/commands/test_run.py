@@ -67,9 +67,9 @@ def launched(monkeypatch):
     """The jobs that stages launch, in order."""
     jobs, plain = [], train.launch
 
-    def noted(work, config):
+    def noted(work, *given):
         jobs.append(work.__module__.split(".")[-1])
-        plain(work, config)
+        plain(work, *given)
 
     for module in (train, sample, pipelines):
         monkeypatch.setattr(module, "launch", noted)
