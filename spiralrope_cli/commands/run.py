@@ -18,7 +18,7 @@ from spiralrope_cli.core.runtime.launch import is_first_process
 app = typer.Typer(no_args_is_help=True, **SETTINGS)
 NOT_HERE = (
     *("source", "ema", "config", "resume", "keep_every", "min_lr", "lr_rule", "schedule", "freeze"),
-    *("weight_decay", "clip_grad", "ema_decay"),
+    *("weight_decay", "clip_grad", "ema_decay", "ema_warmup"),
 )
 """Options that are not in `run`: its trainings use the values of the recipe."""
 

@@ -199,7 +199,8 @@ def _from_own_layout(
     notes = _contradictions(trained, chosen, source)
     if ema and not averaged:
         notes.append(f"{file.name} holds only raw weights; they are used instead of EMA weights")
-    decay, steps = config.get("optim", {}).get("ema_decay", 0), int(metadata.get("step", "0"))
+    optim, steps = config.get("optim", {}), int(metadata.get("step", "0"))
+    decay = 0 if optim.get("ema_warmup") else optim.get("ema_decay", 0)
     if averaged and (fraction := decay**steps) > MOST_OF_FIRST:
         notes.append(
             f"{fraction:.0%} of the EMA weights in {file} are still the first ones: "

@@ -189,7 +189,7 @@ def with_names_of_an_earlier_version(folder):
     config = folder / "config.yaml"
     old = rename(yaml.safe_load(config.read_text()))
     assert {"pictures"} < old.keys()
-    del old["ema"], old["class_names"]  # which are of later versions
+    del old["ema"], old["class_names"], old["optim"]["ema_warmup"]  # which are of later versions
     config.write_text(yaml.safe_dump(old))
     for file in folder.rglob("*.safetensors"):
         with safe_open(file, "pt") as opened:

@@ -92,6 +92,15 @@ def test_the_published_recipe_on_photographs(runs, image_folder, resolved):
     assert large.model.drop_path == 0.4
 
 
+@pytest.mark.parametrize("command", ["pretrain", "finetune", "dit-train"])
+def test_the_average_is_warmed_up_where_no_published_run_is_repeated(command, resolved):
+    published, own = (recipes.recipe(command, "deit-b", classes) for classes in (1000, 10))
+    assert not published["ema_warmup"]
+    assert {**published, "ema_warmup": True} == own
+    assert resolved().optim.ema_warmup
+    assert not resolved("--no-ema-warmup").optim.ema_warmup
+
+
 def test_the_data_folder_can_come_from_the_environment(monkeypatch, image_folder, resolved):
     monkeypatch.setenv("SPIRALROPE_DATA", str(image_folder))
     run = resolved("--batch-size", 8, "--warmup-epochs", 0)

@@ -264,7 +264,7 @@ def slow_average(runs, trained_once, drawn_once, digit_pictures):
         for path in (runs / name).rglob("*.safetensors"):
             tensors, metadata = read_safetensors(path)
             config = json.loads(metadata["config"])
-            config["optim"]["ema_decay"] = 0.9999
+            config["optim"] |= {"ema_decay": 0.9999, "ema_warmup": False}
             metadata |= {"config": json.dumps(config), "step": "240"}
             save_file(tensors, path, with_checksum(tensors, metadata))
     Image.fromarray(digit_pictures[0]).save(runs / "digit.png")
@@ -309,11 +309,13 @@ def test_a_run_can_start_from_the_raw_weights(slow_average, words):
 
 
 def test_the_plan_says_which_decay_would_do(runs):
-    few = "pretrain --max-steps 240 --dry-run --ema-decay"
+    few = "pretrain --max-steps 240 --dry-run --no-ema-warmup --ema-decay"
     code, said = answer(f"{few} 0.9999")
     assert code == 0
     assert "98% of the EMA weights will still be the first ones: 240 steps are few" in said
-    assert "--ema-decay 0.9999; at 0.981 it would be 1%" in said
+    assert "--ema-decay 0.9999; at 0.981 it would be 1%, with --ema-warmup none" in said
     assert "first ones" not in answer(f"{few} 0.981")[1]
     assert "first ones" not in answer("pretrain --dry-run")[1]
-    assert "first ones" in answer("dit-train --max-steps 240 --ema-decay 0.9999 --dry-run")[1]
+    few = few.replace("pretrain", "dit-train")
+    assert "first ones" in answer(f"{few} 0.9999")[1]
+    assert "first ones" not in answer(f"{few.replace('--no-ema', '--ema')} 0.9999")[1]

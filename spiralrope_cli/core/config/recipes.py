@@ -46,6 +46,7 @@ PRETRAIN: dict[str, Any] = {
     "weight_decay": 0.3,
     "clip_grad": 0.0,
     "ema_decay": 0.9999,
+    "ema_warmup": False,
     "freeze": "none",
     "log_every": 50,
     "validate_every": 1,
@@ -94,6 +95,7 @@ DIT: dict[str, Any] = {
     "weight_decay": 0.0,
     "clip_grad": 0.0,
     "ema_decay": 0.9999,
+    "ema_warmup": False,
     "freeze": "none",
     "log_every": 100,
     "sample_every": 10_000,
@@ -105,24 +107,26 @@ DIT: dict[str, Any] = {
 # Only the run of DeiT-B is documented; the other rates are from DeiT-III, and not verified.
 DROP_PATH = {"deit-ti": 0.0, "deit-s": 0.05, "deit-b": 0.1, "deit-l": 0.4}
 
+PUBLISHED_CLASSES = 1000
+"""Classes of ImageNet-1K, the data of the published runs."""
 FITTED = "fit"
 """Origin of a fitted value."""
 STEPS_PER_EPOCH, SMALLEST_BATCH = 4, 8
 """A fitted batch leaves an epoch so many steps, unless it would be smaller than that."""
 
 
-def recipe(command: str, arch: str) -> dict[str, Any]:
-    """The recipe of a training command for an architecture."""
-    if command == "pretrain":
-        return {**PRETRAIN, "drop_path": DROP_PATH.get(arch, 0.0)}
-    return {"finetune": FINETUNE, "dit-train": DIT}[command]
+def recipe(command: str, arch: str, num_classes: int) -> dict[str, Any]:
+    """The recipe of a training command; on other data than the published runs with EMA warm-up."""
+    values = {"pretrain": PRETRAIN, "finetune": FINETUNE, "dit-train": DIT}[command]
+    of_arch = {"drop_path": DROP_PATH.get(arch, 0.0)} if command == "pretrain" else {}
+    return {**values, **of_arch, "ema_warmup": num_classes != PUBLISHED_CLASSES}
 
 
 def shown_defaults(command: str) -> dict[str, str]:
     """Field name -> default for the help: that of the recipe, and of the digits if it differs."""
     dit = command == "dit-train"
     usual: dict[str, Any] = {"arch": "dit-b4", **DIT} if dit else {"arch": "deit-b", **PHOTOGRAPHS}
-    usual |= recipe(command, usual["arch"])
+    usual |= recipe(command, usual["arch"], DIGITS.num_classes)
     digits: dict[str, Any] = {"arch": DIGITS.default_dit if dit else DIGITS.default_arch}
     digits |= DIGITS.defaults_of(command)
     of_weights = {**BY_WEIGHTS, "arch": "", "image_size": ""} if command == "finetune" else {}

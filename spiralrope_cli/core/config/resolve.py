@@ -143,7 +143,7 @@ def resolve(
     arch = dit_name(arch) if dit else arch
     layers: list[Layer] = [
         ("data set", {"arch": arch}),
-        ("recipe", recipes.recipe(command, arch)),
+        ("recipe", recipes.recipe(command, arch, data_set.num_classes)),
         ("data set", data_set.defaults_of(command)),
         of_start,
         of_latents,
@@ -219,7 +219,8 @@ def read_config(path: Path, kind: type[TrainingRun] | None = None) -> dict[str, 
     if kind is not None and of_file is not kind:
         raise ConfigError(f"--config {path} is of another kind of run, {command}")
     known, nested = leaves(of_file), renamed(nested, of_file)
-    return read_values(known, flatten(nested, of_file))
+    of_earlier_runs = {"ema_warmup": False} if command else {}
+    return {**of_earlier_runs, **read_values(known, flatten(nested, of_file))}
 
 
 def values_of_file(

@@ -64,6 +64,14 @@ class OptimConfig:
     ]
     clip_grad: Annotated[float, Opt("Clip gradients to this norm; 0: none.", RECIPE, ge=0)]
     ema_decay: Annotated[float, Opt("Decay of the EMA weights, per step.", RECIPE, ge=0, lt=1)]
+    ema_warmup: Annotated[
+        bool,
+        Opt(
+            "Warm up the EMA decay, as timm does. Off for data of 1000 classes, as published.",
+            RECIPE,
+            flag="--ema-warmup/--no-ema-warmup",
+        ),
+    ]
     freeze: Annotated[
         Literal["none", "attn-only", "head-only"],
         Opt("Train all; attention, position embedding and head; or only the head.", RECIPE),

@@ -43,6 +43,7 @@ from spiralrope_cli.core.jobs import evaluate, sample, score, train
 from spiralrope_cli.core.runtime.launch import check_not_joined, launch, say_notes, world_size
 from spiralrope_cli.core.runtime.progress import check_tracker, say
 from spiralrope_cli.core.runtime.run_folder import (
+    as_begun,
     first_step,
     is_finished,
     read_json,
@@ -224,7 +225,8 @@ def pipeline_folder(command: str, out: str, run: TrainingRun) -> Path:
 def train_stage(resolved: Resolved, folder: Path) -> Stage:
     """The stage of a training."""
     run = replace(resolved.run, out=str(folder))
-    return Stage(run.command, run.out, replace(resolved, run=run), train.carry_out)
+    resolved = as_begun(replace(resolved, run=run))
+    return Stage(run.command, run.out, resolved, train.carry_out)
 
 
 def saved_run(folder: Path, option: str, given: dict[str, Any]) -> TrainingRun:

@@ -31,7 +31,7 @@ from spiralrope_cli.core.runtime.launch import (
     world_size,
 )
 from spiralrope_cli.core.runtime.progress import check_tracker, console, say, say_unreadable
-from spiralrope_cli.core.runtime.run_folder import first_step, is_finished, write_sources
+from spiralrope_cli.core.runtime.run_folder import as_begun, first_step, is_finished, write_sources
 
 if TYPE_CHECKING:
     from spiralrope_cli.core.runtime.distributed import DistContext
@@ -76,7 +76,9 @@ def settle(
         arch = options.get("arch", "")
         ema, download = given.get("ema", True), not own.dry_run
         start, notes = starting_point(found, rope, ema=ema, arch=arch, dit=dit, download=download)
-    resolved = resolve(command, options, config_file=own.config, name=own.name, start=start)
+    resolved = as_begun(
+        resolve(command, options, config_file=own.config, name=own.name, start=start)
+    )
     run = resolved.run
     if start and start.model.num_classes == run.model.num_classes:
         notes = (*notes, *nameless_note(start.source, start.class_names, run.class_names))
@@ -202,11 +204,13 @@ def hints(run: TrainingRun) -> list[str]:
             f"the learning rate rises to the end: its peak of {optim.peak_lr:g} is below --min-lr "
             f"{optim.min_lr:g}; try a higher --lr, or --lr-rule none"
         )
-    if (fraction := optim.ema_decay**run.total_steps) > MOST_OF_FIRST:
+    fraction = 0.0 if optim.ema_warmup else optim.ema_decay**run.total_steps
+    if fraction > MOST_OF_FIRST:
         messages.append(
             f"{fraction:.0%} of the EMA weights will still be the first ones: {run.total_steps} "
             f"steps are few for --ema-decay {optim.ema_decay:g}; at "
-            f"{LITTLE_OF_FIRST ** (1 / run.total_steps):.4g} it would be {LITTLE_OF_FIRST:.0%}"
+            f"{LITTLE_OF_FIRST ** (1 / run.total_steps):.4g} it would be {LITTLE_OF_FIRST:.0%}, "
+            "with --ema-warmup none"
         )
     if isinstance(run, DiTRun) and run.model.class_dropout_prob == 0:
         messages.append(

@@ -111,7 +111,7 @@ class TrainState:
     @classmethod
     def create(cls, model: nn.Module, optim: OptimConfig) -> TrainState:
         """The state at step 0; the averaged weights are the initial ones."""
-        ema = ModelEmaV3(model, decay=optim.ema_decay)
+        ema = ModelEmaV3(model, decay=optim.ema_decay, use_warmup=optim.ema_warmup)
         ema.requires_grad_(False)
         return cls(model, ema, build_optimizer(model, optim))
 
@@ -154,8 +154,9 @@ def train_step(
             nn.utils.clip_grads_with_norm_(state.model.parameters(), clip_grad, grad_norm)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    state.ema.update(state.model)
     state.step += 1
+    # Given a step, timm copies the weights in the first one, also without warm-up.
+    state.ema.update(state.model, step=state.step if state.ema.use_warmup else None)
     return torch.stack(losses).mean(), grad_norm
 
 

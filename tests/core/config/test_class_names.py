@@ -23,7 +23,7 @@ from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.jobs import evaluate, plot, sample, train
 from spiralrope_cli.core.jobs.export import export
 from spiralrope_cli.core.load import starting_point
-from spiralrope_cli.core.runtime.run_folder import first_step
+from spiralrope_cli.core.runtime.run_folder import as_begun, first_step
 from spiralrope_cli.core.weights import read_weights
 
 SHORT = {
@@ -59,10 +59,10 @@ def here(tmp_path_factory):
 
 
 def old(run, to):
-    """A copy of a run as earlier versions wrote it, without names and without `ema`."""
+    """A copy of a run as earlier versions wrote it, without names, `ema` and `ema_warmup`."""
     shutil.copytree(run, to)
     config = yaml.safe_load((to / "config.yaml").read_text())
-    del config["class_names"], config["ema"]
+    del config["class_names"], config["ema"], config["optim"]["ema_warmup"]
     (to / "config.yaml").write_text(yaml.safe_dump(config))
     for file in to.glob("checkpoints/*/*.safetensors"):
         with safe_open(file, "pt") as opened:
@@ -149,7 +149,7 @@ def test_runs_of_earlier_versions_work_and_say_that_names_are_missing(here, tmp_
     for data in ("ab", "xb"):
         assert settled(run, here / data)[1] == [note]
     given = {**DEIT, "out": str(run), "data": str(here / "ab")}
-    assert first_step(resolve("pretrain", given).run) == 1
+    assert first_step(as_begun(resolve("pretrain", given)).run) == 1
     _, notes = train.settle(
         "finetune", {**DEIT, "source": str(run), "data": str(here / "xb")}, train.TrainOptions()
     )

@@ -23,6 +23,7 @@ from spiralrope_cli.core.training.step import (
     lr_at,
     parameter_groups,
     set_learning_rate,
+    train_step,
 )
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -199,9 +200,9 @@ class OneParameter(nn.Module):
         self.w = nn.Parameter(values.clone())
 
 
-def state_of(values, decay):
+def state_of(values, decay, **more):
     return TrainState.create(
-        OneParameter(values), build(OptimConfig, {**PRETRAIN, "ema_decay": decay})
+        OneParameter(values), build(OptimConfig, {**PRETRAIN, "ema_decay": decay, **more})
     )
 
 
@@ -228,3 +229,21 @@ def test_the_average_starts_as_a_copy_that_wants_no_gradient():
     assert state.model.w.requires_grad
     state.model.w.data.zero_()
     assert state.ema.module.w.tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_the_decay_warms_up_by_optimizer_steps_alone(micro_batches):
+    state = state_of(torch.tensor([1.0, 2.0]), 0.5, ema_warmup=True)
+    average = torch.zeros(2)
+    for step in range(1, 9):
+        if step == 5:  # as a resumed run: step and weights are all that it has
+            before = state
+            state = state_of(torch.zeros(2), 0.5, ema_warmup=True)
+            state.model.load_state_dict(before.model.state_dict())
+            state.ema.module.load_state_dict(before.ema.module.state_dict())
+            state.step = before.step
+        train_step(state, state.model, [1.0] * micro_batches, lambda model, x: (x * model.w).sum())
+        decay = min(0.5, 1 - step ** (-2 / 3))
+        average = decay * average + (1 - decay) * state.model.w.detach()
+        torch.testing.assert_close(state.ema.module.w, average)
+    assert 1 - 2 ** (-2 / 3) < 0.5 < 1 - 3 ** (-2 / 3)  # both ends of the warm-up were seen
