@@ -15,6 +15,7 @@ from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.jobs import train
 from spiralrope_cli.core.runtime import run_folder
 from spiralrope_cli.core.runtime.distributed import StopRequest
+from spiralrope_cli.core.runtime.progress import read_metrics
 
 TINY = {
     "pretrain": {"arch": "deit-32x2x2", "drop_path": 0.2, "mixup": 0.8, "random_erasing": 0.25},
@@ -60,3 +61,59 @@ def test_a_run_of_an_earlier_version_goes_on_without_ema_warm_up(runs, monkeypat
     train.work(run_folder.as_begun(now).run)
     same_state(runs / "parts", runs / "whole", 6)
     assert not resolve("dit-train", {}, config_file=str(path)).run.optim.ema_warmup
+
+
+@pytest.mark.parametrize(
+    ("command", "nproc"), [("dit-train", 1), ("dit-train", 2), ("pretrain", 1)]
+)
+def test_a_run_of_constant_rate_is_trained_on_bit_for_bit(runs, capfd, command, nproc):
+    same = {"schedule": "constant", "nproc": nproc, "log_every": 3}
+    carry_out(tiny(command, max_steps=12, out="whole", **same))
+    carry_out(tiny(command, max_steps=6, out="longer", **same))
+    capfd.readouterr()
+    carry_out(tiny(command, max_steps=12, out="longer", **same))
+    assert "longer, resumes at step 6 and goes on to 12" in capfd.readouterr().err
+    same_state(runs / "longer", runs / "whole", 12)
+    losses = [
+        {line["step"]: line["loss"] for line in read_metrics(runs / name) if "loss" in line}
+        for name in ("longer", "whole")
+    ]
+    assert losses[0] == losses[1]
+    carry_out(tiny(command, max_steps=12, out="longer", **same))
+    assert "longer is finished: 12 steps" in capfd.readouterr().err
+    with pytest.raises(CheckpointError, match="longer is at step 12, and this run would end at 6"):
+        carry_out(tiny(command, max_steps=6, out="longer", **same))
+
+
+def test_curves_of_the_shorter_run_do_not_stand_for_those_of_the_longer(runs, monkeypatch):
+    carry_out(tiny(schedule="constant", max_steps=1, out="run"))
+    assert (runs / "run" / "curves.png").exists()
+    monkeypatch.setattr(train, "report", lambda out: None)  # as if it was killed before it
+    longer = tiny(schedule="constant", max_steps=2, out="run")
+    carry_out(longer)
+    assert not run_folder.is_finished(longer, run_folder.first_step(longer))
+
+
+@pytest.mark.parametrize(
+    ("command", "again"),
+    [("dit-train", "dit-train --init-from run"), ("pretrain", "finetune run")],
+)
+def test_the_length_of_another_schedule_cannot_be_changed(runs, command, again):
+    def begun(**options):
+        (runs / "run" / "checkpoints" / "0000002").mkdir(parents=True, exist_ok=True)
+        run_folder.write_config(tiny(command, out="run", **options))
+
+    begun(max_steps=100)
+    for length in ({"max_steps": 200}, {"epochs": 2, "max_steps": 0}, {"max_steps": 60}):
+        with pytest.raises(CheckpointError, match="--max-steps was 100, now") as refused:
+            run_folder.first_step(tiny(command, out="run", **length))
+        assert "its cosine schedule depends on the length" in refused.value.hint
+        assert again in refused.value.hint
+    for others in ({"seed": 3}, {"schedule": "constant"}, {"max_steps": 100, "warmup_epochs": 1}):
+        with pytest.raises(CheckpointError, match="holds a run with other options") as refused:
+            run_folder.first_step(tiny(command, out="run", **{"max_steps": 200, **others}))
+        assert refused.value.hint.startswith("repeat those")
+    begun(epochs=1, schedule="constant")
+    assert run_folder.first_step(tiny(command, out="run", max_steps=900, schedule="constant")) == 2
+    with pytest.raises(CheckpointError, match="other options: --seed was 0, now 1\n"):
+        run_folder.first_step(tiny(command, out="run", epochs=9, schedule="constant", seed=1))

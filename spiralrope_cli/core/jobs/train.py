@@ -136,7 +136,8 @@ def plan_rows(run: TrainingRun, first_step: int) -> dict[str, str]:
     """Rows of the plan: weights, data, model, batch, learning rate and length."""
     from spiralrope_cli.core.models.factory import model_cost
 
-    rows = {"run": run.out + (f", resumes at step {first_step}" if first_step else "")}
+    resumes = f", resumes at step {first_step} and goes on to {run.total_steps}"
+    rows = {"run": run.out + (resumes if first_step else "")}
     if run.source:
         rows["start"] = start_line(run)
     parameters, flops = model_cost(run)

@@ -34,6 +34,8 @@ from spiralrope_cli.core.runtime.progress import human_size, say
 from spiralrope_cli.core.storage import parse, write_whole
 
 STEP_DIGITS = 7
+LENGTH = {"epochs", "max_steps", "warmup_epochs"}
+"""Fields of the length of a run; `fit_to_run` fits the warm-up to it."""
 
 SAME = ("sha256", "checkpoint", "weights", "data", "image_size", "crop_ratio", "rope", "precision")
 """A new row of `eval.json` replaces an old one that is equal in these."""
@@ -119,7 +121,7 @@ def first_step(run: TrainingRun) -> int:
             f"--resume never: {folder} already holds checkpoints up to step {steps[-1]}",
             "choose another --out or --name, or remove that folder",
         )
-    check_same(run, folder)
+    check_same(run, folder, step=steps[-1])
     return steps[-1]
 
 
@@ -128,8 +130,11 @@ def is_finished(run: TrainingRun, step: int) -> bool:
     return step == run.total_steps and (Path(run.out) / CURVES_FILE).exists()
 
 
-def check_same(run: TrainingRun, folder: Path) -> None:
-    """Raises if the run in a folder has other options that change its results."""
+def check_same(run: TrainingRun, folder: Path, *, step: int = 0) -> None:
+    """Raises if the run in a folder has other options that change its results.
+
+    Resumed at `step`, a run of constant learning rate may be longer or shorter than it was.
+    """
     if not (folder / CONFIG_FILE).is_file():
         raise CheckpointError(
             f"{folder} holds checkpoints but no {CONFIG_FILE}",
@@ -151,11 +156,24 @@ def check_same(run: TrainingRun, folder: Path) -> None:
             f"{folder / CONFIG_FILE} lacks {', '.join(lacking)}",
             "another version of spiralrope made it; give this run another --name or --out",
         )
-    if differing := differences(before, now, free, lambda name: known[name].called):
+    constant = before["schedule"] == run.optim.schedule == "constant"
+    if constant and step > run.total_steps:
         raise CheckpointError(
-            f"{folder} holds a run with other options: {differing}",
-            "repeat those, or give this run another --name or --out",
+            f"{folder} is at step {step}, and this run would end at {run.total_steps}",
+            "give it more steps, or another --name or --out",
         )
+    if differing := differences(
+        before, now, free | LENGTH if constant and step else free, lambda name: known[name].called
+    ):
+        hint = "repeat those, or give this run another --name or --out"
+        same_length = all(before[name] == now[name] for name in ("epochs", "max_steps"))
+        if not (constant or same_length or differences(before, now, free | LENGTH)):
+            again = "dit-train --init-from" if run.command == "dit-train" else "finetune"
+            hint = (
+                f"its {run.optim.schedule} schedule depends on the length: start from its weights "
+                f"by spiralrope {again} {folder}, or give this run another --name or --out"
+            )
+        raise CheckpointError(f"{folder} holds a run with other options: {differing}", hint)
 
 
 def repeated_run(kind: type[TrainingRun], folder: Path, given: Mapping[str, Any]) -> TrainingRun:

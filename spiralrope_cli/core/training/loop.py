@@ -169,6 +169,7 @@ def open_report(config: TrainingRun, ctx: DistContext, state: TrainState) -> Rep
     out, step = Path(config.out), state.step
     if ctx.is_first:
         checkpoint.remove_unfinished(out)
+        (out / run_folder.CURVES_FILE).unlink(missing_ok=True)  # of a run that was shorter
         run_folder.write_config(config)
         distributed.write_environment(out, ctx)
         forget_after(out, step)
