@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OLDEST := .venv-oldest
 
-.PHONY: help demo test setup style quality docs clean
+.PHONY: help demo test test-oldest setup style quality docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     train DeiT-Ti with Spiral RoPE on the bundled digits and evaluate it"
 	@echo "make test     run the tests"
+	@echo "make test-oldest   run the tests with the lowest versions that pyproject.toml allows"
 	@echo "make docs     write the reference of commands and draw the figures of the method"
 	@echo "make style    format the code; make quality checks format, lint and types"
 
@@ -28,6 +30,20 @@ demo: $(STAMP)
 # Small networks gain nothing from a second thread; the suite does from a second process.
 test: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Each `>=` of pyproject.toml as `==`; what these pull in is the newest that they allow.
+$(OLDEST)/.installed: pyproject.toml
+	@echo "Setting up $(OLDEST) (a few minutes the first time) ..."
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	@grep -oE '"[A-Za-z0-9_-]+>=[0-9.]+"' pyproject.toml | tr -d '"' | sed 's/>=/==/' \
+		> $(OLDEST)/lowest.txt
+	@$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check \
+		--constraint $(OLDEST)/lowest.txt \
+		--config-settings editable_mode=compat --editable '.[dev]'
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed
+	@OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist worksteal
 
 style: $(STAMP)
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .

@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from PIL import Image
 from timm.data import Mixup, create_transform
 from timm.data.auto_augment import NAME_TO_OP, posterize
@@ -28,6 +30,7 @@ from spiralrope_cli.core.runtime.seeds import generator_for, seed_everything
 
 POSTERIZE_OPS = ("Posterize", "PosterizeIncreasing", "PosterizeOriginal")
 CROP_ASPECT = (3 / 4, 4 / 3)
+_TIMM = Version(timm.__version__)
 
 
 # --- Single images, in loader processes
@@ -43,6 +46,12 @@ NAME_TO_OP.update(dict.fromkeys(POSTERIZE_OPS, _posterize))
 
 def train_transform(size: tuple[int, int], augment: AugmentConfig) -> Transform:
     """The training transform of timm up to uint8; images are normalised on the device."""
+    square_rgb = size[0] == size[1] and len(augment.mean) == 3
+    if augment.auto_augment.startswith("augmix") and not square_rgb and _TIMM.release < (1, 0, 30):
+        raise ConfigError(
+            f"--auto-augment {augment.auto_augment}: timm {_TIMM} mixes square RGB images only",
+            "install timm 1.0.30 or newer, or choose another policy",
+        )
     try:
         return create_transform(
             size,

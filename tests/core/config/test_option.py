@@ -276,7 +276,7 @@ def every_config():
         value
         for module in modules
         for value in vars(module).values()
-        if isinstance(value, type) and dataclasses.is_dataclass(value)
+        if isinstance(value, type) and dataclasses.is_dataclass(value) and value is not Opt
     }
     declared = [kind for kind in kinds if any(map(options_inside, own_hints(kind).values()))]
     return sorted(declared, key=lambda kind: kind.__name__)

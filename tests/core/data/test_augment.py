@@ -6,12 +6,14 @@ import random
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 from PIL import Image
 
 from spiralrope_cli.core.config.datasets import DIGITS, PHOTOGRAPHS
 from spiralrope_cli.core.config.option import build
 from spiralrope_cli.core.config.recipes import PRETRAIN
 from spiralrope_cli.core.config.runs import MIX_GROUP, AugmentConfig
+from spiralrope_cli.core.data import augment
 from spiralrope_cli.core.data.augment import (
     center_crop,
     cropped_array,
@@ -19,8 +21,10 @@ from spiralrope_cli.core.data.augment import (
     erase,
     mix,
     resize_and_crop,
+    train_transform,
     warp,
 )
+from spiralrope_cli.core.errors import ConfigError
 
 RECIPE = build(AugmentConfig, {**PRETRAIN, **PHOTOGRAPHS})
 MIXES = {
@@ -36,6 +40,19 @@ STILL = build(
 CROP = dataclasses.replace(STILL, geometry="crop", crop_scale=0.25)
 SHAPES = [(8, 8), (5, 9), (12, 4)]
 MIDDLE = 0.5
+
+
+# ---- timm's policies
+
+
+def test_what_an_older_timm_cannot_mix_is_refused(monkeypatch):
+    monkeypatch.setattr(augment, "_TIMM", Version("1.0.29"))
+    mixes = dataclasses.replace(RECIPE, auto_augment="augmix-m5-w4-d2")
+    train_transform((16, 16), mixes)
+    for size, mean in (((16, 24), mixes.mean), ((16, 16), (0.5,))):
+        with pytest.raises(ConfigError, match=r"timm 1\.0\.29 mixes square RGB") as refused:
+            train_transform(size, dataclasses.replace(mixes, mean=mean))
+        assert "1.0.30" in refused.value.hint
 
 
 # ---- ADM's crop

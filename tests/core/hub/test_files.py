@@ -7,8 +7,10 @@ import hashlib
 import random
 import threading
 
+import huggingface_hub
 import pytest
 from hub_server import HubServer
+from packaging.version import Version
 
 from spiralrope_cli.core.errors import ConfigError, DiskError, FetchError, NoRouteError
 from spiralrope_cli.core.hub.catalog import find_row
@@ -17,6 +19,10 @@ from spiralrope_cli.core.hub.files import file_version
 
 NAME = "VIRTUAL_imagenet512.npz"
 CONTENT = random.Random(0).randbytes(3_000_000)
+goes_on_within_the_call = pytest.mark.skipif(
+    Version(huggingface_hub.__version__) < Version("1.20"),
+    reason="before 1.20 huggingface_hub ends the call when a connection breaks; the next resumes",
+)
 
 
 @pytest.fixture
@@ -60,6 +66,7 @@ def test_a_file_comes_whole_and_is_then_here(row, server, capsys):
     assert len(server.asked) == before
 
 
+@goes_on_within_the_call
 def test_a_broken_connection_goes_on_within_the_call(row, server, tmp_path, monkeypatch):
     messages = []
     monkeypatch.setattr(
@@ -77,6 +84,7 @@ def test_a_later_call_goes_on_where_the_last_one_ended(row, server, tmp_path):
     server.cut[NAME] = [len(CONTENT), 2_000_000, *[0] * 5]
     with pytest.raises(FetchError, match=r"failed after 2 MB of 3 MB(.|\n)*it resumes"):
         fetch_published(row)
+    server.cut.clear()
     assert local_path(row) is None
     assert parts(tmp_path)[0].stat().st_size == 2_000_000
     asked = len(server.asked)
@@ -88,6 +96,7 @@ def test_a_part_of_another_version_is_not_continued(row, server, tmp_path):
     server.cut[NAME] = [len(CONTENT), 2_000_000, *[0] * 5]
     with pytest.raises(FetchError):
         fetch_published(row)
+    server.cut.clear()
     server.plain[NAME] = newer = CONTENT[::-1]
     assert fetch_published(row).read_bytes() == newer
     assert not parts(tmp_path)
@@ -97,11 +106,13 @@ def test_a_part_that_is_too_long_is_not_continued(row, server, tmp_path):
     server.cut[NAME] = [len(CONTENT), 2_000_000, *[0] * 5]
     with pytest.raises(FetchError):
         fetch_published(row)
+    server.cut.clear()
     parts(tmp_path)[0].write_bytes(CONTENT + b"more")
     assert fetch_published(row).read_bytes() == CONTENT
     assert server.bodies()[-1].range == ""
 
 
+@goes_on_within_the_call
 def test_a_file_that_changes_in_the_middle_never_mixes(row, server, monkeypatch):
     server.cut[NAME] = [len(CONTENT), 2_000_000]
     newer = CONTENT[::-1]
@@ -113,6 +124,7 @@ def test_a_file_that_changes_in_the_middle_never_mixes(row, server, monkeypatch)
     assert fetch_published(row).read_bytes() == newer
 
 
+@goes_on_within_the_call
 def test_a_server_without_ranges_starts_anew(row, server):
     server.ranges = False
     server.cut[NAME] = [len(CONTENT), 2_000_000]

@@ -30,7 +30,8 @@ def hub(tmp_path, monkeypatch):
     constants = "huggingface_hub.constants"
     monkeypatch.setattr(f"{constants}.ENDPOINT", server.url)
     template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    for module in (constants, "huggingface_hub.file_download"):  # the latter's before version 1
+        monkeypatch.setattr(f"{module}.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(tmp_path / "hub"))
     yield server
     server.close()
