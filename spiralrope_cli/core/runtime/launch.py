@@ -147,12 +147,14 @@ def _adopt_slurm() -> None:
 
 
 def _launch_elastic(num_workers: int, work: Callable[..., None], run: Any, *more: Any) -> None:
+    import inspect
     import logging
 
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.version import __version__ as torch_version
 
     # Each logger has a level of its own, so silencing the parent has no effect.
     for name in list(logging.root.manager.loggerDict):
@@ -162,6 +164,12 @@ def _launch_elastic(num_workers: int, work: Callable[..., None], run: Any, *more
     # Unless the user has set it. The default of torchrun is one thread per worker.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // num_workers)))
     endpoint = machine.rdzv_endpoint or "localhost:0"
+    patience: dict[str, Any] = {"shutdown_timeout": SHUTDOWN_SECONDS}
+    if not patience.keys() <= inspect.signature(LaunchConfig).parameters.keys():
+        patience = {}
+        say_notes(
+            [f"torch {torch_version} kills workers 30 s after a signal, even while they save"]
+        )
     with tempfile.TemporaryDirectory(prefix="spiralrope-") as folder:
         os.environ[ERROR_FOLDER_VARIABLE] = folder
         settings = LaunchConfig(
@@ -173,7 +181,7 @@ def _launch_elastic(num_workers: int, work: Callable[..., None], run: Any, *more
             rdzv_endpoint=endpoint,
             max_restarts=0,
             monitor_interval=0.1,
-            shutdown_timeout=SHUTDOWN_SECONDS,
+            **patience,
             logs_specs=DefaultLogsSpecs(log_dir=folder),  # by default a folder that stays
         )
         try:
