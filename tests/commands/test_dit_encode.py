@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 
 from spiralrope_cli import GaussianDiffusion, create_model
 from spiralrope_cli import main as cli
-from spiralrope_cli.core.config.latents import EncodeRun, class_folder
+from spiralrope_cli.core.config.latents import EncodeRun, data_folder
+from spiralrope_cli.core.config.splits import train_split
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data import latents as cached_latents
 from spiralrope_cli.core.data.augment import cropped_array
@@ -364,8 +365,8 @@ def test_a_dry_run_without_the_vae_knows_a_cache_again(call, made, photos, no_do
 
 
 def test_a_folder_with_train_is_taken_by_its_train(image_folder):
-    assert class_folder(str(image_folder)) == (image_folder / "train").resolve()
-    assert class_folder(str(image_folder / "val")) == (image_folder / "val").resolve()
+    for given, folder in ((image_folder, "train"), (image_folder / "val", "")):
+        assert train_split(data_folder(str(given))).path == (given / folder).resolve()
 
 
 @pytest.mark.parametrize(

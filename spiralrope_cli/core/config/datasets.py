@@ -6,21 +6,16 @@ A data set is a built-in name or a folder with `train/` and `val/`, each with on
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spiralrope_cli.core.config.folders import (
-    class_difference,
-    class_names,
-    folder_of_images,
-    refuse_own,
-)
+from spiralrope_cli.core.config.folders import class_difference, refuse_own
+from spiralrope_cli.core.config.splits import TRAIN, VAL, Split, find_split, train_split, val_split
 from spiralrope_cli.core.errors import ConfigError, DataError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-VAL_FOLDERS = ("val", "validation", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,32 +210,26 @@ def find_data_set(data: str) -> DataSet:
     if data in BUILT_IN:
         return BUILT_IN[data]
     root = _data_folder(data, "train/ and val/ with one folder per class")
-    train, val = root / "train", val_folder(root)
-    if not train.is_dir() or val is None:
-        missing = ["train/"] * (not train.is_dir()) + ["val/"] * (val is None)
+    train, val = find_split(root, TRAIN), find_split(root, VAL)
+    if not (train and val):
+        missing = ["train/"] * (not train) + ["val/"] * (not val)
         raise DataError(
             f"{root} has no {' and no '.join(missing)}",
             "a data folder must hold train/ and val/ with one folder per class, as ImageNet",
         )
-    classes = class_names(train)
-    if (others := class_names(val)) != classes:
+    if val.class_names != train.class_names:
         only = [
-            f"{len(odd)} class folder(s) only in {side}: {', '.join(odd[:5])}"
-            for side, odd in (
-                (train, sorted({*classes} - {*others})),
-                (val, sorted({*others} - {*classes})),
-            )
-            if odd
+            f"{len(odd)} class folder(s) only in {side.path}: {', '.join(odd[:5])}"
+            for side, other in ((train, val), (val, train))
+            if (odd := sorted({*side.class_names} - {*other.class_names}))
         ]
         raise DataError("; ".join(only), "train/ and val/ need the same class folders")
-    data_set = _of_folder(root, train, val)
-    if len(classes) == 1:
+    if len(train.class_names) == 1:
         raise DataError(
-            f"{train} has one class folder, {classes[0]}",
+            f"{train.path} has one class folder, {train.class_names[0]}",
             "a classifier needs two; they lie in train/ itself, not in a folder in it",
         )
-    best = ", and chooses the best checkpoint"
-    return replace(data_set, notes=(*_val_note(val, best), *data_set.notes))
+    return _of_splits(root, train, val, ", and chooses the best checkpoint")
 
 
 def find_val_set(data: str) -> DataSet:
@@ -248,24 +237,19 @@ def find_val_set(data: str) -> DataSet:
     if data in BUILT_IN:
         return BUILT_IN[data]
     root = _data_folder(data, "val/ with one folder per class")
-    val = val_folder(root)
-    if val is None:
-        raise DataError(
-            f"{root} has no val/", "a data folder must hold val/ with one folder per class"
-        )
-    data_set = _of_folder(root, None, val)
-    return replace(data_set, notes=(*_val_note(val), *data_set.notes))
+    return _of_splits(root, None, val_split(root))
 
 
 def find_train_set(data: str) -> DataSet:
     """The training set by name, or in a folder; needs no `val/`."""
     if data in BUILT_IN:
         return BUILT_IN[data]
-    root = _data_folder(data, "one folder per class, or train/ with them")
-    return _of_folder(root, class_folders(root), None)
+    root = _data_folder(data, "one folder per class, or train/ with them", parent=False)
+    return _of_splits(root, train_split(root), None)
 
 
-def _data_folder(data: str, holds: str) -> Path:
+def _data_folder(data: str, holds: str, *, parent: bool = True) -> Path:
+    """The data folder; if its `train/` is given, by default that which `val/` lies in as well."""
     root = Path(os.path.expanduser(data))
     if not root.is_dir():
         raise DataError(
@@ -273,41 +257,28 @@ def _data_folder(data: str, holds: str) -> Path:
             f"built in: {', '.join(BUILT_IN)}; a folder must hold {holds}",
         )
     refuse_own(root, f"--data {data}")
-    return root
+    return root.parent if parent and root.resolve().name == "train" else root
 
 
-def _of_folder(root: Path, train: Path | None, val: Path | None) -> DataSet:
+def _of_splits(root: Path, train: Split | None, val: Split | None, more: str = "") -> DataSet:
     """A data set of image files, with one split or both."""
-    found = {split: folder_of_images(split) for split in (train, val) if split}
+    found = [split for split in (train, val) if split]
+    notes = [note for split in found for note in split.notes]
+    if val and val.path.name == "test":
+        notes.insert(0, f"there is no val/: {val.path} is used for validation{more}")
     return DataSet(
         data=str(root.resolve()),
         slug=slug_of(root.resolve()),
         kind="folder",
         default_arch="deit-b",
-        class_names=tuple(class_names(train or val or root)),
-        num_train=len(found[train][0]) if train else 0,
-        num_val=len(found[val][0]) if val else 0,
+        class_names=found[0].class_names,
+        num_train=len(train.images) if train else 0,
+        num_val=len(val.images) if val else 0,
         defaults=PHOTOGRAPHS,
-        notes=tuple(note for _, notes in found.values() for note in notes),
+        notes=tuple(notes),
     )
-
-
-def _val_note(val: Path, more: str = "") -> list[str]:
-    """Names a test set that is taken for validation."""
-    named = f"there is no val/: {val} is used for validation{more}"
-    return [named] if val.name == "test" else []
 
 
 def slug_of(root: Path) -> str:
     """A short name of a data folder; `train/` is skipped."""
     return root.parent.name if root.name == "train" else root.name
-
-
-def class_folders(root: Path) -> Path:
-    """The folder of the training classes: `train/`, or the data folder itself."""
-    return root / "train" if (root / "train").is_dir() else root
-
-
-def val_folder(root: Path) -> Path | None:
-    """The validation folder: `val/`, `validation/` or `test/`."""
-    return next((root / name for name in VAL_FOLDERS if (root / name).is_dir()), None)

@@ -163,11 +163,6 @@ def folder_of_images(folder: Path) -> tuple[list[tuple[str, int]], list[str]]:
     return images, notes
 
 
-def list_images(folder: Path) -> list[tuple[str, int]]:
-    """All images below the class folders, as (path, class number), sorted."""
-    return folder_of_images(folder)[0]
-
-
 def images_below(folder: Path) -> tuple[list[str], Counter[str]]:
     """Image files at any depth, in the order of their paths; suffix -> number of other files."""
     found: list[str] = []

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from spiralrope_cli.core.config.datasets import BUILT_IN, class_folders
-from spiralrope_cli.core.config.folders import class_names, own_folder, refuse_own
+from spiralrope_cli.core.config.datasets import BUILT_IN
+from spiralrope_cli.core.config.folders import own_folder, refuse_own
 from spiralrope_cli.core.config.models import SIZE, format_size
 from spiralrope_cli.core.config.option import DATA, MACHINE, PATH, RUN, Opt, check_fields
 from spiralrope_cli.core.config.training import MachineConfig
@@ -83,8 +83,8 @@ class EncodeRun:
             )
 
 
-def class_folder(data: str) -> Path:
-    """The folder with one folder of images per class: `data` itself, or its `train/`."""
+def data_folder(data: str) -> Path:
+    """The folder that `data` names; its images are not looked at."""
     if data in BUILT_IN:
         raise DataError(
             f"--data {data} is too small for a VAE",
@@ -96,16 +96,14 @@ def class_folder(data: str) -> Path:
             f"--data {data} is not a folder", "it must hold one folder of images per class"
         )
     refuse_own(root, f"--data {data}")
-    folder = class_folders(root)
-    class_names(folder)
-    return folder.resolve()
+    return root.resolve()
 
 
 @dataclass(frozen=True, kw_only=True)
 class CachePlan:
     """The options of a cache, the same for all its shards."""
 
-    data: str  # the class folder
+    data: str  # folder or archive of the images
     class_names: tuple[str, ...]  # by class number
     num_files: int  # number of images in that folder
     files_sha256: str  # of their relative paths, in order

@@ -19,16 +19,15 @@ import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
 
-from spiralrope_cli.core.config.datasets import BUILT_IN, class_folders, val_folder
+from spiralrope_cli.core.config.datasets import BUILT_IN
 from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
-from spiralrope_cli.core.config.folders import list_images
 from spiralrope_cli.core.config.runs import ClassifierRun, EvalProtocol
+from spiralrope_cli.core.config.splits import train_split, val_split
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data import augment, memory
 from spiralrope_cli.core.data.images import in_order
 from spiralrope_cli.core.data.latents import LatentCache
 from spiralrope_cli.core.data.loader import MAX_TRIES, Batch, BatchIndices, ImageFiles, load
-from spiralrope_cli.core.errors import DataError
 from spiralrope_cli.core.runtime.seeds import generator_for, seed_for
 
 EVAL_BATCH = 256
@@ -139,7 +138,7 @@ def classifier_data(
         split, _ = memory.splits_on(device, run.data, model.in_chans)
         read = functools.partial(from_memory, split)
     else:
-        listed = list_images(Path(run.data) / "train")
+        listed = train_split(run.data).images
         transform, grey = augment.train_transform(model.image_size, options), model.in_chans == 1
         files = ImageFiles(listed, transform, grey, MAX_TRIES, run.seed)
         read = functools.partial(load, files, run.machine, device, unreadable)
@@ -184,7 +183,7 @@ def dit_data(run: DiTRun, device: torch.device, rank: int, world_size: int) -> T
         read = functools.partial(from_memory, split)
     else:
         crop = functools.partial(augment.cropped_array, size=size)
-        files = ImageFiles(list_images(class_folders(Path(run.data))), crop, tries=MAX_TRIES)
+        files = ImageFiles(train_split(run.data).images, crop, tries=MAX_TRIES)
         read = functools.partial(load, files, run.machine, device, unreadable)
 
     def finish(batch: Batch) -> Batch:
@@ -254,11 +253,9 @@ class ValidationImages:
             _, split = memory.splits_on(device, protocol.data, protocol.in_chans)
             self._read = functools.partial(from_memory, split)
         else:
-            folder = val_folder(Path(protocol.data))
-            if folder is None:
-                raise DataError(f"{protocol.data} has no val/")
             transform = augment.eval_transform(protocol.image_size, protocol.crop_ratio)
-            files = ImageFiles(list_images(folder), transform, protocol.in_chans == 1)
+            listed = val_split(protocol.data).images
+            files = ImageFiles(listed, transform, protocol.in_chans == 1)
             self._read = functools.partial(load, files, machine, device, self.unreadable)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:

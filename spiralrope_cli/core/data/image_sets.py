@@ -18,16 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from spiralrope_cli.core.config.datasets import BUILT_IN, class_folders
+from spiralrope_cli.core.config.datasets import BUILT_IN
 from spiralrope_cli.core.config.folders import (
     IMAGE_SUFFIXES,
     IMAGENET_CLASSES,
-    class_names,
     count_files,
     images_below,
     refuse_own,
     samples_in,
 )
+from spiralrope_cli.core.config.splits import train_split
 from spiralrope_cli.core.data.npz import (
     STATISTICS,
     Header,
@@ -229,7 +229,7 @@ def names_of(data: str, num_classes: int, stored: Sequence[str] = ()) -> list[st
         names = list(BUILT_IN[data].class_names)
     elif not names and data:
         with contextlib.suppress(DataError):
-            names = class_names(class_folders(Path(data)))
+            names = list(train_split(data).class_names)
     elif not names and num_classes == IMAGENET_CLASSES:
         from timm.data import ImageNetInfo
 

@@ -17,7 +17,6 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -26,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from spiralrope_cli.core.config.evals import Reading
-from spiralrope_cli.core.config.folders import list_images
+from spiralrope_cli.core.config.splits import Split, opened
 from spiralrope_cli.core.data.image_sets import FolderInput, ImageInput, NpzImages
 from spiralrope_cli.core.data.npz import stream_rows
 from spiralrope_cli.core.errors import DataError, UnreadableImageError
@@ -63,9 +62,9 @@ class Unreadable:
 
 
 def open_image(path: str, convert: Callable[[Image.Image], Result]) -> Result | Unreadable:
-    """An image file, decoded and converted, or `Unreadable`."""
+    """An image, decoded and converted, or `Unreadable`; `path` is an address as in a `Split`."""
     try:
-        with Image.open(path) as image:
+        with Image.open(opened(path)) as image:
             return convert(image)
     except BROKEN_IMAGE as error:
         if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
@@ -123,13 +122,12 @@ def decode(path: str, reading: Reading) -> tuple[np.ndarray, bool] | Unreadable:
     return open_image(path, convert)
 
 
-def decode_some(folders: Iterable[Path | None], most: int) -> tuple[int, list[Unreadable]]:
-    """Decodes at most `most` images of each folder; number of tries, and the unreadable ones."""
+def decode_some(splits: Iterable[Split], most: int) -> tuple[int, list[Unreadable]]:
+    """Decodes at most `most` images of each split; number of tries, and the unreadable ones."""
     chosen: list[str] = []
-    for folder in folders:
-        paths = [path for path, _ in list_images(folder)] if folder else []
-        count = min(most, len(paths))
-        chosen += [paths[number * len(paths) // count] for number in range(count)]
+    for images in (split.images for split in splits):
+        count = min(most, len(images))
+        chosen += [images[number * len(images) // count][0] for number in range(count)]
     decoded = (open_image(path, as_trained) for path in chosen)
     return len(chosen), [each for each in decoded if isinstance(each, Unreadable)]
 

@@ -17,15 +17,14 @@ from rich.table import Table
 
 from spiralrope_cli import __version__
 from spiralrope_cli.core.config.datasets import (
-    class_folders,
     find_data_set,
     find_train_set,
-    val_folder,
 )
 from spiralrope_cli.core.config.hub import cache_folder
 from spiralrope_cli.core.config.option import build
 from spiralrope_cli.core.config.resolve import default_data
 from spiralrope_cli.core.config.samples import default_num_samples
+from spiralrope_cli.core.config.splits import train_split, val_split
 from spiralrope_cli.core.config.training import Checkup
 from spiralrope_cli.core.errors import CheckpointError, DataError, FetchError, SpiralRopeError
 from spiralrope_cli.core.hub import download
@@ -179,9 +178,8 @@ def inspect_data(checkup: Checkup, findings: list[Finding]) -> tuple[Values, Row
         "unreadable": [],
     }
     if data_set.kind == "folder":
-        root = Path(data_set.data)
-        folders = [class_folders(root)] if checkup.dit else [root / "train", val_folder(root)]
-        count, bad = decode_some(folders, DECODED)
+        readers = [train_split] if checkup.dit else [train_split, val_split]
+        count, bad = decode_some((read(data_set.data) for read in readers), DECODED)
         values |= {"decoded": count - len(bad), "unreadable": [vars(each) for each in bad]}
         if bad:
             error = bad[0].error()

@@ -16,20 +16,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spiralrope_cli.core.config.dit_runs import full_vae_name
-from spiralrope_cli.core.config.folders import class_names, folder_of_images, numbering_note
+from spiralrope_cli.core.config.folders import numbering_note
 from spiralrope_cli.core.config.latents import (
     EXACT,
     LATENT_SCALE,
     CachePlan,
     EncodeRun,
     Shard,
-    class_folder,
+    data_folder,
     shard_file,
     shard_size_for,
 )
 from spiralrope_cli.core.config.models import format_size
 from spiralrope_cli.core.config.option import build
 from spiralrope_cli.core.config.resolve import DATA_VARIABLE
+from spiralrope_cli.core.config.splits import train_split
 from spiralrope_cli.core.config.training import TrainOptions
 from spiralrope_cli.core.errors import ConfigError, DataError
 from spiralrope_cli.core.hub.source import VaeFiles, find_vae, local_vae
@@ -78,32 +79,31 @@ def encode(given: dict[str, Any]) -> None:
 
 def settle(run: EncodeRun, *, fetch: bool = True) -> EncodePlan:
     """Plan of the cache; without `fetch` a published VAE and its digest may be missing."""
-    folder = class_folder(run.data)
-    vae = local_vae(run.vae)
+    folder, vae = data_folder(run.data), local_vae(run.vae)
 
     from spiralrope_cli.core.runtime.device import pick_device, pick_precision
 
-    images, notes = folder_of_images(folder)
+    split = train_split(folder)
     digest = hashlib.sha256()
-    for path, _ in images:
-        digest.update(os.fsencode(os.path.relpath(path, folder)) + b"\0")
+    for path, _ in split.images:
+        digest.update(os.fsencode(os.path.relpath(path, split.path)) + b"\0")
     if fetch and vae is None:
         vae = find_vae(run.vae)
     dtype, _ = pick_precision(run.machine.precision, pick_device(run.machine))
     cache = CachePlan(
-        data=str(folder),
-        class_names=tuple(class_names(folder)),
-        num_files=len(images),
+        data=str(split.path),
+        class_names=split.class_names,
+        num_files=len(split.images),
         files_sha256=digest.hexdigest(),
         image_size=run.image_size,
         vae=full_vae_name(run.vae),
         vae_sha256=vae.sha256() if vae else "",
         scale=vae.scale if vae else LATENT_SCALE,
         precision=str(dtype).removeprefix("torch."),
-        shard_size=shard_size_for(len(images)),
+        shard_size=shard_size_for(len(split.images)),
     )
-    notes += numbering_note(cache.class_names)
-    return EncodePlan(run, cache, images, vae, tuple(notes))
+    notes = (*split.notes, *numbering_note(cache.class_names))
+    return EncodePlan(run, cache, split.images, vae, notes)
 
 
 def plan(settled: EncodePlan) -> None:

@@ -7,10 +7,9 @@ from spiralrope_cli.core.config.datasets import (
     find_data_set,
     find_train_set,
     find_val_set,
-    val_folder,
 )
-from spiralrope_cli.core.config.folders import list_images
 from spiralrope_cli.core.config.resolve import resolve
+from spiralrope_cli.core.config.splits import train_split, val_split
 from spiralrope_cli.core.errors import DataError
 
 
@@ -32,7 +31,7 @@ def root(tmp_path):
 def test_classes_are_numbered_in_plain_sorted_order(root):
     data_set = find_data_set(str(root))
     assert (data_set.num_classes, data_set.num_train, data_set.num_val) == (4, 12, 8)
-    images = list_images(root / "train")
+    images = train_split(root).images
     assert images == sorted(images)
     names = {number: path.split("/")[-2] for path, number in images}
     assert [names[number] for number in range(4)] == ["10", "2", "A", "b"]
@@ -46,7 +45,7 @@ def test_images_are_found_below_their_class_in_any_usual_format(root):
         (folder / name).write_text("no image")
     (root / "train" / ".cache").mkdir()
     (root / "train" / "stray.png").write_text("beside the classes")
-    found = [path for path, number in list_images(root / "train") if number == 2]
+    found = [path for path, number in train_split(root).images if number == 2]
     assert [path.removeprefix(f"{folder}/") for path in found] == [
         *("0.png", "1.png", "2.png", "Y.JPG", "deep/er/x.jpeg", "w.tif", "z.webp")
     ]
@@ -72,7 +71,7 @@ def test_the_validation_folder_may_have_any_usual_name(tmp_path, name):
             save(tmp_path / split / label / "0.png")
     data_set = find_data_set(str(tmp_path))
     assert data_set.num_val == 2
-    assert len(list_images(val_folder(tmp_path))) == 2
+    assert len(val_split(tmp_path).images) == 2
     told = [f"there is no val/: {tmp_path / 'test'} is used for validation"] * (name == "test")
     assert list(find_val_set(str(tmp_path)).notes) == told
     best = ", and chooses the best checkpoint"

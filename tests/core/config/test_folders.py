@@ -8,7 +8,7 @@ from PIL import Image
 
 from spiralrope_cli.core.config.datasets import find_data_set, find_train_set, find_val_set
 from spiralrope_cli.core.config.folders import own_folder, samples_in
-from spiralrope_cli.core.config.latents import class_folder, read_cache
+from spiralrope_cli.core.config.latents import data_folder, read_cache
 from spiralrope_cli.core.data.image_sets import images_in, inspect_side
 from spiralrope_cli.core.errors import CheckpointError, DataError
 from spiralrope_cli.core.hub.source import find_source
@@ -35,7 +35,7 @@ def ours(request, tmp_path):
 
 def test_no_folder_of_ours_is_a_data_set(ours):
     folder, kind = ours
-    for read in (find_data_set, find_train_set, find_val_set, class_folder):
+    for read in (find_data_set, find_train_set, find_val_set, data_folder):
         with pytest.raises(DataError) as refused:
             read(str(folder))
         assert refused.value.message == f"--data {folder} is {kind}, not a folder of images"

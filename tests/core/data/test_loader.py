@@ -14,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from spiralrope_cli.core.config.datasets import PHOTOGRAPHS, val_folder
-from spiralrope_cli.core.config.folders import list_images
+from spiralrope_cli.core.config.datasets import PHOTOGRAPHS
 from spiralrope_cli.core.config.option import build
 from spiralrope_cli.core.config.recipes import PRETRAIN
 from spiralrope_cli.core.config.runs import AugmentConfig
+from spiralrope_cli.core.config.splits import train_split, val_split
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.augment import eval_transform, train_transform
 from spiralrope_cli.core.data.images import Unreadable
@@ -56,7 +56,7 @@ def root(tmp_path):
 
 def val_files(root):
     transform = eval_transform(SIZE, 0.875)
-    return ImageFiles(list_images(val_folder(root)), transform, grey=False)
+    return ImageFiles(val_split(root).images, transform, grey=False)
 
 
 # ---- decoding
@@ -230,7 +230,7 @@ def loaded(files, batches, workers, skip_bad=True, unreadable=None):
 def test_the_same_places_give_the_same_bytes_for_any_number_of_workers(root):
     places = [list(range(first, first + 6)) for first in range(0, 24, 6)]
     batches = [BatchIndices([n % 12 for n in each], each) for each in places]
-    trained = TrainFiles(list_images(root / "train"), train_transform(SIZE, RECIPE), grey=False)
+    trained = TrainFiles(train_split(root).images, train_transform(SIZE, RECIPE), grey=False)
     alone, shared, again = (list(loaded(trained, batches, workers)) for workers in (0, 2, 2))
     for others in (shared, again):
         assert [batch.at for batch in others] == batches
