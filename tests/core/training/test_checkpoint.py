@@ -20,7 +20,7 @@ OPTIM = OptimConfig(
     **{"epochs": 1, "max_steps": 0, "batch_size": 1, "micro_batch_size": 1, "lr": 1e-3},
     **{"lr_rule": "none", "min_lr": 0.0, "warmup_lr": 0.0, "warmup_epochs": 0},
     **{"schedule": "constant", "betas": (0.9, 0.95), "weight_decay": 0.1},
-    **{"clip_grad": 0.0, "ema_decay": 0.5, "freeze": "none"},
+    **{"clip_grad": 0.0, "ema_decay": 0.5, "ema_warmup": False, "freeze": "none"},
 )
 
 
