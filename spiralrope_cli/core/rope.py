@@ -226,8 +226,9 @@ class SpiralRoPE(nn.Module):
         key = (to_2tuple(grid), prefix_tokens, device)
         if key not in self._cos_sin:
             # An inference tensor in the cache would break a later backward pass. On the CPU, so
-            # that the table is the same on every device.
-            with torch.inference_mode(False), torch.device("cpu"):
+            # that the table is the same on every device; plans need its shape alone.
+            where = "meta" if device.type == "meta" else "cpu"
+            with torch.inference_mode(False), torch.device(where):
                 angle = build_angles(key[0], self.head_dim, self.config, self.pretrain_grid)
                 angle = torch.cat((angle.new_zeros(prefix_tokens, angle.shape[1]), angle))
                 table = torch.stack((angle.cos(), angle.sin()), dim=-1)

@@ -310,7 +310,7 @@ def test_what_the_system_refuses_about_a_path_is_one_line(spiralrope, option, co
 def test_the_folder_of_a_run_is_as_a_shell_would_read_it(resolved, monkeypatch, runs):
     monkeypatch.setenv("HOME", str(runs))
     assert resolved("--out=~/kept").out == str(runs / "kept")
-    with pytest.raises(ConfigError, match="--out is empty; it must be a path"):
+    with pytest.raises(ConfigError, match="--out is empty\ngive a value"):
         resolved("--out", "")
 
 
@@ -318,6 +318,12 @@ def test_a_rate_that_only_rises_is_told(resolved):
     run = resolved("--lr", 1e-5)
     assert "rises to the end: its peak of 6.25e-07 is below --min-lr 1e-05" in " ".join(hints(run))
     assert not hints(resolved())
+
+
+@pytest.mark.parametrize("command", ["pretrain", "dit-train"])
+def test_images_whose_positions_fill_the_memory_are_refused(spiralrope, command):
+    told = spiralrope(command, "--image-size", 400_000, "--dry-run", expect=1).stderr
+    assert "needed for 40,000,000,000 patches per image" in told
 
 
 def test_names_are_shown_as_they_are_however_long(spiralrope, runs):

@@ -119,7 +119,7 @@ def look_up(row: Row, revision: str | None, *, timeout: float | None = None) -> 
         except (HTTPError, OSError) as error:
             raise NoRouteError(
                 f"no route to {constants.ENDPOINT}: {first_line(error)}",
-                "check network, proxy and HF_ENDPOINT; fetch --offline uses cached files",
+                "check network, proxy and HF_ENDPOINT",
             ) from error
         if not metadata.commit_hash or not metadata.etag or metadata.size is None:
             raise FetchError(

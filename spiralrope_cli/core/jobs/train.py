@@ -5,6 +5,7 @@ Modules that load torch are imported inside functions, so that usage errors are 
 
 from __future__ import annotations
 
+import math
 from collections import ChainMap
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -31,7 +32,13 @@ from spiralrope_cli.core.runtime.launch import (
     world_size,
 )
 from spiralrope_cli.core.runtime.progress import check_tracker, console, say, say_unreadable
-from spiralrope_cli.core.runtime.run_folder import as_begun, first_step, is_finished, write_sources
+from spiralrope_cli.core.runtime.run_folder import (
+    as_begun,
+    check_memory,
+    first_step,
+    is_finished,
+    write_sources,
+)
 
 if TYPE_CHECKING:
     from spiralrope_cli.core.runtime.distributed import DistContext
@@ -42,6 +49,8 @@ CLAMP_HINT_FRACTION = 0.15
 LITTLE_OF_FIRST = 0.01
 SMALL_CHANGE = 0.1
 """Change of a query against axial RoPE below which results can hardly differ."""
+MOST_PATCHES = 1 << 18
+"""Patches up to which the notes of a plan look at the position of each."""
 ORIGINS = (
     *("option", "config file", "environment", "latents", "source", "data set"),
     *("recipe", "fit", "default"),
@@ -96,6 +105,9 @@ def carry_out(resolved: Resolved, notes: Iterable[str] = (), *, dry_run: bool) -
             say(f"{run.out} is finished: {step} steps")
         return True
     run.split_batch(world_size(run.machine))
+    # Before anything is built: four float64 numbers per channel pair of each patch for the angles.
+    patches = math.prod(run.grid)
+    check_memory(16 * patches * run.head_dim, f"{patches:,} patches per image")
     if is_first_process():
         plan(resolved, first_step=step, every_value=dry_run, notes=notes)
         if run.vae_in_loop:
@@ -222,17 +234,14 @@ def hints(run: TrainingRun) -> list[str]:
             f"--rotate {rope.rotate}: heads of {run.head_dim} channels support at most {most}; "
             "with more, some directions have too few channels, or none"
         )
-    if rope.enabled and rope.rotate > 1 and rope.projection != "exact":
-        from spiralrope_cli.core.rope import clamped_fraction
+    if rope.enabled and rope.rotate > 1 and math.prod(run.grid) <= MOST_PATCHES:
+        from spiralrope_cli.core.rope import change_from_axial, clamped_fraction
 
         fraction = clamped_fraction(run.grid, rope, run.head_dim)
-        if fraction >= CLAMP_HINT_FRACTION:
+        if rope.projection != "exact" and fraction >= CLAMP_HINT_FRACTION:
             messages.append(
                 f"{fraction:.0%} of the positions are clamped; --projection exact clamps none"
             )
-    if rope.enabled and rope.rotate > 1:
-        from spiralrope_cli.core.rope import change_from_axial
-
         change = change_from_axial(run.grid, run.head_dim, rope, run.model.pretrain_grid)
         if change < SMALL_CHANGE:
             rows, columns = run.grid
