@@ -148,6 +148,20 @@ def test_a_signal_saves_and_leaves_with_its_code(on_pictures, started, runs, num
     assert f"stopped at step {steps[0]}" in said
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_killed_worker_is_named_with_its_signal(on_pictures, started, runs, number):
+    words = (*on_pictures, "--epochs", 10000, "--nproc", 2, "--micro-batch-size", 2)
+    child = started(*words, "--save-every", 5000, "--validate-every", 5000, "--out", "run")
+    wait_for(lambda: len(read_metrics(runs / "run")) > 2, child)
+    family = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+    workers = [pid for pid in family if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(int(workers[1]), number)
+    said, _ = child.communicate(timeout=120)
+    assert child.returncode == 1
+    assert f"error: worker 1 was killed by {number.name}" in said
+    assert_quiet(said)
+
+
 @pytest.fixture
 def trained_by(runs, tiny):
     """Trains in so many processes and gives the folder."""

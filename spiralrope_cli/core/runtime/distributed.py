@@ -21,7 +21,7 @@ from torch import Tensor
 from spiralrope_cli.core.config.folders import ENVIRONMENT_FILE
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.runtime import device as devices
-from spiralrope_cli.core.runtime.launch import usable_cores
+from spiralrope_cli.core.runtime.launch import ERROR_FOLDER_VARIABLE, usable_cores
 from spiralrope_cli.core.runtime.progress import say
 from spiralrope_cli.core.runtime.run_folder import hold_folder, write_json
 
@@ -157,7 +157,7 @@ class StopRequest:
         if self.at_once:
             for each in SIGNALS:
                 signal.signal(each, signal.SIG_IGN)  # a second one would interrupt the clean-up
-            if get_rank() == 0:
+            if get_rank() == 0 and ERROR_FOLDER_VARIABLE not in os.environ:
                 say(f"ended by {signal.Signals(number).name}")
             raise SystemExit(128 + number)
         if not self.signal_number:
@@ -216,6 +216,8 @@ def open_context(machine: MachineConfig, folder: Path | None) -> Iterator[DistCo
         except SystemExit:
             stop()  # all processes exit at the same step
             raise
+        if request.signal_number and get_rank() == 0:
+            say(f"{signal.Signals(request.signal_number).name} came after the last step")
     # Not after an error: the others would fail on the closed connection before it is printed.
     stop()
 

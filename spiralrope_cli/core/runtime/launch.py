@@ -187,6 +187,7 @@ def _launch_elastic(num_workers: int, work: Callable[..., None], run: Any, *more
         try:
             elastic_launch(settings, _worker_main)(work, run, *more)
         except SignalException as stopped:
+            say(f"ended by {signal.Signals(stopped.sigval).name}")
             sys.exit(128 + stopped.sigval)
         except RendezvousError as error:
             raise LaunchError(
@@ -195,6 +196,8 @@ def _launch_elastic(num_workers: int, work: Callable[..., None], run: Any, *more
             ) from error
         except ChildFailedError as failed:
             _raise_first(Path(folder), failed)
+        finally:
+            del os.environ[ERROR_FOLDER_VARIABLE]  # the next stage of `run` may be one process
 
 
 def _worker_main(work: Callable[..., None], *arguments: Any) -> None:
@@ -205,6 +208,7 @@ def _worker_main(work: Callable[..., None], *arguments: Any) -> None:
     """
     try:
         _call(work, *arguments)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the shutdown of Python is left
         return
     except SpiralRopeError as error:
         lost = isinstance(error, LaunchError)
