@@ -221,12 +221,7 @@ def _from_own_layout(
 
 
 def _from_published_layout(
-    source: Source,
-    file: Path,
-    ema: bool,
-    content: PublishedFile,
-    chosen: dict[str, Any],
-    arch: str,
+    source: Source, file: Path, ema: bool, content: PublishedFile, chosen: dict[str, Any], arch: str
 ) -> Weights:
     """A published file or a plain state dict, in three steps: network, RoPE options, sizes.
 

@@ -224,10 +224,7 @@ class Sums:
 
 @torch.inference_mode()
 def compare(
-    run: FidRun,
-    metrics: Collection[str],
-    samples: Measured,
-    reference: Measured | None = None,
+    run: FidRun, metrics: Collection[str], samples: Measured, reference: Measured | None = None
 ) -> dict[str, float | None]:
     """Metrics of samples against reference, by their names in the JSON."""
     values: dict[str, float | None] = {}

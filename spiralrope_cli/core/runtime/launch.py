@@ -19,12 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from spiralrope_cli.core.config.training import MachineConfig
-from spiralrope_cli.core.errors import (
-    ConfigError,
-    LaunchError,
-    SpiralRopeError,
-    system_error,
-)
+from spiralrope_cli.core.errors import ConfigError, LaunchError, SpiralRopeError, system_error
 from spiralrope_cli.core.runtime.progress import say
 from spiralrope_cli.core.storage import write_whole
 
