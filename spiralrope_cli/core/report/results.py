@@ -54,9 +54,9 @@ def print_results(folder: Path) -> None:
     lines = read_metrics(folder)
     validations = [line for line in lines if "acc1" in line]
     if validations:
-        accuracy = of_validations(validations)
-        say_result(f"{folder}: {accuracy.caption}")
-        print_table(accuracy)
+        say_result(str(folder))
+        print_table(of_validations(validations))
+        say_result(BEST)
     images = (("curves", CURVES_FILE), ("samples", SAMPLES_FILE), ("report", REPORT_FILE))
     for name, file in images:
         if (folder / file).exists():
