@@ -28,9 +28,10 @@ from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.kernels import apply_rotary_complex
 
 Grid = int | tuple[int, int]
+Device = torch.device | str
 
 
-def frequencies(config: RopeConfig, head_dim: int) -> Tensor:
+def frequencies(config: RopeConfig, head_dim: int, device: Device = "cpu") -> Tensor:
     """Distinct frequencies in radians per patch, as the published files store them in `freqs`.
 
     Returns:
@@ -41,12 +42,12 @@ def frequencies(config: RopeConfig, head_dim: int) -> Tensor:
         ConfigError: head_dim does not fit the options.
     """
     config.check_head_dim(head_dim)
-    num = head_dim // 4
+    num, exact = head_dim // 4, {"dtype": torch.float64, "device": device}
     if config.freqs_for == "pixel":
-        return torch.linspace(1.0, config.max_freq / 2, num, dtype=torch.float64) * math.pi
+        return math.pi * torch.linspace(1.0, config.max_freq / 2, num, **exact)
     highest = config.max_freq_lang
     if config.rotate == 0:
-        exponent = torch.arange(num, dtype=torch.float64) / num
+        exponent = torch.arange(num, **exact) / num
         return highest * config.theta**-exponent
     if config.same_theta:
         num //= config.rotate
@@ -54,14 +55,16 @@ def frequencies(config: RopeConfig, head_dim: int) -> Tensor:
     # With a single frequency there is no ratio to span, and it is the highest.
     if lowest < MIN_FREQ_IS_SET or num == 1:
         lowest = highest / config.theta ** ((num - 1) / num)
-    falling = torch.arange(num - 1, -1, -1, dtype=torch.float64) / max(num - 1, 1)
+    falling = torch.arange(num - 1, -1, -1, **exact) / max(num - 1, 1)
     series = lowest * (highest / lowest) ** falling
     num_cut = int(num * config.truncate_percentage)
     series[num - num_cut :] = 0.0
     return series
 
 
-def pair_layout(config: RopeConfig, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+def pair_layout(
+    config: RopeConfig, head_dim: int, device: Device = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
     """Frequency and direction of each channel pair (2i, 2i + 1) of a head.
 
     Returns:
@@ -69,7 +72,7 @@ def pair_layout(config: RopeConfig, head_dim: int) -> tuple[Tensor, Tensor, Tens
         and [D/2] bool, True for the pairs of the first half of the head (row formula).
     """
     rotate = max(config.rotate, 1)
-    channel = torch.arange(0, head_dim, 2)
+    channel = torch.arange(0, head_dim, 2, device=device)
     in_first_half = channel < head_dim // 2
     in_half = channel % (head_dim // 2)
     index = in_half // 2
@@ -79,7 +82,7 @@ def pair_layout(config: RopeConfig, head_dim: int) -> tuple[Tensor, Tensor, Tens
     # of 4, one chunk has channels in both halves.
     direction = (channel // 4) % rotate
     angle = direction.double() * (math.pi / 2 / rotate)
-    return frequencies(config, head_dim)[index], angle, in_first_half
+    return frequencies(config, head_dim, device)[index], angle, in_first_half
 
 
 def projections(grid: tuple[int, int], angle: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,8 +96,8 @@ def projections(grid: tuple[int, int], angle: Tensor) -> tuple[Tensor, Tensor]:
         positions along the rotated column axis and along the rotated row axis, [h*w, P] each.
     """
     rows, columns = grid
-    y = torch.arange(rows, dtype=torch.float64) - (rows - 1) / 2
-    x = torch.arange(columns, dtype=torch.float64) - (columns - 1) / 2
+    y = torch.arange(rows, dtype=angle.dtype, device=angle.device) - (rows - 1) / 2
+    x = torch.arange(columns, dtype=angle.dtype, device=angle.device) - (columns - 1) / 2
     y, x = (axis.reshape(-1, 1) for axis in torch.meshgrid(y, x, indexing="ij"))
     sin, cos = angle.sin(), angle.cos()
     return sin * x + cos * y, cos * x - sin * y
@@ -105,6 +108,7 @@ def build_angles(
     head_dim: int,
     config: RopeConfig,
     pretrain_grid: tuple[int, int],
+    device: Device = "cpu",
 ) -> Tensor:
     """Angle by which each channel pair of each token is rotated.
 
@@ -117,6 +121,7 @@ def build_angles(
         config: the options.
         pretrain_grid: patches in training, as (rows, columns); `interpolate` scales positions
             into this range.
+        device: of the result.
 
     Returns:
         [h*w, D/2] float64 radians, tokens in row-major order.
@@ -126,7 +131,7 @@ def build_angles(
     """
     if min(*grid, *pretrain_grid) < 1:
         raise ConfigError(f"a grid of {grid} patches (trained at {pretrain_grid}) has no tokens")
-    frequency, angle, in_first_half = pair_layout(config, head_dim)
+    frequency, angle, in_first_half = pair_layout(config, head_dim, device)
     halves = []
     for pos, side, trained in zip(projections(grid, angle), grid, pretrain_grid, strict=True):
         half_extent = (side - 1) / 2
@@ -225,15 +230,22 @@ class SpiralRoPE(nn.Module):
         """[prefix + h*w, D/2, 2] float32 cosines and sines; prefix tokens have the identity."""
         key = (to_2tuple(grid), prefix_tokens, device)
         if key not in self._cos_sin:
+            if torch.compiler.is_compiling():
+                # A part of the graph: a table kept for later would be compiled for once more.
+                return self._new_table(*key, made_on=device)
             # An inference tensor in the cache would break a later backward pass. On the CPU, so
             # that the table is the same on every device; plans need its shape alone.
             where = "meta" if device.type == "meta" else "cpu"
-            with torch.inference_mode(False), torch.device(where):
-                angle = build_angles(key[0], self.head_dim, self.config, self.pretrain_grid)
-                angle = torch.cat((angle.new_zeros(prefix_tokens, angle.shape[1]), angle))
-                table = torch.stack((angle.cos(), angle.sin()), dim=-1)
-                self._cos_sin[key] = table.to(torch.float32).to(device)
+            with torch.inference_mode(False):
+                self._cos_sin[key] = self._new_table(*key, made_on=where)
         return self._cos_sin[key]
+
+    def _new_table(
+        self, grid: tuple[int, int], prefix_tokens: int, device: torch.device, made_on: Device
+    ) -> Tensor:
+        angle = build_angles(grid, self.head_dim, self.config, self.pretrain_grid, made_on)
+        angle = torch.cat((angle.new_zeros(prefix_tokens, angle.shape[1]), angle))
+        return torch.stack((angle.cos(), angle.sin()), dim=-1).to(torch.float32).to(device)
 
     def tables(self, grid: Grid) -> tuple[Tensor, Tensor]:
         """Cosine and sine of every channel's angle, for kernels of your own.

@@ -101,8 +101,8 @@ class GaussianDiffusion:
         )
         self.num_steps = len(self.timesteps)
         self.alphas_cumprod = alpha_bar
-        self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        self._timesteps_on: dict[torch.device, Tensor] = {}
+        self._tables = {"constants": torch.stack(self.constants), "timesteps": self.timesteps}
+        self._kept: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
     def extract(self, index: int | Tensor, like: Tensor) -> Constants:
         """Coefficients of one step of the chain, or of one step per sample.
@@ -115,20 +115,23 @@ class GaussianDiffusion:
         Returns:
             [1 or B, 1, ...] each.
         """
-        key = (like.device, torch.promote_types(like.dtype, torch.float32))
-        if key not in self._tables:
-            # Cached on the device, so that no step waits for a copy. Not as an inference tensor: a
-            # later backward pass could not use it.
-            with torch.inference_mode(False):
-                self._tables[key] = torch.stack(self.constants).to(key[1]).to(key[0])
-        table = self._tables[key][:, index]
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        table = self._table("constants", like.device, dtype)[:, index]
         return Constants(*table.reshape(len(table), -1, *(1,) * (like.ndim - 1)))
 
     def original_steps(self, index: Tensor) -> Tensor:
         """[B] steps of the chain -> [B] original timesteps, the input of the network."""
-        if index.device not in self._timesteps_on:
-            self._timesteps_on[index.device] = self.timesteps.to(index.device)
-        return self._timesteps_on[index.device][index]
+        return self._table("timesteps", index.device, self.timesteps.dtype)[index]
+
+    def _table(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """A table on the device, kept there, so that no step waits for a copy."""
+        if (key := (name, device, dtype)) in self._kept:
+            return self._kept[key]
+        with torch.inference_mode(False):  # a later backward pass could not use such a tensor
+            table = self._tables[name].to(dtype).to(device)
+        if not torch.compiler.is_compiling():  # a graph that keeps something is compiled once more
+            self._kept[key] = table
+        return table
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Adds noise (eq. 9): x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) e.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 
 from spiralrope_cli import GaussianDiffusion, RopeConfig, create_model
@@ -111,6 +112,72 @@ def test_two_models_that_share_a_graph_rotate_each_in_its_own_way(graphs, networ
             expected = LOSSES[network](plain, images, 0)
             torch.testing.assert_close(LOSSES[network](compiled, images, 0), expected)
     assert graphs.frame_count == 1
+
+
+def classifier_inputs(model, number, generator):
+    """Images, soft labels as mixup makes them, and a drop path mask."""
+    images = torch.randn(number, *IMAGES[deit][1:], generator=generator)
+    labels = torch.eye(5)[torch.randint(5, (number,), generator=generator)]
+    return images, labels.lerp(labels.flip(0), 0.3), model.drop_path_mask(number, generator)
+
+
+def classifier_loss(model, images, labels, mask):
+    return F.cross_entropy(model(images, mask).float(), labels)
+
+
+def diffusion_inputs(model, number, generator):
+    """Latents, noise, timesteps with 0 among them, labels, and which labels are dropped."""
+    x0, noise = torch.randn(2, number, *IMAGES[dit][1:], generator=generator)
+    t = torch.randint(1000, (number,), generator=generator)
+    t[0] = 0
+    return x0, noise, t, t % 5, model.label_drop_mask(number, generator)
+
+
+DIFFUSION = GaussianDiffusion()
+
+
+def diffusion_loss(model, x0, noise, t, y, mask):
+    losses = DIFFUSION.training_losses(model, x0, t, noise, y=y, label_drop_mask=mask)
+    return losses["loss"].mean() + losses["vb"].detach().mean()
+
+
+@pytest.mark.parametrize("first", ["compiled", "eager"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize(
+    ("network", "inputs", "loss"),
+    [(deit, classifier_inputs, classifier_loss), (dit, diffusion_inputs, diffusion_loss)],
+    ids=["classifier", "diffusion"],
+)
+def test_model_and_loss_are_one_graph(network, inputs, loss, checkpointing, first):
+    """Without a break, and compiled again only for evaluation and for a second batch size."""
+    options = {"drop_path": 0.5} if network is deit else {"label_dropout": 0.5}
+    plain, model, ema = network(**options), network(**options), network(**options).eval()
+    model.grad_checkpointing = checkpointing
+    graphs = CompileCounter()
+    compiled = torch.compile(loss, backend=graphs, fullgraph=True)
+    generator = torch.Generator().manual_seed(0)
+
+    def step(micro_batches, size):
+        for _ in range(micro_batches):
+            given = inputs(model, size, generator)
+            with torch.autocast("cpu", torch.bfloat16):
+                value = compiled(model, *given)
+                torch.testing.assert_close(value, loss(plain, *given), rtol=1e-2, atol=0)
+            value.backward()
+        with torch.no_grad():
+            compiled(ema, *inputs(ema, size, generator))
+
+    if first == "eager":
+        loss(model, *inputs(model, 2, generator))
+        loss(ema, *inputs(ema, 2, generator))
+    for _ in range(3):
+        step(micro_batches=2, size=4)
+    assert graphs.frame_count == 2, "training and evaluation"
+    step(micro_batches=1, size=2)
+    assert graphs.frame_count == 4, "of another size"
+    for size in (4, 2):
+        step(micro_batches=2, size=size)
+    assert graphs.frame_count == 4, "sizes seen before"
 
 
 def test_names_of_parameters_stay():
