@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,8 @@ def frequencies(config: RopeConfig, head_dim: int, device: Device = "cpu") -> Te
         ConfigError: head_dim does not fit the options.
     """
     config.check_head_dim(head_dim)
-    num, exact = head_dim // 4, {"dtype": torch.float64, "device": device}
+    num = head_dim // 4
+    exact: dict[str, Any] = {"dtype": torch.float64, "device": device}
     if config.freqs_for == "pixel":
         return math.pi * torch.linspace(1.0, config.max_freq / 2, num, **exact)
     highest = config.max_freq_lang
