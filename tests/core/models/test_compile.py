@@ -47,6 +47,7 @@ def dit(rotate=2, **options):
     )
     for parameter in model.parameters():  # adaLN-Zero starts with gates of 0
         torch.nn.init.normal_(parameter, std=0.2)
+    model.diffusion = GaussianDiffusion()
     return model
 
 
@@ -133,11 +134,8 @@ def diffusion_inputs(model, number, generator):
     return x0, noise, t, t % 5, model.label_drop_mask(number, generator)
 
 
-DIFFUSION = GaussianDiffusion()
-
-
 def diffusion_loss(model, x0, noise, t, y, mask):
-    losses = DIFFUSION.training_losses(model, x0, t, noise, y=y, label_drop_mask=mask)
+    losses = model.diffusion.training_losses(model, x0, t, noise, y=y, label_drop_mask=mask)
     return losses["loss"].mean() + losses["vb"].detach().mean()
 
 
