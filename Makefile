@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OLDEST := .venv-oldest
 
-.PHONY: help demo test test-oldest setup style quality docs clean
+.PHONY: help demo test test-oldest test-gpu setup style quality docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     train DeiT-Ti with Spiral RoPE on the bundled digits and evaluate it"
 	@echo "make test     run the tests"
 	@echo "make test-oldest   run the tests with the lowest versions that pyproject.toml allows"
+	@echo "make test-gpu      run the tests that need a GPU"
 	@echo "make docs     write the reference of commands and draw the figures of the method"
 	@echo "make style    format the code; make quality checks format, lint and types"
 
@@ -44,6 +45,9 @@ $(OLDEST)/.installed: pyproject.toml
 
 test-oldest: $(OLDEST)/.installed
 	@OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist worksteal
+
+test-gpu: $(STAMP)
+	@$(BIN)/python -m pytest -m gpu tests/gpu
 
 style: $(STAMP)
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .

@@ -25,7 +25,7 @@ from spiralrope_cli import load_model
 from spiralrope_cli.core.config.runs import EvalProtocol
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.batches import ValidationImages
-from spiralrope_cli.core.runtime.device import autocast, pick_precision
+from spiralrope_cli.core.runtime.device import DTYPES, autocast, pick_precision
 from spiralrope_cli.core.training.classification import measure_accuracy
 
 CPU = torch.device("cpu")
@@ -65,7 +65,7 @@ def main() -> None:
         make_run(run)
         model = load_model(run)
         batches = list(ValidationImages(PROTOCOL, MachineConfig(), CPU, 0, 1).batches())
-        context = partial(autocast, CPU, pick_precision("auto", CPU)[0])
+        context = partial(autocast, CPU, DTYPES[pick_precision("auto", CPU)[0]])
 
         def forward() -> float:
             start = time.perf_counter()

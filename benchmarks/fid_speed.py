@@ -36,7 +36,7 @@ HAS_PYTORCH_FID = importlib.util.find_spec("pytorch_fid") is not None
 def feature_sides(weights: Path) -> dict[str, Callable[[], object]]:
     """Name -> a call that computes pool features of all images."""
     images = torch.randint(0, 256, (BATCH * BATCHES, SIZE, SIZE, 3), dtype=torch.uint8)
-    ctx = DistContext(0, 1, CPU, torch.float32, "", StopRequest())
+    ctx = DistContext(0, 1, CPU, "fp32", "", StopRequest())
     extractor = build_extractor(torch.load(weights), weights)
     piece = -(-BATCH // torch.get_num_threads())
 

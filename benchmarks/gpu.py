@@ -1,8 +1,9 @@
-"""Train steps on one GPU in bf16: eager and with compiled blocks, RoPE on and off, beside timm.
+"""Steps on one GPU: eager and with compiled blocks, RoPE on and off, precisions, beside timm.
 
-    python benchmarks/gpu.py [--device cuda] [--batch N]
+    python benchmarks/gpu.py [PART ...] [--device cuda] [--batch N]
 
-About two minutes on an H200; --device cpu --batch 1 shows that the script works.
+Parts are deit-s, dit-s2, dit-xl2, precision, forward and guided; by default all of them. About four
+minutes on an H200; --device cpu --batch 1 shows that the script works.
 """
 
 from __future__ import annotations
@@ -20,20 +21,32 @@ from torch import nn
 
 from spiralrope_cli import GaussianDiffusion, RopeConfig, create_model
 from spiralrope_cli.core.models.factory import compile_blocks
+from spiralrope_cli.core.runtime.device import DTYPES, allow_tf32, autocast, matrix_rate
 
 OFF = RopeConfig(enabled=False)
 PEER = "vit_small_patch16_rope_ape_224"
 CALLS, ROUNDS, WARMUP = 3, 5, 3
-DITS = {"dit-s2": 256, "dit-xl2": 64}
+BATCHES = {
+    **{"deit-s": 256, "dit-s2": 256, "dit-xl2": 64},
+    **{"precision": 256, "forward": 256, "guided": 64},
+}
+"""Part -> batch size."""
 Call = Callable[[], None]
 
 
-def train_step(model: nn.Module, loss: Callable[[], torch.Tensor], device: torch.device) -> Call:
+def train_step(
+    model: nn.Module,
+    loss: Callable[[], torch.Tensor],
+    device: torch.device,
+    precision: str = "bf16",
+) -> Call:
     """Forward, backward and AdamW, as a call that does not wait for the device."""
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16):
+        if device.type == "cuda":
+            allow_tf32(precision != "fp32")
+        with autocast(device, DTYPES[precision]):
             mean = loss()
         mean.backward()
         optimizer.step()
@@ -42,12 +55,26 @@ def train_step(model: nn.Module, loss: Callable[[], torch.Tensor], device: torch
     return step
 
 
-def classifier(model: nn.Module, device: torch.device, batch: int) -> Call:
+def classifier(model: nn.Module, device: torch.device, batch: int, precision: str = "bf16") -> Call:
     """A train step on one fixed batch of 224 px."""
     model = model.to(device)
     images = torch.randn(batch, 3, 224, 224, device=device)
     labels = torch.randint(0, 1000, (batch,), device=device)
-    return train_step(model, lambda: F.cross_entropy(model(images).float(), labels), device)
+    return train_step(
+        model, lambda: F.cross_entropy(model(images).float(), labels), device, precision
+    )
+
+
+def forward(model: nn.Module, device: torch.device, *inputs: torch.Tensor) -> Call:
+    """Inference on one fixed batch in bf16."""
+    model = model.to(device).eval()
+
+    @torch.inference_mode()
+    def call() -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            model(*inputs)
+
+    return call
 
 
 def denoiser(model: nn.Module, device: torch.device, batch: int) -> Call:
@@ -61,7 +88,7 @@ def denoiser(model: nn.Module, device: torch.device, batch: int) -> Call:
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    compile_blocks(model)
+    compile_blocks(model, say=lambda line: None)
     return model
 
 
@@ -82,9 +109,13 @@ def synchronize(device: torch.device) -> None:
 
 def report(title: str, sides: dict[str, Call], device: torch.device, batch: int) -> None:
     """Times the sides in turn, and prints the median of each with its ratio to the first."""
-    for call in sides.values():
+    first_calls = {}
+    for name, call in sides.items():
+        start = time.perf_counter()
         for _ in range(WARMUP):
             call()
+        synchronize(device)
+        first_calls[name] = time.perf_counter() - start
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(ROUNDS):
         for name, call in sides.items():
@@ -92,45 +123,81 @@ def report(title: str, sides: dict[str, Call], device: torch.device, batch: int)
     medians = {name: statistics.median(each) for name, each in times.items()}
     first = next(iter(medians.values()))
     rows = [
-        (name, f"{ms:8.2f} ms  {1e3 * batch / ms:8.0f} images/s  {ms / first:.3f} × the first")
+        (
+            name,
+            f"{ms:8.2f} ms  {1e3 * batch / ms:8.0f} images/s  {ms / first:.3f} × the first, "
+            f"first {WARMUP} calls {first_calls[name]:.1f} s",
+        )
         for name, ms in medians.items()
     ]
-    show(f"{title}, batch {batch}, bf16", rows)
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        rows.append(("memory of all sides together", f"{peak:8.1f} GiB"))
+        torch.cuda.reset_peak_memory_stats()
+    show(f"{title}, batch {batch}", rows)
+
+
+def sides_of(part: str, device: torch.device, batch: int) -> tuple[str, dict[str, Call]]:
+    """Title and sides of a part; the memory of one part at a time."""
+    if part == "deit-s":
+        return "DeiT-S, train step, bf16", {
+            "eager": classifier(create_model("deit-s"), device, batch),
+            "eager, RoPE off": classifier(create_model("deit-s", rope=OFF), device, batch),
+            "blocks compiled": classifier(compiled(create_model("deit-s")), device, batch),
+            "blocks compiled, RoPE off": classifier(
+                compiled(create_model("deit-s", rope=OFF)), device, batch
+            ),
+            f"timm {PEER}, eager": classifier(timm.create_model(PEER), device, batch),
+            f"timm {PEER}, blocks compiled": classifier(
+                compiled(timm.create_model(PEER)), device, batch
+            ),
+        }
+    if part == "precision":
+        return "DeiT-S, train step, blocks compiled", {
+            name: classifier(compiled(create_model("deit-s")), device, batch, name)
+            for name in ("bf16", "tf32", "fp32")
+        }
+    if part == "forward":
+        images = torch.randn(batch, 3, 224, 224, device=device)
+        return "DeiT-S, forward, bf16", {
+            "eager": forward(create_model("deit-s"), device, images),
+            "blocks compiled": forward(compiled(create_model("deit-s")), device, images),
+        }
+    if part == "guided":
+        x, t = torch.randn(batch, 4, 32, 32, device=device), torch.full((batch,), 500)
+        given = x, t.to(device), torch.zeros(batch, dtype=torch.int64, device=device)
+        return "DiT-XL/2, forward as in guided sampling, bf16", {
+            "eager": forward(create_model("dit-xl2"), device, *given),
+            "blocks compiled": forward(compiled(create_model("dit-xl2")), device, *given),
+        }
+    return f"{part}, train step, bf16", {
+        "eager": denoiser(create_model(part), device, batch),
+        "eager, RoPE off": denoiser(create_model(part, rope=OFF), device, batch),
+        "blocks compiled": denoiser(compiled(create_model(part)), device, batch),
+        "blocks compiled, RoPE off": denoiser(
+            compiled(create_model(part, rope=OFF)), device, batch
+        ),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("parts", nargs="*", choices=[*BATCHES, []], metavar="PART")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--batch", type=int, help="for all, in place of 256 (DiT-XL/2: 64)")
     given = parser.parse_args()
     device = torch.device(given.device)
-    torch.set_float32_matmul_precision("high")  # as `pretrain` and `dit-train` have it
+    if device.type == "cuda":
+        print(torch.cuda.get_device_name(), "torch", torch.__version__)
+        allow_tf32(True)  # as in bf16 runs
     torch.backends.cudnn.benchmark = True
-    batch = given.batch or 256
-    sides = {
-        "eager": classifier(create_model("deit-s"), device, batch),
-        "eager, RoPE off": classifier(create_model("deit-s", rope=OFF), device, batch),
-        "blocks compiled": classifier(compiled(create_model("deit-s")), device, batch),
-        "blocks compiled, RoPE off": classifier(
-            compiled(create_model("deit-s", rope=OFF)), device, batch
-        ),
-        f"timm {PEER}, eager": classifier(timm.create_model(PEER), device, batch),
-        f"timm {PEER}, blocks compiled": classifier(
-            compiled(timm.create_model(PEER)), device, batch
-        ),
-    }
-    report("DeiT-S, train step", sides, device, batch)
-    for arch, usual in DITS.items():
-        del sides  # the memory of one network at a time
-        batch = given.batch or usual
-        sides = {
-            "eager": denoiser(create_model(arch), device, batch),
-            "blocks compiled": denoiser(compiled(create_model(arch)), device, batch),
-            "blocks compiled, RoPE off": denoiser(
-                compiled(create_model(arch, rope=OFF)), device, batch
-            ),
-        }
-        report(f"{arch}, train step", sides, device, batch)
+    for dtype in (torch.bfloat16, torch.float32):
+        print(f"matrix rate, {dtype}: {matrix_rate(device, dtype) / 1e12:.1f} TFLOP/s")
+    for part in given.parts or BATCHES:
+        batch = given.batch or BATCHES[part]
+        title, sides = sides_of(part, device, batch)
+        report(title, sides, device, batch)
+        del sides
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def pipeline(dtype: torch.dtype) -> Call:
 
 def main() -> None:
     prepare()
-    auto, _ = pick_precision("auto", CPU)
+    auto = DTYPES[pick_precision("auto", CPU)[0]]
     sides = {
         "ours, as it comes": ours(auto),
         "DiTPipeline, as it comes": pipeline(torch.float32),

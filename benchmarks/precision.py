@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from interleave import CPU, deit_step, dit_step, interleaved, median, prepare, ratio, show
 
 from spiralrope_cli import create_model
@@ -13,8 +12,7 @@ BATCH, ROUNDS = 8, 9
 
 def main() -> None:
     prepare()
-    dtype, reason = pick_precision("auto", CPU)
-    chosen = "bf16" if dtype == torch.bfloat16 else "fp32"
+    chosen, reason = pick_precision("auto", CPU)
     for arch, make in (("deit-s", deit_step), ("dit-s2", dit_step)):
         model = create_model(arch)
         sides = {"auto": make(model, chosen, BATCH), "fp32": make(model, "fp32", BATCH)}

@@ -92,6 +92,7 @@ class Command(TyperCommand):
                     raise ConfigError(f"no such option: {option}", hint)
             hint = ELSE.get(option, f"{ctx.info_name} has nothing like it")
             raise ConfigError(f"no such option: {option}", hint)
+        args = with_values(args) if "compile" in here else args
         ctx.allow_extra_args = True  # for an error of our own
         try:
             unknown = super().parse_args(ctx, args)
@@ -109,6 +110,16 @@ class Command(TyperCommand):
             hint = f"use --data {unknown[0]}" if takes_data else ""
             raise ConfigError(f"unexpected argument: {unknown[0]}", hint)
         return unknown
+
+
+def with_values(args: list[str]) -> list[str]:
+    """Replaces `--compile` without a value, and `--no-compile`, as they were before it had one."""
+    words = []
+    for word, after in zip(args, [*args[1:], ""], strict=False):
+        bare = word == "--compile" and after not in ("auto", "on", "off")
+        off = word == "--no-compile"
+        words.append("--compile=on" if bare else "--compile=off" if off else word)
+    return words
 
 
 SETTINGS: dict[str, Any] = {

@@ -9,6 +9,7 @@ import functools
 import shlex
 
 import pytest
+import torch
 from conftest import call_launch_instead, options_of
 from typer.testing import CliRunner
 
@@ -94,8 +95,8 @@ REACHED = {
         ("--nnodes 2 --rdzv-endpoint h:1", {"nnodes": 2, "rdzv_endpoint": "h:1"}),
         ("--device cpu", {"device": "cpu"}),
         ("--precision bf16", {"precision": "bf16"}),
-        ("--compile", {"compile": True}),
-        ("--no-compile", {}),
+        ("--compile", {"compile": "on"}),
+        ("--no-compile", {"compile": "off"}),
         ("--grad-checkpointing", {"grad_checkpointing": True}),
         ("--workers 3", {"workers": 3}),
         ("--config a.yaml", {"seed": 5, "rotate": 4, "epochs": 7, "lr": 0.002}),
@@ -103,7 +104,7 @@ REACHED = {
         ("--config d.yaml --lr 3e-3", {"lr": 0.003}),
         ("--max-steps 100 --epochs 3", {"epochs": 3, "max_steps": 100, "warmup_epochs": 0}),
         ("--config m.yaml", {"batch_size": 64, "max_steps": 500}),
-        ("--config k.yaml", {"image_size": [16, 16], "compile": True, "workers": 2}),
+        ("--config k.yaml", {"image_size": [16, 16], "compile": "on", "workers": 2}),
         ("--config a.yaml --config d.yaml", {"lr": 0.001}),
         ("--lr 1e-3 --lr 2e-3", {"lr": 0.002}),
         ("--rope --no-rope", {"enabled": False}),
@@ -130,7 +131,7 @@ REACHED = {
             {"epochs": 20, "lr_rule": "none", "warmup_epochs": 2, "schedule": "published"},
         ),
         ("--max-steps 0", {}),
-        ("--compile --no-compile", {}),
+        ("--compile --no-compile", {"compile": "off"}),
         ("--resume never", {"resume": "never"}),
         ("--geometry crop", {"geometry": "crop"}),
     ],
@@ -177,7 +178,7 @@ REACHED = {
         ("--save-every 10", {"save_every": 10}),
         ("--nproc 2", {"nproc": 2}),
         ("--precision bf16", {"precision": "bf16"}),
-        ("--compile", {"compile": True}),
+        ("--compile", {"compile": "on"}),
         ("--grad-checkpointing", {"grad_checkpointing": True}),
         ("--theta 100", {"theta": 100.0}),
         ("--freqs-for pixel", {"freqs_for": "pixel"}),
@@ -560,6 +561,13 @@ REFUSED = {
 def of_all(table):
     """(command, words, what is expected) of each line."""
     return [(command, *row) for command, rows in table.items() for row in rows]
+
+
+@pytest.fixture(autouse=True)
+def no_bf16(monkeypatch):
+    """`--precision auto` is fp32, as on a CPU without bf16."""
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
 
 
 @pytest.fixture

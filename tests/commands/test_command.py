@@ -226,7 +226,7 @@ def given_to(kind, words, **more):
 def test_a_function_gets_what_was_given_and_nothing_else():
     assert given_to(MachineConfig, []) == {}
     given = given_to(MachineConfig, ["--nproc", "0", "--no-compile", "--skip-bad"])
-    assert given == {"nproc": 0, "compile": False, "skip_bad": True}, "defaults too, if given"
+    assert given == {"nproc": 0, "compile": "off", "skip_bad": True}, "defaults too, if given"
     given = given_to(RopePlot, ["--rotate", "1", "--rotate", "4", "--grid", "7x28"])
     assert given == {"rotates": (1, 4), "grid": (7, 28)}
     assert given_to(RopeConfig, ["--theta", "5", "--theta", "1e3"]) == {"theta": 1000.0}
@@ -281,7 +281,7 @@ def test_a_command_can_leave_out_and_reword():
 
     told = {parameter.name: parameter.help for parameter in typer.main.get_command(one).params}
     assert "nproc" not in told
-    assert told["precision"] == r"Of the VAE. (auto, fp32, bf16) [dim]\[fp32][/dim]"
+    assert told["precision"] == r"Of the VAE. (auto, bf16, tf32, fp32) [dim]\[fp32][/dim]"
     device = "Device; by default a GPU if there is one, else the CPU. (auto, cpu, cuda, mps)"
     assert told["device"] == device
 

@@ -112,7 +112,7 @@ def test_names_of_data_sets_and_of_published_things(offered):
 
 
 def test_options_of_few_words(offered):
-    assert offered("spiralrope pretrain --precision ") == ["auto", "fp32", "bf16"]
+    assert offered("spiralrope pretrain --precision ") == ["auto", "bf16", "tf32", "fp32"]
     assert offered("spiralrope fid a b --precision b") == ["bf16"]
     assert offered("spiralrope dit-sample x --vae m") == ["mse"]
     assert offered("spiralrope dit-sample x --vae ") == ["ema", "mse", "none"]

@@ -198,7 +198,7 @@ def test_machine_options_arrive(planned):
     run, _ = planned("--nproc", 2, "--device", "cpu", "--precision", "fp32", "--compile", "--json")
     machine = run.machine
     assert (machine.nproc, machine.device, machine.precision) == (2, "cpu", "fp32")
-    assert machine.compile
+    assert machine.compile == "on"
     assert run.output == "json"
 
 

@@ -183,7 +183,7 @@ def test_a_config_file_is_read_strictly(runs, resolved, text, told):
         (["--schedule", "linear"], "must be cosine or constant or published"),
         (["--epochs", "0"], "--epochs is 0"),
         (["--warmup-epochs", "400"], "as long as the whole run"),
-        (["--precision", "fp16"], "must be auto or fp32 or bf16"),
+        (["--precision", "fp16"], "must be auto or bf16 or tf32 or fp32"),
         (["--auto-augment", "5a"], "--auto-augment is 5a; it must be none, 3a"),
         (["--auto-augment", "3a"], "works on photographs"),
         (["--crop-ratio", "1.5"], "--crop-ratio is 1.5"),

@@ -154,7 +154,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MachineConfig:
-    """Where and how a run is executed. Of these only `precision` changes its numbers."""
+    """Where and how a run is executed. Only `precision` and `compile` change its rounding."""
 
     nproc: Annotated[
         int,
@@ -182,12 +182,24 @@ class MachineConfig:
         Opt("Device; by default a GPU if there is one, else the CPU.", MACHINE, free=True),
     ] = "auto"
     precision: Annotated[
-        Literal["auto", "fp32", "bf16"],
-        Opt("auto: bf16 if the device supports it, else fp32.", MACHINE),
+        Literal["auto", "bf16", "tf32", "fp32"],
+        Opt(
+            "auto: bf16 if the device supports it, else fp32; a resumed run keeps its own. "
+            "tf32: of NVIDIA GPUs, elsewhere fp32.",
+            MACHINE,
+            free=True,
+        ),
     ] = "auto"
     compile: Annotated[
-        bool, Opt("Use torch.compile.", MACHINE, flag="--compile/--no-compile", free=True)
-    ] = False
+        Literal["auto", "on", "off"],
+        Opt(
+            "Compile the blocks by torch.compile: other rounding, less time after a wait. "
+            "auto: in a long run on a GPU.",
+            MACHINE,
+            free=True,
+            read=lambda text: {"true": "on", "false": "off"}.get(text.lower(), text),
+        ),
+    ] = "auto"
     grad_checkpointing: Annotated[
         bool, Opt("Activation checkpointing: less memory, slower.", MACHINE, free=True)
     ] = False

@@ -125,21 +125,21 @@ def inspect_device(checkup: Checkup) -> tuple[Values, Rows]:
     from spiralrope_cli.core.runtime import device as devices
 
     device = devices.pick_device(checkup.machine)
-    devices.prepare_device(device)
-    dtype, reason = devices.pick_precision(checkup.machine.precision, device)
+    precision, reason = devices.pick_precision(checkup.machine.precision, device)
+    devices.prepare_device(device, precision)
     gpus: list[Values] = [
         {"name": gpu.name, "memory": int(gpu.total_memory)}
         for gpu in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     ]
     rates = {
         str(kind).removeprefix("torch."): devices.matrix_rate(device, kind)
-        for kind in dict.fromkeys((torch.float32, dtype))
+        for kind in dict.fromkeys((torch.float32, devices.DTYPES[precision]))
     }
     values: Values = {
         "device": device.type,
         "name": devices.device_name(device),
         "gpus": gpus,
-        "precision": str(dtype).removeprefix("torch."),
+        "precision": devices.PRECISION_WORDS[precision],
         "precision_reason": reason,
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),

@@ -81,7 +81,7 @@ def settle(run: EncodeRun, *, fetch: bool = True) -> EncodePlan:
     """Plan of the cache; without `fetch` a published VAE and its digest may be missing."""
     folder, vae = data_folder(run.data), local_vae(run.vae)
 
-    from spiralrope_cli.core.runtime.device import pick_device, pick_precision
+    from spiralrope_cli.core.runtime.device import PRECISION_WORDS, pick_device, pick_precision
 
     split = train_split(folder)
     digest = hashlib.sha256()
@@ -89,7 +89,7 @@ def settle(run: EncodeRun, *, fetch: bool = True) -> EncodePlan:
         digest.update(os.fsencode(os.path.relpath(path, split.path)) + b"\0")
     if fetch and vae is None:
         vae = find_vae(run.vae)
-    dtype, _ = pick_precision(run.machine.precision, pick_device(run.machine))
+    precision, _ = pick_precision(run.machine.precision, pick_device(run.machine))
     cache = CachePlan(
         data=str(split.path),
         class_names=split.class_names,
@@ -99,7 +99,7 @@ def settle(run: EncodeRun, *, fetch: bool = True) -> EncodePlan:
         vae=full_vae_name(run.vae),
         vae_sha256=vae.sha256() if vae else "",
         scale=vae.scale if vae else LATENT_SCALE,
-        precision=str(dtype).removeprefix("torch."),
+        precision=PRECISION_WORDS[precision],
         shard_size=shard_size_for(len(split.images)),
     )
     notes = (*split.notes, *numbering_note(cache.class_names))

@@ -213,7 +213,7 @@ def measure_rows(
 ) -> dict[EvalRow, Accuracy]:
     """Metrics of the rows of one protocol, in one pass over the images."""
     from spiralrope_cli.core import load
-    from spiralrope_cli.core.models.factory import compile_blocks
+    from spiralrope_cli.core.models.factory import compile_blocks, pays_to_compile
     from spiralrope_cli.core.runtime.device import autocast
     from spiralrope_cli.core.training.classification import measure_accuracy
     from spiralrope_cli.core.weights import read_weights
@@ -226,10 +226,11 @@ def measure_rows(
             weights = read_weights(source, ema=row.ema, rope=rope, arch=arch, verify=False)
             size, grid = model.image_size, model.pretrain_grid
             network = load.build_network(weights, ctx.device, image_size=size, pretrain_grid=grid)
-            if images.machine.compile:
-                compile_blocks(network)
             models[row.network_key] = network
     protocol = images.protocol
+    passes = len(models) * protocol.num_val / ctx.world_size
+    if pays_to_compile(images.machine.compile, network, ctx.device, passes):
+        compile_blocks(*models.values(), say=ctx.say)
     what = f"{Path(protocol.data).name} at {format_size(protocol.image_size)} px"
     what += f", crop ratio {protocol.crop_ratio:g}, {len(models)} network(s), images"
     with counted(what, protocol.num_val, shown=ctx.is_first) as advance:
@@ -257,10 +258,10 @@ def report(
     """Writes and prints all results, on the first process."""
     from spiralrope_cli.core.report.page import is_stage, leave_report
     from spiralrope_cli.core.report.results import print_csv, print_evaluation
-    from spiralrope_cli.core.runtime.device import PRECISIONS, versions
+    from spiralrope_cli.core.runtime.device import versions
 
     circumstances = {
-        "precision": PRECISIONS[ctx.dtype],
+        "precision": ctx.precision,
         "device": ctx.device.type,
         "processes": ctx.world_size,
         "versions": versions(),
@@ -295,10 +296,9 @@ def report(
 
 def measured_rows(config: EvalRun) -> list[Record]:
     """The rows in `eval.json`, if all are there for the same weights; else none."""
-    from spiralrope_cli.core.runtime.device import PRECISIONS, pick_device, pick_precision
+    from spiralrope_cli.core.runtime.device import pick_device, pick_precision
 
-    device = pick_device(config.machine)
-    precision = PRECISIONS[pick_precision(config.machine.precision, device)[0]]
+    precision, _ = pick_precision(config.machine.precision, pick_device(config.machine))
     found = []
     for row in config.rows:
         now = {**describe_row(row), "precision": precision}

@@ -145,9 +145,9 @@ def metadata_of(run: SampleRun, weights: Weights) -> dict[str, Any]:
     """Metadata of the samples, for all files."""
     import torch
 
-    from spiralrope_cli.core.runtime.device import pick_device, pick_precision
+    from spiralrope_cli.core.runtime.device import PRECISION_WORDS, pick_device, pick_precision
 
-    dtype, _ = pick_precision(run.machine.precision, pick_device(run.machine))
+    precision, _ = pick_precision(run.machine.precision, pick_device(run.machine))
     return {
         "made_by": f"spiralrope {__version__} dit-sample",
         "source": run.source,
@@ -169,7 +169,7 @@ def metadata_of(run: SampleRun, weights: Weights) -> dict[str, Any]:
         "vae": run.vae,
         "vae_sha256": run.vae_sha256,
         "image_size": list(run.image_size),
-        "precision": str(dtype).removeprefix("torch."),
+        "precision": PRECISION_WORDS[precision],
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
 
@@ -242,15 +242,16 @@ class Sampler:
         from spiralrope_cli.core.diffusion.vae import load_vae
         from spiralrope_cli.core.kernels import cast_blocks
         from spiralrope_cli.core.load import at_size, build_network
-        from spiralrope_cli.core.models.factory import compile_blocks
+        from spiralrope_cli.core.models.factory import compile_blocks, pays_to_compile
 
         self.run, self.ctx, self.diffusion = run, ctx, GaussianDiffusion(run.num_sampling_steps)
         changes = at_size(weights, run.input_size, run.rope)
         model = cast("DiT", build_network(weights, ctx.device, **changes))
         if ctx.dtype != torch.float32:
             cast_blocks(model.blocks, ctx.dtype)
-        if run.machine.compile:
-            compile_blocks(model)
+        passes = run.num_samples * self.diffusion.num_steps * (1 + (run.guidance.cfg_scale > 1))
+        if pays_to_compile(run.machine.compile, model, ctx.device, passes / ctx.world_size):
+            compile_blocks(model, say=ctx.say)
         self.model, self.shape = model, (model.in_chans, *run.input_size)
         self.vae = None if run.vae == NO_VAE else load_vae(find_vae(run.vae).folder, ctx.device)
 

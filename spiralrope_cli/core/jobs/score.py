@@ -176,13 +176,13 @@ def earlier_result(run: FidRun) -> dict[str, Any]:
 def work(run: FidRun, plan: Plan) -> None:
     """Computes and reports the metrics; every worker runs this."""
     from spiralrope_cli.core.metrics.features import compare, measure_side
-    from spiralrope_cli.core.runtime.device import forbid_tf32, return_freed_memory
+    from spiralrope_cli.core.runtime.device import allow_tf32, return_freed_memory
     from spiralrope_cli.core.runtime.distributed import open_context
 
     sha256, samples = plan.weights_sha256, plan.sides[0]
     protocol = run.protocol(sha256) if sha256 else samples.protocol
     with open_context(run.machine, None) as ctx:
-        forbid_tf32()
+        allow_tf32(False)  # distances and statistics are in fp32 at least
         network = functools.partial(_load_once, Path(run.weights), str(ctx.device))
         with digests_beside(list(plan.sides) if ctx.is_first else []) as digests:
             measured = [measure_side(run, ctx, samples, network)]

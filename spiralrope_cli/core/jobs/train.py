@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import ChainMap
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,7 +21,7 @@ from spiralrope_cli.core.config.option import build, flat_values, leaves
 from spiralrope_cli.core.config.resolve import Resolved, StartingPoint, resolve
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import LINEAR_RULE_BATCH, MOST_OF_FIRST, TrainOptions
-from spiralrope_cli.core.errors import CheckpointError, NoRouteError
+from spiralrope_cli.core.errors import CheckpointError, ConfigError, NoRouteError
 from spiralrope_cli.core.hub.source import find_source, find_vae, local_vae
 from spiralrope_cli.core.report.results import print_results
 from spiralrope_cli.core.runtime.launch import (
@@ -37,6 +37,7 @@ from spiralrope_cli.core.runtime.run_folder import (
     check_memory,
     first_step,
     is_finished,
+    precision_so_far,
     write_sources,
 )
 
@@ -108,6 +109,9 @@ def carry_out(resolved: Resolved, notes: Iterable[str] = (), *, dry_run: bool) -
     # Before anything is built: four float64 numbers per channel pair of each patch for the angles.
     patches = math.prod(run.grid)
     check_memory(16 * patches * run.head_dim, f"{patches:,} patches per image")
+    precision, more = settle_precision(run, step)
+    run = replace(run, machine=replace(run.machine, precision=precision))
+    resolved, notes = replace(resolved, run=run), [*notes, *more]
     if is_first_process():
         plan(resolved, first_step=step, every_value=dry_run, notes=notes)
         if run.vae_in_loop:
@@ -121,6 +125,30 @@ def carry_out(resolved: Resolved, notes: Iterable[str] = (), *, dry_run: bool) -
             write_sources(run, resolved.sources)
         launch(work, run)
     return finished
+
+
+def settle_precision(run: TrainingRun, step: int) -> tuple[str, list[str]]:
+    """What --precision is: as given; else that of the run so far, or the best of this machine."""
+    from spiralrope_cli.core.runtime.device import pick_device, pick_precision
+
+    given, device = run.machine.precision, pick_device(run.machine)
+    best, why = pick_precision("auto", device)
+    before, notes = precision_so_far(run) if step else ("", [])
+    wanted = before if before and given == "auto" else given
+    precision, reason = pick_precision(wanted, device)
+    emulated = precision == "bf16" != best
+    if wanted != given and (precision != before or emulated):
+        raise ConfigError(
+            f"{run.out} was trained in {before}, but {why if emulated else reason}",
+            f"--precision {best} resumes in {best}",
+        )
+    if precision != wanted != "auto":
+        notes.append(f"--precision {wanted} is {precision} here: {reason}")
+    elif emulated:
+        notes.append(f"{why}: they are emulated, which is slow; --precision {best} is faster")
+    if before not in ("", precision):
+        notes.append(f"trained in {before} up to step {step}, in {precision} from there")
+    return precision, notes
 
 
 def plan(resolved: Resolved, first_step: int, *, every_value: bool, notes: Iterable[str]) -> None:

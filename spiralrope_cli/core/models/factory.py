@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from spiralrope_cli.core.config.dit_runs import TrainingRun
@@ -13,6 +14,8 @@ from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.models.deit import DeiT
 from spiralrope_cli.core.models.dit import DiT
 
+LONG_RUN_FLOPS = 2e16
+"""Of a forward pass, from which on compiled blocks win back the wait on GPUs: about a minute."""
 OF_BOTH = ("rope", "num_classes")
 OF_DEIT = ("image_size", "patch_size", "in_chans", "pretrain_grid", "drop_path")
 OF_DIT = ("input_size", "in_chans", "pretrain_grid", "label_dropout", "qk_norm")
@@ -56,15 +59,51 @@ def model_of(run: TrainingRun) -> DeiT | DiT:
     return create_model(run.arch, rope=run.rope, **options)
 
 
-def compile_blocks(model: DeiT | DiT) -> None:
-    """Compiles each block in place; parameter names do not change.
+def pays_to_compile(setting: str, model: DeiT | DiT, device: torch.device, images: float) -> bool:
+    """What `--compile` is for a model that sees that many images; in training each counts thrice.
+
+    On GPUs the wait is won back after about a minute of work. On CPUs it is not worth it.
+    """
+    if setting != "auto" or device.type != "cuda":
+        return setting == "on"
+    weights = sum(parameter.numel() for parameter in model.blocks.parameters())
+    return 2 * weights * model.grid[0] * model.grid[1] * images >= LONG_RUN_FLOPS
+
+
+def compile_blocks(*models: nn.Module, say: Callable[[str], None]) -> None:
+    """Compiles each block in place, when it is first called; parameter names do not change.
 
     All blocks share one graph, so the time is that of one block. Cosines and sines are an argument
     of the block: computed inside, they would break the graph, or become a constant of it, which
-    another model would then use too.
+    another model would then use too. Where compilation fails, `say` says why, and all are eager.
     """
-    for block in model.blocks:
-        block.compile()
+    blocks = [block for model in models for block in cast(DeiT, model).blocks]
+
+    def or_eager(compiled: Any, block: nn.Module) -> Callable[..., Tensor]:
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            try:
+                return compiled(*args, **kwargs)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ImportError, OSError) as error:
+                give_up(error)
+            return block(*args, **kwargs)
+
+        return call
+
+    def give_up(error: Exception) -> None:
+        for block in blocks:
+            block._compiled_call_impl = None
+        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        say(f"note: torch.compile failed, so the run is eager: {why}")
+
+    say("compiling the blocks; the first steps take longer, up to a minute (--compile off: eager)")
+    try:
+        for block in blocks:
+            block.compile()
+            block._compiled_call_impl = or_eager(block._compiled_call_impl, block)
+    except RuntimeError as error:  # a Python that this torch does not compile for
+        give_up(error)
 
 
 def meta_inputs(run: TrainingRun, batch_size: int, dtype: torch.dtype) -> list[Tensor]:

@@ -282,7 +282,7 @@ def _sampling_options(metadata: dict[str, Any], given_rope: list[str]) -> dict[s
         "classes": ",".join(map(str, metadata["classes"])),
         "vae": metadata["vae"],
         "image_size": format_size(metadata["image_size"]),
-        "precision": {"float32": "fp32", "bfloat16": "bf16"}[metadata["precision"]],
+        "precision": {"float32": "fp32", "bfloat16": "bf16"}.get(metadata["precision"], "tf32"),
         "ema": metadata["weights"] == "ema",
         **{name: metadata["rope"][name] for name in given_rope},
     }

@@ -21,8 +21,10 @@ from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.runtime.launch import joined_world_size
 
-PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-"""dtype -> value of `--precision`."""
+DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
+"""Value of `--precision` -> dtype of autocast."""
+PRECISION_WORDS = {"bf16": "bfloat16", "tf32": "tf32", "fp32": "float32"}
+"""Value of `--precision` -> the word for it in files."""
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8  # of malloc.h
 
@@ -55,41 +57,47 @@ def pick_device(machine: MachineConfig) -> torch.device:
     return torch.device(kind)
 
 
-def pick_precision(setting: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of autocast, and why it was chosen."""
-    if setting == "fp32":
-        return torch.float32, "--precision fp32"
-    if setting == "bf16":
-        return torch.bfloat16, "--precision bf16"
+def pick_precision(setting: str, device: torch.device) -> tuple[str, str]:
+    """What `--precision` is on a device, one of `DTYPES`, and why."""
+    if setting == "tf32" and not has_tf32(device):
+        return "fp32", f"this {'GPU' if device.type == 'cuda' else device.type.upper()} has no TF32"
+    if setting != "auto":
+        return setting, f"--precision {setting}"
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "this GPU supports bf16"
-        return torch.float32, "this GPU has no bf16"
+            return "bf16", "this GPU supports bf16"
+        return "fp32", "this GPU has no bf16"
     if device.type == "cpu":
         for name, there in (
             ("AMX", torch.cpu._is_amx_tile_supported),
             ("AVX512-BF16", torch.cpu._is_avx512_bf16_supported),
         ):
             if there():
-                return torch.bfloat16, f"this CPU has {name}"
-        return torch.float32, "this CPU has no bf16 instructions"
-    return torch.float32, f"bf16 is not tested on {device.type}"
+                return "bf16", f"this CPU has {name}"
+        return "fp32", "this CPU has no bf16 instructions"
+    return "fp32", f"bf16 is not tested on {device.type}"
 
 
-def prepare_device(device: torch.device) -> None:
+def has_tf32(device: torch.device) -> bool:
+    """Whether matrix products of a device can use TF32: NVIDIA GPUs, from Ampere on."""
+    on_nvidia = device.type == "cuda" and torch.version.cuda is not None
+    return on_nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def prepare_device(device: torch.device, precision: str) -> None:
     """Settings of the process; call it before the first tensor."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
+        allow_tf32(precision != "fp32")  # with bf16 for what stays in fp32
         torch.backends.cudnn.benchmark = True
     elif device.type == "cpu":
         keep_freed_memory()
 
 
-def forbid_tf32() -> None:
-    """Turns TF32 off, so that metrics are comparable with those of other tools in fp32."""
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+def allow_tf32(allowed: bool) -> None:
+    """Turns TF32 on or off, for matrix products and convolutions (on by default for the latter)."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def keep_freed_memory() -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from spiralrope_cli.core.config.folders import ENVIRONMENT_FILE
 from spiralrope_cli.core.config.training import MachineConfig
+from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.runtime import device as devices
 from spiralrope_cli.core.runtime.launch import ERROR_FOLDER_VARIABLE, usable_cores
 from spiralrope_cli.core.runtime.progress import say
@@ -184,14 +185,24 @@ class DistContext:
     rank: int
     world_size: int
     device: torch.device
-    dtype: torch.dtype
+    precision: str
     precision_reason: str
     stop: StopRequest
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of autocast."""
+        return devices.DTYPES[self.precision]
 
     @property
     def is_first(self) -> bool:
         """Whether this process writes files and prints."""
         return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Prints a line, once for all processes."""
+        if self.is_first:
+            say(text)
 
 
 @contextlib.contextmanager
@@ -201,8 +212,8 @@ def open_context(machine: MachineConfig, folder: Path | None) -> Iterator[DistCo
     Without a folder there is nothing to save, so a signal ends the process at once.
     """
     device = devices.pick_device(machine)
-    devices.prepare_device(device)
-    dtype, reason = devices.pick_precision(machine.precision, device)
+    precision, reason = devices.pick_precision(machine.precision, device)
+    devices.prepare_device(device, precision)
     request = StopRequest(at_once=folder is None)
     start(device)
     with contextlib.ExitStack() as stack:
@@ -212,7 +223,15 @@ def open_context(machine: MachineConfig, folder: Path | None) -> Iterator[DistCo
         request.listen()
         stack.callback(request.restore)
         try:
-            yield DistContext(get_rank(), get_world_size(), device, dtype, reason, request)
+            if len(found := set(all_gather_object(precision))) > 1:
+                raise ConfigError(
+                    f"the machines differ in --precision {machine.precision}: {sorted(found)}",
+                    "give one that all of them have",
+                )
+            ctx = DistContext(get_rank(), get_world_size(), device, precision, reason, request)
+            if machine.precision not in ("auto", precision):
+                ctx.say(f"note: --precision {machine.precision} is {precision} here: {reason}")
+            yield ctx
         except SystemExit:
             stop()  # all processes exit at the same step
             raise
@@ -227,8 +246,9 @@ def write_environment(folder: Path, ctx: DistContext) -> None:
     environment = {
         "device": ctx.device.type,
         "device_name": devices.device_name(ctx.device),
-        "precision": str(ctx.dtype).removeprefix("torch."),
+        "precision": devices.PRECISION_WORDS[ctx.precision],
         "precision_reason": ctx.precision_reason,
+        "tf32": ctx.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest",
         "processes": ctx.world_size,
         "threads": torch.get_num_threads(),
         "cores": usable_cores(),

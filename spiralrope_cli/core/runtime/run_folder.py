@@ -22,6 +22,7 @@ from spiralrope_cli.core.config.folders import (
     CHECKPOINTS,
     CONFIG_FILE,
     CURVES_FILE,
+    ENVIRONMENT_FILE,
     SAMPLES,
     SOURCES_FILE,
     class_difference,
@@ -176,11 +177,24 @@ def check_same(run: TrainingRun, folder: Path, *, step: int = 0) -> None:
         raise CheckpointError(f"{folder} holds a run with other options: {differing}", hint)
 
 
+def precision_so_far(run: TrainingRun) -> tuple[str, list[str]]:
+    """The precision of a started run, empty if unknown; a note if its word has changed."""
+    folder = Path(run.out)
+    stored = str(read_config(folder / CONFIG_FILE, type(run)).get("precision", "auto"))
+    last = read_json(folder / ENVIRONMENT_FILE)
+    if stored == "auto":  # earlier versions did not store what it became
+        stored = {"float32": "fp32", "bfloat16": "bf16"}.get(last.get("precision", ""), "")
+    if stored != "fp32" or last.get("device") != "cuda" or "tf32" in last:
+        return stored, []
+    return stored, [
+        f"{folder} is of an earlier version, whose fp32 was TF32 on GPUs; --precision tf32 is that"
+    ]
+
+
 def repeated_run(kind: type[TrainingRun], folder: Path, given: Mapping[str, Any]) -> TrainingRun:
     """The run in a folder; given options must be equal to those of the run."""
     values = {**read_config(folder / CONFIG_FILE, kind), "out": str(folder)}
     may_differ = {name for name, opt in leaves(kind).items() if opt.free}
-    may_differ |= {"precision"}  # it is that of the new command
     changes = {k: v for k, v in given.items() if k in values and k not in may_differ}
     if "data" in changes and (root := Path(str(changes["data"])).expanduser()).is_dir():
         changes["data"] = str(root.resolve())

@@ -23,7 +23,7 @@ from spiralrope_cli.core.config.folders import CHECKPOINTS
 from spiralrope_cli.core.config.option import to_nested
 from spiralrope_cli.core.data.loader import Batch
 from spiralrope_cli.core.errors import CheckpointError, TrainingError
-from spiralrope_cli.core.models.factory import compile_blocks, model_of
+from spiralrope_cli.core.models.factory import compile_blocks, model_of, pays_to_compile
 from spiralrope_cli.core.runtime import distributed, run_folder
 from spiralrope_cli.core.runtime.distributed import DistContext
 from spiralrope_cli.core.runtime.progress import Reporter, forget_after
@@ -157,8 +157,10 @@ def build_state(
         checkpoint.restore(Path(config.out), step, state)
     elif ctx.is_first:
         checkpoint.check_fits(Path(config.out), model)
-    if config.machine.compile:
-        compile_blocks(model)
+    # By the whole run, so that a resumed one does the same.
+    images = 3 * config.optim.batch_size * config.total_steps / ctx.world_size
+    if pays_to_compile(config.machine.compile, model, ctx.device, images):
+        compile_blocks(model, state.ema.module, say=ctx.say)
     if ctx.world_size == 1:
         return state, model
     return state, DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -178,7 +180,7 @@ def open_report(config: TrainingRun, ctx: DistContext, state: TrainState) -> Rep
     if step:
         reporter.say(f"resumed at step {step} of {config.total_steps}")
     reporter.say(
-        f"{ctx.device.type}, {str(ctx.dtype).removeprefix('torch.')} ({ctx.precision_reason}), "
+        f"{ctx.device.type}, {ctx.precision} ({ctx.precision_reason}), "
         f"{ctx.world_size} process(es) with {torch.get_num_threads()} thread(s) each"
     )
     return reporter

@@ -14,7 +14,7 @@ from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.config.training import Checkup
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.models.factory import meta_inputs, model_cost, model_of
-from spiralrope_cli.core.runtime.device import pick_device, pick_precision
+from spiralrope_cli.core.runtime.device import DTYPES, pick_device, pick_precision
 from spiralrope_cli.core.runtime.launch import num_local_workers, usable_cores
 from spiralrope_cli.core.runtime.progress import human_size
 from spiralrope_cli.core.training.checkpoint import needed_bytes
@@ -31,13 +31,13 @@ def advice(checkup: Checkup) -> dict[str, Any]:
     run: TrainingRun = resolved.run
     nproc = num_local_workers(checkup.machine)
     micro, grad_accum_steps = run.split_batch(nproc)
-    dtype, _ = pick_precision(checkup.machine.precision, pick_device(checkup.machine))
+    precision, _ = pick_precision(checkup.machine.precision, pick_device(checkup.machine))
     parameters, flops = model_cost(run)
     fixed = BYTES_PER_PARAMETER * parameters
     with torch.device("meta"):
         network = model_of(run)
     checkpoint_bytes = needed_bytes(network)
-    per_image = activation_bytes(run, network.to(dtype))
+    per_image = activation_bytes(run, network.to(DTYPES[precision]))
     batch_sizes = sorted({run.optim.batch_size, *(2**power for power in range(3, 14))})
     most_rotate = run.head_dim // 8
     return {

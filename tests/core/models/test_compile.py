@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 
 from spiralrope_cli import GaussianDiffusion, RopeConfig, create_model
-from spiralrope_cli.core.models.factory import compile_blocks
+from spiralrope_cli.core.models.factory import compile_blocks, pays_to_compile
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +28,10 @@ def graphs(monkeypatch):
 
     monkeypatch.setattr(torch.nn.Module, "compile", traced)
     return counter
+
+
+def no_failure(line):
+    assert "failed" not in line
 
 
 def deit(rotate=2, **options):
@@ -73,8 +77,7 @@ def trained(network, *, compiled, **options):
     model, ema = network(**options), network(**options).eval()
     model.grad_checkpointing = checkpointing
     if compiled:
-        compile_blocks(model)
-        compile_blocks(ema)
+        compile_blocks(model, ema, say=no_failure)
     images = torch.randn(IMAGES[network], generator=torch.Generator().manual_seed(1))
     losses = []
     for step in range(3):
@@ -109,7 +112,7 @@ def test_two_models_that_share_a_graph_rotate_each_in_its_own_way(graphs, networ
     with torch.no_grad():
         for rotate in (1, 2, 4):
             plain, compiled = network(rotate).eval(), network(rotate).eval()
-            compile_blocks(compiled)
+            compile_blocks(compiled, say=no_failure)
             expected = LOSSES[network](plain, images, 0)
             torch.testing.assert_close(LOSSES[network](compiled, images, 0), expected)
     assert graphs.frame_count == 1
@@ -181,5 +184,55 @@ def test_model_and_loss_are_one_graph(network, inputs, loss, checkpointing, firs
 def test_names_of_parameters_stay():
     model = deit()
     before = list(model.state_dict())
-    compile_blocks(model)
+    compile_blocks(model, say=no_failure)
     assert list(model.state_dict()) == before
+
+
+@pytest.mark.parametrize("network", [deit, dit])
+@pytest.mark.parametrize("at", ["compile", "first call"])
+def test_where_compilation_fails_one_line_says_why_and_all_is_eager(monkeypatch, network, at):
+    def broken(module):
+        if at == "compile":
+            raise RuntimeError("torch.compile is not supported on Python 9")
+        module._compiled_call_impl = fails
+
+    def fails(*_):
+        raise RuntimeError("no C++ compiler\nand much more")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", broken)
+    plain, model, lines = network(), network(), []
+    compile_blocks(model, say=lines.append)
+    images = torch.randn(IMAGES[network], generator=torch.Generator().manual_seed(1))
+    assert torch.equal(LOSSES[network](model, images, 0), LOSSES[network](plain, images, 0))
+    assert len(lines) == 2
+    assert "the first steps take longer" in lines[0]
+    assert lines[1].startswith("note: torch.compile failed, so the run is eager: ")
+    assert lines[1].endswith("Python 9" if at == "compile" else "no C++ compiler")
+
+
+def test_memory_that_is_full_is_no_failure_of_the_compiler(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module: setattr(module, "_compiled_call_impl", full)
+    )
+    model = deit()
+    compile_blocks(model, say=no_failure)
+    with pytest.raises(torch.OutOfMemoryError):
+        deit_loss(model, torch.randn(IMAGES[deit]), 0)
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "images", "compiled"),
+    [
+        *[("on", device, 1, True) for device in ("cpu", "cuda")],
+        *[("off", device, 1e30, False) for device in ("cpu", "cuda")],
+        ("auto", "cpu", 1e30, False),
+        ("auto", "cuda", 1e30, True),
+        ("auto", "cuda", 3 * 50 * 1437, False),  # the digits
+    ],
+)
+def test_blocks_are_compiled_where_a_long_run_wins_the_wait_back(setting, device, images, compiled):
+    model = create_model("deit-ti", num_classes=10, image_size=8, patch_size=2)
+    assert pays_to_compile(setting, model, torch.device(device), images) is compiled
