@@ -184,11 +184,9 @@ def precision_so_far(run: TrainingRun) -> tuple[str, list[str]]:
     last = read_json(folder / ENVIRONMENT_FILE)
     if stored == "auto":  # earlier versions did not store what it became
         stored = {"float32": "fp32", "bfloat16": "bf16"}.get(last.get("precision", ""), "")
-    if stored != "fp32" or last.get("device") != "cuda" or "tf32" in last:
-        return stored, []
-    return stored, [
-        f"{folder} is of an earlier version, whose fp32 was TF32 on GPUs; --precision tf32 is that"
-    ]
+    was_tf32 = stored == "fp32" and last.get("device") == "cuda" and "tf32" not in last
+    note = f"{folder} is of a version whose fp32 was TF32 on GPUs; --precision tf32 is that"
+    return stored, [note] * was_tf32
 
 
 def repeated_run(kind: type[TrainingRun], folder: Path, given: Mapping[str, Any]) -> TrainingRun:
