@@ -179,13 +179,12 @@ def check_same(run: TrainingRun, folder: Path, *, step: int = 0) -> None:
 
 def precision_so_far(run: TrainingRun) -> tuple[str, list[str]]:
     """The precision of a started run, empty if unknown; a note if its word has changed."""
-    folder = Path(run.out)
-    stored = str(read_config(folder / CONFIG_FILE, type(run)).get("precision", "auto"))
-    last = read_json(folder / ENVIRONMENT_FILE)
+    stored = read_config(Path(run.out) / CONFIG_FILE, type(run)).get("precision", "auto")
+    last = read_json(Path(run.out) / ENVIRONMENT_FILE)
     if stored == "auto":  # earlier versions did not store what it became
         stored = {"float32": "fp32", "bfloat16": "bf16"}.get(last.get("precision", ""), "")
     was_tf32 = stored == "fp32" and last.get("device") == "cuda" and "tf32" not in last
-    note = f"{folder} is of a version whose fp32 was TF32 on GPUs; --precision tf32 is that"
+    note = f"{run.out} is of a version whose fp32 was TF32 on GPUs; --precision tf32 is that"
     return stored, [note] * was_tf32
 
 
