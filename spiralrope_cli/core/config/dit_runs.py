@@ -18,6 +18,8 @@ from spiralrope_cli.core.config.training import MachineConfig, OptimConfig
 from spiralrope_cli.core.errors import ConfigError
 
 NO_VAE = "none"
+GRID_COLUMNS, GRID_ROWS = 10, 4
+"""Of the grids of samples: one column per class, and images of each."""
 DIT_WORDS = {
     "rotate": "Half the number of directions, K = 2 * rotate; 0 (as published): plain axial RoPE.",
     "lr": "Learning rate.",
@@ -229,6 +231,13 @@ class DiTRun:
     def input_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of the network's input."""
         return self.model.in_chans, *self.model.input_size
+
+    @property
+    def grid_classes(self) -> list[int]:
+        """The class of each column of the grid of samples."""
+        classes = self.model.num_classes
+        columns = min(GRID_COLUMNS, classes)
+        return [column * classes // columns for column in range(columns)]
 
     @property
     def unit(self) -> str:

@@ -41,6 +41,8 @@ MOST_THREADS = 8
 
 SMALLEST_SIDE = 64
 """In a grid, images with a smaller side are enlarged by repeating pixels."""
+GAP = 2
+"""Pixels between the images of a grid."""
 
 
 # --- One file
@@ -264,5 +266,5 @@ def image_grid(images: Tensor, columns: int | None = None) -> Image.Image:
     larger = max(1, math.ceil(SMALLEST_SIDE / min(images.shape[-2:])))
     images = images.repeat_interleave(larger, 2).repeat_interleave(larger, 3)
     columns = columns or math.ceil(math.sqrt(len(images)))
-    pixels = make_grid(images, nrow=columns, padding=2, pad_value=255)
+    pixels = make_grid(images, nrow=columns, padding=GAP, pad_value=255)
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())

@@ -25,11 +25,13 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from spiralrope_cli.core.config.folders import METADATA_FILE, NPZ_FILE, PART_FILE, SAMPLES_FILE
+from spiralrope_cli.core.data.image_sets import names_of
 from spiralrope_cli.core.data.images import image_grid
 from spiralrope_cli.core.data.npz import read_headers, stream_rows
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.runtime.progress import say
 from spiralrope_cli.core.runtime.run_folder import differences, refuse_run
+from spiralrope_cli.core.runtime.seeds import drawn_class
 from spiralrope_cli.core.storage import atomic_write, flush, parse, write_whole
 
 DONE_FILE, PNG_FOLDER = "samples.done", "png"
@@ -236,6 +238,22 @@ def read_metadata(folder: Path) -> dict[str, Any] | None:
         return dict(parse(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read", "choose another --out") from error
+
+
+def sample_labels(metadata: dict[str, Any], part: range) -> list[str]:
+    """The class of each sample, by name if it has one; empty if the metadata lacks them."""
+    classes, num_classes = metadata.get("classes"), metadata.get("num_classes", 0)
+    if isinstance(classes, str) or not (classes or num_classes):  # a str: too many for the archive
+        return []
+    if classes:
+        numbers = [classes[number % len(classes)] for number in part]
+    else:
+        numbers = [drawn_class(metadata["seed"], num_classes, number) for number in part]
+    stored = metadata.get("class_names", ())
+    names = names_of(
+        metadata.get("data", ""), num_classes, stored if isinstance(stored, list) else ()
+    )
+    return [names[number] if number < len(names) else str(number) for number in numbers]
 
 
 def _save_png(image: Image.Image, path: Path, metadata: dict[str, Any]) -> None:

@@ -223,31 +223,18 @@ def find_images(given: str) -> Path:
 
 def labels_of(images: ImageInput, part: range) -> list[str]:
     """The class name of each image; empty if the classes are unknown."""
-    from spiralrope_cli.core.data.image_sets import NpzImages, names_of
+    from spiralrope_cli.core.data.image_sets import NpzImages
     from spiralrope_cli.core.data.npz import read_headers, stream_rows
-    from spiralrope_cli.core.data.sample_files import npz_metadata
-    from spiralrope_cli.core.runtime.seeds import drawn_class
+    from spiralrope_cli.core.data.sample_files import npz_metadata, sample_labels
 
     if not isinstance(images, NpzImages):
         inside = [Path(images.files[number]).relative_to(images.path).parts for number in part]
         return [parts[0] for parts in inside] if all(len(parts) > 1 for parts in inside) else []
     metadata = npz_metadata(images.path)
-    classes, num_classes = metadata.get("classes"), metadata.get("num_classes", 0)
-    if isinstance(classes, str):  # too many of them for the archive
+    if metadata.get("classes") or metadata.get("num_classes"):
+        return sample_labels(metadata, part)
+    # ADM's script stores labels as arr_1.
+    header = read_headers(images.path).get("arr_1")
+    if header is None or header.dtype.kind not in "iu" or header.shape != (len(images),):
         return []
-    if classes:
-        numbers = [classes[number % len(classes)] for number in part]
-    elif num_classes:
-        numbers = [drawn_class(metadata["seed"], num_classes, number) for number in part]
-    else:
-        # ADM's script stores labels as arr_1.
-        header = read_headers(images.path).get("arr_1")
-        if header is None or header.dtype.kind not in "iu" or header.shape != (len(images),):
-            return []
-        numbers = next(stream_rows(images.path, "arr_1", header, part, len(part))).tolist()
-        num_classes = 0
-    stored = metadata.get("class_names", ())
-    names = names_of(
-        metadata.get("data", ""), num_classes, stored if isinstance(stored, list) else ()
-    )
-    return [names[number] if number < len(names) else str(number) for number in numbers]
+    return list(map(str, next(stream_rows(images.path, "arr_1", header, part, len(part)))))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import math
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
-from spiralrope_cli.core.data.images import SMALLEST_SIDE, image_grid
+from spiralrope_cli.core.data.images import GAP, SMALLEST_SIDE, image_grid
 from spiralrope_cli.core.plots.curves import DPI, SMALL, TITLE
 
 if TYPE_CHECKING:
@@ -65,6 +69,22 @@ def samples_figure(
         place = (cell_width * (column + 0.5), middle)
         axis.text(*place, text, fontsize=SMALL, ha="center", va="center")
     return figure
+
+
+def labelled_grid(grid: Path, labels: Sequence[str], columns: int) -> bytes | None:
+    """A saved grid of images as a PNG with their labels; None if it has no such columns."""
+    with Image.open(grid) as opened:
+        pixels = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1)
+    rows = math.ceil(len(labels) / max(columns, 1))
+    height, width = (side - GAP for side in pixels.shape[1:])
+    if not labels or height % rows or width % columns:
+        return None
+    height, width = height // rows, width // columns
+    tiles = pixels[:, GAP:, GAP:].unfold(1, height - GAP, height).unfold(2, width - GAP, width)
+    images = tiles.flatten(1, 2).transpose(0, 1)[: len(labels)]
+    sink = io.BytesIO()
+    samples_figure(images, labels, "", columns).savefig(sink, format="png", dpi=DPI)
+    return sink.getvalue()
 
 
 def fit_to_size(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -291,13 +291,13 @@ def _sampling_options(metadata: dict[str, Any], given_rope: list[str]) -> dict[s
 # --- Images inside the page, which loads no other files
 
 
-def data_url(path: Path) -> str:
-    """A data URL of an image; large images are downscaled."""
-    kind, content = "png", path.read_bytes()
+def data_url(of: Path | bytes) -> str:
+    """A data URL of a PNG; large images are downscaled."""
+    kind, content = "png", of if isinstance(of, bytes) else of.read_bytes()
     if len(content) > LARGEST_IMAGE:
         from PIL import Image
 
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(content)) as image:
             smaller = image.convert("RGB")
             smaller.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
         sink = io.BytesIO()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,10 @@ from typing import Any, Literal
 from rich import box
 from rich.table import Table
 
+from spiralrope_cli.core.config.dit_runs import GRID_ROWS, DiTRun
 from spiralrope_cli.core.config.evals import FID_METRICS
 from spiralrope_cli.core.config.folders import (
+    CONFIG_FILE,
     CURVES_FILE,
     EVAL_FILE,
     FID_FILE,
@@ -24,6 +27,8 @@ from spiralrope_cli.core.config.folders import (
     SWEEP_FILE,
 )
 from spiralrope_cli.core.config.models import format_size
+from spiralrope_cli.core.config.option import build
+from spiralrope_cli.core.config.resolve import read_config
 from spiralrope_cli.core.runtime.progress import best_validation, console, read_metrics, say_result
 from spiralrope_cli.core.runtime.run_folder import read_json, read_rows
 
@@ -44,7 +49,7 @@ class Result:
     columns: Sequence[str] = ()
     rows: Sequence[Sequence[Any]] = ()  # the first cell is the header of the row
     words: Collection[str] = ()  # text columns, aligned left
-    image: Path | None = None
+    image: Path | bytes | None = None
     alt: str = ""  # alternative text of the image
     warnings: Sequence[str] = ()
 
@@ -152,10 +157,29 @@ def results(folder: Path) -> list[Result]:
         found.append(of_evaluation(rows, sizes if sizes.exists() else None))
     if (samples := folder / SAMPLES_FILE).is_file():
         alt = f"grid of images sampled by {folder.name}"
-        found.append(Result(title="Samples", image=samples, alt=alt))
+        found.append(Result(title="Samples", image=with_labels(samples), alt=alt))
     if scores := read_json(folder / FID_FILE):
         found.append(of_scores(scores))
     return found
+
+
+def with_labels(samples: Path) -> Path | bytes:
+    """The grid of samples with the class below each image, where the classes are known."""
+    from spiralrope_cli.core.data.image_sets import names_of
+    from spiralrope_cli.core.data.sample_files import GRID_IMAGES, read_metadata, sample_labels
+    from spiralrope_cli.core.plots.samples import labelled_grid
+
+    folder = samples.parent
+    if (folder / CONFIG_FILE).is_file():
+        run: DiTRun = build(DiTRun, read_config(folder / CONFIG_FILE))
+        columns = run.grid_classes
+        names = names_of(run.data, run.model.num_classes, run.class_names)
+        labels = [names[number] for number in columns] * GRID_ROWS
+        return labelled_grid(samples, labels, len(columns)) or samples
+    metadata = read_metadata(folder) or {}
+    count = min(metadata.get("num", 0), GRID_IMAGES)
+    labels = sample_labels(metadata, range(count))
+    return labelled_grid(samples, labels, math.ceil(math.sqrt(count))) or samples
 
 
 def of_validations(validations: list[Record]) -> Result:

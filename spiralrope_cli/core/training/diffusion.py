@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from spiralrope_cli.core.config.dit_runs import DiTRun
+from spiralrope_cli.core.config.dit_runs import GRID_ROWS, DiTRun
 from spiralrope_cli.core.config.folders import SAMPLES_FILE
 from spiralrope_cli.core.data.batches import dit_data
 from spiralrope_cli.core.data.images import image_grid, to_uint8
@@ -28,7 +28,6 @@ from spiralrope_cli.core.storage import atomic_write
 from spiralrope_cli.core.training.loop import Task
 from spiralrope_cli.core.training.step import LossMeter, TrainState
 
-COLUMNS, ROWS = 10, 4
 STEPS = 50
 DECODED_AT_ONCE = 4
 
@@ -139,7 +138,7 @@ def draw_grid(
     if vae is not None:
         images = torch.cat([vae.decode(part) for part in images.split(DECODED_AT_ONCE)])
     try:
-        grid = image_grid(to_uint8(images), columns=len(images) // ROWS)
+        grid = image_grid(to_uint8(images), columns=len(images) // GRID_ROWS)
     except DataError as error:
         return f"no samples at step {state.step}: {error.message}"
     for path in (target, folder / SAMPLES_FILE):
@@ -152,9 +151,7 @@ def draw_grid(
 def grid_samples(config: DiTRun, ctx: DistContext, model: DiT) -> Tensor:
     """[N, L, H, W] float32 on the device: DDIM without guidance."""
     sizes = config.model
-    columns = min(COLUMNS, sizes.num_classes)
-    classes = torch.arange(columns, device=ctx.device) * sizes.num_classes // columns
-    labels = classes.repeat(ROWS)
+    labels = torch.tensor(config.grid_classes, device=ctx.device).repeat(GRID_ROWS)
     shape = (sizes.in_chans, *sizes.input_size)
     noise = NoisePerImage(config.seed, range(len(labels)), shape, ctx.device).draw()
     with autocast(ctx.device, ctx.dtype):

@@ -7,6 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from spiralrope_cli.core.data.images import image_grid
+from spiralrope_cli.core.plots import samples
 from spiralrope_cli.core.plots.curves import save_figure
 from spiralrope_cli.core.plots.samples import samples_figure
 
@@ -44,3 +46,19 @@ def test_long_titles_and_labels_fit():
     assert title.x1 <= whole.x1
     assert title.y1 <= whole.y1
     assert figure.axes[0].texts[0].get_text().endswith("…")
+
+
+def test_a_saved_grid_gets_its_labels_and_keeps_its_images(tmp_path, monkeypatch):
+    images = torch.randint(256, (5, 3, 64, 70), dtype=torch.uint8)
+    image_grid(images, columns=3).save(tmp_path / "grid.png")
+    drawn = []
+    monkeypatch.setattr(
+        samples, "samples_figure", lambda *args: drawn.append(args) or samples_figure(*args)
+    )
+    png = samples.labelled_grid(tmp_path / "grid.png", ["a", "b", "c", "d", "e"], 3)
+    assert png.startswith(b"\x89PNG")
+    [(tiles, labels, _, columns)] = drawn
+    assert torch.equal(tiles, images)
+    assert (labels, columns) == (["a", "b", "c", "d", "e"], 3)
+    assert samples.labelled_grid(tmp_path / "grid.png", list("abcdefgh"), 5) is None
+    assert samples.labelled_grid(tmp_path / "grid.png", [], 3) is None
