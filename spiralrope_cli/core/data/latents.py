@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -121,8 +120,8 @@ def damaged_shards(folder: Path, shards: Sequence[Shard]) -> dict[str, str]:
 
     Every process must call it, and gets the same result.
     """
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    mine = shards[distributed.get_rank() % local :: local]
+    first, every = distributed.local_rank()
+    mine = shards[first::every]
     total = sum(shard.num_bytes for shard in mine)
     shown = distributed.get_rank() == 0 and total > 1 << 30  # less is done at once
     wrong: dict[str, str] = {}

@@ -50,6 +50,11 @@ def get_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_rank() -> tuple[int, int]:
+    """Rank of this process on its machine, and the number of processes there."""
+    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def start(device: torch.device) -> None:
     """Joins the process group of the launcher: NCCL for GPUs, else gloo."""
     if get_world_size() > 1 and not dist.is_initialized():
@@ -73,11 +78,15 @@ def barrier() -> None:
 
 @contextlib.contextmanager
 def main_process_first() -> Iterator[None]:
-    """The first process runs the block before the others, for example a download into a cache."""
-    if get_rank() > 0:
+    """The first process runs the block, then the first of each other machine, then the rest.
+
+    For example a download into a cache, which machines share or not.
+    """
+    before = 0 if get_rank() == 0 else 1 if local_rank()[0] == 0 else 2
+    for _ in range(before):
         barrier()
     yield
-    if get_rank() == 0:
+    for _ in range(2 - before):
         barrier()
 
 

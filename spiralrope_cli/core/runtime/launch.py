@@ -42,8 +42,11 @@ def usable_cores() -> int:
 
 
 def cores_per_process() -> int:
-    """Cores divided by the processes on this machine."""
-    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    """Cores divided by the processes on this machine, or those that srun bound to this task."""
+    cores = on_node = usable_cores()
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # else they are divided among our own workers
+        on_node = max(cores, int(os.environ.get("SLURM_CPUS_ON_NODE", "1")))
+    return max(1, min(cores, on_node // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def share_the_machine() -> None:
@@ -134,6 +137,14 @@ def _adopt_slurm() -> None:
     env = os.environ
     env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
     env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
+    # Tasks of each node: 2, 2 and 1 of "2(x2),1".
+    counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    per_node = [tasks for tasks, nodes in counts for _ in range(int(nodes or 1))]
+    env["LOCAL_WORLD_SIZE"] = per_node[int(env.get("SLURM_NODEID", "0"))]
+    if "OMP_NUM_THREADS" not in env:
+        import torch  # it would give each task the cores of all
+
+        torch.set_num_threads(cores_per_process())
     # The first node, where task 0 runs: node03 of "node[03-07,9],other".
     first = re.match(r"([^,\[]+)(?:\[(\w+))?", env.get("SLURM_STEP_NODELIST", "127.0.0.1"))
     env.setdefault("MASTER_ADDR", "".join(part or "" for part in first.groups()) if first else "")

@@ -26,6 +26,59 @@ def test_processes_share_the_cores_where_no_one_tells_which_they_are(monkeypatch
     assert cores_per_process() == cores
 
 
+# As srun sets them for task 3 of 5, the first of the second machine.
+SRUN = {
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_STEP_TASKS_PER_NODE": "3,2",
+    "SLURM_STEP_NODELIST": "node[03-04]",
+    "SLURM_JOB_ID": "7",
+    "SLURM_CPUS_ON_NODE": "8",
+}
+
+
+@pytest.fixture
+def srun(monkeypatch):
+    """Sets variables of srun; what the code adds to them goes with the test."""
+    monkeypatch.setattr(os, "environ", {"OMP_NUM_THREADS": "1"})
+    return lambda **changes: os.environ.update({**SRUN, **changes})
+
+
+@pytest.mark.parametrize(
+    ("per_node", "node", "here"),
+    [("3,2", "0", "3"), ("3,2", "1", "2"), ("2(x2),1", "1", "2"), ("2(x2),1", "2", "1")],
+)
+def test_tasks_of_srun_know_how_many_they_are_on_their_machine(srun, per_node, node, here):
+    srun(SLURM_STEP_TASKS_PER_NODE=per_node, SLURM_NODEID=node)
+    launch._adopt_slurm()
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    assert [os.environ[name] for name in names] == ["3", "5", "0", here, "node03", "20007"]
+
+
+@pytest.mark.parametrize(("usable", "cores"), [(8, 4), (4, 4), (2, 2)])
+def test_cores_that_srun_bound_to_a_task_are_not_divided_again(srun, monkeypatch, usable, cores):
+    srun()
+    monkeypatch.setattr(launch, "usable_cores", lambda: usable)
+    launch._adopt_slurm()
+    assert cores_per_process() == cores
+    os.environ["TORCHELASTIC_RUN_ID"] = "run"  # workers of one task, which it started itself
+    assert cores_per_process() == max(1, usable // 2)
+
+
+def test_tasks_of_srun_share_the_threads_too(srun, monkeypatch):
+    import torch
+
+    srun()
+    del os.environ["OMP_NUM_THREADS"]
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(launch, "usable_cores", lambda: 8)
+    launch._adopt_slurm()
+    assert threads == [4]
+
+
 @pytest.fixture
 def failed(tmp_path):
     """What the launcher raises: worker 1 ended first, with this code; reports of the others."""
