@@ -264,7 +264,7 @@ def _of_splits(root: Path, train: Split | None, val: Split | None, more: str = "
     """A data set of image files, with one split or both."""
     found = [split for split in (train, val) if split]
     notes = [note for split in found for note in split.notes]
-    if val and val.path.name == "test":
+    if val and val.name == "test":
         notes.insert(0, f"there is no val/: {val.path} is used for validation{more}")
     return DataSet(
         data=str(root.resolve()),

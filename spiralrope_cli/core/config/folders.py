@@ -156,7 +156,7 @@ def folder_of_images(folder: Path) -> tuple[list[tuple[str, int]], list[str]]:
         images += [(path, number) for path in paths]
         others += left_out
     notes = [f"{folder} has one class, {names[0]}"] if len(names) == 1 else []
-    if loose := sum(map(_is_image, os.listdir(folder))):
+    if loose := sum(map(is_image, os.listdir(folder))):
         notes.append(f"{folder}: {loose} image(s) beside the class folders are left out")
     if others:
         notes.append(f"{folder}: files that are no images are left out{count_files(others)}")
@@ -170,14 +170,15 @@ def images_below(folder: Path) -> tuple[list[str], Counter[str]]:
     for where, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not _leads_back(where, name)]
         for name in files:
-            if _is_image(name):
+            if is_image(name):
                 found.append(os.path.join(where, name))
             elif name[0] != ".":
                 others[os.path.splitext(name)[1].lower()] += 1
     return sorted(found), others
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether it is the name of an image file that is not hidden."""
     return name.lower().endswith(IMAGE_SUFFIXES) and name[0] != "."
 
 

@@ -1,7 +1,6 @@
 """The images of a split, in whatever form a data folder holds them: one list for all commands.
 
-An image is named by an address: the path of its file, or `ARCHIVE::OFFSET+SIZE::MEMBER` where it
-is read in place from a larger file.
+An image is named by an address: the path of its file, or one in a larger file (`stored.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import os
 import re
 import tarfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spiralrope_cli.core.config.folders import (
@@ -19,13 +18,15 @@ from spiralrope_cli.core.config.folders import (
     folder_of_images,
     images_below,
 )
+from spiralrope_cli.core.config.stored import list_stored, stored_files
 from spiralrope_cli.core.errors import DataError
 
 TRAIN, VAL = ("train",), ("val", "validation", "test")
 """Names of a split, the usual one first."""
 
-STORED = re.compile(r"(.+?)::(\d+)\+(\d+)::(.*)", re.DOTALL)
 LABEL_FILES = ("val.txt", "LOC_val_solution.csv")
+CLASS_NAMES = "classnames.txt"
+"""A class name per line, beside WebDataset shards whose labels are numbers."""
 DEVKIT = "ILSVRC2012_devkit_t12"
 KIT_FILES = ("ILSVRC2012_validation_ground_truth.txt", "meta.mat")
 
@@ -38,16 +39,7 @@ class Split:
     class_names: tuple[str, ...]  # by class number
     images: list[tuple[str, int]]  # (address, class number)
     notes: tuple[str, ...] = ()
-
-
-def opened(address: str) -> str | io.BytesIO:
-    """What PIL opens: the path, or the bytes of an image in a larger file."""
-    if "::" in address and (found := STORED.fullmatch(address)):
-        path, first, size, _ = found.groups()
-        with open(path, "rb") as file:
-            file.seek(int(first))
-            return io.BytesIO(file.read(int(size)))
-    return address
+    name: str = ""  # as in VAL
 
 
 def train_split(data: str | Path) -> Split:
@@ -66,8 +58,12 @@ def val_split(data: str | Path) -> Split:
 def find_split(root: Path, names: Sequence[str]) -> Split | None:
     """A split by its names, of which the first one that is there counts."""
     for name in names:
-        if (root / name).is_dir():
-            return folder_split(root / name, names == VAL)
+        folder = root / name
+        if folder.is_dir() and not stored_files(folder):
+            return replace(folder_split(folder, names == VAL), name=name)
+        places = (folder, ""), (root, name), (root / "data", name)
+        if stored := next((found for place in places if (found := stored_files(*place))), None):
+            return replace(stored_split(stored), name=name)
     return None
 
 
@@ -76,29 +72,53 @@ def folder_split(folder: Path, may_be_flat: bool = False) -> Split:
     if may_be_flat:
         inside = (each for each in os.scandir(folder) if each.is_dir() and each.name[0] != ".")
         if not any(inside) and (files := images_below(folder)[0]):
-            return flat_split(folder, files, files)
+            return flat_split(folder, files)
     images, notes = folder_of_images(folder)
     return Split(folder, tuple(class_names(folder)), images, tuple(notes))
+
+
+def stored_split(files: Sequence[Path]) -> Split:
+    """Images in tar, parquet or Arrow files, in the order of the files and their rows."""
+    where, count = files[0] if len(files) == 1 else files[0].parent, len(files)
+    index = list_stored(files)
+    addresses, labels, names = index["address"], index["label"], index["classes"]
+    if not addresses:
+        raise DataError(f"{where} holds no images")
+    if lacking := labels.count(None):
+        if lacking == len(labels) and count == 1:
+            return flat_split(where, addresses)
+        raise DataError(
+            f"{lacking} of the {len(labels)} images in {where} have no class",
+            "a WebDataset shard needs KEY.cls beside KEY.jpg, a table a column named label",
+        )
+    for listed in (files[0].parent / CLASS_NAMES, files[0].parent.parent / CLASS_NAMES):
+        if not names and listed.is_file():
+            names = listed.read_text().splitlines()
+    if all(isinstance(label, int) for label in labels):
+        names = names or [str(number) for number in range(max(labels) + 1)]
+        if max(labels) >= len(names):
+            raise DataError(f"{where} has class {max(labels)}, but names of {len(names)} classes")
+    else:
+        names = sorted({*map(str, labels)})
+        numbers = {name: number for number, name in enumerate(names)}
+        labels = [numbers[str(label)] for label in labels]
+    said = f"{where}: {len(labels)} images in {count} file(s), classes by {index['labels_from']}"
+    return Split(where, tuple(names), list(zip(addresses, labels, strict=True)), (said,))
 
 
 # --- A flat val/ of ImageNet, and its labels
 
 
-def flat_split(path: Path, addresses: list[str], names: list[str]) -> Split:
-    """Images without class folders, with the classes that a list beside them gives.
-
-    Args:
-        path: their folder or archive.
-        addresses: of the images.
-        names: of their files, as the list has them.
-    """
+def flat_split(path: Path, addresses: list[str]) -> Split:
+    """Images in a folder or an archive alone, with the classes that a list beside it gives."""
     listed, classes = _labels_beside(path)
     if not listed:
+        count = len(addresses)
         raise DataError(
-            f"{path} has no class folders, and no list with the classes of its {len(names)} images",
+            f"{path} has no class folders, and no list with the classes of its {count} images",
             f"put val.txt with lines FILE CLASS, or {DEVKIT}/ of the same download, beside it",
         )
-    stems = [Path(name).stem for name in names]
+    stems = [Path(address.rpartition("::")[2]).stem for address in addresses]
     if lacking := [stem for stem in stems if stem not in classes]:
         raise DataError(f"{listed} lacks {len(lacking)} image(s) of {path}: {lacking[0]}")
     words = {classes[stem] for stem in stems}
@@ -114,9 +134,10 @@ def flat_split(path: Path, addresses: list[str], names: list[str]) -> Split:
         raise DataError(
             f"{listed}: class {odd[0]} is none of the {len(known)} in {train.path if train else ''}"
         )
-    labels = [numbers[classes[stem]] for stem in stems]
-    # As class folders are sorted.
-    images = sorted(zip(addresses, labels, strict=True), key=lambda each: each[::-1])
+    found = [
+        (numbers[classes[stem]], stem, each) for stem, each in zip(stems, addresses, strict=True)
+    ]
+    images = [(address, number) for number, _, address in sorted(found)]  # as class folders
     return Split(path, known, images, (f"{path}: classes by {listed}",))
 
 

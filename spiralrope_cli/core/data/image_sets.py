@@ -28,6 +28,13 @@ from spiralrope_cli.core.config.folders import (
     samples_in,
 )
 from spiralrope_cli.core.config.splits import train_split
+from spiralrope_cli.core.config.stored import (
+    READERS,
+    list_stored,
+    opened,
+    place_in,
+    stored_files,
+)
 from spiralrope_cli.core.data.npz import (
     STATISTICS,
     Header,
@@ -45,7 +52,10 @@ LONGEST_NOTE = 1 << 16
 
 @dataclass(frozen=True)
 class FolderInput:
-    """A folder of images: all files below it with a suffix of images, sorted by path."""
+    """A folder of images: all files below it with a suffix of images, sorted by path.
+
+    Or images in tar, parquet or Arrow files, by their addresses.
+    """
 
     path: Path
     files: list[str] = field(repr=False)
@@ -136,12 +146,16 @@ def _contents(path: Path, role: str) -> tuple[ImageInput | None, tuple[str, ...]
     if path.is_dir():
         refuse_own(path, f"{role} {path}")
         files, others = images_below(path)
+        if not files and (stored_there := stored_files(path)):
+            return FolderInput(path, list_stored(stored_there)["address"]), (), 0, ""
         if not files:
             known = f"known suffixes: {' '.join(IMAGE_SUFFIXES)}"
             raise DataError(f"{path} holds no images{count_files(others)}", known)
         return FolderInput(path, files, count_files(others)), (), 0, ""
     if not path.exists():
         raise DataError(f"{role} {path} does not exist", "name a folder of images or an .npz file")
+    if path.suffix in READERS:
+        return FolderInput(path, list_stored([path])["address"]), (), 0, ""
     if path.suffix != ".npz" and not zipfile.is_zipfile(path):
         raise DataError(f"{role} {path} is neither a folder of images nor an .npz file")
     headers = read_headers(path)
@@ -207,14 +221,16 @@ def digests_beside(sides: list[Side]) -> Iterator[list[Future[str]]]:
 def digest_of(side: Side, stop: threading.Event | None = None) -> str:
     """SHA-256 of an input; meaningless after `stop` is set."""
     state = hashlib.sha256()
-    files = side.images.files if isinstance(side.images, FolderInput) else [side.path]
+    files = side.images.files if isinstance(side.images, FolderInput) else [str(side.path)]
     for file in files:
-        if file != side.path:
-            state.update(os.fsencode(os.path.relpath(file, side.path)) + b"\0")
+        if file != str(side.path):
+            state.update(os.fsencode(place_in(side.path, file)) + b"\0")
         # A file that cannot be read is reported where it is decoded.
-        with contextlib.suppress(OSError), open(file, "rb") as stream:
-            while (chunk := stream.read(1 << 20)) and not (stop and stop.is_set()):
-                state.update(chunk)
+        with contextlib.suppress(OSError):
+            source = opened(file)
+            with open(source, "rb") if isinstance(source, str) else source as stream:
+                while (chunk := stream.read(1 << 20)) and not (stop and stop.is_set()):
+                    state.update(chunk)
     return state.hexdigest()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
+import re
 import struct
 import zlib
 from collections import defaultdict, deque
@@ -25,7 +26,8 @@ from PIL import Image
 from torch import Tensor
 
 from spiralrope_cli.core.config.evals import Reading
-from spiralrope_cli.core.config.splits import Split, opened
+from spiralrope_cli.core.config.splits import Split
+from spiralrope_cli.core.config.stored import opened
 from spiralrope_cli.core.data.image_sets import FolderInput, ImageInput, NpzImages
 from spiralrope_cli.core.data.npz import stream_rows
 from spiralrope_cli.core.errors import DataError, UnreadableImageError
@@ -71,7 +73,8 @@ def open_image(path: str, convert: Callable[[Image.Image], Result]) -> Result | 
     except BROKEN_IMAGE as error:
         if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise  # the image is not to blame, and must not be skipped
-        reason = getattr(error, "strerror", "") or str(error).replace(path, "").strip(" '")
+        said = re.sub(r"<_io\.BytesIO[^>]*>", "", str(error).replace(path, ""))
+        reason = getattr(error, "strerror", "") or said.strip(" '")
         return Unreadable(path, reason or type(error).__name__)
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)

@@ -31,6 +31,7 @@ from spiralrope_cli.core.config.models import format_size
 from spiralrope_cli.core.config.option import build
 from spiralrope_cli.core.config.resolve import DATA_VARIABLE
 from spiralrope_cli.core.config.splits import train_split
+from spiralrope_cli.core.config.stored import place_in
 from spiralrope_cli.core.config.training import TrainOptions
 from spiralrope_cli.core.errors import ConfigError, DataError
 from spiralrope_cli.core.hub.source import VaeFiles, find_vae, local_vae
@@ -86,7 +87,7 @@ def settle(run: EncodeRun, *, fetch: bool = True) -> EncodePlan:
     split = train_split(folder)
     digest = hashlib.sha256()
     for path, _ in split.images:
-        digest.update(os.fsencode(os.path.relpath(path, split.path)) + b"\0")
+        digest.update(os.fsencode(place_in(split.path, path)) + b"\0")
     if fetch and vae is None:
         vae = find_vae(run.vae)
     precision, _ = pick_precision(run.machine.precision, pick_device(run.machine))

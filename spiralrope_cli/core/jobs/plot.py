@@ -223,12 +223,13 @@ def find_images(given: str) -> Path:
 
 def labels_of(images: ImageInput, part: range) -> list[str]:
     """The class name of each image; empty if the classes are unknown."""
+    from spiralrope_cli.core.config.stored import place_in
     from spiralrope_cli.core.data.image_sets import NpzImages
     from spiralrope_cli.core.data.npz import read_headers, stream_rows
     from spiralrope_cli.core.data.sample_files import npz_metadata, sample_labels
 
     if not isinstance(images, NpzImages):
-        inside = [Path(images.files[number]).relative_to(images.path).parts for number in part]
+        inside = [Path(place_in(images.path, images.files[number])).parts for number in part]
         return [parts[0] for parts in inside] if all(len(parts) > 1 for parts in inside) else []
     metadata = npz_metadata(images.path)
     if metadata.get("classes") or metadata.get("num_classes"):
