@@ -5,13 +5,21 @@ A data set is a built-in name or a folder with `train/` and `val/`, each with on
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from spiralrope_cli.core.config.folders import class_difference, refuse_own
-from spiralrope_cli.core.config.splits import TRAIN, VAL, Split, find_split, train_split, val_split
+from spiralrope_cli.core.config.splits import (
+    TRAIN,
+    VAL,
+    Split,
+    data_root,
+    find_split,
+    train_split,
+    val_split,
+)
 from spiralrope_cli.core.errors import ConfigError, DataError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -41,7 +49,7 @@ class DataSet:
         """The number of classes."""
         return len(self.class_names)
 
-    def check_classes(self, source: str, num_classes: int, known: tuple[str, ...]) -> None:
+    def check_classes(self, source: str, num_classes: int, known: Sequence[str]) -> None:
         """Refuses weights of other classes; `known` are their names, empty if they have none.
 
         Raises:
@@ -55,8 +63,8 @@ class DataSet:
         if other := class_difference(known, self.class_names):
             raise ConfigError(
                 f"{source} was trained on other classes than those of {self.data}: {other}",
-                "give the class folders the names that they had in training, or name another "
-                "--data",
+                "give the classes the names that they had in training, or name another --data; "
+                "--ignore-class-names goes on",
             )
 
     def inert_options(self) -> list[tuple[str, str]]:
@@ -250,14 +258,15 @@ def find_train_set(data: str) -> DataSet:
 
 def _data_folder(data: str, holds: str, *, parent: bool = True) -> Path:
     """The data folder; if its `train/` is given, by default that which `val/` lies in as well."""
-    root = Path(os.path.expanduser(data))
+    root = data_root(data)
     if not root.is_dir():
         raise DataError(
             f"--data {data} is neither a folder nor a built-in name",
             f"built in: {', '.join(BUILT_IN)}; a folder must hold {holds}",
         )
     refuse_own(root, f"--data {data}")
-    return root.parent if parent and root.resolve().name == "train" else root
+    parent &= root.resolve().name == "train" and not any((root / name).is_dir() for name in VAL)
+    return root.resolve().parent if parent else root
 
 
 def _of_splits(root: Path, train: Split | None, val: Split | None, more: str = "") -> DataSet:
@@ -280,5 +289,7 @@ def _of_splits(root: Path, train: Split | None, val: Split | None, more: str = "
 
 
 def slug_of(root: Path) -> str:
-    """A short name of a data folder; `train/` is skipped."""
+    """A short name of a data folder; `train/` is skipped, and what the Hub's cache adds."""
+    if root.parent.name == "snapshots":
+        return root.parent.parent.name.split("--")[-1]
     return root.parent.name if root.name == "train" else root.name

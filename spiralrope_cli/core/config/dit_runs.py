@@ -137,7 +137,8 @@ class DiTRun:
     data: Annotated[
         str,
         Opt(
-            "digits, fashion-mnist, or a folder with class folders, or with train/. "
+            "digits, fashion-mnist, hfds/OWNER/NAME, or a folder: of classes, or with train/ "
+            "in class folders, tar or parquet files. "
             "By default $SPIRALROPE_DATA, else the bundled digits.",
             DATA,
             metavar="NAME|FOLDER",

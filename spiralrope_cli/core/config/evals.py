@@ -61,13 +61,17 @@ class EvalOptions:
     data: Annotated[
         str | None,
         Opt(
-            "digits, fashion-mnist, or a folder with val/ with class folders. "
+            "digits, fashion-mnist, hfds/OWNER/NAME, or a folder with val/ "
+            "in class folders, tar or parquet files. "
             "By default that of the run, else $SPIRALROPE_DATA, else digits.",
             DATA,
             metavar="NAME|FOLDER",
             complete="data_sets",
         ),
     ] = None
+    ignore_class_names: Annotated[
+        bool, Opt("Go on if the data names its classes otherwise than the weights do.", DATA)
+    ] = False
     crop_ratios: Annotated[
         tuple[float, ...],
         Opt(

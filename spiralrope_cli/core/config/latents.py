@@ -20,6 +20,7 @@ from spiralrope_cli.core.config.datasets import BUILT_IN
 from spiralrope_cli.core.config.folders import own_folder, refuse_own
 from spiralrope_cli.core.config.models import SIZE, format_size
 from spiralrope_cli.core.config.option import DATA, MACHINE, PATH, RUN, Opt, check_fields
+from spiralrope_cli.core.config.splits import data_root
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError, DataError
 from spiralrope_cli.core.storage import parse
@@ -90,7 +91,7 @@ def data_folder(data: str) -> Path:
             f"--data {data} is too small for a VAE",
             "spiralrope dit-train trains on its pixels; dit-encode takes image folders",
         )
-    root = Path(os.path.expanduser(data))
+    root = data_root(data)
     if not root.is_dir():
         raise DataError(
             f"--data {data} is not a folder", "it must hold one folder of images per class"

@@ -191,7 +191,8 @@ class ClassifierRun:
     data: Annotated[
         str,
         Opt(
-            "digits, fashion-mnist, or a folder with train/ and val/, each with class folders. "
+            "digits, fashion-mnist, hfds/OWNER/NAME, or a folder with train/ and val/ "
+            "in class folders, tar or parquet files. "
             "By default $SPIRALROPE_DATA, else the bundled digits.",
             DATA,
             metavar="NAME|FOLDER",

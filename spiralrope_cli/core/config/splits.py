@@ -20,6 +20,7 @@ from spiralrope_cli.core.config.folders import (
 )
 from spiralrope_cli.core.config.stored import list_stored, stored_files
 from spiralrope_cli.core.errors import DataError
+from spiralrope_cli.core.storage import parse
 
 TRAIN, VAL = ("train",), ("val", "validation", "test")
 """Names of a split, the usual one first."""
@@ -42,6 +43,41 @@ class Split:
     name: str = ""  # as in VAL
 
 
+def data_root(data: str) -> Path:
+    """The folder that `--data` names: a path, `wds/PATH`, or `hfds/OWNER/NAME` as downloaded."""
+    kind, _, rest = data.partition("/")
+    if Path(data).exists() or kind not in ("wds", "hfds", "tfds"):
+        return Path(data).expanduser()
+    if kind == "tfds":
+        raise DataError(
+            f"--data {data}: TFRecord files are not read",
+            "save the data set as parquet, WebDataset shards or class folders",
+        )
+    if kind == "wds":
+        if re.match(r"pipe:|\w+:/", rest):
+            raise DataError(
+                f"--data {data}: a stream has no places to resume a run exactly at",
+                "download the shards, and name their folder",
+            )
+        return Path(rest).expanduser()
+
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    name, config = "/".join(rest.split("/")[:2]), "/".join(rest.split("/")[2:])
+    try:
+        found = snapshot_download(name, repo_type="dataset", local_files_only=True)
+    except (HFValidationError, LocalEntryNotFoundError) as error:
+        hint = f"hf download {name} --repo-type dataset"
+        raise DataError(f"--data {data} is not downloaded", hint) from error
+    root = Path(found) / config
+    configs = sorted({path.parent for path in root.rglob("*.parquet")} - {root, root / "data"})
+    if len(configs) > 1 and not any(map(stored_files, (root, root / "data"), ("train", "train"))):
+        named = ", ".join(str(each.relative_to(root)) for each in configs[:5])
+        raise DataError(f"--data {data} has several parts: {named}", f"name one: hfds/{name}/PART")
+    return configs[0] if len(configs) == 1 else root
+
+
 def train_split(data: str | Path) -> Split:
     """The training images of a data folder; without `train/`, those of its class folders."""
     root = Path(data)
@@ -57,6 +93,8 @@ def val_split(data: str | Path) -> Split:
 
 def find_split(root: Path, names: Sequence[str]) -> Split | None:
     """A split by its names, of which the first one that is there counts."""
+    if listed := sorted(root.glob(f"{names[0]}20[0-9][0-9].json")):
+        return listed_split(root, listed)
     for name in names:
         folder = root / name
         if folder.is_dir() and not stored_files(folder):
@@ -75,6 +113,24 @@ def folder_split(folder: Path, may_be_flat: bool = False) -> Split:
             return flat_split(folder, files)
     images, notes = folder_of_images(folder)
     return Split(folder, tuple(class_names(folder)), images, tuple(notes))
+
+
+def listed_split(root: Path, listed: Sequence[Path]) -> Split:
+    """INaturalist 2018 or 2019: images in `train_val20NN/`, with both splits in JSON files."""
+    if len(listed) > 1:
+        lists = ", ".join(path.name for path in listed)
+        raise DataError(f"{root} has {lists}", "put each year into a folder of its own")
+    try:
+        content = parse(listed[0].read_text())
+        classes = sorted((each["id"], str(each["name"])) for each in content["categories"])
+        number = {key: place for place, (key, _) in enumerate(classes)}
+        label = {each["image_id"]: number[each["category_id"]] for each in content["annotations"]}
+        images = [(str(root / each["file_name"]), label[each["id"]]) for each in content["images"]]
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{listed[0]} is not a list of iNaturalist: {reason}") from error
+    said = f"{root}: {len(images)} images with their classes by {listed[0].name}"
+    return Split(root, tuple(name for _, name in classes), images, (said,))
 
 
 def stored_split(files: Sequence[Path]) -> Split:

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from spiralrope_cli.core.config.tars import read_tar
 from spiralrope_cli.core.storage import parse, write_whole
 
 READERS = {".tar": read_tar, ".parquet": read_table, ".arrow": read_table}
+LONG = 1 << 30
+"""Bytes of files whose images are not listed at once."""
 ADDRESS = re.compile(r"(.+?)::(\d+)\+(\d+)::(.*)", re.DOTALL)
 
 
@@ -66,6 +69,9 @@ def list_stored(files: Sequence[Path]) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         fresh = False
     if not fresh:
+        if (size := sum(size for size, _ in stamp)) >= LONG:
+            # Here, as no run and no process of it has begun.
+            sys.stderr.write(f"listing the images in {size >> 30} GiB of {names[0]}, once\n")
         index = {"stamp": stamp, "files": [], "file": [], "place": [], "label": []}
         for number, name in enumerate(names):
             found = READERS[Path(name).suffix](Path(name))

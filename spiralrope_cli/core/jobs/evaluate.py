@@ -152,7 +152,8 @@ def settle_row(
 
     source = weights.source
     trained = ModelConfig(drop_path=0.0, **weights.options)
-    data_set.check_classes(source.given, trained.num_classes, weights.class_names)
+    names = () if options.ignore_class_names else weights.class_names
+    data_set.check_classes(source.given, trained.num_classes, names)
     size = size or trained.image_size
     placed = at_size(weights, size, options.rope)
     # Next to the weights, but not in the cache of published weights.

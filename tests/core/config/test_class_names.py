@@ -74,8 +74,8 @@ def old(run, to):
     return to
 
 
-def settled(source, data=None):
-    options = EvalOptions(sources=(str(source),), data=data and str(data))
+def settled(source, data=None, **more):
+    options = EvalOptions(sources=(str(source),), data=data and str(data), **more)
     return evaluate.settle(options, MachineConfig(nproc=1, device="cpu"), set())
 
 
@@ -141,6 +141,9 @@ def test_eval_refuses_other_classes_of_the_same_number(here):
     with pytest.raises(ConfigError, match="class 0 was 'a', now 'b'") as refused:
         settled(here / "pretrain", here / "xb")
     assert "names that they had in training" in refused.value.hint
+    assert "--ignore-class-names goes on" in refused.value.hint
+    run, _ = settled(here / "pretrain", here / "xb", ignore_class_names=True)
+    assert run.rows[0].protocol.data == str(here / "xb")
 
 
 def test_runs_of_earlier_versions_work_and_say_that_names_are_missing(here, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tarfile
 
@@ -120,3 +121,42 @@ def test_a_list_that_does_not_fit_is_refused(imagenet, lines, message):
         find_data_set(str(imagenet))
     assert f"{imagenet}/val.txt" in refused.value.message
     assert message.format(stem, imagenet) in refused.value.message
+
+
+def inat(root, year, split, names=("Abies", "Bufo")):
+    """As in the download: numbers of categories are no places, and images are in no order."""
+    categories = [{"id": 10 * n, "name": name} for n, name in reversed(list(enumerate(names)))]
+    images, annotations = [], []
+    for number in range(4):
+        file = f"train_val{year}/Kind/{number % 2}/{split}{number}.jpg"
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 14)).save(root / file)
+        images.append({"id": 7 - number, "file_name": file})
+        annotations.append({"image_id": 7 - number, "category_id": 10 * (number % 2)})
+    content = {"images": images, "annotations": annotations[::-1], "categories": categories}
+    (root / f"{split}{year}.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("year", [2018, 2019])
+def test_inaturalist_has_its_own_splits(tmp_path, year):
+    for split in ("train", "val"):
+        inat(tmp_path, year, split)
+    data_set = find_data_set(str(tmp_path))
+    assert (data_set.num_train, data_set.num_val) == (4, 4)
+    assert data_set.class_names == ("Abies", "Bufo")
+    for path, number in val_split(tmp_path).images:
+        assert path.startswith(f"{tmp_path}/train_val{year}/Kind/{number}/val")
+    assert f"classes by train{year}.json" in data_set.notes[0]
+
+
+def test_lists_of_inaturalist_that_are_not_clear_are_refused(tmp_path):
+    inat(tmp_path, 2018, "val")
+    inat(tmp_path, 2019, "val")
+    with pytest.raises(DataError, match=r"has val2018\.json, val2019\.json") as refused:
+        find_val_set(str(tmp_path))
+    assert "a folder of its own" in refused.value.hint
+    (tmp_path / "val2019.json").unlink()
+    for text in ("{", "[]", "{}"):
+        (tmp_path / "val2018.json").write_text(text)
+        with pytest.raises(DataError, match=r"val2018\.json is not a list of iNaturalist"):
+            find_val_set(str(tmp_path))

@@ -302,6 +302,61 @@ def test_an_image_that_cannot_be_read_is_named(stored):
     assert all(each.path.startswith(f"{stored.parent}/") for each in bad)
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Puts parquet into the cache of the Hub, as `hf download` does, into a folder of the set."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("SPIRALROPE_CACHE", str(tmp_path / "cache"))
+    repo = tmp_path / "hub/datasets--owner--name"
+    for folder in ("refs", "blobs", "snapshots/abc"):
+        (repo / folder).mkdir(parents=True)
+    (repo / "refs/main").write_text("abc")
+
+    def put(part):
+        made = tmp_path / "made" / part
+        made.mkdir(parents=True)
+        for split in ("train", "val"):
+            as_parquet(split, made)
+        for path in sorted(made.rglob("*.parquet")):
+            blob = path.rename(repo / "blobs" / f"{part}{path.name}".encode().hex())
+            link = repo / "snapshots/abc" / part / path.name
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(os.path.relpath(blob, link.parent))
+
+    return put
+
+
+@pytest.mark.parametrize("part", ["data", "plain"])
+def test_a_set_of_the_hub_is_read_from_its_cache(hub, part):
+    hub(part)
+    data_set = find_data_set("hfds/owner/name")
+    assert (data_set.num_train, data_set.num_val, data_set.class_names) == (24, 24, NAMES)
+    assert find_data_set(data_set.data) == data_set  # as stored with a run
+    if part == "plain":
+        hub("other")
+        with pytest.raises(DataError, match="has several parts: other, plain") as refused:
+            find_data_set("hfds/owner/name")
+        assert refused.value.hint == "name one: hfds/owner/name/PART"
+        assert find_data_set("hfds/owner/name/plain") == data_set
+
+
+def test_what_is_not_here_or_has_no_places_is_refused(hub, tmp_path):
+    for data, message, hint in (
+        ("hfds/owner/gone", "is not downloaded", "hf download owner/gone --repo-type dataset"),
+        ("wds/pipe:curl x", "a stream has no places", "download the shards"),
+        ("wds/https://x/0.tar", "a stream has no places", "download the shards"),
+        ("tfds/mnist", "TFRecord files are not read", "save the data set as parquet"),
+        (f"wds/{tmp_path}/gone", "is neither a folder nor a built-in name", "built in: digits"),
+    ):
+        for find in (find_data_set, find_train_set):
+            with pytest.raises(DataError) as refused:
+                find(data)
+            assert message in refused.value.message
+            assert hint in refused.value.hint
+    as_shards("train", tmp_path)
+    assert find_train_set(f"wds/{tmp_path}") == find_train_set(str(tmp_path))
+
+
 def test_a_damaged_or_compressed_tar_says_what_to_do(tmp_path):
     whole = io.BytesIO()
     with tarfile.open(fileobj=whole, mode="w") as tar:
