@@ -259,6 +259,8 @@ def find_train_set(data: str) -> DataSet:
 def _data_folder(data: str, holds: str, *, parent: bool = True) -> Path:
     """The data folder; if its `train/` is given, by default that which `val/` lies in as well."""
     root = data_root(data)
+    if root.is_file():
+        raise DataError(f"--data {data} is a file", f"name its folder; it must hold {holds}")
     if not root.is_dir():
         raise DataError(
             f"--data {data} is neither a folder nor a built-in name",

@@ -25,6 +25,8 @@ from spiralrope_cli.core.storage import parse
 TRAIN, VAL = ("train",), ("val", "validation", "test")
 """Names of a split, the usual one first."""
 
+ON_HUB = {"cifar100": "hfds/uoft-cs/cifar100"}
+"""Names of sets that the Hub has."""
 LABEL_FILES = ("val.txt", "LOC_val_solution.csv")
 CLASS_NAMES = "classnames.txt"
 """A class name per line, beside WebDataset shards whose labels are numbers."""
@@ -45,6 +47,7 @@ class Split:
 
 def data_root(data: str) -> Path:
     """The folder that `--data` names: a path, `wds/PATH`, or `hfds/OWNER/NAME` as downloaded."""
+    data = ON_HUB.get(data, data)
     kind, _, rest = data.partition("/")
     if Path(data).exists() or kind not in ("wds", "hfds", "tfds"):
         return Path(data).expanduser()
@@ -71,11 +74,13 @@ def data_root(data: str) -> Path:
         hint = f"hf download {name} --repo-type dataset"
         raise DataError(f"--data {data} is not downloaded", hint) from error
     root = Path(found) / config
-    configs = sorted({path.parent for path in root.rglob("*.parquet")} - {root, root / "data"})
-    if len(configs) > 1 and not any(map(stored_files, (root, root / "data"), ("train", "train"))):
+    configs = sorted({path.parent for path in root.rglob("*.parquet")})
+    if any(folder in configs for folder in (root, root / "data", root / "train")):
+        return root
+    if len(configs) > 1:
         named = ", ".join(str(each.relative_to(root)) for each in configs[:5])
         raise DataError(f"--data {data} has several parts: {named}", f"name one: hfds/{name}/PART")
-    return configs[0] if len(configs) == 1 else root
+    return configs[0] if configs else root
 
 
 def train_split(data: str | Path) -> Split:
@@ -101,7 +106,7 @@ def find_split(root: Path, names: Sequence[str]) -> Split | None:
             return replace(folder_split(folder, names == VAL), name=name)
         places = (folder, ""), (root, name), (root / "data", name)
         if stored := next((found for place in places if (found := stored_files(*place))), None):
-            return replace(stored_split(stored), name=name)
+            return replace(stored_split(stored, name), name=name)
     return None
 
 
@@ -133,9 +138,12 @@ def listed_split(root: Path, listed: Sequence[Path]) -> Split:
     return Split(root, tuple(name for _, name in classes), images, (said,))
 
 
-def stored_split(files: Sequence[Path]) -> Split:
+def stored_split(files: Sequence[Path], name: str) -> Split:
     """Images in tar, parquet or Arrow files, in the order of the files and their rows."""
     where, count = files[0] if len(files) == 1 else files[0].parent, len(files)
+    totals = [int(found[1]) for path in files if (found := re.search(r"-of-(\d+)", path.stem))]
+    if totals and max(totals) != count:
+        raise DataError(f"{where} holds {count} of {max(totals)} files", "download the others")
     index = list_stored(files)
     addresses, labels, names = index["address"], index["label"], index["classes"]
     if not addresses:
@@ -158,7 +166,7 @@ def stored_split(files: Sequence[Path]) -> Split:
         names = sorted({*map(str, labels)})
         numbers = {name: number for number, name in enumerate(names)}
         labels = [numbers[str(label)] for label in labels]
-    said = f"{where}: {len(labels)} images in {count} file(s), classes by {index['labels_from']}"
+    said = f"{name}: {len(labels)} images in {count} file(s), classes by {index['labels_from']}"
     return Split(where, tuple(names), list(zip(addresses, labels, strict=True)), (said,))
 
 

@@ -59,30 +59,43 @@ def stored_files(folder: Path, word: str = "") -> list[Path]:
 
 def list_stored(files: Sequence[Path]) -> dict[str, Any]:
     """The kept list of images: `address`, `label` of each, `classes` and `labels_from`."""
+    from filelock import FileLock
+
     names = [str(path.absolute()) for path in files]
     stamp = [[stat.st_size, stat.st_mtime_ns] for stat in (path.stat() for path in files)]
     key = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:32]
     kept = cache_folder() / "indexes" / f"{key}.json"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    if not (index := _read(kept, stamp)):
+        # The processes of another launcher all come here; one of them makes the list.
+        with FileLock(kept.with_suffix(".lock")):
+            index = _read(kept, stamp) or _make(kept, names, stamp)
+    places = zip(index["file"], index["place"], strict=True)
+    index["address"] = [f"{index['files'][file]}::{place}" for file, place in places]
+    return index
+
+
+def _read(kept: Path, stamp: list[list[int]]) -> dict[str, Any]:
+    """The list of these files, empty if there is none or it is of other files."""
     try:
         index = parse(kept.read_text())
         fresh = index["stamp"] == stamp and all(Path(path).exists() for path in index["files"])
     except (OSError, ValueError, KeyError, TypeError):
-        fresh = False
-    if not fresh:
-        if (size := sum(size for size, _ in stamp)) >= LONG:
-            # Here, as no run and no process of it has begun.
-            sys.stderr.write(f"listing the images in {size >> 30} GiB of {names[0]}, once\n")
-        index = {"stamp": stamp, "files": [], "file": [], "place": [], "label": []}
-        for number, name in enumerate(names):
-            found = READERS[Path(name).suffix](Path(name))
-            index["files"].append(str(found.file))
-            index |= {"labels_from": found.labels_from, "classes": found.class_names}
-            for first, size, member, label in found.rows:
-                index["file"].append(number)
-                index["place"].append(f"{first}+{size}::{member}")
-                index["label"].append(label)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(kept, json.dumps(index))
-    places = zip(index["file"], index["place"], strict=True)
-    index["address"] = [f"{index['files'][file]}::{place}" for file, place in places]
+        return {}
+    return index if fresh else {}
+
+
+def _make(kept: Path, names: list[str], stamp: list[list[int]]) -> dict[str, Any]:
+    if (size := sum(size for size, _ in stamp)) >= LONG:
+        sys.stderr.write(f"listing the images in {size >> 30} GiB of {names[0]}, once\n")
+    index: dict[str, Any] = {"stamp": stamp, "files": [], "file": [], "place": [], "label": []}
+    for number, name in enumerate(names):
+        found = READERS[Path(name).suffix](Path(name))
+        index["files"].append(str(found.file))
+        index |= {"labels_from": found.labels_from, "classes": found.class_names}
+        for first, size, member, label in found.rows:
+            index["file"].append(number)
+            index["place"].append(f"{first}+{size}::{member}")
+            index["label"].append(label)
+    write_whole(kept, json.dumps(index))
     return index

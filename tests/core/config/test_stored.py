@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ from spiralrope_cli.core.config.latents import EncodeRun
 from spiralrope_cli.core.config.option import build
 from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.config.splits import train_split, val_split
-from spiralrope_cli.core.config.stored import opened
+from spiralrope_cli.core.config.stored import READERS, opened
+from spiralrope_cli.core.config.tars import read_tar
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.image_sets import digest_of, images_in, inspect_side
 from spiralrope_cli.core.data.images import Unreadable, as_trained, decode, open_image
@@ -210,12 +212,13 @@ def test_every_form_holds_the_same_images_in_the_same_order(folder, stored):
         assert contents(split(stored)) == contents(split(folder))
     assert find_train_set(str(stored)).num_train == 24
     assert len(data_set.notes) == 2
+    assert data_set.notes[0].startswith("train: 24 images in ")
     assert all("classes by" in note for note in data_set.notes)
 
 
 def test_the_places_are_listed_once_and_again_after_a_change(stored, tmp_path, monkeypatch):
     first = find_data_set(str(stored))
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache/indexes").iterdir()}
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache/indexes").glob("*.json")}
     assert len(kept) == 2
     monkeypatch.setattr("tarfile.open", None)
     assert find_data_set(str(stored)) == first
@@ -340,9 +343,39 @@ def test_a_set_of_the_hub_is_read_from_its_cache(hub, part):
         assert find_data_set("hfds/owner/name/plain") == data_set
 
 
+def test_splits_in_folders_of_parquet_are_one_set(hub, tmp_path):
+    for split in ("train", "validation"):
+        hub(split)
+        for path in (tmp_path / f"hub/datasets--owner--name/snapshots/abc/{split}").iterdir():
+            if not path.name.startswith(split[:3]):
+                path.unlink()
+    data_set = find_data_set("hfds/owner/name")
+    assert (data_set.num_train, data_set.num_val) == (24, 24)
+
+
+def test_a_download_that_lacks_files_is_refused(hub, tmp_path):
+    hub("data")
+    next(tmp_path.rglob("snapshots/abc/data/train-00001*")).unlink()
+    with pytest.raises(DataError, match="holds 1 of 2 files") as refused:
+        find_train_set("hfds/owner/name")
+    assert refused.value.hint == "download the others"
+
+
+def test_several_processes_make_one_list(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPIRALROPE_CACHE", str(tmp_path / "cache"))
+    as_folders_in_a_tar("train", tmp_path)
+    made = []
+    monkeypatch.setitem(READERS, ".tar", lambda path: made.append(path) or read_tar(path))
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(find_train_set, [str(tmp_path)] * 4))
+    assert len(made) == 1
+    assert found == found[:1] * 4
+
+
 def test_what_is_not_here_or_has_no_places_is_refused(hub, tmp_path):
     for data, message, hint in (
         ("hfds/owner/gone", "is not downloaded", "hf download owner/gone --repo-type dataset"),
+        ("cifar100", "is not downloaded", "hf download uoft-cs/cifar100 --repo-type dataset"),
         ("wds/pipe:curl x", "a stream has no places", "download the shards"),
         ("wds/https://x/0.tar", "a stream has no places", "download the shards"),
         ("tfds/mnist", "TFRecord files are not read", "save the data set as parquet"),
@@ -354,6 +387,8 @@ def test_what_is_not_here_or_has_no_places_is_refused(hub, tmp_path):
             assert message in refused.value.message
             assert hint in refused.value.hint
     as_shards("train", tmp_path)
+    with pytest.raises(DataError, match="tar is a file"):
+        find_train_set(f"wds/{tmp_path}/set-train-0000.tar")
     assert find_train_set(f"wds/{tmp_path}") == find_train_set(str(tmp_path))
 
 
