@@ -7,10 +7,8 @@ import hashlib
 import random
 import threading
 
-import huggingface_hub
 import pytest
-from hub_server import HubServer
-from packaging.version import Version
+from hub_server import HubServer, goes_on_within_the_call
 
 from spiralrope_cli.core.errors import ConfigError, DiskError, FetchError, NoRouteError
 from spiralrope_cli.core.hub.catalog import find_row
@@ -19,10 +17,6 @@ from spiralrope_cli.core.hub.files import file_version
 
 NAME = "VIRTUAL_imagenet512.npz"
 CONTENT = random.Random(0).randbytes(3_000_000)
-goes_on_within_the_call = pytest.mark.skipif(
-    Version(huggingface_hub.__version__) < Version("1.20"),
-    reason="before 1.20 huggingface_hub ends the call when a connection breaks; the next resumes",
-)
 
 
 @pytest.fixture
