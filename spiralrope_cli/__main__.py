@@ -29,5 +29,3 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 if __name__ == "__main__":
     main()
-elif "multiprocessing.spawn" in sys.modules:  # a worker that is being started
-    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))

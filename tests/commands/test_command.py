@@ -258,13 +258,6 @@ def test_an_interrupted_command_says_so_wherever_it_is(module):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
-def test_a_worker_that_is_being_started_is_interrupted_without_a_word():
-    code = "import multiprocessing.spawn, signal, spiralrope_cli.__main__\n"
-    code += "signal.raise_signal(signal.SIGINT)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
-
-
 def test_a_command_can_leave_out_and_reword():
     one = typer.Typer(**SETTINGS)
 

@@ -241,11 +241,12 @@ def open_context(machine: MachineConfig, folder: Path | None) -> Iterator[DistCo
             if machine.precision not in ("auto", precision):
                 ctx.say(f"note: --precision {machine.precision} is {precision} here: {reason}")
             yield ctx
+            if request.signal_number:  # else a pipeline would go on, or a launcher would wait
+                ctx.say(f"{signal.Signals(request.signal_number).name} came after the last step")
+                raise SystemExit(128 + request.signal_number)
         except SystemExit:
             stop()  # all processes exit at the same step
             raise
-        if request.signal_number and get_rank() == 0:
-            say(f"{signal.Signals(request.signal_number).name} came after the last step")
     # Not after an error: the others would fail on the closed connection before it is printed.
     stop()
 

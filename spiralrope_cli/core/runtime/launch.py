@@ -13,8 +13,9 @@ import re
 import signal
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -191,7 +192,8 @@ def _launch_elastic(num_workers: int, work: Callable[..., None], run: Any, *more
             logs_specs=DefaultLogsSpecs(log_dir=folder),  # by default a folder that stays
         )
         try:
-            elastic_launch(settings, _worker_main)(work, run, *more)
+            with _sigint_blocked():
+                elastic_launch(settings, _worker_main)(work, run, *more)
         except SignalException as stopped:
             say(f"ended by {signal.Signals(stopped.sigval).name}")
             sys.exit(128 + stopped.sigval)
@@ -206,15 +208,41 @@ def _launch_elastic(num_workers: int, work: Callable[..., None], run: Any, *more
             del os.environ[ERROR_FOLDER_VARIABLE]  # the next stage of `run` may be one process
 
 
+@contextlib.contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    """New processes inherit it, so that a Ctrl-C waits until they are started.
+
+    This process gets it by a thread. Python's handler then runs in the main thread, as always.
+    """
+
+    def receive() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        ended.wait()
+
+    from multiprocessing import resource_tracker
+
+    ended = threading.Event()
+    resource_tracker.ensure_running()  # when it starts, it unblocks the signal
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    threading.Thread(target=receive, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 def _worker_main(work: Callable[..., None], *arguments: Any) -> None:
     """The main function of a worker; it writes its error into a file for the parent.
 
     torch's `record` does this too, but without hint and exit code, and it prints a traceback for
     errors that are no bugs.
     """
+    # Before a run listens, and after it, nothing has to be saved.
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
         _call(work, *arguments)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the shutdown of Python is left
         return
     except SpiralRopeError as error:
         lost = isinstance(error, LaunchError)

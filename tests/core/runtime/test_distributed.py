@@ -21,6 +21,8 @@ def test_the_first_of_each_machine_goes_before_its_others(monkeypatch, rank, loc
 
 
 def test_a_signal_after_the_last_step_has_its_word(tmp_path, capsys):
-    with open_context(MachineConfig(device="cpu", precision="fp32"), tmp_path):
+    machine = MachineConfig(device="cpu", precision="fp32")
+    with pytest.raises(SystemExit) as left, open_context(machine, tmp_path):
         signal.raise_signal(signal.SIGINT)
+    assert left.value.code == 130
     assert capsys.readouterr().err == "SIGINT came after the last step\n"

@@ -2,6 +2,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +18,7 @@ from spiralrope_cli.core.runtime.launch import (
     LOST,
     MENDABLE,
     _raise_first,
+    _sigint_blocked,
     cores_per_process,
 )
 
@@ -120,8 +125,24 @@ def test_a_worker_that_lost_another_one_leaves_after_it(monkeypatch, tmp_path):
     monkeypatch.setenv(ERROR_FOLDER_VARIABLE, str(tmp_path))
     monkeypatch.setattr(launch.time, "sleep", waited.append)
     monkeypatch.setattr(launch.signal, "signal", lambda *handler: None)
+    monkeypatch.setattr(launch.signal, "pthread_sigmask", lambda *mask: None)
     monkeypatch.setattr(launch, "leave_at_once", left.append)
     launch._worker_main(lose, SimpleNamespace(out="runs/one"))
     [report] = [json.loads(path.read_text()) for path in tmp_path.iterdir()]
     assert (report["message"], report["kind"]) == (CLOSED, LOST)
     assert (waited, left) == ([launch.LOST_SECONDS], [1])
+
+
+def test_new_processes_wait_with_ctrl_c_and_this_one_does_not():
+    def interrupt():
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(100):
+            time.sleep(0.1)
+
+    code = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    with _sigint_blocked():
+        said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        with pytest.raises(KeyboardInterrupt):
+            interrupt()
+    assert said.stdout == "True\n"
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
