@@ -268,10 +268,11 @@ def of_last(records: Sequence[Record]) -> Result:
         words = tuple(each["point"].values()) or ("as given",)
         by_point.setdefault(words, {})[each["weights"]] = each
     names = list(rows[0]["point"]) or ["options"]
+    of_seeds = "mean ± standard deviation over seeds" if len(rows[0]["seeds"]) > 1 else "one seed"
     return Result(
         title="Sweep",
         caption=f"last checkpoint, crop ratio {rows[0]['crop_ratio']:g}, {rows[0]['images']} "
-        "validation images; mean ± standard deviation over seeds",
+        f"validation images; {of_seeds}",
         columns=[*names, "seeds", *(heading for _, _, heading in COLUMNS)],
         rows=[
             (

@@ -121,9 +121,10 @@ def _set_scale(axis: Axes, *, from_zero: bool) -> None:
     """Axes that begin at zero where one point by itself has no scale, or where it is wanted."""
     import numpy as np
 
-    if alone := all(np.size(line.get_xdata()) == 1 for line in axis.lines):
+    if all(np.size(line.get_xdata()) == 1 for line in axis.lines):
         axis.set_xlim(left=0)
-    if alone or from_zero:
+        axis.set_ylim(0, 1.1 * axis.dataLim.y1 or 1)
+    elif from_zero:
         axis.set_ylim(bottom=0)
 
 

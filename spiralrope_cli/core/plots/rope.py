@@ -136,7 +136,9 @@ def _draw_rose(axis: Axes, view: RopeView, plot: RopePlot, views: list[RopeView]
             axis.plot(x, y, marker, color=color, markersize=6, markerfacecolor=face)
             if angle in view.labelled:
                 side = "left" if x > 0.3 else "center"
-                axis.text(1.1 * x, 1.14 * y, f"{angle:.4g}°", ha=side, va="center", fontsize=SMALL)
+                degrees = round(math.degrees(math.atan2(-y, x)), 6) % 180  # from the columns' axis
+                place = (1.1 * x, 1.14 * y, f"{degrees:.4g}°")
+                axis.text(*place, ha=side, va="center", fontsize=SMALL)
     axis.set(xlim=(-1.45, 1.45), ylim=(1.45, -1.45), aspect="equal", xticks=[], yticks=[])
     axis.set_xlabel("columns →\nsolid: row half of a head, dashed: column half")
     axis.set_ylabel("← rows")

@@ -80,21 +80,25 @@ def print_evaluation(rows: Sequence[Record]) -> None:
 
 
 def print_table(result: Result) -> None:
-    """Prints the table of a result; text columns are folded on a narrow terminal."""
-    table, needed = Table(box=box.SIMPLE_HEAD), 0
+    """Prints the table of a result; where it is too wide, each row as text."""
+    table, out = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)), console()
     for name, *cells in zip(result.columns, *result.rows, strict=True):
         is_text = not table.columns or name in result.words
-        words = [word for cell in (name, *cells) for word in str(cell).split()]
-        # Without a least width a narrow terminal gets one letter per line.
-        least = min(max(map(len, words), default=0), 8)
-        needed += 3 + (least if is_text else max(len(str(cell)) for cell in (name, *cells)))
+        # Only texts are folded, and not into single letters.
+        pieces = [w for cell in (name, *cells) for w in (str(cell).split() if is_text else [cell])]
+        longest = max(len(str(each)) for each in pieces)
         justify: Literal["left", "right"] = "left" if is_text else "right"
-        overflow: dict[str, Any] = {"overflow": "fold", "min_width": least}
-        table.add_column(name, justify=justify, **(overflow if is_text else {"no_wrap": True}))
-    table.padding = (0, 1 if needed < console().width else 0)
+        least = min(longest, 8) if is_text else longest
+        table.add_column(name, justify=justify, overflow="fold", min_width=least)
     for row in result.rows:
         table.add_row(*map(str, row))
-    console().print(table)
+    wide = out.options.update(width=10_000)
+    if out.measure(table, options=wide).minimum <= out.width:
+        out.print(table)
+        return
+    for row in result.rows:
+        named = zip(result.columns, row, strict=True)
+        out.print(", ".join(f"{name} {cell}" for name, cell in named))
 
 
 def print_csv(rows: Sequence[Record]) -> None:

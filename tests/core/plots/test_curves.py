@@ -55,6 +55,7 @@ def test_a_classifier_has_loss_accuracy_rate_and_speed(logged):
 def test_one_log_point_stands_on_a_scale_from_zero(logged):
     for axis in curves_figure([logged("a", steps=(4,))]).axes:
         assert axis.get_xlim()[0] == axis.get_ylim()[0] == 0
+        assert all(line.get_ydata()[0] < axis.get_ylim()[1] / 1.05 for line in axis.lines)
     assert curves_figure([logged("b")]).axes[2].get_ylim()[0] != 0
 
 

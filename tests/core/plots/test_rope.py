@@ -84,6 +84,8 @@ def test_no_words_lie_upon_each_other():
     rose = figure.axes[0]
     boxes = [text.get_window_extent() for text in rose.texts]
     assert len(boxes) == 8
+    degrees = [0.0, 22.5, 45.0, 67.5, 90.0, 112.5, 135.0, 157.5]
+    assert sorted(float(text.get_text().rstrip("°")) for text in rose.texts) == degrees
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
