@@ -5,6 +5,7 @@ Modules that load torch are imported inside functions, so that usage errors are 
 
 from __future__ import annotations
 
+import gc
 import math
 from collections import ChainMap
 from collections.abc import Iterable
@@ -301,6 +302,9 @@ def work(config: TrainingRun) -> None:
         )
         with loop.open_report(config, ctx, state) as reporter:
             loop.training_loop(config, ctx, task, state, forward, reporter)
+        # Frees DDP before its process group: torch 2.6 may hang if DDP is the last to hold it.
+        del forward
+        gc.collect()
         unreadable = distributed.all_gather_object(task.unreadable)
         if ctx.is_first:
             say_unreadable(dict(ChainMap(*unreadable)))
