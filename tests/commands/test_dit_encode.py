@@ -307,7 +307,7 @@ def test_a_vae_without_a_scale_is_told(call, photos, tiny_vae, tmp_path):
 def call(runs, monkeypatch):
     """The command with its workers replaced by a list."""
     launched = []
-    monkeypatch.setattr(encode, "launch", lambda job, run: launched.append(run))
+    monkeypatch.setattr(encode, "launch", lambda job, run, plan: launched.append(plan))
 
     def invoke(*words):
         return CliRunner().invoke(cli.app, ["dit-encode", *map(str, words)]), launched
