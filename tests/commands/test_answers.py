@@ -340,7 +340,7 @@ REFUSED = {
     "dit-train": [
         ("--arch dit-x", "--arch dit-x is unknown"),
         ("--arch deit-s", "--arch deit-s is a DeiT"),
-        ("--arch dit-64x2x4", "--arch dit-64x2x4 is unknown"),
+        ("--arch dit-64x2x4", "or by numbers: dit-WIDTHxDEPTHxHEADS-PATCH"),
         ("--image-size 7", "--image-size 7 does not split into patches of 2 for dit-ti2"),
         ("--rotate -1", "--rotate is -1"),
         (

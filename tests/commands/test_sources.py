@@ -313,7 +313,7 @@ def test_the_plan_says_which_decay_would_do(runs):
     code, said = answer(f"{few} 0.9999")
     assert code == 0
     assert "98% of the EMA weights will still be the first ones: 240 steps are few" in said
-    assert "--ema-decay 0.9999; at 0.981 it would be 1%, with --ema-warmup none" in said
+    assert "--ema-decay 0.9999; at 0.981 it would be 1%, and with --ema-warmup 0%" in said
     assert "first ones" not in answer(f"{few} 0.981")[1]
     assert "first ones" not in answer("pretrain --dry-run")[1]
     few = few.replace("pretrain", "dit-train")

@@ -32,7 +32,7 @@ MARKS: dict[str, tuple[tuple[tuple[str, ...], ...], str]] = {
     ),
     "a training run": (
         ((CONFIG_FILE, CHECKPOINTS), (CONFIG_FILE, SOURCES_FILE)),
-        "dit-sample draws images from the run of a DiT; eval takes that of a DeiT",
+        "dit-sample samples images from the run of a DiT; eval takes that of a DeiT",
     ),
     "the folder of a pipeline": (
         tuple(

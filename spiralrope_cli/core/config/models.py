@@ -119,12 +119,13 @@ def arch_name(text: str) -> str:
 
 
 ARCH_OF_SOURCE = Opt(
-    "Architecture of SOURCE, if its number of heads is unknown: deit-WIDTHxDEPTHxHEADS.",
+    "Architecture of SOURCE, if its number of heads is unknown: deit-WIDTHxDEPTHxHEADS or "
+    "dit-WIDTHxDEPTHxHEADS-PATCH.",
     MODEL,
     metavar="NAME",
     complete="archs",
     read=arch_name,
-    expects="a name as deit-s, or deit-WIDTHxDEPTHxHEADS",
+    expects="a name as deit-s, or deit-WIDTHxDEPTHxHEADS or dit-WIDTHxDEPTHxHEADS-PATCH",
 )
 
 
@@ -145,7 +146,10 @@ def _unknown(arch: str, sizes: Collection[str]) -> ConfigError:
         return ConfigError(f"--arch {arch} is a {other}", f"use spiralrope {trains}")
     near = difflib.get_close_matches(arch.lower().replace("/", ""), sizes, n=1, cutoff=0.5)
     guess = f"did you mean {near[0]}? " if near else ""
-    return ConfigError(f"--arch {arch} is unknown", f"{guess}known: {', '.join(sizes)}")
+    numbers = "deit-WIDTHxDEPTHxHEADS" if sizes is DEIT_SIZES else "dit-WIDTHxDEPTHxHEADS-PATCH"
+    return ConfigError(
+        f"--arch {arch} is unknown", f"{guess}known: {', '.join(sizes)}, or by numbers: {numbers}"
+    )
 
 
 def check_divides(image_size: tuple[int, int], patch_size: int) -> None:

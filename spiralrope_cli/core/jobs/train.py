@@ -252,7 +252,7 @@ def hints(run: TrainingRun) -> list[str]:
             f"{fraction:.0%} of the EMA weights will still be the first ones: {run.total_steps} "
             f"steps are few for --ema-decay {optim.ema_decay:g}; at "
             f"{LITTLE_OF_FIRST ** (1 / run.total_steps):.4g} it would be {LITTLE_OF_FIRST:.0%}, "
-            "with --ema-warmup none"
+            "and with --ema-warmup 0%"
         )
     if isinstance(run, DiTRun) and run.model.class_dropout_prob == 0:
         messages.append(
