@@ -167,7 +167,13 @@ REACHED = {
         ("--epochs 5", {"epochs": 5}),
         (
             "--config i.yaml",
-            {"arch": "dit-32x2x2-2", "hflip": 0.5, "max_steps": 9, "warmup_epochs": 0},
+            {
+                "arch": "dit-32x2x2-2",
+                "hflip": 0.5,
+                "max_steps": 9,
+                "warmup_epochs": 0,
+                "ema_warmup": False,
+            },
         ),
         (
             "--config of-an-earlier-version.yaml",
