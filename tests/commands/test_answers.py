@@ -112,7 +112,6 @@ REACHED = {
         ("--no-rope --theta 50", {"enabled": False, "theta": 50.0}),
         ("--out one --out two", {"out": "two"}),
         ("--name a/b", {"out": "runs/pretrain-deit-ti-digits-r2-a-b"}),
-        ("--name=", {}),
         ("--min-lr 1", {"min_lr": 1.0}),
         ("--lr 0", {"lr": 0.0}),
         ("--rotate 1000", {"rotate": 1000}),
