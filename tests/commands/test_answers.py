@@ -113,6 +113,7 @@ REACHED = {
         ("--out one --out two", {"out": "two"}),
         ("--name a/b", {"out": "runs/pretrain-deit-ti-digits-r2-a-b"}),
         ("--min-lr 1", {"min_lr": 1.0}),
+        ("--no-ema-warmup", {"ema_warmup": False}),
         ("--lr 0", {"lr": 0.0}),
         ("--rotate 1000", {"rotate": 1000}),
         ("--freqs-for pixel --theta 50", {"theta": 50.0, "freqs_for": "pixel"}),
