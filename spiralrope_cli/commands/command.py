@@ -195,7 +195,7 @@ def command(
                     if is_first_process():
                         typer.echo(f"note: {note}", err=True)
                 given[name] = values[parameter]
-                if "" in (given[name], *(given[name] if opt.many else ())):
+                if not opt.may_be_empty and "" in (given[name], *(given[name] if opt.many else ())):
                     raise ConfigError(f"{opt.called} is empty", "give a value, or leave it out")
             function(read_values(known, given))
 

@@ -240,12 +240,10 @@ def test_no_run_at_all_is_refused(runs):
         CliRunner().invoke(cli.app, ["eval"], catch_exceptions=False)
 
 
-@pytest.mark.parametrize("word", ["--image-size=big", "--crop-ratio=", "--rotate=x"])
+@pytest.mark.parametrize("word", ["--image-size=big", "--crop-ratio=x", "--rotate=x"])
 def test_values_of_the_wrong_kind_are_named_by_their_option(planned, word):
     option, _, value = word.partition("=")
-    with pytest.raises(
-        ConfigError, match=f"^{option} is {value or 'empty'}; it must be "
-    ) as caught:
+    with pytest.raises(ConfigError, match=f"^{option} is {value}; it must be ") as caught:
         planned(word)
     assert caught.value.exit_code == 2
 

@@ -5,6 +5,7 @@ Field names are unique over all groups; the option is the name with dashes.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -285,7 +286,7 @@ TrainingRun = ClassifierRun | DiTRun
 
 def full_vae_name(given: str) -> str:
     """The absolute path of a VAE's folder; names are unchanged."""
-    folder = Path(given).expanduser()
+    folder = Path(os.path.expanduser(given))
     is_name = given in (NO_VAE, *VAE_NAMES)
     return given if is_name or not folder.is_dir() else str(folder.resolve())
 

@@ -60,6 +60,7 @@ class Opt:
     many: bool = False  # repeatable; the field is a tuple
     argument: bool = False  # positional
     required: bool = False
+    may_be_empty: bool = False
     called: str = ""  # its name in messages, if it has no option
     # Of the field
     name: str = ""

@@ -42,6 +42,7 @@ FROM_LEGACY = Opt(
     "Print the command for the arguments of an original run_all.sh line, and stop.",
     STAGES,
     metavar="WORDS",
+    may_be_empty=True,
 )
 DRY_RUN = Opt("Print the plans of all stages and stop.", STAGES)
 FOLDER = Opt("Folder of all stages; by default runs/run-...-ARCH-DATA-rROTATE[-NAME].", RUN, **PATH)

@@ -50,7 +50,7 @@ def data_root(data: str) -> Path:
     data = ON_HUB.get(data, data)
     kind, _, rest = data.partition("/")
     if Path(data).exists() or kind not in ("wds", "hfds", "tfds"):
-        return Path(data).expanduser()
+        return Path(os.path.expanduser(data))
     if kind == "tfds":
         raise DataError(
             f"--data {data}: TFRecord files are not read",
@@ -62,7 +62,7 @@ def data_root(data: str) -> Path:
                 f"--data {data}: a stream has no places to resume a run exactly at",
                 "download the shards, and name their folder",
             )
-        return Path(rest).expanduser()
+        return Path(os.path.expanduser(rest))
 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError

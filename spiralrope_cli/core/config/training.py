@@ -197,6 +197,7 @@ class MachineConfig:
             "auto: in a long run on a GPU.",
             MACHINE,
             free=True,
+            expects="auto, on or off",
             read=lambda text: {"true": "on", "false": "off"}.get(text.lower(), text),
         ),
     ] = "auto"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -171,7 +172,7 @@ def dit_data(run: DiTRun, device: torch.device, rank: int, world_size: int) -> T
         return draws[at.places] < run.images.hflip
 
     if run.images.latents:
-        cache = LatentCache(Path(run.images.latents).expanduser())
+        cache = LatentCache(Path(os.path.expanduser(run.images.latents)))
         cache.verify()
         read = functools.partial(from_cache, cache, device, mirrored)
         return TrainingData(

@@ -8,6 +8,7 @@ version of the file; disk space and digest are checked. torch.hub and torchvisio
 from __future__ import annotations
 
 import contextlib
+import errno
 import filecmp
 import hashlib
 import http.client
@@ -84,6 +85,8 @@ def disk_error(error: Exception, where: Path) -> FetchError:
     """The error for a failed write."""
     if errno_of(error) in SPACE:
         return FetchError(f"the disk is full: {where} cannot hold the file", OTHER_DISK)
+    if errno_of(error) == errno.EFBIG:
+        return FetchError(f"{where}: a file reached the size limit (ulimit -f)", "raise that limit")
     told = system_error(error, where.name)
     reason = getattr(error, "strerror", None) or (told.message if told else error)
     return FetchError(f"{where} cannot be written: {reason}")

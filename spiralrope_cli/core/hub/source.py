@@ -6,6 +6,7 @@ waits for this file.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def find_source(given: str, *, best: bool = False) -> Source:
         given: run folder, checkpoint folder, file, or published name.
         best: use the best checkpoint of a run, not the last.
     """
-    path = Path(given).expanduser()
+    path = Path(os.path.expanduser(given))
     if path.is_dir():
         return _in_folder(given, path, best)
     if path.is_file():
@@ -166,7 +167,7 @@ def local_vae(given: str) -> VaeFiles | None:
     if given in VAE_NAMES:
         folder = local_path(find_row(f"vae-{given}"))
         return _checked(VaeFiles(given, folder)) if folder else None
-    folder = Path(given).expanduser()
+    folder = Path(os.path.expanduser(given))
     if not folder.is_dir():
         raise ConfigError(f"--vae {given} is neither {' nor '.join(VAE_NAMES)} nor a folder")
     return _checked(VaeFiles(given, folder))
@@ -210,7 +211,7 @@ def find_inception(given: str) -> tuple[Path, str]:
     from spiralrope_cli.core.hub.files import sha256_of, target_of
 
     row = find_row("inception")
-    path = Path(given).expanduser() if given else target_of(row)
+    path = Path(os.path.expanduser(given)) if given else target_of(row)
     if given and not path.is_file():
         raise ConfigError(
             f"--weights {path} does not exist", "spiralrope fetch inception downloads the weights"

@@ -237,7 +237,7 @@ def _few(numbers: list[int]) -> str:
 
 def inspect_disk(checkup: Checkup, found: Values, findings: list[Finding]) -> tuple[Values, Rows]:
     """Whether the runs folder is writable, and has enough space for a run."""
-    folder = Path(checkup.runs).expanduser().absolute()
+    folder = Path(os.path.expanduser(checkup.runs)).absolute()
     there = nearest_folder(folder)
     try:
         with tempfile.TemporaryFile(dir=there) as file:

@@ -103,7 +103,7 @@ def checkpoints(
 ) -> Iterator[tuple[str, Source]]:
     """(`best`, `last` or empty, source) of the wanted checkpoints of a source."""
     given = source.given
-    if source.run is None or source.place == Path(given).expanduser().resolve():
+    if source.run is None or source.place == Path(os.path.expanduser(given)).resolve():
         if options.every:
             notes.append(f"{given} is a single checkpoint: --all gives no best and last rows")
         elif options.best:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +63,7 @@ def settle(config: ExportRun, rope: dict[str, Any]) -> Export:
     If `ema` is not given: raw weights, or both sets for the published layout.
     """
     source = find_source(config.source, best=config.best)
-    if config.best and source.run != Path(config.source).expanduser():
+    if config.best and source.run != Path(os.path.expanduser(config.source)):
         raise ConfigError(
             f"--best needs a run folder, and {config.source} is not one",
             "leave --best out",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def fetch(given: dict[str, Any]) -> None:
     if config.show_list:
         show_list(as_json=config.as_json)
         return
-    out = Path(config.out).expanduser() if config.out else None
+    out = Path(os.path.expanduser(config.out)) if config.out else None
     found = []
     for row in settle(config.names, one_folder=out is not None):
         path = download.fetch_published(

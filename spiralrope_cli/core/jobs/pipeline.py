@@ -8,6 +8,7 @@ also of the last stage, are fast.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -141,7 +142,7 @@ def settle_dit(given: dict[str, Any]) -> Pipeline:
     training = train_stage(resolved, folder / TRAIN)
     run: DiTRun = training.config.run
     if own.reference:
-        inspect_side(Path(own.reference).expanduser(), "REFERENCE")
+        inspect_side(Path(os.path.expanduser(own.reference)), "REFERENCE")
     check_trainings([run])
     drawn = folder / SAMPLE
     if drawn.exists() and not is_finished(run, first_step(run)):

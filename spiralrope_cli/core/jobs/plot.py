@@ -5,6 +5,7 @@ Modules that load torch are imported inside functions, so that curves and usage 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -211,7 +212,7 @@ def draw_grid(given: dict[str, Any]) -> None:
 
 def find_images(given: str) -> Path:
     """The `.npz` or folder of images of SOURCE."""
-    path = Path(given).expanduser()
+    path = Path(os.path.expanduser(given))
     if not path.exists() and path.suffix != ".npz":
         try:
             path = find_run(given)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,9 +80,9 @@ class Plan:
 # ---- settle
 def settle(run: FidRun) -> Plan:
     """Checks inputs before any image is read, and finds the weights."""
-    sides = [inspect_side(Path(run.samples).expanduser(), "SAMPLES", run.num_samples)]
+    sides = [inspect_side(Path(os.path.expanduser(run.samples)), "SAMPLES", run.num_samples)]
     if run.reference:
-        sides.append(inspect_side(Path(run.reference).expanduser(), "REFERENCE"))
+        sides.append(inspect_side(Path(os.path.expanduser(run.reference)), "REFERENCE"))
     left_out = check_possible(run, sides)
     metrics = set(run.select).difference(left_out)
     has_images = sides[0].images is not None
@@ -167,7 +168,7 @@ def earlier_result(run: FidRun) -> dict[str, Any]:
     now = {
         "images": run.images,
         "weights": find_inception(run.weights)[1],
-        "reference": digest_of(inspect_side(Path(run.reference).expanduser(), "REFERENCE")),
+        "reference": digest_of(inspect_side(Path(os.path.expanduser(run.reference)), "REFERENCE")),
     }
     return {} if differences(before, now, ()) else found
 

@@ -75,7 +75,7 @@ def inner_runs(folder: Path) -> str:
 
 def find_run(given: str) -> Path:
     """The run folder by path, or by name below `runs/`."""
-    for folder in (Path(given).expanduser(), Path(RUNS_FOLDER) / given):
+    for folder in (Path(os.path.expanduser(given)), Path(RUNS_FOLDER) / given):
         if folder.is_dir():
             return folder
     there = [entry.name for entry in sorted(Path(RUNS_FOLDER).glob("*/"))]
@@ -193,7 +193,7 @@ def repeated_run(kind: type[TrainingRun], folder: Path, given: Mapping[str, Any]
     values = {**read_config(folder / CONFIG_FILE, kind), "out": str(folder)}
     may_differ = {name for name, opt in leaves(kind).items() if opt.free}
     changes = {k: v for k, v in given.items() if k in values and k not in may_differ}
-    if "data" in changes and (root := Path(str(changes["data"])).expanduser()).is_dir():
+    if "data" in changes and (root := Path(os.path.expanduser(str(changes["data"])))).is_dir():
         changes["data"] = str(root.resolve())
     check_same(build(kind, {**values, **changes}), folder)
     return cast(TrainingRun, build(kind, values))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import random
 import threading
+from pathlib import Path
 
 import pytest
 from hub_server import HubServer, goes_on_within_the_call
@@ -13,7 +15,7 @@ from hub_server import HubServer, goes_on_within_the_call
 from spiralrope_cli.core.errors import ConfigError, DiskError, FetchError, NoRouteError
 from spiralrope_cli.core.hub.catalog import find_row
 from spiralrope_cli.core.hub.download import fetch_published, local_path
-from spiralrope_cli.core.hub.files import file_version
+from spiralrope_cli.core.hub.files import disk_error, file_version
 
 NAME = "VIRTUAL_imagenet512.npz"
 CONTENT = random.Random(0).randbytes(3_000_000)
@@ -201,3 +203,9 @@ def test_two_at_once_download_once(row, server):
     assert found[0] == found[1]
     assert found[0].read_bytes() == CONTENT
     assert len(server.bodies()) == 2, "one question for the size, one download"
+
+
+def test_a_full_disk_names_the_variable_of_another():
+    error = disk_error(OSError(errno.ENOSPC, "No space left on device"), Path("hub"))
+    assert error.message == "the disk is full: hub cannot hold the file"
+    assert "HF_HOME" in error.hint

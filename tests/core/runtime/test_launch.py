@@ -134,6 +134,8 @@ def test_a_worker_that_lost_another_one_leaves_after_it(monkeypatch, tmp_path):
 
 
 def test_new_processes_wait_with_ctrl_c_and_this_one_does_not():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in a shell ignore it
+
     def interrupt():
         os.kill(os.getpid(), signal.SIGINT)
         for _ in range(100):
@@ -146,3 +148,4 @@ def test_new_processes_wait_with_ctrl_c_and_this_one_does_not():
             interrupt()
     assert said.stdout == "True\n"
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    signal.signal(signal.SIGINT, before)
