@@ -26,6 +26,8 @@ from spiralrope_cli.core.errors import ConfigError, in_one
 
 RUNS_FOLDER = "runs"
 """Where run folders lie unless --out names one."""
+MOST_PROCESSES = 1024
+"""Workers, or data loader workers of one; more is a slip of the keyboard."""
 
 MOST_OF_FIRST = 0.05
 """Fraction of the first weights above which averaged ones are not those of a training."""
@@ -162,6 +164,7 @@ class MachineConfig:
             "Processes on this machine; by default one per GPU, or one on CPU.",
             MACHINE,
             ge=0,
+            le=MOST_PROCESSES,
             free=True,
         ),
     ] = 0
@@ -210,6 +213,7 @@ class MachineConfig:
             "Data loader workers per process, for image folders; -1: one per core, at most 4.",
             MACHINE,
             ge=-1,
+            le=MOST_PROCESSES,
             free=True,
         ),
     ] = -1

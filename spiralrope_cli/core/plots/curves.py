@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from spiralrope_cli.core.config.folders import CONFIG_FILE, own_folder
 from spiralrope_cli.core.config.models import format_size
 from spiralrope_cli.core.config.plots import FORMATS
 from spiralrope_cli.core.errors import ConfigError, DataError
@@ -69,7 +70,9 @@ def curves_figure(runs: Sequence[Path], over: str = "step") -> Figure:
     for folder, lines in zip(runs, logs, strict=True):
         if not lines:
             message = f"{folder} has no metrics: {METRICS_FILE} is missing or empty"
-            raise DataError(message, inner_runs(folder))
+            kind, takes = own_folder(folder)
+            other = f"it is {kind}: {takes}" if kind and not (folder / CONFIG_FILE).exists() else ""
+            raise DataError(message, inner_runs(folder) or other)
     logged = {key for lines in logs for line in lines for key in line}
     panels = [(title, [each for each in series if each.key in logged]) for title, series in CURVES]
     panels = [(title, series) for title, series in panels if series]

@@ -87,6 +87,14 @@ def test_a_single_point_is_seen(logged):
     assert all(line.get_marker() == "o" for axis in figure.axes for line in axis.lines)
 
 
+def test_a_folder_of_samples_is_called_that(tmp_path):
+    for name in ("samples.json", "samples.npz"):
+        (tmp_path / name).touch()
+    with pytest.raises(DataError, match="has no metrics") as caught:
+        curves_figure([tmp_path])
+    assert caught.value.hint == "it is a folder of samples: fid and plot samples take it"
+
+
 def test_a_run_without_metrics_is_told(tmp_path):
     with pytest.raises(DataError, match="has no metrics"):
         curves_figure([tmp_path])
