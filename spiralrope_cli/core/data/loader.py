@@ -199,3 +199,10 @@ def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_SECONDS))
+    sys.excepthook = _report_error
+
+
+def _report_error(kind: Any, error: BaseException, trace: Any) -> None:
+    """Prints an error of a thread, unless the trainer was killed: that has a message of its own."""
+    if not isinstance(error, ConnectionError):
+        sys.__excepthook__(kind, error, trace)

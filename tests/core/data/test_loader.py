@@ -22,7 +22,13 @@ from spiralrope_cli.core.config.splits import train_split, val_split
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.augment import eval_transform, train_transform
 from spiralrope_cli.core.data.images import Unreadable
-from spiralrope_cli.core.data.loader import MAX_TRIES, BatchIndices, ImageFiles, load
+from spiralrope_cli.core.data.loader import (
+    MAX_TRIES,
+    BatchIndices,
+    ImageFiles,
+    _report_error,
+    load,
+)
 from spiralrope_cli.core.errors import DataError, errno_of
 from spiralrope_cli.core.runtime.seeds import seed_everything
 
@@ -353,6 +359,14 @@ def test_no_draw_of_a_policy_fails(policy):
     for place in range(1000):
         seed_everything("augment", 0, 0, place)
         assert np.asarray(transform(image)).shape == (3, 16, 16)
+
+
+def test_a_worker_whose_trainer_was_killed_prints_nothing(capfd):
+    lost, other = ConnectionResetError(104, "Connection reset by peer"), ValueError("another")
+    _report_error(type(lost), lost, None)
+    assert capfd.readouterr().err == ""
+    _report_error(type(other), other, None)
+    assert "another" in capfd.readouterr().err
 
 
 def test_seed_epoch_and_place_each_change_the_augmentation(tmp_path):
