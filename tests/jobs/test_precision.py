@@ -131,3 +131,12 @@ def test_a_run_goes_on_compiled_and_eager_again(runs, monkeypatch):
         train.work(part)
     assert relative_distance(weights("parts"), weights("whole")) < 1e-3
     torch._dynamo.reset()
+
+
+def test_a_dry_run_may_plan_for_a_gpu_that_is_not_here(runs, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    planned = resolve("pretrain", {**SMALL, "device": "cuda", "out": "run"})
+    train.carry_out(planned, dry_run=True)
+    assert "torch finds no GPU" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="torch finds no GPU"):
+        train.carry_out(planned, dry_run=False)

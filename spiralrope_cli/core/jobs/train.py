@@ -87,9 +87,8 @@ def settle(
         arch = options.get("arch", "")
         ema, download = given.get("ema", True), not own.dry_run
         start, notes = starting_point(found, rope, ema=ema, arch=arch, dit=dit, download=download)
-    resolved = as_begun(
-        resolve(command, options, config_file=own.config, name=own.name, start=start)
-    )
+    resolved = resolve(command, options, config_file=own.config, name=own.name, start=start)
+    resolved = as_begun(resolved)
     run = resolved.run
     if start and start.model.num_classes == run.model.num_classes:
         notes = (*notes, *nameless_note(start.source, start.class_names, run.class_names))
@@ -110,7 +109,12 @@ def carry_out(resolved: Resolved, notes: Iterable[str] = (), *, dry_run: bool) -
     # Before anything is built: four float64 numbers per channel pair of each patch for the angles.
     patches = math.prod(run.grid)
     check_memory(16 * patches * run.head_dim, f"{patches:,} patches per image")
-    precision, more = settle_precision(run, step)
+    try:
+        precision, more = settle_precision(run, step)
+    except ConfigError as error:  # a dry run may plan for another machine
+        if not dry_run:
+            raise
+        precision, more = run.machine.precision, [error.message]
     run = replace(run, machine=replace(run.machine, precision=precision))
     resolved, notes = replace(resolved, run=run), [*notes, *more]
     if is_first_process():
