@@ -132,7 +132,7 @@ def shell_lines():
 def words_of(line):
     """The words after `spiralrope`, whoever starts it; None where it is another program."""
     words = shlex.split(line)
-    while words and (words[0] == "srun" or re.fullmatch(r"[A-Z_]+=\S*", words[0])):
+    while words and re.fullmatch(r"srun|([A-Z_]+|--[a-z-]+)=\S*", words[0]):
         words = words[1:]
     if words[:1] == ["spiralrope"]:
         return words[1:]
