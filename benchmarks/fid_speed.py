@@ -24,8 +24,8 @@ from torch_fidelity.metric_fid import fid_statistics_to_metric
 from spiralrope_cli.core.data.images import ImageBatch
 from spiralrope_cli.core.data.memory import load_digits
 from spiralrope_cli.core.metrics.features import in_features
-from spiralrope_cli.core.metrics.fid import frechet_distance
 from spiralrope_cli.core.metrics.inception import build_extractor
+from spiralrope_cli.core.metrics.scores import frechet_distance
 from spiralrope_cli.core.runtime.distributed import DistContext, StopRequest
 
 BATCH, BATCHES, SIZE, ROUNDS = 32, 2, 256, 3

@@ -16,11 +16,11 @@ from interleave import CPU, DTYPES, Call, interleaved, median, prepare, ratio, s
 from torch import Tensor
 
 from spiralrope_cli import GaussianDiffusion, create_model
-from spiralrope_cli.core.config.latents import CachePlan
 from spiralrope_cli.core.data import latents
 from spiralrope_cli.core.data.batches import from_cache
 from spiralrope_cli.core.data.latents import LatentCache
 from spiralrope_cli.core.data.loader import Places
+from spiralrope_cli.core.data.shards import CachePlan
 from spiralrope_cli.core.diffusion.vae import Vae, sample_posterior
 
 BATCH, ROUNDS, CACHED = 8, 2, 64

@@ -176,7 +176,7 @@ def inception_weights(tmp_path_factory, digit_pictures):
 @pytest.fixture
 def tiny(runs):
     """Builds small runs on the digits: a few steps, fp32, no warm-up."""
-    from spiralrope_cli.core.config.resolve import resolve
+    from spiralrope_cli.core.resolve import resolve
 
     def make(**options):
         base = {
@@ -200,8 +200,8 @@ def trained_once(tmp_path_factory):
     from safetensors.torch import load_file, save_file
 
     from spiralrope_cli.core.config.option import to_nested
-    from spiralrope_cli.core.config.resolve import resolve
     from spiralrope_cli.core.jobs import train
+    from spiralrope_cli.core.resolve import resolve
 
     out = tmp_path_factory.mktemp("trained") / "tiny"
     fast = {"lr": 1e-2, "lr_rule": "none", "schedule": "constant", "warmup_epochs": 0}
@@ -228,8 +228,8 @@ def trained_once(tmp_path_factory):
 @pytest.fixture(scope="session")
 def drawn_once(tmp_path_factory):
     """A run of dit-train of 2 steps on the digits; raw and averaged weights differ."""
-    from spiralrope_cli.core.config.resolve import resolve
     from spiralrope_cli.core.jobs import train
+    from spiralrope_cli.core.resolve import resolve
 
     out = tmp_path_factory.mktemp("drawn") / "tiny"
     options = {"arch": "dit-64x2x2-2", "max_steps": 2, "nproc": 1, "precision": "fp32"}

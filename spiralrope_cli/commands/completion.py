@@ -118,7 +118,7 @@ def runs(*commands: str) -> list[str]:
 
 def training_runs() -> Offer:
     """Folders of all training runs."""
-    from spiralrope_cli.core.config.resolve import RUN_KINDS
+    from spiralrope_cli.core.config.dit_runs import RUN_KINDS
 
     return runs(*RUN_KINDS)
 

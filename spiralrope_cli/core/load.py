@@ -15,7 +15,6 @@ from spiralrope_cli.core.config.dit_runs import DiTModelConfig
 from spiralrope_cli.core.config.folders import class_difference
 from spiralrope_cli.core.config.latents import VAE_FACTOR
 from spiralrope_cli.core.config.models import RopeConfig, is_dit
-from spiralrope_cli.core.config.resolve import StartingPoint, positions_at
 from spiralrope_cli.core.config.runs import ModelConfig
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.published import StateDict
@@ -24,6 +23,7 @@ from spiralrope_cli.core.infer import SHOWN_KEYS
 from spiralrope_cli.core.models.deit import DeiT, resize_pos_embed
 from spiralrope_cli.core.models.dit import DiT
 from spiralrope_cli.core.models.factory import create_model
+from spiralrope_cli.core.resolve import StartingPoint, positions_at
 from spiralrope_cli.core.weights import Weights, read_weights
 
 ALIGNMENT = 64  # bytes, as torch allocates tensors on a CPU

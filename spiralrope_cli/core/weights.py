@@ -18,8 +18,7 @@ from spiralrope_cli.core.config.datasets import BUILT_IN
 from spiralrope_cli.core.config.dit_runs import DiTRun
 from spiralrope_cli.core.config.models import RopeConfig, deit_size, dit_size, is_dit
 from spiralrope_cli.core.config.option import leaves, renamed
-from spiralrope_cli.core.config.resolve import fit_channels
-from spiralrope_cli.core.config.runs import ClassifierRun
+from spiralrope_cli.core.config.runs import ClassifierRun, fit_channels
 from spiralrope_cli.core.config.training import MOST_OF_FIRST
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.download import fetch_published, local_path

@@ -20,10 +20,10 @@ from spiralrope_cli.core.config.datasets import DIGITS
 from spiralrope_cli.core.config.models import RopeConfig
 from spiralrope_cli.core.config.option import PANELS, in_words, to_nested
 from spiralrope_cli.core.config.plots import RopePlot
-from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.config.runs import AugmentConfig
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
+from spiralrope_cli.core.resolve import resolve
 from spiralrope_cli.main import COMMANDS, app, main
 
 

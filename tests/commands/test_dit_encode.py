@@ -19,15 +19,16 @@ from typer.testing import CliRunner
 
 from spiralrope_cli import GaussianDiffusion, create_model
 from spiralrope_cli import main as cli
-from spiralrope_cli.core.config.latents import EncodeRun, data_folder
-from spiralrope_cli.core.config.splits import train_split
+from spiralrope_cli.core.config.latents import EncodeRun
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data import latents as cached_latents
 from spiralrope_cli.core.data.augment import cropped_array
 from spiralrope_cli.core.data.latents import LatentCache
+from spiralrope_cli.core.data.splits import train_split
 from spiralrope_cli.core.diffusion.vae import load_vae, sample_posterior
 from spiralrope_cli.core.errors import DataError
 from spiralrope_cli.core.jobs import encode
+from spiralrope_cli.core.jobs.encode import data_folder
 from spiralrope_cli.core.runtime.distributed import StopRequest
 
 CPU = torch.device("cpu")

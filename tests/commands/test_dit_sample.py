@@ -18,12 +18,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from spiralrope_cli import main as cli
-from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.diffusion import samplers as guidance
 from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.hub.catalog import WEIGHTS_REPO
 from spiralrope_cli.core.jobs import sample as job
 from spiralrope_cli.core.jobs import train
+from spiralrope_cli.core.resolve import resolve
 from spiralrope_cli.core.runtime.distributed import StopRequest
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoints"

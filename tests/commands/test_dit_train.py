@@ -18,9 +18,9 @@ from spiralrope_cli.core.config import recipes
 from spiralrope_cli.core.config.dit_runs import DiTRun
 from spiralrope_cli.core.config.models import DIT_SIZES
 from spiralrope_cli.core.config.option import leaves, to_nested
-from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.errors import ConfigError, SpiralRopeError
 from spiralrope_cli.core.jobs import train as training
+from spiralrope_cli.core.resolve import resolve
 
 NOT_FIELDS = {"config", "name", "dry_run"}
 

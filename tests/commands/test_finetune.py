@@ -15,13 +15,13 @@ from typer.testing import CliRunner
 from spiralrope_cli import load_model
 from spiralrope_cli import main as cli
 from spiralrope_cli.core.config import recipes
-from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.hub.catalog import WEIGHTS_REPO
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.jobs import train
 from spiralrope_cli.core.jobs import train as training
 from spiralrope_cli.core.load import starting_point
+from spiralrope_cli.core.resolve import resolve
 from spiralrope_cli.core.runtime import run_folder
 from spiralrope_cli.core.runtime.distributed import StopRequest
 

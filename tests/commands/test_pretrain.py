@@ -16,11 +16,11 @@ from spiralrope_cli import main as cli
 from spiralrope_cli.core.config import datasets, recipes
 from spiralrope_cli.core.config.models import RopeConfig
 from spiralrope_cli.core.config.option import leaves, to_nested
-from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.errors import ConfigError, DataError, SpiralRopeError
 from spiralrope_cli.core.jobs import train as training
 from spiralrope_cli.core.jobs.train import hints
+from spiralrope_cli.core.resolve import resolve
 
 NOT_FIELDS = {"config", "name", "dry_run"}
 TOGETHER = {"nnodes": ["--nnodes", "2", "--rdzv-endpoint", "host:1"]}

@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 from spiralrope_cli import main as cli
 from spiralrope_cli.core.config.legacy import DEIT_SCRIPT, DIT_SCRIPT
 from spiralrope_cli.core.config.models import RopeConfig
-from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.errors import DataError, SpiralRopeError
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.jobs import pipeline as pipelines
@@ -25,6 +24,7 @@ from spiralrope_cli.core.jobs.pipeline import settle_deit
 from spiralrope_cli.core.jobs.sweep import SWEPT, acting, settle_sweep, spread
 from spiralrope_cli.core.load import starting_point
 from spiralrope_cli.core.models.factory import create_model
+from spiralrope_cli.core.resolve import resolve
 from spiralrope_cli.core.runtime.distributed import StopRequest
 from spiralrope_cli.core.runtime.seeds import seed_everything
 from spiralrope_cli.core.training import classification

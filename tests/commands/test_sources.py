@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from spiralrope_cli import load_model, main
+from spiralrope_cli.core.config.dit_runs import read_config
 from spiralrope_cli.core.config.option import build
-from spiralrope_cli.core.config.resolve import read_config
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.errors import CheckpointError, ConfigError, SpiralRopeError
 from spiralrope_cli.core.models.factory import model_of

@@ -21,18 +21,19 @@ MAY_IMPORT = {
     "rope": ALWAYS | {"kernels"},
     "models": ALWAYS | {"rope", "kernels"},
     "data": ALWAYS | {"runtime"},
+    "resolve": ALWAYS | {"runtime", "data"},
     "diffusion": ALWAYS,
     "training": ALWAYS | {"runtime", "models", "data", "diffusion", "metrics"},
     "metrics": ALWAYS | {"runtime", "data"},
     "hub": ALWAYS | {"runtime", "rope"},
     "infer": ALWAYS | {"hub"},
     "weights": ALWAYS | {"hub", "infer"},
-    "load": ALWAYS | {"hub", "models", "infer", "weights"},
+    "load": ALWAYS | {"hub", "models", "infer", "weights", "resolve"},
     "plots": ALWAYS | {"runtime", "rope", "data"},
     "report": ALWAYS | {"runtime", "data", "plots"},
     "jobs": ALWAYS
     | {"runtime", "rope", "models", "data", "diffusion", "training", "metrics", "plots", "report"}
-    | {"hub", "infer", "weights", "load", "kernels", "jobs"},
+    | {"hub", "infer", "weights", "load", "resolve", "kernels", "jobs"},
     "commands": ALWAYS | {"runtime", "commands"},
 }
 LIGHT = {"commands", "config"}
@@ -44,6 +45,8 @@ LIGHT_FILES = {
     "launch.py",
     "run_folder.py",
     "progress.py",
+    "resolve.py",
+    *("listing.py", "stored.py", "splits.py", "shards.py"),
 }
 STANDARD_AND = set(sys.stdlib_module_names) | {"typer", "rich", "spiralrope_cli"}
 HEAVY = [

@@ -19,9 +19,9 @@ from comparing import relative_distance, same_tensors
 from safetensors.torch import load_file
 
 from spiralrope_cli import GaussianDiffusion, create_model
-from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.jobs import train
 from spiralrope_cli.core.models.factory import compile_blocks
+from spiralrope_cli.core.resolve import resolve
 from spiralrope_cli.core.runtime import run_folder
 from spiralrope_cli.core.runtime.device import DTYPES, allow_tf32, autocast
 from spiralrope_cli.core.runtime.distributed import StopRequest, open_context

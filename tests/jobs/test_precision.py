@@ -11,10 +11,10 @@ import yaml
 from comparing import relative_distance
 from safetensors.torch import load_file
 
-from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.jobs import train
 from spiralrope_cli.core.jobs.train import settle_precision
+from spiralrope_cli.core.resolve import resolve
 from spiralrope_cli.core.runtime import run_folder
 from spiralrope_cli.core.runtime.run_folder import write_config, write_json
 

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from spiralrope_cli import load_model
 from spiralrope_cli.core.config.latents import EncodeRun
-from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.batches import dit_data
 from spiralrope_cli.core.diffusion.gaussian import GaussianDiffusion
@@ -25,6 +24,7 @@ from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.jobs import encode, train
 from spiralrope_cli.core.load import starting_point
 from spiralrope_cli.core.models.dit import sincos_pos_embed
+from spiralrope_cli.core.resolve import resolve
 from spiralrope_cli.core.runtime import launch, run_folder
 from spiralrope_cli.core.runtime.distributed import StopRequest
 from spiralrope_cli.core.runtime.progress import read_metrics

@@ -10,9 +10,9 @@ import torch
 from comparing import same_tensors
 from safetensors.torch import load_file
 
-from spiralrope_cli.core.config.resolve import Resolved, resolve
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.jobs import train
+from spiralrope_cli.core.resolve import Resolved, resolve
 from spiralrope_cli.core.runtime import run_folder
 from spiralrope_cli.core.runtime.distributed import StopRequest
 from spiralrope_cli.core.runtime.progress import read_metrics

@@ -10,17 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spiralrope_cli.core.config.folders import class_difference, refuse_own
-from spiralrope_cli.core.config.splits import (
-    TRAIN,
-    VAL,
-    Split,
-    data_root,
-    find_split,
-    train_split,
-    val_split,
-)
-from spiralrope_cli.core.errors import ConfigError, DataError
+from spiralrope_cli.core.config.folders import class_difference
+from spiralrope_cli.core.errors import ConfigError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -31,7 +22,6 @@ class DataSet:
     """A data set, before any image is read."""
 
     data: str  # built-in name, or folder
-    slug: str  # short name for run folders
     kind: str  # `memory` (tensors), `folder` (image files) or `latents` (cached latents)
     default_arch: str  # of classifiers
     class_names: tuple[str, ...]  # by class number
@@ -43,6 +33,14 @@ class DataSet:
     dit: dict[str, Any] = field(default_factory=dict)  # defaults of dit-train
     num_samples: int = 50_000  # default of dit-sample
     notes: tuple[str, ...] = ()  # what the user may not expect of its files
+
+    @property
+    def slug(self) -> str:
+        """A short name for run folders; without `train/`, and what the Hub's cache adds."""
+        root = Path(self.data)
+        if root.parent.name == "snapshots":
+            return root.parent.parent.name.split("--")[-1]
+        return root.parent.name if root.name == "train" else root.name
 
     @property
     def num_classes(self) -> int:
@@ -108,7 +106,6 @@ _SHORT = {"warmup_epochs": 1, "lr": 2e-4, "lr_rule": "none"}
 
 DIGITS = DataSet(
     data="digits",
-    slug="digits",
     kind="memory",
     default_arch="deit-ti",
     class_names=tuple("0123456789"),
@@ -154,7 +151,6 @@ DIGITS = DataSet(
 
 FASHION_MNIST = DataSet(
     data="fashion-mnist",
-    slug="fashion-mnist",
     kind="memory",
     default_arch="deit-ti",
     class_names=(
@@ -211,87 +207,3 @@ PHOTOGRAPHS: dict[str, Any] = {
     "std": IMAGENET_STD,
     "crop_ratio": 0.875,
 }
-
-
-def find_data_set(data: str) -> DataSet:
-    """The data set by name, or in a folder."""
-    if data in BUILT_IN:
-        return BUILT_IN[data]
-    root = _data_folder(data, "train/ and val/ with one folder per class")
-    train, val = find_split(root, TRAIN), find_split(root, VAL)
-    if not (train and val):
-        missing = ["train/"] * (not train) + ["val/"] * (not val)
-        raise DataError(
-            f"{root} has no {' and no '.join(missing)}",
-            "a data folder must hold train/ and val/ with one folder per class, as ImageNet",
-        )
-    if val.class_names != train.class_names:
-        only = [
-            f"{len(odd)} class folder(s) only in {side.path}: {', '.join(odd[:5])}"
-            for side, other in ((train, val), (val, train))
-            if (odd := sorted({*side.class_names} - {*other.class_names}))
-        ]
-        raise DataError("; ".join(only), "train/ and val/ need the same class folders")
-    if len(train.class_names) == 1:
-        raise DataError(
-            f"{train.path} has one class folder, {train.class_names[0]}",
-            "a classifier needs two; they lie in train/ itself, not in a folder in it",
-        )
-    return _of_splits(root, train, val, ", and chooses the best checkpoint")
-
-
-def find_val_set(data: str) -> DataSet:
-    """The validation set by name, or in a folder; needs no `train/`."""
-    if data in BUILT_IN:
-        return BUILT_IN[data]
-    root = _data_folder(data, "val/ with one folder per class")
-    return _of_splits(root, None, val_split(root))
-
-
-def find_train_set(data: str) -> DataSet:
-    """The training set by name, or in a folder; needs no `val/`."""
-    if data in BUILT_IN:
-        return BUILT_IN[data]
-    root = _data_folder(data, "one folder per class, or train/ with them", parent=False)
-    return _of_splits(root, train_split(root), None)
-
-
-def _data_folder(data: str, holds: str, *, parent: bool = True) -> Path:
-    """The data folder; if its `train/` is given, by default that which `val/` lies in as well."""
-    root = data_root(data)
-    if root.is_file():
-        raise DataError(f"--data {data} is a file", f"name its folder; it must hold {holds}")
-    if not root.is_dir():
-        raise DataError(
-            f"--data {data} is neither a folder nor a built-in name",
-            f"built in: {', '.join(BUILT_IN)}; a folder must hold {holds}",
-        )
-    refuse_own(root, f"--data {data}")
-    parent &= root.resolve().name == "train" and not any((root / name).is_dir() for name in VAL)
-    return root.resolve().parent if parent else root
-
-
-def _of_splits(root: Path, train: Split | None, val: Split | None, more: str = "") -> DataSet:
-    """A data set of image files, with one split or both."""
-    found = [split for split in (train, val) if split]
-    notes = [note for split in found for note in split.notes]
-    if val and val.name == "test":
-        notes.insert(0, f"there is no val/: {val.path} is used for validation{more}")
-    return DataSet(
-        data=str(root.resolve()),
-        slug=slug_of(root.resolve()),
-        kind="folder",
-        default_arch="deit-b",
-        class_names=found[0].class_names,
-        num_train=len(train.images) if train else 0,
-        num_val=len(val.images) if val else 0,
-        defaults=PHOTOGRAPHS,
-        notes=tuple(notes),
-    )
-
-
-def slug_of(root: Path) -> str:
-    """A short name of a data folder; `train/` is skipped, and what the Hub's cache adds."""
-    if root.parent.name == "snapshots":
-        return root.parent.parent.name.split("--")[-1]
-    return root.parent.name if root.name == "train" else root.name

@@ -13,10 +13,23 @@ from typing import Annotated, Any, Literal
 from spiralrope_cli.core.config.folders import class_difference
 from spiralrope_cli.core.config.latents import VAE_FACTOR, VAE_NAMES
 from spiralrope_cli.core.config.models import SIZE, RopeConfig, dit_size, format_size
-from spiralrope_cli.core.config.option import DATA, MODEL, RECIPE, RUN, Opt, check_fields, folder
+from spiralrope_cli.core.config.option import (
+    DATA,
+    MODEL,
+    RECIPE,
+    RUN,
+    Opt,
+    check_fields,
+    flatten,
+    folder,
+    leaves,
+    read_values,
+    renamed,
+)
 from spiralrope_cli.core.config.runs import EMA, RUN_FOLDER, ClassifierRun
 from spiralrope_cli.core.config.training import MachineConfig, OptimConfig
 from spiralrope_cli.core.errors import ConfigError
+from spiralrope_cli.core.storage import parse
 
 NO_VAE = "none"
 GRID_COLUMNS, GRID_ROWS = 10, 4
@@ -282,6 +295,31 @@ class DiTRun:
 
 
 TrainingRun = ClassifierRun | DiTRun
+RUN_KINDS: dict[str, type[TrainingRun]] = {
+    **dict.fromkeys(("pretrain", "finetune"), ClassifierRun),
+    "dit-train": DiTRun,
+}
+
+
+def read_config(path: Path, kind: type[TrainingRun] | None = None) -> dict[str, Any]:
+    """Flat values of a `config.yaml`, in the types of their fields; checks that it is of `kind`."""
+    import yaml
+
+    try:
+        nested = parse(path.read_text(), yaml.safe_load)
+    except OSError as error:
+        raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"--config {path} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(nested, dict):
+        raise ConfigError(f"--config {path} is not a config of a run")
+    command = nested.get("command")
+    of_file = RUN_KINDS.get(str(command), kind or ClassifierRun)
+    if kind is not None and of_file is not kind:
+        raise ConfigError(f"--config {path} is of another kind of run, {command}")
+    known, nested = leaves(of_file), renamed(nested, of_file)
+    of_earlier_runs = {"ema_warmup": False} if command else {}
+    return {**of_earlier_runs, **read_values(known, flatten(nested, of_file))}
 
 
 def full_vae_name(given: str) -> str:

@@ -1,4 +1,4 @@
-"""Folders that users name: our own, by the files in them, and class folders of images.
+"""Folders of ours, by the files in them; and the names of classes.
 
 The names of class folders give the class numbers. Weights carry the names, so that their class
 numbers can be compared with those of other data. Standard library only.
@@ -6,9 +6,7 @@ numbers can be compared with those of other data. Standard library only.
 
 from __future__ import annotations
 
-import os
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,7 +42,6 @@ MARKS: dict[str, tuple[tuple[tuple[str, ...], ...], str]] = {
     "a folder of latents": ((("00000.safetensors",),), "dit-train --latents takes it"),
 }
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 IMAGENET_CLASSES, IMAGENET_NAME = 1000, re.compile(r"n\d{8}")
 """Published weights carry no names; in such folders their order is right."""
 
@@ -117,79 +114,3 @@ def numbering_note(names: Sequence[str]) -> list[str]:
                     f"class folders are numbers, and are sorted as text: class {number} is {name!r}"
                 ]
     return []
-
-
-# --- Images
-
-
-def class_names(folder: Path) -> list[str]:
-    """Class folders in plain sorted order, which gives the class numbers of published weights."""
-    try:
-        entries = list(os.scandir(folder))
-    except OSError as error:
-        raise DataError(f"{folder} cannot be read: {error.strerror}") from error
-    names = sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
-    if not names and (tars := [entry.name for entry in entries if ".tar" in entry.name]):
-        raise DataError(
-            f"{folder} has no class folders, but {len(tars)} archive(s): {sorted(tars)[0]}, ...",
-            "unpack each into a folder of its name: tar -xf NAME.tar -C NAME",
-        )
-    if not names:
-        raise DataError(
-            f"{folder} has no class folders", "it must hold one folder of images per class"
-        )
-    return names
-
-
-def folder_of_images(folder: Path) -> tuple[list[tuple[str, int]], list[str]]:
-    """All images below the class folders, as (path, class number), sorted; and notes."""
-    images: list[tuple[str, int]] = []
-    others: Counter[str] = Counter()
-    names = class_names(folder)
-    for number, name in enumerate(names):
-        paths, left_out = images_below(folder / name)
-        if not paths:
-            raise DataError(
-                f"class folder {folder / name} holds no images{count_files(left_out)}",
-                f"known suffixes: {' '.join(IMAGE_SUFFIXES)}",
-            )
-        images += [(path, number) for path in paths]
-        others += left_out
-    notes = [f"{folder} has one class, {names[0]}"] if len(names) == 1 else []
-    if loose := sum(map(is_image, os.listdir(folder))):
-        notes.append(f"{folder}: {loose} image(s) beside the class folders are left out")
-    if others:
-        notes.append(f"{folder}: files that are no images are left out{count_files(others)}")
-    return images, notes
-
-
-def images_below(folder: Path) -> tuple[list[str], Counter[str]]:
-    """Image files at any depth, in the order of their paths; suffix -> number of other files."""
-    found: list[str] = []
-    others: Counter[str] = Counter()
-    for where, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not _leads_back(where, name)]
-        for name in files:
-            if is_image(name):
-                found.append(os.path.join(where, name))
-            elif name[0] != ".":
-                others[os.path.splitext(name)[1].lower()] += 1
-    return sorted(found), others
-
-
-def is_image(name: str) -> bool:
-    """Whether it is the name of an image file that is not hidden."""
-    return name.lower().endswith(IMAGE_SUFFIXES) and name[0] != "."
-
-
-def count_files(others: Counter[str]) -> str:
-    """`: 3 .heic, 1 .txt`, the most frequent suffixes first."""
-    said = [f"{count} {suffix or 'without suffix'}" for suffix, count in others.most_common(5)]
-    return f": {', '.join(said)}{', ...' * (len(others) > 5)}" if others else ""
-
-
-def _leads_back(where: str, name: str) -> bool:
-    """Whether a link leads to a folder that it lies in, and so on forever."""
-    path = os.path.join(where, name)
-    inside = Path(os.path.realpath(where))
-    return os.path.islink(path) and inside.is_relative_to(os.path.realpath(path))

@@ -315,3 +315,13 @@ class ClassifierRun:
     def save_steps(self) -> int:
         """Optimizer steps between checkpoints."""
         return self.checkpoint.save_every * self.steps_per_epoch
+
+
+def fit_channels(values: dict[str, Any]) -> None:
+    """Fits mean and std to in_chans: repeats that of grey, or averages those of RGB."""
+    for name in ("mean", "std"):
+        given = tuple(values[name])
+        if len(given) == 1:
+            values[name] = given * values["in_chans"]
+        elif values["in_chans"] == 1:
+            values[name] = (round(sum(given) / len(given), 4),)

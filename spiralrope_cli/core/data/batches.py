@@ -23,12 +23,12 @@ from torch import Tensor
 from spiralrope_cli.core.config.datasets import BUILT_IN
 from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
 from spiralrope_cli.core.config.runs import ClassifierRun, EvalProtocol
-from spiralrope_cli.core.config.splits import train_split, val_split
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data import augment, memory
 from spiralrope_cli.core.data.images import in_order
 from spiralrope_cli.core.data.latents import LatentCache
 from spiralrope_cli.core.data.loader import MAX_TRIES, Batch, BatchIndices, ImageFiles, load
+from spiralrope_cli.core.data.splits import train_split, val_split
 from spiralrope_cli.core.runtime.seeds import generator_for, seed_for
 
 EVAL_BATCH = 256

@@ -19,21 +19,15 @@ from typing import Any
 import numpy as np
 
 from spiralrope_cli.core.config.datasets import BUILT_IN
-from spiralrope_cli.core.config.folders import (
+from spiralrope_cli.core.config.folders import IMAGENET_CLASSES, refuse_own, samples_in
+from spiralrope_cli.core.data.listing import (
     IMAGE_SUFFIXES,
-    IMAGENET_CLASSES,
+    LARGER_FILES,
     count_files,
     images_below,
-    refuse_own,
-    samples_in,
-)
-from spiralrope_cli.core.config.splits import train_split
-from spiralrope_cli.core.config.stored import (
-    READERS,
-    list_stored,
+    larger_files,
     opened,
     place_in,
-    stored_files,
 )
 from spiralrope_cli.core.data.npz import (
     STATISTICS,
@@ -42,6 +36,8 @@ from spiralrope_cli.core.data.npz import (
     read_array,
     read_headers,
 )
+from spiralrope_cli.core.data.splits import train_split
+from spiralrope_cli.core.data.stored import list_stored
 from spiralrope_cli.core.errors import DataError
 
 MOST_PIXELS = 178_956_970
@@ -146,7 +142,7 @@ def _contents(path: Path, role: str) -> tuple[ImageInput | None, tuple[str, ...]
     if path.is_dir():
         refuse_own(path, f"{role} {path}")
         files, others = images_below(path)
-        if not files and (stored_there := stored_files(path)):
+        if not files and (stored_there := larger_files(path)):
             return FolderInput(path, list_stored(stored_there)["address"]), (), 0, ""
         if not files:
             known = f"known suffixes: {' '.join(IMAGE_SUFFIXES)}"
@@ -154,7 +150,7 @@ def _contents(path: Path, role: str) -> tuple[ImageInput | None, tuple[str, ...]
         return FolderInput(path, files, count_files(others)), (), 0, ""
     if not path.exists():
         raise DataError(f"{role} {path} does not exist", "name a folder of images or an .npz file")
-    if path.suffix in READERS:
+    if path.suffix in LARGER_FILES:
         return FolderInput(path, list_stored([path])["address"]), (), 0, ""
     if path.suffix != ".npz" and not zipfile.is_zipfile(path):
         raise DataError(f"{role} {path} is neither a folder of images nor an .npz file")

@@ -26,10 +26,10 @@ from PIL import Image
 from torch import Tensor
 
 from spiralrope_cli.core.config.evals import Reading
-from spiralrope_cli.core.config.splits import Split
-from spiralrope_cli.core.config.stored import opened
 from spiralrope_cli.core.data.image_sets import FolderInput, ImageInput, NpzImages
+from spiralrope_cli.core.data.listing import opened
 from spiralrope_cli.core.data.npz import stream_rows
+from spiralrope_cli.core.data.splits import Split
 from spiralrope_cli.core.errors import DataError, UnreadableImageError
 from spiralrope_cli.core.runtime.launch import cores_per_process
 

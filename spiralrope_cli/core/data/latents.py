@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
-from spiralrope_cli.core.config.latents import (
+from spiralrope_cli.core.data.shards import (
     METADATA_KEY,
     TENSORS,
     CachePlan,

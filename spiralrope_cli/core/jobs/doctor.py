@@ -16,19 +16,15 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from spiralrope_cli import __version__
-from spiralrope_cli.core.config.datasets import (
-    find_data_set,
-    find_train_set,
-)
 from spiralrope_cli.core.config.hub import cache_folder
 from spiralrope_cli.core.config.option import build
-from spiralrope_cli.core.config.resolve import default_data
 from spiralrope_cli.core.config.samples import default_num_samples
-from spiralrope_cli.core.config.splits import train_split, val_split
 from spiralrope_cli.core.config.training import Checkup
+from spiralrope_cli.core.data.splits import find_data_set, find_train_set, train_split, val_split
 from spiralrope_cli.core.errors import CheckpointError, DataError, FetchError, SpiralRopeError
 from spiralrope_cli.core.hub import download
 from spiralrope_cli.core.hub.catalog import ROWS, find_row
+from spiralrope_cli.core.resolve import default_data, resolve
 from spiralrope_cli.core.runtime.launch import usable_cores
 from spiralrope_cli.core.runtime.progress import console, human_size
 from spiralrope_cli.core.runtime.run_folder import nearest_folder
@@ -206,7 +202,8 @@ def inspect_run(checkup: Checkup) -> tuple[Values, Rows]:
     """Needs of the training run, and valid values of its options."""
     from spiralrope_cli.core.training.needs import advice
 
-    values = advice(checkup)
+    command = "dit-train" if checkup.dit else "pretrain"
+    values = advice(resolve(command, {"nproc": 1, **checkup.options}).run, checkup.machine)
     needs, nproc, rotates = values["memory"], values["nproc"], values["valid_rotate"]
     whole = len(rotates) > 2 and rotates == list(range(len(rotates)))
     rotate = f"0 to {rotates[-1]}" if whole else _few(rotates)

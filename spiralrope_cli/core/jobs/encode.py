@@ -15,26 +15,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spiralrope_cli.core.config.datasets import BUILT_IN
 from spiralrope_cli.core.config.dit_runs import full_vae_name
-from spiralrope_cli.core.config.folders import numbering_note
-from spiralrope_cli.core.config.latents import (
-    EXACT,
-    LATENT_SCALE,
-    CachePlan,
-    EncodeRun,
-    Shard,
-    data_folder,
-    shard_file,
-    shard_size_for,
-)
+from spiralrope_cli.core.config.folders import numbering_note, refuse_own
+from spiralrope_cli.core.config.latents import EXACT, LATENT_SCALE, EncodeRun
 from spiralrope_cli.core.config.models import format_size
 from spiralrope_cli.core.config.option import build
-from spiralrope_cli.core.config.resolve import DATA_VARIABLE
-from spiralrope_cli.core.config.splits import train_split
-from spiralrope_cli.core.config.stored import place_in
 from spiralrope_cli.core.config.training import TrainOptions
+from spiralrope_cli.core.data.listing import place_in
+from spiralrope_cli.core.data.shards import CachePlan, Shard, shard_file, shard_size_for
+from spiralrope_cli.core.data.splits import data_root, train_split
 from spiralrope_cli.core.errors import ConfigError, DataError
 from spiralrope_cli.core.hub.source import VaeFiles, find_vae, local_vae
+from spiralrope_cli.core.resolve import DATA_VARIABLE
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, say_notes, world_size
 from spiralrope_cli.core.runtime.progress import (
     console,
@@ -105,6 +98,22 @@ def settle(run: EncodeRun, *, fetch: bool = True) -> EncodePlan:
     )
     notes = (*split.notes, *numbering_note(cache.class_names))
     return EncodePlan(run, cache, split.images, vae, notes)
+
+
+def data_folder(data: str) -> Path:
+    """The folder that `data` names; its images are not looked at."""
+    if data in BUILT_IN:
+        raise DataError(
+            f"--data {data} is too small for a VAE",
+            "spiralrope dit-train trains on its pixels; dit-encode takes image folders",
+        )
+    root = data_root(data)
+    if not root.is_dir():
+        raise DataError(
+            f"--data {data} is not a folder", "it must hold one folder of images per class"
+        )
+    refuse_own(root, f"--data {data}")
+    return root.resolve()
 
 
 def plan(settled: EncodePlan) -> None:

@@ -18,18 +18,19 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spiralrope_cli.core.config.datasets import BUILT_IN, DataSet, find_val_set
+from spiralrope_cli.core.config.datasets import BUILT_IN, DataSet
 from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions, EvalRow, EvalRun
 from spiralrope_cli.core.config.folders import EVAL_FILE, SIZES_FILE, nameless_note, numbering_note
 from spiralrope_cli.core.config.models import RopeConfig, format_size, given_rope
 from spiralrope_cli.core.config.option import build, idle_lines
-from spiralrope_cli.core.config.resolve import DATA_VARIABLE
 from spiralrope_cli.core.config.runs import EvalProtocol, ModelConfig
 from spiralrope_cli.core.config.training import RUNS_FOLDER, MachineConfig
+from spiralrope_cli.core.data.splits import find_val_set
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.files import sha256_of
 from spiralrope_cli.core.hub.source import Source, find_source, newest_run
 from spiralrope_cli.core.plots.curves import save_figure, sizes_figure
+from spiralrope_cli.core.resolve import DATA_VARIABLE
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, say_notes
 from spiralrope_cli.core.runtime.progress import counted, say, say_unreadable
 from spiralrope_cli.core.runtime.run_folder import add_rows, is_same, read_rows

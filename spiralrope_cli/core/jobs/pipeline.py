@@ -33,7 +33,6 @@ from spiralrope_cli.core.config.pipelines import (
     DeiTStages,
     DiTStages,
 )
-from spiralrope_cli.core.config.resolve import Resolved, StartingPoint, resolve
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.samples import decoder_of, default_num_samples
 from spiralrope_cli.core.config.training import MachineConfig, TrainOptions
@@ -41,10 +40,10 @@ from spiralrope_cli.core.data.image_sets import inspect_side
 from spiralrope_cli.core.errors import CheckpointError, ConfigError, FetchError
 from spiralrope_cli.core.hub.source import find_inception, find_vae, local_vae
 from spiralrope_cli.core.jobs import evaluate, sample, score, train
+from spiralrope_cli.core.resolve import Resolved, StartingPoint, as_begun, resolve
 from spiralrope_cli.core.runtime.launch import check_not_joined, launch, say_notes, world_size
 from spiralrope_cli.core.runtime.progress import check_tracker, say
 from spiralrope_cli.core.runtime.run_folder import (
-    as_begun,
     first_step,
     is_finished,
     read_json,

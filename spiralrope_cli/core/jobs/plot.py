@@ -224,8 +224,8 @@ def find_images(given: str) -> Path:
 
 def labels_of(images: ImageInput, part: range) -> list[str]:
     """The class name of each image; empty if the classes are unknown."""
-    from spiralrope_cli.core.config.stored import place_in
     from spiralrope_cli.core.data.image_sets import NpzImages
+    from spiralrope_cli.core.data.listing import place_in
     from spiralrope_cli.core.data.npz import read_headers, stream_rows
     from spiralrope_cli.core.data.sample_files import npz_metadata, sample_labels
 

@@ -18,7 +18,6 @@ from spiralrope_cli.core.config.dit_runs import NO_VAE
 from spiralrope_cli.core.config.folders import REPORT_FILE, SOURCES_FILE
 from spiralrope_cli.core.config.models import format_size, given_rope
 from spiralrope_cli.core.config.option import build as build_config
-from spiralrope_cli.core.config.resolve import named_folder
 from spiralrope_cli.core.config.samples import (
     GuidanceConfig,
     SampleRun,
@@ -32,6 +31,7 @@ from spiralrope_cli.core.config.samples import (
 from spiralrope_cli.core.config.training import RUNS_FOLDER, MachineConfig, TrainOptions
 from spiralrope_cli.core.hub.files import sha256_of
 from spiralrope_cli.core.hub.source import find_source, find_vae, local_vae
+from spiralrope_cli.core.resolve import named_folder
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, say_notes, world_size
 from spiralrope_cli.core.runtime.progress import counted, say, say_result
 from spiralrope_cli.core.runtime.run_folder import check_space, write_json

@@ -13,17 +13,17 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from spiralrope_cli.core.config.datasets import find_val_set
 from spiralrope_cli.core.config.folders import EVAL_FILE, REPORT_FILE, SWEEP_FILE
 from spiralrope_cli.core.config.models import RopeConfig
 from spiralrope_cli.core.config.option import Opt, build, leaves, renamed_fields
 from spiralrope_cli.core.config.pipelines import PRETRAIN, DeiTStages
-from spiralrope_cli.core.config.resolve import named_folder, resolve
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import OptimConfig, TrainOptions
+from spiralrope_cli.core.data.splits import find_val_set
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.jobs.pipeline import Pipeline, carry_out, settle_deit, training_options
 from spiralrope_cli.core.report.results import Result, print_table, with_spread
+from spiralrope_cli.core.resolve import named_folder, resolve
 from spiralrope_cli.core.runtime.launch import say_notes
 from spiralrope_cli.core.runtime.progress import say, say_result
 from spiralrope_cli.core.runtime.run_folder import read_rows, write_json

@@ -19,12 +19,12 @@ from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
 from spiralrope_cli.core.config.folders import CURVES_FILE, nameless_note, numbering_note
 from spiralrope_cli.core.config.models import format_size, given_rope, is_dit
 from spiralrope_cli.core.config.option import build, flat_values, leaves
-from spiralrope_cli.core.config.resolve import Resolved, StartingPoint, resolve
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import LINEAR_RULE_BATCH, MOST_OF_FIRST, TrainOptions
 from spiralrope_cli.core.errors import CheckpointError, ConfigError, NoRouteError
 from spiralrope_cli.core.hub.source import find_source, find_vae, local_vae
 from spiralrope_cli.core.report.results import print_results
+from spiralrope_cli.core.resolve import Resolved, StartingPoint, as_begun, resolve
 from spiralrope_cli.core.runtime.launch import (
     is_first_process,
     joined_world_size,
@@ -34,7 +34,6 @@ from spiralrope_cli.core.runtime.launch import (
 )
 from spiralrope_cli.core.runtime.progress import check_tracker, console, say, say_unreadable
 from spiralrope_cli.core.runtime.run_folder import (
-    as_begun,
     check_memory,
     first_step,
     is_finished,

@@ -20,9 +20,15 @@ from spiralrope_cli.core.data.image_sets import ImageInput, Side
 from spiralrope_cli.core.data.images import ImageBatch, image_batches, in_order
 from spiralrope_cli.core.data.npz import POOL_SIZE, SPATIAL_SIZE, ReferenceCache, read_statistics
 from spiralrope_cli.core.errors import CheckpointError, DataError
-from spiralrope_cli.core.metrics.fid import Moments, fid_spread, frechet_distance
 from spiralrope_cli.core.metrics.inception import NUM_CLASSES, Features, InceptionFeatures
-from spiralrope_cli.core.metrics.scores import InceptionScore, kernel_distance, precision_recall
+from spiralrope_cli.core.metrics.scores import (
+    InceptionScore,
+    Moments,
+    fid_spread,
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+)
 from spiralrope_cli.core.runtime import distributed
 from spiralrope_cli.core.runtime.device import autocast
 from spiralrope_cli.core.runtime.distributed import DistContext

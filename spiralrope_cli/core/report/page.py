@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from spiralrope_cli import __version__
-from spiralrope_cli.core.config.dit_runs import TrainingRun
+from spiralrope_cli.core.config.dit_runs import RUN_KINDS, TrainingRun, read_config
 from spiralrope_cli.core.config.folders import (
     CONFIG_FILE,
     CURVES_FILE,
@@ -37,7 +37,6 @@ from spiralrope_cli.core.config.folders import (
 from spiralrope_cli.core.config.models import RopeConfig, format_size
 from spiralrope_cli.core.config.option import build, leaves
 from spiralrope_cli.core.config.pipelines import FINETUNE, PRETRAIN, SAMPLE, TRAIN
-from spiralrope_cli.core.config.resolve import RUN_KINDS, read_config
 from spiralrope_cli.core.config.samples import SampleRun
 from spiralrope_cli.core.config.training import TrainOptions
 from spiralrope_cli.core.data.sample_files import read_metadata

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from rich import box
 from rich.table import Table
 
-from spiralrope_cli.core.config.dit_runs import GRID_ROWS, DiTRun
+from spiralrope_cli.core.config.dit_runs import GRID_ROWS, DiTRun, read_config
 from spiralrope_cli.core.config.evals import FID_METRICS
 from spiralrope_cli.core.config.folders import (
     CONFIG_FILE,
@@ -28,7 +28,6 @@ from spiralrope_cli.core.config.folders import (
 )
 from spiralrope_cli.core.config.models import format_size
 from spiralrope_cli.core.config.option import build
-from spiralrope_cli.core.config.resolve import read_config
 from spiralrope_cli.core.runtime.progress import best_validation, console, read_metrics, say_result
 from spiralrope_cli.core.runtime.run_folder import read_json, read_rows
 

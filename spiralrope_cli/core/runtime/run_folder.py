@@ -13,11 +13,10 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, cast
 
-from spiralrope_cli.core.config.dit_runs import TrainingRun
+from spiralrope_cli.core.config.dit_runs import TrainingRun, read_config
 from spiralrope_cli.core.config.folders import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -28,7 +27,6 @@ from spiralrope_cli.core.config.folders import (
     class_difference,
 )
 from spiralrope_cli.core.config.option import build, flat_values, leaves, to_nested
-from spiralrope_cli.core.config.resolve import Resolved, read_config
 from spiralrope_cli.core.config.training import RUNS_FOLDER
 from spiralrope_cli.core.errors import CheckpointError, DiskError, SpiralRopeError
 from spiralrope_cli.core.runtime.progress import human_size, say
@@ -93,17 +91,6 @@ def refuse_run(folder: Path) -> None:
             f"--out {folder} is the folder of a training run",
             "choose another, for example a new folder inside it",
         )
-
-
-def as_begun(resolved: Resolved) -> Resolved:
-    """The run with the EMA warm-up of its folder, unless given; earlier versions had none."""
-    run, file = resolved.run, Path(resolved.run.out) / CONFIG_FILE
-    begun = file.is_file() and steps_on_disk(file.parent)
-    if not begun or resolved.sources["ema_warmup"] != "recipe":
-        return resolved
-    values = {**flat_values(run), "ema_warmup": read_config(file, type(run)).get("ema_warmup")}
-    sources = {**resolved.sources, "ema_warmup": "config file"}
-    return replace(resolved, run=build(type(run), values), sources=sources)
 
 
 def first_step(run: TrainingRun) -> int:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spiralrope_cli.core.config.dit_runs import TrainingRun
-from spiralrope_cli.core.config.resolve import resolve
-from spiralrope_cli.core.config.training import Checkup
+from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.models.factory import meta_inputs, model_cost, model_of
 from spiralrope_cli.core.runtime.device import DTYPES, pick_device, pick_precision
@@ -23,15 +22,11 @@ BYTES_PER_PARAMETER = 20
 """float32 weights, gradients, two moments of AdamW and the average."""
 
 
-def advice(checkup: Checkup) -> dict[str, Any]:
-    """Sizes, valid values and memory of the run that the options describe."""
-    resolved: Any = resolve(
-        "dit-train" if checkup.dit else "pretrain", {"nproc": 1, **checkup.options}
-    )
-    run: TrainingRun = resolved.run
-    nproc = num_local_workers(checkup.machine)
+def advice(run: TrainingRun, machine: MachineConfig) -> dict[str, Any]:
+    """Sizes, valid values and memory of a run on this machine."""
+    nproc = num_local_workers(machine)
     micro, grad_accum_steps = run.split_batch(nproc)
-    precision, _ = pick_precision(checkup.machine.precision, pick_device(checkup.machine))
+    precision, _ = pick_precision(machine.precision, pick_device(machine))
     parameters, flops = model_cost(run)
     fixed = BYTES_PER_PARAMETER * parameters
     with torch.device("meta"):

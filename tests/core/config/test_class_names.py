@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from spiralrope_cli.core.config.evals import EvalOptions
 from spiralrope_cli.core.config.folders import class_difference, nameless_note, numbering_note
-from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.image_sets import images_in
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
@@ -23,7 +22,8 @@ from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.jobs import evaluate, plot, sample, train
 from spiralrope_cli.core.jobs.export import export
 from spiralrope_cli.core.load import starting_point
-from spiralrope_cli.core.runtime.run_folder import as_begun, first_step
+from spiralrope_cli.core.resolve import as_begun, resolve
+from spiralrope_cli.core.runtime.run_folder import first_step
 from spiralrope_cli.core.weights import read_weights
 
 SHORT = {

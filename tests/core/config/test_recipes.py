@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from spiralrope_cli.core.config.recipes import fitted_batch
-from spiralrope_cli.core.config.resolve import resolve
 from spiralrope_cli.core.errors import ConfigError
+from spiralrope_cli.core.resolve import resolve
 
 
 @pytest.fixture(scope="module")

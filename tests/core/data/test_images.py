@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from spiralrope_cli.core.config.folders import images_below
 from spiralrope_cli.core.data import images as reading
 from spiralrope_cli.core.data.image_sets import inspect_side
 from spiralrope_cli.core.data.images import image_batches, num_bytes
+from spiralrope_cli.core.data.listing import images_below
 
 SIZES = [(8, 8), (6, 9), (8, 8), (8, 8), (6, 9), (5, 5), (8, 8)]
 

@@ -11,11 +11,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from spiralrope_cli.core.config.latents import CachePlan, read_cache, shard_size_for
 from spiralrope_cli.core.data import latents
 from spiralrope_cli.core.data.batches import from_cache
 from spiralrope_cli.core.data.latents import LatentCache
 from spiralrope_cli.core.data.loader import BatchIndices
+from spiralrope_cli.core.data.shards import CachePlan, read_cache, shard_size_for
 from spiralrope_cli.core.errors import ConfigError, DataError
 
 PLAN = CachePlan(

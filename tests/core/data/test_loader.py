@@ -18,7 +18,6 @@ from spiralrope_cli.core.config.datasets import PHOTOGRAPHS
 from spiralrope_cli.core.config.option import build
 from spiralrope_cli.core.config.recipes import PRETRAIN
 from spiralrope_cli.core.config.runs import AugmentConfig
-from spiralrope_cli.core.config.splits import train_split, val_split
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.augment import eval_transform, train_transform
 from spiralrope_cli.core.data.images import Unreadable
@@ -29,6 +28,7 @@ from spiralrope_cli.core.data.loader import (
     _report_error,
     load,
 )
+from spiralrope_cli.core.data.splits import train_split, val_split
 from spiralrope_cli.core.errors import DataError, errno_of
 from spiralrope_cli.core.runtime.seeds import seed_everything
 

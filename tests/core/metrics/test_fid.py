@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from spiralrope_cli.core.metrics import fid
-from spiralrope_cli.core.metrics.fid import Moments, fid_spread, frechet_distance
+from spiralrope_cli.core.metrics import scores
+from spiralrope_cli.core.metrics.scores import Moments, fid_spread, frechet_distance
 
 CPU = torch.device("cpu")
 ROWS = torch.rand(50, 7, generator=torch.Generator().manual_seed(0)) + 1000
@@ -136,7 +136,7 @@ def test_statistics_that_were_stored_in_float32():
 
 def test_the_spread_is_that_of_samples_drawn_again(monkeypatch):
     """In one dimension, against the spread over truly new samples."""
-    monkeypatch.setattr(fid, "BLOCK", 64)
+    monkeypatch.setattr(scores, "DRAWN_ROWS", 64)
     draw = torch.Generator().manual_seed(0)
     mean, covariance = torch.tensor([1.0]), torch.tensor([[1.0]])
     fresh = torch.randn(400, 200, 1, generator=draw, dtype=torch.float64)

@@ -1,8 +1,7 @@
 """Resolves options to a run, in layers; a later one overrides an earlier one.
 
-Recipe, data set, initial weights, cached latents, config file, options.
-
-Standard library only (PyYAML is imported when a file is read).
+Recipe, data set, initial weights, cached latents, config file, options. It looks at the data, and
+loads no torch.
 """
 
 from __future__ import annotations
@@ -10,39 +9,33 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from spiralrope_cli.core.config import recipes
-from spiralrope_cli.core.config.datasets import DataSet, find_data_set, find_train_set, slug_of
+from spiralrope_cli.core.config.datasets import DataSet
 from spiralrope_cli.core.config.dit_runs import (
+    RUN_KINDS,
     DiTModelConfig,
     DiTRun,
     ImageConfig,
     TrainingRun,
     full_vae_name,
     input_size,
+    read_config,
 )
-from spiralrope_cli.core.config.latents import LATENT_CHANNELS, CacheMetadata, read_cache
+from spiralrope_cli.core.config.folders import CONFIG_FILE
+from spiralrope_cli.core.config.latents import LATENT_CHANNELS
 from spiralrope_cli.core.config.models import RopeConfig, Scaling, dit_name
-from spiralrope_cli.core.config.option import (
-    build,
-    flatten,
-    idle_lines,
-    leaves,
-    read_values,
-    renamed,
-)
-from spiralrope_cli.core.config.runs import ClassifierRun, ModelConfig
+from spiralrope_cli.core.config.option import build, flat_values, idle_lines, leaves, read_values
+from spiralrope_cli.core.config.runs import ModelConfig, fit_channels
 from spiralrope_cli.core.config.training import RUNS_FOLDER
+from spiralrope_cli.core.data.shards import CacheMetadata, read_cache
+from spiralrope_cli.core.data.splits import find_data_set, find_train_set
 from spiralrope_cli.core.errors import ConfigError
-from spiralrope_cli.core.storage import parse
+from spiralrope_cli.core.runtime.run_folder import steps_on_disk
 
-RUN_KINDS: dict[str, type[TrainingRun]] = {
-    **dict.fromkeys(("pretrain", "finetune"), ClassifierRun),
-    "dit-train": DiTRun,
-}
 DATA_VARIABLE = "SPIRALROPE_DATA"
 NOT_FROM_FILE = {"command", "out", "num_train", "num_val", "num_classes", "class_names", "resume"}
 """Fields of a config file that a repeated run determines again."""
@@ -182,6 +175,17 @@ def resolve(
     return Resolved(run, sources, notes)
 
 
+def as_begun(resolved: Resolved) -> Resolved:
+    """The run with the EMA warm-up of its folder, unless given; earlier versions had none."""
+    run, file = resolved.run, Path(resolved.run.out) / CONFIG_FILE
+    begun = file.is_file() and steps_on_disk(file.parent)
+    if not begun or resolved.sources["ema_warmup"] != "recipe":
+        return resolved
+    values = {**flat_values(run), "ema_warmup": read_config(file, type(run)).get("ema_warmup")}
+    sources = {**resolved.sources, "ema_warmup": "config file"}
+    return replace(resolved, run=build(type(run), values), sources=sources)
+
+
 def default_data() -> Layer:
     """The default data set."""
     if variable := os.environ.get(DATA_VARIABLE):
@@ -193,34 +197,12 @@ def cached_data_set(cache: CacheMetadata) -> DataSet:
     """The data set of cached latents."""
     return DataSet(
         data=cache.plan.data,
-        slug=slug_of(Path(cache.plan.data)),
         kind="latents",
         default_arch="",
         class_names=cache.plan.class_names,
         num_train=cache.count,
         num_val=0,
     )
-
-
-def read_config(path: Path, kind: type[TrainingRun] | None = None) -> dict[str, Any]:
-    """Flat values of a `config.yaml`, in the types of their fields; checks that it is of `kind`."""
-    import yaml
-
-    try:
-        nested = parse(path.read_text(), yaml.safe_load)
-    except OSError as error:
-        raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"--config {path} is not YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(nested, dict):
-        raise ConfigError(f"--config {path} is not a config of a run")
-    command = nested.get("command")
-    of_file = RUN_KINDS.get(str(command), kind or ClassifierRun)
-    if kind is not None and of_file is not kind:
-        raise ConfigError(f"--config {path} is of another kind of run, {command}")
-    known, nested = leaves(of_file), renamed(nested, of_file)
-    of_earlier_runs = {"ema_warmup": False} if command else {}
-    return {**of_earlier_runs, **read_values(known, flatten(nested, of_file))}
 
 
 def values_of_file(
@@ -236,16 +218,6 @@ def values_of_file(
         )
     fixed = NOT_FROM_FILE | (FIXED_BY_SOURCE if start else set())
     return {key: value for key, value in from_file.items() if key not in fixed}
-
-
-def fit_channels(values: dict[str, Any]) -> None:
-    """Fits mean and std to in_chans: repeats that of grey, or averages those of RGB."""
-    for name in ("mean", "std"):
-        given = tuple(values[name])
-        if len(given) == 1:
-            values[name] = given * values["in_chans"]
-        elif values["in_chans"] == 1:
-            values[name] = (round(sum(given) / len(given), 4),)
 
 
 def fit_input(values: dict[str, Any], data_set: DataSet, cache: CacheMetadata | None) -> None:

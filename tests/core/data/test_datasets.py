@@ -3,14 +3,15 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from spiralrope_cli.core.config.datasets import (
+from spiralrope_cli.core.data.splits import (
     find_data_set,
     find_train_set,
     find_val_set,
+    train_split,
+    val_split,
 )
-from spiralrope_cli.core.config.resolve import resolve
-from spiralrope_cli.core.config.splits import train_split, val_split
 from spiralrope_cli.core.errors import DataError
+from spiralrope_cli.core.resolve import resolve
 
 
 def save(path):

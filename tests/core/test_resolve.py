@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from spiralrope_cli.core.config.resolve import read_config
+from spiralrope_cli.core.config.dit_runs import read_config
 from spiralrope_cli.core.errors import ConfigError
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from spiralrope_cli.core.config.models import RopeConfig
-from spiralrope_cli.core.config.resolve import StartingPoint, positions_at
 from spiralrope_cli.core.config.runs import ModelConfig
+from spiralrope_cli.core.resolve import StartingPoint, positions_at
 
 
 @pytest.mark.parametrize(

@@ -15,19 +15,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from spiralrope_cli.core.config.datasets import find_data_set, find_train_set
 from spiralrope_cli.core.config.evals import EvalOptions
 from spiralrope_cli.core.config.latents import EncodeRun
 from spiralrope_cli.core.config.option import build
-from spiralrope_cli.core.config.resolve import resolve
-from spiralrope_cli.core.config.splits import train_split, val_split
-from spiralrope_cli.core.config.stored import READERS, opened
-from spiralrope_cli.core.config.tars import read_tar
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.image_sets import digest_of, images_in, inspect_side
 from spiralrope_cli.core.data.images import Unreadable, as_trained, decode, open_image
+from spiralrope_cli.core.data.listing import opened
+from spiralrope_cli.core.data.splits import find_data_set, find_train_set, train_split, val_split
+from spiralrope_cli.core.data.stored import READERS, read_tar
 from spiralrope_cli.core.errors import DataError
 from spiralrope_cli.core.jobs import encode, evaluate, train
+from spiralrope_cli.core.resolve import resolve
 
 NAMES = ("n01440764", "n01443537")
 NOISE = np.random.default_rng(0)

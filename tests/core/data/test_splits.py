@@ -11,8 +11,13 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from spiralrope_cli.core.config.datasets import find_data_set, find_val_set
-from spiralrope_cli.core.config.splits import DEVKIT, KIT_FILES, val_split
+from spiralrope_cli.core.data.splits import (
+    DEVKIT,
+    KIT_FILES,
+    find_data_set,
+    find_val_set,
+    val_split,
+)
 from spiralrope_cli.core.errors import DataError
 
 SYNSETS = ("n01440764", "n01443537", "n01484850")

@@ -1,6 +1,6 @@
-"""The images of a split, in whatever form a data folder holds them: one list for all commands.
+"""Data sets by name or in a folder, and the images of a split in whatever form they lie there.
 
-An image is named by an address: the path of its file, or one in a larger file (`stored.py`).
+One list for all commands. No torch, so that errors come before it is loaded.
 """
 
 from __future__ import annotations
@@ -9,16 +9,21 @@ import io
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from spiralrope_cli.core.config.folders import (
-    class_names,
-    folder_of_images,
+from spiralrope_cli.core.config.datasets import BUILT_IN, PHOTOGRAPHS, DataSet
+from spiralrope_cli.core.config.folders import refuse_own
+from spiralrope_cli.core.data.listing import (
+    IMAGE_SUFFIXES,
+    count_files,
     images_below,
+    is_image,
+    larger_files,
 )
-from spiralrope_cli.core.config.stored import list_stored, stored_files
+from spiralrope_cli.core.data.stored import list_stored
 from spiralrope_cli.core.errors import DataError
 from spiralrope_cli.core.storage import parse
 
@@ -43,6 +48,85 @@ class Split:
     images: list[tuple[str, int]]  # (address, class number)
     notes: tuple[str, ...] = ()
     name: str = ""  # as in VAL
+
+
+# --- Data sets
+
+
+def find_data_set(data: str) -> DataSet:
+    """The data set by name, or in a folder."""
+    if data in BUILT_IN:
+        return BUILT_IN[data]
+    root = _data_folder(data, "train/ and val/ with one folder per class")
+    train, val = find_split(root, TRAIN), find_split(root, VAL)
+    if not (train and val):
+        missing = ["train/"] * (not train) + ["val/"] * (not val)
+        raise DataError(
+            f"{root} has no {' and no '.join(missing)}",
+            "a data folder must hold train/ and val/ with one folder per class, as ImageNet",
+        )
+    if val.class_names != train.class_names:
+        only = [
+            f"{len(odd)} class folder(s) only in {side.path}: {', '.join(odd[:5])}"
+            for side, other in ((train, val), (val, train))
+            if (odd := sorted({*side.class_names} - {*other.class_names}))
+        ]
+        raise DataError("; ".join(only), "train/ and val/ need the same class folders")
+    if len(train.class_names) == 1:
+        raise DataError(
+            f"{train.path} has one class folder, {train.class_names[0]}",
+            "a classifier needs two; they lie in train/ itself, not in a folder in it",
+        )
+    return _of_splits(root, train, val, ", and chooses the best checkpoint")
+
+
+def find_val_set(data: str) -> DataSet:
+    """The validation set by name, or in a folder; needs no `train/`."""
+    if data in BUILT_IN:
+        return BUILT_IN[data]
+    root = _data_folder(data, "val/ with one folder per class")
+    return _of_splits(root, None, val_split(root))
+
+
+def find_train_set(data: str) -> DataSet:
+    """The training set by name, or in a folder; needs no `val/`."""
+    if data in BUILT_IN:
+        return BUILT_IN[data]
+    root = _data_folder(data, "one folder per class, or train/ with them", parent=False)
+    return _of_splits(root, train_split(root), None)
+
+
+def _data_folder(data: str, holds: str, *, parent: bool = True) -> Path:
+    """The data folder; if its `train/` is given, by default that which `val/` lies in as well."""
+    root = data_root(data)
+    if root.is_file():
+        raise DataError(f"--data {data} is a file", f"name its folder; it must hold {holds}")
+    if not root.is_dir():
+        raise DataError(
+            f"--data {data} is neither a folder nor a built-in name",
+            f"built in: {', '.join(BUILT_IN)}; a folder must hold {holds}",
+        )
+    refuse_own(root, f"--data {data}")
+    parent &= root.resolve().name == "train" and not any((root / name).is_dir() for name in VAL)
+    return root.resolve().parent if parent else root
+
+
+def _of_splits(root: Path, train: Split | None, val: Split | None, more: str = "") -> DataSet:
+    """A data set of image files, with one split or both."""
+    found = [split for split in (train, val) if split]
+    notes = [note for split in found for note in split.notes]
+    if val and val.name == "test":
+        notes.insert(0, f"there is no val/: {val.path} is used for validation{more}")
+    return DataSet(
+        data=str(root.resolve()),
+        kind="folder",
+        default_arch="deit-b",
+        class_names=found[0].class_names,
+        num_train=len(train.images) if train else 0,
+        num_val=len(val.images) if val else 0,
+        defaults=PHOTOGRAPHS,
+        notes=tuple(notes),
+    )
 
 
 def data_root(data: str) -> Path:
@@ -83,6 +167,9 @@ def data_root(data: str) -> Path:
     return configs[0] if configs else root
 
 
+# --- Splits
+
+
 def train_split(data: str | Path) -> Split:
     """The training images of a data folder; without `train/`, those of its class folders."""
     root = Path(data)
@@ -102,22 +189,49 @@ def find_split(root: Path, names: Sequence[str]) -> Split | None:
         return listed_split(root, listed)
     for name in names:
         folder = root / name
-        if folder.is_dir() and not stored_files(folder):
+        if folder.is_dir() and not larger_files(folder):
             return replace(folder_split(folder, names == VAL), name=name)
         places = (folder, ""), (root, name), (root / "data", name)
-        if stored := next((found for place in places if (found := stored_files(*place))), None):
+        if stored := next((found for place in places if (found := larger_files(*place))), None):
             return replace(stored_split(stored, name), name=name)
     return None
 
 
 def folder_split(folder: Path, may_be_flat: bool = False) -> Split:
-    """Class folders; or a flat folder, where a list beside it has the labels."""
-    if may_be_flat:
-        inside = (each for each in os.scandir(folder) if each.is_dir() and each.name[0] != ".")
-        if not any(inside) and (files := images_below(folder)[0]):
-            return flat_split(folder, files)
-    images, notes = folder_of_images(folder)
-    return Split(folder, tuple(class_names(folder)), images, tuple(notes))
+    """Class folders; or a flat folder, where a list beside it has the labels.
+
+    Class folders are in plain sorted order, which gives the class numbers of published weights.
+    """
+    try:
+        entries = [entry for entry in os.scandir(folder) if entry.name[0] != "."]
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read: {error.strerror}") from error
+    names = sorted(entry.name for entry in entries if entry.is_dir())
+    if not names and may_be_flat and (files := images_below(folder)[0]):
+        return flat_split(folder, files)
+    if not names:
+        tars = sorted(entry.name for entry in entries if ".tar" in entry.name)
+        but = f", but {len(tars)} archive(s): {tars[0]}, ..." if tars else ""
+        unpack = "unpack each into a folder of its name: tar -xf NAME.tar -C NAME"
+        hint = unpack if tars else "it must hold one folder of images per class"
+        raise DataError(f"{folder} has no class folders{but}", hint)
+    images: list[tuple[str, int]] = []
+    others: Counter[str] = Counter()
+    for number, name in enumerate(names):
+        paths, left_out = images_below(folder / name)
+        if not paths:
+            raise DataError(
+                f"class folder {folder / name} holds no images{count_files(left_out)}",
+                f"known suffixes: {' '.join(IMAGE_SUFFIXES)}",
+            )
+        images += [(path, number) for path in paths]
+        others += left_out
+    notes = [f"{folder} has one class, {names[0]}"] if len(names) == 1 else []
+    if loose := sum(is_image(entry.name) for entry in entries):
+        notes.append(f"{folder}: {loose} image(s) beside the class folders are left out")
+    if others:
+        notes.append(f"{folder}: files that are no images are left out{count_files(others)}")
+    return Split(folder, tuple(names), images, tuple(notes))
 
 
 def listed_split(root: Path, listed: Sequence[Path]) -> Split:
