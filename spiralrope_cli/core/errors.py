@@ -130,7 +130,15 @@ def system_error(error: Exception, out: str = "") -> SpiralRopeError | None:
         case errno.ENOMEM:
             asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
             hint = "try a smaller --batch-size or --micro-batch-size, or fewer --workers"
-            return SpiralRopeError("out of memory" + (f": {asked[1]} more" if asked else ""), hint)
+            whose = ""
+            if type(error).__name__ == "OutOfMemoryError":  # torch's, of a device
+                hint = (
+                    "in training try --micro-batch-size auto, a smaller one, or "
+                    "--grad-checkpointing; else a smaller --batch-size"
+                )
+                whose = "GPU "
+            more = f": {asked[1]} more" if asked else ""
+            return SpiralRopeError(f"out of {whose}memory{more}", hint)
         case errno.ECONNRESET if not isinstance(error, OSError):
             hint = "it was killed, or the network failed: see its own output"
             return LaunchError("the connection to another process was lost", hint)

@@ -176,14 +176,21 @@ def resolve(
 
 
 def as_begun(resolved: Resolved) -> Resolved:
-    """The run with the EMA warm-up of its folder, unless given; earlier versions had none."""
+    """The run with the micro-batch and the EMA warm-up of its folder, unless given.
+
+    Earlier versions had no such warm-up.
+    """
     run, file = resolved.run, Path(resolved.run.out) / CONFIG_FILE
-    begun = file.is_file() and steps_on_disk(file.parent)
-    if not begun or resolved.sources["ema_warmup"] != "recipe":
+    if not (file.is_file() and steps_on_disk(file.parent)):
         return resolved
-    values = {**flat_values(run), "ema_warmup": read_config(file, type(run)).get("ema_warmup")}
-    sources = {**resolved.sources, "ema_warmup": "config file"}
-    return replace(resolved, run=build(type(run), values), sources=sources)
+    before, sources = read_config(file, type(run)), dict(resolved.sources)
+    kept = {}
+    if sources["ema_warmup"] == "recipe":
+        kept["ema_warmup"] = before.get("ema_warmup")
+    if "micro_batch_size" not in sources and "micro_batch_size" in before:
+        kept["micro_batch_size"] = before["micro_batch_size"]
+    run = build(type(run), {**flat_values(run), **kept})
+    return replace(resolved, run=run, sources={**sources, **dict.fromkeys(kept, "config file")})
 
 
 def default_data() -> Layer:

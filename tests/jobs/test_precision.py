@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.jobs import train
-from spiralrope_cli.core.jobs.train import settle_precision
 from spiralrope_cli.core.resolve import resolve
 from spiralrope_cli.core.runtime import run_folder
+from spiralrope_cli.core.runtime.device import settle_precision
 from spiralrope_cli.core.runtime.run_folder import write_config, write_json
 
 SMALL = {"arch": "deit-32x2x2", "batch_size": 32, "warmup_epochs": 0, "nproc": 1, "device": "cpu"}

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.jobs import train
-from spiralrope_cli.core.resolve import Resolved, resolve
+from spiralrope_cli.core.resolve import Resolved, as_begun, resolve
 from spiralrope_cli.core.runtime import run_folder
 from spiralrope_cli.core.runtime.distributed import StopRequest
 from spiralrope_cli.core.runtime.progress import read_metrics
@@ -58,9 +58,21 @@ def test_a_run_of_an_earlier_version_goes_on_without_ema_warm_up(runs, monkeypat
     assert now.run.optim.ema_warmup
     with pytest.raises(CheckpointError, match="--ema-warmup was False, now True"):
         run_folder.first_step(now.run)
-    train.work(run_folder.as_begun(now).run)
+    train.work(as_begun(now).run)
     same_state(runs / "parts", runs / "whole", 6)
     assert not resolve("dit-train", {}, config_file=str(path)).run.optim.ema_warmup
+
+
+@pytest.mark.parametrize(
+    ("given", "size"), [({}, 4), ({"micro_batch_size": 2}, 2), ({"micro_batch_size": None}, None)]
+)
+def test_a_resumed_run_keeps_its_micro_batch_unless_it_is_given(runs, given, size):
+    (runs / "run" / "checkpoints" / "0000002").mkdir(parents=True)
+    run_folder.write_config(tiny(out="run", micro_batch_size=4))
+    options = {**TINY["dit-train"], "out": "run", "batch_size": 16, **given}
+    resolved = as_begun(resolve("dit-train", options))
+    assert resolved.run.optim.micro_batch_size == size
+    assert resolved.sources["micro_batch_size"] == ("option" if given else "config file")
 
 
 @pytest.mark.parametrize(

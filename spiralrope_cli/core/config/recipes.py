@@ -6,13 +6,17 @@ that work, stay as they are.
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
 from typing import Any
 
-from spiralrope_cli.core.config.datasets import DIGITS, PHOTOGRAPHS
+from spiralrope_cli.core.config.datasets import BUILT_IN, DIGITS, PHOTOGRAPHS
+from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.models import BY_WEIGHTS
 from spiralrope_cli.core.config.option import in_words, leaves
-from spiralrope_cli.core.config.runs import MIX_GROUP
+from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import LINEAR_RULE_BATCH, OptimConfig
+from spiralrope_cli.core.errors import ConfigError
 
 # DeiT stage 1 on ImageNet-1K at 224 px: the recipe of the published DeiT-B run. That run was not
 # repeated; its parts are tested one by one.
@@ -35,7 +39,6 @@ PRETRAIN: dict[str, Any] = {
     "epochs": 300,
     "max_steps": 0,
     "batch_size": 4096,
-    "micro_batch_size": 256,
     "lr": 2e-4,
     "lr_rule": "linear",
     "min_lr": 1e-5,
@@ -63,7 +66,6 @@ FINETUNE: dict[str, Any] = {
     "drop_path": 0.1,
     "epochs": 20,
     "batch_size": 512,
-    "micro_batch_size": 64,
     "lr": 1e-5,
     "lr_rule": "none",
     "warmup_epochs": 5,
@@ -84,7 +86,6 @@ DIT: dict[str, Any] = {
     "epochs": 80,
     "max_steps": 0,
     "batch_size": 256,
-    "micro_batch_size": 32,
     "lr": 1e-4,
     "lr_rule": "none",
     "min_lr": 0.0,
@@ -103,6 +104,9 @@ DIT: dict[str, Any] = {
     "keep_last": 2,
     "keep_every": 0,
 }
+
+MICRO_BATCH = {"pretrain": 256, "finetune": 64, "dit-train": 32}
+"""Of the published runs; on a built-in set it is the batch size of its recipe."""
 
 # Only the run of DeiT-B is documented; the other rates are from DeiT-III, and not verified.
 DROP_PATH = {"deit-ti": 0.0, "deit-s": 0.05, "deit-b": 0.1, "deit-l": 0.4}
@@ -162,13 +166,7 @@ def fit_to_run(values: dict[str, Any], sources: dict[str, str]) -> list[str]:
         fit("batch_size", batch, f"the set has {num_train} images")
         if of_recipe("lr", "lr_rule") and batch < LINEAR_RULE_BATCH and values["lr_rule"] != "none":
             fit("lr_rule", "none", f"a batch of {batch} would leave little of --lr")
-    batch, nproc = max(values["batch_size"], 1), max(values.get("nproc", 0), 1)
-    if of_recipe("micro_batch_size") and batch % nproc == 0:
-        micro, mine = values["micro_batch_size"], batch // nproc
-        unit = MIX_GROUP if values.get("mixup") or values.get("cutmix") else 1
-        divisors = [n for n in range(unit, min(micro, mine) + 1, unit) if mine % n == 0]
-        if mine > micro and mine % micro and divisors and 4 * divisors[-1] >= micro:
-            fit("micro_batch_size", divisors[-1], f"it divides {mine} images")
+    batch = max(values["batch_size"], 1)
     if of_recipe("warmup_epochs"):
         per_epoch, warmup = max(num_train // batch, 1), values["warmup_epochs"]
         total = values["max_steps"] or values["epochs"] * per_epoch
@@ -179,6 +177,42 @@ def fit_to_run(values: dict[str, Any], sources: dict[str, str]) -> list[str]:
         elif values["max_steps"]:
             values["warmup_epochs"] = shorter
     return notes
+
+
+def with_micro_batch(run: TrainingRun, size: int | None) -> TrainingRun:
+    """The run with another `--micro-batch-size`."""
+    if isinstance(run, ClassifierRun):
+        return replace(run, optim=replace(run.optim, micro_batch_size=size))
+    return replace(run, optim=replace(run.optim, micro_batch_size=size))
+
+
+def micro_batch_sizes(run: TrainingRun, world_size: int) -> list[int]:
+    """The sizes into which the batch splits exactly, ascending."""
+    most, _ = with_micro_batch(run, None).split_batch(world_size)  # raises if there is none
+    sizes: list[int] = []
+    for size in range(1, most + 1):
+        with contextlib.suppress(ConfigError):
+            if most % size == 0:
+                sizes += with_micro_batch(run, size).split_batch(world_size)[:1]
+    return sizes
+
+
+def usual_micro_batch(run: TrainingRun, world_size: int) -> int:
+    """That of the recipe; where the batch does not split into it, a smaller one, if not by much."""
+    usual = MICRO_BATCH[run.command]
+    if run.data in BUILT_IN:
+        usual = BUILT_IN[run.data].defaults_of(run.command)["batch_size"]
+    fitting = [size for size in micro_batch_sizes(run, world_size) if size <= usual]
+    mine = run.optim.batch_size // world_size
+    few = mine <= usual or not fitting or 4 * fitting[-1] < usual
+    return usual if few else fitting[-1]
+
+
+def with_usual_micro_batch(run: TrainingRun, world_size: int) -> TrainingRun:
+    """The run with the micro-batch of its recipe in place of `auto`."""
+    if run.optim.micro_batch_size is not None:
+        return run
+    return with_micro_batch(run, usual_micro_batch(run, world_size))
 
 
 def fitted_batch(num_train: int) -> int:

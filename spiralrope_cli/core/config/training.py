@@ -35,6 +35,29 @@ LINEAR_RULE_BATCH = 512
 """The linear rule multiplies the base learning rate by total batch / this."""
 
 
+def number_or_auto(text: str) -> int | None:
+    """A number; None for `auto`."""
+    return None if text == AUTO else int(text)
+
+
+def workers_or_auto(text: str) -> int | None:
+    """As `number_or_auto`; earlier versions stored auto as -1."""
+    return None if text == "-1" else number_or_auto(text)
+
+
+AUTO = "auto"
+MICRO_BATCH = Opt(
+    "Images per process and forward pass (gradient accumulation). auto, the default: on a GPU the "
+    "most that fit, found once before training; else the recipe's.",
+    RUN,
+    ge=1,
+    free=True,
+    metavar="N|auto",
+    read=number_or_auto,
+    expects="auto, or a whole number, 1 or more",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """Optimizer, schedule and EMA."""
@@ -44,10 +67,7 @@ class OptimConfig:
         int, Opt("Number of optimizer steps, in place of --epochs.", RECIPE, ge=0, was="--steps")
     ]
     batch_size: Annotated[int, Opt("Total images per optimizer step.", RUN, ge=1)]
-    micro_batch_size: Annotated[
-        int,
-        Opt("Images per process and forward pass (gradient accumulation).", RUN, ge=1, free=True),
-    ]
+    micro_batch_size: Annotated[int | None, MICRO_BATCH] = None  # None: auto
     lr: Annotated[float, Opt("Learning rate before linear batch scaling.", RECIPE, ge=0)]
     lr_rule: Annotated[
         Literal["linear", "none"],
@@ -137,10 +157,11 @@ class OptimConfig:
     def split_batch(self, world_size: int, num_train: int) -> tuple[int, int]:
         """Micro-batch size per process, and number of gradient accumulation steps.
 
-        Raises if the batch does not split exactly; the message names the nearest that do.
+        With `auto` all images of a process. Raises if the batch does not split exactly; the message
+        names the nearest that do.
         """
         batch = self.batch_size
-        micro = min(self.micro_batch_size, max(batch // world_size, 1))
+        micro = min(self.micro_batch_size or batch, max(batch // world_size, 1))
         unit = micro * world_size
         if batch % unit:
             around = {max(1, batch // unit) * unit, (batch // unit + 1) * unit}
@@ -208,15 +229,19 @@ class MachineConfig:
         bool, Opt("Activation checkpointing: less memory, slower.", MACHINE, free=True)
     ] = False
     workers: Annotated[
-        int,
+        int | None,
         Opt(
-            "Data loader workers per process, for image folders; -1: one per core, at most 4.",
+            "Processes that read images, for each process that computes. auto, the default: beside "
+            "a GPU all cores but one, at most 16; on a CPU at most 4.",
             MACHINE,
-            ge=-1,
+            ge=0,
             le=MOST_PROCESSES,
             free=True,
+            metavar="N|auto",
+            read=workers_or_auto,
+            expects=f"auto, or a whole number in [0, {MOST_PROCESSES}]",
         ),
-    ] = -1
+    ] = None  # None: auto
     skip_bad: Annotated[
         bool, Opt("Skip and count unreadable images instead of stopping.", DATA, free=True)
     ] = False
@@ -299,9 +324,7 @@ class Checkup:
         ),
     ] = 0
     batch_size: Annotated[int | None, Opt("Total images per optimizer step.", RUN, ge=1)] = None
-    micro_batch_size: Annotated[
-        int | None, Opt("Images per process and forward pass (gradient accumulation).", RUN, ge=1)
-    ] = None
+    micro_batch_size: Annotated[int | None, MICRO_BATCH] = None
     offline: Annotated[bool, Opt("Do not contact the Hub.", SHOW)] = False
     as_json: Annotated[bool, Opt("Print JSON on stdout.", SHOW, flag="--json")] = False
     options: dict[str, Any] = field(default_factory=dict)  # given options of the training command

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from spiralrope_cli.core.data.images import in_order
 from spiralrope_cli.core.data.latents import LatentCache
 from spiralrope_cli.core.data.loader import MAX_TRIES, Batch, BatchIndices, ImageFiles, load
 from spiralrope_cli.core.data.splits import train_split, val_split
+from spiralrope_cli.core.runtime.launch import cores_per_process, num_loaders
 from spiralrope_cli.core.runtime.seeds import generator_for, seed_for
 
 EVAL_BATCH = 256
@@ -100,12 +102,21 @@ class TrainingData:
     unreadable: dict[str, str] = field(default_factory=dict)  # path -> reason, skipped so far
     repeats: int = 1  # augmented copies per image
     scale: float = 1.0  # factor of cached latents
+    helps: str = ""  # if training waits for this data; empty: it is in memory
+    waits: list[float] = field(default_factory=list)  # seconds of each wait since they were cleared
 
     def train_steps(self, first_step: int, last_step: int) -> Generator[list[Batch], None, None]:
         """This process's micro-batches of each step, from `first_step`, before `last_step`."""
         with contextlib.closing(self.read(self.batch_indices(first_step, last_step))) as batches:
-            for _ in range(first_step, last_step):
-                yield [self.finish(next(batches)) for _ in self.parts]
+            for step in range(first_step, last_step):
+                micro_batches = []
+                for _ in self.parts:
+                    start = time.perf_counter()
+                    batch = next(batches)
+                    if self.helps and step > first_step:  # the workers have started
+                        self.waits.append(time.perf_counter() - start)
+                    micro_batches.append(self.finish(batch))
+                yield micro_batches
 
     def batch_indices(self, first_step: int, last_step: int) -> Iterator[BatchIndices]:
         """The images of those micro-batches, and their places."""
@@ -135,6 +146,7 @@ def classifier_data(
     """The training set of a classifier; skipped images are added to `unreadable`."""
     model, options = run.model, run.augment
     read: Read
+    helps = ""
     if in_memory := run.data in BUILT_IN:
         split, _ = memory.splits_on(device, run.data, model.in_chans)
         read = functools.partial(from_memory, split)
@@ -143,6 +155,7 @@ def classifier_data(
         transform, grey = augment.train_transform(model.image_size, options), model.in_chans == 1
         files = ImageFiles(listed, transform, grey, MAX_TRIES, run.seed)
         read = functools.partial(load, files, run.machine, device, unreadable)
+        helps = more_workers(run.machine, device)
     normalise = augment.Normalise(options.mean, options.std, device)
 
     def finish(batch: Batch) -> Batch:
@@ -155,8 +168,9 @@ def classifier_data(
         return Batch(at, *mixed)
 
     parts = own_parts(rank, *run.split_batch(world_size))
+    repeats = options.repeated_aug
     return TrainingData(
-        run, run.steps_per_epoch, parts, read, finish, unreadable, repeats=options.repeated_aug
+        run, run.steps_per_epoch, parts, read, finish, unreadable, repeats=repeats, helps=helps
     )
 
 
@@ -165,6 +179,7 @@ def dit_data(run: DiTRun, device: torch.device, rank: int, world_size: int) -> T
     size, unreadable = run.images.image_size, dict[str, str]()
     parts = own_parts(rank, *run.split_batch(world_size))
     read: Read
+    helps = ""
 
     def mirrored(at: BatchIndices) -> Tensor:
         """[B] bool on the CPU: a function of seed, epoch and place, for all kinds of data."""
@@ -176,7 +191,9 @@ def dit_data(run: DiTRun, device: torch.device, rank: int, world_size: int) -> T
         cache.verify()
         read = functools.partial(from_cache, cache, device, mirrored)
         return TrainingData(
-            run, run.steps_per_epoch, parts, read, lambda batch: batch, scale=cache.scale
+            *(run, run.steps_per_epoch, parts, read, lambda batch: batch),
+            scale=cache.scale,
+            helps=f"a faster disk than that of {run.images.latents}, or more memory to cache it",
         )
     if run.data in BUILT_IN:
         channels = 3 if run.images.in_latents else run.model.in_chans
@@ -186,12 +203,23 @@ def dit_data(run: DiTRun, device: torch.device, rank: int, world_size: int) -> T
         crop = functools.partial(augment.cropped_array, size=size)
         files = ImageFiles(train_split(run.data).images, crop, tries=MAX_TRIES)
         read = functools.partial(load, files, run.machine, device, unreadable)
+        helps = more_workers(run.machine, device)
+        if run.vae_in_loop:
+            helps += ", or latents that dit-encode made once"
 
     def finish(batch: Batch) -> Batch:
         images = augment.resize_and_crop(batch.images, size, 1.0) / 127.5 - 1
         return replace(batch, images=augment.mirror(images, mirrored(batch.at)))
 
-    return TrainingData(run, run.steps_per_epoch, parts, read, finish, unreadable)
+    return TrainingData(run, run.steps_per_epoch, parts, read, finish, unreadable, helps=helps)
+
+
+def more_workers(machine: MachineConfig, device: torch.device) -> str:
+    """What helps if training waits for image files."""
+    workers, cores = num_loaders(machine, device.type), cores_per_process()
+    if workers < cores - 1:
+        return f"--workers {cores - 1}, in place of {workers}"
+    return f"more cores (this process has {cores}), or files of smaller images"
 
 
 def from_memory(

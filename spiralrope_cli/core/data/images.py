@@ -163,11 +163,11 @@ def image_batches(
     part: range,
     batch_size: int,
     *,
-    threads: int,
-    pin_memory: bool,
+    threads: int | None = None,
+    pin_memory: bool = False,
     reading: Reading = "as-trained",
 ) -> Generator[ImageBatch, None, None]:
-    """The images of a part of a set, decoded by `threads` threads; -1: by the number of cores."""
+    """The images of a part of a set, decoded by `threads` threads; None: by the number of cores."""
     if isinstance(images, FolderInput):
         batches = _decoded(images, part, batch_size, threads, reading)
     else:
@@ -191,9 +191,9 @@ def _streamed(images: NpzImages, part: range, batch_size: int) -> Generator[Imag
 
 
 def _decoded(
-    images: FolderInput, part: range, batch_size: int, threads: int, reading: Reading
+    images: FolderInput, part: range, batch_size: int, threads: int | None, reading: Reading
 ) -> Generator[ImageBatch, None, None]:
-    if threads < 0:
+    if threads is None:
         threads = min(MOST_THREADS, cores_per_process())
     batch, num_bytes = ImageBatch(), 0
     sizes: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = defaultdict(list)

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.images import Unreadable, as_trained, note_unreadable, open_image
 from spiralrope_cli.core.errors import DataError, dead_loader
-from spiralrope_cli.core.runtime.launch import cores_per_process
+from spiralrope_cli.core.runtime.launch import num_loaders
 from spiralrope_cli.core.runtime.seeds import seed_everything
 
 Transform = Callable[[Image.Image], np.ndarray]
@@ -151,7 +151,7 @@ def load(
 
     Skipped images are added to `unreadable`, path -> reason.
     """
-    workers = machine.workers if machine.workers >= 0 else min(4, cores_per_process())
+    workers = num_loaders(machine, device.type)
     loader = DataLoader(
         files,
         batch_sampler=batches,  # type: ignore[arg-type]

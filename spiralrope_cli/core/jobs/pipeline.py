@@ -41,7 +41,7 @@ from spiralrope_cli.core.errors import CheckpointError, ConfigError, FetchError
 from spiralrope_cli.core.hub.source import find_inception, find_vae, local_vae
 from spiralrope_cli.core.jobs import evaluate, sample, score, train
 from spiralrope_cli.core.resolve import Resolved, StartingPoint, as_begun, resolve
-from spiralrope_cli.core.runtime.launch import check_not_joined, launch, say_notes, world_size
+from spiralrope_cli.core.runtime.launch import check_not_joined, launch, say_notes
 from spiralrope_cli.core.runtime.progress import check_tracker, say
 from spiralrope_cli.core.runtime.run_folder import (
     first_step,
@@ -248,7 +248,7 @@ def check_trainings(runs: Sequence[TrainingRun]) -> None:
     for run in runs:
         check_tracker(run.machine.tracker)
         with refused_by(run.command):
-            run.split_batch(world_size(run.machine))
+            train.with_checked_batch(run)
             step = first_step(run)
         if step and unfinished:
             raise CheckpointError(

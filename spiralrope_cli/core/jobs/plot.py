@@ -197,7 +197,7 @@ def draw_grid(given: dict[str, Any]) -> None:
     drawn = max(num_bytes(images, part), len(part) * num_bytes(images, part[:1]))
     check_memory(DRAWN_BYTES * drawn, f"{len(part)} images of {plot.source}")
     pixels: dict[int, Tensor] = {}
-    for batch in image_batches(images, part, len(part), threads=-1, pin_memory=False):
+    for batch in image_batches(images, part, len(part)):
         for unreadable in batch.unreadable:
             raise DataError(f"image {unreadable.path} cannot be read: {unreadable.reason}")
         decoded = (image for group in batch.groups for image in group)

@@ -19,6 +19,7 @@ from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
 from spiralrope_cli.core.config.folders import CURVES_FILE, nameless_note, numbering_note
 from spiralrope_cli.core.config.models import format_size, given_rope, is_dit
 from spiralrope_cli.core.config.option import build, flat_values, leaves
+from spiralrope_cli.core.config.recipes import with_usual_micro_batch
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import LINEAR_RULE_BATCH, MOST_OF_FIRST, TrainOptions
 from spiralrope_cli.core.errors import CheckpointError, ConfigError, NoRouteError
@@ -29,6 +30,7 @@ from spiralrope_cli.core.runtime.launch import (
     is_first_process,
     joined_world_size,
     launch,
+    on_gpu,
     say_notes,
     world_size,
 )
@@ -37,7 +39,6 @@ from spiralrope_cli.core.runtime.run_folder import (
     check_memory,
     first_step,
     is_finished,
-    precision_so_far,
     write_sources,
 )
 
@@ -96,7 +97,7 @@ def settle(
 
 def carry_out(resolved: Resolved, notes: Iterable[str] = (), *, dry_run: bool) -> bool:
     """Trains; a dry run only prints the plan. Returns whether the run was already finished."""
-    run = resolved.run
+    run: Any = resolved.run
     check_tracker(run.machine.tracker)
     step = first_step(run)
     finished = is_finished(run, step)
@@ -104,10 +105,13 @@ def carry_out(resolved: Resolved, notes: Iterable[str] = (), *, dry_run: bool) -
         if is_first_process():
             say(f"{run.out} is finished: {step} steps")
         return True
-    run.split_batch(world_size(run.machine))
+    run = with_checked_batch(run)
     # Before anything is built: four float64 numbers per channel pair of each patch for the angles.
     patches = math.prod(run.grid)
     check_memory(16 * patches * run.head_dim, f"{patches:,} patches per image")
+
+    from spiralrope_cli.core.runtime.device import settle_precision
+
     try:
         precision, more = settle_precision(run, step)
     except ConfigError as error:  # a dry run may plan for another machine
@@ -131,28 +135,12 @@ def carry_out(resolved: Resolved, notes: Iterable[str] = (), *, dry_run: bool) -
     return finished
 
 
-def settle_precision(run: TrainingRun, step: int) -> tuple[str, list[str]]:
-    """What --precision is: as given; else that of the run so far, or the best of this machine."""
-    from spiralrope_cli.core.runtime.device import pick_device, pick_precision
-
-    given, device = run.machine.precision, pick_device(run.machine)
-    best, why = pick_precision("auto", device)
-    before, notes = precision_so_far(run) if step else ("", [])
-    wanted = before if before and given == "auto" else given
-    precision, reason = pick_precision(wanted, device)
-    emulated = precision == "bf16" != best
-    if wanted != given and (precision != before or emulated):
-        raise ConfigError(
-            f"{run.out} was trained in {before}, but {why if emulated else reason}",
-            f"--precision {best} resumes in {best}",
-        )
-    if precision != wanted != "auto":
-        notes.append(f"--precision {wanted} is {precision} here: {reason}")
-    elif emulated:
-        notes.append(f"{why}: they are emulated, which is slow; --precision {best} is faster")
-    if before not in ("", precision):
-        notes.append(f"trained in {before} up to step {step}, in {precision} from there")
-    return precision, notes
+def with_checked_batch(run: TrainingRun) -> TrainingRun:
+    """The run with a micro-batch size; on GPUs `auto` stays, and the workers find what fits."""
+    world = world_size(run.machine)
+    run = run if on_gpu(run.machine) else with_usual_micro_batch(run, world)
+    run.split_batch(world)  # raises if the batch does not split
+    return run
 
 
 def plan(resolved: Resolved, first_step: int, *, every_value: bool, notes: Iterable[str]) -> None:
@@ -167,7 +155,7 @@ def plan(resolved: Resolved, first_step: int, *, every_value: bool, notes: Itera
         shown = [
             f"{'rope' if name == 'enabled' else name} {_short(value)}"
             for name, value in values.items()
-            if name not in IN_THE_ROWS and value != ""
+            if name not in IN_THE_ROWS and value not in ("", None)
             if resolved.sources.get(name, "default") == origin
         ]
         if shown:
@@ -196,10 +184,10 @@ def plan_rows(run: TrainingRun, first_step: int) -> dict[str, str]:
     rows["RoPE"] = run.rope.summary if run.rope.enabled else no_rope
     optim, world = run.optim, world_size(run.machine)
     micro, grad_accum_steps = run.split_batch(world)
-    rows["batch"] = (
-        f"{optim.batch_size} = {world} process(es) x {micro} images x {grad_accum_steps} "
-        "gradient accumulation step(s)"
-    )
+    split = f"{micro} images x {grad_accum_steps} gradient accumulation step(s)"
+    if optim.micro_batch_size is None:
+        split = f"{micro} images, accumulated in parts if not all fit (--micro-batch-size auto)"
+    rows["batch"] = f"{optim.batch_size} = {world} process(es) x {split}"
     lr = f"{optim.lr:g}, as given"
     if optim.lr_rule == "linear":
         lr = f"{optim.lr:g} x {optim.batch_size}/{LINEAR_RULE_BATCH} = {optim.peak_lr:g}"
@@ -291,9 +279,11 @@ def work(config: TrainingRun) -> None:
     from spiralrope_cli.core.runtime import distributed
     from spiralrope_cli.core.runtime.distributed import open_context
     from spiralrope_cli.core.training import loop
+    from spiralrope_cli.core.training.micro_batch import with_fitting_micro_batch
 
     with open_context(config.machine, Path(config.out)) as ctx:
         step = loop.agreed_first_step(config)
+        config = with_fitting_micro_batch(config, ctx, open_task)
         task = open_task(config, ctx)
         state, forward = loop.build_state(
             config,

@@ -17,9 +17,11 @@ import torch
 from packaging.requirements import Requirement
 
 from spiralrope_cli import __version__
+from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.runtime.launch import joined_world_size
+from spiralrope_cli.core.runtime.run_folder import precision_so_far
 
 DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
 """Value of `--precision` -> dtype of autocast."""
@@ -76,6 +78,28 @@ def pick_precision(setting: str, device: torch.device) -> tuple[str, str]:
                 return "bf16", f"this CPU has {name}"
         return "fp32", "this CPU has no bf16 instructions"
     return "fp32", f"bf16 is not tested on {device.type}"
+
+
+def settle_precision(run: TrainingRun, step: int) -> tuple[str, list[str]]:
+    """What --precision is: as given; else that of the run so far, or the best of this machine."""
+    given, device = run.machine.precision, pick_device(run.machine)
+    best, why = pick_precision("auto", device)
+    before, notes = precision_so_far(run) if step else ("", [])
+    wanted = before if before and given == "auto" else given
+    precision, reason = pick_precision(wanted, device)
+    emulated = precision == "bf16" != best
+    if wanted != given and (precision != before or emulated):
+        raise ConfigError(
+            f"{run.out} was trained in {before}, but {why if emulated else reason}",
+            f"--precision {best} resumes in {best}",
+        )
+    if precision != wanted != "auto":
+        notes.append(f"--precision {wanted} is {precision} here: {reason}")
+    elif emulated:
+        notes.append(f"{why}: they are emulated, which is slow; --precision {best} is faster")
+    if before not in ("", precision):
+        notes.append(f"trained in {before} up to step {step}, in {precision} from there")
+    return precision, notes
 
 
 def has_tf32(device: torch.device) -> bool:

@@ -35,11 +35,20 @@ LOST_SECONDS = 5
 ERROR_FOLDER_VARIABLE = "SPIRALROPE_ERROR_FOLDER"
 
 
+MOST_LOADERS, MOST_LOADERS_ON_CPU = 16, 4
+"""Loader workers that `--workers auto` starts at most; on a CPU the cores also train."""
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+
+
 def usable_cores() -> int:
-    """Number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1  # macOS has no affinity
+    """Number of cores that this process may use: its affinity, and the limit of its container."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # macOS has no affinity
+        cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):  # no such limit, or the word max
+        quota, period = CPU_LIMIT.read_text().split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
 
 
 def cores_per_process() -> int:
@@ -48,6 +57,16 @@ def cores_per_process() -> int:
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # else they are divided among our own workers
         on_node = max(cores, int(os.environ.get("SLURM_CPUS_ON_NODE", "1")))
     return max(1, min(cores, on_node // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def num_loaders(machine: MachineConfig, device: str) -> int:
+    """Loader workers of this process on a kind of device: `--workers`, or what `auto` is."""
+    if machine.workers is not None:
+        return machine.workers
+    cores = cores_per_process()
+    if device == "cpu":
+        return min(cores, MOST_LOADERS_ON_CPU)
+    return max(1, min(cores - 1, MOST_LOADERS))
 
 
 def share_the_machine() -> None:
@@ -100,6 +119,15 @@ def num_local_workers(machine: MachineConfig) -> int:
     import torch  # only to count GPUs, if no number was given
 
     return max(torch.cuda.device_count(), 1)
+
+
+def on_gpu(machine: MachineConfig) -> bool:
+    """Whether a run is on GPUs; a dry run may plan for one that is not here."""
+    if machine.device != "auto":
+        return machine.device == "cuda"
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def world_size(machine: MachineConfig) -> int:

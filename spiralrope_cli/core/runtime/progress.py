@@ -54,6 +54,7 @@ SHOWN = {
     "vb": "vb {:.5f}",
     "grad_norm": "|grad| {:.3f}",
     "images_per_s": "images/s {:.0f}",
+    "data_wait": "waits for data {:.0%}",
 }
 
 
@@ -160,7 +161,7 @@ class Reporter:
         self._bar = Progress(*columns, console=self.console, expand=True)
         self._bar.add_task("", total=run.total_steps, completed=step, epoch=self._epoch(step))
         [self._task] = self._bar.tasks
-        self._metrics, self._best = "", ""
+        self._metrics, self._best, self._said = "", "", set[str]()
         self._status = Text()
         self._show_status(best_acc1)
         below_each_other = Group(self._bar, self._status)
@@ -181,7 +182,7 @@ class Reporter:
         self._bar.update(self._task.id, completed=step, epoch=self._epoch(step))
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """A log point: loss, lr, grad_norm, images_per_s."""
+        """A log point: loss, lr, grad_norm, images_per_s, and a long data_wait."""
         self._record(step, {"epoch": step / self._steps_per_epoch, **values})
         self.advance(step)
         self._metrics = "  ".join(
@@ -207,6 +208,12 @@ class Reporter:
     def say(self, line: str) -> None:
         """Prints one line."""
         say(line, self.console)
+
+    def say_once(self, line: str) -> None:
+        """Prints one line, the first time."""
+        if line not in self._said:
+            self._said.add(line)
+            self.say(line)
 
     def _epoch(self, step: int) -> str:
         return f"{step / self._steps_per_epoch:.1f}/{self._total_steps / self._steps_per_epoch:.3g}"

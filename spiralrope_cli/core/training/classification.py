@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from spiralrope_cli.core.config.runs import ClassifierRun, EvalProtocol
 from spiralrope_cli.core.data.batches import ValidationImages, classifier_data
-from spiralrope_cli.core.data.loader import Batch
+from spiralrope_cli.core.data.loader import Batch, BatchIndices
 from spiralrope_cli.core.errors import TrainingError
 from spiralrope_cli.core.models.deit import DeiT
 from spiralrope_cli.core.runtime import distributed
@@ -51,10 +51,22 @@ def classification(config: ClassifierRun, ctx: DistContext) -> Task:
         train_steps=data.train_steps,
         remake=partial(data.remake, labels="targets"),
         unreadable=data.unreadable,
+        waits=data.waits,
+        helps=data.helps,
         loss=partial(classifier_loss, config, ctx),
+        black=partial(black_images, config, ctx.device),
         inspect_at=lambda step: due(step, validate_steps, config.total_steps),
         validate=partial(validate, config, ctx, val_images),
     )
+
+
+def black_images(config: ClassifierRun, device: torch.device, number: int) -> Batch:
+    """A batch of black images of class 0."""
+    at = BatchIndices([], [], part=slice(0, number))
+    labels = torch.zeros(number, dtype=torch.int64, device=device)
+    if config.augment.mixes:
+        labels = F.one_hot(labels, config.model.num_classes).float()
+    return Batch(at, torch.zeros(number, *config.input_shape, device=device), labels)
 
 
 def classifier_loss(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -14,7 +15,7 @@ from spiralrope_cli.core.config.dit_runs import GRID_ROWS, DiTRun
 from spiralrope_cli.core.config.folders import SAMPLES_FILE
 from spiralrope_cli.core.data.batches import dit_data
 from spiralrope_cli.core.data.images import image_grid, to_uint8
-from spiralrope_cli.core.data.loader import Batch
+from spiralrope_cli.core.data.loader import Batch, BatchIndices
 from spiralrope_cli.core.diffusion.gaussian import GaussianDiffusion
 from spiralrope_cli.core.diffusion.vae import Vae, load_vae, sample_posterior
 from spiralrope_cli.core.errors import DataError, SpiralRopeError
@@ -55,11 +56,23 @@ def diffusion(
         train_steps=data.train_steps,
         remake=data.remake,
         unreadable=data.unreadable,
+        waits=data.waits,
+        helps=data.helps,
         loss=DiffusionLoss(config, ctx.device, ctx.dtype, vae, scale, GaussianDiffusion(), bound),
+        black=partial(black_inputs, config, ctx.device),
         extra=lambda: {"vb": bound.read()[0]},
         inspect_at=config.samples_at,
         sample=lambda state: draw_grid(config, ctx, state, vae, local_vae),
     )
+
+
+def black_inputs(config: DiTRun, device: torch.device, number: int) -> Batch:
+    """A batch of black images of class 0, or of their latents."""
+    at = BatchIndices([], [], part=slice(0, number))
+    shape = (3, *config.image_size) if config.vae_in_loop else config.input_shape
+    images = torch.zeros(number, *shape, device=device)
+    std = torch.zeros_like(images) if config.images.latents else None
+    return Batch(at, images, torch.zeros(number, dtype=torch.int64, device=device), std)
 
 
 @dataclass(frozen=True)

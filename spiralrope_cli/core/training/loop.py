@@ -39,6 +39,8 @@ from spiralrope_cli.core.training.step import (
     train_step,
 )
 
+MUCH_WAIT = 0.05
+"""Fraction of the time from which on a log point says how long training waited for data."""
 LOWER_LR = "try a lower --lr, --clip-grad 1 or --precision fp32"
 
 
@@ -50,7 +52,10 @@ class Task:
         train_steps: (first, last step) -> this process's micro-batches of each step.
         remake: step, from 0 -> this process's batch of that step, made again, to save it.
         unreadable: path -> reason, images that were skipped so far.
+        waits: seconds of each wait for data; the loop clears it. Empty for data in memory.
+        helps: what would make these waits shorter.
         loss: mean loss of one micro-batch.
+        black: number -> so many black images, as `loss` takes them, for a trial step.
         extra: further values of a log point.
         inspect_at: whether to validate, or to sample, after this step.
         validate: validates before the checkpoint is saved, because the best one must be saved.
@@ -61,7 +66,10 @@ class Task:
     train_steps: Callable[[int, int], Generator[list[Batch], None, None]]
     remake: Callable[[int], dict[str, Tensor]]
     unreadable: dict[str, str]
+    waits: list[float]
+    helps: str
     loss: Callable[[TrainState, nn.Module, Batch], Tensor]
+    black: Callable[[int], Batch]
     extra: Callable[[], dict[str, float]] = dict
     inspect_at: Callable[[int], bool]
     validate: Callable[[TrainState, Reporter], None] | None = None
@@ -78,7 +86,7 @@ def training_loop(
 ) -> None:
     """Trains to the last step; after a signal it saves a checkpoint and exits."""
     total_steps, optim = config.total_steps, config.optim
-    meter, clock = LossMeter(ctx.device), Clock(optim.batch_size, state.step)
+    meter, clock = LossMeter(ctx.device), Clock(state.step)
     with contextlib.closing(task.train_steps(state.step, total_steps)) as batches:
         while state.step < total_steps:
             lr = lr_at(state.step, total_steps, config.steps_per_epoch, optim)
@@ -99,8 +107,9 @@ def training_loop(
                 values = {"loss": mean, "lr": lr, **task.extra()}
                 if grad_norm is not None:
                     values["grad_norm"] = grad_norm.item()
-                values["images_per_s"] = clock.rate(state.step)
-                reporter.log(state.step, values)
+                num_steps, seconds = clock.lap(state.step)
+                values["images_per_s"] = optim.batch_size * num_steps / seconds
+                reporter.log(state.step, values | data_wait(task, seconds, ctx, reporter))
             stop = ctx.stop.agreed(ctx.device, ask_all=log_now)
             inspect_now = task.inspect_at(state.step)
             save_now = stop or due(state.step, config.save_steps, total_steps)
@@ -119,6 +128,17 @@ def training_loop(
                 sys.exit(128 + stop)
     if task.sample and ctx.is_first:
         reporter.say(task.sample(state))
+
+
+def data_wait(task: Task, seconds: float, ctx: DistContext, reporter: Reporter) -> dict[str, float]:
+    """Fraction of the seconds in which the slowest process waited for data, if it is much."""
+    own = torch.tensor(sum(task.waits) / seconds, device=ctx.device)
+    task.waits.clear()
+    wait = distributed.all_reduce_max(own).item()
+    if wait < MUCH_WAIT:
+        return {}
+    reporter.say_once(f"training waits for data; this helps: {task.helps}")
+    return {"data_wait": wait}
 
 
 def due(step: int, every: int, total_steps: int) -> bool:

@@ -10,6 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from spiralrope_cli.core.config.dit_runs import TrainingRun
+from spiralrope_cli.core.config.recipes import (
+    micro_batch_sizes,
+    usual_micro_batch,
+    with_micro_batch,
+)
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.models.factory import meta_inputs, model_cost, model_of
@@ -24,15 +29,18 @@ BYTES_PER_PARAMETER = 20
 
 def advice(run: TrainingRun, machine: MachineConfig) -> dict[str, Any]:
     """Sizes, valid values and memory of a run on this machine."""
-    nproc = num_local_workers(machine)
-    micro, grad_accum_steps = run.split_batch(nproc)
-    precision, _ = pick_precision(machine.precision, pick_device(machine))
+    nproc, device = num_local_workers(machine), pick_device(machine)
+    precision, _ = pick_precision(machine.precision, device)
     parameters, flops = model_cost(run)
-    fixed = BYTES_PER_PARAMETER * parameters
+    fixed, per_image = memory_needs(run, DTYPES[precision])
+    size = run.optim.micro_batch_size or usual_micro_batch(run, nproc)
+    if run.optim.micro_batch_size is None and device.type == "cuda":
+        room = torch.cuda.get_device_properties(device).total_memory - fixed
+        sizes = micro_batch_sizes(run, nproc)
+        size = max((n for n in sizes if n * per_image <= room), default=sizes[0])
+    micro, grad_accum_steps = with_micro_batch(run, size).split_batch(nproc)
     with torch.device("meta"):
-        network = model_of(run)
-    checkpoint_bytes = needed_bytes(network)
-    per_image = activation_bytes(run, network.to(DTYPES[precision]))
+        checkpoint_bytes = needed_bytes(model_of(run))
     batch_sizes = sorted({run.optim.batch_size, *(2**power for power in range(3, 14))})
     most_rotate = run.head_dim // 8
     return {
@@ -76,6 +84,14 @@ def _split(run: TrainingRun, batch_size: int, nproc: int) -> None:
 
 def _check_rotate(run: TrainingRun, rotate: int, same_theta: bool) -> None:
     replace(run.rope, rotate=rotate, same_theta=same_theta).check_head_dim(run.head_dim)
+
+
+def memory_needs(run: TrainingRun, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of weights, gradients, optimizer and average, and bytes for each image, about."""
+    with torch.device("meta"):
+        network = model_of(run)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return BYTES_PER_PARAMETER * parameters, activation_bytes(run, network.to(dtype))
 
 
 def activation_bytes(run: TrainingRun, network: nn.Module) -> int:

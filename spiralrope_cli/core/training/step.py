@@ -1,4 +1,4 @@
-"""One optimizer step (AdamW, learning rate, gradients, EMA), mean loss, and images per second."""
+"""One optimizer step (AdamW, learning rate, gradients, EMA), mean loss, and a clock."""
 
 from __future__ import annotations
 
@@ -201,19 +201,18 @@ class LossMeter:
 
 
 class Clock:
-    """Images per second between log points, without validation and saving."""
+    """Steps and seconds between log points, without validation and saving."""
 
-    def __init__(self, batch_size: int, step: int) -> None:
-        self._batch_size = batch_size
+    def __init__(self, step: int) -> None:
         self._since = (time.perf_counter(), step)
         self._paused = 0.0
 
-    def rate(self, step: int) -> float:
-        """Images per second since the last call."""
+    def lap(self, step: int) -> tuple[int, float]:
+        """Number of steps, and seconds, since the last call."""
         now, (then, first) = time.perf_counter(), self._since
         seconds = now - then - self._paused
         self._since, self._paused = (now, step), 0.0
-        return self._batch_size * (step - first) / max(seconds, 1e-9)
+        return step - first, max(seconds, 1e-9)
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:

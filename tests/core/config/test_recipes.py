@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from PIL import Image
 
-from spiralrope_cli.core.config.recipes import fitted_batch
+from spiralrope_cli.core.config import recipes
+from spiralrope_cli.core.config.recipes import fitted_batch, usual_micro_batch
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.resolve import resolve
 
@@ -58,12 +61,25 @@ def test_a_run_of_a_few_steps_says_that_its_warm_up_is_short():
 
 
 def test_a_batch_is_split_into_equal_parts_where_the_recipe_says_how():
-    run, notes = settled(batch_size=50)
-    assert run.split_batch(1) == (25, 2)
-    assert notes == ["--micro-batch-size 25, not the recipe's 32: it divides 50 images"]
-    assert settled(batch_size=64)[1] == settled(batch_size=8)[1] == []
-    run, _ = settled(batch_size=96, nproc=2)
-    assert run.split_batch(2) == (24, 2)
+    for command, batch, processes, size in (
+        ("pretrain", 32, 1, 32),
+        ("pretrain", 50, 1, 25),
+        ("pretrain", 64, 1, 32),
+        ("pretrain", 8, 1, 32),
+        ("pretrain", 96, 2, 24),
+        ("pretrain", 101, 1, 32),  # which is then refused
+        ("dit-train", 64, 1, 64),
+    ):
+        run, notes = settled(command, batch_size=batch)
+        assert (usual_micro_batch(run, processes), notes) == (size, [])
+
+
+def test_the_published_runs_have_their_micro_batches(monkeypatch):
+    run, _ = settled()
+    monkeypatch.setattr(recipes, "BUILT_IN", {})
+    for command, size in (("pretrain", 256), ("finetune", 64), ("dit-train", 32)):
+        of_paper = replace(run, command=command, optim=replace(run.optim, batch_size=1024))
+        assert usual_micro_batch(of_paper, 1) == size
 
 
 def test_what_the_user_gave_is_kept_and_told_at_once_where_it_cannot_work(few):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.runtime import launch
 from spiralrope_cli.core.runtime.launch import (
@@ -20,6 +21,8 @@ from spiralrope_cli.core.runtime.launch import (
     _raise_first,
     _sigint_blocked,
     cores_per_process,
+    num_loaders,
+    usable_cores,
 )
 
 
@@ -29,6 +32,35 @@ def test_processes_share_the_cores_where_no_one_tells_which_they_are(monkeypatch
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
     assert cores_per_process() == cores
+
+
+@pytest.mark.parametrize(
+    ("limit", "cores"),
+    [("max 100000", 6), ("200000 100000", 2), ("50000 100000", 1), ("900000 100000", 6), ("", 6)],
+)
+def test_a_container_may_have_fewer_cores_than_its_machine(monkeypatch, tmp_path, limit, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
+    monkeypatch.setattr(launch, "CPU_LIMIT", tmp_path / "cpu.max")
+    assert usable_cores() == 6
+    launch.CPU_LIMIT.write_text(limit)
+    assert usable_cores() == cores
+
+
+@pytest.mark.parametrize(
+    ("usable", "processes", "device", "loaders"),
+    [
+        *((16, 1, "cuda", 15), (64, 1, "cuda", 16), (64, 8, "cuda", 7), (1, 1, "cuda", 1)),
+        *((16, 1, "cpu", 4), (2, 1, "cpu", 2), (2, 2, "cpu", 1)),
+    ],
+)
+def test_the_cores_are_shared_out_to_loader_workers(
+    monkeypatch, usable, processes, device, loaders
+):
+    monkeypatch.setattr(launch, "usable_cores", lambda: usable)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert num_loaders(MachineConfig(), device) == loaders
+    for number in (0, 3):
+        assert num_loaders(MachineConfig(workers=number), device) == number
 
 
 # As srun sets them for task 3 of 5, the first of the second machine.
