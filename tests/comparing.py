@@ -26,6 +26,39 @@ def relative_distance(one, other):
     return (off / sum(other[name].double().square().sum() for name in other) ** 0.5).item()
 
 
+def rotation_formula(qkv, cos_sin):
+    """q and k of a packed projection rotated in the dtype of the table, and v."""
+    (cos, sin), (q, k, v) = cos_sin[:, None].unbind(-1), qkv.unbind(2)
+    pairs = [each.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1) for each in (q, k)]
+    rotated = [torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1) for a, b in pairs]
+    return *(each.flatten(-2).to(qkv.dtype) for each in rotated), v
+
+
+def rotation_results(rotate, qkv, cos_sin, grads):
+    """q, k, v and the gradient of the projection."""
+    qkv = qkv.detach().requires_grad_()
+    out = rotate(qkv, cos_sin)
+    grads = [grad.to(each.dtype) for grad, each in zip(grads, out, strict=True)]
+    torch.autograd.backward(out, grads)
+    return *out, qkv.grad
+
+
+ROTATION_SIZES = [(2, 17, 3, 64), (1, 1, 1, 4), (3, 50, 2, 36), (2, 16, 5, 32), (1, 33, 4, 72)]
+"""Batch, tokens, heads and channels; none fills the tiles of the kernel."""
+
+
+def rotation_inputs(size, dtype, device="cpu"):
+    """Projection, gradients of q, k and v, table in float64; the first token is not rotated."""
+    batch, tokens, heads, head_dim = size
+    draw = {"generator": torch.Generator().manual_seed(head_dim), "dtype": torch.float64}
+    qkv = torch.randn(batch, tokens, 3, heads, head_dim, **draw)
+    grads = torch.randn(3, batch, tokens, heads, head_dim, **draw)
+    angle = torch.randn(tokens, head_dim // 2, **draw) * 3
+    angle[0] = 0
+    cos_sin = torch.stack((angle.cos(), angle.sin()), dim=-1)
+    return qkv.to(device, dtype), grads.to(device, dtype), cos_sin.to(device)
+
+
 def read_pointer(folder, name):
     """What `best.json` or `last.json` of a run says."""
     return json.loads((folder / "checkpoints" / f"{name}.json").read_text())

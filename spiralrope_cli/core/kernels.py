@@ -8,7 +8,9 @@ Code that depends on the device for speed alone is in this file only; to underst
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -16,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
+TRITON_DEVICE = "cuda"
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Gelu = Literal["none", "tanh"]
 """The values of `F.gelu(approximate=)`: exact, or the tanh approximation."""
 
@@ -164,6 +168,53 @@ def _complex_product(x: Tensor, cos_sin: Tensor) -> Tensor:
     # The float32 copy was made here, so the product may overwrite it.
     product = pairs.mul_(cos_sin) if ours else pairs * cos_sin
     return torch.view_as_real(product).flatten(-2).to(dtype)
+
+
+def rotate_qkv(qkv: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`rope.apply_rotary` of q and k: [B, N, 3, H, D], [N, D/2, 2] -> q, k and v, [B, N, H, D].
+
+    One Triton kernel, forward and backward, where `has_rotary_kernel`. In bf16 it moves a fifth of
+    the bytes that two complex products move; `rotary_kernel.py` counts them.
+    """
+    from spiralrope_cli.core import rotary_kernel
+
+    return rotary_kernel.rotate(qkv, cos_sin)
+
+
+def has_rotary_kernel(qkv: Tensor, cos_sin: Tensor) -> bool:
+    """Whether `rotate_qkv` can be used: on GPUs, where Triton works.
+
+    Not for float64, for a table of each head, nor for one that needs a gradient.
+    """
+    if cos_sin.ndim != 3 or cos_sin.requires_grad:
+        return False
+    if qkv.device.type != TRITON_DEVICE or qkv.dtype not in TRITON_DTYPES:
+        return False
+    return _triton_works(qkv.dtype)
+
+
+def _triton_works(dtype: torch.dtype) -> bool:
+    return _try_triton(dtype)
+
+
+# torch.compile calls it and keeps the answer. This is `torch.compiler.assume_constant_result`,
+# which needs 1.5 s to load; its only effect is this attribute.
+_triton_works._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _try_triton(dtype: torch.dtype) -> bool:
+    """Rotates a few numbers: Triton may be missing, or lack a C compiler or Python's headers."""
+    try:
+        given = torch.zeros(1, 2, 3, 1, 4, dtype=dtype, device=TRITON_DEVICE)
+        rotate_qkv(given, torch.zeros(2, 2, 2, device=TRITON_DEVICE))
+    except ImportError:
+        return False
+    except Exception as error:  # noqa: BLE001 - whatever Triton's compilers raise
+        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        warnings.warn(f"RoPE is slower here, because Triton does not work: {why}", stacklevel=2)
+        return False
+    return True
 
 
 def cast_blocks(blocks: nn.Module, dtype: torch.dtype) -> None:

@@ -15,11 +15,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comparing import relative_distance, same_tensors
+from comparing import (
+    ROTATION_SIZES,
+    relative_distance,
+    rotation_formula,
+    rotation_inputs,
+    rotation_results,
+    same_tensors,
+)
 from safetensors.torch import load_file
 
 from spiralrope_cli import GaussianDiffusion, create_model
 from spiralrope_cli.core.jobs import train
+from spiralrope_cli.core.kernels import has_rotary_kernel, rotate_qkv
 from spiralrope_cli.core.models.factory import compile_blocks
 from spiralrope_cli.core.resolve import resolve
 from spiralrope_cli.core.runtime import run_folder
@@ -106,6 +114,20 @@ def test_fp32_is_fp32_and_tf32_is_not(precision):
     product = (a.float().to(DEVICE) @ b.float().to(DEVICE)).double()
     distance = (product - exact).norm() / exact.norm()
     assert (distance < 1e-6) is (precision == "fp32")
+
+
+@needs_gpu
+@pytest.mark.parametrize("size", [*ROTATION_SIZES, (64, 197, 6, 64), (8, 256, 16, 72)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_kernel_of_the_rotation_is_the_formula(size, dtype):
+    qkv, grads, cos_sin = rotation_inputs(size, dtype, DEVICE)
+    assert has_rotary_kernel(qkv, cos_sin.float())
+    found = rotation_results(rotate_qkv, qkv, cos_sin.float(), grads)
+    exact = rotation_results(rotation_formula, qkv.double(), cos_sin, grads)
+    for ours, float64 in zip(found, exact, strict=True):
+        assert ours.dtype == dtype
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(ours.double(), float64, rtol=eps, atol=1e-6)
 
 
 def run_of(command, out="run", **more):

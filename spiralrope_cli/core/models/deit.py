@@ -13,7 +13,14 @@ from torch.utils.checkpoint import checkpoint
 
 from spiralrope_cli.core.config.models import RopeConfig, check_divides
 from spiralrope_cli.core.errors import ConfigError
-from spiralrope_cli.core.kernels import Gelu, Linear, attention, fp32_on_cpu
+from spiralrope_cli.core.kernels import (
+    Gelu,
+    Linear,
+    attention,
+    fp32_on_cpu,
+    has_rotary_kernel,
+    rotate_qkv,
+)
 from spiralrope_cli.core.rope import Grid, SpiralRoPE, apply_rotary, to_2tuple
 
 INIT_STD = 0.02
@@ -55,13 +62,17 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos_sin: Tensor | None) -> Tensor:
         """[B, N, C] and [N, D/2, 2] cosines and sines -> [B, N, C]."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, H, D]
-        # unbind, not three slices: its backward is one stack, that of each slice a full-size
-        # tensor of zeros.
-        q, k, v = fp32_on_cpu(qkv).unbind(2)  # [B, N, H, D]
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        if cos_sin is not None:
-            q, k = apply_rotary(q, cos_sin[:, None]), apply_rotary(k, cos_sin[:, None])
+        packed = fp32_on_cpu(qkv)
+        if cos_sin is not None and self.q_norm is None and has_rotary_kernel(packed, cos_sin):
+            q, k, v = rotate_qkv(packed, cos_sin)  # [B, N, H, D]
+        else:
+            # unbind, not three slices: its backward is one stack, that of each slice a full-size
+            # tensor of zeros.
+            q, k, v = packed.unbind(2)
+            if self.q_norm is not None and self.k_norm is not None:
+                q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+            if cos_sin is not None:
+                q, k = apply_rotary(q, cos_sin[:, None]), apply_rotary(k, cos_sin[:, None])
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # [B, H, N, D]
         out = attention(q, k, v).to(qkv.dtype)
         return self.proj(out.transpose(1, 2).flatten(2))
