@@ -93,6 +93,7 @@ class Command(TyperCommand):
             hint = ELSE.get(option, f"{ctx.info_name} has nothing like it")
             raise ConfigError(f"no such option: {option}", hint)
         args = with_values(args) if "compile" in here else args
+        ctx.meta[WORDS] = list(args)
         ctx.allow_extra_args = True  # for an error of our own
         try:
             unknown = super().parse_args(ctx, args)
@@ -130,6 +131,8 @@ SETTINGS: dict[str, Any] = {
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
 FORMERLY = "formerly_"
+WORDS = "spiralrope_cli.words"
+"""Key of the words of the command in the metadata of its context, to submit it with --slurm."""
 PLACEHOLDERS = {bool: " ", int: "N", float: "X"}
 
 
@@ -161,7 +164,7 @@ def command(
     words: Mapping[str, str] | None = None,
     defaults: Mapping[str, str] | None = None,
     cls: type[TyperCommand] = Command,
-) -> Callable[[Callable[[dict[str, Any]], None]], Callable[[dict[str, Any]], None]]:
+) -> Callable[[Callable[[dict[str, Any]], Any]], Callable[[dict[str, Any]], Any]]:
     """Registers `function(given)`; `given` is field name -> value, only of options that were given.
 
     Args:
@@ -181,7 +184,7 @@ def command(
     }
     shown = sorted(known.values(), key=lambda opt: -1 if opt.argument else PANELS.index(opt.panel))
 
-    def register(function: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+    def register(function: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], Any]:
         def call(ctx: typer.Context, **values: Any) -> None:
             sources = {name: ctx.get_parameter_source(name) for name in values}
             typed = [n for n, source in sources.items() if source and source.name == "COMMANDLINE"]
@@ -197,7 +200,14 @@ def command(
                 given[name] = values[parameter]
                 if not opt.may_be_empty and "" in (given[name], *(given[name] if opt.many else ())):
                     raise ConfigError(f"{opt.called} is empty", "give a value, or leave it out")
-            function(read_values(known, given))
+            read = read_values(known, given)
+            if (allocation := read.pop("slurm", None)) is None:
+                function(read)
+                return
+            from spiralrope_cli.core.runtime.slurm import submit
+
+            command = ctx.command_path.partition(" ")[2]
+            submit(allocation, command, ctx.meta[WORDS], read, function)
 
         context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
         said = [each for opt in shown for each in _parameters(opt, (defaults or {}).get(opt.name))]

@@ -6,7 +6,9 @@ import typer
 
 from spiralrope_cli.commands.command import SETTINGS, command
 from spiralrope_cli.core.config.latents import EXACT, EncodeRun
+from spiralrope_cli.core.config.slurm import SlurmOptions
 from spiralrope_cli.core.config.training import TrainOptions
+from spiralrope_cli.core.runtime.slurm import Remaining
 
 app = typer.Typer(**SETTINGS)
 
@@ -16,11 +18,12 @@ app = typer.Typer(**SETTINGS)
     "dit-encode",
     EncodeRun,
     TrainOptions,
+    SlurmOptions,
     leave_out=("name", "config", "compile", "grad_checkpointing", "resume", "tracker"),
     words={"precision": "Precision of the VAE."},
     defaults={"precision": EXACT},
 )
-def dit_encode(given: dict[str, Any]) -> None:
+def dit_encode(given: dict[str, Any]) -> Remaining:
     """Encode images with a VAE once, to train a DiT from cached latents.
 
     Writes mean and standard deviation of the posterior, so that each epoch samples new latents.
@@ -36,4 +39,4 @@ def dit_encode(given: dict[str, Any]) -> None:
     """
     from spiralrope_cli.core.jobs.encode import encode
 
-    encode(given)
+    return encode(given)

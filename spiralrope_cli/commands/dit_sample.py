@@ -7,7 +7,9 @@ import typer
 from spiralrope_cli.commands.command import SETTINGS, command
 from spiralrope_cli.core.config.models import BY_WEIGHTS, RopeConfig
 from spiralrope_cli.core.config.samples import SampleRun
+from spiralrope_cli.core.config.slurm import SlurmOptions
 from spiralrope_cli.core.config.training import TrainOptions
+from spiralrope_cli.core.runtime.slurm import Remaining
 
 app = typer.Typer(**SETTINGS)
 
@@ -18,10 +20,11 @@ app = typer.Typer(**SETTINGS)
     SampleRun,
     RopeConfig,
     TrainOptions,
+    SlurmOptions,
     leave_out=("config", "workers", "skip_bad", "grad_checkpointing", "resume", "tracker"),
     defaults=BY_WEIGHTS,
 )
-def dit_sample(given: dict[str, Any]) -> None:
+def dit_sample(given: dict[str, Any]) -> Remaining:
     """Sample images from a DiT: a run, a checkpoint file or published weights.
 
     Writes samples.npz (arr_0, uint8), which fid reads, and samples.png, a grid.
@@ -37,4 +40,4 @@ def dit_sample(given: dict[str, Any]) -> None:
     """
     from spiralrope_cli.core.jobs.sample import sample
 
-    sample(given)
+    return sample(given)

@@ -7,7 +7,9 @@ import typer
 from spiralrope_cli.commands.command import SETTINGS, command
 from spiralrope_cli.core.config.dit_runs import DIT_WORDS, DiTRun
 from spiralrope_cli.core.config.recipes import shown_defaults
+from spiralrope_cli.core.config.slurm import SlurmOptions
 from spiralrope_cli.core.config.training import TrainOptions
+from spiralrope_cli.core.runtime.slurm import Remaining
 
 app = typer.Typer(**SETTINGS)
 
@@ -17,11 +19,12 @@ app = typer.Typer(**SETTINGS)
     "dit-train",
     DiTRun,
     TrainOptions,
+    SlurmOptions,
     leave_out=("lr_rule", "freeze"),
     words=DIT_WORDS,
     defaults=shown_defaults("dit-train"),
 )
-def dit_train(given: dict[str, Any]) -> None:
+def dit_train(given: dict[str, Any]) -> Remaining:
     """Train a class-conditional DiT (diffusion transformer) with Spiral RoPE.
 
     Without options: DiT-Ti/2 on the pixels of the bundled digits, in minutes on two CPU cores.
@@ -42,4 +45,4 @@ def dit_train(given: dict[str, Any]) -> None:
     """
     from spiralrope_cli.core.jobs.train import train
 
-    train("dit-train", given)
+    return train("dit-train", given)

@@ -8,7 +8,9 @@ import typer
 from spiralrope_cli.commands.command import SETTINGS, Command, command
 from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions
 from spiralrope_cli.core.config.models import BY_WEIGHTS, RopeConfig
+from spiralrope_cli.core.config.slurm import SlurmOptions
 from spiralrope_cli.core.config.training import MachineConfig
+from spiralrope_cli.core.runtime.slurm import Remaining
 
 
 class CropRatioCommand(Command):
@@ -49,11 +51,12 @@ app = typer.Typer(**SETTINGS)
     EvalOptions,
     RopeConfig,
     MachineConfig,
+    SlurmOptions,
     leave_out=("grad_checkpointing", "resume", "tracker"),
     defaults=BY_WEIGHTS,
     cls=CropRatioCommand,
 )
-def evaluate(given: dict[str, Any]) -> None:
+def evaluate(given: dict[str, Any]) -> Remaining:
     """Evaluate acc@1, acc@5 and loss on the validation images.
 
     Without options: the last raw weights of the newest classifier run, at the crop ratio of its
@@ -71,4 +74,4 @@ def evaluate(given: dict[str, Any]) -> None:
     """
     from spiralrope_cli.core.jobs import evaluate as job
 
-    job.evaluate(given)
+    return job.evaluate(given)

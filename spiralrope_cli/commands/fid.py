@@ -6,6 +6,8 @@ import typer
 
 from spiralrope_cli.commands.command import SETTINGS, command
 from spiralrope_cli.core.config.evals import FidRun
+from spiralrope_cli.core.config.slurm import SlurmOptions
+from spiralrope_cli.core.runtime.slurm import Remaining
 
 app = typer.Typer(**SETTINGS)
 
@@ -14,6 +16,7 @@ app = typer.Typer(**SETTINGS)
     app,
     "fid",
     FidRun,
+    SlurmOptions,
     leave_out=("compile", "grad_checkpointing", "resume", "tracker"),
     words={
         "skip_bad": "Skip and count damaged images instead of stopping.",
@@ -21,7 +24,7 @@ app = typer.Typer(**SETTINGS)
     },
     defaults={"select": "all", "workers": ""},
 )
-def fid(given: dict[str, Any]) -> None:
+def fid(given: dict[str, Any]) -> Remaining:
     """Compute FID, sFID, Inception Score, KID, Precision and Recall of images.
 
     SAMPLES is the first argument, REFERENCE the second (ADM's script has the opposite order).
@@ -38,4 +41,4 @@ def fid(given: dict[str, Any]) -> None:
     """
     from spiralrope_cli.core.jobs.score import score
 
-    score(given)
+    return score(given)

@@ -8,7 +8,9 @@ from spiralrope_cli.commands.command import SETTINGS, command
 from spiralrope_cli.core.config.models import ARCH_OF_SOURCE
 from spiralrope_cli.core.config.recipes import shown_defaults
 from spiralrope_cli.core.config.runs import ClassifierRun
+from spiralrope_cli.core.config.slurm import SlurmOptions
 from spiralrope_cli.core.config.training import TrainOptions
+from spiralrope_cli.core.runtime.slurm import Remaining
 
 app = typer.Typer(**SETTINGS)
 
@@ -18,11 +20,12 @@ app = typer.Typer(**SETTINGS)
     "finetune",
     ClassifierRun,
     TrainOptions,
+    SlurmOptions,
     leave_out=("patch_size",),
     words={"arch": ARCH_OF_SOURCE.help},
     defaults=shown_defaults("finetune"),
 )
-def finetune(given: dict[str, Any]) -> None:
+def finetune(given: dict[str, Any]) -> Remaining:
     """Finetune a DeiT from a run, a checkpoint file or published weights.
 
     SOURCE is a run folder, a .pth, .pt or .safetensors file, or a name of fetch --list.
@@ -42,4 +45,4 @@ def finetune(given: dict[str, Any]) -> None:
     """
     from spiralrope_cli.core.jobs.train import train
 
-    train("finetune", given)
+    return train("finetune", given)

@@ -7,7 +7,9 @@ import typer
 from spiralrope_cli.commands.command import SETTINGS, command
 from spiralrope_cli.core.config.recipes import shown_defaults
 from spiralrope_cli.core.config.runs import ClassifierRun
+from spiralrope_cli.core.config.slurm import SlurmOptions
 from spiralrope_cli.core.config.training import TrainOptions
+from spiralrope_cli.core.runtime.slurm import Remaining
 
 app = typer.Typer(**SETTINGS)
 
@@ -17,10 +19,11 @@ app = typer.Typer(**SETTINGS)
     "pretrain",
     ClassifierRun,
     TrainOptions,
+    SlurmOptions,
     leave_out=("source", "ema", "freeze"),
     defaults=shown_defaults("pretrain"),
 )
-def pretrain(given: dict[str, Any]) -> None:
+def pretrain(given: dict[str, Any]) -> Remaining:
     """Train a DeiT with Spiral RoPE from scratch.
 
     Without options: DeiT-Ti on the bundled digits, in minutes on two CPU cores.
@@ -39,4 +42,4 @@ def pretrain(given: dict[str, Any]) -> None:
     """
     from spiralrope_cli.core.jobs.train import train
 
-    train("pretrain", given)
+    return train("pretrain", given)

@@ -11,9 +11,11 @@ from spiralrope_cli.core.config.option import leaves
 from spiralrope_cli.core.config.pipelines import DeiTStages, DiTStages
 from spiralrope_cli.core.config.recipes import shown_defaults
 from spiralrope_cli.core.config.runs import AugmentConfig, ClassifierRun
+from spiralrope_cli.core.config.slurm import SlurmOptions
 from spiralrope_cli.core.config.training import TrainOptions
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.runtime.launch import is_first_process
+from spiralrope_cli.core.runtime.slurm import Remaining
 
 app = typer.Typer(no_args_is_help=True, **SETTINGS)
 NOT_HERE = (
@@ -34,10 +36,11 @@ def run() -> None:
     ClassifierRun,
     TrainOptions,
     DeiTStages,
+    SlurmOptions,
     leave_out=(*NOT_HERE, *leaves(AugmentConfig)),
     defaults=shown_defaults("pretrain"),
 )
-def deit(given: dict[str, Any]) -> None:
+def deit(given: dict[str, Any]) -> Remaining | None:
     """Pretrain a DeiT, finetune it, and evaluate it: eight rows.
 
     Without options: DeiT-Ti with four directions on the bundled digits, in minutes on two cores.
@@ -55,15 +58,14 @@ def deit(given: dict[str, Any]) -> None:
     """
     if "from_legacy" in given:
         say_translated(given, "deit")
-        return
+        return None
     if "sweep" in given or "seeds" in given:
         from spiralrope_cli.core.jobs.sweep import run_sweep
 
-        run_sweep(given)
-        return
+        return run_sweep(given)
     from spiralrope_cli.core.jobs.pipeline import carry_out, settle_deit
 
-    carry_out(settle_deit(given), dry_run=given.get("dry_run", False))
+    return carry_out(settle_deit(given), dry_run=given.get("dry_run", False))
 
 
 @command(
@@ -72,11 +74,12 @@ def deit(given: dict[str, Any]) -> None:
     DiTRun,
     TrainOptions,
     DiTStages,
+    SlurmOptions,
     leave_out=(*NOT_HERE, "qk_norm", "hflip", "class_dropout_prob"),
     words=DIT_WORDS,
     defaults=shown_defaults("dit-train"),
 )
-def dit(given: dict[str, Any]) -> None:
+def dit(given: dict[str, Any]) -> Remaining | None:
     """Train a DiT, sample images from it, and compute their FID.
 
     Without options: DiT-Ti/2 on the bundled digits, in minutes on two cores.
@@ -96,10 +99,10 @@ def dit(given: dict[str, Any]) -> None:
     """
     if "from_legacy" in given:
         say_translated(given, "dit")
-        return
+        return None
     from spiralrope_cli.core.jobs.pipeline import carry_out, settle_dit
 
-    carry_out(settle_dit(given), dry_run=given.get("dry_run", False))
+    return carry_out(settle_dit(given), dry_run=given.get("dry_run", False))
 
 
 def say_translated(given: dict[str, Any], kind: str) -> None:

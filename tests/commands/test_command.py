@@ -161,7 +161,7 @@ def test_a_default_of_the_help_is_the_one_that_resolution_gives(name, photograph
         values = {}
         for key, value in to_nested(run).items():
             values |= value if isinstance(value, dict) else {key: value}
-        for option in options_of(name) - {"config", "name", "dry_run", "out", "data"}:
+        for option in options_of(name) - {"config", "name", "dry_run", "slurm", "out", "data"}:
             value = values[option]
             if option in shown:
                 told = tuple(value) if isinstance(value, list) else value

@@ -22,7 +22,7 @@ from spiralrope_cli.core.errors import ConfigError, SpiralRopeError
 from spiralrope_cli.core.jobs import train as training
 from spiralrope_cli.core.resolve import resolve
 
-NOT_FIELDS = {"config", "name", "dry_run"}
+NOT_FIELDS = {"config", "name", "dry_run", "slurm"}
 
 
 @pytest.fixture

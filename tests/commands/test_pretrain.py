@@ -22,7 +22,7 @@ from spiralrope_cli.core.jobs import train as training
 from spiralrope_cli.core.jobs.train import hints
 from spiralrope_cli.core.resolve import resolve
 
-NOT_FIELDS = {"config", "name", "dry_run"}
+NOT_FIELDS = {"config", "name", "dry_run", "slurm"}
 TOGETHER = {"nnodes": ["--nnodes", "2", "--rdzv-endpoint", "host:1"]}
 
 

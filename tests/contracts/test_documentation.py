@@ -7,15 +7,19 @@ that differ in more than their plan goes on, with a tiny network. What no test r
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import cli_reference
 import numpy as np
 import pytest
+import slurm_stand_ins
 import typer
 from channel_layout import FIGURE, HEAD_DIM, ROTATES, draw
 from conftest import call_launch_instead
@@ -35,6 +39,8 @@ NOT_RUN = {
     "pip install .": "it would install the package that is under test",
     "spiralrope --install-completion": "it writes into the shell's configuration; what it writes "
     "is run in real shells by tests/commands/test_completion.py",
+    "docker build -t spiralrope .": "there is no docker here; a test compares the Dockerfile",
+    "if [ $? -eq 143 ]; then scontrol requeue $SLURM_JOB_ID; fi": "a test runs the file",
     "COMP_WORDBREAKS=${COMP_WORDBREAKS//@}": "a setting of bash, not a command of ours",
 }
 
@@ -51,6 +57,7 @@ STAND_INS = {
     "160": ["16"],
     "224": ["32"],
     "384": ["48"],
+    "/data": ["~/imagenet"],  # inside of a container
     "run ~/imagenet": ["digits"],  # the recipes of its stages need more pictures
 }
 """What is published is not here, nor is the time for large pictures; some for one command alone."""
@@ -136,6 +143,8 @@ def words_of(line):
         words = words[1:]
     if words[:1] == ["spiralrope"]:
         return words[1:]
+    if words[:2] == ["docker", "run"]:
+        return words[words.index("spiralrope") + 1 :]
     if words[:1] == ["torchrun"]:
         return words[words.index("spiralrope_cli") + 1 :]
     return None
@@ -148,7 +157,7 @@ COMMANDS = list(dict.fromkeys(line for _, line in LINES if words_of(line) and li
 def told_apart(line):
     """What makes a line worth a run to the end, None where it is run up to its plan alone."""
     words = words_of(line)
-    if "--dry-run" in words or any(name in words for name in NOT_TO_THE_END):
+    if {"--dry-run", "--slurm"}.intersection(words) or NOT_TO_THE_END.keys() & set(words):
         return None
     ours = {word for word in TINY.get(words[0], ()) if word.startswith("--")}
     options = {word for word in words if word.startswith("--")} - ours - PLAN_ONLY
@@ -234,6 +243,9 @@ def test_a_command_runs(line, among_small_things, monkeypatch, request):
     if words[0] != "--out" and "--out" in words:
         place = words.index("--out") + 1
         words[place] = f"new-{words[place]}"
+    if "--slurm" in words:
+        (slurm_stand_ins.install(among_small_things / "bin") / "hold").touch()
+        monkeypatch.setenv("PATH", f"{among_small_things / 'bin'}:{os.environ['PATH']}")
     words += [] if "--from-legacy" in words else FITTED.get(words[0], [])
     if words[0] == "fid":
         words += ["--weights", str(request.getfixturevalue("inception_weights"))]
@@ -246,6 +258,40 @@ def test_a_command_runs(line, among_small_things, monkeypatch, request):
     assert result.exit_code == 0, f"{words}\n{result.output}{result.exception!r}"
     if "--dry-run" in words:
         assert not launched
+
+
+def test_the_file_for_sbatch_is_a_job_that_is_requeued_after_its_signal(
+    among_small_things, monkeypatch
+):
+    [script] = [text for _, _, text in blocks("bash") if text.startswith("#!/bin/bash")]
+    home = among_small_things
+    state = slurm_stand_ins.install(home / "bin")
+    # Two tasks; each is stopped when it runs for the first time.
+    (home / "bin" / "spiralrope").write_text(
+        '#!/bin/sh\nif mkdir "first-$SLURM_PROCID" 2>/dev/null; then exit 143; fi\n'
+        f'exec {sys.executable} -m spiralrope_cli "$@" --arch deit-32x1x1 --max-steps 2 '
+        "--batch-size 16 --image-size 32 --warmup-epochs 0 --precision fp32 --out run\n"
+    )
+    (home / "bin" / "spiralrope").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{home / 'bin'}:{os.environ['PATH']}")
+    (home / "job.sh").write_text(script.replace("--ntasks-per-node=8", "--ntasks-per-node=1"))
+    subprocess.run(["sbatch", "job.sh"], check=True)
+    slurm_stand_ins.wait_for((state / "4711.ended-0").exists)
+    assert "2 process(es)" in (home / "pretrain-4711.log").read_text()
+    assert (home / "run" / "checkpoints" / "0000002").is_dir()
+
+
+def test_the_dockerfile_does_what_the_readme_says():
+    lines = [line.split(maxsplit=1) for line in (ROOT / "Dockerfile").read_text().splitlines()]
+    steps = [(step, rest) for step, rest in lines if step != "#"]
+    commands = [rest.replace("--no-cache-dir ", "") for step, rest in steps if step == "RUN"]
+    assert commands == ["pip install ."]
+    assert set(commands) <= {line for page, line in LINES if page == "README.md"}
+    project = (ROOT / "pyproject.toml").read_text()
+    [(base, entry)] = [(dict(steps)["FROM"], json.loads(dict(steps)["ENTRYPOINT"]))]
+    assert f"\n{entry[0]} = " in project
+    least = re.search(r'requires-python = ">=3\.(\d+)"', project)[1]
+    assert int(re.match(r"python:3\.(\d+)-slim", base)[1]) >= int(least)
 
 
 def test_every_command_goes_to_the_end_somewhere():

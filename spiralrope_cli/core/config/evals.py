@@ -28,6 +28,8 @@ from spiralrope_cli.core.errors import ConfigError
 
 BOTH_CROP_RATIOS = (0.875, 1.0)
 
+PLAN_ONLY = Opt("Print the plan and stop.", OUTPUT)
+
 Reading = Literal["as-pil", "as-trained"]
 """How image files are read: by PIL's `convert("RGB")`, as other FID tools do, or as in training."""
 
@@ -103,6 +105,7 @@ class EvalOptions:
         str | None,
         Opt("Folder of eval.json; by default the folder of the run or file.", OUTPUT, **PATH),
     ] = None
+    dry_run: Annotated[bool, PLAN_ONLY] = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -235,6 +238,7 @@ class FidRun:
             metavar="FILE",
         ),
     ] = ""
+    dry_run: Annotated[bool, PLAN_ONLY] = False
     result_file: str = ""  # the JSON is also written to this file
     batch_size: Annotated[int, Opt("Images per batch and process.", MACHINE, ge=1)] = 32
     machine: FeatureMachine = field(default_factory=FeatureMachine)

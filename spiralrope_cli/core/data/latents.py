@@ -59,13 +59,14 @@ def _differences(before: CachePlan, plan: CachePlan) -> str:
     """The options of two plans that differ and change latents, as text; empty if none."""
     if before.class_names != plan.class_names:
         return "other class folders"
-    # The digest of a published VAE is unknown before the download.
-    free = FREE_TO_CHANGE if plan.vae_sha256 else {*FREE_TO_CHANGE, "vae_sha256"}
+    # Before the download the digest of a published VAE is unknown; so is the precision of a device
+    # that is on another machine.
+    unknown = {name for name in ("vae_sha256", "precision") if not getattr(plan, name)}
     was, now = map(dataclasses.asdict, (before, plan))
     for values in (was, now):
         for name in ("files_sha256", "vae_sha256"):
             values[name] = str(values[name])[:16]
-    return differences(was, now, free)
+    return differences(was, now, {*FREE_TO_CHANGE, *unknown})
 
 
 def write_shard(

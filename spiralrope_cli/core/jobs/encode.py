@@ -38,6 +38,7 @@ from spiralrope_cli.core.runtime.progress import (
     say_unreadable,
 )
 from spiralrope_cli.core.runtime.run_folder import check_space, refuse_run
+from spiralrope_cli.core.runtime.slurm import Remaining
 
 if TYPE_CHECKING:
     from spiralrope_cli.core.data.loader import Batch
@@ -56,7 +57,7 @@ class EncodePlan:
     notes: tuple[str, ...]  # for the user
 
 
-def encode(given: dict[str, Any]) -> None:
+def encode(given: dict[str, Any]) -> Remaining:
     """Encodes the images of a folder that are not encoded yet."""
     own: TrainOptions = build(TrainOptions, given)
     values = {"precision": EXACT, "data": os.environ.get(DATA_VARIABLE), **given}
@@ -69,13 +70,14 @@ def encode(given: dict[str, Any]) -> None:
     plan(settled)
     if not own.dry_run:
         launch(work, settled.run, settled)
+    return Remaining(settled.run.out)
 
 
 def settle(run: EncodeRun, *, fetch: bool = True) -> EncodePlan:
     """Plan of the cache; without `fetch` a published VAE and its digest may be missing."""
     folder, vae = data_folder(run.data), local_vae(run.vae)
 
-    from spiralrope_cli.core.runtime.device import PRECISION_WORDS, pick_device, pick_precision
+    from spiralrope_cli.core.runtime.device import PRECISION_WORDS, planned_precision
 
     split = train_split(folder)
     digest = hashlib.sha256()
@@ -83,7 +85,7 @@ def settle(run: EncodeRun, *, fetch: bool = True) -> EncodePlan:
         digest.update(os.fsencode(place_in(split.path, path)) + b"\0")
     if fetch and vae is None:
         vae = find_vae(run.vae)
-    precision, _ = pick_precision(run.machine.precision, pick_device(run.machine))
+    precision = planned_precision(run.machine, dry_run=not fetch)
     cache = CachePlan(
         data=str(split.path),
         class_names=split.class_names,
@@ -93,7 +95,7 @@ def settle(run: EncodeRun, *, fetch: bool = True) -> EncodePlan:
         vae=full_vae_name(run.vae),
         vae_sha256=vae.sha256() if vae else "",
         scale=vae.scale if vae else LATENT_SCALE,
-        precision=PRECISION_WORDS[precision],
+        precision=PRECISION_WORDS.get(precision, ""),
         shard_size=shard_size_for(len(split.images)),
     )
     notes = (*split.notes, *numbering_note(cache.class_names))

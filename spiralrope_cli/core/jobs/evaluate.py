@@ -34,6 +34,7 @@ from spiralrope_cli.core.resolve import DATA_VARIABLE
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, say_notes
 from spiralrope_cli.core.runtime.progress import counted, say, say_unreadable
 from spiralrope_cli.core.runtime.run_folder import add_rows, is_same, read_rows
+from spiralrope_cli.core.runtime.slurm import Remaining
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -48,7 +49,7 @@ Record = dict[str, Any]
 digest_of_file = cache(sha256_of)  # a large file has several rows
 
 
-def evaluate(given: dict[str, Any]) -> None:
+def evaluate(given: dict[str, Any]) -> Remaining:
     """Evaluates the given sources, or the newest run; `given` is field name -> value."""
     machine: MachineConfig = build(MachineConfig, given)
     options: EvalOptions = build(EvalOptions, {**given, "rope": given_rope(given)})
@@ -58,7 +59,11 @@ def evaluate(given: dict[str, Any]) -> None:
             say(f"newest run: {options.sources[0]}")
     run, notes = settle(options, machine, set(given))
     say_notes(notes)
-    launch(work, run)
+    for row in run.rows if options.dry_run else ():
+        plan(row)
+    if not options.dry_run:
+        launch(work, run)
+    return Remaining(run.out)
 
 
 # ---- settle
@@ -181,6 +186,14 @@ def settle_row(
     )
 
 
+# ---- plan
+def plan(row: EvalRow) -> None:
+    """Prints a row on stderr."""
+    on, size = row.protocol, format_size(row.protocol.image_size)
+    protocol = f"{on.num_val} images of {on.data} at {size} px, crop ratio {on.crop_ratio:g}"
+    say(f"{row.source}: {row.checkpoint} {row.weights} weights, {protocol}")
+
+
 # ---- work
 def work(config: EvalRun) -> None:
     """Computes all rows; every worker runs this, and the first one reports."""
@@ -298,13 +311,15 @@ def report(
 
 def measured_rows(config: EvalRun) -> list[Record]:
     """The rows in `eval.json`, if all are there for the same weights; else none."""
-    from spiralrope_cli.core.runtime.device import pick_device, pick_precision
+    from spiralrope_cli.core.runtime.device import planned_precision
 
-    precision, _ = pick_precision(config.machine.precision, pick_device(config.machine))
+    precision = planned_precision(config.machine, dry_run=True)
+    # auto is that of the rows: another machine may have computed them.
+    known = {} if config.machine.precision == "auto" or not precision else {"precision": precision}
     found = []
     for row in config.rows:
-        now = {**describe_row(row), "precision": precision}
-        same = [old for old in read_rows(Path(row.folder) / EVAL_FILE) if is_same(old, now)]
+        now, rows = describe_row(row) | known, read_rows(Path(row.folder) / EVAL_FILE)
+        same = [old for old in rows if is_same(old, {**old, **now})]
         if not same:
             return []
         found.append({**same[0], **now})

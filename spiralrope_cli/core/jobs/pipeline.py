@@ -52,6 +52,7 @@ from spiralrope_cli.core.runtime.run_folder import (
     steps_on_disk,
     write_json,
 )
+from spiralrope_cli.core.runtime.slurm import Remaining
 
 FINETUNE_PREFIX = "finetune_"
 
@@ -270,7 +271,7 @@ def why_no_fid(own: DiTStages) -> str:
 
 
 # ---- plan and work
-def carry_out(pipeline: Pipeline, *, dry_run: bool) -> None:
+def carry_out(pipeline: Pipeline, *, dry_run: bool) -> Remaining:
     """Runs the unfinished stages, then writes the report; or only prints all plans."""
     folder, waiting = Path(pipeline.folder), False
     for number, stage in enumerate(pipeline.stages, 1):
@@ -294,6 +295,7 @@ def carry_out(pipeline: Pipeline, *, dry_run: bool) -> None:
         say(f"report: {folder / REPORT_FILE}")
     if pipeline.note:
         say(pipeline.note)
+    return Remaining(pipeline.folder, ((),) if waiting else ())
 
 
 def evaluate_all(config: dict[str, Any], *, dry_run: bool) -> bool:

@@ -35,6 +35,7 @@ from spiralrope_cli.core.resolve import named_folder
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, say_notes, world_size
 from spiralrope_cli.core.runtime.progress import counted, say, say_result
 from spiralrope_cli.core.runtime.run_folder import check_space, write_json
+from spiralrope_cli.core.runtime.slurm import Remaining
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,13 +45,17 @@ if TYPE_CHECKING:
     from spiralrope_cli.core.runtime.distributed import DistContext
     from spiralrope_cli.core.weights import Weights
 
+UNKNOWN = ("vae_sha256", "precision")
+"""Metadata that a dry run may lack: the VAE is not downloaded, the device on another machine."""
 
-def sample(given: dict[str, Any]) -> None:
+
+def sample(given: dict[str, Any]) -> Remaining:
     """Samples the missing images; `given` is field name -> value."""
     options: TrainOptions = build_config(TrainOptions, given)
     options.check_folder(given.get("out", ""))
     run, weights = settle(given, options.name, download=not options.dry_run)
-    carry_out(run, weights, dry_run=options.dry_run)
+    finished = carry_out(run, weights, dry_run=options.dry_run)
+    return Remaining(run.out, () if finished else ((),))
 
 
 # ---- settle
@@ -122,10 +127,8 @@ def carry_out(run: SampleRun, weights: Weights, *, dry_run: bool) -> bool:
     from spiralrope_cli.core.data.sample_files import SampleFiles
 
     files = SampleFiles(Path(run.out), run.num_samples, run.image_size)
-    metadata = metadata_of(run, weights)
-    if not run.vae_sha256:
-        del metadata["vae_sha256"]  # no VAE, or not downloaded in a dry run
-    files.check_same(metadata)
+    metadata = metadata_of(run, weights, dry_run=dry_run)
+    files.check_same({name: v for name, v in metadata.items() if v or name not in UNKNOWN})
     finished = files.finished(run.png)
     if finished and not dry_run:
         if is_first_process():
@@ -141,13 +144,13 @@ def carry_out(run: SampleRun, weights: Weights, *, dry_run: bool) -> bool:
     return finished
 
 
-def metadata_of(run: SampleRun, weights: Weights) -> dict[str, Any]:
+def metadata_of(run: SampleRun, weights: Weights, *, dry_run: bool = False) -> dict[str, Any]:
     """Metadata of the samples, for all files."""
     import torch
 
-    from spiralrope_cli.core.runtime.device import PRECISION_WORDS, pick_device, pick_precision
+    from spiralrope_cli.core.runtime.device import PRECISION_WORDS, planned_precision
 
-    precision, _ = pick_precision(run.machine.precision, pick_device(run.machine))
+    precision = planned_precision(run.machine, dry_run=dry_run)
     return {
         "made_by": f"spiralrope {__version__} dit-sample",
         "source": run.source,
@@ -169,7 +172,7 @@ def metadata_of(run: SampleRun, weights: Weights) -> dict[str, Any]:
         "vae": run.vae,
         "vae_sha256": run.vae_sha256,
         "image_size": list(run.image_size),
-        "precision": PRECISION_WORDS[precision],
+        "precision": PRECISION_WORDS.get(precision, ""),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from spiralrope_cli import __version__
 from spiralrope_cli.core.config.evals import EXTRACTOR, FidRun, fid_notes
+from spiralrope_cli.core.config.folders import NPZ_FILE
 from spiralrope_cli.core.config.option import build, idle_lines
 from spiralrope_cli.core.data import npz
 from spiralrope_cli.core.data.image_sets import (
@@ -28,9 +29,11 @@ from spiralrope_cli.core.errors import ConfigError, DataError
 from spiralrope_cli.core.hub.catalog import find_row
 from spiralrope_cli.core.hub.source import find_inception
 from spiralrope_cli.core.report.results import of_scores, print_table
-from spiralrope_cli.core.runtime.launch import launch, say_notes
+from spiralrope_cli.core.resolve import named_folder
+from spiralrope_cli.core.runtime.launch import launch, say_notes, world_size
 from spiralrope_cli.core.runtime.progress import say, say_result
 from spiralrope_cli.core.runtime.run_folder import differences, read_json, write_json
+from spiralrope_cli.core.runtime.slurm import Remaining
 
 if TYPE_CHECKING:
     from spiralrope_cli.core.metrics.features import Measured
@@ -44,7 +47,7 @@ OF_FEATURES = ("batch_size", "device", "nproc", "precision", "skip_bad", "weight
 """Options that have no effect if no image is read."""
 
 
-def score(given: dict[str, Any]) -> None:
+def score(given: dict[str, Any]) -> Remaining:
     """Runs `fid`; `given` is field name -> value."""
     run: FidRun = build(FidRun, given)
     say_notes(fid_notes(run, given))
@@ -59,7 +62,15 @@ def score(given: dict[str, Any]) -> None:
     if not any(isinstance(side.images, FolderInput) or side.protocol for side in plan.sides):
         idle["images"] = "no image file is read"
     say_notes(idle_lines(FidRun, idle.items(), given))
-    launch(work, plan.run, plan)
+    if run.dry_run:
+        for side in plan.sides:
+            say(f"{side.role:<9}  {side.path}: {side.words}")
+        say(f"METRICS    {', '.join(plan.metrics)}, {world_size(plan.run.machine)} process(es)")
+    else:
+        launch(work, plan.run, plan)
+    samples = Path(run.samples)
+    stem = samples.absolute().parent.name if samples.name == NPZ_FILE else samples.stem
+    return Remaining(named_folder("fid", stem))
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,19 @@ from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import OptimConfig, TrainOptions
 from spiralrope_cli.core.data.splits import find_val_set
 from spiralrope_cli.core.errors import ConfigError
-from spiralrope_cli.core.jobs.pipeline import Pipeline, carry_out, settle_deit, training_options
+from spiralrope_cli.core.jobs.pipeline import (
+    Pipeline,
+    carry_out,
+    evaluate_all,
+    settle_deit,
+    training_options,
+)
 from spiralrope_cli.core.report.results import Result, print_table, with_spread
 from spiralrope_cli.core.resolve import named_folder, resolve
 from spiralrope_cli.core.runtime.launch import say_notes
 from spiralrope_cli.core.runtime.progress import say, say_result
-from spiralrope_cli.core.runtime.run_folder import read_rows, write_json
+from spiralrope_cli.core.runtime.run_folder import first_step, is_finished, read_rows, write_json
+from spiralrope_cli.core.runtime.slurm import Remaining
 
 METRICS = ("acc1", "acc5", "loss")
 COLUMNS = (("raw", "acc1", "acc@1 %"), ("EMA", "acc1", "acc@1 % EMA"), ("EMA", "loss", "loss EMA"))
@@ -67,6 +74,12 @@ class Point:
     def slug(self) -> str:
         """Name of the folder."""
         return re.sub(r"[^A-Za-z0-9._=-]+", "-", "-".join(str(self).split()))
+
+    @property
+    def typed(self) -> list[str]:
+        """The options as words of a command line."""
+        known = {opt.name: opt for opt in SWEPT.values()} | leaves(DeiTStages)
+        return [word for name, value in self.options.items() for word in known[name].typed(value)]
 
 
 @dataclass(frozen=True)
@@ -191,7 +204,7 @@ def acting(rope: RopeConfig) -> RopeConfig:
 
 
 # ---- plan and work
-def run_sweep(given: dict[str, Any]) -> None:
+def run_sweep(given: dict[str, Any]) -> Remaining:
     """Runs the unfinished pipelines, then reports all; or only prints plans."""
     sweep, dry_run = settle_sweep(given), given.get("dry_run", False)
     say_notes(sweep.notes)
@@ -203,6 +216,22 @@ def run_sweep(given: dict[str, Any]) -> None:
             carry_out(run.pipeline, dry_run=dry_run)
     if not dry_run:
         report(sweep)
+    return Remaining(
+        sweep.folder,
+        [
+            (*run.point.typed, "--seed", str(run.seed), "--out", run.pipeline.folder)
+            for run in sweep.runs
+            if dry_run and not is_done(run.pipeline)
+        ],
+    )
+
+
+def is_done(pipeline: Pipeline) -> bool:
+    """Whether the trainings of `run deit` are finished, and evaluated."""
+    *trainings, evaluation = pipeline.stages
+    runs = [stage.config.run for stage in trainings]
+    done = all(is_finished(run, first_step(run)) for run in runs)
+    return done and evaluate_all(evaluation.config, dry_run=True)
 
 
 # ---- report

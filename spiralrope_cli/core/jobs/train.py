@@ -41,6 +41,7 @@ from spiralrope_cli.core.runtime.run_folder import (
     is_finished,
     write_sources,
 )
+from spiralrope_cli.core.runtime.slurm import Remaining
 
 if TYPE_CHECKING:
     from spiralrope_cli.core.runtime.distributed import DistContext
@@ -61,7 +62,7 @@ IN_THE_ROWS = {"out", "num_train", "num_val", "command", "source", "input_size",
 """Fields that other rows of the plan show, or that are too long for it."""
 
 
-def train(command: str, given: dict[str, Any]) -> None:
+def train(command: str, given: dict[str, Any]) -> Remaining:
     """Runs a training command; `given` is field name -> value of the given options."""
     own: TrainOptions = build(TrainOptions, given)
     own.check_folder(given.get("out", ""))
@@ -69,6 +70,7 @@ def train(command: str, given: dict[str, Any]) -> None:
     finished = carry_out(resolved, notes, dry_run=own.dry_run)
     if finished and not own.dry_run and is_first_process():
         print_results(Path(resolved.run.out))
+    return Remaining(resolved.run.out, () if finished else ((),))
 
 
 def settle(
@@ -117,7 +119,7 @@ def carry_out(resolved: Resolved, notes: Iterable[str] = (), *, dry_run: bool) -
     except ConfigError as error:  # a dry run may plan for another machine
         if not dry_run:
             raise
-        precision, more = run.machine.precision, [error.message]
+        precision, more = run.machine.precision, [f"{error.message} here"]
     run = replace(run, machine=replace(run.machine, precision=precision))
     resolved, notes = replace(resolved, run=run), [*notes, *more]
     if is_first_process():

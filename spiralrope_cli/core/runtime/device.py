@@ -102,6 +102,16 @@ def settle_precision(run: TrainingRun, step: int) -> tuple[str, list[str]]:
     return precision, notes
 
 
+def planned_precision(machine: MachineConfig, *, dry_run: bool) -> str:
+    """What --precision will be; empty in a dry run for a device that this machine lacks."""
+    try:
+        return pick_precision(machine.precision, pick_device(machine))[0]
+    except ConfigError:
+        if not dry_run:
+            raise
+        return ""
+
+
 def has_tf32(device: torch.device) -> bool:
     """Whether matrix products of a device can use TF32: NVIDIA GPUs, from Ampere on."""
     on_nvidia = device.type == "cuda" and torch.version.cuda is not None
