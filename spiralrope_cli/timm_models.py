@@ -31,7 +31,7 @@ from spiralrope_cli.core.config.models import RopeConfig, deit_size
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.published import freqs_note, split_freqs
 from spiralrope_cli.core.models.deit import INIT_STD, DeiT
-from spiralrope_cli.core.rope import Grid
+from spiralrope_cli.core.rope import Grid, SpiralRoPE
 
 __all__ = ["SpiralRopeDeiT"]
 
@@ -124,7 +124,7 @@ class SpiralRopeDeiT(DeiT):
     ) -> Any:
         """Also loads published state dicts; warns if their frequencies are not the model's."""
         state, freqs = split_freqs(dict(state_dict))
-        rope = self.rope
+        rope = self.rope if isinstance(self.rope, SpiralRoPE) else None
         if rope is not None and (note := freqs_note(freqs, rope.config, rope.head_dim)):
             warnings.warn(note, stacklevel=2)
         return super().load_state_dict(state, strict, assign)
@@ -221,7 +221,7 @@ class SpiralRopeDeiT(DeiT):
 
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay, besides all that are one-dimensional."""
-        return {"pos_embed", "cls_token"}
+        return {"pos_embed", "cls_token", "rope.freqs"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns of the layers, for layer-wise learning rates."""

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_data_config, resolve_model_data_config
+from timm.layers import RotaryEmbeddingMixed
 from timm.models import FeatureInfo, group_parameters
 from timm.models._features import FeatureGetterNet
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
 
 from spiralrope_cli import RopeConfig, create_model, timm_models
 from spiralrope_cli.core.config.models import DEIT_SIZES
@@ -246,6 +247,30 @@ def test_every_rope_option_is_a_keyword_that_acts(options):
         assert torch.equal(other.rope.cos_sin(other.grid, 1, images.device)[1:], unit)
     with torch.no_grad():
         assert (one(images) - other(images)).abs().max() > 1e-4
+
+
+def test_the_kind_of_rope_is_a_keyword_and_its_frequencies_are_timms(tmp_path):
+    images, options = pictures(1, 3, 64, 64), {"img_size": 64, "depth": 2, "num_classes": 5}
+    model = built(TINY, rope_kind="mixed", **options)
+    theirs = RotaryEmbeddingMixed(192, 2, 3)
+    assert theirs.freqs.shape == model.rope.freqs.shape
+    assert "rope.freqs" in model.no_weight_decay()
+    groups = param_groups_layer_decay(model, 0.1, model.no_weight_decay(), layer_decay=0.5)
+    mine = [each for each in groups for p in each["params"] if p is model.rope.freqs]
+    assert [each["weight_decay"] for each in mine] == [0.0]
+    model.train()(images).sum().backward()
+    assert model.rope.freqs.grad.any()
+    last, _ = model.eval().forward_intermediates(images, [0, 1])
+    torch.testing.assert_close(last, model.forward_features(images))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    again = timm.create_model(
+        TINY, rope_kind="mixed", checkpoint_path=tmp_path / "model.safetensors", **options
+    ).eval()
+    assert torch.equal(again(images), model(images))
+    axial, plain = (
+        built(TINY, **options, **kind) for kind in ({"rope_kind": "axial"}, {"rotate": 0})
+    )
+    assert torch.equal(axial(images), plain(images))
 
 
 def test_a_safetensors_checkpoint_of_the_core_loads(tmp_path, x):

@@ -49,6 +49,8 @@ def plot_run(given: dict[str, Any]) -> None:
 def plot_rope(given: dict[str, Any]) -> None:
     """Plot Spiral RoPE: directions, frequencies, clamped positions, attention scores.
 
+    With --rope-kind mixed: the learned frequencies of one layer.
+
     Prints the path of the figure.
 
     Examples:
@@ -57,6 +59,7 @@ def plot_rope(given: dict[str, Any]) -> None:
       spiralrope plot rope --rotate 4 --show score --grid 28 --format svg
       spiralrope plot rope --arch dit-xl2 --rotate 2 --truncate-percentage 0.25
       spiralrope plot rope --grid 7x28 --projection exact
+      spiralrope plot rope runs/birds --layer 3            of its weights
     """
     from spiralrope_cli.core.jobs.plot import draw_rope
 

@@ -53,7 +53,7 @@ def deit(given: dict[str, Any]) -> Remaining | None:
       spiralrope run deit                                   DeiT-Ti on digits
       spiralrope run deit --rotate 4 --data ~/imagenet --nproc 8
       spiralrope run deit --rotate 4 --eval-only            evaluate it again
-      spiralrope run deit --sweep rotate=none,1,2,4 --seeds 0,1,2
+      spiralrope run deit --sweep rotate=none,axial,mixed,2,4 --seeds 0,1,2
       spiralrope run deit --from-legacy "4 - - - - 8"       from run_all.sh
     """
     if "from_legacy" in given:

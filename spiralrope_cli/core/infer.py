@@ -31,6 +31,8 @@ from spiralrope_cli.core.hub.source import Source
 
 LATENT_SIZE = (32, 32)  # for 256 px; used if a file does not have it
 SHOWN_KEYS = 4
+MIXED_FREQS = "rope.freqs"
+"""Learned frequencies, [2, depth, H, D/2]."""
 
 
 def is_dit_state(file: Path, state: StateDict) -> bool:
@@ -56,7 +58,9 @@ def trained_rope(
     # A DiT has pos_embed only without RoPE. A DeiT always has one.
     if trained is None and {"x_embedder.proj.weight", "pos_embed"} <= state.keys():
         trained = {"enabled": False}
-    if trained is None and not {"rotate", "enabled"} & chosen.keys():
+    if MIXED_FREQS in state:
+        trained = {**(trained or {}), "rope_kind": "mixed"}
+    if trained is None and not {"rotate", "enabled", "rope_kind"} & chosen.keys():
         raise ConfigError(
             f"{file} does not contain its RoPE options",
             "give at least --rotate, or --no-rope; wrong values would load without an error",
@@ -90,8 +94,8 @@ def infer_arch(
 ) -> str:
     """The architecture of a state dict.
 
-    The number of heads is from the RoPE frequencies, `num_heads` of the file, `--arch`, or the
-    published size with the same width and depth, in this order.
+    The number of heads is from the RoPE frequencies, learned or not, `num_heads` of the file,
+    `--arch`, or the published size with the same width and depth, in this order.
 
     Args:
         file: for messages.
@@ -110,6 +114,8 @@ def infer_arch(
     dim, depth = state["blocks.0.attn.proj.bias"].shape[0], _depth(state)
     patch = state["x_embedder.proj.weight"].shape[-1] if dit else 0
     heads = 0
+    if MIXED_FREQS in state:
+        return _name(dim, depth, state[MIXED_FREQS].shape[2], patch)
     if freqs:
         shared = rope.same_theta and rope.freqs_for == "lang"
         head_dim = 4 * len(freqs[0]) * (max(rope.rotate, 1) if shared else 1)

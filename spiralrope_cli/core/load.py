@@ -19,7 +19,7 @@ from spiralrope_cli.core.config.runs import ModelConfig
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.published import StateDict
 from spiralrope_cli.core.hub.source import Source, find_source
-from spiralrope_cli.core.infer import SHOWN_KEYS
+from spiralrope_cli.core.infer import MIXED_FREQS, SHOWN_KEYS
 from spiralrope_cli.core.models.deit import DeiT, resize_pos_embed
 from spiralrope_cli.core.models.dit import DiT
 from spiralrope_cli.core.models.factory import create_model
@@ -88,10 +88,18 @@ def load_pretrained(weights: Weights, model: DeiT | DiT, class_names: Sequence[s
     """Loads weights into a new network.
 
     A head or label table for other classes keeps its random init; the fixed positions of a DiT of
-    another size are kept too. `class_names` are those of the data.
+    another size are kept too, and learned frequencies that the weights lack. `class_names` are
+    those of the data.
     """
     of_classes = "y_embedder." if isinstance(model, DiT) else "head."
     fresh = (of_classes, "pos_embed") if isinstance(model, DiT) else (of_classes,)
+    of_model, of_weights = (
+        {n: v for n, v in state.items() if n == MIXED_FREQS}
+        for state in (model.state_dict(), weights.state)
+    )
+    if of_model.keys() != of_weights.keys():  # another kind of RoPE
+        others = {n: v for n, v in weights.state.items() if n not in of_weights}
+        weights = replace(weights, state={**others, **of_model})
     state = fit_state_dict(weights, model, may_differ=fresh)
     if class_difference(weights.class_names, class_names):
         state = {name: value for name, value in state.items() if not name.startswith(of_classes)}
@@ -123,7 +131,11 @@ def fit_state_dict(
     }
     if any(differing.values()):
         listed = (f"{len(n)} {what} ({_few(n)})" for what, n in differing.items() if n)
-        raise CheckpointError(f"{weights.file} does not fit {weights.arch}: {'; '.join(listed)}")
+        kinds = any(MIXED_FREQS in names for names in differing.values())
+        raise CheckpointError(
+            f"{weights.file} does not fit {weights.arch}: {'; '.join(listed)}",
+            f"{MIXED_FREQS} is of --rope-kind mixed: leave --rope-kind out" if kinds else "",
+        )
     return {name: value for name, value in state.items() if name not in fresh}
 
 

@@ -29,6 +29,7 @@ from spiralrope_cli.core.config.folders import CONFIG_FILE
 from spiralrope_cli.core.config.latents import LATENT_CHANNELS
 from spiralrope_cli.core.config.models import RopeConfig, Scaling, dit_name
 from spiralrope_cli.core.config.option import build, flat_values, idle_lines, leaves, read_values
+from spiralrope_cli.core.config.rope import check_rotate
 from spiralrope_cli.core.config.runs import ModelConfig, fit_channels
 from spiralrope_cli.core.config.training import RUNS_FOLDER
 from spiralrope_cli.core.data.shards import CacheMetadata, read_cache
@@ -82,6 +83,8 @@ class StartingPoint:
         values = {**dataclasses.asdict(self.rope), **dataclasses.asdict(self.model)}
         for name in ("drop_path", "class_dropout_prob"):  # options of training, not of weights
             values.pop(name, None)
+        if self.rope.rope_kind != "spiral":
+            del values["rotate"]
         values.update(self.images, source=self.source, arch=self.arch)
         return {**values, "data": self.data} if self.data else values
 
@@ -148,6 +151,10 @@ def resolve(
     sources = {name: origin for origin, layer in layers for name in layer}
     sources["data"] = "latents" if cache else sources.get("data", default[0])
     values = read_values(leaves(kind), merged)
+    rope_kind = values.get("rope_kind", RopeConfig.rope_kind)
+    check_rotate(options, rope_kind)
+    if rope_kind != "spiral":
+        sources["rotate"] = "default"
     values.update(command=command, arch=arch, data=data_set.data)
     values.update(num_train=data_set.num_train, num_val=data_set.num_val)
     if dit:
@@ -161,7 +168,9 @@ def resolve(
     if "epochs" in options and "max_steps" not in options:  # which win over those of a file
         values["max_steps"], sources["max_steps"] = 0, "option"
     fitted = recipes.fit_to_run(values, sources)
-    rotation = f"r{values['rotate']}" if values.get("enabled", RopeConfig.enabled) else "norope"
+    rotation = f"r{values['rotate']}" if rope_kind == "spiral" else rope_kind
+    if not values.get("enabled", RopeConfig.enabled):
+        rotation = "norope"
     # No date in the name, so that the same command finds its own folder.
     values.setdefault("out", named_folder(command, arch, data_set.slug, rotation, name))
     run = build(kind, values)
@@ -169,7 +178,7 @@ def resolve(
         run.augment.check_data(data_set)
     inert = [*run.rope.inert_options(set(options)), *run.optim.inert_options()]
     inert += [*data_set.inert_options(), *run.inert_options()]
-    if dit and sources["rotate"] == "recipe" and run.rope.enabled:
+    if dit and sources["rotate"] == "recipe" and run.rope.enabled and rope_kind == "spiral":
         fitted.append("RoPE is axial by default, as published: --rotate 2 gives four directions")
     notes = (*data_set.notes, *fitted, *idle_lines(kind, inert, options))
     return Resolved(run, sources, notes)
@@ -224,6 +233,9 @@ def values_of_file(
             f"spiralrope {again} {from_file['source']} --config {config_file}",
         )
     fixed = NOT_FROM_FILE | (FIXED_BY_SOURCE if start else set())
+    if from_file.get("rope_kind", "spiral") != "spiral":
+        check_rotate(from_file, from_file["rope_kind"])
+        fixed = fixed | {"rotate"}
     return {key: value for key, value in from_file.items() if key not in fixed}
 
 

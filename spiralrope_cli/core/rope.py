@@ -30,6 +30,8 @@ from spiralrope_cli.core.kernels import apply_rotary_complex
 
 Grid = int | tuple[int, int]
 Device = torch.device | str
+MIXED_THETA = 10.0
+"""Base of the first frequencies of RoPE-Mixed, as published."""
 
 
 def frequencies(config: RopeConfig, head_dim: int, device: Device = "cpu") -> Tensor:
@@ -144,6 +146,44 @@ def build_angles(
     return torch.where(in_first_half, halves[0], halves[1]) * frequency
 
 
+def first_mixed_frequencies(head_dim: int, depth: int, num_heads: int) -> Tensor:
+    """Frequencies from which RoPE-Mixed (arXiv 2403.13298) starts.
+
+    Those of each head are of axial RoPE, theta^(-4j/D) with theta = 10, along two perpendicular
+    directions at a random angle.
+
+    Returns:
+        [2, depth, H, D/2] float64 on the CPU, in radians per patch along columns and rows.
+    """
+    exact: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    magnitude = MIXED_THETA ** -(torch.arange(head_dim // 4, **exact) / (head_dim // 4))
+    angle = 2 * math.pi * torch.rand(depth, num_heads, 1, **exact)
+    angle = torch.cat((angle, angle + math.pi / 2), dim=-1)[..., None]  # [depth, H, 2, 1]
+    return torch.stack((angle.cos() * magnitude, angle.sin() * magnitude)).flatten(3)
+
+
+def mixed_angles(
+    freqs: Tensor, grid: tuple[int, int], config: RopeConfig, pretrain_grid: tuple[int, int]
+) -> Tensor:
+    """Angle of each channel pair of RoPE-Mixed: fx x + fy y at column x and row y, from 0.
+
+    Args:
+        freqs: [2, depth, H, D/2] in radians per patch along columns and rows.
+        grid: patches now, as (rows, columns).
+        config: `scaling` is used.
+        pretrain_grid: patches in training, as (rows, columns).
+
+    Returns:
+        [depth, h*w, H, D/2] radians in the dtype of `freqs`, tokens in row-major order.
+    """
+    y, x = (torch.arange(side, dtype=freqs.dtype, device=freqs.device) for side in grid)
+    if config.scaling == "interpolate":
+        y, x = y * (pretrain_grid[0] / grid[0]), x * (pretrain_grid[1] / grid[1])
+    y, x = (axis.reshape(-1, 1, 1) for axis in torch.meshgrid(y, x, indexing="ij"))
+    # Not by a matmul, which autocast would compute in bf16.
+    return x * freqs[0, :, None] + y * freqs[1, :, None]
+
+
 def leaves_grid(grid: tuple[int, int], config: RopeConfig, head_dim: int) -> Tensor:
     """[h*w, D/2] bool: True where `projection="clamped"` changes the position."""
     _, angle, in_first_half = pair_layout(config, head_dim)
@@ -190,9 +230,10 @@ def apply_rotary(x: Tensor, cos_sin: Tensor) -> Tensor:
     Returns:
         [..., D] in the dtype of x.
     """
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not cos_sin.requires_grad:
         return apply_rotary_complex(x, cos_sin)
-    # torch.compile fuses the plain formula; it does not fuse complex products.
+    # torch.compile fuses the plain formula; it does not fuse complex products. Learned frequencies
+    # need its gradient.
     x_fp32 = x if x.dtype == torch.float64 else x.float()
     (a, b), (cos, sin) = x_fp32.unflatten(-1, (-1, 2)).unbind(-1), cos_sin.unbind(-1)
     return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x.dtype)
@@ -223,6 +264,10 @@ class SpiralRoPE(nn.Module):
         if not self.config.enabled:
             raise ConfigError(
                 "RopeConfig(enabled=False) leaves nothing to rotate", "leave SpiralRoPE out"
+            )
+        if self.config.mixed:
+            raise ConfigError(
+                "SpiralRoPE has no learned frequencies", "use models.mixed_rope.MixedRoPE"
             )
         self.config.check_head_dim(head_dim)
         self.pretrain_grid = to_2tuple(pretrain_grid)

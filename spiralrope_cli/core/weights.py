@@ -18,6 +18,7 @@ from spiralrope_cli.core.config.datasets import BUILT_IN
 from spiralrope_cli.core.config.dit_runs import DiTRun
 from spiralrope_cli.core.config.models import RopeConfig, deit_size, dit_size, is_dit
 from spiralrope_cli.core.config.option import leaves, renamed
+from spiralrope_cli.core.config.rope import override_rope
 from spiralrope_cli.core.config.runs import ClassifierRun, fit_channels
 from spiralrope_cli.core.config.training import MOST_OF_FIRST
 from spiralrope_cli.core.errors import CheckpointError
@@ -78,9 +79,8 @@ class Weights:
     def what(self, kind: str = "") -> str:
         """Description; `kind` replaces raw or EMA."""
         kind = kind or ("averaged (EMA)" if self.ema else "raw")
-        rope = f"rotate {self.rope.rotate}" if self.rope.enabled else "no RoPE"
         progress = f", {self.progress}" if self.progress else ""
-        return f"{kind} weights of {self.arch}, {rope}{progress}"
+        return f"{kind} weights of {self.arch}, {self.rope.name}{progress}"
 
     def summary(self) -> str:
         """Source and description, in one line."""
@@ -210,7 +210,7 @@ def _from_own_layout(
         file=file,
         ema=averaged,
         arch=arch,
-        rope=dataclasses.replace(trained, **chosen),
+        rope=override_rope(trained, chosen),
         options=_as_tuples(options),
         state=state,
         config=config,
@@ -229,7 +229,7 @@ def _from_published_layout(
     state, freqs = split_freqs(content.ema if ema else content.raw)
     dit = is_dit_state(file, state)
     trained = trained_rope(source, file, state, content.args, chosen)
-    rope = dataclasses.replace(trained, **chosen)
+    rope = override_rope(trained, chosen)
     notes = _contradictions(trained, chosen, source)
     try:
         arch = infer_arch(file, state, freqs, rope, content.args, arch, notes)

@@ -89,6 +89,26 @@ def same(first, second):
             assert torch.equal(value, second[name]), name
 
 
+def test_learned_frequencies_go_round_as_safetensors_alone(export, runs):
+    make_run(runs / "run", rope=RopeConfig(rope_kind="mixed"))
+    path, _ = export(runs / "run", "--layout", "safetensors", "--ema")
+    assert torch.equal(outputs(path), outputs(runs / "run", ema=True))
+    assert load_model(path).rope.config.rope_kind == "mixed"
+    assert "mixed" in (path / "README.md").read_text()
+    with pytest.raises(ConfigError, match="no place for the learned frequencies") as refused:
+        export(runs / "run", "--layout", "published")
+    assert refused.value.hint == "use --layout safetensors"
+
+
+def test_axial_of_our_own_is_rotate_0_in_the_published_layout(export, runs):
+    make_run(runs / "run", rope=RopeConfig(rope_kind="axial"))
+    path, _ = export(runs / "run", "--layout", "published")
+    args = torch.load(path, weights_only=True)["args"]
+    assert args["rotate"] == 0
+    assert not any("kind" in name for name in args)
+    assert torch.equal(outputs(path), outputs(runs / "run"))
+
+
 # ---- the published layout
 
 

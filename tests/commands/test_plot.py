@@ -102,6 +102,10 @@ def test_curves_come_without_torch(run):
         (["rope", "--arch", "deit-x"], 2, "--arch deit-x is unknown"),
         (["rope", "--rotate", "3", "--same-theta"], 2, "--rotate 3 with --same-theta"),
         (["rope", "--theta", "0"], 2, "--theta is 0"),
+        (["rope", "--rope-kind", "axial", "--rotate", "2"], 2, "--rotate 2 does not fit"),
+        (["rope", "--rope-kind", "mixed", "--layer", "12"], 2, "deit-s has layers 0 to 11"),
+        (["rope", DEIT, "--rotate", "2"], 2, "--rotate and SOURCE exclude each other"),
+        (["rope", DEIT, "--no-rope"], 2, "No such option"),
         (["attention", DEIT, "gone.png"], 1, "IMAGE gone.png does not exist"),
         (["attention", DEIT, DIT], 1, "cannot be read"),
         (["attention", "gone.pth", "digit.png"], 1, "gone.pth does not exist"),
@@ -165,7 +169,7 @@ def test_a_pipeline_stands_for_its_samples_and_names_its_runs(plot, run, digit_p
 def test_options_reach_the_rope(plot, monkeypatch):
     seen = []
     draw = rope.rope_figure
-    monkeypatch.setattr(rope, "rope_figure", lambda plot: (seen.append(plot), draw(plot))[1])
+    monkeypatch.setattr(rope, "rope_figure", lambda plot, _: (seen.append(plot), draw(plot))[1])
     words = ("--rotate", 1, "--rotate", 4, "--theta", 100, "--arch", "dit-xl2", "--grid", "7x28")
     CliRunner().invoke(main.app, ["plot", "rope", *map(str, words)])
     assert [(rope.rotate, rope.theta) for rope in seen[0].ropes] == [(1, 100), (4, 100)]
@@ -182,6 +186,21 @@ def test_a_rope_is_drawn_and_idle_options_are_told(plot):
     _, told = plot("rope", "--rotate", 1, "--rotate", 2, "--projection", "exact", "--show", "clamp")
     assert told.split("\n")[0] == "rotate 2 changes queries by 36.3% against axial RoPE"
     assert "no effect" not in told
+
+
+def test_the_rope_of_weights_is_drawn(plot, monkeypatch):
+    seen = []
+    draw = rope.rope_figure
+    monkeypatch.setattr(rope, "rope_figure", lambda *given: (seen.append(given), draw(*given))[1])
+    assert plot("rope", DEIT)[0] == Path("plots/rope-r2.png")
+    of_file = seen[0][0]
+    assert (of_file.ropes[0].rotate, of_file.head_dim, of_file.grid) == (2, 32, (4, 4))
+    assert plot("rope", "--rope-kind", "axial")[0] == Path("plots/rope-axial.png")
+    assert seen[1][0].ropes[0].rotate == 0
+    assert plot("rope", "--rope-kind", "mixed", "--layer", 1)[0] == Path("plots/rope-mixed.png")
+    assert seen[2][1].shape == (2, 6, 32)
+    _, told = plot("rope", "--layer", 1, "--show", "rose")
+    assert "--layer has no effect" in told
 
 
 def test_attention_of_a_run_of_a_file_and_of_a_patch(plot, source, picture, monkeypatch):

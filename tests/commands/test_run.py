@@ -204,6 +204,9 @@ def test_a_stage_that_stops_or_fails_ends_the_command_with_its_code(run, launche
         ),
         (["--sweep", "steps=1", "--sweep", "max-steps=2"], 2, "--sweep max_steps is given twice"),
         (["--sweep", "rope=true,false", "--no-rope"], 2, "--rope is given twice, also in --sweep"),
+        (["--sweep", "rope-kind=none,axial", "--sweep", "rope=true"], 2, "mean the same"),
+        (["--sweep", "rotate=mixed,2", "--sweep", "rope-kind=axial"], 2, "mean the same"),
+        (["--sweep", "rotate=2,4", "--rope-kind", "axial"], 2, "rotate=2: --rotate 2 does not fit"),
         (["--sweep", "rotate=1,5", "--same-theta"], 2, "rotate=5: --rotate 5 with --same-theta"),
         (["--seeds", "1;2"], 2, "--seeds is 1;2; it must be a list of numbers, such as 0,1,2"),
         (["--seeds", "1,2", "--seed", 1], 2, "exclude each other"),
@@ -332,6 +335,25 @@ def test_points_share_all_but_what_is_swept(runs):
             weights.append(model.state_dict())
         assert all(weights[0].keys() == each.keys() for each in weights)
         assert all(torch.equal(weights[0][name], each[name]) for each in weights for name in each)
+
+
+def test_kinds_are_swept_with_rotate_or_on_their_own(runs):
+    for words, rotate in (
+        (("rotate=none,axial,mixed,4",), {}),
+        (("rope-kind=none,axial,mixed,spiral",), {"rotate": 4}),
+    ):
+        sweep = settle_sweep({"arch": "deit-32x1x1", "sweep": words, **rotate})
+        ropes = [trainings(each.pipeline)[0].rope for each in sweep.runs]
+        assert [rope.name for rope in ropes] == ["no RoPE", "axial", "mixed", "rotate 4"]
+        weights = []
+        for rope in ropes:
+            seed_everything(0, "init")
+            weights.append(create_model("deit-32x1x1", rope=rope).state_dict())
+        assert all(
+            torch.equal(weights[0][name], each[name]) for each in weights for name in weights[0]
+        )
+    sweep = settle_sweep({"arch": "deit-32x1x1", "sweep": ("rotate=0,axial",)})
+    assert sweep.notes == ("rotate=axial is the same as rotate=0, and runs once",)
 
 
 def test_spread_is_the_sample_deviation():

@@ -69,6 +69,45 @@ def test_sizes_come_from_the_tensors_and_options_from_args():
     assert read_weights(find_source(str(DIT))).arch == "dit-72x2x3-2"
 
 
+def with_rope(path, kind, **more):
+    """A plain state dict of a small DeiT with the RoPE of a kind."""
+    torch.manual_seed(0)
+    model = create_model("deit-32x2x2", rope=RopeConfig(rope_kind=kind), **SMALL)
+    torch.save(model.state_dict(), path)
+    return model
+
+
+SMALL = {"image_size": 16, "patch_size": 4, "num_classes": 5}
+
+
+def test_learned_frequencies_say_the_kind_and_the_heads(tmp_path):
+    model = with_rope(tmp_path / "mixed.pth", "mixed")
+    weights = read_weights(find_source(str(tmp_path / "mixed.pth")))
+    assert (weights.arch, weights.rope.rope_kind) == ("deit-32x2x2", "mixed")
+    assert same_tensors(build_network(weights).state_dict(), model.state_dict())
+    with pytest.raises(ConfigError, match="--rotate 2 does not fit --rope-kind mixed"):
+        read_weights(find_source(str(tmp_path / "mixed.pth")), rope={"rotate": 2})
+    spiral = {"rope_kind": "spiral"}
+    other = read_weights(find_source(str(tmp_path / "mixed.pth")), rope=spiral)
+    with pytest.raises(CheckpointError, match=r"1 unexpected \(rope.freqs\)") as refused:
+        build_network(other)
+    assert "leave --rope-kind out" in refused.value.hint
+
+
+@pytest.mark.parametrize(("before", "now"), [("mixed", "spiral"), ("spiral", "mixed")])
+def test_training_starts_from_weights_of_another_kind(tmp_path, before, now):
+    old = with_rope(tmp_path / "old.pth", before)
+    rope = {"rope_kind": now}
+    weights = read_weights(find_source(str(tmp_path / "old.pth")), rope=rope, arch="deit-32x2x2")
+    torch.manual_seed(1)
+    new = create_model("deit-32x2x2", rope=weights.rope, **SMALL)
+    fresh = {n: v.clone() for n, v in new.state_dict().items() if n == "rope.freqs"}
+    load_pretrained(weights, new)
+    kept = {n: v for n, v in old.state_dict().items() if n != "rope.freqs"}
+    assert same_tensors(new.state_dict(), {**new.state_dict(), **kept, **fresh})
+    assert len(fresh) == (now == "mixed")
+
+
 def test_an_option_wins_over_the_file_and_contradiction_is_told():
     weights = read_weights(find_source(str(DEIT)), rope={"rotate": 4, "max_freq_lang": 1.5})
     assert weights.rope.rotate == 4

@@ -1,9 +1,40 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 
 from spiralrope_cli.core.config.dit_runs import read_config
+from spiralrope_cli.core.config.option import to_nested
 from spiralrope_cli.core.errors import ConfigError
+from spiralrope_cli.core.resolve import resolve
+
+
+@pytest.mark.parametrize("command", ["pretrain", "dit-train"])
+def test_a_kind_of_rope_sets_rotate_and_names_the_folder(runs, command):
+    for kind in ("axial", "mixed"):
+        resolved = resolve(command, {"rope_kind": kind})
+        assert (resolved.run.rope.rope_kind, resolved.run.rope.rotate) == (kind, 0)
+        assert resolved.run.out.endswith(f"-digits-{kind}")
+        assert resolve(command, {"rope_kind": kind, "rotate": 0}).run == resolved.run
+        with pytest.raises(ConfigError, match=f"--rotate 2 does not fit --rope-kind {kind}"):
+            resolve(command, {"rope_kind": kind, "rotate": 2})
+    notes = resolve(command, {"rope_kind": "mixed", "theta": 100.0}).warnings
+    assert "--theta has no effect: --rope-kind is mixed" in notes
+
+
+def test_the_kind_of_a_config_file_and_that_of_an_option(runs):
+    for kind in ("axial", "mixed"):
+        run = resolve("pretrain", {"rope_kind": kind}).run
+        (runs / "config.yaml").write_text(yaml.safe_dump(to_nested(run)))
+        again = resolve("pretrain", {}, config_file="config.yaml").run
+        assert again == run
+        spiral = resolve("pretrain", {"rope_kind": "spiral"}, config_file="config.yaml").run
+        assert (spiral.rope.rope_kind, spiral.rope.rotate) == ("spiral", 2)
+        with pytest.raises(ConfigError, match="--rotate 4 does not fit"):
+            resolve("pretrain", {"rotate": 4}, config_file="config.yaml")
+    (runs / "config.yaml").write_text("rope: {rope_kind: mixed, rotate: 4}")
+    with pytest.raises(ConfigError, match="--rotate 4 does not fit"):
+        resolve("pretrain", {}, config_file="config.yaml")
 
 
 def test_a_config_of_an_earlier_version_is_read(tmp_path):

@@ -197,6 +197,10 @@ class RopeConfig:
     enabled: Annotated[
         bool, Opt("Use the rotary embedding; `enabled` in YAML.", ROPE, flag="--rope/--no-rope")
     ] = True
+    rope_kind: Annotated[
+        Literal["spiral", "axial", "mixed"],
+        Opt("Kind of RoPE; mixed: learned frequencies for each head and block.", ROPE),
+    ] = "spiral"
     rotate: Annotated[
         int,
         Opt(
@@ -247,6 +251,8 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.rope_kind != "spiral":  # `rotate` has no effect, so that equal networks are equal
+            object.__setattr__(self, "rotate", 0)
         if not 0 <= self.min_freq_lang <= self.max_freq_lang:
             raise ConfigError(
                 f"--min-freq-lang is {self.min_freq_lang}; it must be between 0 and "
@@ -278,9 +284,15 @@ class RopeConfig:
                     f"use --no-same-theta, or --rotate {', '.join(map(str, fits)) or '0'}",
                 )
 
+    @property
+    def mixed(self) -> bool:
+        """Whether the network learns its frequencies (RoPE-Mixed, arXiv 2403.13298)."""
+        return self.enabled and self.rope_kind == "mixed"
+
     def inert_options(self, given: set[str]) -> list[tuple[str, str]]:
         """The `given` fields that have no effect, with the reason."""
-        lang, one = self.freqs_for == "lang", self.rotate <= 1
+        lang, one, spiral = self.freqs_for == "lang", self.rotate <= 1, self.rope_kind == "spiral"
+        kind = f"--rotate is {self.rotate}" if spiral else f"--rope-kind is {self.rope_kind}"
         min_given = self.min_freq_lang >= MIN_FREQ_IS_SET
         reasons = [
             ("theta", not lang, "--freqs-for is pixel"),
@@ -288,23 +300,35 @@ class RopeConfig:
             ("max_freq", lang, "--freqs-for is lang"),
             ("max_freq_lang", not lang, "--freqs-for is pixel"),
             ("min_freq_lang", not lang, "--freqs-for is pixel"),
-            ("min_freq_lang", lang and self.rotate == 0, "--rotate is 0"),
+            ("min_freq_lang", lang and self.rotate == 0, kind),
             ("truncate_percentage", not lang, "--freqs-for is pixel"),
-            ("truncate_percentage", lang and self.rotate == 0, "--rotate is 0"),
-            ("same_theta", self.same_theta and one, f"--rotate is {self.rotate}"),
-            ("projection", one, f"with --rotate {self.rotate} no position is outside the grid"),
+            ("truncate_percentage", lang and self.rotate == 0, kind),
+            ("same_theta", self.same_theta and one, kind),
+            ("projection", one, f"with {kind.replace(' is', '')} no position is outside the grid"),
+            ("rotate", not spiral, kind),
         ]
+        mine = {field.name for field in fields(self)} - {"enabled"}
         if not self.enabled:
-            mine = {field.name for field in fields(self)} - {"enabled"}
             return [(name, "RoPE is off") for name in sorted(given & mine)]
+        if self.mixed:
+            return [(name, kind) for name in sorted(given & mine - {"rope_kind", "scaling"})]
         return [(name, why) for name, inert, why in reasons if inert and name in given]
+
+    @property
+    def name(self) -> str:
+        """`rotate N`, the kind, or `no RoPE`."""
+        if not self.enabled:
+            return "no RoPE"
+        return f"rotate {self.rotate}" if self.rope_kind == "spiral" else self.rope_kind
 
     @property
     def summary(self) -> str:
         """Directions and series, for the plan."""
+        if self.mixed:
+            return f"mixed: learned frequencies per head and block; {self.scaling}"
         between = f"every {180 / self.num_directions:g} degrees"
         return (
-            f"rotate {self.rotate}: K = {self.num_directions} directions, {between}; "
+            f"{self.name}: K = {self.num_directions} directions, {between}; "
             f"{self.freqs_for}, {self.projection}, {self.scaling}"
         )
 
@@ -314,12 +338,3 @@ RopeConfig.__doc__ = f"{RopeConfig.__doc__}\n\nAttributes:\n" + "\n".join(
 )
 BY_WEIGHTS = dict.fromkeys(RopeConfig.__dataclass_fields__, "")
 """Defaults in the help of commands where the weights decide: none."""
-
-
-def given_rope(given: dict[str, Any]) -> dict[str, Any]:
-    """The RoPE options among the given ones (field name -> value), checked."""
-    chosen = {name: given[name] for name in RopeConfig.__dataclass_fields__ if name in given}
-    # These are valid or not depending on others, which may come from the weights.
-    together = {"same_theta", "max_freq_lang", "min_freq_lang"}
-    RopeConfig(**{name: value for name, value in chosen.items() if name not in together})
-    return chosen

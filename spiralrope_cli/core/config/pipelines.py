@@ -67,7 +67,7 @@ class DeiTStages:
     sweep: Annotated[
         tuple[str, ...],
         Opt(
-            "One pipeline per value: rotate=none,0,2, lr=1e-3,2e-3, ...; repeatable, for a grid.",
+            "One pipeline per value: rotate=none,axial,2, lr=1e-3,2e-3; repeatable, for a grid.",
             STAGES,
             metavar="NAME=V,V",
             many=True,

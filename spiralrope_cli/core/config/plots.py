@@ -89,6 +89,15 @@ class RunPlot:
 class RopePlot:
     """The config of `plot rope`."""
 
+    source: Annotated[
+        str,
+        Opt(
+            "Run folder, checkpoint file or published name, whose RoPE is drawn.",
+            metavar="SOURCE",
+            complete="sources",
+            argument=True,
+        ),
+    ] = ""
     rotates: Annotated[
         tuple[int, ...],
         Opt(
@@ -116,6 +125,7 @@ class RopePlot:
         tuple[Literal["rose", "frequencies", "clamp", "score"], ...],
         Opt("Panel; repeatable. By default all.", FIGURE, flag="--show", many=True),
     ] = ROPE_PANELS  # type: ignore[assignment]
+    layer: Annotated[int, Opt("Layer of --rope-kind mixed, counted from 0.", FIGURE, ge=0)] = 0
     ropes: tuple[RopeConfig, ...]
 
     def __post_init__(self) -> None:

@@ -184,8 +184,8 @@ def load_safely(path: Path) -> Any:
 
 
 def split_freqs(state: StateDict) -> tuple[StateDict, list[Tensor]]:
-    """The state dict without RoPE frequencies, and the frequencies."""
-    freqs = {n: v for n, v in state.items() if n.endswith(("rope.freqs", "rope_embedder.freqs"))}
+    """The state dict without RoPE frequencies, and the frequencies; learned ones are weights."""
+    freqs = {n: v for n, v in state.items() if n.endswith((".rope.freqs", "rope_embedder.freqs"))}
     return {n: v for n, v in state.items() if n not in freqs}, list(freqs.values())
 
 
@@ -272,7 +272,8 @@ def _with_freqs(state: StateDict, network: NetworkSpec) -> StateDict:
 
 def _published_args(network: NetworkSpec) -> dict[str, Any]:
     """`args`: options with their published names, and what the published ones lack."""
-    rope = {name: value for name, value in asdict(network.rope).items() if name != "enabled"}
+    ours = ("enabled", "rope_kind")
+    rope = {name: value for name, value in asdict(network.rope).items() if name not in ours}
     height, width = network.size
     model, side, classes = network.arch, "image_size", "num_classes"
     if is_dit(network.arch):

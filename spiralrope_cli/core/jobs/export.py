@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from spiralrope_cli.core.config.folders import CONFIG_FILE, EVAL_FILE, MODEL_FILE
 from spiralrope_cli.core.config.hub import ExportRun
-from spiralrope_cli.core.config.models import format_size, given_rope, is_dit
+from spiralrope_cli.core.config.models import format_size, is_dit
 from spiralrope_cli.core.config.option import build
+from spiralrope_cli.core.config.rope import given_rope
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.hub.catalog import ROWS
 from spiralrope_cli.core.hub.files import OTHER_DISK, new_path, refuse_existing, sha256_of
@@ -72,6 +73,11 @@ def settle(config: ExportRun, rope: dict[str, Any]) -> Export:
 
     layout = config.layout
     weights = read_weights(source, ema=bool(config.ema), rope=rope, arch=config.arch)
+    if layout == "published" and weights.rope.mixed:
+        raise ConfigError(
+            f"--layout published has no place for the learned frequencies of {config.source}",
+            "use --layout safetensors",
+        )
     network, state = whole_state(weights)
     sets: tuple[StateDict, ...] = (state,)
     kind = "ema" if weights.ema else "raw" if layout == "published" else ""

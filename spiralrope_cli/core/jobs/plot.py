@@ -15,7 +15,6 @@ from spiralrope_cli.core.config.models import (
     check_divides,
     deit_size,
     dit_size,
-    given_rope,
     is_dit,
 )
 from spiralrope_cli.core.config.option import build, idle_lines
@@ -29,6 +28,7 @@ from spiralrope_cli.core.config.plots import (
     RunPlot,
     SamplesPlot,
 )
+from spiralrope_cli.core.config.rope import check_rotate, given_rope
 from spiralrope_cli.core.config.training import RUNS_FOLDER
 from spiralrope_cli.core.errors import CheckpointError, ConfigError, DataError
 from spiralrope_cli.core.hub.source import find_source
@@ -78,39 +78,81 @@ def draw_run(given: dict[str, Any]) -> None:
 # ---- plot rope
 def draw_rope(given: dict[str, Any]) -> None:
     """Directions, frequencies, clamped positions and scores."""
-    plot, notes = settle_rope(given)
+    weights = weights_of_rope(given) if "source" in given else None
+    plot, notes = settle_rope(given, weights)
     file: FigureFile = build(FigureFile, given)
     say_notes(notes)
 
     from spiralrope_cli.core.plots.rope import rope_figure
     from spiralrope_cli.core.rope import change_from_axial
 
+    freqs = mixed_frequencies(plot, weights) if plot.ropes[0].mixed else None
     for rope in plot.ropes:
         if rope.rotate > 1:
             change = change_from_axial(plot.grid, plot.head_dim, rope, plot.pretrain_grid)
             say(f"rotate {rope.rotate} changes queries by {change:.1%} against axial RoPE")
-    name = "rope-" + "-".join(f"r{rope.rotate}" for rope in plot.ropes)
-    report(rope_figure(plot), file.named(name))
+    name = "rope-" + "-".join(rope.name.replace("rotate ", "r") for rope in plot.ropes)
+    report(rope_figure(plot, freqs), file.named(name))
 
 
-def settle_rope(given: dict[str, Any]) -> tuple[RopePlot, list[str]]:
+def weights_of_rope(given: dict[str, Any]) -> Weights:
+    """The weights of SOURCE, which must have a rotary embedding."""
+    from spiralrope_cli.core.weights import read_weights
+
+    for name, word in (("rotates", "--rotate"), ("head_dim", "--head-dim")):
+        if name in given:
+            raise ConfigError(f"{word} and SOURCE exclude each other", "leave one of them out")
+    source = find_source(given["source"])
+    weights = read_weights(source, rope=given_rope(given), arch=given.get("arch", ""))
+    if not weights.rope.enabled:
+        raise ConfigError(f"{source.given} was trained without RoPE", "name other weights")
+    return weights
+
+
+def settle_rope(given: dict[str, Any], weights: Weights | None) -> tuple[RopePlot, list[str]]:
     """The config, and a note for each given option that has no effect in any row."""
-    chosen, arch = given_rope(given), given.get("arch", RopePlot.arch)
+    chosen, arch, notes = given_rope(given), given.get("arch", RopePlot.arch), []
     rotates = dict.fromkeys(given.get("rotates", RopePlot.rotates))
-    ropes = tuple(RopeConfig(rotate=each, **chosen) for each in rotates)
+    for rotate in given.get("rotates", ()):
+        check_rotate({"rotate": rotate}, chosen.get("rope_kind", RopeConfig.rope_kind))
+    ropes = tuple(dict.fromkeys(RopeConfig(**{"rotate": each, **chosen}) for each in rotates))
+    if weights:
+        from spiralrope_cli.core.load import network_on_meta
+
+        arch, ropes, notes = weights.arch, (weights.rope,), [*weights.notes]
     if is_dit(arch):
         head_dim, side = dit_size(arch).head_dim, max(1, DIT_LATENT // dit_size(arch).patch_size)
     else:
         head_dim, side = deit_size(arch).head_dim, DEIT_GRID
-    grid = given.get("grid", (side, side))
-    values = {"head_dim": head_dim, "grid": grid, "pretrain_grid": grid, **given}
+    own = network_on_meta(weights).grid if weights else (side, side)
+    grid = given.get("grid", own)
+    trained = weights.options.get("pretrain_grid") or own if weights else grid
+    values = {"head_dim": head_dim, "grid": grid, "pretrain_grid": trained, **given, "arch": arch}
     panels = tuple(dict.fromkeys(given.get("panels", ROPE_PANELS)))
     plot: RopePlot = build(RopePlot, {**values, "ropes": ropes, "panels": panels})
     inert = [dict(rope.inert_options({*chosen})) for rope in plot.ropes]
     idle = {name: why for name, why in inert[0].items() if all(name in row for row in inert)}
     if "scaling" in chosen and plot.grid == plot.pretrain_grid:
         idle["scaling"] = "--grid and --pretrain-grid are equal"
-    return plot, idle_lines(RopeConfig, idle.items(), {*chosen})
+    if "layer" in given and not ropes[0].mixed:
+        notes.append("--layer has no effect: only --rope-kind mixed differs between layers")
+    return plot, [*notes, *idle_lines(RopeConfig, idle.items(), {*chosen})]
+
+
+def mixed_frequencies(plot: RopePlot, weights: Weights | None) -> Tensor:
+    """[2, H, D/2] learned frequencies of a layer; without weights those of a new network."""
+    import torch
+
+    from spiralrope_cli.core.infer import MIXED_FREQS
+    from spiralrope_cli.core.rope import first_mixed_frequencies
+
+    size = dit_size(plot.arch) if is_dit(plot.arch) else deit_size(plot.arch)
+    if plot.layer >= size.depth:
+        raise ConfigError(f"--layer {plot.layer}: {plot.arch} has layers 0 to {size.depth - 1}")
+    torch.manual_seed(0)
+    first = first_mixed_frequencies(plot.head_dim, size.depth, size.heads)
+    freqs = weights.state[MIXED_FREQS].double() if weights else first
+    return freqs[:, plot.layer]
 
 
 # ---- plot attention

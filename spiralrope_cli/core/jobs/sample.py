@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, cast
 from spiralrope_cli import __version__
 from spiralrope_cli.core.config.dit_runs import NO_VAE
 from spiralrope_cli.core.config.folders import REPORT_FILE, SOURCES_FILE
-from spiralrope_cli.core.config.models import format_size, given_rope
+from spiralrope_cli.core.config.models import format_size
 from spiralrope_cli.core.config.option import build as build_config
+from spiralrope_cli.core.config.rope import given_rope
 from spiralrope_cli.core.config.samples import (
     GuidanceConfig,
     SampleRun,

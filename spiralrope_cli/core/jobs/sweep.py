@@ -40,8 +40,13 @@ COLUMNS = (("raw", "acc1", "acc@1 %"), ("EMA", "acc1", "acc@1 % EMA"), ("EMA", "
 """(weights, metric, heading) of the columns. All are of the last checkpoint: the best one was
 chosen on the same validation images, so its accuracy is biased."""
 
-BASELINE = ("rotate", "none")
-"""Without rotary embedding."""
+KINDS = {
+    "none": ("enabled", False),
+    "axial": ("rope_kind", "axial"),
+    "mixed": ("rope_kind", "mixed"),
+}
+"""Words of the axes below that are no number of directions -> field and value."""
+KIND_AXES = ("rotate", "rope_kind")
 _OF_RUN = leaves(ClassifierRun)
 _OF_TRAINING = ("epochs", "max_steps", "lr", "warmup_epochs", "batch_size")
 SWEPT: dict[str, Opt] = {
@@ -105,7 +110,7 @@ def settle_sweep(given: dict[str, Any]) -> Sweep:
     """One pipeline per distinct point and seed.
 
     With the same seed all points have the same data order and augmentation. Points of one
-    architecture also have the same initial weights, because RoPE has no parameters.
+    architecture also have the same initial weights, learned frequencies apart.
     """
     own: DeiTStages = build(DeiTStages, given)
     build(TrainOptions, given).check_folder(own.out)
@@ -131,6 +136,8 @@ def settle_sweep(given: dict[str, Any]) -> Sweep:
     for point, seed in itertools.product(grid, own.seeds or (first.seed,)):
         out = str(folder / f"{point.slug}-seed{seed}")
         values = {**common, **point.options, "seed": seed, "out": out}
+        if point.options.get("rope_kind", "spiral") != "spiral" and "rotate" not in point.options:
+            values.pop("rotate", None)  # that of the points of kind spiral
         try:
             pipeline = settle_deit(values, show_measured=False)
         except ConfigError as error:
@@ -149,10 +156,12 @@ def points(axes: Sequence[str]) -> list[Point]:
     names = [RENAMED.get(axis[0][0], axis[0][0]) for axis in choices]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"--sweep {twice[0]} is given twice", f"use one: {twice[0]}=V,V,V")
-    if "rope" in names and any(BASELINE in axis for axis in choices):
-        raise ConfigError(
-            "--sweep rope and --sweep rotate=none mean the same", "leave one of them out"
-        )
+    for name, word in itertools.chain(*choices):
+        same = "rope" if word == "none" else "rope_kind"
+        if name in KIND_AXES and word in KINDS and name != same and same in names:
+            raise ConfigError(
+                f"--sweep {same} and --sweep {name}={word} mean the same", "leave one of them out"
+            )
     return [Point(words) for words in itertools.product(*choices)]
 
 
@@ -162,7 +171,9 @@ def _axis(text: str) -> list[tuple[str, str]]:
     name = name.strip().removeprefix("--").replace("-", "_")
     words = [word.strip() for word in listed.split(",")]
     if not equals or not all(words):
-        raise ConfigError(f"--sweep {text} is not NAME=V,V", "such as --sweep rotate=none,1,2,4")
+        raise ConfigError(
+            f"--sweep {text} is not NAME=V,V", "such as --sweep rotate=none,axial,2,4"
+        )
     if RENAMED.get(name, name) not in SWEPT:
         raise ConfigError(
             f"--sweep {text}: {name} cannot be swept", f"these can: {', '.join(SWEPT)}"
@@ -180,9 +191,9 @@ def _axis(text: str) -> list[tuple[str, str]]:
 
 def _option(name: str, word: str) -> tuple[str, Any]:
     """Field and value of a typed option."""
-    if (name, word) == BASELINE:
-        return "enabled", False
     name = RENAMED.get(name, name)
+    if name in KIND_AXES and word in KINDS:
+        return KINDS[word]
     return ("enabled" if name == "rope" else name), SWEPT[name].convert(word)
 
 
@@ -199,6 +210,8 @@ def acting(rope: RopeConfig) -> RopeConfig:
     """RoPE options with inert ones set to their defaults, so that equal networks compare equal."""
     if not rope.enabled:
         return RopeConfig(enabled=False)
+    if rope.rope_kind == "axial":
+        rope = replace(rope, rope_kind="spiral")
     plain, names = RopeConfig(), {field.name for field in fields(rope)}
     return replace(rope, **{name: getattr(plain, name) for name, _ in rope.inert_options(names)})
 

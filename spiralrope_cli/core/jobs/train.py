@@ -17,9 +17,10 @@ from rich.table import Table
 
 from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
 from spiralrope_cli.core.config.folders import CURVES_FILE, nameless_note, numbering_note
-from spiralrope_cli.core.config.models import format_size, given_rope, is_dit
+from spiralrope_cli.core.config.models import format_size, is_dit
 from spiralrope_cli.core.config.option import build, flat_values, leaves
 from spiralrope_cli.core.config.recipes import with_usual_micro_batch
+from spiralrope_cli.core.config.rope import given_rope
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import LINEAR_RULE_BATCH, MOST_OF_FIRST, TrainOptions
 from spiralrope_cli.core.errors import CheckpointError, ConfigError, NoRouteError
@@ -182,8 +183,7 @@ def plan_rows(run: TrainingRun, first_step: int) -> dict[str, str]:
         f"{size[0] // grid[0]} {run.unit}; "
         f"{parameters / 1e6:.2f} M parameters, {flops / 1e9:.3g} GFLOPs per image"
     )
-    no_rope = f"none, only {run.positions} positions"
-    rows["RoPE"] = run.rope.summary if run.rope.enabled else no_rope
+    rows["RoPE"] = run.rope.summary if run.rope.enabled else f"none, only {run.positions} positions"
     optim, world = run.optim, world_size(run.machine)
     micro, grad_accum_steps = run.split_batch(world)
     split = f"{micro} images x {grad_accum_steps} gradient accumulation step(s)"

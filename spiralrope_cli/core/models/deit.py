@@ -1,7 +1,7 @@
 """DeiT-III (arXiv 2204.07118) with Spiral RoPE, with the published parameter names.
 
 Legend: B batch, N = h*w patch tokens, C width, H heads, D channels of a head. `cos_sin` holds
-cosines and sines, [tokens, D/2, 2], from `SpiralRoPE.cos_sin`.
+cosines and sines: [tokens, D/2, 2] from `SpiralRoPE`, [tokens, H, D/2, 2] from `MixedRoPE`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from spiralrope_cli.core.kernels import (
     has_rotary_kernel,
     rotate_qkv,
 )
-from spiralrope_cli.core.rope import Grid, SpiralRoPE, apply_rotary, to_2tuple
+from spiralrope_cli.core.models.mixed_rope import CosSin, build_rope, of_block
+from spiralrope_cli.core.rope import Grid, apply_rotary, to_2tuple
 
 INIT_STD = 0.02
 LAYER_SCALE_INIT = 1e-4
@@ -60,7 +61,7 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, cos_sin: Tensor | None) -> Tensor:
-        """[B, N, C] and [N, D/2, 2] cosines and sines -> [B, N, C]."""
+        """[B, N, C] and [N, D/2, 2] or [N, H, D/2, 2] cosines and sines -> [B, N, C]."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, H, D]
         packed = fp32_on_cpu(qkv)
         if cos_sin is not None and self.q_norm is None and has_rotary_kernel(packed, cos_sin):
@@ -72,7 +73,8 @@ class Attention(nn.Module):
             if self.q_norm is not None and self.k_norm is not None:
                 q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
             if cos_sin is not None:
-                q, k = apply_rotary(q, cos_sin[:, None]), apply_rotary(k, cos_sin[:, None])
+                per_head = cos_sin if cos_sin.ndim == 4 else cos_sin[:, None]
+                q, k = apply_rotary(q, per_head), apply_rotary(k, per_head)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # [B, H, N, D]
         out = attention(q, k, v).to(qkv.dtype)
         return self.proj(out.transpose(1, 2).flatten(2))
@@ -180,10 +182,8 @@ class DeiT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1], embed_dim))
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
-        self.rope = (
-            SpiralRoPE(embed_dim // num_heads, rope, pretrain_grid or self.grid)
-            if rope.enabled
-            else None
+        self.rope = build_rope(
+            rope, embed_dim // num_heads, depth, num_heads, pretrain_grid or self.grid
         )
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, LAYER_SCALE_INIT) for _ in range(depth)
@@ -224,7 +224,7 @@ class DeiT(nn.Module):
         mask = torch.rand(len(self.blocks), 2, batch_size, generator=generator) < keep_prob
         return mask.float() / keep_prob
 
-    def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    def embed(self, images: Tensor) -> tuple[Tensor, CosSin | None]:
         """[B, channels, height, width] -> tokens before the first block [B, 1 + N, C], cos_sin."""
         if tuple(images.shape[-2:]) != self.image_size:
             raise ValueError(f"images are {tuple(images.shape[-2:])}, not {self.image_size}")
@@ -233,10 +233,10 @@ class DeiT(nn.Module):
         return x, self.rope.cos_sin(self.grid, 1, x.device) if self.rope is not None else None
 
     def run_block(
-        self, number: int, x: Tensor, cos_sin: Tensor | None, drop_path_mask: Tensor | None
+        self, number: int, x: Tensor, cos_sin: CosSin | None, drop_path_mask: Tensor | None
     ) -> Tensor:
         """[B, 1 + N, C] -> [B, 1 + N, C] through one block; the mask is [depth, 2, B]."""
-        block = self.blocks[number]
+        block, cos_sin = self.blocks[number], of_block(cos_sin, number)
         mask = drop_path_mask[number] if drop_path_mask is not None else None
         if self.grad_checkpointing and self.training:
             return checkpoint(block, x, cos_sin, mask, use_reentrant=False)

@@ -21,7 +21,8 @@ from spiralrope_cli.core.config.models import RopeConfig
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.kernels import Linear, layer_norm
 from spiralrope_cli.core.models.deit import INIT_STD, Attention, Mlp, PatchEmbed
-from spiralrope_cli.core.rope import Grid, SpiralRoPE, to_2tuple
+from spiralrope_cli.core.models.mixed_rope import build_rope, of_block
+from spiralrope_cli.core.rope import Grid, to_2tuple
 
 NORM_EPS = 1e-6
 NUM_SINUSOIDS = 256
@@ -92,7 +93,7 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = modulation(dim, 6)
 
     def forward(self, x: Tensor, cos_sin: Tensor | None, condition: Tensor) -> Tensor:
-        """[B, N, C], cosines and sines [N, D/2, 2] or None, and condition [B, C] -> [B, N, C]."""
+        """[B, N, C], cosines and sines as in `Attention`, and condition [B, C] -> [B, N, C]."""
         with no_autocast(x.device):
             signals = self.adaLN_modulation(condition).unflatten(-1, (6, 1, -1))
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = signals.unbind(1)  # [B, 1, C]
@@ -171,10 +172,8 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbed(patch_size, in_chans, embed_dim)
         self.t_embedder = TimestepEmbedder(embed_dim)
         self.y_embedder = LabelEmbedder(num_classes, embed_dim)
-        self.rope = (
-            SpiralRoPE(embed_dim // num_heads, rope, pretrain_grid or self.grid)
-            if rope.enabled
-            else None
+        self.rope = build_rope(
+            rope, embed_dim // num_heads, depth, num_heads, pretrain_grid or self.grid
         )
         if self.rope is None:
             num_patches = self.grid[0] * self.grid[1]
@@ -257,11 +256,12 @@ class DiT(nn.Module):
             x, cos_sin = x + self.pos_embed, None
         else:
             cos_sin = self.rope.cos_sin(grid, 0, x.device)
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
+            own = of_block(cos_sin, number)
             if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, cos_sin, condition, use_reentrant=False)
+                x = checkpoint(block, x, own, condition, use_reentrant=False)
             else:
-                x = block(x, cos_sin, condition)
+                x = block(x, own, condition)
         with no_autocast(x.device):
             return self.unpatchify(self.final_layer(x, condition), grid)
 

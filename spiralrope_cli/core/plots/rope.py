@@ -23,7 +23,13 @@ from spiralrope_cli.core.plots.curves import (
     grid_of_axes,
     style_lines,
 )
-from spiralrope_cli.core.rope import SpiralRoPE, leaves_grid, pair_layout, projections
+from spiralrope_cli.core.rope import (
+    SpiralRoPE,
+    leaves_grid,
+    mixed_angles,
+    pair_layout,
+    projections,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,6 +52,7 @@ class RopeView:
         down: [P] change of position per row downwards, in patches.
         clamped: [h, w] fraction of the channels whose position is outside the grid.
         scores: [h, w] scores of the query in the centre with each key.
+        head: [P] its head, where frequencies are learned and P are the pairs of all heads.
     """
 
     config: RopeConfig
@@ -56,6 +63,7 @@ class RopeView:
     down: Tensor
     clamped: Tensor
     scores: Tensor
+    head: Tensor | None = None
 
     @property
     def angles(self) -> list[float]:
@@ -68,14 +76,16 @@ class RopeView:
         return self.angles[:: math.ceil(len(self.angles) / MOST_LABELS)]
 
 
-def rope_figure(plot: RopePlot) -> Figure:
+def rope_figure(plot: RopePlot, freqs: Tensor | None = None) -> Figure:
     """Directions, frequencies, clamped positions, and scores of a query in the centre.
 
-    Several sets of options have a row each; with one panel they are side by side.
+    Several sets of options have a row each; with one panel they are side by side. `freqs` are the
+    learned frequencies of one layer, [2, H, D/2].
     """
     from matplotlib.figure import Figure
 
-    views = [view_of(config, plot) for config in plot.ropes]
+    views = [view_of(config, plot) for config in plot.ropes if freqs is None]
+    views += [] if freqs is None else [mixed_view(freqs, plot)]
     cells = [(view, panel) for view in views for panel in plot.panels]
     columns = len(plot.panels) if len(views) > 1 else math.ceil(len(cells) ** 0.5)
     if len(plot.panels) == 1:
@@ -84,7 +94,7 @@ def rope_figure(plot: RopePlot) -> Figure:
     figure = Figure(figsize=(4.6 * columns, 4.2 * rows), layout="constrained")
     for axis, (view, panel) in zip(grid_of_axes(figure, len(cells), columns), cells, strict=True):
         title = DRAW[panel](axis, view, plot, views)
-        axis.set_title(f"rotate {view.config.rotate}: {title}", fontsize=TITLE, loc="left")
+        axis.set_title(f"{view.config.name}: {title}", fontsize=TITLE, loc="left")
     return figure
 
 
@@ -106,6 +116,26 @@ def view_of(config: RopeConfig, plot: RopePlot) -> RopeView:
     )
 
 
+def mixed_view(freqs: Tensor, plot: RopePlot) -> RopeView:
+    """The view of learned frequencies [2, H, D/2] of one layer: all pairs of all its heads."""
+    (x, y), (_, heads, pairs) = freqs.flatten(1), freqs.shape
+    frequency = torch.hypot(x, y)
+    angle = mixed_angles(freqs[:, None], plot.grid, plot.ropes[0], plot.pretrain_grid)[0]
+    rows, columns = plot.grid
+    scores = (angle - angle[rows // 2 * columns + columns // 2]).cos().mean((1, 2))
+    return RopeView(
+        config=plot.ropes[0],
+        frequency=frequency,
+        angle=torch.atan2(-y, x).rad2deg() % 180,
+        first_half=torch.zeros_like(x, dtype=torch.bool),
+        across=x / frequency,
+        down=y / frequency,
+        clamped=torch.zeros(plot.grid),
+        scores=scores.view(plot.grid),
+        head=torch.arange(heads).repeat_interleave(pairs),
+    )
+
+
 def centre_scores(config: RopeConfig, plot: RopePlot) -> Tensor:
     """[h, w] scores of a query in the centre with each key, for equal content.
 
@@ -122,6 +152,8 @@ def centre_scores(config: RopeConfig, plot: RopePlot) -> Tensor:
 
 
 def _draw_rose(axis: Axes, view: RopeView, plot: RopePlot, views: list[RopeView]) -> str:
+    if view.head is not None:
+        return _draw_heads(axis, view, view.frequency * view.across, view.frequency * view.down)
     counts = []
     for number, angle in enumerate(view.angles):
         color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
@@ -147,7 +179,22 @@ def _draw_rose(axis: Axes, view: RopeView, plot: RopePlot, views: list[RopeView]
     return f"{len(counts)} directions, {channels} channels each"
 
 
+def _draw_heads(axis: Axes, view: RopeView, x: Tensor, y: Tensor) -> str:
+    """The frequency vector of each pair, in the colour of its head."""
+    for number in view.head.unique().tolist() if view.head is not None else ():
+        mine, color = view.head == number, COLORS[number % len(COLORS)]
+        axis.plot(x[mine], y[mine], MARKERS[number % len(MARKERS)], color=color, ms=4, alpha=0.8)
+    most = 1.1 * float(torch.maximum(x.abs(), y.abs()).max())
+    axis.set(xlim=(-most, most), ylim=(most, -most), aspect="equal")
+    axis.set(xlabel="radians per column", ylabel="radians per row")
+    axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+    axis.axvline(0, color="0.8", linewidth=0.8, zorder=0)
+    return "frequencies, a colour per head"
+
+
 def _draw_frequencies(axis: Axes, view: RopeView, plot: RopePlot, views: list[RopeView]) -> str:
+    if view.head is not None:
+        return _draw_spectrum(axis, view, plot)
     rotated = view.frequency > 0
     # A logarithmic axis has no zero: channels without rotation are drawn below a line.
     below = float(view.frequency[rotated].min()) / 3
@@ -176,6 +223,22 @@ def _draw_frequencies(axis: Axes, view: RopeView, plot: RopePlot, views: list[Ro
     other.set_ylabel("wavelength (patches)")
     count = len(set(view.frequency[rotated].tolist()))
     return f"{count} frequencies up to {view.frequency.max():.3g}"
+
+
+def _draw_spectrum(axis: Axes, view: RopeView, plot: RopePlot) -> str:
+    """The frequencies of each head, from the highest."""
+    for number in view.head.unique().tolist() if view.head is not None else ():
+        falling = view.frequency[view.head == number].sort(descending=True).values
+        color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
+        axis.plot(falling, marker, color=color, ms=4, alpha=0.8)
+    side = max(plot.pretrain_grid)
+    axis.axhline(2 * math.pi / side, color="0.3", linestyle=":", linewidth=1.2, zorder=0)
+    axis.set(yscale="log", ylabel="radians per patch")
+    axis.set_box_aspect(1)
+    style_lines(axis, "", f"pair of a head (dotted: one period in {side} patches)")
+    other = axis.secondary_yaxis("right", functions=(_wavelength, _wavelength))
+    other.set_ylabel("wavelength (patches)")
+    return f"{view.frequency.min():.2g} to {view.frequency.max():.3g}"
 
 
 def _wavelength(frequency: Any) -> Any:

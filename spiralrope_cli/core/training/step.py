@@ -19,7 +19,7 @@ from spiralrope_cli.core.config.training import OptimConfig
 from spiralrope_cli.core.runtime import distributed
 
 Micro = TypeVar("Micro")
-NO_DECAY_NAMES = ("pos_embed", "cls_token")
+NO_DECAY_NAMES = ("pos_embed", "cls_token", "freqs")
 NEVER = 2**62
 
 
@@ -27,7 +27,7 @@ NEVER = 2**62
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Two groups: matrices with weight decay; norms, biases, pos_embed and cls_token without."""
+    """Two groups: matrices with weight decay; norms, biases, positions and cls_token without."""
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -46,7 +46,7 @@ def freeze_but(model: nn.Module, freeze: str) -> None:
         parts = name.split(".")
         trained = freeze == "none" or parts[0] == "head"
         if freeze == "attn-only":
-            trained = trained or "attn" in parts or name == "pos_embed"
+            trained = trained or "attn" in parts or parts[0] in ("pos_embed", "rope")
         parameter.requires_grad_(trained)
 
 

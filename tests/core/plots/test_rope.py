@@ -10,8 +10,8 @@ import torch
 from spiralrope_cli import RopeConfig, SpiralRoPE
 from spiralrope_cli.core.config.plots import ROPE_PANELS, RopePlot
 from spiralrope_cli.core.plots.curves import save_figure
-from spiralrope_cli.core.plots.rope import rope_figure, view_of
-from spiralrope_cli.core.rope import clamped_fraction
+from spiralrope_cli.core.plots.rope import mixed_view, rope_figure, view_of
+from spiralrope_cli.core.rope import clamped_fraction, first_mixed_frequencies, mixed_angles
 
 VARIANTS = (
     RopeConfig(rotate=0),
@@ -47,6 +47,24 @@ def test_scores_and_reach_are_those_of_the_embedding(config):
     scores = (cos * cos[middle] + sin * sin[middle]).mean(1).view(5, 9)
     torch.testing.assert_close(found.scores, scores, rtol=0, atol=1e-5)
     assert found.scores[2, 4] == pytest.approx(1)
+
+
+def test_learned_frequencies_are_drawn_as_they_rotate(tmp_path):
+    torch.manual_seed(0)
+    freqs = first_mixed_frequencies(16, 3, 2)[:, 1]
+    plot = plot_of(RopeConfig(rope_kind="mixed"), grid=(5, 9), pretrain_grid=(4, 6), head_dim=16)
+    found = mixed_view(freqs, plot)
+    torch.testing.assert_close(
+        torch.stack((found.across, found.down)) * found.frequency, freqs.flatten(1)
+    )
+    angle = mixed_angles(freqs[:, None], (5, 9), plot.ropes[0], (4, 6))[0]
+    x = torch.polar(torch.ones_like(angle), angle).flatten(1)
+    torch.testing.assert_close(found.scores.flatten(), (x @ x[2 * 9 + 4].conj()).real / 16)
+    figure = rope_figure(plot, freqs)
+    assert len(figure.axes) == 4
+    drawn = [len(line.get_xdata()) for axis in figure.axes[:2] for line in axis.lines]
+    assert drawn.count(8) == 4, "the pairs of both heads, in two panels"
+    save_figure(figure, tmp_path / "rope.png")
 
 
 def test_on_odd_grids_opposite_displacements_score_alike():
