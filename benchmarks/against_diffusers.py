@@ -7,7 +7,7 @@ from diffusers import DiTTransformer2DModel
 from interleave import forward, interleaved, median, prepare, ratio, show
 
 from spiralrope_cli import create_model
-from spiralrope_cli.core.kernels import cast_blocks
+from spiralrope_cli.core.models.factory import cast_matmuls
 
 BATCH, ROUNDS = 4, 25
 
@@ -19,12 +19,12 @@ def main() -> None:
     for dtype in ("fp32", "bf16"):
         ours = create_model("dit-s2")
         if dtype == "bf16":
-            cast_blocks(ours.blocks, torch.bfloat16)  # as dit-sample does
+            cast_matmuls(ours, torch.bfloat16)  # as dit-sample does
         peer = DiTTransformer2DModel(
             num_attention_heads=6, attention_head_dim=64, out_channels=8, num_layers=12
         )
         sides = {
-            "ours": forward(ours, dtype, latents, t, labels),
+            "ours": forward(ours, "fp32", latents, t, labels),  # without autocast
             "diffusers": forward(peer, dtype, latents, timestep=t, class_labels=labels),
         }
         seconds = interleaved(sides, ROUNDS)

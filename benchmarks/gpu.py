@@ -1,9 +1,10 @@
-"""Steps on one GPU: eager and with compiled blocks, RoPE on and off, precisions, beside timm.
+"""Steps on one GPU: eager and with compiled blocks, RoPE on and off, beside timm and diffusers.
 
-    python benchmarks/gpu.py [PART ...] [--device cuda] [--batch N]
+    python benchmarks/gpu.py [PART ...] [--device cuda] [--batch N] [--no-kernel]
 
-Parts are deit-s, dit-s2, dit-xl2, precision, forward and guided; by default all of them. About four
-minutes on an H200; --device cpu --batch 1 shows that the script works.
+Parts are deit-s, forward, guided, dit-s2, dit-xl2 and precision; by default all of them. Each ends
+with the ratios that have a goal. --no-kernel rotates by PyTorch's operators, to see what the Triton
+kernel gains. --device cpu --batch 1 shows that the script works.
 """
 
 from __future__ import annotations
@@ -16,21 +17,48 @@ from collections.abc import Callable
 import timm
 import torch
 import torch.nn.functional as F
+from diffusers import DiTTransformer2DModel
 from interleave import show
 from torch import nn
 
 from spiralrope_cli import GaussianDiffusion, RopeConfig, create_model
-from spiralrope_cli.core.models.factory import compile_blocks
+from spiralrope_cli.core import kernels
+from spiralrope_cli.core.config.samples import GuidanceConfig
+from spiralrope_cli.core.diffusion.samplers import ddpm, guided
+from spiralrope_cli.core.models.factory import cast_matmuls, compile_blocks
 from spiralrope_cli.core.runtime.device import DTYPES, allow_tf32, autocast, matrix_rate
+from spiralrope_cli.core.runtime.seeds import NoisePerImage
 
 OFF = RopeConfig(enabled=False)
-PEER = "vit_small_patch16_rope_ape_224"
+ROPE, PLAIN, DEIT3 = (
+    "vit_small_patch16_rope_ape_224",
+    "vit_small_patch16_224",
+    "deit3_small_patch16_224",
+)
 CALLS, ROUNDS, WARMUP = 3, 5, 3
+GUIDED_STEPS = 10
 BATCHES = {
-    **{"deit-s": 256, "dit-s2": 256, "dit-xl2": 64},
-    **{"precision": 256, "forward": 256, "guided": 64},
+    **{"deit-s": 256, "forward": 256, "guided": 32},
+    **{"dit-s2": 256, "dit-xl2": 64, "precision": 256},
 }
 """Part -> batch size."""
+ON_TO_OFF = [
+    ("eager", "eager, RoPE off", 1.05),
+    ("blocks compiled", "blocks compiled, RoPE off", 1.03),
+]
+GOALS = {
+    "deit-s": [
+        *ON_TO_OFF,
+        ("eager", f"timm {DEIT3}, eager", 1.1),
+        ("blocks compiled", f"timm {ROPE}, blocks compiled", 1.0),
+        ("blocks compiled", f"timm {PLAIN}, blocks compiled", 1.1),
+    ],
+    "forward": [(ours, peer, 1.05) for ours, peer, _ in ON_TO_OFF],
+    "guided": [("blocks compiled", "diffusers, network alone", 1 / 1.25)],
+    "dit-s2": ON_TO_OFF,
+    "dit-xl2": ON_TO_OFF,
+}
+"""Part -> (side, side to compare with, largest ratio of their times)."""
 Call = Callable[[], None]
 
 
@@ -65,14 +93,39 @@ def classifier(model: nn.Module, device: torch.device, batch: int, precision: st
     )
 
 
-def forward(model: nn.Module, device: torch.device, *inputs: torch.Tensor) -> Call:
-    """Inference on one fixed batch in bf16."""
+def forward(model: nn.Module, device: torch.device, images: torch.Tensor) -> Call:
+    """Inference on one fixed batch, as `eval` does it in bf16."""
     model = model.to(device).eval()
+    cast_matmuls(model, torch.bfloat16)
+    return torch.inference_mode()(lambda: model(images))
+
+
+def sampler(model: nn.Module, device: torch.device, batch: int) -> Call:
+    """Guided sampling of some images, as `dit-sample` does it in bf16, without the VAE."""
+    model, diffusion = model.to(device).eval(), GaussianDiffusion(str(GUIDED_STEPS))
+    cast_matmuls(model, torch.bfloat16)
+    labels, guidance = torch.arange(batch, device=device), GuidanceConfig(cfg_scale=4.0)
 
     @torch.inference_mode()
     def call() -> None:
-        with torch.autocast(device.type, torch.bfloat16):
-            model(*inputs)
+        noise = NoisePerImage(0, range(batch), (4, 32, 32), device)
+        for _ in ddpm(diffusion, guided(model, labels, guidance), noise.draw(), noise.draw):
+            pass
+
+    return call
+
+
+def diffusers_network(device: torch.device, batch: int) -> Call:
+    """The passes of diffusers' DiT-XL/2 in bf16 that guided sampling takes, without its sampler."""
+    sizes = {"num_attention_heads": 16, "attention_head_dim": 72, "num_layers": 28}
+    model = DiTTransformer2DModel(**sizes, out_channels=8).to(device, torch.bfloat16).eval()
+    x = torch.randn(2 * batch, 4, 32, 32, device=device, dtype=torch.bfloat16)
+    t, labels = torch.full((2 * batch,), 500, device=device), torch.arange(2 * batch, device=device)
+
+    @torch.inference_mode()
+    def call() -> None:
+        for _ in range(GUIDED_STEPS):
+            model(x, timestep=t, class_labels=labels)
 
     return call
 
@@ -107,8 +160,13 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def report(title: str, sides: dict[str, Call], device: torch.device, batch: int) -> None:
-    """Times the sides in turn, and prints the median of each with its ratio to the first."""
+def median_ratio(ours: list[float], peer: list[float]) -> float:
+    """Of the times, round by round."""
+    return statistics.median(a / b for a, b in zip(ours, peer, strict=True))
+
+
+def report(part: str, title: str, sides: dict[str, Call], device: torch.device, batch: int) -> None:
+    """Times the sides in turn; prints the median of each, and the ratios that have a goal."""
     first_calls = {}
     for name, call in sides.items():
         start = time.perf_counter()
@@ -134,6 +192,9 @@ def report(title: str, sides: dict[str, Call], device: torch.device, batch: int)
         peak = torch.cuda.max_memory_allocated() / 2**30
         rows.append(("memory of all sides together", f"{peak:8.1f} GiB"))
         torch.cuda.reset_peak_memory_stats()
+    for ours, peer, most in GOALS.get(part, []):
+        value = median_ratio(times[ours], times[peer])
+        rows.append((f"RATIO {ours} / {peer}", f"{value:8.3f}, goal at most {most:g}"))
     show(f"{title}, batch {batch}", rows)
 
 
@@ -147,10 +208,16 @@ def sides_of(part: str, device: torch.device, batch: int) -> tuple[str, dict[str
             "blocks compiled, RoPE off": classifier(
                 compiled(create_model("deit-s", rope=OFF)), device, batch
             ),
-            f"timm {PEER}, eager": classifier(timm.create_model(PEER), device, batch),
-            f"timm {PEER}, blocks compiled": classifier(
-                compiled(timm.create_model(PEER)), device, batch
-            ),
+            **{
+                f"timm {name}, eager": classifier(timm.create_model(name), device, batch)
+                for name in (ROPE, PLAIN, DEIT3)
+            },
+            **{
+                f"timm {name}, blocks compiled": classifier(
+                    compiled(timm.create_model(name)), device, batch
+                )
+                for name in (ROPE, PLAIN)
+            },
         }
     if part == "precision":
         return "DeiT-S, train step, blocks compiled", {
@@ -161,14 +228,17 @@ def sides_of(part: str, device: torch.device, batch: int) -> tuple[str, dict[str
         images = torch.randn(batch, 3, 224, 224, device=device)
         return "DeiT-S, forward, bf16", {
             "eager": forward(create_model("deit-s"), device, images),
+            "eager, RoPE off": forward(create_model("deit-s", rope=OFF), device, images),
             "blocks compiled": forward(compiled(create_model("deit-s")), device, images),
+            "blocks compiled, RoPE off": forward(
+                compiled(create_model("deit-s", rope=OFF)), device, images
+            ),
         }
     if part == "guided":
-        x, t = torch.randn(batch, 4, 32, 32, device=device), torch.full((batch,), 500)
-        given = x, t.to(device), torch.zeros(batch, dtype=torch.int64, device=device)
-        return "DiT-XL/2, forward as in guided sampling, bf16", {
-            "eager": forward(create_model("dit-xl2"), device, *given),
-            "blocks compiled": forward(compiled(create_model("dit-xl2")), device, *given),
+        return f"DiT-XL/2, guided sampling of {GUIDED_STEPS} steps, bf16", {
+            "eager": sampler(create_model("dit-xl2"), device, batch),
+            "blocks compiled": sampler(compiled(create_model("dit-xl2")), device, batch),
+            "diffusers, network alone": diffusers_network(device, batch),
         }
     return f"{part}, train step, bf16", {
         "eager": denoiser(create_model(part), device, batch),
@@ -184,9 +254,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("parts", nargs="*", choices=[*BATCHES, []], metavar="PART")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--batch", type=int, help="for all, in place of 256 (DiT-XL/2: 64)")
+    parser.add_argument("--batch", type=int, help="for all, in place of 256 (DiT-XL/2: 64, 32)")
+    parser.add_argument("--no-kernel", action="store_true", help="rotate by PyTorch's operators")
     given = parser.parse_args()
     device = torch.device(given.device)
+    if given.no_kernel:
+        kernels.TRITON_DEVICE = ""
     if device.type == "cuda":
         print(torch.cuda.get_device_name(), "torch", torch.__version__)
         allow_tf32(True)  # as in bf16 runs
@@ -196,7 +269,7 @@ def main() -> None:
     for part in given.parts or BATCHES:
         batch = given.batch or BATCHES[part]
         title, sides = sides_of(part, device, batch)
-        report(title, sides, device, batch)
+        report(part, title, sides, device, batch)
         del sides
 
 

@@ -17,7 +17,7 @@ from interleave import CPU, DTYPES, Call, interleaved, median, prepare, ratio, s
 from spiralrope_cli import GaussianDiffusion, create_model
 from spiralrope_cli.core.config.samples import GuidanceConfig
 from spiralrope_cli.core.diffusion.samplers import ddpm, guided
-from spiralrope_cli.core.kernels import cast_blocks
+from spiralrope_cli.core.models.factory import cast_matmuls
 from spiralrope_cli.core.runtime.device import autocast, pick_precision
 from spiralrope_cli.core.runtime.seeds import NoisePerImage
 
@@ -39,16 +39,14 @@ class NoDecoder(torch.nn.Module):
 
 def ours(dtype: torch.dtype) -> Call:
     model = create_model("dit-s2").eval()
-    if dtype != torch.float32:
-        cast_blocks(model.blocks, dtype)  # as dit-sample does
+    cast_matmuls(model, dtype)  # as dit-sample does
     diffusion, guidance = GaussianDiffusion(str(STEPS)), GuidanceConfig(cfg_scale=SCALE)
 
     @torch.inference_mode()
     def call() -> None:
         noise = NoisePerImage(0, LABELS, (4, 32, 32), CPU)
-        with autocast(CPU, dtype):
-            predict = guided(model, torch.tensor(LABELS), guidance)
-            list(ddpm(diffusion, predict, noise.draw(), noise.draw))
+        predict = guided(model, torch.tensor(LABELS), guidance)
+        list(ddpm(diffusion, predict, noise.draw(), noise.draw))
 
     return call
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def same_tensors(one, other):
@@ -24,6 +26,22 @@ def relative_distance(one, other):
     """L2 distance of two dicts of tensors over the length of the second."""
     off = sum((one[name] - other[name]).double().square().sum() for name in other) ** 0.5
     return (off / sum(other[name].double().square().sum() for name in other) ** 0.5).item()
+
+
+@contextlib.contextmanager
+def casts_of_weights(model):
+    """Operators that copy a parameter to another dtype, as autocast does in every call."""
+    weights, casts = {parameter.data_ptr() for parameter in model.parameters()}, []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            out = operator(*args, **(kwargs or {}))
+            if operator.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.to):
+                casts.extend([operator] * (args[0].data_ptr() in weights and out is not args[0]))
+            return out
+
+    with Record():
+        yield casts
 
 
 def rotation_formula(qkv, cos_sin):

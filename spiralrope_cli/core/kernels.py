@@ -24,6 +24,25 @@ Gelu = Literal["none", "tanh"]
 """The values of `F.gelu(approximate=)`: exact, or the tanh approximation."""
 
 
+def matmul_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of a matmul with this weight: that of autocast where it is on, else the weight's.
+
+    What feeds a matmul is written in it, once; otherwise autocast casts it in another pass.
+    """
+    kind = weight.device.type
+    if kind == "meta" or weight.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return weight.dtype
+    return torch.get_autocast_dtype(kind)
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Turns autocast off; does nothing on the meta device, which has no autocast."""
+    # `is_autocast_available` would be the usual test; torch.compile before 2.12 cannot trace it.
+    if device.type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 class Linear(nn.Linear):
     """`nn.Linear`, then `F.gelu(approximate=gelu)` if `gelu` is given.
 
@@ -105,6 +124,78 @@ def layer_norm(x: Tensor, eps: float) -> Tensor:
     channels, on_cpu = x.shape[-1:], x.device.type == "cpu"
     one, zero = (x.new_ones(channels), x.new_zeros(channels)) if on_cpu else (None, None)
     return F.layer_norm(x, channels, one, zero, eps)
+
+
+def rms_norm(x: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """`(x / (rms(x) + eps) * scale).to(dtype)`: x [..., C] float32 or float64, scale [C].
+
+    In eager mode on a GPU with its own backward pass, which moves half the bytes of autograd's,
+    and without a float32 copy of the result.
+    """
+    if x.device.type == "cuda" and not torch.compiler.is_compiling():
+        return _RMSNorm.apply(x, scale, eps, dtype)
+    return (x * (_rms(x) + eps).reciprocal() * scale).to(dtype)
+
+
+def _rms(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True) * x.shape[-1] ** -0.5
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = s x r with r = 1 / (rms + eps), where d rms / dx = x / (C rms)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        rms = _rms(x)
+        r = (rms + eps).reciprocal()
+        ctx.save_for_backward(x, scale, rms, r)
+        return torch.mul(x * r, scale, out=x.new_empty(x.shape, dtype=dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, scale, rms, r = ctx.saved_tensors
+        scale = scale.to(x.dtype)
+        with no_autocast(x.device):
+            product = (grad[0] * x).flatten(0, -2)  # [tokens, C]
+            grad_scale = product.t().mv(r.flatten())
+            along = product.mv(scale).view_as(rms)
+            factor = along * r.square() / (rms * -x.shape[-1])
+            factor = torch.where(rms > 0, factor, 0)  # a token of zeros
+            grad_x = torch.mul(grad[0], scale).mul_(r).addcmul_(x, factor)
+        return grad_x, grad_scale, None, None
+
+
+def add_scaled(x: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
+    """`x + branch * scale`: x and branch [B, N, C], scale [C] or [B, 1, C]; in the dtype of x.
+
+    Under autocast a GPU would copy the branch to float32 first, and its backward pass would copy
+    the gradient back to bf16: two passes over the tokens more each.
+    """
+    if x.device.type == "cuda" and not torch.compiler.is_compiling():
+        return _AddScaled.apply(x, branch, scale)
+    return torch.addcmul(x, branch, scale)
+
+
+class _AddScaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(branch, scale)
+        with no_autocast(x.device):
+            return torch.addcmul(x, branch, scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        branch, scale = ctx.saved_tensors
+        grad_branch = torch.mul(grad[0], scale, out=torch.empty_like(branch))
+        return grad[0], grad_branch, (grad[0] * branch).sum_to_size(scale.shape)
+
+
+def scale_shift(x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
+    """`(shift + x * scale).to(dtype)`: [B, N, C] by [B, 1, C]; inference on a GPU in one pass."""
+    trains = torch.is_grad_enabled()
+    if x.device.type == "cuda" and not trains and not torch.compiler.is_compiling():
+        return torch.addcmul(shift, x, scale, out=x.new_empty(x.shape, dtype=dtype))
+    return torch.addcmul(shift, x, scale).to(dtype)
 
 
 def fp32_on_cpu(qkv: Tensor) -> Tensor:
@@ -215,14 +306,3 @@ def _try_triton(dtype: torch.dtype) -> bool:
         warnings.warn(f"RoPE is slower here, because Triton does not work: {why}", stacklevel=2)
         return False
     return True
-
-
-def cast_blocks(blocks: nn.Module, dtype: torch.dtype) -> None:
-    """Casts the linear layers of a DiT's blocks once, for inference under autocast.
-
-    Autocast alone gives the same bits, but casts every weight in every call. The modulation
-    (`adaLN`) is computed outside autocast, so it keeps its dtype.
-    """
-    for name, module in blocks.named_modules():
-        if isinstance(module, nn.Linear) and "adaLN" not in name:
-            module.to(dtype)

@@ -7,13 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from spiralrope_cli.core import kernels
 from spiralrope_cli.core.kernels import (
     Linear,
+    add_scaled,
     apply_rotary_complex,
     attention,
     fp32_on_cpu,
     gelu_tanh,
     layer_norm,
+    rms_norm,
 )
 
 
@@ -101,6 +104,46 @@ def test_layer_norm_is_pytorchs_without_parameters(dtype):
     (ours * weight).sum().backward()
     (theirs * weight).sum().backward()
     torch.testing.assert_close(x.grad, same.grad)
+
+
+# Of GPUs; any device computes them.
+
+
+def gradients(call, *inputs, seed=9):
+    """The output, and the gradients of the inputs for a random gradient of the output."""
+    inputs = [each.detach().clone().requires_grad_() for each in inputs]
+    out = call(*inputs)
+    out.backward(gaussian(*out.shape, seed=seed).to(out.dtype))
+    return [out.detach(), *(each.grad for each in inputs)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_our_backward_pass_of_the_rms_norm_is_autograds(dtype):
+    exact = torch.promote_types(dtype, torch.float32)
+    x, scale = gaussian(3, 5, 32).to(exact), gaussian(32, seed=1).to(exact)
+    x[0, 1] = 0  # a token of zeros
+
+    def ours(x, scale):
+        return kernels._RMSNorm.apply(x, scale, 1e-6, dtype)
+
+    found = gradients(ours, x, scale)
+    assert [each.dtype for each in found] == [dtype, exact, exact]
+    plain = gradients(lambda *given: rms_norm(*given, 1e-6, dtype), x, scale)
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, gradients(ours, x, scale), found))
+    halved = gradients(ours, x, scale.bfloat16())
+    torch.testing.assert_close(halved[1].float(), found[1].float(), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("scale_shape", [(32,), (3, 1, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_our_backward_pass_of_a_scaled_branch_is_autograds(scale_shape, dtype):
+    x, branch = gaussian(3, 5, 32), gaussian(3, 5, 32, seed=1).to(dtype)
+    scale = gaussian(*scale_shape, seed=2)
+    found = gradients(kernels._AddScaled.apply, x, branch, scale)
+    assert [each.dtype for each in found] == [torch.float32, torch.float32, dtype, torch.float32]
+    torch.testing.assert_close(found, gradients(add_scaled, x, branch, scale), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from spiralrope_cli import GaussianDiffusion, create_model
 from spiralrope_cli.core.jobs import train
 from spiralrope_cli.core.kernels import has_rotary_kernel, rotate_qkv
-from spiralrope_cli.core.models.factory import compile_blocks
+from spiralrope_cli.core.models.factory import cast_matmuls, compile_blocks
 from spiralrope_cli.core.resolve import resolve
 from spiralrope_cli.core.runtime import run_folder
 from spiralrope_cli.core.runtime.device import DTYPES, allow_tf32, autocast
@@ -105,6 +105,19 @@ def test_compiled_blocks_compute_what_eager_ones_do(arch, precision):
     found = results(compiled, precision, DEVICE)
     assert len(lines) == 1, lines
     assert relative_distance(found, eager) < WITHIN[precision]
+
+
+@pytest.mark.parametrize("arch", ["deit-128x3x2", "dit-128x3x2-2"])
+def test_matmuls_that_are_cast_once_give_autocasts_numbers(arch):
+    model, y = network(arch).to(DEVICE).eval(), torch.arange(8, device=DEVICE)
+    shape, given = ((4, 16, 16), (y * 100, y)) if arch.startswith("dit") else ((3, 64, 64), ())
+    images = torch.randn(8, *shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    with torch.inference_mode():
+        with autocast(DEVICE, torch.bfloat16):
+            expected = model(images, *given).float()
+        cast_matmuls(model, torch.bfloat16)
+        found = model(images, *given).float()
+    assert relative_distance({"out": found}, {"out": expected}) < 1e-3
 
 
 @needs_gpu

@@ -6,6 +6,7 @@ Settle: options to rows, all checked. Work: in every process. Report: a table, J
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from collections import ChainMap
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -229,8 +230,7 @@ def measure_rows(
 ) -> dict[EvalRow, Accuracy]:
     """Metrics of the rows of one protocol, in one pass over the images."""
     from spiralrope_cli.core import load
-    from spiralrope_cli.core.models.factory import compile_blocks, pays_to_compile
-    from spiralrope_cli.core.runtime.device import autocast
+    from spiralrope_cli.core.models.factory import cast_matmuls, compile_blocks, pays_to_compile
     from spiralrope_cli.core.training.classification import measure_accuracy
     from spiralrope_cli.core.weights import read_weights
 
@@ -242,6 +242,7 @@ def measure_rows(
             weights = read_weights(source, ema=row.ema, rope=rope, arch=arch, verify=False)
             size, grid = model.image_size, model.pretrain_grid
             network = load.build_network(weights, ctx.device, image_size=size, pretrain_grid=grid)
+            cast_matmuls(network, ctx.dtype)
             models[row.network_key] = network
     protocol = images.protocol
     passes = len(models) * protocol.num_val / ctx.world_size
@@ -256,8 +257,7 @@ def measure_rows(
                 yield pixels, labels
                 advance(len(labels) * ctx.world_size)  # the other processes are about as far
 
-        in_precision = partial(autocast, ctx.device, ctx.dtype)
-        found = measure_accuracy(models, batches(), ctx.device, in_precision)
+        found = measure_accuracy(models, batches(), ctx.device, contextlib.nullcontext)
     for row in rows:
         if not math.isfinite(found[row.network_key].loss):
             raise CheckpointError(

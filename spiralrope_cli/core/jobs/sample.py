@@ -240,19 +240,19 @@ class Sampler:
     """Samples images by number: noise, class and step noise are functions of (seed, number)."""
 
     def __init__(self, run: SampleRun, ctx: DistContext, weights: Weights) -> None:
-        import torch
-
         from spiralrope_cli.core.diffusion.gaussian import GaussianDiffusion
         from spiralrope_cli.core.diffusion.vae import load_vae
-        from spiralrope_cli.core.kernels import cast_blocks
         from spiralrope_cli.core.load import at_size, build_network
-        from spiralrope_cli.core.models.factory import compile_blocks, pays_to_compile
+        from spiralrope_cli.core.models.factory import (
+            cast_matmuls,
+            compile_blocks,
+            pays_to_compile,
+        )
 
         self.run, self.ctx, self.diffusion = run, ctx, GaussianDiffusion(run.num_sampling_steps)
         changes = at_size(weights, run.input_size, run.rope)
         model = cast("DiT", build_network(weights, ctx.device, **changes))
-        if ctx.dtype != torch.float32:
-            cast_blocks(model.blocks, ctx.dtype)
+        cast_matmuls(model, ctx.dtype)
         passes = run.num_samples * self.diffusion.num_steps * (1 + (run.guidance.cfg_scale > 1))
         if pays_to_compile(run.machine.compile, model, ctx.device, passes / ctx.world_size):
             compile_blocks(model, say=ctx.say)
@@ -265,7 +265,6 @@ class Sampler:
 
         from spiralrope_cli.core.data.images import to_uint8
         from spiralrope_cli.core.diffusion.samplers import BY_NAME, guided
-        from spiralrope_cli.core.runtime.device import autocast
         from spiralrope_cli.core.runtime.seeds import NoisePerImage, drawn_class
 
         run, ctx = self.run, self.ctx
@@ -275,14 +274,12 @@ class Sampler:
         else:
             classes = [drawn_class(run.seed, run.num_classes, index) for index in indices]
         labels = torch.tensor(classes, device=ctx.device)
-        with autocast(ctx.device, ctx.dtype):
-            predict = guided(self.model, labels, run.guidance)
-            steps = BY_NAME[run.sampler](self.diffusion, predict, noise.draw(), noise.draw)
-            for x in steps:
-                if ctx.stop.signal_number:
-                    return None
-                latents = x  # those of the last step are decoded
-                after_step()
+        predict = guided(self.model, labels, run.guidance)
+        for x in BY_NAME[run.sampler](self.diffusion, predict, noise.draw(), noise.draw):
+            if ctx.stop.signal_number:
+                return None
+            latents = x  # those of the last step are decoded
+            after_step()
         return to_uint8(self.vae.decode(latents) if self.vae else latents)
 
 

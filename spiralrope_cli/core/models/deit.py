@@ -16,9 +16,12 @@ from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.kernels import (
     Gelu,
     Linear,
+    add_scaled,
     attention,
     fp32_on_cpu,
     has_rotary_kernel,
+    matmul_dtype,
+    rms_norm,
     rotate_qkv,
 )
 from spiralrope_cli.core.models.mixed_rope import CosSin, build_rope, of_block
@@ -39,11 +42,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.scale = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., C] -> [..., C] in the dtype of `scale`; the rms is in float32 or better."""
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """[..., C] -> [..., C] in dtype, by default that of `scale`; rms in float32 or better."""
         x_fp32 = x if x.dtype == torch.float64 else x.float()
-        rms = torch.linalg.vector_norm(x_fp32, dim=-1, keepdim=True) * x_fp32.shape[-1] ** -0.5
-        return (x_fp32 * (rms + self.eps).reciprocal() * self.scale).to(self.scale.dtype)
+        return rms_norm(x_fp32, self.scale, self.eps, dtype or self.scale.dtype)
 
 
 class Attention(nn.Module):
@@ -71,7 +73,7 @@ class Attention(nn.Module):
             # tensor of zeros.
             q, k, v = packed.unbind(2)
             if self.q_norm is not None and self.k_norm is not None:
-                q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+                q, k = self.q_norm(q, v.dtype), self.k_norm(k, v.dtype)
             if cos_sin is not None:
                 per_head = cos_sin if cos_sin.ndim == 4 else cos_sin[:, None]
                 q, k = apply_rotary(q, per_head), apply_rotary(k, per_head)
@@ -103,7 +105,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, channels, h*patch, w*patch] -> [B, h*w, C], row-major."""
-        return self.proj(images).flatten(2).transpose(1, 2)
+        return self.proj(images.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
 
 
 class Block(nn.Module):
@@ -126,9 +128,9 @@ class Block(nn.Module):
             # Multiplied into the layer scale, [B, 1, C]: one pass over the tokens less.
             gamma_1 = gamma_1 * drop_path_mask[0, :, None, None]
             gamma_2 = gamma_2 * drop_path_mask[1, :, None, None]
-        # x + branch * gamma, in one pass.
-        x = torch.addcmul(x, self.attn(self.norm1(x), cos_sin), gamma_1)
-        return torch.addcmul(x, self.mlp(self.norm2(x)), gamma_2)
+        dtype = matmul_dtype(self.attn.qkv.weight)
+        x = add_scaled(x, self.attn(self.norm1(x, dtype), cos_sin), gamma_1)
+        return add_scaled(x, self.mlp(self.norm2(x, dtype)), gamma_2)
 
 
 class DeiT(nn.Module):
@@ -249,13 +251,17 @@ class DeiT(nn.Module):
         mask = self.drop_path_mask(len(images), torch.default_generator)
         return mask.to(self.cls_token) if mask is not None else None
 
-    def forward_features(self, images: Tensor, drop_path_mask: Tensor | None = None) -> Tensor:
-        """[B, channels, height, width] -> [B, 1 + N, C] after the final norm."""
+    def forward_blocks(self, images: Tensor, drop_path_mask: Tensor | None = None) -> Tensor:
+        """[B, channels, height, width] -> [B, 1 + N, C] before the final norm."""
         mask = self.own_drop_path_mask(images) if drop_path_mask is None else drop_path_mask
         x, cos_sin = self.embed(images)
         for number in range(len(self.blocks)):
             x = self.run_block(number, x, cos_sin, mask)
-        return self.norm(x)
+        return x
+
+    def forward_features(self, images: Tensor, drop_path_mask: Tensor | None = None) -> Tensor:
+        """[B, channels, height, width] -> [B, 1 + N, C] after the final norm."""
+        return self.norm(self.forward_blocks(images, drop_path_mask))
 
     def forward(self, images: Tensor, drop_path_mask: Tensor | None = None) -> Tensor:
         """Classifies images.
@@ -267,7 +273,8 @@ class DeiT(nn.Module):
         Returns:
             logits [B, classes].
         """
-        return self.head(self.forward_features(images, drop_path_mask)[:, 0])
+        x = self.norm(self.forward_blocks(images, drop_path_mask)[:, 0])  # the class token alone
+        return self.head(x.to(self.head.weight.dtype) if isinstance(self.head, nn.Linear) else x)
 
 
 def resize_pos_embed(pos_embed: Tensor, old_grid: Grid, new_grid: Grid) -> Tensor:

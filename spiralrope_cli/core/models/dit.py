@@ -9,7 +9,6 @@ Source: "Scalable Diffusion Models with Transformers", arXiv 2212.09748: section
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import torch
@@ -19,7 +18,14 @@ from torch.utils.checkpoint import checkpoint
 
 from spiralrope_cli.core.config.models import RopeConfig
 from spiralrope_cli.core.errors import ConfigError
-from spiralrope_cli.core.kernels import Linear, layer_norm
+from spiralrope_cli.core.kernels import (
+    Linear,
+    add_scaled,
+    layer_norm,
+    matmul_dtype,
+    no_autocast,
+    scale_shift,
+)
 from spiralrope_cli.core.models.deit import INIT_STD, Attention, Mlp, PatchEmbed
 from spiralrope_cli.core.models.mixed_rope import build_rope, of_block
 from spiralrope_cli.core.rope import Grid, to_2tuple
@@ -27,14 +33,6 @@ from spiralrope_cli.core.rope import Grid, to_2tuple
 NORM_EPS = 1e-6
 NUM_SINUSOIDS = 256
 MAX_PERIOD = 10000.0
-
-
-def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Turns autocast off; does nothing on the meta device, which has no autocast."""
-    # `is_autocast_available` would be the usual test; torch.compile before 2.12 cannot trace it.
-    if device.type == "meta":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
 
 
 class TimestepEmbedder(nn.Module):
@@ -78,9 +76,9 @@ def modulation(dim: int, num_signals: int) -> nn.Sequential:
     return nn.Sequential(nn.Identity(), Linear(dim, num_signals * dim))
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Adaptive layer norm, shift + (1 + scale) LN(x): [B, N, C], shifts [B, 1, C] -> [B, N, C]."""
-    return torch.addcmul(shift, layer_norm(x, NORM_EPS), 1 + scale)
+    return scale_shift(layer_norm(x, NORM_EPS), 1 + scale, shift, dtype)
 
 
 class DiTBlock(nn.Module):
@@ -97,9 +95,9 @@ class DiTBlock(nn.Module):
         with no_autocast(x.device):
             signals = self.adaLN_modulation(condition).unflatten(-1, (6, 1, -1))
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = signals.unbind(1)  # [B, 1, C]
-        # x + gate * branch, in one pass.
-        x = torch.addcmul(x, gate_1, self.attn(modulate(x, shift_1, scale_1), cos_sin))
-        return torch.addcmul(x, gate_2, self.mlp(modulate(x, shift_2, scale_2)))
+        dtype = matmul_dtype(self.attn.qkv.weight)
+        x = add_scaled(x, self.attn(modulate(x, shift_1, scale_1, dtype), cos_sin), gate_1)
+        return add_scaled(x, self.mlp(modulate(x, shift_2, scale_2, dtype)), gate_2)
 
 
 class FinalLayer(nn.Module):
@@ -113,7 +111,7 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """[B, N, C] and [B, C] -> [B, N, p*p*channels]; the channel varies fastest."""
         shift, scale = self.adaLN_modulation(condition).unflatten(-1, (2, 1, -1)).unbind(1)
-        return self.linear(modulate(x, shift, scale))
+        return self.linear(modulate(x, shift, scale, self.linear.weight.dtype))
 
 
 class DiT(nn.Module):

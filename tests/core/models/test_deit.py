@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from comparing import casts_of_weights
 from safetensors.torch import load_file
 
 from spiralrope_cli import RopeConfig, create_model
@@ -19,6 +20,7 @@ from spiralrope_cli.core.models.deit import (
     RMSNorm,
     resize_pos_embed,
 )
+from spiralrope_cli.core.models.factory import cast_matmuls
 from spiralrope_cli.core.rope import build_angles, frequencies
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -228,6 +230,20 @@ def test_the_baseline_without_rope_has_the_same_weights_and_other_logits(io):
 def test_rope_options_reach_the_logits(io, change):
     other = tiny_deit(dataclasses.replace(TINY_ROPE, **change))
     assert (other(io["images"]) - io["logits"]).abs().max() > 0.01
+
+
+def test_matmuls_that_are_cast_once_give_autocasts_numbers():
+    model, x = small_deit().eval(), pictures(2, 3, 8, 12)
+    with torch.inference_mode():
+        with torch.autocast("cpu", torch.bfloat16), casts_of_weights(model) as of_autocast:
+            expected = model(x)
+        cast_matmuls(model, torch.bfloat16)
+        with casts_of_weights(model) as casts:
+            assert torch.equal(model(x), expected)
+    assert len(of_autocast) >= 8 * len(model.blocks)
+    assert not casts
+    kept = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
+    assert all(name.endswith(("scale", "token", "pos_embed")) or "gamma" in name for name in kept)
 
 
 def test_without_classes_it_gives_features():

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparing import casts_of_weights
 from safetensors.torch import load_file
 
 from spiralrope_cli import RopeConfig, create_model
 from spiralrope_cli.core.config.models import DIT_SIZES
 from spiralrope_cli.core.errors import ConfigError
-from spiralrope_cli.core.kernels import cast_blocks
 from spiralrope_cli.core.models.dit import DiT, sincos_pos_embed
+from spiralrope_cli.core.models.factory import cast_matmuls
 from spiralrope_cli.core.rope import build_angles, frequencies
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -312,13 +313,17 @@ def test_half_precision_stays_inside_the_blocks():
     torch.testing.assert_close(out, model(*given), rtol=0, atol=0.1)
 
 
-def test_blocks_that_are_cast_once_give_autocasts_numbers():
+def test_matmuls_that_are_cast_once_give_autocasts_numbers():
     model = small_dit(qk_norm=True).eval()
     given = inputs(model)
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        expected = model(*given)
-        cast_blocks(model.blocks, torch.bfloat16)
-        assert torch.equal(model(*given), expected)
+    with torch.inference_mode():
+        with torch.autocast("cpu", torch.bfloat16), casts_of_weights(model) as of_autocast:
+            expected = model(*given)
+        cast_matmuls(model, torch.bfloat16)
+        with casts_of_weights(model) as casts:
+            assert torch.equal(model(*given), expected)
+    assert len(of_autocast) == 2 * 8
+    assert not casts
     halves = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
     assert all(".attn." in name or ".mlp." in name for name in halves)
     assert len(halves) == 2 * 8
