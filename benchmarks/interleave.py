@@ -20,16 +20,19 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def interleaved(
-    sides: dict[str, Callable[[], object]], rounds: int, warmup: int = 2
+    sides: dict[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of every counted call, by name."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(warmup + rounds):
         for name, call in sides.items():
-            start = time.perf_counter()
+            start = clock()
             call()
             if number >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 

@@ -20,7 +20,7 @@ from spiralrope_cli.core.config.option import build
 from spiralrope_cli.core.config.recipes import PRETRAIN
 from spiralrope_cli.core.config.runs import AugmentConfig
 from spiralrope_cli.core.data.augment import cropped_array, eval_transform, train_transform
-from spiralrope_cli.core.data.images import Unreadable, as_trained, decode, open_image
+from spiralrope_cli.core.data.images import Unreadable, as_tensor, as_trained, decode, open_image
 from spiralrope_cli.core.data.loader import ImageFiles
 from spiralrope_cli.core.jobs import score
 from spiralrope_cli.core.plots import attention, samples
@@ -112,15 +112,15 @@ def test_each_mode_has_its_value(tmp_path, name):
         augment, auto_augment="none", color_jitter=0.0, hflip=0.0, crop_scale=1.0
     )
     size = (SIDE, SIDE)
-    for transform, seed in (
-        (train_transform(size, whole), (0, 0, 0)),
-        (eval_transform(size, 1.0), None),
-        (partial(cropped_array, size=size), None),
+    for transform, seed, read in (
+        (train_transform(size, whole), (0, 0, 0), as_tensor),
+        (eval_transform(size, 1.0), None, as_trained),
+        (partial(cropped_array, size=size), None, as_trained),
     ):
-        array, _, bad = ImageFiles([(str(path), 0)], transform)[0, seed]
+        array, _, bad, _ = ImageFiles([(str(path), 0)], transform, read=read)[0, seed]
         assert not bad
         np.testing.assert_array_equal(array.transpose(1, 2, 0), expected)
-        array, _, _ = ImageFiles([(str(path), 0)], transform, grey=True)[0, seed]
+        array, *_ = ImageFiles([(str(path), 0)], transform, True, read=read)[0, seed]
         as_grey = np.asarray(Image.fromarray(expected).convert("L"))
         np.testing.assert_allclose(array[0], as_grey, atol=1)
     with Image.open(path) as image:  # as pytorch-fid and torch-fidelity do

@@ -67,7 +67,7 @@ class DataSet:
 
     def inert_options(self) -> list[tuple[str, str]]:
         """Fields of a run that have no effect with this data set, with the reason."""
-        idle = ("workers", "skip_bad") if self.kind == "memory" else ()
+        idle = ("workers", "skip_bad", "augment_on") if self.kind == "memory" else ()
         return [(name, f"{self.data} is kept in memory") for name in idle]
 
     def defaults_of(self, command: str) -> dict[str, Any]:

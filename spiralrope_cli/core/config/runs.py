@@ -98,6 +98,15 @@ class AugmentConfig:
         ),
     ]
     color_jitter: Annotated[float, Opt("Strength of color jitter; 0: none.", DATA, ge=0)]
+    augment_on: Annotated[
+        Literal["auto", "cpu", "device"],
+        Opt(
+            "Where flip, 3-Augment and color jitter run: in the loader workers, or in batches on "
+            "the device. auto: on a GPU where --auto-augment is 3a or none.",
+            DATA,
+            free=True,
+        ),
+    ] = "auto"
     random_erasing: Annotated[
         float, Opt("Probability of random erasing; 0: none.", DATA, ge=0, le=1)
     ]
@@ -112,6 +121,11 @@ class AugmentConfig:
         if not 0 <= self.mixup_switch_prob <= 1:
             raise ConfigError(
                 f"mixup_switch_prob is {self.mixup_switch_prob}; it must be in [0, 1]"
+            )
+        if self.augment_on == "device" and not self.runs_in_batches:
+            raise ConfigError(
+                f"--augment-on device: --auto-augment {self.auto_augment} runs on the CPU only",
+                "use --augment-on auto, or --auto-augment 3a or none",
             )
 
     def check_data(self, data_set: DataSet) -> None:
@@ -128,6 +142,11 @@ class AugmentConfig:
                     f"not on the grey images of {data_set.data}",
                     "use --translate, --degrees, --random-erasing, --mixup or --cutmix",
                 )
+
+    @property
+    def runs_in_batches(self) -> bool:
+        """Whether all that follows the crop can run in batches on a device."""
+        return self.auto_augment in ("none", "3a")
 
     @property
     def mixes(self) -> bool:

@@ -26,7 +26,8 @@ from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
 from spiralrope_cli.core.config.runs import ClassifierRun, EvalProtocol
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data import augment, memory
-from spiralrope_cli.core.data.images import in_order
+from spiralrope_cli.core.data.color import apply_steps, draw_steps
+from spiralrope_cli.core.data.images import as_tensor, in_order
 from spiralrope_cli.core.data.latents import LatentCache
 from spiralrope_cli.core.data.loader import MAX_TRIES, Batch, BatchIndices, ImageFiles, load
 from spiralrope_cli.core.data.splits import train_split, val_split
@@ -152,8 +153,14 @@ def classifier_data(
         read = functools.partial(from_memory, split)
     else:
         listed = train_split(run.data).images
-        transform, grey = augment.train_transform(model.image_size, options), model.in_chans == 1
-        files = ImageFiles(listed, transform, grey, MAX_TRIES, run.seed)
+        transform, draw = augment.train_transform(model.image_size, options), None
+        on_gpu = options.augment_on == "auto" and device.type != "cpu"
+        if options.augment_on == "device" or (on_gpu and options.runs_in_batches):
+            crop = augment.random_resized_crop
+            transform = functools.partial(crop, model.image_size, options.crop_scale)
+            draw = functools.partial(draw_steps, options)
+        grey = model.in_chans == 1
+        files = ImageFiles(listed, transform, grey, MAX_TRIES, run.seed, as_tensor, draw)
         read = functools.partial(load, files, run.machine, device, unreadable)
         helps = more_workers(run.machine, device)
     normalise = augment.Normalise(options.mean, options.std, device)
@@ -163,6 +170,8 @@ def classifier_data(
         if in_memory:
             draws = augment.epoch_draws(run.num_train, run.seed, at.epoch)[at.places]
             images = augment.warp(images, draws, options, model.image_size)
+        if batch.steps:
+            images = apply_steps(images, batch.steps)
         images = augment.erase(normalise(images), options.random_erasing, run.seed, at.first)
         mixed = augment.mix(images, batch.labels, options, model.num_classes, run.seed, at.first)
         return Batch(at, *mixed)

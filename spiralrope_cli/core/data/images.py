@@ -22,6 +22,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+import torchvision  # noqa: F401  loads its operators
 from PIL import Image
 from torch import Tensor
 
@@ -34,6 +35,9 @@ from spiralrope_cli.core.errors import DataError, UnreadableImageError
 from spiralrope_cli.core.runtime.launch import cores_per_process
 
 Result = TypeVar("Result")
+
+RGB = 3
+"""Of torchvision's `ImageReadMode`."""
 
 BROKEN_IMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error)
 
@@ -91,7 +95,39 @@ def note_unreadable(unreadable: Iterable[Unreadable], skip: bool, reasons: dict[
 
 def as_trained(image: Image.Image, mode: str = "RGB") -> Image.Image:
     """RGB or L: how all commands read an image; docs/formats.md has a line per mode."""
-    return _flattened(image).convert(mode)
+    pixels = _color_jpeg(image)
+    if pixels is not None:
+        image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    image.load()
+    flat = _flattened(image)
+    return flat if flat.mode == mode else flat.convert(mode)
+
+
+def as_tensor(image: Image.Image, mode: str = "RGB") -> Tensor:
+    """`as_trained` as uint8 [channels, h, w], without PIL's copy of it."""
+    pixels = _color_jpeg(image) if mode == "RGB" else None
+    if pixels is not None:
+        return pixels
+    array = np.array(as_trained(image, mode))
+    return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
+
+
+def _color_jpeg(image: Image.Image) -> Tensor | None:
+    """A JPEG file in color that is not decoded yet, as uint8 [3, h, w]; None for any other image.
+
+    torchvision uses the library that PIL uses, so these are PIL's values, in less time. What it
+    refuses is left to PIL, whose errors say more, and so is everything once it has no decoder: it
+    is deprecated since 0.29.
+    """
+    if image.format != "JPEG" or image.mode != "RGB":
+        return None
+    file = image.fp  # type: ignore[attr-defined]
+    file.seek(0)
+    content = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
+    try:
+        return torch.ops.image.decode_jpeg(content, RGB)
+    except (RuntimeError, AttributeError):
+        return None
 
 
 def _flattened(image: Image.Image) -> Image.Image:
@@ -117,6 +153,8 @@ def decode(path: str, reading: Reading) -> tuple[np.ndarray, bool] | Unreadable:
     """[h, w, 3] uint8, and whether the other reading gives another image."""
 
     def convert(image: Image.Image) -> tuple[np.ndarray, bool]:
+        if (pixels := _color_jpeg(image)) is not None:
+            return pixels.permute(1, 2, 0).numpy(), False
         flat = _flattened(image)
         if flat is image:
             return np.array(image.convert("RGB")), False

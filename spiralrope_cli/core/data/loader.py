@@ -15,18 +15,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from spiralrope_cli.core.config.training import MachineConfig
-from spiralrope_cli.core.data.images import Unreadable, as_trained, note_unreadable, open_image
+from spiralrope_cli.core.data.color import Steps
+from spiralrope_cli.core.data.images import (
+    Unreadable,
+    as_trained,
+    note_unreadable,
+    open_image,
+)
 from spiralrope_cli.core.errors import DataError, dead_loader
 from spiralrope_cli.core.runtime.launch import num_loaders
 from spiralrope_cli.core.runtime.seeds import seed_everything
 
-Transform = Callable[[Image.Image], np.ndarray]
-"""Image -> uint8 [channels, h, w]."""
+Transform = Callable[[Any], np.ndarray]
+"""Image, as `as_trained` or `as_tensor` gives it -> uint8 [channels, h, w]."""
+
+Loaded = tuple[np.ndarray | None, int, tuple[Unreadable, ...], Steps]
+"""Array, None if no try was readable; label, unreadable images, and steps for the device."""
 
 Key = tuple[int, tuple[int, ...] | None]
 """Index of an image in its set, and the seed parts of its augmentation, if any."""
@@ -65,6 +73,7 @@ class Batch:
         labels: [B] class numbers; after mixing [B, K].
         std: standard deviations of cached posteriors, shape of `images`; else None.
         unreadable: images that were skipped or replaced.
+        steps: of each image, what is left to apply on the device; empty: nothing.
     """
 
     at: BatchIndices
@@ -72,6 +81,7 @@ class Batch:
     labels: Tensor
     std: Tensor | None = None
     unreadable: tuple[Unreadable, ...] = ()
+    steps: tuple[Steps, ...] = ()
 
     def pin_memory(self) -> Batch:
         """In page-locked memory; `DataLoader` calls this for a class that it does not know."""
@@ -95,6 +105,8 @@ class ImageFiles(Dataset[Any]):
         tries: the next image replaces an unreadable one, at most so many images in a row.
         seed: seed of the run, if the transform is random; it is then a function of seed, epoch and
             place.
+        read: `as_trained` or `as_tensor`, whichever the transform takes.
+        draw_steps: draws what the device applies after the transform, if anything.
     """
 
     def __init__(
@@ -104,27 +116,31 @@ class ImageFiles(Dataset[Any]):
         grey: bool = False,
         tries: int = 1,
         seed: int | None = None,
+        read: Callable[..., Any] = as_trained,
+        draw_steps: Callable[[], Steps] | None = None,
     ) -> None:
         # Plain arrays: a list of a million tuples would be copied page by page in each worker.
         self.paths = np.array([os.fsencode(path) for path, _ in files])
         self.labels = np.array([label for _, label in files], dtype=np.int64)
         self.transform, self.mode = transform, "L" if grey else "RGB"
         self.tries, self.seed = tries, seed
+        self.read, self.draw_steps = partial(read, mode=self.mode), draw_steps
 
-    def __getitem__(self, key: Key) -> tuple[np.ndarray | None, int, tuple[Unreadable, ...]]:
-        """Array, label and unreadable images; the array is None if no try was readable."""
+    def __getitem__(self, key: Key) -> Loaded:
+        """One image; by `seed_parts` of the key its augmentation."""
         first, seed_parts = key
         failed: list[Unreadable] = []
         for index in range(first, first + self.tries):
             path = os.fsdecode(self.paths[index % len(self.paths)])
-            image = open_image(path, partial(as_trained, mode=self.mode))
+            image = open_image(path, self.read)
             if not isinstance(image, Unreadable):
                 if seed_parts is not None:
                     seed_everything("augment", *seed_parts)
                 label = int(self.labels[index % len(self.paths)])
-                return np.asarray(self.transform(image)), label, tuple(failed)
+                array = np.asarray(self.transform(image))
+                return array, label, tuple(failed), self.draw_steps() if self.draw_steps else ()
             failed.append(image)
-        return None, int(self.labels[first]), tuple(failed)
+        return None, int(self.labels[first]), tuple(failed), ()
 
     def __getitems__(self, at: BatchIndices) -> Batch:
         """A batch of the readable images; `DataLoader` calls this once per batch."""
@@ -132,12 +148,21 @@ class ImageFiles(Dataset[Any]):
         if self.seed is not None and at.places:
             seed_parts = [(self.seed, at.epoch, place) for place in at.places]
         keys = zip(at.indices, seed_parts, strict=True)
-        arrays, labels, failed = zip(*(self[key] for key in keys), strict=True)
-        good = [array for array in arrays if array is not None]
-        images = torch.from_numpy(np.stack(good)) if good else torch.empty(0)
-        kept = [label for array, label in zip(arrays, labels, strict=True) if array is not None]
-        unreadable = tuple(each for some in failed for each in some)
-        return Batch(at, images, torch.tensor(kept, dtype=torch.int64), unreadable=unreadable)
+        loaded = [self[key] for key in keys]
+        good = [(array, label, steps) for array, label, _, steps in loaded if array is not None]
+        images = torch.empty(0)
+        if arrays := [array for array, *_ in good]:
+            # Without `out` it would keep the order of a decoded image, channels last, which is slow
+            # to normalise.
+            whole = np.empty((len(arrays), *arrays[0].shape), np.uint8)
+            images = torch.from_numpy(np.stack(arrays, out=whole))
+        return Batch(
+            at,
+            images,
+            torch.tensor([label for _, label, _ in good], dtype=torch.int64),
+            unreadable=tuple(each for _, _, failed, _ in loaded for each in failed),
+            steps=tuple(steps for *_, steps in good if steps),
+        )
 
 
 def load(

@@ -212,7 +212,7 @@ def read_image(file: str, weights: Weights, size: tuple[int, int]) -> tuple[np.n
 
     channels = weights.options["in_chans"]
     files = ImageFiles([(file, 0)], eval_transform(size, 1.0), grey=channels == 1)
-    pixels, _, unreadable = files[0, None]
+    pixels, _, unreadable, _ = files[0, None]
     if pixels is None:
         raise DataError(f"IMAGE {file} cannot be read: {unreadable[0].reason}")
     known = mean_std(weights, PHOTOGRAPHS, channels)

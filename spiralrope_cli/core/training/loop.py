@@ -165,7 +165,9 @@ def build_state(
     At step 0 the weights are random, or those that `load_pretrained` loads; at any other step
     they are loaded from its checkpoint.
     """
-    seed_everything(config.seed, "init")  # the same initial weights in every process
+    seed_everything(
+        config.seed, "init", device=ctx.device
+    )  # the same initial weights in every process
     model = model_of(config)
     if config.source and not step:
         load_pretrained(model)

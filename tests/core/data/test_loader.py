@@ -20,7 +20,7 @@ from spiralrope_cli.core.config.recipes import PRETRAIN
 from spiralrope_cli.core.config.runs import AugmentConfig
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.augment import eval_transform, train_transform
-from spiralrope_cli.core.data.images import Unreadable
+from spiralrope_cli.core.data.images import Unreadable, as_tensor
 from spiralrope_cli.core.data.loader import (
     MAX_TRIES,
     BatchIndices,
@@ -32,7 +32,7 @@ from spiralrope_cli.core.data.splits import train_split, val_split
 from spiralrope_cli.core.errors import DataError, errno_of
 from spiralrope_cli.core.runtime.seeds import seed_everything
 
-TrainFiles = partial(ImageFiles, tries=MAX_TRIES, seed=0)
+TrainFiles = partial(ImageFiles, tries=MAX_TRIES, seed=0, read=as_tensor)
 CPU = torch.device("cpu")
 RECIPE = build(AugmentConfig, {**PRETRAIN, **PHOTOGRAPHS})
 PLAIN = dataclasses.replace(RECIPE, auto_augment="none", color_jitter=0.0, hflip=0.0)
@@ -86,7 +86,7 @@ def test_every_kind_of_image_is_read(tmp_path, mode, suffix, grey):
         (ImageFiles, eval_transform(SIZE, 0.875), None),
         (TrainFiles, train_transform(SIZE, PLAIN), (0, 0, 0)),
     ):
-        array, label, bad = kind([(path, 7)], transform, grey)[0, parts]
+        array, label, bad, _ = kind([(path, 7)], transform, grey)[0, parts]
         assert not bad
         assert label == 7
         assert array.shape == (channels, *SIZE)
@@ -136,7 +136,7 @@ def test_sixteen_bits_of_grey_are_scaled_not_cut(tmp_path):
 @pytest.mark.parametrize("name", ["größe.png", "画像.png", "with space.png"])
 def test_file_names_of_any_language_are_read(tmp_path, name):
     path = save(tmp_path / name)
-    array, _, bad = ImageFiles([(path, 0)], eval_transform(SIZE, 0.875), grey=False)[0, None]
+    array, _, bad, _ = ImageFiles([(path, 0)], eval_transform(SIZE, 0.875), grey=False)[0, None]
     assert not bad
     assert array.shape == (3, *SIZE)
 
@@ -155,7 +155,7 @@ def damaged(tmp_path, how):
 def test_an_unreadable_image_is_told_by_name(tmp_path, how):
     path = damaged(tmp_path, how)
     files = ImageFiles([(path, 3)], eval_transform(SIZE, 0.875), grey=False)
-    array, label, (bad,) = files[0, None]
+    array, label, (bad,), _ = files[0, None]
     assert array is None
     assert label == 3
     assert bad.path == path
@@ -168,7 +168,7 @@ def test_an_unreadable_image_is_told_by_name(tmp_path, how):
 def test_a_image_too_large_to_be_true_is_told(tmp_path, monkeypatch):
     path = save(tmp_path / "x.png", picture(60, 60))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    _, _, bad = ImageFiles([(path, 0)], eval_transform(SIZE, 0.875), grey=False)[0, None]
+    _, _, bad, _ = ImageFiles([(path, 0)], eval_transform(SIZE, 0.875), grey=False)[0, None]
     assert bad == (Unreadable(path, "it has more than 2,000 pixels; scale it down"),)
 
 
@@ -186,7 +186,7 @@ def test_training_replaces_an_unreadable_image_by_the_next_and_tells(tmp_path):
     trained = TrainFiles(
         [(good, 4), (bad[0], 0), (bad[1], 1)], train_transform(SIZE, RECIPE), grey=False
     )
-    array, label, told = trained[1, (0, 0, 5)]
+    array, label, told, _ = trained[1, (0, 0, 5)]
     assert [each.path for each in told] == bad
     assert label == 4
     assert np.array_equal(array, trained[0, (0, 0, 5)][0])
@@ -198,7 +198,7 @@ def test_training_gives_up_after_many_unreadable_images_in_a_row(tmp_path):
     good = save(tmp_path / "good.png")
     listed = [(path, 0)] * MAX_TRIES + [(good, 1)]
     trained = TrainFiles(listed, train_transform(SIZE, RECIPE), grey=False)
-    array, _, told = trained[0, (0, 0, 0)]
+    array, _, told, _ = trained[0, (0, 0, 0)]
     assert array is None
     assert len(told) == MAX_TRIES
     assert trained[1, (0, 0, 0)][1] == 1
@@ -355,7 +355,7 @@ def test_different_places_are_augmented_differently(tmp_path, changes, grey):
 def test_no_draw_of_a_policy_fails(policy):
     # Level 10 is what m9 with mstd0.5 draws once in hundreds of pictures, and a run sees millions.
     transform = train_transform((16, 16), dataclasses.replace(RECIPE, auto_augment=policy))
-    image = picture(16, 16)
+    image = as_tensor(picture(16, 16))
     for place in range(1000):
         seed_everything("augment", 0, 0, place)
         assert np.asarray(transform(image)).shape == (3, 16, 16)
@@ -379,7 +379,7 @@ def test_hflip_alone_mirrors():
     image = picture(16, 16)
     whole = dataclasses.replace(PLAIN, crop_scale=1.0)
     kept, flipped = (
-        train_transform((16, 16), dataclasses.replace(whole, hflip=probability))(image)
+        train_transform((16, 16), dataclasses.replace(whole, hflip=probability))(as_tensor(image))
         for probability in (0.0, 1.0)
     )
     pixels = np.asarray(image).transpose(2, 0, 1)
