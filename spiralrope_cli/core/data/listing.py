@@ -34,11 +34,18 @@ def place_in(folder: Path, address: str) -> str:
     return os.path.relpath(address, folder)
 
 
-def images_below(folder: Path) -> tuple[list[str], Counter[str]]:
-    """Image files at any depth, in the order of their paths; suffix -> number of other files."""
+def images_below(
+    folder: Path, folders_seen: list[tuple[str, int]] | None = None
+) -> tuple[list[str], Counter[str]]:
+    """Image files at any depth, in the order of their paths; suffix -> number of other files.
+
+    Each folder and its time in nanoseconds is added to `folders_seen`.
+    """
     found: list[str] = []
     others: Counter[str] = Counter()
     for where, folders, files in os.walk(folder, followlinks=True):
+        if folders_seen is not None:
+            folders_seen.append((where, os.stat(where).st_mtime_ns))
         folders[:] = [name for name in folders if not _leads_back(where, name)]
         for name in files:
             if is_image(name):

@@ -6,9 +6,8 @@ Legend: B images in a batch, K classes, (h, w) pixels or latents.
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.color import Steps
+from spiralrope_cli.core.data.image_list import ImageList
 from spiralrope_cli.core.data.images import (
     Unreadable,
     as_trained,
@@ -111,7 +111,7 @@ class ImageFiles(Dataset[Any]):
 
     def __init__(
         self,
-        files: list[tuple[str, int]],
+        files: Sequence[tuple[str, int]],
         transform: Transform,
         grey: bool = False,
         tries: int = 1,
@@ -119,9 +119,7 @@ class ImageFiles(Dataset[Any]):
         read: Callable[..., Any] = as_trained,
         draw_steps: Callable[[], Steps] | None = None,
     ) -> None:
-        # Plain arrays: a list of a million tuples would be copied page by page in each worker.
-        self.paths = np.array([os.fsencode(path) for path, _ in files])
-        self.labels = np.array([label for _, label in files], dtype=np.int64)
+        self.images = ImageList.of(files)
         self.transform, self.mode = transform, "L" if grey else "RGB"
         self.tries, self.seed = tries, seed
         self.read, self.draw_steps = partial(read, mode=self.mode), draw_steps
@@ -131,16 +129,15 @@ class ImageFiles(Dataset[Any]):
         first, seed_parts = key
         failed: list[Unreadable] = []
         for index in range(first, first + self.tries):
-            path = os.fsdecode(self.paths[index % len(self.paths)])
+            path, label = self.images[index % len(self.images)]
             image = open_image(path, self.read)
             if not isinstance(image, Unreadable):
                 if seed_parts is not None:
                     seed_everything("augment", *seed_parts)
-                label = int(self.labels[index % len(self.paths)])
                 array = np.asarray(self.transform(image))
                 return array, label, tuple(failed), self.draw_steps() if self.draw_steps else ()
             failed.append(image)
-        return None, int(self.labels[first]), tuple(failed), ()
+        return None, self.images[first][1], tuple(failed), ()
 
     def __getitems__(self, at: BatchIndices) -> Batch:
         """A batch of the readable images; `DataLoader` calls this once per batch."""

@@ -9,20 +9,14 @@ import io
 import os
 import re
 import tarfile
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spiralrope_cli.core.config.datasets import BUILT_IN, PHOTOGRAPHS, DataSet
 from spiralrope_cli.core.config.folders import refuse_own
-from spiralrope_cli.core.data.listing import (
-    IMAGE_SUFFIXES,
-    count_files,
-    images_below,
-    is_image,
-    larger_files,
-)
+from spiralrope_cli.core.data.image_list import list_class_folders
+from spiralrope_cli.core.data.listing import count_files, images_below, is_image, larger_files
 from spiralrope_cli.core.data.stored import list_stored
 from spiralrope_cli.core.errors import DataError
 from spiralrope_cli.core.storage import parse
@@ -45,7 +39,7 @@ class Split:
 
     path: Path  # folder or archive
     class_names: tuple[str, ...]  # by class number
-    images: list[tuple[str, int]]  # (address, class number)
+    images: Sequence[tuple[str, int]]  # (address, class number)
     notes: tuple[str, ...] = ()
     name: str = ""  # as in VAL
 
@@ -215,17 +209,7 @@ def folder_split(folder: Path, may_be_flat: bool = False) -> Split:
         unpack = "unpack each into a folder of its name: tar -xf NAME.tar -C NAME"
         hint = unpack if tars else "it must hold one folder of images per class"
         raise DataError(f"{folder} has no class folders{but}", hint)
-    images: list[tuple[str, int]] = []
-    others: Counter[str] = Counter()
-    for number, name in enumerate(names):
-        paths, left_out = images_below(folder / name)
-        if not paths:
-            raise DataError(
-                f"class folder {folder / name} holds no images{count_files(left_out)}",
-                f"known suffixes: {' '.join(IMAGE_SUFFIXES)}",
-            )
-        images += [(path, number) for path in paths]
-        others += left_out
+    images, others = list_class_folders(folder, names)
     notes = [f"{folder} has one class, {names[0]}"] if len(names) == 1 else []
     if loose := sum(is_image(entry.name) for entry in entries):
         notes.append(f"{folder}: {loose} image(s) beside the class folders are left out")

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,7 +52,7 @@ class EncodePlan:
 
     run: EncodeRun
     cache: CachePlan
-    images: list[tuple[str, int]]  # (path, class number) of each image
+    images: Sequence[tuple[str, int]]  # (path, class number) of each image
     vae: VaeFiles | None  # None for a published VAE before the download
     notes: tuple[str, ...]  # for the user
 
