@@ -65,7 +65,7 @@ def evaluate(given: dict[str, Any]) -> Remaining:
         plan(row)
     if not options.dry_run:
         launch(work, run)
-    return Remaining(run.out)
+    return Remaining(run.out, (() if given.get("sources") else options.sources,))
 
 
 # ---- settle

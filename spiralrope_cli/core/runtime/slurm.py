@@ -42,7 +42,8 @@ SIGNAL = signal.SIGUSR2
 class Remaining:
     """What a command still has to compute: one job for each part, with their logs in a folder.
 
-    A part is what a point of a sweep has in place of `OF_SWEEP`; a finished command has no parts.
+    A part is what its command line has before the typed words: options of a point of a sweep, in
+    place of `OF_SWEEP`, or the run that `eval` has chosen. A finished command has no parts.
     """
 
     folder: str
@@ -142,7 +143,7 @@ def submit(
     if not remaining.parts:
         say_result("finished: nothing to submit; without --slurm the command prints its results")
         return
-    replaced = ("--slurm", "--resume", *(OF_SWEEP if remaining.parts[0] else ()))
+    replaced = ("--slurm", "--resume", *(OF_SWEEP if {"sweep", "seeds"} & given.keys() else ()))
     shared = [word for name, value in added.items() for word in (f"--{name}", str(value))]
     # Without --resume never, too: a requeued job has to resume.
     shared += without([word for word in words if word != "--dry-run"], replaced)
@@ -196,8 +197,8 @@ def without(words: Sequence[str], options: Sequence[str]) -> Iterator[str]:
 def job_name(command: str, folder: str, words: Sequence[str]) -> str:
     """The name of a job, by which the same command finds it again."""
     digest = hashlib.sha256("\0".join([os.getcwd(), command, *words]).encode()).hexdigest()
-    stem = Path(folder).name.removeprefix(command + "-")
-    return f"{command.replace(' ', '-')}-{stem}-{digest[:8]}"
+    prefix = command.replace(" ", "-") + "-"
+    return f"{prefix}{Path(folder).name.removeprefix(prefix)}-{digest[:8]}"
 
 
 def queued(name: str) -> tuple[str, str]:

@@ -193,6 +193,13 @@ def test_every_command_that_computes_can_be_submitted(command, held, call, runs,
     assert sorted(runs.rglob("*")) == before
 
 
+def test_the_newest_run_is_that_of_the_submission(held, call, runs, trained_once):
+    (runs / "runs").mkdir()
+    (runs / "runs" / "one").symlink_to(trained_once)
+    said, _ = call("eval", "--ema", "--slurm", CPU, "--dry-run")
+    assert "  $ spiralrope eval runs/one --nproc 1 --ema" in said
+
+
 def test_options_are_taken_out_of_a_command_line_with_their_values():
     words = ["--lr", "1", "--slurm", "time=1h", "--seeds=0,1", "--out", "x", "--", "--name"]
     assert list(without(words, ("--slurm", "--seeds", "--out"))) == ["--lr", "1", "--", "--name"]
