@@ -47,6 +47,8 @@ KINDS = {
 }
 """Words of the axes below that are no number of directions -> field and value."""
 KIND_AXES = ("rotate", "rope_kind")
+REPLACED = ("--sweep", "--seeds", "--name", "--out", "--rotate")
+"""Options of a sweep that its points have in another way, or not at all."""
 _OF_RUN = leaves(ClassifierRun)
 _OF_TRAINING = ("epochs", "max_steps", "lr", "warmup_epochs", "batch_size")
 SWEPT: dict[str, Opt] = {
@@ -80,12 +82,6 @@ class Point:
         """Name of the folder."""
         return re.sub(r"[^A-Za-z0-9._=-]+", "-", "-".join(str(self).split()))
 
-    @property
-    def typed(self) -> list[str]:
-        """The options as words of a command line."""
-        known = {opt.name: opt for opt in SWEPT.values()} | leaves(DeiTStages)
-        return [word for name, value in self.options.items() for word in known[name].typed(value)]
-
 
 @dataclass(frozen=True)
 class SweepRun:
@@ -94,6 +90,7 @@ class SweepRun:
     point: Point
     seed: int
     pipeline: Pipeline
+    words: tuple[str, ...]  # of its command line, in place of `REPLACED`
 
 
 @dataclass(frozen=True)
@@ -142,9 +139,13 @@ def settle_sweep(given: dict[str, Any]) -> Sweep:
             pipeline = settle_deit(values, show_measured=False)
         except ConfigError as error:
             raise ConfigError(f"{point}: {error.message}", error.hint) from error
+        known = {opt.name: opt for opt in SWEPT.values()} | leaves(DeiTStages)
+        own_values = {name: values[name] for name in (*point.options, "rotate") if name in values}
+        words = [word for name, value in own_values.items() for word in known[name].typed(value)]
         same = seen.setdefault((seed, *computed(pipeline)), point)
         if same is point:
-            runs.append(SweepRun(point, seed, pipeline))
+            where = ("--seed", str(seed), "--out", out)
+            runs.append(SweepRun(point, seed, pipeline, (*words, *where)))
         else:
             notes.append(f"{point} is the same as {same}, and runs once")
     return Sweep(str(folder), tuple(runs), tuple(dict.fromkeys(notes)))
@@ -229,14 +230,8 @@ def run_sweep(given: dict[str, Any]) -> Remaining:
             carry_out(run.pipeline, dry_run=dry_run)
     if not dry_run:
         report(sweep)
-    return Remaining(
-        sweep.folder,
-        [
-            (*run.point.typed, "--seed", str(run.seed), "--out", run.pipeline.folder)
-            for run in sweep.runs
-            if dry_run and not is_done(run.pipeline)
-        ],
-    )
+    waiting = [run.words for run in sweep.runs if dry_run and not is_done(run.pipeline)]
+    return Remaining(sweep.folder, waiting, REPLACED)
 
 
 def is_done(pipeline: Pipeline) -> bool:

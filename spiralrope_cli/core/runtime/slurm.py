@@ -32,8 +32,6 @@ MOST_REQUEUES = 100
 """Of a job whose time is up; one that never advances must end."""
 RESTARTED = ("eval", "fid")
 """Commands that keep nothing of an interrupted run: they need more time, not another try."""
-OF_SWEEP = ("--sweep", "--seeds", "--name", "--out")
-"""Options of a sweep, in place of which each of its points has its own."""
 SIGNAL = signal.SIGUSR2
 """What submitit asks SLURM to send before the time is up."""
 
@@ -42,12 +40,13 @@ SIGNAL = signal.SIGUSR2
 class Remaining:
     """What a command still has to compute: one job for each part, with their logs in a folder.
 
-    A part is what its command line has before the typed words: options of a point of a sweep, in
-    place of `OF_SWEEP`, or the run that `eval` has chosen. A finished command has no parts.
+    A part is what its command line has in place of the typed options `replaced`, such as those of a
+    point of a sweep. A finished command has no parts.
     """
 
     folder: str
     parts: Sequence[tuple[str, ...]] = ((),)
+    replaced: tuple[str, ...] = ()
 
 
 @dataclass
@@ -143,7 +142,7 @@ def submit(
     if not remaining.parts:
         say_result("finished: nothing to submit; without --slurm the command prints its results")
         return
-    replaced = ("--slurm", "--resume", *(OF_SWEEP if {"sweep", "seeds"} & given.keys() else ()))
+    replaced = ("--slurm", "--resume", *remaining.replaced)
     shared = [word for name, value in added.items() for word in (f"--{name}", str(value))]
     # Without --resume never, too: a requeued job has to resume.
     shared += without([word for word in words if word != "--dry-run"], replaced)

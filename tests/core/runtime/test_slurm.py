@@ -234,6 +234,17 @@ def test_the_points_of_a_sweep_are_an_array_and_the_same_command_ends_with_the_t
     assert len(times) == 2
 
 
+def test_a_point_has_the_options_that_fit_it(held, call):
+    sweep = ("run", "deit", *TINY, "--max-steps=2", "--rotate", "4", "--out=grid")
+    sweep += ("--sweep", "rope_kind=spiral,mixed", "--sweep=finetune_lr=1e-3", "--seeds=1")
+    said, _ = call(*sweep, "--slurm", CPU, "--dry-run")
+    _, spiral, mixed = (" ".join(line.split()) for line in said.splitlines())
+    start = "$ spiralrope run deit --rope-kind"
+    assert spiral.startswith(f"{start} spiral --finetune-lr 0.001 --rotate 4 --seed 1 --out grid/")
+    assert mixed.startswith(f"{start} mixed --finetune-lr 0.001 --seed 1 --out grid/")
+    assert "--rotate" not in mixed
+
+
 # --- In the job
 def test_a_job_ends_with_the_code_of_its_command(runs, monkeypatch, capfd):
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
