@@ -15,7 +15,15 @@ app = typer.Typer(**SETTINGS)
     "doctor",
     Checkup,
     leave_out=(
-        *("nnodes", "rdzv_endpoint", "compile", "grad_checkpointing", "workers", "skip_bad"),
+        *(
+            "nnodes",
+            "rdzv_endpoint",
+            "max_restarts",
+            "compile",
+            "grad_checkpointing",
+            "workers",
+            "skip_bad",
+        ),
         *("resume", "tracker"),
     ),
 )

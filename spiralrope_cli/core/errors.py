@@ -15,7 +15,9 @@ TEXTS = {
     errno.EMFILE: "Too many open files|received 0 items of ancdata",
     errno.EAGAIN: "can't start new thread",
     errno.ELOOP: "Symlink loop",
-    errno.ECONNRESET: "Connection (closed|reset)|Broken pipe|remote process exited",
+    errno.ECONNRESET: "Connection (closed|reset)|Broken pipe|remote process exited"
+    "|[Tt]imed out (waiting|connecting)|Connect timeout|socket has timed out|wait timeout after"
+    "|failed to recv, got 0 bytes",
 }
 """Messages of Python, torch and safetensors for errors of the operating system without errno."""
 SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -147,7 +149,7 @@ def system_error(error: Exception, out: str = "") -> SpiralRopeError | None:
             return SpiralRopeError(f"{path}: {reason}" if path else reason)
 
 
-def dead_loader(error: Exception) -> DataError | None:
+def dead_loader(error: Exception) -> LaunchError | None:
     """The message for a data loader worker that was killed; None for any other error.
 
     torch raises it from a signal handler, so any line may raise it.
@@ -156,4 +158,4 @@ def dead_loader(error: Exception) -> DataError | None:
     if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in message:
         return None
     hint = "often the system ran out of memory: try fewer --workers"
-    return DataError(f"a data loader worker died: {message}", hint)
+    return LaunchError(f"a data loader worker died: {message}", hint)

@@ -93,6 +93,7 @@ REACHED = {
         ("--keep-every 100", {"keep_every": 100}),
         ("--nproc 2", {"nproc": 2}),
         ("--nnodes 2 --rdzv-endpoint h:1", {"nnodes": 2, "rdzv_endpoint": "h:1"}),
+        ("--max-restarts 3", {"max_restarts": 3}),
         ("--device cpu", {"device": "cpu"}),
         ("--precision bf16", {"precision": "bf16"}),
         ("--compile", {"compile": "on"}),
@@ -200,6 +201,7 @@ REACHED = {
         ("--workers 1", {"workers": 1}),
         ("--same-theta", {"same_theta": True}),
         ("--nnodes 2 --rdzv-endpoint h:1", {"nnodes": 2, "rdzv_endpoint": "h:1"}),
+        ("--max-restarts 3", {"max_restarts": 3}),
     ],
 }
 """Command -> words, and the fields that they change."""
@@ -263,6 +265,7 @@ REFUSED = {
         ("--nproc -1", "--nproc is -1"),
         ("--nnodes 2", "--nnodes is 2 without --rdzv-endpoint"),
         ("--rdzv-endpoint x", "--rdzv-endpoint is x"),
+        ("--max-restarts -1", "--max-restarts is -1"),
         ("--device tpu", "--device is tpu"),
         ("--precision fp8", "--precision is fp8"),
         ("--workers -2", "--workers is -2"),

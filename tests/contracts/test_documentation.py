@@ -102,7 +102,7 @@ TINY = {
 PLAN_ONLY = {
     *("--rotate", "--name", "--seed", "--out", "--scaling", "--projection", "--json", "--select"),
     *("--bootstrap", "--kid-subset-size", "--classes", "--rdzv-endpoint", "--dry-run", "--vae"),
-    *("--batch-size", "--num-samples", "--schedule", "--save-stats"),
+    *("--batch-size", "--num-samples", "--schedule", "--save-stats", "--max-restarts"),
 }
 """Options that alone make no line worth another run to the end."""
 

@@ -201,6 +201,10 @@ class MachineConfig:
             free=True,
         ),
     ] = ""
+    max_restarts: Annotated[
+        int,
+        Opt("Restarts at most, after a process was killed or crashed.", MACHINE, ge=0, free=True),
+    ] = 0
     device: Annotated[
         Literal["auto", "cpu", "cuda", "mps"],
         Opt("Device; by default a GPU if there is one, else the CPU.", MACHINE, free=True),

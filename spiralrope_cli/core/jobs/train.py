@@ -29,7 +29,6 @@ from spiralrope_cli.core.report.results import print_results
 from spiralrope_cli.core.resolve import Resolved, StartingPoint, as_begun, resolve
 from spiralrope_cli.core.runtime.launch import (
     is_first_process,
-    joined_world_size,
     launch,
     on_gpu,
     say_notes,
@@ -228,12 +227,8 @@ def _short(value: object) -> str:
 
 def hints(run: TrainingRun) -> list[str]:
     """Notes on settings that work but are probably not intended."""
-    rope, machine, optim = run.rope, run.machine, run.optim
+    rope, optim = run.rope, run.optim
     messages = numbering_note(run.class_names)
-    if joined_world_size() is not None and (machine.nproc or machine.nnodes > 1):
-        messages.append(
-            "--nproc and --nnodes have no effect: the processes were started by another launcher"
-        )
     if optim.schedule == "cosine" and optim.peak_lr < optim.min_lr:
         messages.append(
             f"the learning rate rises to the end: its peak of {optim.peak_lr:g} is below --min-lr "

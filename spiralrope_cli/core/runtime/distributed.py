@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import platform
 import signal
@@ -28,10 +29,16 @@ from spiralrope_cli.core.runtime.run_folder import hold_folder, write_json
 
 _T = TypeVar("_T")
 
-TIMEOUT = timedelta(minutes=30)
-"""Long, because others may wait for one process, for example while it unpacks a data set."""
+GPU_TIMEOUT, CPU_TIMEOUT = timedelta(minutes=10), timedelta(minutes=30)
+"""Of collectives: all wait while one process writes a checkpoint, or samples a grid of images."""
+PATIENCE = timedelta(hours=6)
+"""While one process downloads or unpacks a data set."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+_store: dist.Store | None = None
+"""Of the process group."""
+_turns = itertools.count()
 
 REPEAT_SECONDS = 2.0
 """A worker gets one Ctrl-C twice: from the terminal and from the launcher."""
@@ -57,11 +64,28 @@ def local_rank() -> tuple[int, int]:
 
 def start(device: torch.device) -> None:
     """Joins the process group of the launcher: NCCL for GPUs, else gloo."""
+    global _store
     if get_world_size() > 1 and not dist.is_initialized():
         on_gpu = device.type == "cuda"
+        timeout = GPU_TIMEOUT if on_gpu else CPU_TIMEOUT
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        _store = dist.PrefixStore(_attempt(), store)
         dist.init_process_group(
-            "nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device if on_gpu else None
+            "nccl" if on_gpu else "gloo",
+            timeout=timeout,
+            store=_store,
+            rank=rank,
+            world_size=world_size,
+            device_id=device if on_gpu else None,
         )
+
+
+def _attempt() -> str:
+    """Own keys: a restart, or the next stage of `run`, may find the store of the one before."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    # On several machines torchrun does not count restarts on all of them.
+    alone = os.environ.get("GROUP_WORLD_SIZE") == "1"
+    return f"{run_id}.{os.environ['TORCHELASTIC_RESTART_COUNT']}" if alone else run_id
 
 
 def stop() -> None:
@@ -82,12 +106,20 @@ def main_process_first() -> Iterator[None]:
 
     For example a download into a cache, which machines share or not.
     """
-    before = 0 if get_rank() == 0 else 1 if local_rank()[0] == 0 else 2
-    for _ in range(before):
-        barrier()
+    if _store is None:
+        yield
+        return
+    place = 0 if get_rank() == 0 else 1 if local_rank()[0] == 0 else 2
+    places, turn = all_gather_object(place), next(_turns)
+
+    def wait_for(least: int) -> None:
+        if keys := [f"turn/{turn}/{r}" for r, each in enumerate(places) if each < least]:
+            _store.wait(keys, PATIENCE)
+
+    wait_for(place)
     yield
-    for _ in range(2 - before):
-        barrier()
+    _store.set(f"turn/{turn}/{get_rank()}", "")
+    wait_for(3)
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:

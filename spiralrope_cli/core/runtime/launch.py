@@ -7,33 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import os
 import re
-import signal
 import sys
-import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from spiralrope_cli.core.config.training import MachineConfig
-from spiralrope_cli.core.errors import ConfigError, LaunchError, SpiralRopeError, system_error
+from spiralrope_cli.core.errors import ConfigError, SpiralRopeError, system_error
 from spiralrope_cli.core.runtime.progress import say
-from spiralrope_cli.core.storage import write_whole
-
-SHUTDOWN_SECONDS = 600
-"""How long workers may take to write a checkpoint after a signal."""
-
-MENDABLE, BUG, LOST = range(3)
-"""Kinds of errors of workers: a cause comes before its consequences."""
-LOST_SECONDS = 5
-"""Before a worker leaves that has lost the connection to another one."""
 
 ERROR_FOLDER_VARIABLE = "SPIRALROPE_ERROR_FOLDER"
-
 
 MOST_LOADERS, MOST_LOADERS_ON_CPU = 16, 4
 """Loader workers that `--workers auto` starts at most; on a CPU the cores also train."""
@@ -77,6 +62,7 @@ def share_the_machine() -> None:
     short spins cost nothing.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # c10d warns of hosts without a name
 
 
 def joined_world_size() -> int | None:
@@ -142,13 +128,21 @@ def launch(work: Callable[..., None], run: Any, *more: Any) -> None:
     """
     if joined_world_size() is not None:
         _adopt_slurm()
-    elif (num_workers := num_local_workers(run.machine)) * run.machine.nnodes > 1:
-        _launch_elastic(num_workers, work, run, *more)
-        return
-    _call(work, run, *more)
+        given = run.machine.nproc or run.machine.nnodes > 1 or run.machine.max_restarts
+        why = "the processes were started by another launcher"
+        say_notes([f"--nproc, --nnodes and --max-restarts have no effect: {why}"] if given else [])
+    else:
+        num_workers = num_local_workers(run.machine)
+        if num_workers * run.machine.nnodes > 1 or run.machine.max_restarts:
+            from spiralrope_cli.core.runtime.elastic import start_workers
+
+            start_workers(num_workers, work, run, *more)
+            return
+    call_work(work, run, *more)
 
 
-def _call(work: Callable[..., None], run: Any, *more: Any) -> None:
+def call_work(work: Callable[..., None], run: Any, *more: Any) -> None:
+    """Calls `work(run, *more)`; errors of the operating system become those a user can mend."""
     try:
         work(run, *more)
     except SpiralRopeError:
@@ -181,115 +175,6 @@ def _adopt_slurm() -> None:
     env.setdefault("MASTER_PORT", str(20000 + job_number % 20000))
 
 
-def _launch_elastic(num_workers: int, work: Callable[..., None], run: Any, *more: Any) -> None:
-    import inspect
-    import logging
-
-    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-    from torch.version import __version__ as torch_version
-
-    # Each logger has a level of its own, so silencing the parent has no effect.
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith(("torch.distributed.", "torch.multiprocessing")):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-    machine = run.machine
-    # Unless the user has set it. The default of torchrun is one thread per worker.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // num_workers)))
-    endpoint = machine.rdzv_endpoint or "localhost:0"
-    patience: dict[str, Any] = {"shutdown_timeout": SHUTDOWN_SECONDS}
-    if not patience.keys() <= inspect.signature(LaunchConfig).parameters.keys():
-        patience = {}
-        say_notes(
-            [f"torch {torch_version} kills workers 30 s after a signal, even while they save"]
-        )
-    with tempfile.TemporaryDirectory(prefix="spiralrope-") as folder:
-        os.environ[ERROR_FOLDER_VARIABLE] = folder
-        settings = LaunchConfig(
-            min_nodes=machine.nnodes,
-            max_nodes=machine.nnodes,
-            nproc_per_node=num_workers,
-            run_id=Path(run.out).name,
-            rdzv_backend="c10d",
-            rdzv_endpoint=endpoint,
-            max_restarts=0,
-            monitor_interval=0.1,
-            **patience,
-            logs_specs=DefaultLogsSpecs(log_dir=folder),  # by default a folder that stays
-        )
-        try:
-            with _sigint_blocked():
-                elastic_launch(settings, _worker_main)(work, run, *more)
-        except SignalException as stopped:
-            say(f"ended by {signal.Signals(stopped.sigval).name}")
-            sys.exit(128 + stopped.sigval)
-        except RendezvousError as error:
-            raise LaunchError(
-                f"--rdzv-endpoint {endpoint} cannot be reached: {str(error).splitlines()[0]}",
-                "all machines need the same endpoint, on the first of them, with a free port",
-            ) from error
-        except ChildFailedError as failed:
-            _raise_first(Path(folder), failed)
-        finally:
-            del os.environ[ERROR_FOLDER_VARIABLE]  # the next stage of `run` may be one process
-
-
-@contextlib.contextmanager
-def _sigint_blocked() -> Iterator[None]:
-    """New processes inherit it, so that a Ctrl-C waits until they are started.
-
-    This process gets it by a thread. Python's handler then runs in the main thread, as always.
-    """
-
-    def receive() -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        ended.wait()
-
-    from multiprocessing import resource_tracker
-
-    ended = threading.Event()
-    resource_tracker.ensure_running()  # when it starts, it unblocks the signal
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    threading.Thread(target=receive, daemon=True).start()
-    try:
-        yield
-    finally:
-        ended.set()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-
-def _worker_main(work: Callable[..., None], *arguments: Any) -> None:
-    """The main function of a worker; it writes its error into a file for the parent.
-
-    torch's `record` does this too, but without hint and exit code, and it prints a traceback for
-    errors that are no bugs.
-    """
-    # Before a run listens, and after it, nothing has to be saved.
-    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    try:
-        _call(work, *arguments)
-        return
-    except SpiralRopeError as error:
-        lost = isinstance(error, LaunchError)
-        _leave_error(error, LOST if lost else MENDABLE)
-        code = error.exit_code
-        if lost:  # let the launcher first see which worker was killed
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(LOST_SECONDS)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except Exception:  # noqa: BLE001 - the parent shows the traceback of a bug, once
-        import traceback
-
-        failed = f"worker {os.environ.get('RANK')} failed"
-        _leave_error(LaunchError(failed, traceback.format_exc()), BUG)
-        code = 1
-    leave_at_once(code)
-
-
 def leave_at_once(code: int) -> NoReturn:
     """Exits a worker after an error, without the shutdown of the interpreter.
 
@@ -299,38 +184,3 @@ def leave_at_once(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _leave_error(error: SpiralRopeError, kind: int) -> None:
-    path = Path(os.environ[ERROR_FOLDER_VARIABLE]) / f"{os.environ.get('RANK', '0')}.json"
-    report = {
-        "time": time.time(),
-        "message": error.message,
-        "hint": error.hint,
-        "exit_code": error.exit_code,
-        "kind": kind,
-    }
-    with contextlib.suppress(OSError):
-        write_whole(path, json.dumps(report))  # the parent may end this process at any moment
-
-
-def _raise_first(folder: Path, failed: Any) -> None:
-    """Raises the first error of a worker; what may be its consequence comes last."""
-    reports = sorted(
-        (json.loads(path.read_text()) for path in folder.glob("*.json")),
-        key=lambda each: (each["kind"], each["time"]),
-    )
-    rank, failure = failed.get_first_failure()
-    code = failure.exitcode
-    if reports and not (code < 0 and reports[0]["kind"] != MENDABLE):
-        error = SpiralRopeError(reports[0]["message"], reports[0]["hint"])
-        error.exit_code = reports[0]["exit_code"]
-        raise error from None
-    if code in (130, 143):
-        sys.exit(code)
-    if code < 0:
-        why = signal.Signals(-code).name
-        out_of_memory = "often the system ran out of memory: try a smaller --micro-batch-size"
-        hint = out_of_memory if why == "SIGKILL" else ""
-        raise LaunchError(f"worker {rank} was killed by {why}", hint) from None
-    raise LaunchError(f"worker {rank} ended with exit code {code}") from None

@@ -29,7 +29,7 @@ from spiralrope_cli.core.data.loader import (
     load,
 )
 from spiralrope_cli.core.data.splits import train_split, val_split
-from spiralrope_cli.core.errors import DataError, errno_of
+from spiralrope_cli.core.errors import DataError, LaunchError, errno_of
 from spiralrope_cli.core.runtime.seeds import seed_everything
 
 TrainFiles = partial(ImageFiles, tries=MAX_TRIES, seed=0, read=as_tensor)
@@ -265,7 +265,7 @@ def test_a_worker_that_was_killed_is_one_line(root):
     next(batches)
     [worker] = set(multiprocessing.active_children()) - before
     worker.kill()
-    with pytest.raises(DataError, match="a data loader worker died"):
+    with pytest.raises(LaunchError, match="a data loader worker died"):
         list(batches)
 
 

@@ -1,23 +1,40 @@
 from __future__ import annotations
 
+import itertools
 import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from torch.distributed import HashStore
 
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.runtime import distributed
 from spiralrope_cli.core.runtime.distributed import open_context
 
 
-@pytest.mark.parametrize(("rank", "local", "before"), [(0, 0, 0), (1, 1, 2), (2, 0, 1), (3, 1, 2)])
-def test_the_first_of_each_machine_goes_before_its_others(monkeypatch, rank, local, before):
-    monkeypatch.setenv("RANK", str(rank))
-    monkeypatch.setenv("LOCAL_RANK", str(local))
-    waits = []
-    monkeypatch.setattr(distributed, "barrier", lambda: waits.append(1))
-    with distributed.main_process_first():
-        assert len(waits) == before
-    assert len(waits) == 2  # on all processes the same number
+def test_the_first_of_each_machine_goes_before_its_others(monkeypatch):
+    """Four processes on two machines; each is a thread with a store of its own."""
+    order, here = [], threading.local()
+    stores = HashStore()
+    monkeypatch.setattr(distributed, "_store", stores)
+    monkeypatch.setattr(distributed, "get_rank", lambda: here.rank)
+    monkeypatch.setattr(distributed, "local_rank", lambda: (here.rank % 2, 2))
+    monkeypatch.setattr(distributed, "all_gather_object", lambda place: [0, 2, 1, 2])
+    monkeypatch.setattr(distributed, "_turns", itertools.repeat(0))
+
+    def process(rank):
+        here.rank = rank
+        with distributed.main_process_first():
+            time.sleep(0.05)
+            order.append(rank)
+        assert len(order) == 4  # none goes on alone
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(process, [3, 2, 1, 0]))
+    assert order[:2] == [0, 2]
+    assert sorted(order[2:]) == [1, 3]
 
 
 def test_a_signal_after_the_last_step_has_its_word(tmp_path, capsys):

@@ -1,29 +1,12 @@
 from __future__ import annotations
 
-import json
 import os
-import signal
-import subprocess
-import sys
-import time
-from types import SimpleNamespace
 
 import pytest
 
 from spiralrope_cli.core.config.training import MachineConfig
-from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.runtime import launch
-from spiralrope_cli.core.runtime.launch import (
-    BUG,
-    ERROR_FOLDER_VARIABLE,
-    LOST,
-    MENDABLE,
-    _raise_first,
-    _sigint_blocked,
-    cores_per_process,
-    num_loaders,
-    usable_cores,
-)
+from spiralrope_cli.core.runtime.launch import cores_per_process, num_loaders, usable_cores
 
 
 @pytest.mark.parametrize(("processes", "cores"), [("1", 6), ("4", 1), ("9", 1)])
@@ -114,70 +97,3 @@ def test_tasks_of_srun_share_the_threads_too(srun, monkeypatch):
     monkeypatch.setattr(launch, "usable_cores", lambda: 8)
     launch._adopt_slurm()
     assert threads == [4]
-
-
-@pytest.fixture
-def failed(tmp_path):
-    """What the launcher raises: worker 1 ended first, with this code; reports of the others."""
-
-    def make(exitcode, **reports):
-        for name, (message, kind) in reports.items():
-            report = {"message": message, "hint": "", "exit_code": 1, "kind": kind, "time": 1}
-            (tmp_path / f"{name}.json").write_text(json.dumps(report))
-        first = SimpleNamespace(exitcode=exitcode)
-        return tmp_path, SimpleNamespace(get_first_failure=lambda: (1, first))
-
-    return make
-
-
-CLOSED = "the connection to another process was lost"
-
-
-@pytest.mark.parametrize(
-    ("exitcode", "reports", "message"),
-    [
-        (-9, {}, "worker 1 was killed by SIGKILL"),
-        (-11, {"r0": (CLOSED, LOST)}, "worker 1 was killed by SIGSEGV"),
-        (-9, {"r0": ("image a.png cannot be read", MENDABLE)}, "image a.png cannot be read"),
-        (1, {"r0": (CLOSED, LOST), "r1": ("worker 1 failed", BUG)}, "worker 1 failed"),
-        (3, {}, "worker 1 ended with exit code 3"),
-    ],
-)
-def test_who_was_killed_comes_before_what_the_others_lost(failed, exitcode, reports, message):
-    with pytest.raises(SpiralRopeError) as raised:
-        _raise_first(*failed(exitcode, **reports))
-    assert raised.value.message == message
-
-
-def test_a_worker_that_lost_another_one_leaves_after_it(monkeypatch, tmp_path):
-    def lose(run):
-        raise RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:4711")
-
-    waited, left = [], []
-    monkeypatch.setenv(ERROR_FOLDER_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(launch.time, "sleep", waited.append)
-    monkeypatch.setattr(launch.signal, "signal", lambda *handler: None)
-    monkeypatch.setattr(launch.signal, "pthread_sigmask", lambda *mask: None)
-    monkeypatch.setattr(launch, "leave_at_once", left.append)
-    launch._worker_main(lose, SimpleNamespace(out="runs/one"))
-    [report] = [json.loads(path.read_text()) for path in tmp_path.iterdir()]
-    assert (report["message"], report["kind"]) == (CLOSED, LOST)
-    assert (waited, left) == ([launch.LOST_SECONDS], [1])
-
-
-def test_new_processes_wait_with_ctrl_c_and_this_one_does_not():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in a shell ignore it
-
-    def interrupt():
-        os.kill(os.getpid(), signal.SIGINT)
-        for _ in range(100):
-            time.sleep(0.1)
-
-    code = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
-    with _sigint_blocked():
-        said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        with pytest.raises(KeyboardInterrupt):
-            interrupt()
-    assert said.stdout == "True\n"
-    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    signal.signal(signal.SIGINT, before)

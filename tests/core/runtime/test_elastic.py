@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+
+from spiralrope_cli.core.config.training import MachineConfig
+from spiralrope_cli.core.errors import SpiralRopeError
+from spiralrope_cli.core.resolve import resolve
+from spiralrope_cli.core.runtime import elastic, launch
+from spiralrope_cli.core.runtime.elastic import (
+    BUG,
+    KILLED,
+    LOST,
+    MENDABLE,
+    STOPPED,
+    _sigint_blocked,
+)
+from spiralrope_cli.core.runtime.launch import ERROR_FOLDER_VARIABLE
+
+
+@pytest.fixture
+def failed(tmp_path):
+    """What the launcher raises: worker 1 ended first, with this code; reports of the others."""
+
+    def make(exitcode, **reports):
+        for name, (message, kind) in reports.items():
+            report = {"message": message, "hint": "", "exit_code": 1, "kind": kind, "time": 1}
+            (tmp_path / f"{name}.json").write_text(json.dumps(report))
+        first = SimpleNamespace(exitcode=exitcode)
+        return tmp_path, SimpleNamespace(get_first_failure=lambda: (1, first))
+
+    return make
+
+
+CLOSED = "the connection to another process was lost"
+
+
+@pytest.mark.parametrize(
+    ("exitcode", "reports", "kind", "message"),
+    [
+        (-9, {}, KILLED, "worker 1 was killed by SIGKILL"),
+        (-11, {"0": (CLOSED, LOST)}, KILLED, "worker 1 was killed by SIGSEGV"),
+        (-9, {"0": ("image a.png cannot be read", MENDABLE)}, MENDABLE, "image a.png cannot be"),
+        (1, {"0": (CLOSED, LOST), "1": ("worker 1 failed", BUG)}, BUG, "worker 1 failed"),
+        (1, {"1": (CLOSED, LOST)}, LOST, CLOSED),
+        (3, {}, KILLED, "worker 1 ended with exit code 3"),
+        (143, {"0": (CLOSED, LOST)}, STOPPED, ""),
+    ],
+)
+def test_who_was_killed_comes_before_what_the_others_lost(failed, exitcode, reports, kind, message):
+    found = elastic._first_failure(*failed(exitcode, **reports))
+    assert found.kind == kind
+    assert found.message.startswith(message)
+
+
+def test_a_worker_that_lost_another_one_leaves_after_it(monkeypatch, tmp_path):
+    def lose(run):
+        raise RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:4711")
+
+    waited, left = [], []
+    monkeypatch.setenv(ERROR_FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(elastic.time, "sleep", waited.append)
+    monkeypatch.setattr(elastic.signal, "signal", lambda *handler: None)
+    monkeypatch.setattr(elastic.signal, "pthread_sigmask", lambda *mask: None)
+    monkeypatch.setattr(elastic, "leave_at_once", left.append)
+    elastic._worker_main(lose, SimpleNamespace(out="runs/one"))
+    [report] = [json.loads(path.read_text()) for path in tmp_path.iterdir()]
+    assert (report["message"], report["kind"]) == (CLOSED, LOST)
+    assert (waited, left) == ([elastic.LOST_SECONDS], [1])
+
+
+@dataclass(frozen=True)
+class Run:
+    out: str
+    machine: MachineConfig
+
+
+def test_a_worker_that_is_killed_each_time_ends_after_the_last_restart(
+    tmp_path, monkeypatch, capfd
+):
+    (tmp_path / "dying.py").write_text("import os\ndef die(run): os.kill(os.getpid(), 9)\n")
+    monkeypatch.syspath_prepend(tmp_path)  # workers import the function
+    run = resolve("pretrain", {"nproc": 1, "device": "cpu", "max_restarts": 1}).run
+    with pytest.raises(SpiralRopeError) as raised:
+        launch.launch(importlib.import_module("dying").die, run)
+    assert raised.value.message == "worker 0 was killed by SIGKILL, after 1 restart(s)"
+    assert "ran out of memory" in raised.value.hint
+    assert capfd.readouterr().err == "worker 0 was killed by SIGKILL; restart 1 of 1\n"
+
+
+@pytest.mark.parametrize(
+    ("kinds", "attempts"),
+    [
+        ([KILLED, None], 2),
+        ([LOST, BUG, KILLED, None], 3),  # --max-restarts 2
+        ([MENDABLE, None], 1),
+        ([KILLED, STOPPED], 2),
+    ],
+)
+def test_what_the_user_has_to_mend_is_not_tried_again(monkeypatch, capsys, kinds, attempts):
+    tried, coming = [], iter(kinds)
+
+    def attempt(machines, run_id, num_workers, work, run):
+        tried.append(run.machine.resume)
+        kind = next(coming)
+        return None if kind is None else elastic.Failure(kind, "failed", "Traceback\nKeyError: 3")
+
+    monkeypatch.setattr(elastic, "_attempt", attempt)
+    machine = MachineConfig(nproc=1, max_restarts=2, resume="never")
+    try:
+        launch.launch(print, Run("out", machine))
+        ended = None
+    except (SpiralRopeError, SystemExit) as error:
+        ended = error
+    assert len(tried) == attempts
+    assert tried == ["never", *["auto"] * (attempts - 1)]
+    assert (ended is None) == (kinds[attempts - 1] is None)
+    assert capsys.readouterr().err.count("; restart ") == attempts - 1
+
+
+def test_new_processes_wait_with_ctrl_c_and_this_one_does_not():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in a shell ignore it
+
+    def interrupt():
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(100):
+            time.sleep(0.1)
+
+    code = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    with _sigint_blocked():
+        said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        with pytest.raises(KeyboardInterrupt):
+            interrupt()
+    assert said.stdout == "True\n"
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    signal.signal(signal.SIGINT, before)
