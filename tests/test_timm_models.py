@@ -83,7 +83,7 @@ def test_full_sizes_have_the_parameters_and_names_of_the_core(name, arch):
 
 @pytest.mark.parametrize(("name", "arch"), ARCHES.items())
 def test_full_sizes_give_logits_and_features_of_the_right_shape(name, arch):
-    dim, depth, _ = DEIT_SIZES[arch]
+    dim, depth, *_ = DEIT_SIZES[arch]
     with torch.device("meta"):
         images = torch.empty(2, 3, 224, 224)
         model = timm.create_model(name)

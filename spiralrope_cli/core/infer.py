@@ -15,15 +15,10 @@ from torch import Tensor
 from spiralrope_cli.core.config.models import (
     DEIT_SIZES,
     DIT_SIZES,
-    DiTSize,
     RopeConfig,
     TransformerSize,
     arch_name,
-    deit_name,
-    deit_size,
-    dit_name,
-    dit_size,
-    is_dit,
+    size_of,
 )
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.hub.published import StateDict
@@ -126,33 +121,23 @@ def infer_arch(
     if heads or freqs:
         if rest:
             raise ValueError(f"a whole number of heads in its width of {dim}")
-        return _name(dim, depth, heads, patch)
+        return arch_name(TransformerSize(dim, depth, heads, patch))
     if given:
-        size = dit_size(given) if is_dit(given) else deit_size(given)
-        return _name(dim, depth, size.heads, patch)
-    sizes = [*DIT_SIZES.values()] if dit else [*DEIT_SIZES.values()]
-    published = {(size.dim, size.depth): size.heads for size in sizes}
+        return arch_name(TransformerSize(dim, depth, size_of(given).heads, patch))
+    sizes = DIT_SIZES if dit else DEIT_SIZES
+    published = {(size.dim, size.depth): size.heads for size in sizes.values()}
     if not (heads := published.get((dim, depth), 0)):
+        by_numbers = f"dit-{dim}x{depth}xHEADS-{patch}" if dit else f"deit-{dim}x{depth}xHEADS"
         raise ConfigError(
             f"{file} does not contain the number of heads ({depth} blocks of width {dim})",
-            f"give --arch {_name(dim, depth, 'HEADS', patch)}; a wrong number would load without "
-            "an error",
+            f"give --arch {by_numbers}; a wrong number would load without an error",
         )
-    arch = _name(dim, depth, heads, patch)
+    arch = arch_name(TransformerSize(dim, depth, heads, patch))
     notes.append(
         f"{file.name} does not contain the number of heads; {heads} is used, as in {arch} (--arch "
         "changes it)"
     )
     return arch
-
-
-def _name(dim: int, depth: int, heads: int | str, patch: int) -> str:
-    """The name of a size, or `--arch` by numbers; a DiT if there is a patch size."""
-    if isinstance(heads, str):
-        return f"dit-{dim}x{depth}x{heads}-{patch}" if patch else f"deit-{dim}x{depth}x{heads}"
-    if patch:
-        return dit_name(DiTSize(dim, depth, heads, patch))
-    return deit_name(TransformerSize(dim, depth, heads))
 
 
 def check_arch(given: str, arch: str, source: str) -> None:

@@ -27,7 +27,7 @@ from spiralrope_cli.core.config.dit_runs import (
 )
 from spiralrope_cli.core.config.folders import CONFIG_FILE
 from spiralrope_cli.core.config.latents import LATENT_CHANNELS
-from spiralrope_cli.core.config.models import RopeConfig, Scaling, dit_name
+from spiralrope_cli.core.config.models import RopeConfig, Scaling, arch_name, dit_size
 from spiralrope_cli.core.config.option import build, flat_values, idle_lines, leaves, read_values
 from spiralrope_cli.core.config.rope import check_rotate
 from spiralrope_cli.core.config.runs import ModelConfig, fit_channels
@@ -136,7 +136,7 @@ def resolve(
     else:
         data_set = (find_train_set if dit else find_data_set)(given["data"])
     arch = given.get("arch", data_set.default_dit if dit else data_set.default_arch)
-    arch = dit_name(arch) if dit else arch
+    arch = arch_name(dit_size(arch)) if dit else arch
     layers: list[Layer] = [
         ("data set", {"arch": arch}),
         ("recipe", recipes.recipe(command, arch, data_set.num_classes)),

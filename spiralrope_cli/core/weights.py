@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from spiralrope_cli.core.config.datasets import BUILT_IN
 from spiralrope_cli.core.config.dit_runs import DiTRun
-from spiralrope_cli.core.config.models import RopeConfig, deit_size, dit_size, is_dit
+from spiralrope_cli.core.config.models import RopeConfig, is_dit, size_of
 from spiralrope_cli.core.config.option import leaves, renamed
 from spiralrope_cli.core.config.rope import override_rope
 from spiralrope_cli.core.config.runs import ClassifierRun, fit_channels
@@ -242,8 +242,7 @@ def _from_published_layout(
     if dit and not has_null_label(len(state[LABELS]), content.args):
         state = {**state, LABELS: F.pad(state[LABELS], (0, 0, 0, 1))}
         known = {"class_dropout_prob": 0}
-    size = dit_size(arch) if dit else deit_size(arch)
-    if note := freqs_note(freqs, rope, size.head_dim):
+    if note := freqs_note(freqs, rope, size_of(arch).head_dim):
         notes.append(f"{file.name}: {note}")
     averaged = content.args.get("weights") == "ema" or (ema and content.has_both)
     if ema and not averaged:

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from spiralrope_cli.core.config.folders import class_difference
 from spiralrope_cli.core.config.latents import VAE_FACTOR, VAE_NAMES
-from spiralrope_cli.core.config.models import SIZE, RopeConfig, dit_size, format_size
+from spiralrope_cli.core.config.models import SIZE, dit_size, format_size
 from spiralrope_cli.core.config.option import (
     DATA,
     MODEL,
@@ -26,7 +25,7 @@ from spiralrope_cli.core.config.option import (
     read_values,
     renamed,
 )
-from spiralrope_cli.core.config.runs import EMA, RUN_FOLDER, ClassifierRun
+from spiralrope_cli.core.config.runs import ClassifierRun, RunConfig
 from spiralrope_cli.core.config.training import MachineConfig, OptimConfig
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.storage import parse
@@ -134,10 +133,9 @@ class DiTOptimConfig(OptimConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiTRun:
+class DiTRun(RunConfig):
     """The config of a DiT's training run."""
 
-    command: str
     arch: Annotated[
         str,
         Opt(
@@ -159,9 +157,7 @@ class DiTRun:
             complete="data_sets",
         ),
     ]
-    out: Annotated[str, RUN_FOLDER]
     seed: Annotated[int, Opt("Seed of weights, data order, timesteps and noise.", RUN, ge=0)]
-    num_train: Annotated[int, Opt(called="the number of training images")]
     source: Annotated[
         str,
         Opt(
@@ -173,21 +169,19 @@ class DiTRun:
             complete="sources",
         ),
     ] = ""
-    ema: Annotated[bool, EMA] = True
-    rope: RopeConfig
     model: DiTModelConfig
     images: ImageConfig = field(metadata={"was": "pictures"})
     optim: DiTOptimConfig
     checkpoint: DiTCheckpointConfig
     machine: MachineConfig = field(default_factory=MachineConfig)
-    class_names: tuple[str, ...] = ()  # by class number; earlier versions stored none
+
+    of_classes, positions = "label table", "fixed sin-cos"
+    num_conditions = 2  # timestep and label
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        self.rope.check_head_dim(dit_size(self.arch).head_dim)
+        super().__post_init__()
         if self.optim.freeze != "none":
             raise ConfigError(f"--freeze is {self.optim.freeze}; it must be none")
-        self.optim.check_length(self.num_train, self.data)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -202,16 +196,6 @@ class DiTRun:
         return inert
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps per epoch; an incomplete last batch is dropped."""
-        return self.optim.steps_per_epoch(self.num_train)
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the run."""
-        return self.optim.total_steps(self.num_train)
-
-    @property
     def vae_in_loop(self) -> str:
         """The VAE that encodes images in every step; empty if there is none."""
         return self.images.vae if self.images.in_latents and not self.images.latents else ""
@@ -220,22 +204,6 @@ class DiTRun:
         """Whether a sample grid is made after a step, except after the last."""
         every = self.checkpoint.sample_every
         return every > 0 and step % every == 0 and step < self.total_steps
-
-    def split_batch(self, world_size: int) -> tuple[int, int]:
-        """Micro-batch size per process, and number of gradient accumulation steps."""
-        return self.optim.split_batch(world_size, self.num_train)
-
-    keeps_best = False
-    """Whether the checkpoint of the best validation is kept too."""
-    num_conditions = 2
-    """Number of inputs per image besides the image: timestep and label."""
-    positions = "fixed sin-cos"
-    """Position embedding without RoPE."""
-
-    @property
-    def head_dim(self) -> int:
-        """Channels per head."""
-        return dit_size(self.arch).head_dim
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -276,14 +244,7 @@ class DiTRun:
 
     def misfits(self, before: dict[str, Any]) -> list[str]:
         """Notes on weights of other sizes or classes; `before` is name -> value of these."""
-        notes = []
-        if before["num_classes"] != self.model.num_classes:
-            notes.append(
-                f"label table re-initialised: {before['num_classes']} -> "
-                f"{self.model.num_classes} classes"
-            )
-        elif other := class_difference(before["class_names"], self.class_names):
-            notes.append(f"label table re-initialised: {other}")
+        notes = super().misfits(before)
         if not self.rope.enabled and before["input_size"] != self.model.input_size:
             notes.append("fixed positions recomputed for this size")
         return notes

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from spiralrope_cli.core.config.models import RopeConfig, dit_name
+from spiralrope_cli.core.config.models import RopeConfig, arch_name, dit_size
 from spiralrope_cli.core.config.option import leaves
 from spiralrope_cli.core.errors import ConfigError
 
@@ -68,7 +68,7 @@ DIT_SCRIPT = (
     Word("MAX_FREQ", "--max-freq", float, NUMBER, "10"),
     *_FREQUENCIES,
     Word("SEED", "--seed", _whole(0), f"{WHOLE}, 0 or more", "0"),
-    Word("MODEL", "--arch", dit_name, "a DiT, as DiT-B/4", "DiT-B/4"),
+    Word("MODEL", "--arch", lambda word: arch_name(dit_size(word)), "a DiT, as DiT-B/4", "DiT-B/4"),
 )
 WORDS = {"deit": DEIT_SCRIPT, "dit": DIT_SCRIPT}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -13,11 +13,12 @@ from spiralrope_cli.core.errors import ConfigError
 
 
 class TransformerSize(NamedTuple):
-    """Width, depth and heads of a transformer."""
+    """Width, depth and heads of a transformer; of a DiT the patch side too."""
 
     dim: int
     depth: int
     heads: int
+    patch_size: int = 0
 
     @property
     def head_dim(self) -> int:
@@ -32,76 +33,35 @@ DEIT_SIZES = {
     "deit-l": TransformerSize(1024, 24, 16),
 }
 
-
-class DiTSize(NamedTuple):
-    """Width, depth, heads and patch side of a diffusion transformer."""
-
-    dim: int
-    depth: int
-    heads: int
-    patch_size: int
-
-    @property
-    def head_dim(self) -> int:
-        """Channels per head."""
-        return self.dim // self.heads
-
-
 DIT_SIZES = {
-    "dit-ti2": DiTSize(192, 12, 3, 2),
-    "dit-ti4": DiTSize(192, 12, 3, 4),
-    "dit-s2": DiTSize(384, 12, 6, 2),
-    "dit-s4": DiTSize(384, 12, 6, 4),
-    "dit-s8": DiTSize(384, 12, 6, 8),
-    "dit-b2": DiTSize(768, 12, 12, 2),
-    "dit-b4": DiTSize(768, 12, 12, 4),
-    "dit-b8": DiTSize(768, 12, 12, 8),
-    "dit-l2": DiTSize(1024, 24, 16, 2),
-    "dit-l4": DiTSize(1024, 24, 16, 4),
-    "dit-l8": DiTSize(1024, 24, 16, 8),
-    "dit-xl2": DiTSize(1152, 28, 16, 2),
-    "dit-xl4": DiTSize(1152, 28, 16, 4),
-    "dit-xl8": DiTSize(1152, 28, 16, 8),
+    "dit-ti2": TransformerSize(192, 12, 3, 2),
+    "dit-ti4": TransformerSize(192, 12, 3, 4),
+    "dit-s2": TransformerSize(384, 12, 6, 2),
+    "dit-s4": TransformerSize(384, 12, 6, 4),
+    "dit-s8": TransformerSize(384, 12, 6, 8),
+    "dit-b2": TransformerSize(768, 12, 12, 2),
+    "dit-b4": TransformerSize(768, 12, 12, 4),
+    "dit-b8": TransformerSize(768, 12, 12, 8),
+    "dit-l2": TransformerSize(1024, 24, 16, 2),
+    "dit-l4": TransformerSize(1024, 24, 16, 4),
+    "dit-l8": TransformerSize(1024, 24, 16, 8),
+    "dit-xl2": TransformerSize(1152, 28, 16, 2),
+    "dit-xl4": TransformerSize(1152, 28, 16, 4),
+    "dit-xl8": TransformerSize(1152, 28, 16, 8),
 }
 
 
 def deit_size(arch: str) -> TransformerSize:
     """Size of a DeiT by name, or by numbers: `deit-256x8x4` is WIDTHxDEPTHxHEADS."""
-    if numbers := re.fullmatch(r"deit-(\d+)x(\d+)x(\d+)", arch):
-        size = TransformerSize(*map(int, numbers.groups()))
-        _check_heads(arch, size)
-        return size
-    if arch not in DEIT_SIZES:
-        raise _unknown(arch, DEIT_SIZES)
-    return DEIT_SIZES[arch]
+    return _size(arch, r"deit-(\d+)x(\d+)x(\d+)", DEIT_SIZES)
 
 
-def deit_name(size: TransformerSize) -> str:
-    """The name of a size; the inverse of `deit_size`."""
-    named = {known: name for name, known in DEIT_SIZES.items()}
-    return named.get(size, f"deit-{size.dim}x{size.depth}x{size.heads}")
-
-
-def dit_size(arch: str) -> DiTSize:
+def dit_size(arch: str) -> TransformerSize:
     """Size of a DiT by name, or by numbers: `dit-256x8x4-2` is WIDTHxDEPTHxHEADS-PATCH.
 
     `DiT-B/4`, as papers write it, is the same as `dit-b4`.
     """
-    if numbers := re.fullmatch(r"dit-(\d+)x(\d+)x(\d+)[-/](\d+)", arch.lower()):
-        size = DiTSize(*map(int, numbers.groups()))
-        _check_heads(arch, size)
-        return size
-    name = arch.lower().replace("/", "")
-    if name not in DIT_SIZES:
-        raise _unknown(arch, DIT_SIZES)
-    return DIT_SIZES[name]
-
-
-def dit_name(size: DiTSize | str) -> str:
-    """The name of a DiT, such as `dit-b4`, from its size or any spelling, such as `DiT-B/4`."""
-    size = dit_size(size) if isinstance(size, str) else size
-    named = {known: name for name, known in DIT_SIZES.items()}
-    return named.get(size, f"dit-{size.dim}x{size.depth}x{size.heads}-{size.patch_size}")
+    return _size(arch, r"dit-(\d+)x(\d+)x(\d+)[-/](\d+)", DIT_SIZES)
 
 
 def is_dit(arch: str) -> bool:
@@ -109,13 +69,18 @@ def is_dit(arch: str) -> bool:
     return arch.lower().startswith("dit")
 
 
-def arch_name(text: str) -> str:
-    """The name of any architecture, as we write it.
+def size_of(arch: str) -> TransformerSize:
+    """Size of a DeiT or DiT; for an unknown name the error suggests the nearest."""
+    return dit_size(arch) if is_dit(arch) else deit_size(arch)
 
-    Raises:
-        ConfigError: no such architecture; the nearest name is suggested.
-    """
-    return dit_name(text) if is_dit(text) else deit_name(deit_size(text))
+
+def arch_name(of: str | TransformerSize) -> str:
+    """The name of an architecture, as we write it, from any spelling or its size."""
+    size = size_of(of) if isinstance(of, str) else of
+    named = {known: name for name, known in (DEIT_SIZES | DIT_SIZES).items()}
+    numbers = f"{size.dim}x{size.depth}x{size.heads}"
+    by_numbers = f"dit-{numbers}-{size.patch_size}" if size.patch_size else f"deit-{numbers}"
+    return named.get(size, by_numbers)
 
 
 ARCH_OF_SOURCE = Opt(
@@ -129,13 +94,22 @@ ARCH_OF_SOURCE = Opt(
 )
 
 
-def _check_heads(arch: str, size: TransformerSize | DiTSize) -> None:
-    if min(size) < 1 or size.dim % size.heads:
+def _size(arch: str, numbers: str, sizes: Mapping[str, TransformerSize]) -> TransformerSize:
+    """The size of `arch`; `numbers` is the pattern of a size by numbers."""
+    name = arch.lower() if sizes is DIT_SIZES else arch
+    if not (found := re.fullmatch(numbers, name)):
+        name = name.replace("/", "")
+        if name not in sizes:
+            raise _unknown(arch, sizes)
+        return sizes[name]
+    size = TransformerSize(*map(int, found.groups()))
+    if min(map(int, found.groups())) < 1 or size.dim % size.heads:
         raise ConfigError(
             f"--arch {arch}: {size.depth} blocks of width {size.dim} with {size.heads} heads "
             "are not possible",
             "the width must be a multiple of the number of heads, and no number may be 0",
         )
+    return size
 
 
 def _unknown(arch: str, sizes: Collection[str]) -> ConfigError:

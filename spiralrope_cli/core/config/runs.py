@@ -14,8 +14,8 @@ from spiralrope_cli.core.config.models import (
     SIZE,
     RopeConfig,
     check_divides,
-    deit_size,
     format_size,
+    size_of,
 )
 from spiralrope_cli.core.config.option import (
     DATA,
@@ -194,10 +194,68 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierRun:
-    """The config of a classifier's training run."""
+class RunConfig:
+    """What the configs of both kinds of training runs have."""
 
     command: str
+    arch: str
+    data: str
+    out: Annotated[str, RUN_FOLDER]
+    seed: int
+    num_train: Annotated[int, Opt(called="the number of training images")]
+    source: str = ""
+    ema: Annotated[bool, EMA] = True
+    rope: RopeConfig
+    model: Any
+    optim: OptimConfig
+    checkpoint: Any
+    class_names: tuple[str, ...] = ()  # by class number; earlier versions stored none
+
+    of_classes = ""
+    """The part of the network that has a row per class."""
+    keeps_best = False
+    """Whether the checkpoint of the best validation is kept too."""
+    num_conditions = 0
+    """Number of inputs per image besides the image."""
+    positions = ""
+    """Position embedding besides RoPE."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        self.rope.check_head_dim(self.head_dim)
+        self.optim.check_length(self.num_train, self.data)
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per head."""
+        return size_of(self.arch).head_dim
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps per epoch; an incomplete last batch is dropped."""
+        return self.num_train // self.optim.batch_size
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.optim.max_steps or self.optim.epochs * self.steps_per_epoch
+
+    def split_batch(self, world_size: int) -> tuple[int, int]:
+        """Micro-batch size per process, and number of gradient accumulation steps."""
+        return self.optim.split_batch(world_size, self.num_train)
+
+    def misfits(self, before: dict[str, Any]) -> list[str]:
+        """Notes on weights of other sizes or classes; `before` is name -> value of these."""
+        was, now = before["num_classes"], self.model.num_classes
+        other = class_difference(before["class_names"], self.class_names)
+        other = f"{was} -> {now} classes" if was != now else other
+        return [f"{self.of_classes} re-initialised: {other}"] if other else []
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierRun(RunConfig):
+    """The config of a classifier's training run."""
+
     arch: Annotated[
         str,
         Opt(
@@ -218,39 +276,31 @@ class ClassifierRun:
             complete="data_sets",
         ),
     ]
-    out: Annotated[str, RUN_FOLDER]
     seed: Annotated[int, Opt("Seed of weights, data order and augmentation.", RUN, ge=0)]
-    num_train: Annotated[int, Opt(called="the number of training images")]
     num_val: Annotated[int, Opt(called="the number of validation images")]
     source: Annotated[str, SOURCE] = ""
-    ema: Annotated[bool, EMA] = True
-    rope: RopeConfig
     model: ModelConfig
     augment: AugmentConfig
     optim: OptimConfig
     checkpoint: CheckpointConfig
     machine: MachineConfig = field(default_factory=MachineConfig)
-    class_names: tuple[str, ...] = ()  # by class number; earlier versions stored none
+
+    of_classes, positions, unit = "head", "learned absolute", "px"
+    vae_in_loop = ""
+    keeps_best = True
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        self.rope.check_head_dim(deit_size(self.arch).head_dim)
+        super().__post_init__()
         if not len(self.augment.mean) == len(self.augment.std) == self.model.in_chans:
             raise ConfigError(
                 f"mean {self.augment.mean} and std {self.augment.std} need one value for each of "
                 f"in_chans {self.model.in_chans}"
             )
-        self.optim.check_length(self.num_train, self.data)
 
     @property
     def grid(self) -> tuple[int, int]:
         """Patches as (rows, columns)."""
         return self.model.grid
-
-    @property
-    def vae_in_loop(self) -> str:
-        """Empty: a classifier uses no VAE."""
-        return ""
 
     def inert_options(self) -> list[tuple[str, str]]:
         """Fields that have no effect in this run, with the reason."""
@@ -263,19 +313,9 @@ class ClassifierRun:
             inert += [("color_jitter", f"timm ignores it with {augment.auto_augment}")]
         return inert
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps per epoch; an incomplete last batch is dropped."""
-        return self.optim.steps_per_epoch(self.num_train)
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the run."""
-        return self.optim.total_steps(self.num_train)
-
     def split_batch(self, world_size: int) -> tuple[int, int]:
         """Micro-batch size per process, and number of gradient accumulation steps."""
-        micro, accumulation = self.optim.split_batch(world_size, self.num_train)
+        micro, accumulation = super().split_batch(world_size)
         if self.augment.mixes and micro % MIX_GROUP:
             raise ConfigError(
                 f"the micro-batch of {micro} images must be a multiple of {MIX_GROUP} "
@@ -283,20 +323,6 @@ class ClassifierRun:
                 "change --micro-batch-size, --batch-size or --nproc, or use --mixup 0 --cutmix 0",
             )
         return micro, accumulation
-
-    keeps_best = True
-    """Whether the checkpoint of the best validation is kept too."""
-    num_conditions = 0
-    """Number of inputs per image besides the image."""
-    positions = "learned absolute"
-    """Position embedding besides RoPE."""
-    unit = "px"
-    """Unit of the input size."""
-
-    @property
-    def head_dim(self) -> int:
-        """Channels per head."""
-        return deit_size(self.arch).head_dim
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -318,13 +344,7 @@ class ClassifierRun:
 
     def misfits(self, before: dict[str, Any]) -> list[str]:
         """Notes on weights of other sizes or classes; `before` is name -> value of these."""
-        notes = []
-        if before["num_classes"] != self.model.num_classes:
-            notes.append(
-                f"head re-initialised: {before['num_classes']} -> {self.model.num_classes} classes"
-            )
-        elif other := class_difference(before["class_names"], self.class_names):
-            notes.append(f"head re-initialised: {other}")
+        notes = super().misfits(before)
         if before["image_size"] != self.model.image_size:
             was, now = map(format_size, (before["image_size"], self.model.image_size))
             notes.append(f"position embedding resampled: {was} -> {now} px")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from spiralrope_cli.core.config.models import deit_size, dit_size, is_dit
+from spiralrope_cli.core.config.models import is_dit, size_of
 from spiralrope_cli.core.config.option import (
     DATA,
     MACHINE,
@@ -117,14 +117,6 @@ class OptimConfig:
         scale = self.batch_size / LINEAR_RULE_BATCH if self.lr_rule == "linear" else 1.0
         return self.lr * scale
 
-    def steps_per_epoch(self, num_train: int) -> int:
-        """Optimizer steps per epoch; an incomplete last batch is dropped."""
-        return num_train // self.batch_size
-
-    def total_steps(self, num_train: int) -> int:
-        """Optimizer steps of a run."""
-        return self.max_steps or self.epochs * self.steps_per_epoch(num_train)
-
     def check_length(self, num_train: int, data: str) -> None:
         """Raises if the batch is larger than the training set, or the warm-up is too long."""
         errors = []
@@ -141,7 +133,7 @@ class OptimConfig:
             hint = "use --epochs"
             errors += [ConfigError("--schedule published counts epochs, not --max-steps", hint)]
         # Of a batch that does not fit, epochs are compared, as if they had one step each.
-        per_epoch = self.steps_per_epoch(num_train) or 1
+        per_epoch = num_train // self.batch_size or 1
         total_steps = self.max_steps or self.epochs * per_epoch
         if self.schedule != "constant" and total_steps <= self.warmup_epochs * per_epoch:
             errors += [
@@ -342,7 +334,7 @@ class Checkup:
                 "give a DiT with --arch, or leave --num-samples out",
             )
         if self.arch:
-            dit_size(self.arch) if self.dit else deit_size(self.arch)
+            size_of(self.arch)
 
     @property
     def dit(self) -> bool:

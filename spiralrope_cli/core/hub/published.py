@@ -19,12 +19,10 @@ from torch import Tensor
 
 from spiralrope_cli.core.config.latents import VAE_FACTOR
 from spiralrope_cli.core.config.models import (
-    DiTSize,
     RopeConfig,
     TransformerSize,
-    deit_size,
-    dit_size,
     is_dit,
+    size_of,
 )
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.catalog import ROWS
@@ -222,9 +220,9 @@ class NetworkSpec:
     class_names: tuple[str, ...] = ()  # by class number, where known
 
     @property
-    def transformer(self) -> TransformerSize | DiTSize:
+    def transformer(self) -> TransformerSize:
         """Width, depth and heads."""
-        return dit_size(self.arch) if is_dit(self.arch) else deit_size(self.arch)
+        return size_of(self.arch)
 
 
 def published_content(

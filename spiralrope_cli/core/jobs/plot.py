@@ -13,9 +13,8 @@ from spiralrope_cli.core.config.datasets import PHOTOGRAPHS
 from spiralrope_cli.core.config.models import (
     RopeConfig,
     check_divides,
-    deit_size,
-    dit_size,
     is_dit,
+    size_of,
 )
 from spiralrope_cli.core.config.option import build, idle_lines
 from spiralrope_cli.core.config.plots import (
@@ -120,14 +119,12 @@ def settle_rope(given: dict[str, Any], weights: Weights | None) -> tuple[RopePlo
         from spiralrope_cli.core.load import network_on_meta
 
         arch, ropes, notes = weights.arch, (weights.rope,), [*weights.notes]
-    if is_dit(arch):
-        head_dim, side = dit_size(arch).head_dim, max(1, DIT_LATENT // dit_size(arch).patch_size)
-    else:
-        head_dim, side = deit_size(arch).head_dim, DEIT_GRID
+    size = size_of(arch)
+    side = max(1, DIT_LATENT // size.patch_size) if is_dit(arch) else DEIT_GRID
     own = network_on_meta(weights).grid if weights else (side, side)
     grid = given.get("grid", own)
     trained = weights.options.get("pretrain_grid") or own if weights else grid
-    values = {"head_dim": head_dim, "grid": grid, "pretrain_grid": trained, **given, "arch": arch}
+    values = {"head_dim": size.head_dim, "grid": grid, "pretrain_grid": trained, **given, "arch": arch}
     panels = tuple(dict.fromkeys(given.get("panels", ROPE_PANELS)))
     plot: RopePlot = build(RopePlot, {**values, "ropes": ropes, "panels": panels})
     inert = [dict(rope.inert_options({*chosen})) for rope in plot.ropes]
@@ -146,7 +143,7 @@ def mixed_frequencies(plot: RopePlot, weights: Weights | None) -> Tensor:
     from spiralrope_cli.core.infer import MIXED_FREQS
     from spiralrope_cli.core.rope import first_mixed_frequencies
 
-    size = dit_size(plot.arch) if is_dit(plot.arch) else deit_size(plot.arch)
+    size = size_of(plot.arch)
     if plot.layer >= size.depth:
         raise ConfigError(f"--layer {plot.layer}: {plot.arch} has layers 0 to {size.depth - 1}")
     torch.manual_seed(0)
@@ -173,7 +170,7 @@ def draw_attention(given: dict[str, Any]) -> None:
     say_notes(weights.notes)
     size, side = plot.image_size or weights.options["image_size"], weights.options["patch_size"]
     check_divides(size, side)
-    shape, grid = deit_size(weights.arch), (size[0] // side, size[1] // side)
+    shape, grid = size_of(weights.arch), (size[0] // side, size[1] // side)
     plot.check_fits(shape.depth, shape.heads, grid)
     image, batch = read_image(plot.image, weights, size)
 

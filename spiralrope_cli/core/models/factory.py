@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from spiralrope_cli.core.config.dit_runs import TrainingRun
-from spiralrope_cli.core.config.models import RopeConfig, deit_size, dit_size, is_dit
+from spiralrope_cli.core.config.models import RopeConfig, is_dit, size_of
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.models.deit import DeiT
 from spiralrope_cli.core.models.dit import DiT
@@ -45,10 +45,10 @@ def create_model(
             raise ConfigError(
                 f"{arch} has no option {name}", f"it has {', '.join(OF_BOTH + known)}"
             )
+    *sizes, patch_size = size_of(arch)
     if not is_dit(arch):
-        return DeiT(*deit_size(arch), rope=rope, num_classes=num_classes, **options)
-    dim, depth, heads, patch = dit_size(arch)
-    return DiT(dim, depth, heads, rope=rope, patch_size=patch, num_classes=num_classes, **options)
+        return DeiT(*sizes, rope=rope, num_classes=num_classes, **options)
+    return DiT(*sizes, rope=rope, patch_size=patch_size, num_classes=num_classes, **options)
 
 
 def model_of(run: TrainingRun) -> DeiT | DiT:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from spiralrope_cli.core.config.models import DIT_SIZES, dit_name, dit_size, is_dit
+from spiralrope_cli.core.config.models import DIT_SIZES, arch_name, dit_size, is_dit
 from spiralrope_cli.core.errors import ConfigError
 
 
@@ -10,7 +10,7 @@ from spiralrope_cli.core.errors import ConfigError
 def test_every_dit_is_known_by_the_papers_name_too(name):
     size = name.removeprefix("dit-")
     paper = f"DiT-{size[:-1].capitalize() if size[0] == 't' else size[:-1].upper()}/{size[-1]}"
-    assert dit_name(paper) == dit_name(name) == name
+    assert arch_name(paper) == arch_name(name) == name
     assert dit_size(paper).patch_size == int(size[-1])
     assert is_dit(paper)
     assert is_dit(name)
