@@ -512,14 +512,14 @@ def test_an_old_line_becomes_a_command(run, kind, line, options):
     [
         ("deit", "four", "word 1, ROTATE, is four; it must be a whole number"),
         ("deit", "- - - - 1", "word 5, SAME_THETA, is 1; it must be True or False"),
-        ("deit", "- 2", "word 2, TRUNCATE_PERCENTAGE, is not possible: --truncate-percentage"),
+        ("deit", "- 2", "word 2, TRUNCATE_PERCENTAGE, is 2.0; it must be in [0, 1)"),
         ("deit", "- - - - - - - - -", "has 9 words; the script took at most 8"),
         ("deit", "'", "is not a valid shell line"),
         ("deit", "4 - 1.5 2.0", "--min-freq-lang is 2.0"),
         ("deit", "4 - - - - -8", "word 6, NPROC_PER_NODE, is -8; it must be a whole number, 1 or"),
         ("dit", "- - - - - - - - - -3", "word 10, SEED, is -3; it must be a whole number, 0 or"),
         ("dit", "- - - sound", "word 4, FREQS_FOR, is sound; it must be lang or pixel"),
-        ("dit", "- - - - - - - - - - DiT-Z/2", "word 11, MODEL, is DiT-Z/2"),
+        ("dit", "- - - - - - - - - - DiT-Z/2", "word 11, MODEL, DiT-Z/2 is unknown"),
     ],
 )
 def test_a_wrong_word_is_named_with_its_place(run, kind, line, printed):

@@ -3,72 +3,61 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
+from spiralrope_cli.core.config.dit_runs import DiTRun
 from spiralrope_cli.core.config.models import RopeConfig, arch_name, dit_size
-from spiralrope_cli.core.config.option import leaves
+from spiralrope_cli.core.config.option import Opt, leaves
+from spiralrope_cli.core.config.pipelines import DeiTStages
 from spiralrope_cli.core.errors import ConfigError
 
-FREQS_FOR = leaves(RopeConfig)["freqs_for"].choices
 KEEP = "-"
 """Stands for the default of an argument."""
 
 
-@dataclass(frozen=True)
-class Word:
+class Word(NamedTuple):
     """One positional argument of an original script."""
 
     name: str  # in the original documentation
-    option: str  # the option here
-    read: Callable[[str], Any]  # text -> value, or raises ValueError
-    allowed: str  # allowed values, in words
-    default: str  # in the original documentation
-    off: str = ""  # the option that turns a flag off, if there is one
+    default: str  # there
+    opt: Opt  # the option here
+
+    @property
+    def option(self) -> str:
+        """Its name on the command line."""
+        return self.opt.called
 
 
-def _truth(word: str) -> bool:
-    return {"true": True, "false": False}[word.lower()]
+def _word(name: str, field: str, default: str, **more: Any) -> Word:
+    opt = {**leaves(DeiTStages), **leaves(DiTRun)}[field]
+    if opt.hint is bool:
+        more["expects"] = "True or False"
+    return Word(name, default, replace(opt, **more))
 
 
-def _whole(lowest: int) -> Callable[[str], int]:
-    def read(word: str) -> int:
-        if (value := int(word)) < lowest:
-            raise ValueError
-        return value
-
-    return read
-
-
-def _series(word: str) -> str:
-    return FREQS_FOR[FREQS_FOR.index(word)]
-
-
-NUMBER, WHOLE, TRUTH = "a number", "a whole number", "True or False"
-_ROTATE = ("ROTATE", "--rotate", int, WHOLE)
 _FREQUENCIES = (
-    Word("TRUNCATE_PERCENTAGE", "--truncate-percentage", float, NUMBER, "0.0"),
-    Word("MAX_FREQ_LANG", "--max-freq-lang", float, NUMBER, "1.5"),
-    Word("MIN_FREQ_LANG", "--min-freq-lang", float, NUMBER, "0.0"),
-    Word("SAME_THETA", "--same-theta", _truth, TRUTH, "False", "--no-same-theta"),
+    _word("TRUNCATE_PERCENTAGE", "truncate_percentage", "0.0"),
+    _word("MAX_FREQ_LANG", "max_freq_lang", "1.5"),
+    _word("MIN_FREQ_LANG", "min_freq_lang", "0.0"),
+    _word("SAME_THETA", "same_theta", "False"),
 )
 DEIT_SCRIPT = (
-    Word(*_ROTATE, "2"),
+    _word("ROTATE", "rotate", "2"),
     *_FREQUENCIES,
-    Word("NPROC_PER_NODE", "--nproc", _whole(1), f"{WHOLE}, 1 or more", "4"),
-    Word("EVAL_ONLY", "--eval-only", _truth, TRUTH, "False"),
-    Word("SKIP_TRAINING", "--skip-training", _truth, TRUTH, "False"),
+    _word("NPROC_PER_NODE", "nproc", "4", ge=1, le=None),
+    _word("EVAL_ONLY", "eval_only", "False"),
+    _word("SKIP_TRAINING", "skip_training", "False"),
 )
 DIT_SCRIPT = (
-    Word("USE_ROPE", "--rope", _truth, TRUTH, "True", "--no-rope"),
-    Word(*_ROTATE, "0"),
-    Word("THETA", "--theta", float, NUMBER, "10000"),
-    Word("FREQS_FOR", "--freqs-for", _series, " or ".join(FREQS_FOR), "lang"),
-    Word("MAX_FREQ", "--max-freq", float, NUMBER, "10"),
+    _word("USE_ROPE", "enabled", "True"),
+    _word("ROTATE", "rotate", "0"),
+    _word("THETA", "theta", "10000"),
+    _word("FREQS_FOR", "freqs_for", "lang"),
+    _word("MAX_FREQ", "max_freq", "10"),
     *_FREQUENCIES,
-    Word("SEED", "--seed", _whole(0), f"{WHOLE}, 0 or more", "0"),
-    Word("MODEL", "--arch", lambda word: arch_name(dit_size(word)), "a DiT, as DiT-B/4", "DiT-B/4"),
+    _word("SEED", "seed", "0"),
+    _word("MODEL", "arch", "DiT-B/4", read=lambda text: arch_name(dit_size(text))),
 )
 WORDS = {"deit": DEIT_SCRIPT, "dit": DIT_SCRIPT}
 
@@ -92,69 +81,47 @@ def translate(line: str, kind: str) -> tuple[str, list[str]]:
             f"--from-legacy has {len(words)} words; the script took at most {len(known)}",
             " ".join(word.name for word in known),
         )
-    values = {
-        word.name: (given, _value(place, word, given))
-        for place, (word, given) in enumerate(zip(known, words, strict=False), 1)
-        if given != KEEP
-    }
-    fields = {_field(word): values[word.name][1] for word in known if word.name in values}
-    fields.pop("", None)
+    options: list[str] = []
+    values: dict[str, Any] = {}  # by field
+    for place, (word, given) in enumerate(zip(known, words, strict=False), 1):
+        if given != KEEP:
+            values[word.opt.name] = value = _value(place, word, given)
+            as_typed = value if word.opt.name == "arch" or isinstance(value, bool) else given
+            options += filter(None, word.opt.typed(as_typed))
+    rope = {name: values[name] for name in RopeConfig.__dataclass_fields__ if name in values}
     try:
-        RopeConfig(**fields)
+        RopeConfig(**rope)
     except ConfigError as error:
         raise ConfigError(f"--from-legacy: {error.message}", error.hint) from error
-    options = [part for word in known if word.name in values for part in _option(word, values)]
     if "--eval-only" in options and "--skip-training" in options:
         options.remove("--skip-training")  # the script checked EVAL_ONLY first
-    command = shlex.join(["spiralrope", "run", kind, *options])
-    return command, _notes(kind, values)
+    return shlex.join(["spiralrope", "run", kind, *options]), _notes(kind, values)
 
 
 def _value(place: int, word: Word, given: str) -> Any:
-    where = f"--from-legacy: word {place}, {word.name},"
     try:
-        value = word.read(given)
+        value = word.opt.convert(given)
+        word.opt.check(value)
     except ConfigError as error:
-        raise ConfigError(f"{where} is {given}: {error.message}", error.hint) from error
-    except (ValueError, KeyError) as error:
+        said = error.message.removeprefix(f"{word.option} ")
         raise ConfigError(
-            f"{where} is {given}; it must be {word.allowed}",
-            f"{KEEP} keeps the default, {word.default}",
+            f"--from-legacy: word {place}, {word.name}, {said}",
+            error.hint or f"{KEEP} keeps the default, {word.default}",
         ) from error
-    if (field := _field(word)) and field != "min_freq_lang":
-        try:
-            RopeConfig(**{field: value})
-        except ConfigError as error:
-            raise ConfigError(f"{where} is not possible: {error.message}", error.hint) from error
     return value
 
 
-def _field(word: Word) -> str:
-    """The field of `RopeConfig`; empty for other words."""
-    field = word.option.removeprefix("--").replace("-", "_")
-    return field if field in RopeConfig.__dataclass_fields__ else ""
-
-
-def _option(word: Word, values: dict[str, tuple[str, Any]]) -> list[str]:
-    given, value = values[word.name]
-    if isinstance(value, bool):
-        flag = word.option if value else word.off
-        return [flag] if flag else []
-    return [word.option, value if word.option == "--arch" else given]
-
-
-def _notes(kind: str, values: dict[str, tuple[str, Any]]) -> list[str]:
+def _notes(kind: str, values: dict[str, Any]) -> list[str]:
     notes = ["DATA_PATH of the script is --data here, or $SPIRALROPE_DATA; without both: digits"]
-    no_rope = values.get("USE_ROPE", ("", True))[1] is False
-    pixel = values.get("FREQS_FOR", ("", "lang"))[1] == "pixel"
-    if "MAX_FREQ_LANG" not in values and not no_rope and not pixel:
+    rope = values.get("enabled", True)
+    if "max_freq_lang" not in values and rope and values.get("freqs_for") != "pixel":
         notes.append(
             "MAX_FREQ_LANG is not given. Its documented default is 1.5, and this command uses it, "
             "but scripts passed 0.5 or 1.0. To repeat such a run, add --max-freq-lang with the "
             "value in its checkpoint"
         )
-    if "MODEL" not in values and kind == "dit":
+    if "arch" not in values and kind == "dit":
         notes.append("MODEL is not given: dit-b4, as here for image folders")
-    if values.get("ROTATE", ("", 2))[1] in (0, 1) and not no_rope:
+    if values.get("rotate", 2) in (0, 1) and rope:
         notes.append("ROTATE 0 and 1 are both plain axial RoPE (two directions)")
     return notes
