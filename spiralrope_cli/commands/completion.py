@@ -68,7 +68,7 @@ def data_sets() -> Offer:
 
 def vaes() -> Offer:
     """Names of VAEs."""
-    from spiralrope_cli.core.config.latents import VAE_NAMES
+    from spiralrope_cli.core.config.dit_runs import VAE_NAMES
 
     return list(VAE_NAMES)
 

@@ -6,9 +6,8 @@ import typer
 
 from spiralrope_cli.commands.command import SETTINGS, command
 from spiralrope_cli.core.config.dit_runs import DIT_WORDS, DiTRun
-from spiralrope_cli.core.config.legacy import translate
 from spiralrope_cli.core.config.option import leaves
-from spiralrope_cli.core.config.pipelines import DeiTStages, DiTStages
+from spiralrope_cli.core.config.pipelines import DeiTStages, DiTStages, translate
 from spiralrope_cli.core.config.recipes import shown_defaults
 from spiralrope_cli.core.config.runs import AugmentConfig, ClassifierRun
 from spiralrope_cli.core.config.slurm import SlurmOptions

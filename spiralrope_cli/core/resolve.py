@@ -16,6 +16,7 @@ from typing import Any
 from spiralrope_cli.core.config import recipes
 from spiralrope_cli.core.config.datasets import DataSet
 from spiralrope_cli.core.config.dit_runs import (
+    LATENT_CHANNELS,
     RUN_KINDS,
     DiTModelConfig,
     DiTRun,
@@ -26,11 +27,11 @@ from spiralrope_cli.core.config.dit_runs import (
     read_config,
 )
 from spiralrope_cli.core.config.folders import CONFIG_FILE
-from spiralrope_cli.core.config.latents import LATENT_CHANNELS
 from spiralrope_cli.core.config.models import RopeConfig, Scaling, arch_name, dit_size
 from spiralrope_cli.core.config.option import build, flat_values, idle_lines, leaves, read_values
 from spiralrope_cli.core.config.rope import check_rotate
-from spiralrope_cli.core.config.runs import ModelConfig, fit_channels
+from spiralrope_cli.core.config.recipes import fit_channels
+from spiralrope_cli.core.config.runs import ModelConfig
 from spiralrope_cli.core.config.training import RUNS_FOLDER
 from spiralrope_cli.core.data.shards import CacheMetadata, read_cache
 from spiralrope_cli.core.data.splits import find_data_set, find_train_set

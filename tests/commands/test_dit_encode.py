@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from spiralrope_cli import GaussianDiffusion, create_model
 from spiralrope_cli import main as cli
-from spiralrope_cli.core.config.latents import EncodeRun
+from spiralrope_cli.core.config.samples import EncodeRun
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data import latents as cached_latents
 from spiralrope_cli.core.data.augment import cropped_array

@@ -14,8 +14,8 @@ import torch
 from typer.testing import CliRunner
 
 from spiralrope_cli import main as cli
-from spiralrope_cli.core.config.legacy import DEIT_SCRIPT, DIT_SCRIPT
 from spiralrope_cli.core.config.models import RopeConfig
+from spiralrope_cli.core.config.pipelines import DEIT_SCRIPT, DIT_SCRIPT
 from spiralrope_cli.core.errors import DataError, SpiralRopeError
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.jobs import pipeline as pipelines

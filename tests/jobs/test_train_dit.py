@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from spiralrope_cli import load_model
-from spiralrope_cli.core.config.latents import EncodeRun
+from spiralrope_cli.core.config.samples import EncodeRun
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.batches import dit_data
 from spiralrope_cli.core.diffusion.gaussian import GaussianDiffusion

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from spiralrope_cli.core.config.latents import VAE_FACTOR, VAE_NAMES
 from spiralrope_cli.core.config.models import SIZE, dit_size, format_size
 from spiralrope_cli.core.config.option import (
     DATA,
@@ -31,6 +30,13 @@ from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.storage import parse
 
 NO_VAE = "none"
+VAE_NAMES = ("ema", "mse")
+VAE_FACTOR = 8
+"""Side of an image in pixels over the side of its latents."""
+
+LATENT_CHANNELS = 4
+LATENT_SCALE = 0.18215
+"""Factor of latents for a DiT."""
 GRID_COLUMNS, GRID_ROWS = 10, 4
 """Of the grids of samples: one column per class, and images of each."""
 DIT_WORDS = {

@@ -22,7 +22,7 @@ from spiralrope_cli.core.config.option import (
     check_fields,
     idle_lines,
 )
-from spiralrope_cli.core.config.runs import EvalProtocol, ModelConfig
+from spiralrope_cli.core.config.runs import ModelConfig
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
 
@@ -113,6 +113,26 @@ class EvalOptions:
             raise ConfigError("--json and --csv exclude each other", "leave one of them out")
         for size in self.image_sizes:
             check_divides(size, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalProtocol:
+    """Validation images and their preprocessing."""
+
+    data: str  # a built-in name or a folder
+    num_val: int
+    image_size: tuple[int, int]  # (height, width) in pixels
+    in_chans: int
+    crop_ratio: float  # resized to image size / this, then cropped at the centre
+    mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not len(self.mean) == len(self.std) == self.in_chans:
+            raise ConfigError(
+                f"--data {self.data} has {len(self.mean)} channel(s), but the weights take "
+                f"{self.in_chans}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,8 +272,6 @@ class FidRun:
                 f"{unknown[0] if unknown else ''!r}",
                 f"known: {', '.join(FID_METRICS)}",
             )
-        if self.seed >= 2**32:
-            raise ConfigError(f"--seed is {self.seed}; it must be below 2^32")
         if self.bootstrap == 1:
             raise ConfigError("--bootstrap is 1; a standard deviation needs 2 or more")
         if self.bootstrap and "fid" not in self.select:

@@ -145,6 +145,20 @@ def size(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2] or found[1])
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """`207,88` -> (207, 88)."""
+    if not re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*", text):
+        raise ValueError
+    return tuple(int(number) for number in text.split(","))
+
+
+def pair(text: str) -> tuple[int, ...]:
+    """`0,600` -> (0, 600)."""
+    if len(found := numbers(text)) != 2:
+        raise ValueError
+    return found
+
+
 def format_size(size: Sequence[int]) -> str:
     """(height, width) as `size` reads it: `224`, or `224x448`."""
     height, width = size

@@ -84,9 +84,9 @@ class Opt:
             return f"a list, each {_TYPES[inner[0]]}" if inner else _TYPES[self.hint]
         if high is not None:
             left, right = "[" if self.gt is None else "(", "]" if self.lt is None else ")"
-            return f"in {left}{low:g}, {high:g}{right}"
+            return f"in {left}{low:.10g}, {high:.10g}{right}"
         whole = "a whole number, " if self.hint is int else ""
-        return whole + (f"{low:g} or more" if self.gt is None else f"above {low:g}")
+        return whole + (f"{low:.10g} or more" if self.gt is None else f"above {low:.10g}")
 
     def readable(self) -> str:
         """`allowed`, for a value of a wrong type."""
@@ -118,6 +118,7 @@ class Opt:
     def check(self, value: Any) -> None:
         """Raises if a value is out of bounds."""
         bounds = [(self.ge, ge), (self.gt, gt), (self.le, le), (self.lt, lt)]
+        given = [(bound, fit) for bound, fit in bounds if bound is not None]
         for each in value if self.many else (value,):
             if self.choices:
                 fits = each in (*self.choices, None)
@@ -125,9 +126,7 @@ class Opt:
                 fits = not self.pattern or re.fullmatch(self.pattern, each) is not None
             else:
                 fits = each is None or all(
-                    holds(each, bound) and abs(each) < math.inf
-                    for bound, holds in bounds
-                    if bound is not None
+                    fit(each, n) and abs(each) < math.inf for n, fit in given
                 )
             if not fits:
                 raise self._refused(each, self.allowed())
@@ -204,16 +203,10 @@ def _leaves(kind: type) -> dict[str, Opt]:
                 hint = typing.get_args(hint)[0]
             flag = opt.flag or "--" + field.name.replace("_", "-")
             said = flag.partition("/")[0] if opt.help else opt.called or field.name
-            bound = dataclasses.replace(
-                opt,
-                name=field.name,
-                hint=hint,
-                optional=optional,
-                default=field.default,
-                flag=flag,
-                called=opt.metavar if opt.argument else said,
-            )
-            inner = {field.name: bound}
+            called = opt.metavar if opt.argument else said
+            of_field = {"name": field.name, "hint": hint, "optional": optional}
+            of_field |= {"default": field.default, "flag": flag, "called": called}
+            inner = {field.name: dataclasses.replace(opt, **of_field)}
         if twice := found.keys() & inner.keys():
             raise TypeError(f"{kind.__name__}: {', '.join(twice)} is in two groups")
         found.update(inner)
@@ -318,20 +311,6 @@ def build(kind: type, values: dict[str, Any]) -> Any:
 
 
 # --- Text -> value
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """`207,88` -> (207, 88)."""
-    if not re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*", text):
-        raise ValueError
-    return tuple(int(number) for number in text.split(","))
-
-
-def pair(text: str) -> tuple[int, ...]:
-    """`0,600` -> (0, 600)."""
-    if len(found := numbers(text)) != 2:
-        raise ValueError
-    return found
 
 
 def path(text: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from spiralrope_cli.core.config.models import ARCH_OF_SOURCE, SIZE, RopeConfig
+from spiralrope_cli.core.config.models import ARCH_OF_SOURCE, SIZE, RopeConfig, pair
 from spiralrope_cli.core.config.option import (
     ATTENTION,
     FIGURE,
@@ -18,7 +18,6 @@ from spiralrope_cli.core.config.option import (
     Opt,
     check_fields,
     leaves,
-    pair,
 )
 from spiralrope_cli.core.errors import ConfigError, DataError
 

@@ -219,3 +219,13 @@ def fitted_batch(num_train: int) -> int:
     """The largest power of two that leaves an epoch several steps, where there is one."""
     wanted = max(num_train // STEPS_PER_EPOCH, min(SMALLEST_BATCH, num_train))
     return 1 << (wanted.bit_length() - 1)
+
+
+def fit_channels(values: dict[str, Any]) -> None:
+    """Fits mean and std to in_chans: repeats that of grey, or averages those of RGB."""
+    for name in ("mean", "std"):
+        given = tuple(values[name])
+        if len(given) == 1:
+            values[name] = given * values["in_chans"]
+        elif values["in_chans"] == 1:
+            values[name] = (round(sum(given) / len(given), 4),)

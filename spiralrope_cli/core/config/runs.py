@@ -155,26 +155,6 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalProtocol:
-    """Validation images and their preprocessing."""
-
-    data: str  # a built-in name or a folder
-    num_val: int
-    image_size: tuple[int, int]  # (height, width) in pixels
-    in_chans: int
-    crop_ratio: float  # resized to image size / this, then cropped at the centre
-    mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
-    std: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if not len(self.mean) == len(self.std) == self.in_chans:
-            raise ConfigError(
-                f"--data {self.data} has {len(self.mean)} channel(s), but the weights take "
-                f"{self.in_chans}"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When a run logs, validates and saves."""
 
@@ -354,13 +334,3 @@ class ClassifierRun(RunConfig):
     def save_steps(self) -> int:
         """Optimizer steps between checkpoints."""
         return self.checkpoint.save_every * self.steps_per_epoch
-
-
-def fit_channels(values: dict[str, Any]) -> None:
-    """Fits mean and std to in_chans: repeats that of grey, or averages those of RGB."""
-    for name in ("mean", "std"):
-        given = tuple(values[name])
-        if len(given) == 1:
-            values[name] = given * values["in_chans"]
-        elif values["in_chans"] == 1:
-            values[name] = (round(sum(given) / len(given), 4),)

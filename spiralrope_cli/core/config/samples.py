@@ -1,4 +1,4 @@
-"""Config of `dit-sample`: steps, guidance, images. No torch."""
+"""Configs of `dit-encode`, and of `dit-sample`: steps, guidance, images. No torch."""
 
 from __future__ import annotations
 
@@ -7,23 +7,30 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from spiralrope_cli.core.config.datasets import BUILT_IN, DataSet
-from spiralrope_cli.core.config.dit_runs import NO_VAE, input_size
-from spiralrope_cli.core.config.latents import LATENT_CHANNELS, VAE_FACTOR, VAE_NAMES
-from spiralrope_cli.core.config.models import ARCH_OF_SOURCE, SIZE
+from spiralrope_cli.core.config.dit_runs import (
+    LATENT_CHANNELS,
+    NO_VAE,
+    VAE_FACTOR,
+    VAE_NAMES,
+    input_size,
+)
+from spiralrope_cli.core.config.models import ARCH_OF_SOURCE, SIZE, format_size, numbers, pair
 from spiralrope_cli.core.config.option import (
+    DATA,
     IMAGES,
+    MACHINE,
     PATH,
     RUN,
     SAMPLING,
     SOURCE,
     Opt,
     check_fields,
-    numbers,
-    pair,
 )
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
 
+EXACT = "fp32"
+"""Default precision: latents are computed once for all epochs, so fp32 is worth its time."""
 NUM_TRAIN_STEPS = 1000
 BETA_FIRST, BETA_LAST = 1e-4, 0.02
 SamplerName = Literal["ddpm", "ddim", "dpm++"]
@@ -35,6 +42,46 @@ NUM_SAMPLES = Opt(
     ge=1,
     was="--num",
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeRun:
+    """A run of `dit-encode`."""
+
+    data: Annotated[
+        str,
+        Opt(
+            "Folder with one folder of images per class, directly or in train/. "
+            "By default $SPIRALROPE_DATA.",
+            DATA,
+            metavar="FOLDER",
+        ),
+    ]
+    out: Annotated[str, Opt("Folder of the cache.", RUN, **PATH)] = "latents"
+    vae: Annotated[
+        str,
+        Opt(
+            "VAE: ema, mse, or a folder in diffusers' layout.",
+            DATA,
+            metavar="ema|mse|FOLDER",
+            complete="vaes",
+        ),
+    ] = "ema"
+    image_size: Annotated[
+        tuple[int, int], Opt("Side, or height x width, after the centre crop.", DATA, **SIZE)
+    ] = (256, 256)
+    batch_size: Annotated[int, Opt("Images per batch and process.", MACHINE, ge=1)] = 16
+    machine: MachineConfig = field(default_factory=MachineConfig)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        nearest = [max(1, round(side / VAE_FACTOR)) * VAE_FACTOR for side in self.image_size]
+        if nearest != [*self.image_size]:
+            raise ConfigError(
+                f"--image-size {format_size(self.image_size)}: the sides must be multiples of "
+                f"{VAE_FACTOR} for the VAE",
+                f"the nearest: {format_size(nearest)}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from spiralrope_cli.core.config.datasets import BUILT_IN
 from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
-from spiralrope_cli.core.config.runs import ClassifierRun, EvalProtocol
+from spiralrope_cli.core.config.evals import EvalProtocol
+from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data import augment, memory
 from spiralrope_cli.core.data.color import apply_steps, draw_steps

@@ -1,6 +1,6 @@
 """Cached latents: shards are written atomically, and read memory-mapped.
 
-Their format is in `config/latents.py`.
+Their format is in `shards.py`.
 
 Legend: B batch, n images of a shard, L latent channels, (h, w) latent pixels.
 """

@@ -15,8 +15,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from spiralrope_cli.core.config.dit_runs import LATENT_CHANNELS, LATENT_SCALE, VAE_FACTOR
 from spiralrope_cli.core.config.folders import own_folder
-from spiralrope_cli.core.config.latents import LATENT_CHANNELS, LATENT_SCALE, VAE_FACTOR
 from spiralrope_cli.core.config.models import format_size
 from spiralrope_cli.core.errors import ConfigError, DataError
 from spiralrope_cli.core.storage import parse

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spiralrope_cli.core.config.latents import LATENT_SCALE
+from spiralrope_cli.core.config.dit_runs import LATENT_SCALE
 from spiralrope_cli.core.errors import CheckpointError
 
 

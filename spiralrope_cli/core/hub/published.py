@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spiralrope_cli.core.config.latents import VAE_FACTOR
+from spiralrope_cli.core.config.dit_runs import VAE_FACTOR
 from spiralrope_cli.core.config.models import (
     RopeConfig,
     TransformerSize,

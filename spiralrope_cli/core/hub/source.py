@@ -10,10 +10,15 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from spiralrope_cli.core.config.dit_runs import read_config
+from spiralrope_cli.core.config.dit_runs import (
+    LATENT_CHANNELS,
+    LATENT_SCALE,
+    VAE_FACTOR,
+    VAE_NAMES,
+    read_config,
+)
 from spiralrope_cli.core.config.folders import CHECKPOINTS, EMA_FILE, MODEL_FILE, own_folder
 from spiralrope_cli.core.config.hub import PUBLISHED_SUFFIXES
-from spiralrope_cli.core.config.latents import LATENT_CHANNELS, LATENT_SCALE, VAE_FACTOR, VAE_NAMES
 from spiralrope_cli.core.config.training import RUNS_FOLDER
 from spiralrope_cli.core.errors import CheckpointError, ConfigError, FetchError
 from spiralrope_cli.core.hub.catalog import Row, find_row

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spiralrope_cli.core.config.datasets import BUILT_IN
-from spiralrope_cli.core.config.dit_runs import full_vae_name
+from spiralrope_cli.core.config.dit_runs import LATENT_SCALE, full_vae_name
 from spiralrope_cli.core.config.folders import numbering_note, refuse_own
-from spiralrope_cli.core.config.latents import EXACT, LATENT_SCALE, EncodeRun
 from spiralrope_cli.core.config.models import format_size
 from spiralrope_cli.core.config.option import build
+from spiralrope_cli.core.config.samples import EXACT, EncodeRun
 from spiralrope_cli.core.config.training import TrainOptions
 from spiralrope_cli.core.data.listing import place_in
 from spiralrope_cli.core.data.shards import CachePlan, Shard, shard_file, shard_size_for

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spiralrope_cli.core.config.runs import ClassifierRun, EvalProtocol
+from spiralrope_cli.core.config.evals import EvalProtocol
+from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.data.batches import ValidationImages, classifier_data
 from spiralrope_cli.core.data.loader import Batch, BatchIndices
 from spiralrope_cli.core.errors import TrainingError

@@ -14,7 +14,7 @@ import pytest
 
 from spiralrope_cli.core import config
 from spiralrope_cli.core.config.evals import words
-from spiralrope_cli.core.config.models import SIZE, RopeConfig, size
+from spiralrope_cli.core.config.models import SIZE, RopeConfig, numbers, pair, size
 from spiralrope_cli.core.config.option import (
     PANELS,
     PATH,
@@ -24,8 +24,6 @@ from spiralrope_cli.core.config.option import (
     folder,
     in_words,
     leaves,
-    numbers,
-    pair,
     path,
     read_values,
 )

@@ -16,8 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from spiralrope_cli.core.config.evals import EvalOptions
-from spiralrope_cli.core.config.latents import EncodeRun
 from spiralrope_cli.core.config.option import build
+from spiralrope_cli.core.config.samples import EncodeRun
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.image_sets import digest_of, images_in, inspect_side
 from spiralrope_cli.core.data.images import Unreadable, as_trained, decode, open_image

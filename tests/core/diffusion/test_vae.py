@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from spiralrope_cli.core.config.latents import LATENT_SCALE
+from spiralrope_cli.core.config.dit_runs import LATENT_SCALE
 from spiralrope_cli.core.diffusion.vae import load_vae, sample_posterior
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.hub.source import VAE_CONFIG, VAE_WEIGHTS, find_vae
