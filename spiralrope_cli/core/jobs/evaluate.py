@@ -1,7 +1,6 @@
 """`eval`: accuracy on the validation images, with one pass over the images per protocol.
 
-Settle: options to rows, all checked. Work: in every process. Report: a table, JSON or CSV,
-`eval.json` and a plot. Torch is imported late, so that usage errors are fast.
+Torch is imported late, so that usage errors are fast.
 """
 
 from __future__ import annotations
@@ -138,10 +137,8 @@ def weight_sets(source: Source, options: EvalOptions, notes: list[str]) -> list[
     from spiralrope_cli.core.weights import read_weights
 
     wanted = (False, True) if options.every else (options.ema,)
-    sets = [
-        read_weights(source, ema=ema, rope=options.rope, arch=options.arch, dit=False)
-        for ema in wanted
-    ]
+    read = partial(read_weights, source, rope=options.rope, arch=options.arch, dit=False)
+    sets = [read(ema=ema) for ema in wanted]
     if len(sets) == 2 and (sets[0].file, sets[0].ema) == (sets[1].file, sets[1].ema):
         del sets[1]
         notes.append(f"{source.given} holds one set of weights: no separate EMA rows")
@@ -243,11 +240,10 @@ def measure_rows(
     models: dict[Any, nn.Module] = {}
     for row in rows:
         if row.network_key not in models:
-            source, model = Source(row.source, Path(row.file)), row.model
-            rope, arch = asdict(row.rope), row.arch
-            weights = read_weights(source, ema=row.ema, rope=rope, arch=arch, verify=False)
-            size, grid = model.image_size, model.pretrain_grid
-            network = load.build_network(weights, ctx.device, image_size=size, pretrain_grid=grid)
+            source, rope = Source(row.source, Path(row.file)), asdict(row.rope)
+            weights = read_weights(source, ema=row.ema, rope=rope, arch=row.arch, verify=False)
+            sizes = {n: getattr(row.model, n) for n in ("image_size", "pretrain_grid")}
+            network = load.build_network(weights, ctx.device, **sizes)
             cast_matmuls(network, ctx.dtype)
             models[row.network_key] = network
     protocol = images.protocol
@@ -305,9 +301,8 @@ def report(
             say(f"note: {path} was not written: {error.strerror or error}; use another --out")
     say(f"decoded {decoded} images for {len(rows)} row(s)")
     if config.output == "json":
-        sys.stdout.write(
-            json.dumps({"decoded": decoded, "rows": rows}, indent=2, allow_nan=False) + "\n"
-        )
+        content = json.dumps({"decoded": decoded, "rows": rows}, indent=2, allow_nan=False)
+        sys.stdout.write(f"{content}\n")
     elif config.output == "csv":
         print_csv(rows)
     else:
