@@ -145,5 +145,6 @@ class SlurmOptions:
             MACHINE,
             metavar="KEY=V,...",
             read=read_allocation,
+            expects="KEY=VALUE,..., such as partition=gpu,time=24h",
         ),
     ] = None
