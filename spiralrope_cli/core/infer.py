@@ -110,7 +110,7 @@ def infer_arch(
     patch = state["x_embedder.proj.weight"].shape[-1] if dit else 0
     heads = 0
     if MIXED_FREQS in state:
-        return _name(dim, depth, state[MIXED_FREQS].shape[2], patch)
+        return arch_name(TransformerSize(dim, depth, state[MIXED_FREQS].shape[2], patch))
     if freqs:
         shared = rope.same_theta and rope.freqs_for == "lang"
         head_dim = 4 * len(freqs[0]) * (max(rope.rotate, 1) if shared else 1)

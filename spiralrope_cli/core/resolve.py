@@ -29,8 +29,8 @@ from spiralrope_cli.core.config.dit_runs import (
 from spiralrope_cli.core.config.folders import CONFIG_FILE
 from spiralrope_cli.core.config.models import RopeConfig, Scaling, arch_name, dit_size
 from spiralrope_cli.core.config.option import build, flat_values, idle_lines, leaves, read_values
-from spiralrope_cli.core.config.rope import check_rotate
 from spiralrope_cli.core.config.recipes import fit_channels
+from spiralrope_cli.core.config.rope import check_rotate
 from spiralrope_cli.core.config.runs import ModelConfig
 from spiralrope_cli.core.config.training import RUNS_FOLDER
 from spiralrope_cli.core.data.shards import CacheMetadata, read_cache

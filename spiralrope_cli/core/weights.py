@@ -18,8 +18,8 @@ from spiralrope_cli.core.config.datasets import BUILT_IN
 from spiralrope_cli.core.config.dit_runs import DiTRun
 from spiralrope_cli.core.config.models import RopeConfig, is_dit, size_of
 from spiralrope_cli.core.config.option import leaves, renamed
-from spiralrope_cli.core.config.rope import override_rope
 from spiralrope_cli.core.config.recipes import fit_channels
+from spiralrope_cli.core.config.rope import override_rope
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import MOST_OF_FIRST
 from spiralrope_cli.core.errors import CheckpointError

@@ -137,8 +137,8 @@ def weight_sets(source: Source, options: EvalOptions, notes: list[str]) -> list[
     from spiralrope_cli.core.weights import read_weights
 
     wanted = (False, True) if options.every else (options.ema,)
-    read = partial(read_weights, source, rope=options.rope, arch=options.arch, dit=False)
-    sets = [read(ema=ema) for ema in wanted]
+    given: Any = {"rope": options.rope, "arch": options.arch, "dit": False}
+    sets = [read_weights(source, ema=ema, **given) for ema in wanted]
     if len(sets) == 2 and (sets[0].file, sets[0].ema) == (sets[1].file, sets[1].ema):
         del sets[1]
         notes.append(f"{source.given} holds one set of weights: no separate EMA rows")
@@ -213,8 +213,7 @@ def work(config: EvalRun) -> None:
                 "sources and --data must be in folders that all machines share",
             )
         metrics: dict[EvalRow, Accuracy] = {}
-        unreadable: dict[str, str] = {}
-        decoded = 0
+        decoded, unreadable = 0, dict[str, str]()
         for protocol in dict.fromkeys(row.protocol for row in config.rows):
             rows = [row for row in config.rows if row.protocol == protocol]
             images = ValidationImages(protocol, machine, ctx.device, ctx.rank, ctx.world_size)

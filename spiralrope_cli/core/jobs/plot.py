@@ -124,7 +124,13 @@ def settle_rope(given: dict[str, Any], weights: Weights | None) -> tuple[RopePlo
     own = network_on_meta(weights).grid if weights else (side, side)
     grid = given.get("grid", own)
     trained = weights.options.get("pretrain_grid") or own if weights else grid
-    values = {"head_dim": size.head_dim, "grid": grid, "pretrain_grid": trained, **given, "arch": arch}
+    values = {
+        "head_dim": size.head_dim,
+        "grid": grid,
+        "pretrain_grid": trained,
+        **given,
+        "arch": arch,
+    }
     panels = tuple(dict.fromkeys(given.get("panels", ROPE_PANELS)))
     plot: RopePlot = build(RopePlot, {**values, "ropes": ropes, "panels": panels})
     inert = [dict(rope.inert_options({*chosen})) for rope in plot.ropes]
