@@ -277,7 +277,8 @@ def has_rotary_kernel(qkv: Tensor, cos_sin: Tensor) -> bool:
 
     Not for float64, for a table of each head, nor for one that needs a gradient.
     """
-    if cos_sin.ndim != 3 or cos_sin.requires_grad:
+    one_table = cos_sin.shape == (qkv.shape[1], qkv.shape[4] // 2, 2)
+    if not one_table or cos_sin.dtype != torch.float32 or cos_sin.requires_grad:
         return False
     if qkv.device.type != TRITON_DEVICE or qkv.dtype not in TRITON_DTYPES:
         return False

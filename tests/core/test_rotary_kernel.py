@@ -182,7 +182,7 @@ def test_it_rotates_by_plain_tables_on_gpus_alone(as_on_a_gpu, monkeypatch):
     assert not kernels.has_rotary_kernel(projection(torch.float64), cos_sin)
     assert not kernels.has_rotary_kernel(projection(device="meta"), cos_sin)
     of_each_head = cos_sin[:, None].expand(-1, 2, -1, -1)
-    for table in (of_each_head, cos_sin.clone().requires_grad_()):
+    for table in (of_each_head, cos_sin[:1], cos_sin.double(), cos_sin.clone().requires_grad_()):
         assert not kernels.has_rotary_kernel(projection(), table)
     monkeypatch.undo()
     assert not kernels.has_rotary_kernel(projection(), cos_sin)
