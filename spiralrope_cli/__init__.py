@@ -14,10 +14,14 @@ if TYPE_CHECKING:
     from spiralrope_cli.core.config.models import RopeConfig
     from spiralrope_cli.core.diffusion.gaussian import GaussianDiffusion
     from spiralrope_cli.core.load import load_model
+    from spiralrope_cli.core.models.deit import DeiT
+    from spiralrope_cli.core.models.dit import DiT
     from spiralrope_cli.core.models.factory import create_model
     from spiralrope_cli.core.rope import SpiralRoPE
 
 __all__ = [
+    "DeiT",
+    "DiT",
     "GaussianDiffusion",
     "RopeConfig",
     "SpiralRoPE",
@@ -27,6 +31,8 @@ __all__ = [
 ]
 
 _HOME_OF = {
+    "DeiT": "spiralrope_cli.core.models.deit",
+    "DiT": "spiralrope_cli.core.models.dit",
     "GaussianDiffusion": "spiralrope_cli.core.diffusion.gaussian",
     "RopeConfig": "spiralrope_cli.core.config.models",
     "SpiralRoPE": "spiralrope_cli.core.rope",

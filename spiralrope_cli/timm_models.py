@@ -14,8 +14,10 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
@@ -25,10 +27,14 @@ from timm.models import (
     resolve_pretrained_cfg,
 )
 from timm.models._features import feature_take_indices
+from timm.models._hub import download_from_hf, load_cfg_from_json
+from timm.models._pretrained import PretrainedCfg
 from torch import Tensor, nn
 
+from spiralrope_cli.core.config.folders import MODEL_FILE
 from spiralrope_cli.core.config.models import RopeConfig, deit_size
 from spiralrope_cli.core.errors import CheckpointError
+from spiralrope_cli.core.hub.catalog import HUB_CONFIG
 from spiralrope_cli.core.hub.published import freqs_note, split_freqs
 from spiralrope_cli.core.models.deit import INIT_STD, DeiT
 from spiralrope_cli.core.rope import Grid, SpiralRoPE
@@ -90,10 +96,8 @@ class SpiralRopeDeiT(DeiT):
     ) -> None:
         unknown = [name for name in rope if name not in ROPE_OPTIONS]
         if unknown:
-            raise TypeError(
-                f"{', '.join(unknown)}: no keyword of this model; "
-                f"RoPE options are {', '.join(ROPE_OPTIONS)}"
-            )
+            known = f"RoPE options are {', '.join(ROPE_OPTIONS)}"
+            raise TypeError(f"{', '.join(unknown)}: no keyword of this model; {known}")
         with torch.device(device) if device is not None else contextlib.nullcontext():
             super().__init__(
                 embed_dim,
@@ -118,6 +122,21 @@ class SpiralRopeDeiT(DeiT):
             {"module": f"blocks.{number}", "num_chs": embed_dim, "reduction": patch_size}
             for number in range(depth)
         ]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **more: Any) -> Any:
+        """`timm.create_model` with the weights of a folder, or of OWNER/NAME on the Hub."""
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            return timm.create_model(f"hf-hub:{folder}", pretrained=True, **more)
+        name, file = load_cfg_from_json(folder / HUB_CONFIG)["architecture"], folder / MODEL_FILE
+        overlay = {"file": str(file), **more.pop("pretrained_cfg_overlay", {})}
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **more)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        if self.global_pool != "token":
+            raise CheckpointError(f"global_pool is {self.global_pool!r}; DeiT has only 'token'")
+        super()._save_pretrained(save_directory)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -251,9 +270,10 @@ def _create(name: str, arch: str, pretrained: bool, **given: Any) -> nn.Module:
         if not (source.has_weights or source.state_dict):
             raise CheckpointError(
                 f"timm has no pretrained weights for {name}",
-                "use pretrained=False, and checkpoint_path=FILE for a file that "
-                "spiralrope export wrote, with the RoPE options that it was trained with",
+                "say where those that spiralrope export wrote are: "
+                "pretrained_cfg_overlay=dict(hf_hub_id='OWNER/NAME'), or dict(file=FILE)",
             )
+        given = _as_stored(name, source, given)
     size = deit_size(arch)
     sizes = {"embed_dim": size.dim, "depth": size.depth, "num_heads": size.heads}
     out_indices = given.pop("out_indices", 3)
@@ -264,6 +284,26 @@ def _create(name: str, arch: str, pretrained: bool, **given: Any) -> nn.Module:
         feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
         **{**sizes, **given},
     )
+
+
+def _as_stored(name: str, source: PretrainedCfg, given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a model: the given ones, and those in the `config.json` of its weights."""
+    if source.file and (path := Path(source.file).with_name(HUB_CONFIG)).is_file():
+        config = load_cfg_from_json(path)
+    elif source.hf_hub_id and not (source.file or source.state_dict or source.url):
+        config = load_cfg_from_json(download_from_hf(source.hf_hub_id, HUB_CONFIG))
+    else:
+        return given
+    if config["architecture"] != name:
+        raise CheckpointError(f"these weights are of {config['architecture']}, not of {name}")
+    args = config.get("model_args", {})
+    for option in {*ROPE_OPTIONS} & given.keys() & args.keys():
+        if given[option] != args[option]:
+            warnings.warn(
+                f"{option} is {given[option]!r}, and was {args[option]!r} in training", stacklevel=4
+            )
+    overlay = {**config["pretrained_cfg"], **(given.get("pretrained_cfg_overlay") or {})}
+    return {**args, **given, "pretrained_cfg_overlay": overlay}
 
 
 CFG = {

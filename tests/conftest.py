@@ -174,6 +174,17 @@ def inception_weights(tmp_path_factory, digit_pictures):
 
 
 @pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub of this process, whose token may write for `me` and `lab`."""
+    from hub_server import HubServer, use_hub
+
+    server = HubServer()
+    use_hub(server, monkeypatch, tmp_path / "hf-home")
+    yield server
+    server.close()
+
+
+@pytest.fixture
 def tiny(runs):
     """Builds small runs on the digits: a few steps, fp32, no warm-up."""
     from spiralrope_cli.core.resolve import resolve

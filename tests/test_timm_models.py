@@ -17,7 +17,7 @@ from timm.models import FeatureInfo, group_parameters
 from timm.models._features import FeatureGetterNet
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 
-from spiralrope_cli import RopeConfig, create_model, timm_models
+from spiralrope_cli import DeiT, RopeConfig, create_model, timm_models
 from spiralrope_cli.core.config.models import DEIT_SIZES
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.hub.published import NetworkSpec, published_content
@@ -503,8 +503,7 @@ def test_a_fresh_head_follows_the_recipe():
 def test_pretrained_weights_are_refused_with_a_way_out():
     with pytest.raises(CheckpointError, match=f"no pretrained weights for {TINY}") as caught:
         timm.create_model(TINY, pretrained=True)
-    assert "pretrained=False" in caught.value.hint
-    assert "checkpoint_path" in caught.value.hint
+    assert "pretrained_cfg_overlay=dict(hf_hub_id='OWNER/NAME')" in caught.value.hint
 
 
 @pytest.mark.parametrize("word", ["rotat", "qkv_bias", "attn_drop_rate"])
@@ -530,3 +529,53 @@ def test_wrong_requests_for_features_are_refused(x):
         model.reset_classifier(2, "max")
     with pytest.raises(ValueError, match=r"\(16, 16\), not \(32, 32\)"):
         model(x[..., :16, :16])
+
+
+# ---- weights that were exported
+
+
+@pytest.fixture
+def shared(tmp_path):
+    """A folder of a small DeiT, as `save_pretrained` and `export` write it."""
+    rope = RopeConfig(rotate=4, scaling="extrapolate")
+    model = DeiT(24, 2, 2, rope=rope, image_size=(16, 24), patch_size=8, num_classes=5).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    model.save_pretrained(tmp_path)
+    return model, tmp_path
+
+
+def test_weights_of_a_file_bring_their_options(shared):
+    model, folder = shared
+    overlay = {"file": str(folder / "model.safetensors")}
+    loaded = timm.create_model(TINY, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    x = pictures(2, 3, 16, 24)
+    assert torch.equal(loaded(x), model(x))
+    assert loaded.rope.config == model.rope.config
+    assert tuple(loaded.pretrained_cfg["input_size"]) == (3, 16, 24)
+
+
+def test_options_that_contradict_the_weights_are_warned_of(shared):
+    overlay = {"file": str(shared[1] / "model.safetensors")}
+    with pytest.warns(UserWarning, match="rotate is 2, and was 4 in training"):
+        timm.create_model(TINY, pretrained=True, rotate=2, pretrained_cfg_overlay=overlay)
+
+
+def test_weights_of_another_size_are_refused(shared):
+    overlay = {"file": str(shared[1] / "model.safetensors")}
+    with pytest.raises(CheckpointError, match=f"these weights are of {TINY}, not of"):
+        timm.create_model(
+            "spiralrope_deit_base_patch16_224", pretrained=True, pretrained_cfg_overlay=overlay
+        )
+
+
+def test_a_timm_model_is_saved_and_loaded_as_a_deit_is(shared, tmp_path):
+    model, folder = shared
+    loaded = timm_models.SpiralRopeDeiT.from_pretrained(folder).eval()
+    loaded.save_pretrained(tmp_path / "again")
+    x = pictures(2, 3, 16, 24)
+    assert torch.equal(DeiT.from_pretrained(tmp_path / "again")(x), model(x))
+    loaded.reset_classifier(5, "avg")
+    with pytest.raises(CheckpointError, match="global_pool is 'avg'"):
+        loaded.save_pretrained(tmp_path / "pooled")

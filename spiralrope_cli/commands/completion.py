@@ -86,8 +86,9 @@ def published() -> Offer:
 
 
 def sources(ctx: typer.Context, incomplete: str) -> Offer:
-    """Runs in runs/, checkpoint files, and published names, as the command takes them."""
-    from spiralrope_cli.core.hub.source import CLASSIFIERS, FILE_SUFFIXES
+    """Runs in runs/, checkpoint files, published names and `hf:`, as the command takes them."""
+    from spiralrope_cli.core.config.hub import FILE_SUFFIXES, HUB
+    from spiralrope_cli.core.hub.source import CLASSIFIERS
 
     takes = TAKES.get(ctx.info_name or "")
     kinds = (takes,) if takes else ("deit", "dit")
@@ -96,7 +97,8 @@ def sources(ctx: typer.Context, incomplete: str) -> Offer:
     if incomplete:
         files = (path for path in Path(incomplete).parent.glob("*") if path.suffix in FILE_SUFFIXES)
         offered += [(str(path), "file") for path in sorted(files)]
-    return offered + _published(kinds.__contains__)
+    on_hub = [(HUB, "OWNER/NAME on the Hugging Face Hub, also with /FILE and @REVISION")]
+    return offered + _published(kinds.__contains__) + on_hub
 
 
 def runs(*commands: str) -> list[str]:

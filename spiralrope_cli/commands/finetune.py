@@ -28,7 +28,8 @@ app = typer.Typer(**SETTINGS)
 def finetune(given: dict[str, Any]) -> Remaining:
     """Finetune a DeiT from a run, a checkpoint file or published weights.
 
-    SOURCE is a run folder, a .pth, .pt or .safetensors file, or a name of fetch --list.
+    SOURCE is a run folder, a .pth, .pt or .safetensors file, a name of fetch --list,
+    or hf:OWNER/NAME of the Hugging Face Hub.
 
     Starts from its EMA weights, with its sizes and RoPE options.
 

@@ -23,7 +23,7 @@ from spiralrope_cli.core.models.deit import DeiT, resize_pos_embed
 from spiralrope_cli.core.models.dit import DiT
 from spiralrope_cli.core.models.factory import create_model
 from spiralrope_cli.core.resolve import StartingPoint, positions_at
-from spiralrope_cli.core.weights import Weights, read_weights
+from spiralrope_cli.core.weights import Weights, fetch_source, read_weights
 
 ALIGNMENT = 64  # bytes, as torch allocates tensors on a CPU
 
@@ -40,7 +40,8 @@ def load_model(
     """A model with its weights, in eval mode on the CPU.
 
     Args:
-        source: run folder, checkpoint file, or published name, which is downloaded if needed.
+        source: run folder, checkpoint file, published name, or `hf:OWNER/NAME[/FILE][@REVISION]`;
+            weights on the Hub are downloaded if needed.
         ema: EMA weights, not raw ones.
         rope: replaces the RoPE options of the source; required for a plain state dict.
         arch: gives the number of heads of a plain state dict that is not of a published size.
@@ -54,7 +55,8 @@ def load_model(
         FetchError: the download failed.
     """
     chosen = asdict(rope) if rope is not None else {}
-    weights = read_weights(find_source(str(source)), ema=ema, rope=chosen, arch=arch)
+    given = fetch_source(find_source(str(source)))
+    weights = read_weights(given, ema=ema, rope=chosen, arch=arch)
     for note in weights.notes:
         warnings.warn(note, stacklevel=2)
     return build_network(weights)
@@ -173,9 +175,10 @@ def starting_point(
         ema: averaged weights, not the raw ones.
         arch: `--arch` of the user; empty: not given.
         dit: whether a DiT is required, or a classifier.
-        download: whether to download published weights if needed.
+        download: whether to download weights on the Hub, if they are newer there.
     """
-    weights = read_weights(source, ema=ema, rope=rope, arch=arch, dit=dit, download=download)
+    source = fetch_source(source, download="newest" if download else "never")
+    weights = read_weights(source, ema=ema, rope=rope, arch=arch, dit=dit)
     of_run = weights.config if weights.source.run else {}
     images = weights.config.get("images", {})
     if dit and not images:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -47,6 +47,7 @@ from spiralrope_cli.core.infer import (
 )
 from spiralrope_cli.core.storage import DamagedError, parse, read_safetensors
 
+Download = Literal["newest", "missing", "never"]
 LABELS = "y_embedder.embedding_table.weight"
 # Arguments of `create_model` besides arch and rope: of a DeiT (False), of a DiT (True).
 MODEL_OPTIONS = {
@@ -88,17 +89,22 @@ class Weights:
         return f"{self.source.given}: {self.what()}"
 
 
-def fetch_source(source: Source, *, download: bool = True) -> Source:
-    """The source with its file; published weights are downloaded, unless `download` is False."""
+def fetch_source(source: Source, *, download: Download = "newest") -> Source:
+    """The source with its file; weights on the Hub are downloaded.
+
+    `download` is `newest` where a command begins: workers must read what its plan has read.
+    """
     if source.row is None or source.place is not None:
         return source
-    if source.row.kind not in ("deit", "dit"):
+    if source.row.kind not in ("deit", "dit", "network"):
         raise CheckpointError(
             f"{source.given} is not a DeiT or DiT: {source.row.what}",
             "spiralrope fetch --list shows all published names",
         )
-    path = local_path(source.row)
-    if path is None and not download:
+    # Published names stay as they are.
+    newest = download == "newest" and source.row.listed
+    path = None if newest else local_path(source.row)
+    if path is None and download == "never":
         raise CheckpointError(
             f"the weights of {source.given} are not downloaded, and --dry-run does not download",
             f"spiralrope fetch {source.given} downloads them",
@@ -113,22 +119,20 @@ def read_weights(
     rope: dict[str, Any] | None = None,
     arch: str = "",
     dit: bool | None = None,
-    download: bool = True,
     verify: bool = True,
 ) -> Weights:
     """Reads one set of weights.
 
     Args:
-        source: from `find_source`.
+        source: from `find_source` or `fetch_source`.
         ema: EMA weights, not raw ones; a plain state dict has one set only.
         rope: field name -> value, RoPE options that override those of the source.
         arch: `--arch`, which gives the number of heads if the source does not; empty: not given.
         dit: whether they must be those of a DiT, or of a classifier; None: of either.
-        download: whether to download published weights if needed.
         verify: whether to compare checksums and to look for values that are not finite; workers
             do not, because the plan has.
     """
-    source, chosen = fetch_source(source, download=download), rope or {}
+    source, chosen = fetch_source(source, download="missing"), rope or {}
     file = source.file(ema)
     head = head_of(file)
     named_safetensors = file.suffix == ".safetensors"
@@ -136,10 +140,10 @@ def read_weights(
         raise CheckpointError(f"{file} is a file of torch.save", "name it .pth")
     is_safetensors = named_safetensors or head[8:9] == b"{"
     state, metadata = _read_safetensors(file, verify) if is_safetensors else ({}, {})
+    state = plain_names(state)
     if "config" in metadata:
         weights = _from_own_layout(source, file, ema, state, metadata, chosen)
     else:
-        state = plain_names(state)
         bare = PublishedFile(state, state, has_both=False, args={})
         content = bare if is_safetensors else read_published(file, verify=verify)
         weights = _from_published_layout(source, file, ema, content, chosen, arch)
@@ -201,7 +205,7 @@ def _from_own_layout(
         notes.append(f"{file.name} holds only raw weights; they are used instead of EMA weights")
     optim, steps = config.get("optim", {}), int(metadata.get("step", "0"))
     decay = 0 if optim.get("ema_warmup") else optim.get("ema_decay", 0)
-    if averaged and (fraction := decay**steps) > MOST_OF_FIRST:
+    if averaged and decay and (fraction := decay**steps) > MOST_OF_FIRST:
         notes.append(
             f"{fraction:.0%} of the EMA weights in {file} are still the first ones: "
             f"{steps} steps were few for a decay of {decay:g}; the raw ones are trained (--no-ema)"

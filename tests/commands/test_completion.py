@@ -75,10 +75,10 @@ def test_every_offered_arch_is_understood(offered):
 
 def test_sources_are_those_that_the_command_takes(offered):
     for command in ("finetune", "eval", "eval x", "plot attention"):
-        assert set(offered(f"spiralrope {command} ")) == DEITS | NAMES["deit"]
+        assert set(offered(f"spiralrope {command} ")) == DEITS | NAMES["deit"] | {"hf:"}
     for command in ("dit-sample", "dit-train --init-from"):
-        assert set(offered(f"spiralrope {command} ")) == DITS | NAMES["dit"]
-    everything = DEITS | DITS | NAMES["deit"] | NAMES["dit"]
+        assert set(offered(f"spiralrope {command} ")) == DITS | NAMES["dit"] | {"hf:"}
+    everything = DEITS | DITS | NAMES["deit"] | NAMES["dit"] | {"hf:"}
     assert set(offered("spiralrope export ")) == everything
 
 

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import resource
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from safetensors import safe_open
-from safetensors.torch import save_model
+from safetensors.torch import save_file, save_model
 from typer.testing import CliRunner
 
 from spiralrope_cli import RopeConfig, create_model, load_model, main
 from spiralrope_cli.core.errors import CheckpointError, ConfigError, DiskError, FetchError
 from spiralrope_cli.core.hub.catalog import WEIGHTS_REPO, find_row
 from spiralrope_cli.core.hub.published import read_published
+from spiralrope_cli.core.storage import read_safetensors
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoints"
 DEIT, DIT, BARE = "deit_tiny_checkpoint.pth", "dit_tiny_0000007.pt", "dit_tiny_raw.pth"
@@ -252,7 +253,7 @@ def test_the_folder_has_all_that_a_stranger_needs(export, runs):
     assert folder.name == "run-0000008-ema"
     assert sorted(p.name for p in folder.iterdir()) == [
         "README.md",
-        "config.yaml",
+        "config.json",
         "model.safetensors",
     ]
     card = ModelCard.load(folder / "README.md")
@@ -269,9 +270,10 @@ def test_the_folder_has_all_that_a_stranger_needs(export, runs):
     with safe_open(folder / "model.safetensors", "pt") as file:
         metadata = file.metadata()
     assert (metadata["weights"], metadata["step"]) == ("ema", "8")
-    config = json.loads(metadata["config"])
-    assert config == yaml.safe_load((folder / "config.yaml").read_text())
-    assert config["data"] == "digits"
+    assert json.loads(metadata["config"])["data"] == "digits"
+    described = json.loads((folder / "config.json").read_text())
+    assert described["arch"] == "deit-32x2x2"
+    assert described["rope"]["rotate"] == 4
     assert torch.equal(outputs(folder), outputs(run, ema=True))
 
 
@@ -335,7 +337,7 @@ def test_too_little_space_is_told_before_anything_is_written(export, runs, monke
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("deit-s", "--layout", "onnx"), "--layout is onnx; it must be published or safetensors"),
+        (("deit-s", "--layout", "onnx"), "--layout is onnx; it must be safetensors or published"),
         (("deit-s", "--layout", "published", "--out", "x"), "must end in .pth or .pt"),
         (("deit-s", "--layout", "safetensors", "--out", "x.pth"), "is the name of a file"),
         (("deit-s", "--layout", "published", "--best"), "deit-s is not one"),
@@ -359,3 +361,119 @@ def test_published_weights_are_fetched_by_name(spiralrope, runs):
     card = ModelCard.load(runs / "exports" / "deit-s-ema" / "README.md")
     assert card.data.datasets == ["imagenet-1k"]
     assert torch.equal(outputs(runs / "exports" / "deit-s-ema"), outputs(GOLDEN / DEIT, ema=True))
+
+
+# ---- onto the Hub
+
+
+def measured(run, acc1=93.25):
+    """A run whose EMA weights of the last checkpoint were evaluated."""
+    weights = run / "checkpoints" / "0000008" / "ema.safetensors"
+    row = {
+        **{"weights": "EMA", "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()},
+        **{"data": "/home/me/digits", "image_size": [16, 16], "crop_ratio": 1.0},
+        **{"acc1": acc1, "acc5": 99.5, "loss": 0.25, "count": 360},
+    }
+    (run / "eval.json").write_text(json.dumps({"rows": [row]}))
+    return run
+
+
+def push(export, source, repo="me/vit", *more):
+    path, said = export(source, "--ema", "--push", repo, "--license", "mit", *more)
+    return str(path), said
+
+
+def test_a_push_leaves_all_on_the_hub_and_nothing_here(hub, export, runs):
+    run = measured(make_run(runs / "run"))
+    url, _ = push(export, run)
+    assert url.endswith(f"{hub.url.partition('://')[2]}/me/vit")
+    assert set(hub.repos["me/vit"]) == {"README.md", "config.json", "model.safetensors"}
+    assert not (runs / "exports").exists()
+    card = ModelCard.load("me/vit")
+    assert (card.data.license, card.data.library_name) == ("mit", "spiralrope")
+    [first, second] = card.data.eval_results
+    assert (first.dataset_name, first.metric_value, second.metric_value) == ("digits", 93.25, 99.5)
+    assert card.data.model_name == "vit"
+    assert "arXiv:2602.03227" in card.text
+    assert "title = {spiralrope}" in card.text
+    everything = b"".join(hub.repos["me/vit"].values())
+    assert str(runs).encode() not in everything
+    assert b"/home/me" not in everything, "no paths of this machine"
+    assert torch.equal(outputs("hf:me/vit", ema=True), outputs(run, ema=True))
+
+
+def test_every_example_of_the_card_runs(hub, export, runs):
+    push(export, make_run(runs / "run"))
+    card = ModelCard.load("me/vit").text
+    examples = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(examples) == 3
+    for example in examples:
+        found = {}
+        exec(example, found)
+        assert found["model"].num_classes == 5
+    assert "spiralrope eval hf:me/vit" in card
+
+
+def test_the_second_push_brings_the_new_weights_and_figures(hub, export, runs):
+    push(export, measured(make_run(runs / "run")))
+    first = outputs("hf:me/vit", ema=True)
+    other = make_run(runs / "other")
+    path = other / "checkpoints" / "0000008" / "ema.safetensors"
+    state, metadata = read_safetensors(path)
+    save_file({name: 2 * value for name, value in state.items()}, path, metadata)
+    push(export, measured(other, acc1=95.5))
+    assert not torch.equal(outputs("hf:me/vit", ema=True), first)
+    assert ModelCard.load("me/vit").data.eval_results[0].metric_value == 95.5
+    assert len(hub.commits["me/vit"]) == 2
+
+
+def test_private_and_out_are_kept(hub, export, runs):
+    _, _ = push(export, make_run(runs / "run"), "lab/vit", "--private", "--out", "kept")
+    assert hub.private == {"lab/vit"}
+    kept = {path.name: path.read_bytes() for path in (runs / "kept").iterdir()}
+    assert kept == hub.repos["lab/vit"]
+
+
+def test_damaged_weights_never_reach_the_hub(hub, export, runs):
+    run = make_run(runs / "run")
+    path = run / "checkpoints" / "0000008" / "ema.safetensors"
+    state, metadata = read_safetensors(path)
+    state = {name: value.clone() for name, value in state.items()}
+    state["norm.scale"][0] = torch.nan
+    save_file(state, path, metadata)
+    with pytest.raises(CheckpointError, match="not finite"):
+        push(export, run)
+    assert not hub.repos
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--push", "me/vit"), "--push me/vit needs --license"),
+        (("--push", "vit", "--license", "mit"), "--push is vit; it must be OWNER/NAME"),
+        (("--private",), "--private has no effect without --push"),
+        (("--license", "MIT!"), "--license is MIT!; it must be an identifier of the Hub"),
+        (("--layout", "published", "--license", "mit"), "--license with --layout published"),
+        (("--vae", "mse"), "--vae mse has no effect with --layout safetensors"),
+    ],
+)
+def test_wrong_words_of_a_push_are_usage_errors(hub, export, words, message):
+    with pytest.raises(ConfigError, match=message):
+        export("deit-s", *words)
+    assert not hub.asked
+
+
+def test_the_real_commands_push_and_read(spiralrope, runs):
+    server = HubServer()
+    env = server.variables(runs / "home", "hf_me")
+    try:
+        words = ("--push", "me/vit", "--license", "mit", "--private")
+        done = spiralrope("export", make_run(runs / "run"), *words, env=env)
+        assert done.stdout == f"{server.url}/me/vit\n"
+        assert "Traceback" not in done.stderr
+        done = spiralrope("fetch", "hf:me/vit", env=env)
+        assert Path(done.stdout.strip()).name == "model.safetensors"
+        done = spiralrope("fetch", "hf:me/vit", env={**env, "HF_TOKEN": ""}, expect=1)
+        assert "does not let you read me/vit (401)" in done.stderr
+    finally:
+        server.close()

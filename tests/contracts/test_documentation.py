@@ -54,6 +54,7 @@ STAND_INS = {
     "runs/dit-train-dit-b4-imagenet-r2": [DIT_FILE, "--vae", "vae"],
     "207,88": ["7,8"],
     "ema": ["vae"],  # of --vae
+    "mse": ["vae"],
     "160": ["16"],
     "224": ["32"],
     "384": ["48"],
@@ -212,14 +213,25 @@ def small_things(tmp_path_factory, trained_once, drawn_once, tiny_vae, digit_pic
     shutil.copytree(trained_once, home / "runs" / "pretrain-deit-ti-digits-r2")
     shutil.copytree(drawn_once, home / "runs" / "dit-train-dit-ti2-digits-r0")
     words = ["dit-encode", "--data", str(home / "imagenet"), "--out", str(home / "latents")]
-    result = CliRunner().invoke(cli.app, [*words, "--vae", str(tiny_vae), "--image-size", "32"])
-    assert result.exit_code == 0, result.output
+    more = ["--vae", str(tiny_vae)]
+    pipeline = ["export", str(home / DIT_FILE), "--layout", "diffusers", *more]
+    shared = ["export", str(trained_once), "--ema", "--out", str(home / "shared")]
+    for line in (
+        [*words, *more, "--image-size", "32"],
+        [*pipeline, "--out", str(home / "dit-pipeline")],
+        shared,
+    ):
+        result = CliRunner().invoke(cli.app, line)
+        assert result.exit_code == 0, result.output
     return home
 
 
 @pytest.fixture
-def among_small_things(small_things, runs, monkeypatch):
-    """The working folder of one line: it finds them all, and writes beside them."""
+def among_small_things(small_things, runs, monkeypatch, hub):
+    """The working folder of one line: it finds them all, and writes beside them or on a Hub."""
+    shared = small_things / "shared"
+    hub.repos["me/vit-digits"] = {path.name: path.read_bytes() for path in shared.iterdir()}
+    hub.private.add("me/vit-digits")
     for entry in small_things.iterdir():
         if entry.name != "runs":
             (runs / entry.name).symlink_to(entry)
@@ -301,7 +313,9 @@ def test_every_command_goes_to_the_end_somewhere():
 
 
 @pytest.mark.parametrize(("page", "language", "block"), blocks("python"))
-def test_a_python_block_runs(page, language, block, among_small_things):
+def test_a_python_block_runs(page, language, block, among_small_things, monkeypatch):
+    place = "diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE"
+    monkeypatch.setattr(place, str(among_small_things / "modules"))
     exec(compile(block, page, "exec"), {})
 
 

@@ -86,7 +86,7 @@ class ImageConfig:
     vae: Annotated[
         str,
         Opt(
-            "VAE: ema, mse, a folder in diffusers' layout, or none for pixels.",
+            "VAE: ema, mse, a folder in diffusers' layout, hf:OWNER/NAME, or none for pixels.",
             DATA,
             metavar="NAME|FOLDER",
             complete="vaes_or_none",
@@ -167,7 +167,7 @@ class DiTRun(RunConfig):
     source: Annotated[
         str,
         Opt(
-            "Start from the EMA weights of a run, a file or a published name.",
+            "Start from the EMA weights of a run, a file, a published name or hf:OWNER/NAME.",
             MODEL,
             flag="--init-from",
             was="--init",

@@ -41,7 +41,8 @@ class EvalOptions:
     sources: Annotated[
         tuple[str, ...],
         Opt(
-            "Run folders, checkpoint files or published names; by default the newest run.",
+            "Run folders, checkpoint files, published names or hf:OWNER/NAME; "
+            "by default the newest run.",
             metavar="SOURCE",
             complete="sources",
             argument=True,

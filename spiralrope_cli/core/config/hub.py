@@ -14,12 +14,16 @@ from spiralrope_cli.core.config.option import (
     PATH,
     SHOW,
     SOURCE,
+    UPLOAD,
     Opt,
     check_fields,
 )
 from spiralrope_cli.core.errors import ConfigError
 
 PUBLISHED_SUFFIXES = (".pth", ".pt")
+FILE_SUFFIXES = (*PUBLISHED_SUFFIXES, ".bin", ".safetensors")
+HUB = "hf:"
+HUB_FORM = f"{HUB}OWNER/NAME[/FILE][@REVISION]"
 
 
 def cache_folder() -> Path:
@@ -35,7 +39,8 @@ class FetchRun:
     names: Annotated[
         tuple[str, ...],
         Opt(
-            "Published names; --list shows all.",
+            "Published names (--list shows all); of the Hugging Face Hub hf:OWNER/NAME, also with "
+            "/FILE and @REVISION.",
             metavar="NAME",
             complete="published",
             argument=True,
@@ -64,13 +69,13 @@ class ExportRun:
 
     source: Annotated[str, SOURCE]
     layout: Annotated[
-        Literal["published", "safetensors"],
+        Literal["safetensors", "published", "diffusers"],
         Opt(
-            "published: one .pth file; safetensors: a folder with a model card.",
+            "safetensors: a folder with config and model card; published: one .pth file; "
+            "diffusers: a pipeline, of a DiT.",
             EXPORT,
-            required=True,
         ),
-    ]
+    ] = "safetensors"
     ema: Annotated[
         bool | None,
         Opt(
@@ -83,25 +88,76 @@ class ExportRun:
         bool, Opt("Use the checkpoint with the best raw acc@1, not the last.", EXPORT)
     ] = False
     arch: Annotated[str, ARCH_OF_SOURCE] = ""
+    vae: Annotated[
+        str | None,
+        Opt(
+            "VAE of the pipeline: mse, ema, a folder in diffusers' layout or hf:OWNER/NAME; "
+            "by default as in dit-sample.",
+            EXPORT,
+            metavar="NAME|FOLDER",
+            complete="vaes",
+        ),
+    ] = None
     out: Annotated[
         str,
         Opt(
-            "Output file (published) or folder (safetensors); by default in exports/.",
+            "Output folder, or file (published); by default in exports/, with --push nowhere.",
             EXPORT,
             **{**PATH, "metavar": "PATH"},
         ),
     ] = ""
+    push: Annotated[
+        str | None,
+        Opt(
+            "Upload the folder to this repository of the Hugging Face Hub.",
+            UPLOAD,
+            metavar="OWNER/NAME",
+            pattern=r"\w[\w.-]*/\w[\w.-]*",
+            expects="OWNER/NAME",
+        ),
+    ] = None
+    license: Annotated[
+        str | None,
+        Opt(
+            "Licence of the weights as the Hub spells it, as mit or cc-by-nc-4.0; for the card.",
+            UPLOAD,
+            metavar="ID",
+            pattern=r"[a-z0-9][a-z0-9.-]*",
+            expects="an identifier of the Hub, as mit, apache-2.0 or cc-by-nc-4.0",
+        ),
+    ] = None
+    private: Annotated[
+        bool, Opt("Make a new repository private; an existing one must be.", UPLOAD)
+    ] = False
 
     def __post_init__(self) -> None:
         check_fields(self)
         suffix = Path(self.out).suffix
-        if self.out and self.layout == "published" and suffix not in PUBLISHED_SUFFIXES:
+        one_file = self.layout == "published"
+        if self.out and one_file and suffix not in PUBLISHED_SUFFIXES:
             raise ConfigError(
                 f"--out {self.out} must end in {' or '.join(PUBLISHED_SUFFIXES)}",
                 "the published layout is one file",
             )
-        if self.layout == "safetensors" and suffix in (*PUBLISHED_SUFFIXES, ".safetensors"):
+        if not one_file and suffix in (*PUBLISHED_SUFFIXES, ".safetensors"):
             raise ConfigError(
                 f"--out {self.out} is the name of a file",
-                "the safetensors layout is a folder: model.safetensors, config.yaml, README.md",
+                f"the {self.layout} layout is a folder",
+            )
+        if one_file and (self.push or self.license):
+            raise ConfigError(
+                f"--{'push' if self.push else 'license'} with --layout published",
+                "use --layout safetensors, which has a model card and needs no pickle",
+            )
+        if self.push and not self.license:
+            raise ConfigError(
+                f"--push {self.push} needs --license, as mit, apache-2.0 or cc-by-nc-4.0",
+                "only the owner of the weights can give one",
+            )
+        if self.private and not self.push:
+            raise ConfigError("--private has no effect without --push", "leave one out")
+        if self.vae is not None and self.layout != "diffusers":
+            raise ConfigError(
+                f"--vae {self.vae} has no effect with --layout {self.layout}",
+                "only a pipeline of diffusers has a VAE",
             )

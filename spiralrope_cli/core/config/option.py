@@ -27,12 +27,13 @@ from typing import Any
 from spiralrope_cli.core.errors import ConfigError, in_one
 
 STAGES, WEIGHTS, ATTENTION, EXPORT = "Stages", "Weights", "Attention", "Export"
-DOWNLOAD, SHOW, SAMPLING, IMAGES = "Download", "Display", "Sampling", "Images"
+DOWNLOAD, UPLOAD, SHOW = "Download", "Upload", "Display"
+SAMPLING, IMAGES = "Sampling", "Images"
 METRICS, MODEL, ROPE = "Metrics", "Model", "Spiral RoPE"
 DATA, RECIPE, SAMPLES = "Data and augmentation", "Recipe", "Samples and metrics"
 RUN, FIGURE, OUTPUT, MACHINE = "Run", "Figure", "Output", "Machine"
 PANELS = (
-    *(STAGES, WEIGHTS, ATTENTION, EXPORT, DOWNLOAD, SHOW, SAMPLING, IMAGES, METRICS),
+    *(STAGES, WEIGHTS, ATTENTION, EXPORT, UPLOAD, DOWNLOAD, SHOW, SAMPLING, IMAGES, METRICS),
     *(MODEL, ROPE, DATA, RECIPE, SAMPLES, FIGURE, RUN, OUTPUT, MACHINE),
 )
 """Panels of the help, in this order."""
@@ -327,7 +328,8 @@ def folder(text: str) -> str:
 
 PATH: dict[str, Any] = {"read": path, "expects": "a path", "metavar": "FOLDER"}
 SOURCE = Opt(
-    "Run folder, checkpoint file, or published name.",
+    "Run folder, checkpoint file, published name, or hf:OWNER/NAME of the Hugging Face "
+    "Hub, also with /FILE and @REVISION.",
     metavar="SOURCE",
     complete="sources",
     argument=True,

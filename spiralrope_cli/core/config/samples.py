@@ -14,6 +14,7 @@ from spiralrope_cli.core.config.dit_runs import (
     VAE_NAMES,
     input_size,
 )
+from spiralrope_cli.core.config.hub import HUB
 from spiralrope_cli.core.config.models import ARCH_OF_SOURCE, SIZE, format_size, numbers, pair
 from spiralrope_cli.core.config.option import (
     DATA,
@@ -192,7 +193,8 @@ def resolve_vae(source: str, channels: int, *, trained: str | None, given: str |
     if trained is None:
         trained = SAMPLING_VAE if channels == LATENT_CHANNELS else NO_VAE
     vae = decoder_of(trained) if given is None else given
-    if vae == trained and vae not in (NO_VAE, *VAE_NAMES) and not Path(vae).is_dir():
+    a_folder = vae not in (NO_VAE, *VAE_NAMES) and not vae.startswith(HUB)
+    if vae == trained and a_folder and not Path(vae).is_dir():
         raise ConfigError(
             f"{source} was trained with the VAE {vae}, which does not exist here",
             "use --vae with the folder of that VAE",
@@ -298,7 +300,7 @@ class SampleRun:
     vae: Annotated[
         str,
         Opt(
-            "VAE: mse, ema, a folder in diffusers' layout, or none for pixels.",
+            "VAE: mse, ema, a folder in diffusers' layout, hf:OWNER/NAME, or none for pixels.",
             IMAGES,
             metavar="NAME|FOLDER",
             complete="vaes_or_none",

@@ -1,17 +1,24 @@
-"""Published weights by name, one row each. Standard library only."""
+"""Published weights by name, one row each, and weights on the Hub. Standard library only."""
 
 from __future__ import annotations
 
 import difflib
 import os
-from dataclasses import dataclass
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from spiralrope_cli.core.errors import ConfigError
+from spiralrope_cli.core.config.folders import MODEL_FILE
+from spiralrope_cli.core.config.hub import FILE_SUFFIXES, HUB, HUB_FORM
+from spiralrope_cli.core.errors import ConfigError, FetchError
 
 WEIGHTS_REPO = "haoyuliu00/Spiral_RoPE"
+HUB_CONFIG, DIFFUSERS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
+DIFFUSERS_INDEX, TRANSFORMER_FOLDER = "model_index.json", "transformer"
 INCEPTION_VARIABLE = "SPIRALROPE_INCEPTION_URL"
+SHOWN_FILES = 6
 _INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 _REFERENCES = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
 
@@ -21,11 +28,13 @@ class Row:
     """A published file, in a repository on the Hub or at a plain URL."""
 
     name: str  # published name, for all commands
-    kind: str  # deit, dit, vae, inception or reference
+    kind: str  # deit, dit, vae, inception or reference; network: a DeiT or DiT of anybody
     what: str  # description
     file: str  # path in the repository; for a plain URL the file name
     repo: str = ""
     more_files: tuple[str, ...] = ()  # further files of the repository
+    revision: str | None = None  # branch, tag or commit; None: main
+    listed: bool = False  # `file` may be a folder or empty: the list of the repository decides
     arch: str = ""  # of a DeiT or DiT
     steps: int | None = None  # training steps; the file name can be wrong
     rope: dict[str, Any] | None = None  # fields of RopeConfig, if the file does not have them
@@ -37,6 +46,11 @@ class Row:
     def files(self) -> tuple[str, ...]:
         """All files, by path in the repository."""
         return (*self.more_files, self.file)
+
+    @property
+    def folder_name(self) -> str:
+        """The name as that of a folder."""
+        return re.sub(r"[^\w.-]+", "-", self.name.removeprefix(HUB))
 
     @property
     def file_name(self) -> str:
@@ -67,8 +81,8 @@ def _vae(name: str, what: str) -> Row:
         name=name,
         kind="vae",
         what=what,
-        file="diffusion_pytorch_model.safetensors",
-        more_files=("config.json",),
+        file=DIFFUSERS_FILE,
+        more_files=(HUB_CONFIG,),
         repo=f"stabilityai/sd-{name.replace('-', '-ft-')}",
     )
 
@@ -119,7 +133,9 @@ ALIASES = {"dit-xl2": "dit-xl2@7m"}
 
 
 def find_row(name: str) -> Row:
-    """The row by name; for an unknown name the error suggests the nearest."""
+    """The row by name, or of weights on the Hub; an error suggests the nearest name."""
+    if name.startswith(HUB):
+        return hub_row(name)
     wanted = name.strip().lower()
     by_name = {row.name: row for row in ROWS}
     if row := by_name.get(ALIASES.get(wanted, wanted)):
@@ -130,3 +146,49 @@ def find_row(name: str) -> Row:
         f"{name} is not a published name",
         f"{guess}spiralrope fetch --list shows all",
     )
+
+
+def hub_row(given: str, kind: str = "network") -> Row:
+    """The row of `hf:OWNER/NAME[/FILE][@REVISION]`.
+
+    Options that files of the catalogue lack are known there; `listed_file` finds all other files.
+    """
+    place, at, revision = given.removeprefix(HUB).partition("@")
+    owner, _, rest = place.partition("/")
+    name, _, file = rest.partition("/")
+    allowed = all(re.fullmatch(r"\w[\w.-]*", part) for part in (owner, name))
+    if not allowed or bool(at) != bool(revision):
+        raise ConfigError(
+            f"{given} is not {HUB_FORM}", f"for example {HUB}{WEIGHTS_REPO}/dit_s2/0400000.pt"
+        )
+    repo, file = f"{owner}/{name}", file.strip("/")
+    what = f"{file or 'weights'} of {repo}"
+    own = Row(name=given, kind=kind, what=what, file=file, repo=repo, listed=True)
+    known = (replace(row, name=given) for row in ROWS if (row.repo, row.file) == (repo, file))
+    return replace(next(known, own), revision=revision or None)
+
+
+def listed_file(row: Row, names: Collection[str]) -> Row:
+    """A row with its files, out of the `names` in its repository.
+
+    Raises:
+        FetchError: there is no such file, or more than one.
+    """
+    below = f"{row.file}/" if row.file else ""
+    weights = [n for n in names if n.endswith(FILE_SUFFIXES) and n.startswith(below)]
+    usual = (DIFFUSERS_FILE, f"vae/{DIFFUSERS_FILE}")
+    if row.kind != "vae":  # not the VAE of a pipeline either, where that alone is in the cache
+        weights = [name for name in weights if not name.removeprefix(below).startswith("vae/")]
+        usual = (MODEL_FILE, f"{TRANSFORMER_FOLDER}/{DIFFUSERS_FILE}")
+    first = [below + name for name in usual if below + name in weights]
+    found = [row.file] if row.file in names else first[:1] or weights
+    if len(found) != 1:
+        shown = found or sorted(n for n in names if n.endswith(FILE_SUFFIXES)) or sorted(names)
+        more = f" and {len(shown) - SHOWN_FILES} more" if len(shown) > SHOWN_FILES else ""
+        have = f"{', '.join(shown[:SHOWN_FILES])}{more}"
+        if found:
+            raise FetchError(f"{row.name} holds several files of weights", f"name one of {have}")
+        what = f"no file {row.file}" if row.file else "no weights"
+        raise FetchError(f"{row.name}: {row.repo} has {what}", f"it has {have or 'no file'}")
+    beside = str(PurePosixPath(found[0]).with_name(HUB_CONFIG))
+    return replace(row, file=found[0], more_files=(beside,) if row.kind == "vae" else ())

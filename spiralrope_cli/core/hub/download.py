@@ -7,12 +7,14 @@ imported inside functions.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from spiralrope_cli.core.errors import FetchError, NoRouteError
-from spiralrope_cli.core.hub.catalog import Row
+from spiralrope_cli.core.hub.catalog import Row, listed_file
 from spiralrope_cli.core.hub.files import (
     DIGEST,
     check_room,
@@ -26,20 +28,26 @@ from spiralrope_cli.core.hub.files import (
 )
 from spiralrope_cli.core.runtime.progress import human_size, say
 
+LIST_SECONDS = 30.0
 
-def local_files(row: Row, *, revision: str | None = None) -> list[Path]:
+
+def local_files(row: Row) -> list[Path]:
     """Cached files of a row, in its order; empty unless all are cached."""
     if not row.repo:
         target = target_of(row)
         return [target] if target.is_file() else []
-    found = [cached(row, file, revision) for file in row.files]
+    try:
+        row = listed_file(row, _cached_names(row)) if row.listed else row
+    except FetchError:
+        return []
+    found = [cached(row, file, row.revision) for file in row.files]
     return [path for path in found if path] if all(found) else []
 
 
 def local_path(row: Row) -> Path | None:
-    """The cached file of a row, or the folder of its files; does not use the network."""
+    """The cached file of a row, or the folder of a VAE; does not use the network."""
     files = local_files(row)
-    return _one_path(files) if files else None
+    return _one_path(row, files) if files else None
 
 
 def damaged_files(row: Row) -> list[Path]:
@@ -52,31 +60,36 @@ def damaged_files(row: Row) -> list[Path]:
     return bad
 
 
-def fetch_published(
-    row: Row, *, revision: str | None = None, offline: bool = False, out: Path | None = None
-) -> Path:
+def fetch_published(row: Row, *, offline: bool = False, out: Path | None = None) -> Path:
     """Downloads a row unless it is cached, checks it, and returns its file or folder.
 
     Args:
-        row: row of the catalogue.
-        revision: branch, tag or commit on the Hub; by default main.
+        row: row of the catalogue, or of weights on the Hub.
         offline: use cached files only.
         out: also copy the files into this folder, and return the copy.
     """
     from huggingface_hub import constants
 
     barred = "HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "--offline" if offline else ""
-    if row.repo:
-        files = _fetch_from_hub(row, revision, barred, out)
-    else:
-        if revision:
-            say(f"note: --revision has no effect: {row.name} is not on the Hub")
-        files = [fetch_file(row, barred, out)]
-    return _one_path([place_copy(path, out) for path in files] if out else files)
+    files = _fetch_from_hub(row, barred, out) if row.repo else [fetch_file(row, barred, out)]
+    return _one_path(row, [place_copy(path, out) for path in files] if out else files)
 
 
-def _one_path(files: list[Path]) -> Path:
-    return files[0] if len(files) == 1 else files[0].parent
+def _one_path(row: Row, files: list[Path]) -> Path:
+    return files[-1].parent if row.kind == "vae" else files[-1]
+
+
+def _cached_names(row: Row) -> list[str]:
+    """Paths in the repository of all cached files of a revision."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        place = snapshot_download(row.repo, revision=row.revision, local_files_only=True)
+    except LocalEntryNotFoundError:
+        return []
+    files = (path for path in Path(place).rglob("*") if path.is_file())
+    return [path.relative_to(place).as_posix() for path in files]
 
 
 def cached(row: Row, file: str, revision: str | None) -> Path | None:
@@ -101,26 +114,46 @@ class HubFile(NamedTuple):
     size: int
 
 
-def look_up(row: Row, revision: str | None, *, timeout: float | None = None) -> list[HubFile]:
+@contextlib.contextmanager
+def _asking(row: Row, file: str = "") -> Iterator[None]:
+    """Errors of a request for a file, or for the list of a repository, as ours."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    try:
+        yield
+    except HfHubHTTPError as error:
+        raise _refusal(row, file, error) from error
+    # HTTPError is that of the HTTP library, which depends on the version of huggingface_hub.
+    except (HTTPError, OSError) as error:
+        raise NoRouteError(
+            f"no route to {constants.ENDPOINT}: {first_line(error)}",
+            "check network, proxy and HF_ENDPOINT",
+        ) from error
+
+
+def find_files(row: Row) -> Row:
+    """The row with its files, for which the Hub is asked where the row does not say them."""
+    from huggingface_hub import HfApi
+
+    if not row.listed:
+        return row
+    with _asking(row):
+        info = HfApi().model_info(row.repo, revision=row.revision, timeout=LIST_SECONDS)
+    return listed_file(row, [each.rfilename for each in info.siblings or ()])
+
+
+def look_up(row: Row, *, timeout: float | None = None) -> list[HubFile]:
     """Commit, digest and size of each file, from the Hub; `timeout` is in seconds."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     found = []
     for file in row.files:
-        try:
+        with _asking(row, file):
             metadata = get_hf_file_metadata(
-                hf_hub_url(row.repo, file, revision=revision),
+                hf_hub_url(row.repo, file, revision=row.revision),
                 timeout=timeout or constants.HF_HUB_ETAG_TIMEOUT,
             )
-        except HfHubHTTPError as error:
-            raise _refusal(row, file, revision, error) from error
-        # HTTPError is that of the HTTP library, which depends on the version of huggingface_hub.
-        except (HTTPError, OSError) as error:
-            raise NoRouteError(
-                f"no route to {constants.ENDPOINT}: {first_line(error)}",
-                "check network, proxy and HF_ENDPOINT",
-            ) from error
         if not metadata.commit_hash or not metadata.etag or metadata.size is None:
             raise FetchError(
                 f"{constants.ENDPOINT} does not answer like the Hub for {row.repo}/{file}",
@@ -130,15 +163,16 @@ def look_up(row: Row, revision: str | None, *, timeout: float | None = None) -> 
     return found
 
 
-def _fetch_from_hub(row: Row, revision: str | None, barred: str, out: Path | None) -> list[Path]:
+def _fetch_from_hub(row: Row, barred: str, out: Path | None) -> list[Path]:
     """The files of a row; missing ones are downloaded, and all digests are checked."""
     from huggingface_hub import constants
 
-    there = local_files(row, revision=revision)
+    there = local_files(row)
     remotes: list[HubFile] = []
     if not barred:
         try:
-            remotes = look_up(row, revision)
+            row = find_files(row)
+            remotes = look_up(row)
         except NoRouteError as error:
             if not there:
                 raise
@@ -154,7 +188,7 @@ def _fetch_from_hub(row: Row, revision: str | None, barred: str, out: Path | Non
         say(f"{row.name}: {human_size(missing)} from {constants.ENDPOINT}/{row.repo}")
     else:
         say(f"{row.name} is here")
-    return [_fetch_one(row, each, revision, here[each.name]) for each in remotes]
+    return [_fetch_one(row, each, here[each.name]) for each in remotes]
 
 
 def _take_cached(row: Row, files: list[Path], barred: str) -> list[Path]:
@@ -170,7 +204,7 @@ def _take_cached(row: Row, files: list[Path], barred: str) -> list[Path]:
     return files
 
 
-def _fetch_one(row: Row, remote: HubFile, revision: str | None, here: Path | None) -> Path:
+def _fetch_one(row: Row, remote: HubFile, here: Path | None) -> Path:
     """One file by huggingface_hub, compared with the digest of the Hub."""
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
@@ -181,9 +215,9 @@ def _fetch_one(row: Row, remote: HubFile, revision: str | None, here: Path | Non
         here = None
     try:
         # Also called for cached files: it records the commit of the revision.
-        path = Path(hf_hub_download(row.repo, remote.name, revision=revision))
+        path = Path(hf_hub_download(row.repo, remote.name, revision=row.revision))
     except HfHubHTTPError as error:
-        raise _refusal(row, remote.name, revision, error) from error
+        raise _refusal(row, remote.name, error) from error
     # hf_xet, which downloads large files from the real Hub, raises RuntimeError.
     except (HTTPError, OSError, RuntimeError) as error:
         if isinstance(error, OSError) and error.errno:
@@ -210,31 +244,32 @@ def _drop(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def _refusal(row: Row, file: str, revision: str | None, error: BaseException) -> FetchError:
-    """The error for an HTTP status of the Hub."""
+def _refusal(row: Row, file: str, error: BaseException) -> FetchError:
+    """The error for an HTTP status of the Hub, for a file or the list of a repository."""
     from huggingface_hub import constants
 
     response = error.response  # type: ignore[attr-defined]
     code, reason = response.status_code, response.headers.get("X-Error-Code", "")
-    where = f"{row.repo}/{file}"
-    if code == 401:
+    where = f"{row.repo}/{file}" if file else row.repo
+    if code == 401 and reason != "GatedRepo":
         return FetchError(
             f"{constants.ENDPOINT} does not let you read {where} (401)",
             "set HF_TOKEN; the Hub gives the same answer if the repository does not exist",
         )
-    if code == 403:
+    if code in (401, 403):
         return FetchError(
-            f"your token has no access to {where} (403)",
+            f"your token has no access to {where} ({code})",
             f"accept the terms on {constants.ENDPOINT}/{row.repo}, or set another HF_TOKEN",
         )
     if code == 404 and reason == "RevisionNotFound":
         return FetchError(
-            f"{row.repo} has no revision {revision} (404)",
-            "--revision takes a branch, a tag or a commit",
+            f"{row.repo} has no revision {row.revision} (404)",
+            "a revision is a branch, a tag or a commit",
         )
     if code == 404:
-        at = f" at revision {revision}" if revision else ""
+        at = f" at revision {row.revision}" if row.revision else ""
         return FetchError(
-            f"{constants.ENDPOINT} has no {where}{at} (404)", "check HF_ENDPOINT and --revision"
+            f"{constants.ENDPOINT} has no {where}{at} (404)",
+            "check the name, the revision and HF_ENDPOINT; a private repository needs HF_TOKEN",
         )
     return FetchError(f"{constants.ENDPOINT} answered {code} for {where}", "try again later")

@@ -110,7 +110,7 @@ def new_path(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield beside
-        for path in (*beside.glob("*"), beside):
+        for path in (*beside.rglob("*"), beside):
             flush(path)
         os.rename(beside, target)
         flush(target.parent)

@@ -18,10 +18,18 @@ from spiralrope_cli.core.config.dit_runs import (
     read_config,
 )
 from spiralrope_cli.core.config.folders import CHECKPOINTS, EMA_FILE, MODEL_FILE, own_folder
-from spiralrope_cli.core.config.hub import PUBLISHED_SUFFIXES
+from spiralrope_cli.core.config.hub import FILE_SUFFIXES, HUB, HUB_FORM
 from spiralrope_cli.core.config.training import RUNS_FOLDER
 from spiralrope_cli.core.errors import CheckpointError, ConfigError, FetchError
-from spiralrope_cli.core.hub.catalog import Row, find_row
+from spiralrope_cli.core.hub.catalog import (
+    DIFFUSERS_FILE,
+    DIFFUSERS_INDEX,
+    HUB_CONFIG,
+    TRANSFORMER_FOLDER,
+    Row,
+    find_row,
+    hub_row,
+)
 from spiralrope_cli.core.runtime.run_folder import (
     inner_runs,
     run_configs,
@@ -30,9 +38,7 @@ from spiralrope_cli.core.runtime.run_folder import (
 )
 from spiralrope_cli.core.storage import parse
 
-FILE_SUFFIXES = (*PUBLISHED_SUFFIXES, ".bin", ".safetensors")
 CLASSIFIERS = ("pretrain", "finetune")
-VAE_CONFIG, VAE_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
 
 # --- SOURCE
@@ -63,7 +69,7 @@ def find_source(given: str, *, best: bool = False) -> Source:
     """Finds the weights of SOURCE, without reading them.
 
     Args:
-        given: run folder, checkpoint folder, file, or published name.
+        given: run folder, checkpoint folder, file, published name, or `hf:OWNER/NAME`.
         best: use the best checkpoint of a run, not the last.
     """
     path = Path(os.path.expanduser(given))
@@ -71,8 +77,13 @@ def find_source(given: str, *, best: bool = False) -> Source:
         return _in_folder(given, path, best)
     if path.is_file():
         return Source(given, path)
+    if given.startswith(HUB):
+        return Source(given, None, row=find_row(given))
     if path.suffix in FILE_SUFFIXES or len(path.parts) > 1:
-        raise CheckpointError(f"{given} does not exist", "check the path")
+        raise CheckpointError(
+            f"{given} does not exist",
+            f"check the path; weights on the Hugging Face Hub are {HUB_FORM}",
+        )
     try:
         return Source(given, None, row=find_row(given))
     except ConfigError as unknown:
@@ -86,6 +97,8 @@ def _in_folder(given: str, folder: Path, best: bool) -> Source:
         real = folder.resolve()
         of_run = real.parent.name == CHECKPOINTS and real.name.isdigit()
         return Source(given, real, run=real.parent.parent if of_run else None)
+    if (folder / DIFFUSERS_INDEX).is_file():
+        return Source(given, folder / TRANSFORMER_FOLDER / DIFFUSERS_FILE)
     steps = steps_on_disk(folder)
     if not steps:
         kind, takes = own_folder(folder)
@@ -143,12 +156,12 @@ class VaeFiles:
     @property
     def weights(self) -> Path:
         """File of the weights."""
-        return self.folder / VAE_WEIGHTS
+        return self.folder / DIFFUSERS_FILE
 
     @property
     def scale(self) -> float:
         """Factor of the latents for a DiT."""
-        config = parse((self.folder / VAE_CONFIG).read_text())
+        config = parse((self.folder / HUB_CONFIG).read_text())
         return float(config.get("scaling_factor", LATENT_SCALE))
 
     def sha256(self) -> str:
@@ -159,30 +172,39 @@ class VaeFiles:
 
 
 def find_vae(given: str) -> VaeFiles:
-    """The VAE of `--vae`; `ema` and `mse` are downloaded if needed."""
+    """The VAE of `--vae`; `ema`, `mse` and those of the Hub are downloaded if needed."""
     from spiralrope_cli.core.hub.download import fetch_published
 
-    return local_vae(given) or _checked(VaeFiles(given, fetch_published(find_row(f"vae-{given}"))))
+    return local_vae(given) or _checked(VaeFiles(given, fetch_published(_vae_row(given))))
+
+
+def _vae_row(given: str) -> Row:
+    return hub_row(given, "vae") if given.startswith(HUB) else find_row(f"vae-{given}")
 
 
 def local_vae(given: str) -> VaeFiles | None:
     """`find_vae` without a download; None if a published VAE is not cached."""
     from spiralrope_cli.core.hub.download import local_path
 
-    if given in VAE_NAMES:
-        folder = local_path(find_row(f"vae-{given}"))
+    if given in VAE_NAMES or given.startswith(HUB):
+        folder = local_path(_vae_row(given))
         return _checked(VaeFiles(given, folder)) if folder else None
     folder = Path(os.path.expanduser(given))
     if not folder.is_dir():
-        raise ConfigError(f"--vae {given} is neither {' nor '.join(VAE_NAMES)} nor a folder")
+        raise ConfigError(
+            f"--vae {given} is neither {' nor '.join(VAE_NAMES)} nor a folder",
+            f"on the Hugging Face Hub it is {HUB}OWNER/NAME[/FOLDER][@REVISION]",
+        )
     return _checked(VaeFiles(given, folder))
 
 
 def _checked(files: VaeFiles) -> VaeFiles:
     """Raises if the folder holds no VAE, or one that does not fit a DiT."""
-    path = files.folder / VAE_CONFIG
-    layout = f"the folder of a VAE must hold {VAE_CONFIG} and {VAE_WEIGHTS}, as diffusers saves it"
-    for name in (VAE_CONFIG, VAE_WEIGHTS):
+    path = files.folder / HUB_CONFIG
+    layout = (
+        f"the folder of a VAE must hold {HUB_CONFIG} and {DIFFUSERS_FILE}, as diffusers saves it"
+    )
+    for name in (HUB_CONFIG, DIFFUSERS_FILE):
         if not (files.folder / name).is_file():
             raise CheckpointError(f"--vae {files.given}: {files.folder} has no {name}", layout)
     try:

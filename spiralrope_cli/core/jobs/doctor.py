@@ -273,7 +273,7 @@ def inspect_hub(checkup: Checkup) -> tuple[Values, Rows]:
         values |= {"words": f"not checked: {why}"}
     else:
         try:
-            download.look_up(find_row(HUB_ROW), None, timeout=HUB_SECONDS)
+            download.look_up(find_row(HUB_ROW), timeout=HUB_SECONDS)
             values |= {"asked": True, "answers": True, "words": "answers"}
         except FetchError as error:
             values |= {"asked": True, "words": error.message, "hint": error.hint}

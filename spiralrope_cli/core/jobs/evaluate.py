@@ -134,8 +134,9 @@ def checkpoints(
 
 def weight_sets(source: Source, options: EvalOptions, notes: list[str]) -> list[Weights]:
     """The wanted sets of weights of a checkpoint: raw, EMA, or both."""
-    from spiralrope_cli.core.weights import read_weights
+    from spiralrope_cli.core.weights import fetch_source, read_weights
 
+    source = fetch_source(source)
     wanted = (False, True) if options.every else (options.ema,)
     given: Any = {"rope": options.rope, "arch": options.arch, "dit": False}
     sets = [read_weights(source, ema=ema, **given) for ema in wanted]
@@ -168,7 +169,7 @@ def settle_row(
     size = size or trained.image_size
     placed = at_size(weights, size, options.rope)
     # Next to the weights, but not in the cache of published weights.
-    beside = Path(RUNS_FOLDER) / f"eval-{source.row.name}" if source.row else source.run
+    beside = Path(RUNS_FOLDER) / f"eval-{source.row.folder_name}" if source.row else source.run
     folder = Path(options.out or beside or weights.file.parent)
     return EvalRow(
         source=source.given,

@@ -1,61 +1,85 @@
-"""`export`: weights to share, in the published layout or as safetensors with a model card."""
+"""`export`: weights to share, as a file or a folder, and onto the Hugging Face Hub."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
+import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from spiralrope_cli.core.config.folders import CONFIG_FILE, EVAL_FILE, MODEL_FILE
+from spiralrope_cli.core.config.datasets import BUILT_IN, IMAGENET_MEAN, IMAGENET_STD
+from spiralrope_cli.core.config.dit_runs import LATENT_CHANNELS
+from spiralrope_cli.core.config.folders import EVAL_FILE
 from spiralrope_cli.core.config.hub import ExportRun
-from spiralrope_cli.core.config.models import format_size, is_dit
+from spiralrope_cli.core.config.models import is_dit
 from spiralrope_cli.core.config.option import build
 from spiralrope_cli.core.config.rope import given_rope
+from spiralrope_cli.core.config.samples import resolve_vae
 from spiralrope_cli.core.errors import ConfigError
-from spiralrope_cli.core.hub.catalog import ROWS
 from spiralrope_cli.core.hub.files import OTHER_DISK, new_path, refuse_existing, sha256_of
-from spiralrope_cli.core.hub.source import find_source
+from spiralrope_cli.core.hub.source import VaeFiles, find_source, find_vae
 from spiralrope_cli.core.runtime.launch import say_notes
 from spiralrope_cli.core.runtime.progress import human_size, say, say_result
 from spiralrope_cli.core.runtime.run_folder import check_space, read_rows
 
 if TYPE_CHECKING:
     import torch
+    from huggingface_hub import ModelCard
 
     from spiralrope_cli.core.hub.published import NetworkSpec, StateDict
+    from spiralrope_cli.core.models.deit import DeiT
+    from spiralrope_cli.core.models.dit import DiT
     from spiralrope_cli.core.weights import Weights
 
 EXPORTS_FOLDER = "exports"
 CARD_FILE = "README.md"
-CARD_TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 HEADROOM = 1 << 20  # bytes for names, args and the card beside the tensors
 GENERIC_NAMES = ("model", "ema", "checkpoint", "best_checkpoint")
+MOST_CLASSES = 1000  # of a pipeline: DiTPipeline takes label 1000 as the null class
 
 
 def export(given: dict[str, Any]) -> None:
-    """Writes weights in another layout, and prints the path."""
+    """Writes weights in another layout, or uploads them; prints the path or the URL."""
+    from spiralrope_cli.core.hub import upload
+
     rope = given_rope(given)
     config: ExportRun = build(ExportRun, given)
+    if config.push:
+        upload.check_rights(config.push)
     settled = settle(config, rope)
-    refuse_existing(settled.target)
-    needed = HEADROOM + sum(tensor.nbytes for state in settled.sets for tensor in state.values())
-    check_space((settled.target.parent, needed), what=settled.target.name, hint=OTHER_DISK)
-    write = write_published if config.layout == "published" else write_safetensors
-    write(settled)
-    report(settled, config.layout)
+    with ExitStack() as stack:
+        if config.push and not config.out:
+            scratch = stack.enter_context(tempfile.TemporaryDirectory())
+            settled = dataclasses.replace(settled, target=Path(scratch) / settled.target.name)
+        target = settled.target
+        refuse_existing(target)
+        check_space((target.parent, settled.num_bytes), what=target.name, hint=OTHER_DISK)
+        WRITERS[config.layout](settled)
+        report(settled)
+        if config.push:
+            say_result(upload.push_folder(target, config.push, private=config.private))
 
 
 @dataclass(frozen=True)
 class Export:
     """What is written, and where."""
 
+    config: ExportRun
     weights: Weights  # the first set
-    network: NetworkSpec
+    model: DeiT | DiT  # their network, on the meta device
     sets: tuple[StateDict, ...]  # one set, or raw and EMA; complete, in the order of the network
+    vae: VaeFiles | None  # of a pipeline
     target: Path  # file or folder
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes on a disk, about."""
+        tensors = sum(tensor.nbytes for state in self.sets for tensor in state.values())
+        return HEADROOM + tensors + (self.vae.weights.stat().st_size if self.vae else 0)
 
 
 def settle(config: ExportRun, rope: dict[str, Any]) -> Export:
@@ -69,47 +93,56 @@ def settle(config: ExportRun, rope: dict[str, Any]) -> Export:
             f"--best needs a run folder, and {config.source} is not one",
             "leave --best out",
         )
-    from spiralrope_cli.core.weights import read_weights
+    from spiralrope_cli.core.load import network_on_meta
+    from spiralrope_cli.core.weights import fetch_source, read_weights
 
-    layout = config.layout
+    layout, source = config.layout, fetch_source(source)
     weights = read_weights(source, ema=bool(config.ema), rope=rope, arch=config.arch)
     if layout == "published" and weights.rope.mixed:
         raise ConfigError(
             f"--layout published has no place for the learned frequencies of {config.source}",
             "use --layout safetensors",
         )
-    network, state = whole_state(weights)
-    sets: tuple[StateDict, ...] = (state,)
+    model = network_on_meta(weights)
+    vae = settle_vae(config, weights, model) if layout == "diffusers" else None
+    sets: tuple[StateDict, ...] = (whole_state(weights, model),)
     kind = "ema" if weights.ema else "raw" if layout == "published" else ""
     if layout == "published" and config.ema is None:
         other = read_weights(source, ema=True, rope=rope, arch=config.arch)
         if other.ema and not weights.ema:
-            sets, kind = (state, whole_state(other)[1]), ""
+            sets, kind = (*sets, whole_state(other, model)), ""
+    kind = "-".join(filter(None, (kind, layout if layout == "diffusers" else "")))
     out = Path(config.out) if config.out else default_target(weights, layout, kind)
-    return Export(weights, network, sets, out)
+    return Export(config, weights, model, sets, vae, out)
 
 
-def whole_state(weights: Weights) -> tuple[NetworkSpec, StateDict]:
-    """The network of weights, and their tensors, complete and in the order of the network."""
-    from spiralrope_cli.core.hub.published import NetworkSpec
-    from spiralrope_cli.core.load import fit_state_dict, network_on_meta
-    from spiralrope_cli.core.models.dit import DiT
-    from spiralrope_cli.core.rope import to_2tuple
+def settle_vae(config: ExportRun, weights: Weights, model: DeiT | DiT) -> VaeFiles:
+    """The VAE of a pipeline; raises if diffusers' DiTPipeline cannot sample from the weights."""
+    args, reason = model.init_args, ""
+    channels, classes, size = args["in_chans"], args["num_classes"], args.get("input_size")
+    if size is None:
+        reason = f"it is a {weights.arch}, no DiT"
+    elif channels != LATENT_CHANNELS:
+        reason = "it generates pixels, and that pipeline decodes latents"
+    elif size[0] != size[1]:
+        reason = f"its latents are {size[0]}x{size[1]}, and those of that pipeline are square"
+    elif classes > MOST_CLASSES:
+        reason = f"it has {classes} classes, and that pipeline takes {MOST_CLASSES} as the null one"
+    if reason:
+        raise ConfigError(
+            f"--layout diffusers: DiTPipeline cannot sample from {config.source}: {reason}",
+            "use --layout safetensors",
+        )
+    trained = weights.config.get("images", {}).get("vae")
+    return find_vae(resolve_vae(config.source, channels, trained=trained, given=config.vae))
 
-    model = network_on_meta(weights)
+
+def whole_state(weights: Weights, model: DeiT | DiT) -> StateDict:
+    """The tensors of weights, complete and in the order of their network."""
+    from spiralrope_cli.core.load import fit_state_dict
+
     found = fit_state_dict(weights, model)
-    network = NetworkSpec(
-        arch=weights.arch,
-        rope=weights.rope,
-        num_classes=model.num_classes,
-        size=model.input_size if isinstance(model, DiT) else model.image_size,
-        grid=model.grid,
-        pretrain_grid=to_2tuple(weights.options.get("pretrain_grid") or model.grid),
-        qk_norm=bool(weights.options.get("qk_norm")),
-        class_dropout_prob=weights.config.get("model", {}).get("class_dropout_prob"),
-        class_names=weights.class_names,
-    )
-    return network, {name: own_memory(found[name]) for name in model.state_dict()}
+    return {name: own_memory(found[name]) for name in model.state_dict()}
 
 
 def own_memory(tensor: torch.Tensor) -> torch.Tensor:
@@ -125,7 +158,7 @@ def default_target(weights: Weights, layout: str, kind: str) -> Path:
     """The default path in `exports/`, named by the weights."""
     source, file = weights.source, weights.file.resolve()
     if source.row:
-        name = source.row.name.replace("@", "-")
+        name = source.row.folder_name
     elif source.run:
         name = f"{source.run.resolve().name}-{file.parent.name}"
     elif file.stem in GENERIC_NAMES or file.stem.isdigit():
@@ -143,90 +176,94 @@ def write_published(export: Export) -> None:
     from spiralrope_cli.core.hub.published import published_content
 
     weights, raw, averaged = export.weights, export.sets[0], export.sets[-1]
+    progress = progress_of(weights)
     content = published_content(
-        export.network, raw, averaged, progress=progress_of(weights), ema=weights.ema
+        network_spec(export), raw, averaged, progress=progress, ema=weights.ema
     )
     with new_path(export.target) as beside:
         torch.save(content, beside)
 
 
+def network_spec(export: Export) -> NetworkSpec:
+    """The network, as published files describe it."""
+    from spiralrope_cli.core.hub.published import NetworkSpec
+    from spiralrope_cli.core.rope import to_2tuple
+
+    weights, model = export.weights, export.model
+    return NetworkSpec(
+        arch=weights.arch,
+        rope=weights.rope,
+        num_classes=model.num_classes,
+        size=model.init_args["input_size" if is_dit(weights.arch) else "image_size"],
+        grid=model.grid,
+        pretrain_grid=to_2tuple(weights.options.get("pretrain_grid") or model.grid),
+        qk_norm=bool(weights.options.get("qk_norm")),
+        class_dropout_prob=weights.config.get("model", {}).get("class_dropout_prob"),
+        class_names=weights.class_names,
+    )
+
+
 def write_safetensors(export: Export) -> None:
-    """Writes a folder with safetensors, config and model card."""
-    import yaml
-    from safetensors.torch import save_file
+    """Writes a folder with weights, config and model card, for this package and for timm."""
+    from spiralrope_cli.core.models.pretrained import save_folder
 
-    from spiralrope_cli.core.storage import with_checksum
+    weights, metadata = export.weights, metadata_of(export)
+    known = {"preprocessing": preprocessing(weights), "class_names": weights.class_names}
+    card = model_card(export)
+    with new_path(export.target) as beside:
+        beside.mkdir()
+        save_folder(export.model, beside, export.sets[0], metadata, **known)
+        card.save(beside / CARD_FILE)
 
-    weights, target = export.weights, export.target
+
+def write_diffusers(export: Export) -> None:
+    """Writes a folder with a pipeline of diffusers, and a model card."""
+    from spiralrope_cli.diffusers_models import save_pipeline
+
+    weights, vae, metadata = export.weights, cast("VaeFiles", export.vae), metadata_of(export)
+    model, card = cast("DiT", export.model), model_card(export)
+    with new_path(export.target) as beside:
+        beside.mkdir()
+        save_pipeline(model, beside, export.sets[0], metadata, vae.folder, weights.class_names)
+        card.save(beside / CARD_FILE)
+
+
+def metadata_of(export: Export) -> dict[str, str]:
+    """Metadata of a `.safetensors` file: what any SOURCE needs, and the config of the run."""
+    weights = export.weights
     config = {
         **weights.config,
         "arch": weights.arch,
         "rope": dataclasses.asdict(weights.rope),
         "model": {**weights.config.get("model", {}), **weights.options},
     }
-    metadata = {
-        "config": json.dumps(config),
+    return {
+        "config": json.dumps(without_paths(config) if export.config.push else config),
         **{unit: str(number) for unit, number in progress_of(weights).items()},
         "weights": "ema" if weights.ema else "model",
         "format": "pt",
     }
-    card = model_card(target.name, weights)
-    with new_path(target) as beside:
-        beside.mkdir()
-        state = export.sets[0]
-        save_file(state, beside / MODEL_FILE, with_checksum(state, metadata))
-        plain = json.loads(metadata["config"])  # lists, which YAML knows, in place of tuples
-        (beside / CONFIG_FILE).write_text(yaml.safe_dump(plain, sort_keys=False))
-        (beside / CARD_FILE).write_text(card)
 
 
-def model_card(name: str, weights: Weights) -> str:
-    """The model card (README.md), from the template next to this file."""
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+def without_paths(value: Any) -> Any:
+    """A config for everybody: of paths on this machine only the last name."""
+    if isinstance(value, dict):
+        return {name: without_paths(item) for name, item in value.items()}
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
-    # Only the name of the data folder: its path is that of this machine.
-    rows = [
-        {**row, "data": Path(row["data"]).name, "pixels": format_size(row["image_size"])}
-        for row in measured_rows(weights)
-    ]
-    results = [
-        EvalResult(
-            task_type="image-classification",
-            dataset_type=row["data"],
-            dataset_name=row["data"],
-            metric_type="accuracy",
-            metric_name=f"{metric}, {row['pixels']} px, crop {row['crop_ratio']}",
-            metric_value=row[key],
-        )
-        for row in rows
-        for key, metric in (("acc1", "acc@1"), ("acc5", "acc@5"))
-    ]
-    dit, data, what = is_dit(weights.arch), training_set(weights), weights.what()
-    task = "class-conditional-image-generation" if dit else "image-classification"
-    card_data = ModelCardData(
-        license="unknown",  # only the owner of the weights can give a licence
-        library_name="spiralrope",
-        tags=["spiral-rope", "rotary-position-embedding", task, "arxiv:2602.03227"],
-        pipeline_tag=None if dit else task,
-        datasets=[data] if data else None,
-        model_name=name if results else None,
-        eval_results=results or None,
-    )
-    sizes = {
-        option: format_size(value) if isinstance(value, (list, tuple)) else value
-        for option, value in weights.options.items()
-    }
-    card = ModelCard.from_template(
-        card_data,
-        template_path=str(CARD_TEMPLATE),
-        name=name,
+
+def model_card(export: Export) -> ModelCard:
+    """The model card (README.md), with the metrics that were measured of these weights."""
+    config, what = export.config, export.weights.what()
+    return export.model.generate_model_card(
+        repo=config.push or "",
+        name="" if config.push else export.target.name,
         summary=what[:1].upper() + what[1:],
-        rows=rows,
-        model={"arch": weights.arch, **sizes},
-        rope=dataclasses.asdict(weights.rope),
-        command="dit-sample" if dit else "eval",
+        license=config.license or "unknown",
+        data=training_set(export.weights),
+        rows=measured_rows(export.weights),
+        pipeline=config.layout == "diffusers",
     )
-    return f"{card}\n"
 
 
 def measured_rows(weights: Weights) -> list[dict[str, Any]]:
@@ -256,22 +293,46 @@ def progress_of(weights: Weights) -> dict[str, int]:
 
 def training_set(weights: Weights) -> str:
     """Name of the training set on the Hub; empty for a folder of this machine."""
-    if weights.source.row in ROWS:
+    row, data = weights.source.row, str(weights.config.get("data", ""))
+    if row is not None and not row.listed:
         return "imagenet-1k"
-    data = str(weights.config.get("data", ""))
+    if data.startswith("hfds/"):
+        return "/".join(data.split("/")[1:3])
     return "" if "/" in data or Path(data).exists() else data
 
 
-def report(export: Export, layout: str) -> None:
-    """Prints notes and files, and on stdout the path."""
+def preprocessing(weights: Weights) -> dict[str, Any]:
+    """Mean, std and crop ratio as timm names them, where they are known."""
+    row, augment = weights.source.row, weights.config.get("augment", {})
+    if row is not None and not row.listed:
+        augment = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    known = {name: augment[name] for name in ("mean", "std") if name in augment}
+    if built_in := BUILT_IN.get(str(weights.config.get("data"))):
+        known["crop_pct"] = built_in.defaults["crop_ratio"]
+    return known
+
+
+def report(export: Export) -> None:
+    """Prints notes and files, and on stdout the path unless it is uploaded and removed."""
     from spiralrope_cli.core.hub.published import incompatibilities
 
-    weights, target = export.weights, export.target
-    of_layout = incompatibilities(export.network) if layout == "published" else []
-    say_notes([*weights.notes, *of_layout])
+    weights, target, layout = export.weights, export.target, export.config.layout
+    notes = incompatibilities(network_spec(export)) if layout == "published" else []
+    if layout == "diffusers" and weights.config.get("model", {}).get("class_dropout_prob") == 0:
+        notes.append("they have no null label: only guidance_scale=1.0 is right")
+    say_notes([*weights.notes, *notes])
     sets = "raw and averaged (EMA)" if len(export.sets) > 1 else ""
     say(f"{weights.source.given}: {weights.what(sets)}, {layout} layout")
-    files = [target / name for name in (MODEL_FILE, CONFIG_FILE, CARD_FILE)]
-    for path in files if target.is_dir() else [target]:
-        say(f"  {path.name}: {human_size(path.stat().st_size)}")
-    say_result(str(target))
+    for path in sorted(target.rglob("*")) if target.is_dir() else [target]:
+        if path.is_file():
+            name = path.relative_to(target) if target.is_dir() else path.name
+            say(f"  {name}: {human_size(path.stat().st_size)}")
+    if export.config.out or not export.config.push:
+        say_result(str(target))
+
+
+WRITERS = {
+    "safetensors": write_safetensors,
+    "published": write_published,
+    "diffusers": write_diffusers,
+}

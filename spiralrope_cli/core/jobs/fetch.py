@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.hub import download
 from spiralrope_cli.core.hub.catalog import ALIASES, ROWS, Row, find_row
 from spiralrope_cli.core.hub.download import local_files, local_path
-from spiralrope_cli.core.runtime.progress import human_size, say_result
+from spiralrope_cli.core.runtime.progress import human_size, say, say_result
 
 LINE = "{:<15} {:>5}  {:>7}  {:<4}  {}"
 
@@ -27,10 +28,8 @@ def fetch(given: dict[str, Any]) -> None:
         return
     out = Path(os.path.expanduser(config.out)) if config.out else None
     found = []
-    for row in settle(config.names, one_folder=out is not None):
-        path = download.fetch_published(
-            row, revision=config.revision, offline=config.offline, out=out
-        )
+    for row in settle(config.names, config.revision, one_folder=out is not None):
+        path = download.fetch_published(row, offline=config.offline, out=out)
         found.append({"name": row.name, "path": str(path)})
         if not config.as_json:
             say_result(str(path))
@@ -38,9 +37,15 @@ def fetch(given: dict[str, Any]) -> None:
         say_result(json.dumps(found, indent=2))
 
 
-def settle(names: Sequence[str], *, one_folder: bool) -> list[Row]:
-    """The rows of names; with one --out folder, file names must differ."""
+def settle(names: Sequence[str], revision: str | None, *, one_folder: bool) -> list[Row]:
+    """The rows of names, at `--revision`; with one --out folder, file names must differ."""
     rows = list({row.name: row for row in map(find_row, names)}.values())
+    for row in rows if revision else ():
+        if not row.repo:
+            say(f"note: --revision has no effect: {row.name} is not on the Hub")
+        if row.revision:
+            raise ConfigError(f"--revision {revision}: {row.name} names another", "give only one")
+    rows = [replace(row, revision=row.revision or revision) for row in rows]
     owner: dict[str, str] = {}
     for row in rows if one_folder else ():
         for name in (Path(file).name for file in row.files):

@@ -170,8 +170,9 @@ def draw_attention(given: dict[str, Any]) -> None:
 
     from spiralrope_cli.core.load import at_size, build_network
     from spiralrope_cli.core.plots.attention import attention_figure, attention_from
-    from spiralrope_cli.core.weights import read_weights
+    from spiralrope_cli.core.weights import fetch_source, read_weights
 
+    source = fetch_source(source)
     weights = read_weights(source, ema=plot.ema, rope=plot.rope, arch=plot.arch, dit=False)
     say_notes(weights.notes)
     size, side = plot.image_size or weights.options["image_size"], weights.options["patch_size"]

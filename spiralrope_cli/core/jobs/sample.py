@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from spiralrope_cli import __version__
 from spiralrope_cli.core.config.dit_runs import NO_VAE
 from spiralrope_cli.core.config.folders import REPORT_FILE, SOURCES_FILE
+from spiralrope_cli.core.config.hub import HUB
 from spiralrope_cli.core.config.models import format_size
 from spiralrope_cli.core.config.option import build as build_config
 from spiralrope_cli.core.config.rope import given_rope
@@ -73,10 +74,11 @@ def settle(
 
     source = find_source(given["source"])
 
-    from spiralrope_cli.core.weights import read_weights
+    from spiralrope_cli.core.weights import fetch_source, read_weights
 
+    source = fetch_source(source, download="newest" if download else "never")
     ema, arch = given.get("ema", SampleRun.ema), given.get("arch", "")
-    weights = read_weights(source, ema=ema, rope=rope, arch=arch, dit=True, download=download)
+    weights = read_weights(source, ema=ema, rope=rope, arch=arch, dit=True)
     network, trained = weights.options, weights.config
     null_label_notes(source.given, trained, guidance.cfg_scale)
     vae = resolve_vae(
@@ -115,8 +117,9 @@ def settle(
 
 def default_folder(run: SampleRun, weights: Weights, name: str) -> str:
     """The default folder; without a date, so that the same command finds it again."""
-    of_run = weights.source.run
+    of_run, row = weights.source.run, weights.source.row
     stem = of_run.resolve().name if of_run else Path(run.source).stem
+    stem = row.folder_name if row and run.source.startswith(HUB) else stem
     guided = f"cfg{run.guidance.cfg_scale:g}" if run.guidance.cfg_scale != 1 else ""
     raw = "" if run.ema else "raw"
     chain = f"{run.sampler}{run.num_sampling_steps}"

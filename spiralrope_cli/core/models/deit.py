@@ -6,6 +6,9 @@ cosines and sines: [tokens, D/2, 2] from `SpiralRoPE`, [tokens, H, D/2, 2] from 
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +28,7 @@ from spiralrope_cli.core.kernels import (
     rotate_qkv,
 )
 from spiralrope_cli.core.models.mixed_rope import CosSin, build_rope, of_block
+from spiralrope_cli.core.models.pretrained import Pretrained
 from spiralrope_cli.core.rope import Grid, apply_rotary, to_2tuple
 
 INIT_STD = 0.02
@@ -133,7 +137,7 @@ class Block(nn.Module):
         return add_scaled(x, self.mlp(self.norm2(x, dtype)), gamma_2)
 
 
-class DeiT(nn.Module):
+class DeiT(nn.Module, Pretrained):
     """Vision transformer classifier.
 
     Args:
@@ -153,6 +157,8 @@ class DeiT(nn.Module):
     Raises:
         ConfigError: sizes that do not divide, or RoPE options that do not fit the heads.
     """
+
+    family = "deit"
 
     def __init__(
         self,
@@ -193,6 +199,23 @@ class DeiT(nn.Module):
         self.norm: nn.Module = RMSNorm(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self.init_weights()
+
+    @property
+    def init_args(self) -> dict[str, Any]:  # type: ignore[override]
+        """Arguments of the class that the weights belong to."""
+        patch_embed, block = self.patch_embed.proj, cast(Block, self.blocks[0])
+        return {
+            "embed_dim": self.embed_dim,
+            "depth": len(self.blocks),
+            "num_heads": block.attn.num_heads,
+            "rope": asdict(self.rope.config if self.rope else RopeConfig(enabled=False)),
+            "image_size": self.image_size,
+            "patch_size": patch_embed.stride[0],
+            "in_chans": patch_embed.in_channels,
+            "num_classes": self.num_classes,
+            "pretrain_grid": self.rope.pretrain_grid if self.rope else None,
+            "mlp_ratio": len(block.mlp.fc1.weight) / self.embed_dim,
+        }
 
     def init_weights(self) -> None:
         """Published init: truncated normal 0.02 for linears and embeddings, zero biases.

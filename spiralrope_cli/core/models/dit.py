@@ -10,6 +10,8 @@ Source: "Scalable Diffusion Models with Transformers", arXiv 2212.09748: section
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,7 @@ from spiralrope_cli.core.kernels import (
 )
 from spiralrope_cli.core.models.deit import INIT_STD, Attention, Mlp, PatchEmbed
 from spiralrope_cli.core.models.mixed_rope import build_rope, of_block
+from spiralrope_cli.core.models.pretrained import Pretrained
 from spiralrope_cli.core.rope import Grid, to_2tuple
 
 NORM_EPS = 1e-6
@@ -114,7 +117,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(x, shift, scale, self.linear.weight.dtype))
 
 
-class DiT(nn.Module):
+class DiT(nn.Module, Pretrained):
     """Predicts a latent's noise, and the variance of p(x_{t-1} | x_t).
 
     Args:
@@ -135,6 +138,8 @@ class DiT(nn.Module):
     Raises:
         ConfigError: sizes that do not divide, or RoPE options that do not fit the heads.
     """
+
+    family = "dit"
 
     def __init__(
         self,
@@ -181,6 +186,25 @@ class DiT(nn.Module):
         )
         self.final_layer = FinalLayer(embed_dim, patch_size, 2 * in_chans)
         self.init_weights()
+
+    @property
+    def init_args(self) -> dict[str, Any]:  # type: ignore[override]
+        """Arguments of the class that the weights belong to."""
+        proj, block = self.x_embedder.proj, cast(DiTBlock, self.blocks[0])
+        return {
+            "embed_dim": proj.out_channels,
+            "depth": len(self.blocks),
+            "num_heads": block.attn.num_heads,
+            "rope": asdict(self.rope.config if self.rope else RopeConfig(enabled=False)),
+            "input_size": self.input_size,
+            "patch_size": self.patch_size,
+            "in_chans": self.in_chans,
+            "num_classes": self.num_classes,
+            "pretrain_grid": self.rope.pretrain_grid if self.rope else None,
+            "label_dropout": self.label_dropout,
+            "qk_norm": block.attn.q_norm is not None,
+            "mlp_ratio": len(block.mlp.fc1.weight) / proj.out_channels,
+        }
 
     def init_weights(self) -> None:
         """Published init: Xavier uniform, normal 0.02 for the embedders, zeros for adaLN-Zero.
