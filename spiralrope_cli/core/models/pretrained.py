@@ -77,7 +77,8 @@ class Pretrained(PyTorchModelHubMixin, library_name="spiralrope"):
             raise CheckpointError(
                 f"{CONFIG_JSON} of {model_id} has RoPE options of another version: {error}"
             ) from error
-        return super()._from_pretrained(model_id=model_id, strict=strict, **given)
+        # Older versions of huggingface_hub leave it in training mode.
+        return super()._from_pretrained(model_id=model_id, strict=strict, **given).eval()
 
     def push_to_hub(
         self, repo_id: str, *, model_card_kwargs: dict[str, Any] | None = None, **more: Any
