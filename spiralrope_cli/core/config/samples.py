@@ -62,9 +62,9 @@ class EncodeRun:
     vae: Annotated[
         str,
         Opt(
-            "VAE: ema, mse, or a folder in diffusers' layout.",
+            "VAE: ema, mse, a folder in diffusers' layout, or hf:OWNER/NAME.",
             DATA,
-            metavar="ema|mse|FOLDER",
+            metavar="NAME|FOLDER",
             complete="vaes",
         ),
     ] = "ema"

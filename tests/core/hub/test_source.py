@@ -123,6 +123,17 @@ def test_weights_on_the_hub_are_the_newest_where_a_command_begins(shared):
     assert fetch_source(source).place.read_bytes() == b"second", "what is here is taken"
 
 
+def test_offline_takes_what_is_here_and_asks_nobody(shared, monkeypatch):
+    first = fetch_source(find_source("hf:you/vit"))
+    shared.asked.clear()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert fetch_source(find_source("hf:you/vit")) == first
+    with pytest.raises(FetchError, match="hf:you/vit@v0 is not downloaded") as refused:
+        fetch_source(find_source("hf:you/vit@v0"))
+    assert refused.value.hint == "fetch it once without HF_HUB_OFFLINE"
+    assert not shared.asked
+
+
 def test_a_revision_and_a_file_are_taken_by_their_names(shared):
     upload(shared, model=b"second", other=b"other")
     for given, content in (
