@@ -69,6 +69,7 @@ def ours(model, vae, scale):
     [
         {"rope": RopeConfig(rotate=4, projection="exact"), "pretrain_grid": (2, 2)},
         {"rope": RopeConfig(enabled=False)},
+        {"rope": RopeConfig(rope_kind="mixed")},
         {"qk_norm": True},
     ],
     ids=str,

@@ -17,6 +17,7 @@ from spiralrope_cli.core.errors import CheckpointError
 ROPES = [
     {"rotate": 4, "projection": "exact", "scaling": "extrapolate"},
     {"rotate": 2, "same_theta": True, "max_freq_lang": 1.0},
+    {"rope_kind": "mixed"},
     {"enabled": False},
 ]
 
