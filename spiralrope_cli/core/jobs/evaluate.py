@@ -136,8 +136,7 @@ def weight_sets(source: Source, options: EvalOptions, notes: list[str]) -> list[
     """The wanted sets of weights of a checkpoint: raw, EMA, or both."""
     from spiralrope_cli.core.weights import fetch_source, read_weights
 
-    source = fetch_source(source)
-    wanted = (False, True) if options.every else (options.ema,)
+    source, wanted = fetch_source(source), (False, True) if options.every else (options.ema,)
     given: Any = {"rope": options.rope, "arch": options.arch, "dit": False}
     sets = [read_weights(source, ema=ema, **given) for ema in wanted]
     if len(sets) == 2 and (sets[0].file, sets[0].ema) == (sets[1].file, sets[1].ema):

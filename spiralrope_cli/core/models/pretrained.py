@@ -20,11 +20,9 @@ from spiralrope_cli.core.config.folders import MODEL_FILE
 from spiralrope_cli.core.config.hub import HUB
 from spiralrope_cli.core.config.models import (
     DEIT_SIZES,
-    DiTSize,
     RopeConfig,
     TransformerSize,
-    deit_name,
-    dit_name,
+    arch_name,
     format_size,
 )
 from spiralrope_cli.core.errors import CheckpointError
@@ -163,10 +161,8 @@ class Pretrained(PyTorchModelHubMixin, library_name="spiralrope"):
 def arch_of(model: Any) -> str:
     """`--arch` of a network."""
     args = model.init_args
-    size = args["embed_dim"], args["depth"], args["num_heads"]
-    if model.family == "deit":
-        return deit_name(TransformerSize(*size))
-    return dit_name(DiTSize(*size, args["patch_size"]))
+    patch = args["patch_size"] if model.family == "dit" else 0
+    return arch_name(TransformerSize(args["embed_dim"], args["depth"], args["num_heads"], patch))
 
 
 def save_folder(
