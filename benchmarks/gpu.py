@@ -1,32 +1,55 @@
-"""Steps on one GPU: eager and with compiled blocks, RoPE on and off, beside timm and diffusers.
+"""Train steps, forward passes, features of fid, VAE and whole runs on one GPU, beside other code.
 
-    python benchmarks/gpu.py [PART ...] [--device cuda] [--batch N] [--no-kernel]
+    python benchmarks/gpu.py [PART ...] [--device cuda] [--batch N] [--no-kernel] [--inception FILE]
 
-Parts are deit-s, forward, guided, dit-s2, dit-xl2 and precision; by default all of them. Each ends
-with the ratios that have a goal. --no-kernel rotates by PyTorch's operators, to see what the Triton
-kernel gains. --device cpu --batch 1 shows that the script works.
+Without parts all of them, one after the other; choose some where time is short. Where a ratio has a
+goal, it stands beside it. --no-kernel rotates by PyTorch's operators, to see what the Triton kernel
+gains. `--tiny --device cpu` shows that a part works; its numbers mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
+import io
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
+from diffusers.utils import logging
 from interleave import show
-from torch import nn
+from latents import WIDTHS, random_cache, random_vae
+from PIL import Image
+from random_inception import write_random_weights
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from spiralrope_cli import GaussianDiffusion, RopeConfig, create_model
 from spiralrope_cli.core import kernels
+from spiralrope_cli.core.config.evals import FidRun
 from spiralrope_cli.core.config.samples import GuidanceConfig
+from spiralrope_cli.core.data.image_sets import inspect_side
+from spiralrope_cli.core.data.memory import load_digits
 from spiralrope_cli.core.diffusion.samplers import ddpm, guided
+from spiralrope_cli.core.jobs import train
+from spiralrope_cli.core.metrics.features import measure_side
+from spiralrope_cli.core.metrics.inception import build_extractor
+from spiralrope_cli.core.metrics.scores import Moments, frechet_distance
 from spiralrope_cli.core.models.factory import cast_matmuls, compile_blocks
+from spiralrope_cli.core.resolve import resolve
 from spiralrope_cli.core.runtime.device import DTYPES, allow_tf32, autocast, matrix_rate
+from spiralrope_cli.core.runtime.distributed import DistContext, StopRequest
+from spiralrope_cli.core.runtime.progress import read_metrics
 from spiralrope_cli.core.runtime.seeds import NoisePerImage
 
 OFF = RopeConfig(enabled=False)
@@ -35,46 +58,86 @@ ROPE, PLAIN, DEIT3 = (
     "vit_small_patch16_224",
     "deit3_small_patch16_224",
 )
-CALLS, ROUNDS, WARMUP = 3, 5, 3
-GUIDED_STEPS = 10
-BATCHES = {
-    **{"deit-s": 256, "forward": 256, "guided": 32},
-    **{"dit-s2": 256, "dit-xl2": 64, "precision": 256},
-}
-"""Part -> batch size."""
 ON_TO_OFF = [
     ("eager", "eager, RoPE off", 1.05),
     ("blocks compiled", "blocks compiled, RoPE off", 1.03),
 ]
-GOALS = {
-    "deit-s": [
-        *ON_TO_OFF,
-        ("eager", f"timm {DEIT3}, eager", 1.1),
-        ("blocks compiled", f"timm {ROPE}, blocks compiled", 1.0),
-        ("blocks compiled", f"timm {PLAIN}, blocks compiled", 1.1),
-    ],
-    "forward": [(ours, peer, 1.05) for ours, peer, _ in ON_TO_OFF],
-    "guided": [("blocks compiled", "diffusers, network alone", 1 / 1.25)],
-    "dit-s2": ON_TO_OFF,
-    "dit-xl2": ON_TO_OFF,
-}
-"""Part -> (side, side to compare with, largest ratio of their times)."""
-Call = Callable[[], None]
+"""Side, side to compare with, goal: the largest ratio of their times."""
+TINY_TIMM = {"embed_dim": 64, "depth": 2, "num_heads": 2, "img_size": 32}
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where, how large and how often."""
+
+    device: torch.device
+    tiny: bool
+    batch: int  # 0: that of each part
+    inception: str
+    rates: dict[torch.dtype, float]
+
+    def size(self, usual: int) -> int:
+        """Batch size of a part."""
+        return self.batch or (2 if self.tiny else usual)
+
+    @property
+    def sampling_steps(self) -> int:
+        """Of guided sampling."""
+        return 2 if self.tiny else 10
+
+    @property
+    def side(self) -> int:
+        """Of an image in pixels."""
+        return 32 if self.tiny else 224
+
+    def synchronize(self) -> None:
+        """Waits for the device."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+    def memory(self) -> tuple[float, float]:
+        """GiB that are allocated now, and at most since the last call."""
+        if self.device.type != "cuda":
+            return 0.0, 0.0
+        found = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return found[0] / 2**30, found[1] / 2**30
+
+
+# --- Networks and calls
+
+
+def ours(bench: Bench, arch: str, **options: Any) -> nn.Module:
+    """One of our networks on the device; all of them are small in a tiny run."""
+    if bench.tiny:
+        arch = "dit-64x2x2-2" if arch.startswith("dit") else "deit-64x2x2"
+        if arch.startswith("deit"):
+            options = {"image_size": bench.side, **options}
+    return create_model(arch, **options).to(bench.device)
+
+
+def timms(bench: Bench, name: str) -> nn.Module:
+    """One of timm's networks on the device."""
+    return timm.create_model(name, **(TINY_TIMM if bench.tiny else {})).to(bench.device)
+
+
+def compiled(bench: Bench, model: nn.Module) -> nn.Module:
+    """The network with compiled blocks; not in a tiny run, where the wait would be most of it."""
+    if not bench.tiny:
+        compile_blocks(model, say=lambda line: None)
+    return model
 
 
 def train_step(
-    model: nn.Module,
-    loss: Callable[[], torch.Tensor],
-    device: torch.device,
-    precision: str = "bf16",
+    bench: Bench, model: nn.Module, loss: Callable[[], Tensor], precision: str = "bf16"
 ) -> Call:
     """Forward, backward and AdamW, as a call that does not wait for the device."""
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
-        if device.type == "cuda":
-            allow_tf32(precision != "fp32")
-        with autocast(device, DTYPES[precision]):
+        allow_tf32(precision != "fp32")
+        with autocast(bench.device, DTYPES[precision]):
             mean = loss()
         mean.backward()
         optimizer.step()
@@ -83,194 +146,442 @@ def train_step(
     return step
 
 
-def classifier(model: nn.Module, device: torch.device, batch: int, precision: str = "bf16") -> Call:
-    """A train step on one fixed batch of 224 px."""
-    model = model.to(device)
-    images = torch.randn(batch, 3, 224, 224, device=device)
-    labels = torch.randint(0, 1000, (batch,), device=device)
+def classifier(bench: Bench, model: nn.Module, batch: int, precision: str = "bf16") -> Call:
+    """A train step on one fixed batch."""
+    images = torch.randn(batch, 3, bench.side, bench.side, device=bench.device)
+    labels = torch.randint(0, 1000, (batch,), device=bench.device)
     return train_step(
-        model, lambda: F.cross_entropy(model(images).float(), labels), device, precision
+        bench, model, lambda: F.cross_entropy(model(images).float(), labels), precision
     )
 
 
-def forward(model: nn.Module, device: torch.device, images: torch.Tensor) -> Call:
+def denoiser(bench: Bench, model: nn.Module, batch: int) -> Call:
+    """A train step on one fixed batch of 32x32 latents."""
+    diffusion = GaussianDiffusion()
+    x, noise = torch.randn(2, batch, 4, 32, 32, device=bench.device)
+    t, y = torch.randint(0, 1000, (2, batch), device=bench.device)
+    return train_step(
+        bench, model, lambda: diffusion.training_losses(model, x, t, noise, y=y)["loss"].mean()
+    )
+
+
+def forward(model: nn.Module, images: Tensor) -> Call:
     """Inference on one fixed batch, as `eval` does it in bf16."""
-    model = model.to(device).eval()
-    cast_matmuls(model, torch.bfloat16)
+    cast_matmuls(model.eval(), torch.bfloat16)
     return torch.inference_mode()(lambda: model(images))
 
 
-def sampler(model: nn.Module, device: torch.device, batch: int) -> Call:
+def sampler(bench: Bench, model: nn.Module, batch: int) -> Call:
     """Guided sampling of some images, as `dit-sample` does it in bf16, without the VAE."""
-    model, diffusion = model.to(device).eval(), GaussianDiffusion(str(GUIDED_STEPS))
-    cast_matmuls(model, torch.bfloat16)
-    labels, guidance = torch.arange(batch, device=device), GuidanceConfig(cfg_scale=4.0)
+    diffusion = GaussianDiffusion(str(bench.sampling_steps))
+    cast_matmuls(model.eval(), torch.bfloat16)
+    labels, guidance = torch.arange(batch, device=bench.device), GuidanceConfig(cfg_scale=4.0)
 
     @torch.inference_mode()
     def call() -> None:
-        noise = NoisePerImage(0, range(batch), (4, 32, 32), device)
+        noise = NoisePerImage(0, range(batch), (4, 32, 32), bench.device)
         for _ in ddpm(diffusion, guided(model, labels, guidance), noise.draw(), noise.draw):
             pass
 
     return call
 
 
-def diffusers_network(device: torch.device, batch: int) -> Call:
+def diffusers_network(bench: Bench, batch: int) -> Call:
     """The passes of diffusers' DiT-XL/2 in bf16 that guided sampling takes, without its sampler."""
     sizes = {"num_attention_heads": 16, "attention_head_dim": 72, "num_layers": 28}
-    model = DiTTransformer2DModel(**sizes, out_channels=8).to(device, torch.bfloat16).eval()
-    x = torch.randn(2 * batch, 4, 32, 32, device=device, dtype=torch.bfloat16)
-    t, labels = torch.full((2 * batch,), 500, device=device), torch.arange(2 * batch, device=device)
+    if bench.tiny:
+        sizes = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2}
+    model = DiTTransformer2DModel(**sizes, out_channels=8).to(bench.device, torch.bfloat16).eval()
+    x = torch.randn(2 * batch, 4, 32, 32, device=bench.device, dtype=torch.bfloat16)
+    t, labels = torch.full((2 * batch,), 500), torch.arange(2 * batch)
+    t, labels = t.to(bench.device), labels.to(bench.device)
 
     @torch.inference_mode()
     def call() -> None:
-        for _ in range(GUIDED_STEPS):
+        for _ in range(bench.sampling_steps):
             model(x, timestep=t, class_labels=labels)
 
     return call
 
 
-def denoiser(model: nn.Module, device: torch.device, batch: int) -> Call:
-    """A train step on one fixed batch of 32x32 latents."""
-    model, diffusion = model.to(device), GaussianDiffusion()
-    x, noise = torch.randn(2, batch, 4, 32, 32, device=device)
-    t, y = torch.randint(0, 1000, (2, batch), device=device)
-    return train_step(
-        model, lambda: diffusion.training_losses(model, x, t, noise, y=y)["loss"].mean(), device
-    )
+# --- Time, memory and share
 
 
-def compiled(model: nn.Module) -> nn.Module:
-    compile_blocks(model, say=lambda line: None)
-    return model
+def report(
+    bench: Bench,
+    title: str,
+    sides: dict[str, Call],
+    batch: int,
+    goals: Iterable[tuple[str, str, float]] = (),
+) -> dict[str, float]:
+    """Times the sides in turn, prints a table, and returns the median milliseconds of each.
 
-
-def milliseconds(call: Call, device: torch.device) -> float:
-    """Of one call, the mean of some; waits for the device before and after."""
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(CALLS):
-        call()
-    synchronize(device)
-    return 1e3 * (time.perf_counter() - start) / CALLS
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def median_ratio(ours: list[float], peer: list[float]) -> float:
-    """Of the times, round by round."""
-    return statistics.median(a / b for a, b in zip(ours, peer, strict=True))
-
-
-def report(part: str, title: str, sides: dict[str, Call], device: torch.device, batch: int) -> None:
-    """Times the sides in turn; prints the median of each, and the ratios that have a goal."""
-    first_calls = {}
+    The share of the matrix rate in bf16 counts the operations of the first side.
+    """
+    calls, rounds, warmup = (1, 1, 1) if bench.tiny else (3, 4, 3)
+    gc.collect()
+    first, peaks, times = {}, {}, {name: [] for name in sides}
     for name, call in sides.items():
+        resting, _ = bench.memory()
         start = time.perf_counter()
-        for _ in range(WARMUP):
+        for _ in range(warmup):
             call()
-        synchronize(device)
-        first_calls[name] = time.perf_counter() - start
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(ROUNDS):
+        bench.synchronize()
+        first[name] = time.perf_counter() - start
+        peaks[name] = bench.memory()[1] - resting
+    for _ in range(rounds):
         for name, call in sides.items():
-            times[name].append(milliseconds(call, device))
+            bench.synchronize()
+            start = time.perf_counter()
+            for _ in range(calls):
+                call()
+            bench.synchronize()
+            times[name].append(1e3 * (time.perf_counter() - start) / calls)
     medians = {name: statistics.median(each) for name, each in times.items()}
-    first = next(iter(medians.values()))
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        next(iter(sides.values()))()
+    flops = counter.get_total_flops()
+    fastest = next(iter(medians.values()))
     rows = [
         (
             name,
-            f"{ms:8.2f} ms  {1e3 * batch / ms:8.0f} images/s  {ms / first:.3f} × the first, "
-            f"first {WARMUP} calls {first_calls[name]:.1f} s",
+            f"{ms:8.2f} ms {1e3 * batch / ms:8.0f} images/s {ms / fastest:6.3f} × the first, "
+            f"{1e3 * flops / ms / bench.rates[torch.bfloat16]:4.0%} of the matrix rate, "
+            f"{peaks[name]:5.2f} GiB, first {warmup} calls {first[name]:.1f} s",
         )
         for name, ms in medians.items()
     ]
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        rows.append(("memory of all sides together", f"{peak:8.1f} GiB"))
-        torch.cuda.reset_peak_memory_stats()
-    for ours, peer, most in GOALS.get(part, []):
-        value = median_ratio(times[ours], times[peer])
-        rows.append((f"RATIO {ours} / {peer}", f"{value:8.3f}, goal at most {most:g}"))
+    for one, other, most in goals:
+        ratio = statistics.median(a / b for a, b in zip(times[one], times[other], strict=True))
+        rows.append((f"RATIO {one} / {other}", f"{ratio:8.3f}, goal at most {most:g}"))
     show(f"{title}, batch {batch}", rows)
+    return medians
 
 
-def sides_of(part: str, device: torch.device, batch: int) -> tuple[str, dict[str, Call]]:
-    """Title and sides of a part; the memory of one part at a time."""
-    if part == "deit-s":
-        return "DeiT-S, train step, bf16", {
-            "eager": classifier(create_model("deit-s"), device, batch),
-            "eager, RoPE off": classifier(create_model("deit-s", rope=OFF), device, batch),
-            "blocks compiled": classifier(compiled(create_model("deit-s")), device, batch),
-            "blocks compiled, RoPE off": classifier(
-                compiled(create_model("deit-s", rope=OFF)), device, batch
-            ),
-            **{
-                f"timm {name}, eager": classifier(timm.create_model(name), device, batch)
-                for name in (ROPE, PLAIN, DEIT3)
-            },
-            **{
-                f"timm {name}, blocks compiled": classifier(
-                    compiled(timm.create_model(name)), device, batch
-                )
-                for name in (ROPE, PLAIN)
-            },
-        }
-    if part == "precision":
-        return "DeiT-S, train step, blocks compiled", {
-            name: classifier(compiled(create_model("deit-s")), device, batch, name)
-            for name in ("bf16", "tf32", "fp32")
-        }
-    if part == "forward":
-        images = torch.randn(batch, 3, 224, 224, device=device)
-        return "DeiT-S, forward, bf16", {
-            "eager": forward(create_model("deit-s"), device, images),
-            "eager, RoPE off": forward(create_model("deit-s", rope=OFF), device, images),
-            "blocks compiled": forward(compiled(create_model("deit-s")), device, images),
-            "blocks compiled, RoPE off": forward(
-                compiled(create_model("deit-s", rope=OFF)), device, images
-            ),
-        }
-    if part == "guided":
-        return f"DiT-XL/2, guided sampling of {GUIDED_STEPS} steps, bf16", {
-            "eager": sampler(create_model("dit-xl2"), device, batch),
-            "blocks compiled": sampler(compiled(create_model("dit-xl2")), device, batch),
-            "diffusers, network alone": diffusers_network(device, batch),
-        }
-    return f"{part}, train step, bf16", {
-        "eager": denoiser(create_model(part), device, batch),
-        "eager, RoPE off": denoiser(create_model(part, rope=OFF), device, batch),
-        "blocks compiled": denoiser(compiled(create_model(part)), device, batch),
-        "blocks compiled, RoPE off": denoiser(
-            compiled(create_model(part, rope=OFF)), device, batch
+# --- Parts
+
+
+def deit(bench: Bench) -> None:
+    """Train step of DeiT-S beside timm's networks."""
+    batch = bench.size(256)
+    sides = {
+        "eager": classifier(bench, ours(bench, "deit-s"), batch),
+        "eager, RoPE off": classifier(bench, ours(bench, "deit-s", rope=OFF), batch),
+        "blocks compiled": classifier(bench, compiled(bench, ours(bench, "deit-s")), batch),
+        "blocks compiled, RoPE off": classifier(
+            bench, compiled(bench, ours(bench, "deit-s", rope=OFF)), batch
+        ),
+        **{
+            f"timm {name}, eager": classifier(bench, timms(bench, name), batch)
+            for name in (ROPE, PLAIN, DEIT3)
+        },
+        **{
+            f"timm {name}, blocks compiled": classifier(
+                bench, compiled(bench, timms(bench, name)), batch
+            )
+            for name in (ROPE, PLAIN)
+        },
+    }
+    goals = [
+        *ON_TO_OFF,
+        ("eager", f"timm {DEIT3}, eager", 1.1),
+        ("blocks compiled", f"timm {ROPE}, blocks compiled", 1.0),
+        ("blocks compiled", f"timm {PLAIN}, blocks compiled", 1.1),
+    ]
+    report(bench, "DeiT-S, train step, bf16", sides, batch, goals)
+
+
+def inference(bench: Bench) -> None:
+    """Inference of DeiT-S."""
+    batch = bench.size(256)
+    images = torch.randn(batch, 3, bench.side, bench.side, device=bench.device)
+    sides = {
+        "eager": forward(ours(bench, "deit-s"), images),
+        "eager, RoPE off": forward(ours(bench, "deit-s", rope=OFF), images),
+        "blocks compiled": forward(compiled(bench, ours(bench, "deit-s")), images),
+        "blocks compiled, RoPE off": forward(
+            compiled(bench, ours(bench, "deit-s", rope=OFF)), images
         ),
     }
+    goals = [(one, other, 1.05) for one, other, _ in ON_TO_OFF]
+    report(bench, "DeiT-S, forward, bf16", sides, batch, goals)
 
 
-def main() -> None:
+def sampling(bench: Bench) -> None:
+    """Guided sampling by DiT-XL/2 beside diffusers' network."""
+    batch = bench.size(32)
+    sides = {
+        "eager": sampler(bench, ours(bench, "dit-xl2"), batch),
+        "blocks compiled": sampler(bench, compiled(bench, ours(bench, "dit-xl2")), batch),
+        "diffusers, network alone": diffusers_network(bench, batch),
+    }
+    goals = [("blocks compiled", "diffusers, network alone", 1 / 1.25)]
+    title = f"DiT-XL/2, guided sampling of {bench.sampling_steps} steps, bf16"
+    report(bench, title, sides, batch, goals)
+
+
+def dit(bench: Bench, arch: str, usual: int) -> None:
+    """Train step of a DiT."""
+    batch = bench.size(usual)
+    sides = {
+        "eager": denoiser(bench, ours(bench, arch), batch),
+        "eager, RoPE off": denoiser(bench, ours(bench, arch, rope=OFF), batch),
+        "blocks compiled": denoiser(bench, compiled(bench, ours(bench, arch)), batch),
+        "blocks compiled, RoPE off": denoiser(
+            bench, compiled(bench, ours(bench, arch, rope=OFF)), batch
+        ),
+    }
+    report(bench, f"{arch}, train step, bf16", sides, batch, ON_TO_OFF)
+
+
+def precision(bench: Bench) -> None:
+    """Train step of DeiT-S in each precision."""
+    batch = bench.size(256)
+    sides = {
+        name: classifier(bench, compiled(bench, ours(bench, "deit-s")), batch, name)
+        for name in ("bf16", "tf32", "fp32")
+    }
+    report(bench, "DeiT-S, train step, blocks compiled", sides, batch)
+
+
+def vae(bench: Bench) -> None:
+    """The VAE of published size, with random weights, at 256 px."""
+    batch, pixels = bench.size(32), 64 if bench.tiny else 256
+    images = torch.randn(batch, 3, pixels, pixels, device=bench.device)
+    latents = torch.randn(batch, 4, pixels // 8, pixels // 8, device=bench.device)
+
+    def side(what: str, setting: str, inputs: Tensor) -> Call:
+        network = random_vae((32,) * 4 if bench.tiny else WIDTHS)
+        network.model.to(bench.device, DTYPES[setting], memory_format=torch.channels_last)
+
+        def call() -> None:
+            allow_tf32(setting != "fp32")
+            getattr(network, what)(inputs)
+
+        return call
+
+    for what, inputs in (("encode", images), ("decode", latents)):
+        sides = {setting: side(what, setting, inputs) for setting in ("tf32", "fp32", "bf16")}
+        report(bench, f"VAE, {what}", sides, batch)
+
+
+@contextlib.contextmanager
+def inception_file(bench: Bench) -> Iterator[Path]:
+    """The weights that were given, or random ones that are alive on digits."""
+    if bench.inception:
+        yield Path(bench.inception)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        digits = load_digits()[1].images[:32].mul(15).to(torch.uint8).expand(-1, 3, -1, -1)
+        yield write_random_weights(Path(folder) / "random.pth", digits)
+
+
+def pictures(count: int, seed: int) -> Tensor:
+    """[count, 3, 256, 256] uint8 with structure: enlarged digits in random colours."""
+    draw = torch.Generator().manual_seed(seed)
+    digits = load_digits()[0].images.float() / 16
+    chosen = digits[torch.randint(len(digits), (count,), generator=draw)]
+    colours = torch.rand(count, 3, 1, 1, generator=draw) * 255
+    large = F.interpolate(chosen, size=(256, 256), mode="bilinear")
+    return (large * colours).to(torch.uint8)
+
+
+def fid(bench: Bench) -> None:
+    """Features of fid beside torch-fidelity's, by precision and memory format; and FID by each."""
+    batch, count = bench.size(256), 2 if bench.tiny else 2048
+    sets = [pictures(count, seed).to(bench.device) for seed in (0, 1)]
+    images = sets[0][:batch]
+    with inception_file(bench) as file:
+        weights = torch.load(file, weights_only=True)
+        theirs = FeatureExtractorInceptionV3("inception", ["2048"], str(file)).to(bench.device)
+    formats = {"NHWC": False, "NCHW": True}
+    networks = {
+        name: build_extractor(weights, file, planes=planes).to(bench.device)
+        for name, planes in formats.items()
+    }
+
+    def features(x: Tensor, name: str, setting: str) -> Tensor:
+        allow_tf32(setting == "tf32")
+        with torch.inference_mode(), autocast(bench.device, DTYPES[setting]):
+            if name == "torch-fidelity":
+                return theirs(x)[0]
+            return networks[name]([x], ["pool"])["pool"]
+
+    def distance(name: str, setting: str) -> float:
+        moments = []
+        for each in sets:
+            moments.append(Moments(2048, bench.device))
+            for part in each.split(batch):
+                moments[-1].add(features(part, name, setting))
+        allow_tf32(False)
+        statistics = [part for each in moments for part in (each.mean, each.covariance())]
+        return frechet_distance(*statistics)
+
+    kinds = [("torch-fidelity", "fp32"), ("torch-fidelity", "tf32")]
+    kinds += [(name, setting) for setting in ("fp32", "tf32", "bf16") for name in formats]
+    kinds = [kind for kind in kinds if not bench.tiny or kind[1] == "fp32"]
+    sides = {
+        f"{name}, {setting}": lambda name=name, setting=setting: features(images, name, setting)
+        for name, setting in kinds
+    }
+    report(bench, "Inception features of 256 px", sides, batch)
+    exact = distance(*kinds[0])
+    rows = [(f"{name}, {setting}", distance(name, setting)) for name, setting in kinds]
+    show(
+        f"FID of {count} enlarged digits against {count} others",
+        [(name, f"{value:.6f}, {abs(value / exact - 1):.0e} apart") for name, value in rows],
+    )
+
+
+def fid_files(bench: Bench) -> None:
+    """`fid` of a folder of PNG files beside its features alone."""
+    copies, kinds = (1, 8) if bench.tiny else (32, 128)
+    count, batch = copies * kinds, FidRun.batch_size
+    ctx = DistContext(0, 1, bench.device, "fp32", "", StopRequest())
+    with inception_file(bench) as file, tempfile.TemporaryDirectory() as folder:
+        network = build_extractor(torch.load(file, weights_only=True), file).to(bench.device)
+        for number, pixels in enumerate(pictures(kinds, 0)):
+            path = Path(folder) / f"{number:04}.png"
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
+            for copy in range(1, copies):
+                path.with_stem(f"{number:04}-{copy}").hardlink_to(path)
+        run = FidRun(samples=folder, select=("is",))
+        allow_tf32(False)
+        side = replace(inspect_side(Path(folder), "SAMPLES"), needed=("fid",))
+        seconds = []
+        for _ in range(2):  # the first one warms up
+            start = time.perf_counter()
+            measure_side(run, ctx, side, lambda: network)
+            bench.synchronize()
+            seconds.append(time.perf_counter() - start)
+        images = pictures(min(batch, count), 0).to(bench.device)
+
+        @torch.inference_mode()
+        def bare() -> None:
+            network([images], ["pool"])
+
+        medians = report(bench, "features alone", {"fp32": bare}, len(images))
+    whole, alone = count / seconds[-1], 1e3 * len(images) / medians["fp32"]
+    show(
+        f"fid of {count} PNG files of 256 px",
+        [("images/s", f"{whole:.0f}"), ("SHARE of the features alone", f"{whole / alone:.2f}")],
+    )
+
+
+def whole_run(command: str, options: dict[str, Any]) -> float:
+    """Images per second of a training command at its last log points."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = str(Path(folder) / "run")
+        with contextlib.redirect_stdout(io.StringIO()):
+            train.work(resolve(command, {**options, "out": out, "nproc": 1}).run)
+        logged = [line["images_per_s"] for line in read_metrics(Path(out)) if "loss" in line]
+    return statistics.median(logged[1:] or logged)
+
+
+def loop_deit(bench: Bench) -> None:
+    """`pretrain` on images in memory, augmented on the device, beside the bare step."""
+    batch, steps = bench.size(256), 3 if bench.tiny else 200
+    model = ours(bench, "deit-s", in_chans=1, num_classes=10)
+    images = torch.randn(batch, 1, bench.side, bench.side, device=bench.device)
+    labels = torch.randint(0, 10, (batch,), device=bench.device)
+    step = train_step(
+        bench,
+        compiled(bench, model),
+        lambda: F.cross_entropy(model(images).float(), labels),
+    )
+    bare = report(bench, "DeiT-S on grey images, train step", {"bare step": step}, batch)
+    options: dict[str, Any] = {
+        "arch": "deit-64x2x2" if bench.tiny else "deit-s",
+        "image_size": (bench.side, bench.side),
+        "patch_size": 16,
+        "batch_size": batch,
+        "micro_batch_size": batch,
+        "max_steps": steps,
+        "log_every": max(steps // 4, 1),
+        "validate_every": 10**6,
+        "save_every": 10**6,
+        "warmup_epochs": 0,
+        "precision": "bf16",
+        "compile": "off" if bench.tiny else "on",
+        "device": bench.device.type,
+    }
+    show_share("pretrain", whole_run("pretrain", options), 1e3 * batch / bare["bare step"])
+
+
+def loop_dit(bench: Bench) -> None:
+    """`dit-train` from cached latents beside the bare step."""
+    batch, steps = bench.size(256), 3 if bench.tiny else 200
+    step = denoiser(bench, compiled(bench, ours(bench, "dit-s2")), batch)
+    bare = report(bench, "DiT-S/2, train step", {"bare step": step}, batch)
+    with tempfile.TemporaryDirectory() as folder:
+        random_cache(Path(folder), 1024)
+        options: dict[str, Any] = {
+            "arch": "dit-64x2x2-2" if bench.tiny else "dit-s2",
+            "latents": folder,
+            "rotate": 2,
+            "batch_size": batch,
+            "micro_batch_size": batch,
+            "max_steps": steps,
+            "log_every": max(steps // 4, 1),
+            "sample_every": 0,
+            "save_every": 10**6,
+            "warmup_epochs": 0,
+            "precision": "bf16",
+            "compile": "off" if bench.tiny else "on",
+            "device": bench.device.type,
+        }
+        show_share("dit-train", whole_run("dit-train", options), 1e3 * batch / bare["bare step"])
+
+
+def show_share(command: str, whole: float, bare: float) -> None:
+    """Images per second of the command over those of the bare step."""
+    rows = [("images/s", f"{whole:.0f}"), ("SHARE of the bare step", f"{whole / bare:.3f}")]
+    show(f"{command}, the whole command", rows)
+
+
+PARTS: dict[str, Callable[[Bench], None]] = {
+    "deit-s": deit,
+    "forward": inference,
+    "guided": sampling,
+    "dit-s2": lambda bench: dit(bench, "dit-s2", 256),
+    "dit-xl2": lambda bench: dit(bench, "dit-xl2", 64),
+    "precision": precision,
+    "vae": vae,
+    "fid": fid,
+    "fid-files": fid_files,
+    "loop-deit": loop_deit,
+    "loop-dit": loop_dit,
+}
+
+
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("parts", nargs="*", choices=[*BATCHES, []], metavar="PART")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--tiny", action="store_true", help="small networks, one call each")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--batch", type=int, help="for all, in place of 256 (DiT-XL/2: 64, 32)")
+    parser.add_argument("--batch", type=int, default=0, help="for all parts")
+    parser.add_argument("--inception", default="", help="weights of fetch inception")
     parser.add_argument("--no-kernel", action="store_true", help="rotate by PyTorch's operators")
-    given = parser.parse_args()
-    device = torch.device(given.device)
+    given = parser.parse_args(words)
     if given.no_kernel:
         kernels.TRITON_DEVICE = ""
+    if unknown := set(given.parts) - PARTS.keys():
+        parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    device = torch.device(given.device)
+    logging.set_verbosity_error()  # it warns of modules that there are not
     if device.type == "cuda":
         print(torch.cuda.get_device_name(), "torch", torch.__version__)
-        allow_tf32(True)  # as in bf16 runs
     torch.backends.cudnn.benchmark = True
-    for dtype in (torch.bfloat16, torch.float32):
-        print(f"matrix rate, {dtype}: {matrix_rate(device, dtype) / 1e12:.1f} TFLOP/s")
-    for part in given.parts or BATCHES:
-        batch = given.batch or BATCHES[part]
-        title, sides = sides_of(part, device, batch)
-        report(part, title, sides, device, batch)
-        del sides
+    rates = {}
+    for name, dtype in (("bf16", torch.bfloat16), ("tf32", torch.float32)):
+        allow_tf32(True)
+        rates[dtype] = matrix_rate(device, dtype)
+        print(f"matrix rate, {name}: {rates[dtype] / 1e12:.1f} TFLOP/s")
+    for part in given.parts or PARTS:
+        start = time.perf_counter()
+        PARTS[part](Bench(device, given.tiny, given.batch, given.inception, rates))
+        print(f"{part}: {time.perf_counter() - start:.0f} s\n")
+        gc.collect()
 
 
 if __name__ == "__main__":

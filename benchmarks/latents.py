@@ -19,7 +19,7 @@ from spiralrope_cli import GaussianDiffusion, create_model
 from spiralrope_cli.core.data import latents
 from spiralrope_cli.core.data.batches import from_cache
 from spiralrope_cli.core.data.latents import LatentCache
-from spiralrope_cli.core.data.loader import Places
+from spiralrope_cli.core.data.loader import BatchIndices
 from spiralrope_cli.core.data.shards import CachePlan
 from spiralrope_cli.core.diffusion.vae import Vae, sample_posterior
 
@@ -27,30 +27,30 @@ BATCH, ROUNDS, CACHED = 8, 2, 64
 WIDTHS = (128, 256, 512, 512)
 
 
-def full_size_vae() -> Vae:
+def random_vae(widths: tuple[int, ...] = WIDTHS) -> Vae:
     model = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * len(WIDTHS),
-        up_block_types=("UpDecoderBlock2D",) * len(WIDTHS),
-        block_out_channels=WIDTHS,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=widths,
         layers_per_block=2,
     )
     return Vae(model)
 
 
-def random_cache(folder: Path) -> LatentCache:
+def random_cache(folder: Path, count: int = CACHED) -> LatentCache:
     plan = CachePlan(
         data="random",
         class_names=("one",),
-        num_files=CACHED,
+        num_files=count,
         files_sha256="",
         image_size=(256, 256),
         vae="random",
         vae_sha256="",
         precision="float32",
-        shard_size=CACHED,
+        shard_size=count,
     )
-    plain, mirrored = torch.rand(2, CACHED, 2, *plan.latent_shape)
-    labels = torch.zeros(CACHED, dtype=torch.int64)
+    plain, mirrored = torch.rand(2, count, 2, *plan.latent_shape)
+    labels = torch.zeros(count, dtype=torch.int64)
     latents.write_shard(folder, plan, 0, plain, mirrored, labels, {})
     return LatentCache(folder)
 
@@ -60,7 +60,7 @@ def main() -> None:
     diffusion, noise = GaussianDiffusion(), torch.randn(2, BATCH, 4, 32, 32)
     images = torch.randint(0, 256, (BATCH, 3, 256, 256), dtype=torch.uint8)
     t, labels = torch.randint(0, 1000, (2, BATCH))
-    vae = full_size_vae()
+    vae = random_vae()
 
     def with_vae() -> tuple[Tensor, Tensor]:
         with torch.autocast("cpu", enabled=False):
@@ -77,8 +77,9 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         cache = random_cache(Path(folder))
-        places = (Places(torch.randint(CACHED, (BATCH,)).tolist(), []) for _ in range(10**6))
-        batches = from_cache(cache, CPU, lambda at: torch.rand(BATCH) < 0.5, places)
+        random = (torch.randint(CACHED, (BATCH,)).tolist() for _ in range(10**6))
+        indices = (BatchIndices(numbers, []) for numbers in random)
+        batches = from_cache(cache, CPU, lambda at: torch.rand(BATCH) < 0.5, indices)
 
         def from_disk() -> tuple[Tensor, Tensor]:
             batch = next(batches)

@@ -324,7 +324,7 @@ def test_other_wrong_inputs(fid, sets, tmp_path):
         (["--bootstrap", "1"], "needs 2 or more"),
         (["--bootstrap", "5", "--select", "kid"], "--bootstrap needs fid in --select"),
         (["--batch-size", "0"], "--batch-size is 0"),
-        (["--precision", "auto"], "fp32 or bf16"),
+        (["--precision", "auto"], "fp32 or tf32 or bf16"),
         (["--save-stats", "stats"], "must end in .npz"),
         (["--save-stats", "no/such/folder.npz"], "is not a writable folder"),
         (["--weights", "none.pth"], "--weights none.pth does not exist"),
@@ -398,6 +398,11 @@ class Trap:
 
     def __reduce__(self):
         return open, (self.path, "w")
+
+
+def test_tf32_is_fp32_where_the_device_has_none(fid, sets):
+    found = fid(sets / "a.npz", "--select", "is", "--precision", "tf32", "--device", "cpu")
+    assert found["protocol"]["precision"] == "fp32"
 
 
 def test_half_precision_says_that_it_is_another_protocol(fid, sets):

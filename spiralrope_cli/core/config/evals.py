@@ -195,7 +195,8 @@ class FeatureMachine(MachineConfig):
     """As `MachineConfig`, but fp32 by default, so that metrics are comparable."""
 
     precision: Annotated[
-        Literal["fp32", "bf16"], Opt("Precision of the Inception features.", MACHINE)
+        Literal["fp32", "tf32", "bf16"],
+        Opt("Precision of the Inception features; papers use fp32.", MACHINE),
     ] = "fp32"
 
 

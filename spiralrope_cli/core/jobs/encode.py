@@ -10,6 +10,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -195,7 +196,8 @@ def readable_now(shard: Shard, skip_bad: bool) -> bool:
 def encode_missing(plan: EncodePlan, ctx: DistContext, missing: list[int]) -> dict[int, Shard]:
     """Encodes the missing shards, one per process at a time; returns them on all processes.
 
-    After a signal all processes exit; finished shards are kept.
+    A thread writes each shard while the device computes the next. After a signal all processes
+    exit; finished shards are kept.
     """
     if not missing:
         return {}
@@ -218,15 +220,22 @@ def encode_missing(plan: EncodePlan, ctx: DistContext, missing: list[int]) -> di
     done = cache.num_files - sum(len(cache.files_of(number)) for number in missing)
     progress = counted("encoded", cache.num_files, shown=ctx.is_first, done=done, unit="images/s")
     shards: dict[int, Shard] = {}
-    with progress as advance, contextlib.closing(reading) as batches:
-        for first in range(0, len(missing), ctx.world_size):
+    written: Future[Shard] | None = None
+    with (
+        ThreadPoolExecutor(1, "writer") as writer,
+        progress as advance,
+        contextlib.closing(reading) as batches,
+    ):
+        for first in range(0, len(missing) + ctx.world_size, ctx.world_size):
             together = missing[first : first + ctx.world_size]
-            shard = None
+            write = None
             if ctx.rank < len(together):
                 number, busy = together[ctx.rank], len(together)
-                shard = encode_shard(plan, ctx, vae, batches, number, busy, advance)
+                write = encode_shard(plan, ctx, vae, batches, number, busy, advance)
             # One collective per round, so that no process waits long, and all stop together.
+            shard = written.result() if written else None  # of the round before
             shards.update({each.number: each for each in all_gather_object(shard) if each})
+            written = writer.submit(write) if write else None
             if stop := ctx.stop.agreed(ctx.device, ask_all=True):
                 if ctx.is_first:
                     say("stopped; finished shards are kept, the same command resumes")
@@ -242,8 +251,11 @@ def encode_shard(
     number: int,
     busy: int,
     advance: Callable[[int], None],
-) -> Shard | None:
-    """Encodes and writes one shard, while `busy` processes do so; None after a signal."""
+) -> Callable[[], Shard] | None:
+    """Encodes one shard, while `busy` processes do so; returns what writes it, None after a signal.
+
+    Only the writing waits for the device.
+    """
     import torch
 
     from spiralrope_cli.core.data import latents
@@ -265,9 +277,13 @@ def encode_shard(
             labels.append(batch.labels)
         # The other processes are about as far as this one.
         advance(busy * min(run.batch_size, num_files - first))
-    plain, mirrored = torch.cat(sides, dim=1).cpu()
-    tensors = plain, mirrored, torch.cat(labels).cpu()
-    return latents.write_shard(Path(run.out), cache, number, *tensors, unreadable)
+
+    def write() -> Shard:
+        plain, mirrored = torch.cat(sides, dim=1).cpu()
+        tensors = plain, mirrored, torch.cat(labels).cpu()
+        return latents.write_shard(Path(run.out), cache, number, *tensors, unreadable)
+
+    return write
 
 
 def report(plan: EncodePlan, shards: list[Shard]) -> None:

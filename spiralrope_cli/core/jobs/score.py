@@ -11,7 +11,7 @@ import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from spiralrope_cli import __version__
 from spiralrope_cli.core.config.evals import EXTRACTOR, FidRun, fid_notes
@@ -50,6 +50,8 @@ OF_FEATURES = ("batch_size", "device", "nproc", "precision", "skip_bad", "weight
 def score(given: dict[str, Any]) -> Remaining:
     """Runs `fid`; `given` is field name -> value."""
     run: FidRun = build(FidRun, given)
+    if run.machine.precision == "tf32":
+        run = with_known_tf32(run)
     say_notes(fid_notes(run, given))
     plan = settle(run)
     say_notes(
@@ -89,6 +91,15 @@ class Plan:
 
 
 # ---- settle
+def with_known_tf32(run: FidRun) -> FidRun:
+    """The run in fp32 where the device has no TF32: its statistics are of fp32."""
+    from spiralrope_cli.core.runtime.device import pick_device, pick_precision
+
+    precision, reason = pick_precision("tf32", pick_device(run.machine))
+    say_notes([reason] if precision == "fp32" else [])
+    return replace(run, machine=replace(run.machine, precision=cast(Any, precision)))
+
+
 def settle(run: FidRun) -> Plan:
     """Checks inputs before any image is read, and finds the weights."""
     sides = [inspect_side(Path(os.path.expanduser(run.samples)), "SAMPLES", run.num_samples)]
@@ -194,8 +205,10 @@ def work(run: FidRun, plan: Plan) -> None:
     sha256, samples = plan.weights_sha256, plan.sides[0]
     protocol = run.protocol(sha256) if sha256 else samples.protocol
     with open_context(run.machine, None) as ctx:
-        allow_tf32(False)  # distances and statistics are in fp32 at least
-        network = functools.partial(_load_once, Path(run.weights), str(ctx.device))
+        allow_tf32(ctx.precision == "tf32")
+        # Without tensor cores, GPUs convolve planes faster than channels.
+        planes = (ctx.device.type, ctx.precision) == ("cuda", "fp32")
+        network = functools.partial(_load_once, Path(run.weights), str(ctx.device), planes)
         with digests_beside(list(plan.sides) if ctx.is_first else []) as digests:
             measured = [measure_side(run, ctx, samples, network)]
             return_freed_memory()  # else the peak would include the memory of both sides
@@ -214,6 +227,7 @@ def work(run: FidRun, plan: Plan) -> None:
                 # Unreadable images may have left too few for some metrics.
                 read = [replace(s, num=m.num) for s, m in zip(plan.sides, measured, strict=True)]
                 plan = replace(plan, left_out=check_possible(run, read))
+                allow_tf32(False)  # distances are in fp32 at least
                 values = compare(run, plan.metrics, *measured)
                 result = describe(plan, values, measured, [each.result() for each in digests])
                 report(run, result)
@@ -222,12 +236,12 @@ def work(run: FidRun, plan: Plan) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _load_once(weights: Path, device: str) -> InceptionFeatures:
+def _load_once(weights: Path, device: str, planes: bool) -> InceptionFeatures:
     """The network, the same for both sides."""
     from spiralrope_cli.core.hub.published import load_safely
     from spiralrope_cli.core.metrics.inception import build_extractor
 
-    return build_extractor(load_safely(weights), weights).to(device)
+    return build_extractor(load_safely(weights), weights, planes=planes).to(device)
 
 
 # ---- report

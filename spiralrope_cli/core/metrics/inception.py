@@ -1,7 +1,7 @@
 """Features of the Inception network of 2015-12-05, as papers use it: torch-fidelity's, but faster.
 
-Batch norms are folded into the convolutions, and the memory format is channels last. Both change
-only the rounding of float32.
+Batch norms are folded into the convolutions, and the memory format is channels last, where that is
+faster. Both change only the rounding of float32.
 
 Legend: B batch, D features, K classes.
 """
@@ -39,13 +39,15 @@ class InceptionFeatures(nn.Module):
 
     Args:
         weights: state dict of torch-fidelity's extractor, float32.
+        planes: the memory format is contiguous, not channels last.
 
     Raises:
         RuntimeError: the weights do not fit the network.
     """
 
-    def __init__(self, weights: dict[str, Tensor]) -> None:
+    def __init__(self, weights: dict[str, Tensor], *, planes: bool = False) -> None:
         super().__init__()
+        self.memory_format = torch.contiguous_format if planes else torch.channels_last
         network = _network(weights)
         _fold_batch_norms(network)
         # The children are registered in the order in which forward calls them; `fc` is the last.
@@ -54,7 +56,7 @@ class InceptionFeatures(nn.Module):
         before = list(stages)[: list(stages).index(_FIRST_BLOCK)]
         self.stem = nn.Sequential(*(stages.pop(name) for name in before))
         self.stages = nn.ModuleDict(stages)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=self.memory_format)
         self.register_buffer("classes", classifier.weight.detach().T.clone())
         self._spatial: dict[int, Tensor] = {}  # by thread
         branch = self.stages.get_submodule(f"{_SPATIAL_STAGE}.branch1x1")
@@ -75,8 +77,8 @@ class InceptionFeatures(nn.Module):
         at_once = _FEW if self.classes.device.type == "cpu" else max(map(len, groups))
         few = [part for group in groups for part in group.split(at_once)]
         inputs = (resize(part).sub_(128).div_(128) for part in few)
-        channels_last = torch.channels_last
-        x = torch.cat([self.stem(x.contiguous(memory_format=channels_last)) for x in inputs])
+        layout = self.memory_format
+        x = torch.cat([self.stem(x.contiguous(memory_format=layout)) for x in inputs])
         for name, stage in self.stages.items():
             x = stage(x)
             if name == _SPATIAL_STAGE and set(wanted) == {"spatial"}:
@@ -108,7 +110,7 @@ def resize(images: Tensor) -> Tensor:
     return images
 
 
-def build_extractor(weights: object, path: Path) -> InceptionFeatures:
+def build_extractor(weights: object, path: Path, *, planes: bool = False) -> InceptionFeatures:
     """The network in eval mode; `weights` is what the file `path` holds."""
     if not isinstance(weights, dict) or "Mixed_7c.branch_pool.conv.weight" not in weights:
         raise CheckpointError(
@@ -116,7 +118,7 @@ def build_extractor(weights: object, path: Path) -> InceptionFeatures:
             "spiralrope fetch inception downloads them",
         )
     try:
-        return InceptionFeatures(weights).eval()
+        return InceptionFeatures(weights, planes=planes).eval()
     except RuntimeError as error:
         raise CheckpointError(
             f"{path} is of another network: {str(error).splitlines()[1].strip()[:150]}",

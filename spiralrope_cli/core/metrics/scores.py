@@ -182,7 +182,8 @@ class InceptionScore:
         log_p = logits.to(self.sums).log_softmax(1)
         p = log_p.exp()
         rows = torch.cat((p, (p * log_p).sum(1, keepdim=True), torch.ones_like(p[:, :1])), 1)
-        self.sums.index_add_(0, numbers.to(self.sums.device) // SPLIT_SIZE, rows)
+        splits = (numbers // SPLIT_SIZE).to(self.sums.device, non_blocking=True)
+        self.sums.index_add_(0, splits, rows)
 
     def result(self) -> tuple[float, float | None]:
         """Mean and standard deviation over the splits; the latter is None for one split."""

@@ -1,0 +1,36 @@
+"""Each part of benchmarks/gpu.py runs, also on a machine without a GPU."""
+
+from __future__ import annotations
+
+import gpu
+import pytest
+import torch
+
+
+@pytest.fixture
+def settings_kept():
+    """What a benchmark sets for the whole process."""
+    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn
+    before = (cudnn.allow_tf32, cudnn.benchmark)
+    yield
+    torch.set_float32_matmul_precision(matmul)
+    cudnn.allow_tf32, cudnn.benchmark = before
+
+
+@pytest.mark.parametrize("part", gpu.PARTS)
+def test_a_part_of_the_benchmark_prints_its_table(
+    part, settings_kept, runs, inception_weights, monkeypatch, capsys
+):
+    monkeypatch.setattr(gpu, "matrix_rate", lambda device, dtype: 1e9)
+    gpu.main([part, "--tiny", "--device", "cpu", "--inception", str(inception_weights)])
+    said = capsys.readouterr().out
+    assert "1.000 × the first" in said
+    assert f"{part}: " in said
+    if part.startswith("loop"):
+        assert "SHARE of the bare step" in said
+
+
+def test_an_unknown_part_is_named(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["fast", "--device", "cpu"])
+    assert "no such part: fast; there are deit-s, " in capsys.readouterr().err
