@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
+import os
 import re
 import struct
 import zlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
@@ -149,6 +150,9 @@ def _flattened(image: Image.Image) -> Image.Image:
     return image
 
 
+Decoded = tuple[np.ndarray, bool] | Unreadable
+
+
 def decode(path: str, reading: Reading) -> tuple[np.ndarray, bool] | Unreadable:
     """[h, w, 3] uint8, and whether the other reading gives another image."""
 
@@ -195,6 +199,27 @@ class ImageBatch:
     unreadable: list[Unreadable] = field(default_factory=list)
     num_differing: int = 0  # images that the two readings see differently
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What a worker sends through shared memory."""
+        return self.groups
+
+    def pin_memory(self) -> ImageBatch:
+        """In page-locked memory."""
+        return replace(self, groups=[group.pin_memory() for group in self.groups])
+
+
+class PictureFiles:
+    """Image files of any size, read by data loader workers."""
+
+    def __init__(self, files: list[str], reading: Reading) -> None:
+        # A plain array: a list of many strings would be copied page by page in each worker.
+        self.files, self.reading = np.array([os.fsencode(file) for file in files]), reading
+
+    def __getitems__(self, numbers: Iterable[int]) -> ImageBatch:
+        """A batch of the images with these indices."""
+        return _grouped([(n, decode(os.fsdecode(self.files[n]), self.reading)) for n in numbers])
+
 
 def image_batches(
     images: ImageInput,
@@ -212,9 +237,7 @@ def image_batches(
         batches = _streamed(images, part, batch_size)
     with contextlib.closing(batches):
         for batch in batches:
-            if pin_memory:
-                batch.groups = [group.pin_memory() for group in batch.groups]
-            yield batch
+            yield batch.pin_memory() if pin_memory else batch
 
 
 def _streamed(images: NpzImages, part: range, batch_size: int) -> Generator[ImageBatch, None, None]:
@@ -233,26 +256,34 @@ def _decoded(
 ) -> Generator[ImageBatch, None, None]:
     if threads is None:
         threads = min(MOST_THREADS, cores_per_process())
-    batch, num_bytes = ImageBatch(), 0
-    sizes: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = defaultdict(list)
+    waiting: list[tuple[int, Decoded]] = []
     tasks = (partial(decode, images.files[number], reading) for number in part)
     with contextlib.closing(in_order(tasks, max(threads, 1), 4 * threads)) as decoded:
         for number, result in zip(part, decoded, strict=True):
-            if isinstance(result, Unreadable):
-                batch.unreadable.append(result)
-            else:
-                image, differs = result
-                batch.num_differing += differs
-                sizes[image.shape].append((number, image))
-                num_bytes += image.nbytes
-            waiting = sum(map(len, sizes.values()))
-            if waiting == batch_size or num_bytes > LARGEST_BATCH or number == part[-1]:
-                for group in sizes.values():
-                    batch.numbers += [number for number, _ in group]
-                    batch.groups.append(_tensor(np.stack([image for _, image in group])))
-                yield batch
-                batch, num_bytes = ImageBatch(), 0
-                sizes.clear()
+            waiting.append((number, result))
+            images_there = [each[0] for _, each in waiting if not isinstance(each, Unreadable)]
+            num_bytes = sum(image.nbytes for image in images_there)
+            full = len(images_there) == batch_size or num_bytes > LARGEST_BATCH
+            if full or number == part[-1]:
+                yield _grouped(waiting)
+                waiting = []
+
+
+def _grouped(decoded: Iterable[tuple[int, Decoded]]) -> ImageBatch:
+    """A batch of decoded images, one tensor per size."""
+    batch = ImageBatch()
+    sizes: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = defaultdict(list)
+    for number, result in decoded:
+        if isinstance(result, Unreadable):
+            batch.unreadable.append(result)
+        else:
+            image, differs = result
+            batch.num_differing += differs
+            sizes[image.shape].append((number, image))
+    for group in sizes.values():
+        batch.numbers += [number for number, _ in group]
+        batch.groups.append(_tensor(np.stack([image for _, image in group])))
+    return batch
 
 
 def _tensor(images: np.ndarray) -> Tensor:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -41,6 +42,9 @@ Key = tuple[int, tuple[int, ...] | None]
 
 MAX_TRIES = 16
 """With `skip_bad`, unreadable images in a row after which training stops."""
+
+AT_ONCE = 64
+"""Images that a worker reads at once."""
 
 GRACE_SECONDS = 60
 """Workers live so long after a SIGTERM, because the trainer finishes its step."""
@@ -82,6 +86,11 @@ class Batch:
     std: Tensor | None = None
     unreadable: tuple[Unreadable, ...] = ()
     steps: tuple[Steps, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What a worker sends through shared memory."""
+        return self.images, self.labels
 
     def pin_memory(self) -> Batch:
         """In page-locked memory; `DataLoader` calls this for a class that it does not know."""
@@ -169,24 +178,23 @@ def load(
     unreadable: dict[str, str],
     batches: Iterable[BatchIndices],
 ) -> Generator[Batch, None, None]:
-    """Batches on the device, read ahead by workers, which end when the generator is closed.
+    """Batches on the device, read ahead by workers.
 
-    Skipped images are added to `unreadable`, path -> reason.
+    A worker reads at most `AT_ONCE` images, so that all of them work on a large batch. Skipped
+    images are added to `unreadable`, path -> reason.
     """
-    workers = num_loaders(machine, device.type)
-    loader = DataLoader(
-        files,
-        batch_sampler=batches,  # type: ignore[arg-type]
-        num_workers=workers,
-        collate_fn=_as_it_is,  # type: ignore[arg-type]
-        pin_memory=device.type == "cuda",
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=_one_thread if workers else None,
-        # In a spawned process the default is to spawn again, and each worker would import torch.
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-    )
-    loading = iter(loader)
-    try:
+    started: deque[BatchIndices] = deque()
+
+    def parts() -> Iterator[BatchIndices]:
+        for at in batches:
+            started.append(at)
+            for first in range(0, len(at.indices), AT_ONCE):
+                part = slice(first, first + AT_ONCE)
+                yield at._replace(indices=at.indices[part], places=at.places[part])
+
+    workers, on_gpu = num_loaders(machine, device.type), device.type == "cuda"
+    read: list[Batch] = []
+    with contextlib.closing(read_ahead(files, parts(), workers, pin_memory=on_gpu)) as loading:
         for batch in loading:
             note_unreadable(batch.unreadable, machine.skip_bad, unreadable)
             if files.tries > 1 and len(batch.labels) < len(batch.at.indices):
@@ -194,7 +202,47 @@ def load(
                     f"{files.tries} training images in a row cannot be read",
                     f"the last: {batch.unreadable[-1].path}",
                 )
-            yield batch.on(device)
+            read.append(batch.on(device))
+            if sum(len(each.at.indices) for each in read) == len(started[0].indices):
+                yield _together(started.popleft(), read)
+                read = []
+
+
+def _together(at: BatchIndices, parts: list[Batch]) -> Batch:
+    """One batch of its parts."""
+    if len(parts) == 1:
+        return parts[0]
+    joined: dict[str, Any] = {"at": at}
+    for name in Batch.__dataclass_fields__.keys() - joined.keys():
+        values = [getattr(part, name) for part in parts]
+        if isinstance(values[0], Tensor):
+            joined[name] = torch.cat(values)
+        elif values[0] is not None:
+            joined[name] = tuple(each for some in values for each in some)
+    return Batch(**joined)
+
+
+def read_ahead(
+    files: Any, batches: Iterable[Any], workers: int, *, pin_memory: bool
+) -> Generator[Any, None, None]:
+    """`files.__getitems__(batch)` in order, by workers, which end when the generator is closed.
+
+    A result has `tensors`, to be moved between processes, and `pin_memory()`.
+    """
+    loader = DataLoader(
+        files,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_one_thread if workers else None,
+        # In a spawned process the default is to spawn again, and each worker would import torch.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+    )
+    loading = iter(loader)
+    try:
+        yield from loading
     except (RuntimeError, ConnectionError, EOFError) as error:
         if died := dead_loader(error):
             raise died from error
@@ -207,9 +255,9 @@ def load(
                 loading._shutdown_workers()  # type: ignore[attr-defined]
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _as_it_is(batch: Any) -> Any:
     if get_worker_info():  # an error in the thread that sends it would be lost, and this would wait
-        for tensor in (batch.images, batch.labels):
+        for tensor in batch.tensors:
             tensor.share_memory_()
     return batch
 

@@ -16,8 +16,16 @@ import torch
 from torch import Tensor
 
 from spiralrope_cli.core.config.evals import FidRun
-from spiralrope_cli.core.data.image_sets import ImageInput, Side
-from spiralrope_cli.core.data.images import ImageBatch, image_batches, in_order
+from spiralrope_cli.core.data.image_sets import FolderInput, ImageInput, Side
+from spiralrope_cli.core.data.images import (
+    LARGEST_BATCH,
+    ImageBatch,
+    PictureFiles,
+    image_batches,
+    in_order,
+    num_bytes,
+)
+from spiralrope_cli.core.data.loader import read_ahead
 from spiralrope_cli.core.data.npz import POOL_SIZE, SPATIAL_SIZE, ReferenceCache, read_statistics
 from spiralrope_cli.core.errors import CheckpointError, DataError
 from spiralrope_cli.core.metrics.inception import NUM_CLASSES, Features, InceptionFeatures
@@ -32,6 +40,7 @@ from spiralrope_cli.core.metrics.scores import (
 from spiralrope_cli.core.runtime import distributed
 from spiralrope_cli.core.runtime.device import autocast
 from spiralrope_cli.core.runtime.distributed import DistContext
+from spiralrope_cli.core.runtime.launch import num_loaders
 from spiralrope_cli.core.runtime.progress import counted, say_unreadable
 
 ARRAYS = {
@@ -101,15 +110,7 @@ def _measure_images(
     num = side.num or 0
     mine = range(num * ctx.rank // ctx.world_size, num * (ctx.rank + 1) // ctx.world_size)
     sums = Sums(side.needed, mine, num, ctx.device)
-    cores = torch.get_num_threads() if ctx.device.type == "cpu" else 1
-    opened = image_batches(
-        images,
-        mine,
-        -(-run.batch_size // cores),
-        threads=run.machine.workers,
-        pin_memory=ctx.device.type == "cuda",
-        reading=run.images,
-    )
+    opened = opened_images(run, ctx, images, mine)
     unreadable: dict[str, str] = {}
     differing = 0
     with (
@@ -148,6 +149,23 @@ def _measure_images(
             f"the weights in {run.weights} are damaged, or are not those of this network",
         )
     return result
+
+
+def opened_images(
+    run: FidRun, ctx: DistContext, images: ImageInput, mine: range
+) -> Generator[ImageBatch, None, None]:
+    """Batches of a part of the images, decoded ahead: by threads, or by processes beside a GPU."""
+    on_gpu, size = ctx.device.type == "cuda", run.batch_size
+    few_bytes = size * num_bytes(images, mine[:1]) < LARGEST_BATCH
+    if on_gpu and few_bytes and isinstance(images, FolderInput):
+        parts = (list(mine[first : first + size]) for first in range(0, len(mine), size))
+        workers = num_loaders(run.machine, ctx.device.type)
+        return read_ahead(PictureFiles(images.files, run.images), parts, workers, pin_memory=True)
+    cores = torch.get_num_threads() if ctx.device.type == "cpu" else 1
+    threads = run.machine.workers
+    return image_batches(
+        images, mine, -(-size // cores), threads=threads, pin_memory=on_gpu, reading=run.images
+    )
 
 
 def in_features(

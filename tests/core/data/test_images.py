@@ -10,8 +10,9 @@ from PIL import Image
 
 from spiralrope_cli.core.data import images as reading
 from spiralrope_cli.core.data.image_sets import inspect_side
-from spiralrope_cli.core.data.images import image_batches, num_bytes
+from spiralrope_cli.core.data.images import PictureFiles, image_batches, num_bytes
 from spiralrope_cli.core.data.listing import images_below
+from spiralrope_cli.core.data.loader import read_ahead
 
 SIZES = [(8, 8), (6, 9), (8, 8), (8, 8), (6, 9), (5, 5), (8, 8)]
 
@@ -65,6 +66,25 @@ def test_a_batch_closes_before_its_pixels_outgrow_memory(folder, monkeypatch):
     batches = read(folder, batch_size=100)
     assert len(batches) > 3
     assert sum(len(batch.numbers) for batch in batches) == 7
+
+
+def test_processes_read_what_threads_do(folder):
+    (folder / "3.png").write_bytes(b"damaged")
+    images = inspect_side(folder, "SAMPLES").images
+    numbers = [list(range(first, min(first + 3, 7))) for first in range(0, len(images), 3)]
+    files = PictureFiles(images.files, "as-pil")
+    found = list(read_ahead(files, numbers, 2, pin_memory=False))
+    assert sum(len(batch.unreadable) for batch in found) == 1
+    for batch, expected in zip(found, (files.__getitems__(part) for part in numbers), strict=True):
+        assert (batch.numbers, batch.unreadable) == (expected.numbers, expected.unreadable)
+        assert all(map(torch.equal, batch.groups, expected.groups))
+    threaded = {n: g for each in read(folder) for n, g in pixels_by_number(each)}
+    assert {n: g for each in found for n, g in pixels_by_number(each)} == threaded
+
+
+def pixels_by_number(batch):
+    images = [image.tolist() for group in batch.groups for image in group]
+    return zip(batch.numbers, images, strict=True)
 
 
 def test_parts_make_the_whole(folder):

@@ -19,6 +19,7 @@ from spiralrope_cli.core.config.option import build
 from spiralrope_cli.core.config.recipes import PRETRAIN
 from spiralrope_cli.core.config.runs import AugmentConfig
 from spiralrope_cli.core.config.training import MachineConfig
+from spiralrope_cli.core.data import loader
 from spiralrope_cli.core.data.augment import eval_transform, train_transform
 from spiralrope_cli.core.data.images import Unreadable, as_tensor
 from spiralrope_cli.core.data.loader import (
@@ -246,6 +247,20 @@ def test_the_same_places_give_the_same_bytes_for_any_number_of_workers(root):
     assert alone[0].images.shape == (6, 3, *SIZE)
     assert alone[0].labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert torch.equal(alone[0].images[3], torch.tensor(trained[3, (0, 0, 3)][0]).float())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_large_batch_is_read_in_parts_and_is_the_same(root, monkeypatch, workers):
+    batches = [BatchIndices(list(range(8)), []), BatchIndices([3], []), BatchIndices([5, 1, 6], [])]
+    files = val_files(root)
+    whole = list(loaded(files, batches, 0))
+    monkeypatch.setattr(loader, "AT_ONCE", 3)
+    parts = list(loaded(files, batches, workers))
+    for ours, expected in zip(parts, whole, strict=True):
+        assert ours.at == expected.at
+        assert torch.equal(ours.images, expected.images)
+        assert torch.equal(ours.labels, expected.labels)
+        assert sorted(map(str, ours.unreadable)) == sorted(map(str, expected.unreadable))
 
 
 def test_closing_ends_the_workers_while_an_error_is_on_its_way(root):
