@@ -6,6 +6,7 @@ loads no torch.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -29,13 +30,14 @@ from spiralrope_cli.core.config.dit_runs import (
 from spiralrope_cli.core.config.folders import CONFIG_FILE
 from spiralrope_cli.core.config.models import RopeConfig, Scaling, arch_name, dit_size
 from spiralrope_cli.core.config.option import build, flat_values, idle_lines, leaves, read_values
-from spiralrope_cli.core.config.recipes import fit_channels
+from spiralrope_cli.core.config.recipes import fit_channels, with_micro_batch
 from spiralrope_cli.core.config.rope import check_rotate
 from spiralrope_cli.core.config.runs import ModelConfig
 from spiralrope_cli.core.config.training import RUNS_FOLDER
 from spiralrope_cli.core.data.shards import CacheMetadata, read_cache
 from spiralrope_cli.core.data.splits import find_data_set, find_train_set
 from spiralrope_cli.core.errors import ConfigError
+from spiralrope_cli.core.runtime.launch import world_size
 from spiralrope_cli.core.runtime.run_folder import steps_on_disk
 
 DATA_VARIABLE = "SPIRALROPE_DATA"
@@ -186,7 +188,7 @@ def resolve(
 
 
 def as_begun(resolved: Resolved) -> Resolved:
-    """The run with the micro-batch and the EMA warm-up of its folder, unless given.
+    """The run with the micro-batch, if it splits, and the EMA warm-up of its folder, unless given.
 
     Earlier versions had no such warm-up.
     """
@@ -197,8 +199,10 @@ def as_begun(resolved: Resolved) -> Resolved:
     kept = {}
     if sources["ema_warmup"] == "recipe":
         kept["ema_warmup"] = before.get("ema_warmup")
-    if "micro_batch_size" not in sources and "micro_batch_size" in before:
-        kept["micro_batch_size"] = before["micro_batch_size"]
+    if "micro_batch_size" not in sources and (size := before.get("micro_batch_size")):
+        with contextlib.suppress(ConfigError):  # it was found for another number of processes
+            with_micro_batch(run, size).split_batch(world_size(run.machine))
+            kept["micro_batch_size"] = size
     run = build(type(run), {**flat_values(run), **kept})
     return replace(resolved, run=run, sources={**sources, **dict.fromkeys(kept, "config file")})
 

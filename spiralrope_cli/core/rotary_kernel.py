@@ -1,6 +1,6 @@
 """q and k of a packed projection rotated in one pass over the memory, for GPUs, in Triton.
 
-`rope.rotate_qk` uses it where `kernels.has_rotary_kernel` says so. With TRITON_INTERPRET=1, set
+`kernels.rotate_qkv` uses it where `kernels.has_rotary_kernel` says so. With TRITON_INTERPRET=1, set
 before this file is imported, it runs on a CPU.
 
 Bytes moved, in units of q (B * N * C elements): the forward pass reads and writes q and k, 4 units;

@@ -80,7 +80,7 @@ def _solarize(images: Tensor, _: Tensor) -> Tensor:
 
 
 def _grayscale(images: Tensor, _: Tensor) -> Tensor:
-    return _luminance(images).expand_as(images)
+    return _luminance(images).expand_as(images).contiguous()
 
 
 def _blur(images: Tensor, radius: Tensor) -> Tensor:

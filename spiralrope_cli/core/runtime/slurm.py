@@ -75,6 +75,8 @@ class Task:
         signal.pthread_sigmask(signal.SIG_BLOCK, {SIGNAL})
         self.process = subprocess.Popen([sys.executable, "-m", "spiralrope_cli", *words], env=env)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {SIGNAL})
+        if self.terminated:  # before the command had begun
+            self.ask()
         code = self.process.wait()
         while self.terminated:  # SLURM requeues a preempted job only if it has not ended
             signal.pause()

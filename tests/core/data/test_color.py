@@ -105,6 +105,13 @@ def test_an_image_does_not_depend_on_its_batch():
         assert torch.equal(split, whole)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_batch_of_grey_images_alone_can_be_normalised_in_place(batch):
+    images = torch.stack([planes(photograph(seed=seed)).float() for seed in range(batch)])
+    grey = apply_steps(images, [(("grayscale", 0.0),)] * batch)
+    assert torch.equal(grey.clone().sub_(1), grey.sub_(1))
+
+
 # ---- crop
 
 
