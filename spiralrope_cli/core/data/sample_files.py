@@ -110,7 +110,9 @@ class SampleFiles:
                 f"sha256 {digests[0]}, now {digests[1]}",
                 again,
             )
-        if differing := differences(before, metadata, FREE_TO_DIFFER):
+        known = {**before, **before.get("rope", {})}
+        values = {**metadata, **metadata.get("rope", {})}
+        if differing := differences(known, values, (*FREE_TO_DIFFER, "rope")):
             message = f"{self.folder} holds other samples: {differing}"
             raise CheckpointError(message, f"repeat those options, {again}")
 

@@ -10,6 +10,7 @@ import inspect
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -208,6 +209,7 @@ def _worker_main(work: Callable[..., None], *arguments: Any) -> None:
     # Before a run listens, and after it, nothing has to be saved.
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    threading.Thread(target=_leave_with_launcher, daemon=True).start()
     try:
         call_work(work, *arguments)
         return
@@ -227,6 +229,13 @@ def _worker_main(work: Callable[..., None], *arguments: Any) -> None:
         failed = f"worker {os.environ.get('RANK')} failed"
         _leave_failure(Failure(BUG, failed, traceback.format_exc()))
     leave_at_once(code)
+
+
+def _leave_with_launcher() -> None:
+    """Ends this worker once its launcher was killed: it would keep its GPU and train on alone."""
+    if launcher := multiprocessing.parent_process():
+        launcher.join()
+        os._exit(1)
 
 
 def _leave_failure(failure: Failure) -> None:

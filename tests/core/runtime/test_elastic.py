@@ -97,6 +97,53 @@ def test_a_worker_that_is_killed_each_time_ends_after_the_last_restart(
     assert capfd.readouterr().err == "worker 0 was killed by SIGKILL; restart 1 of 1\n"
 
 
+SLEEPING = """
+import os, time
+from pathlib import Path
+from spiralrope_cli.core.resolve import resolve
+from spiralrope_cli.core.runtime import launch
+
+def sleep(run):
+    Path("pid.part").write_text(str(os.getpid()))
+    os.rename("pid.part", "pid")
+    time.sleep(600)
+
+if __name__ == "__main__":
+    import sleeping
+    launch.launch(sleeping.sleep, resolve("pretrain", {"nproc": 1, "device": "cpu"}).run)
+"""
+
+
+def test_a_worker_ends_with_its_killed_launcher(tmp_path):
+    (tmp_path / "sleeping.py").write_text(SLEEPING)
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    launcher = subprocess.Popen(
+        [sys.executable, "sleeping.py"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}
+    )
+    try:
+        pid = int(wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text()))
+    finally:
+        launcher.kill()
+        launcher.wait()
+    wait_for(lambda: not is_running(pid))
+
+
+def wait_for(found, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return value
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize(
     ("kinds", "attempts"),
     [
