@@ -20,7 +20,7 @@ app = typer.Typer(**SETTINGS)
     leave_out=("compile", "grad_checkpointing", "resume", "tracker"),
     words={
         "skip_bad": "Skip and count damaged images instead of stopping.",
-        "workers": "Decoding threads per process; by default one per core, at most 8.",
+        "workers": "Decoding threads per process, beside a GPU processes; by default by the cores.",
     },
     defaults={"select": "all", "workers": ""},
 )
