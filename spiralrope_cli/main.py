@@ -38,7 +38,7 @@ COMMANDS = {
     "dit-encode": "Encode images with a VAE once, to train a DiT from cached latents.",
     "dit-sample": "Sample images from a DiT: a run, a checkpoint file or published weights.",
     "fetch": "Download published weights, VAEs, Inception weights or reference batches.",
-    "export": "Export weights to share, in the published layout or as safetensors.",
+    "export": "Export weights to share: as a folder, as one file, or onto the Hugging Face Hub.",
     "fid": "Compute FID, sFID, Inception Score, KID, Precision and Recall of images.",
     "plot": "Plot training curves, Spiral RoPE, attention maps, or images.",
     "doctor": "Check this machine, and what a run needs.",

@@ -27,7 +27,7 @@ def export(given: dict[str, Any]) -> None:
     Examples:
       spiralrope export runs/pretrain-deit-s-digits-r2 --layout published
       spiralrope export runs/pretrain-deit-s-digits-r2 --ema
-      spiralrope export runs/pretrain-deit-s-digits-r2 --ema --push me/vit --license mit
+      spiralrope export runs/my-run --ema --push me/vit --license mit
       spiralrope export deit-b --out weights/deit-b
       spiralrope export dit-xl2 --ema --layout diffusers
       spiralrope export old.pth --layout published --rotate 4 --out new.pth

@@ -23,7 +23,7 @@ def fetch(given: dict[str, Any]) -> None:
       spiralrope fetch dit-xl2                     DiT-XL/2 after 7M steps
       spiralrope fetch deit-s vae-mse inception    several at once
       spiralrope fetch deit-b --out weights        also copy it to weights/
-      spiralrope fetch hf:me/vit@v1                weights that somebody shares on the Hub
+      spiralrope fetch hf:me/vit@v1                weights shared on the Hub
       spiralrope fetch dit-s2 --offline            only from the cache
       HF_ENDPOINT=https://mirror.example spiralrope fetch deit-s
     """

@@ -28,7 +28,7 @@ from spiralrope_cli.core.config.dit_runs import (
     read_config,
 )
 from spiralrope_cli.core.config.folders import CONFIG_FILE
-from spiralrope_cli.core.config.models import RopeConfig, Scaling, arch_name, dit_size
+from spiralrope_cli.core.config.models import RopeConfig, Scaling, arch_name, deit_size, dit_size
 from spiralrope_cli.core.config.option import build, flat_values, idle_lines, leaves, read_values
 from spiralrope_cli.core.config.recipes import fit_channels, with_micro_batch
 from spiralrope_cli.core.config.rope import check_rotate
@@ -139,7 +139,7 @@ def resolve(
     else:
         data_set = (find_train_set if dit else find_data_set)(given["data"])
     arch = given.get("arch", data_set.default_dit if dit else data_set.default_arch)
-    arch = arch_name(dit_size(arch)) if dit else arch
+    arch = arch_name(dit_size(arch)) if dit else checked_deit(arch)
     layers: list[Layer] = [
         ("data set", {"arch": arch}),
         ("recipe", recipes.recipe(command, arch, data_set.num_classes)),
@@ -185,6 +185,12 @@ def resolve(
         fitted.append("RoPE is axial by default, as published: --rotate 2 gives four directions")
     notes = (*data_set.notes, *fitted, *idle_lines(kind, inert, options))
     return Resolved(run, sources, notes)
+
+
+def checked_deit(arch: str) -> str:
+    """The name, as given; raises if it is no DeiT."""
+    deit_size(arch)
+    return arch
 
 
 def as_begun(resolved: Resolved) -> Resolved:

@@ -619,10 +619,10 @@ def test_options_reach_their_fields_and_no_others(launched, command, words, chan
 
 
 NOT_ON_DIGITS = {
-    "pretrain": {"data", "auto_augment", "color_jitter", "tracker"},
-    "dit-train": {"data", "vae", "latents", "tracker", "source", "ema"},
+    "pretrain": {"data", "auto_augment", "augment_on", "color_jitter", "rope_kind", "tracker"},
+    "dit-train": {"data", "vae", "latents", "rope_kind", "tracker", "source", "ema"},
 }
-"""What only other data or other weights can have, or an extra can; other tests have it."""
+"""What other tests have: what only other data, weights or kinds of RoPE can have, or an extra."""
 
 
 @pytest.mark.parametrize("command", REACHED)
@@ -658,7 +658,6 @@ def test_what_is_refused_names_its_option(launched, command, words, told):
         ("dit-train --mixup 0.5", "No such option: --mixup"),
         ("dit-encode --rotate 2", "No such option: --rotate"),
         ("dit-sample", "Missing argument 'SOURCE'"),
-        ("export run", "Missing option '--layout'"),
         ("eval --epochs 3", "No such option: --epochs"),
         ("run deit --sampler ddim", "No such option: --sampler"),
         ("run dit --sweep rotate=1,2", "No such option: --sweep"),

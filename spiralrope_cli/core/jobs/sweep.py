@@ -17,6 +17,7 @@ from spiralrope_cli.core.config.folders import EVAL_FILE, REPORT_FILE, SWEEP_FIL
 from spiralrope_cli.core.config.models import RopeConfig
 from spiralrope_cli.core.config.option import Opt, build, leaves, renamed_fields
 from spiralrope_cli.core.config.pipelines import PRETRAIN, DeiTStages
+from spiralrope_cli.core.config.recipes import with_micro_batch
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import OptimConfig, TrainOptions
 from spiralrope_cli.core.data.splits import find_val_set
@@ -202,6 +203,8 @@ def computed(pipeline: Pipeline) -> list[Any]:
     """A key that is equal for pipelines with equal results: no folders, no inert options."""
     *trainings, evaluation = pipeline.stages
     runs = [stage.config.run for stage in trainings]
+    # A found micro-batch is known only where a folder has begun.
+    runs = [with_micro_batch(run, None) for run in runs]
     return [replace(run, out="", source="", rope=acting(run.rope)) for run in runs] or [
         evaluation.folder
     ]

@@ -32,7 +32,7 @@ def root(tmp_path):
 def test_classes_are_numbered_in_plain_sorted_order(root):
     data_set = find_data_set(str(root))
     assert (data_set.num_classes, data_set.num_train, data_set.num_val) == (4, 12, 8)
-    images = train_split(root).images
+    images = list(train_split(root).images)
     assert images == sorted(images)
     names = {number: path.split("/")[-2] for path, number in images}
     assert [names[number] for number in range(4)] == ["10", "2", "A", "b"]

@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from spiralrope_cli.core.config.dit_runs import LATENT_SCALE
 from spiralrope_cli.core.diffusion.vae import load_vae, sample_posterior
 from spiralrope_cli.core.errors import CheckpointError, ConfigError
-from spiralrope_cli.core.hub.source import VAE_CONFIG, VAE_WEIGHTS, find_vae
+from spiralrope_cli.core.hub.catalog import DIFFUSERS_FILE as VAE_WEIGHTS
+from spiralrope_cli.core.hub.catalog import HUB_CONFIG as VAE_CONFIG
+from spiralrope_cli.core.hub.source import find_vae
 
 CPU = torch.device("cpu")
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
