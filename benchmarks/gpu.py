@@ -468,19 +468,32 @@ def fid_files(bench: Bench) -> None:
     )
 
 
-def whole_run(command: str, options: dict[str, Any]) -> float:
+def whole_run(bench: Bench, command: str, options: dict[str, Any], batch: int) -> float:
     """Images per second of a training command at its last log points."""
+    steps = 3 if bench.tiny else 200
+    common: dict[str, Any] = {
+        "batch_size": batch,
+        "micro_batch_size": batch,
+        "max_steps": steps,
+        "log_every": max(steps // 4, 1),
+        "save_every": 10**6,
+        "warmup_epochs": 0,
+        "precision": "bf16",
+        "compile": "off" if bench.tiny else "on",
+        "device": bench.device.type,
+        "nproc": 1,
+    }
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "run")
         with contextlib.redirect_stdout(io.StringIO()):
-            train.work(resolve(command, {**options, "out": out, "nproc": 1}).run)
+            train.work(resolve(command, {**common, **options, "out": out}).run)
         logged = [line["images_per_s"] for line in read_metrics(Path(out)) if "loss" in line]
     return statistics.median(logged[1:] or logged)
 
 
 def loop_deit(bench: Bench) -> None:
     """`pretrain` on images in memory, augmented on the device, beside the bare step."""
-    batch, steps = bench.size(256), 3 if bench.tiny else 200
+    batch = bench.size(256)
     model = ours(bench, "deit-s", in_chans=1, num_classes=10)
     images = torch.randn(batch, 1, bench.side, bench.side, device=bench.device)
     labels = torch.randint(0, 10, (batch,), device=bench.device)
@@ -494,23 +507,16 @@ def loop_deit(bench: Bench) -> None:
         "arch": "deit-64x2x2" if bench.tiny else "deit-s",
         "image_size": (bench.side, bench.side),
         "patch_size": 16,
-        "batch_size": batch,
-        "micro_batch_size": batch,
-        "max_steps": steps,
-        "log_every": max(steps // 4, 1),
         "validate_every": 10**6,
-        "save_every": 10**6,
-        "warmup_epochs": 0,
-        "precision": "bf16",
-        "compile": "off" if bench.tiny else "on",
-        "device": bench.device.type,
     }
-    show_share("pretrain", whole_run("pretrain", options), 1e3 * batch / bare["bare step"])
+    show_share(
+        "pretrain", whole_run(bench, "pretrain", options, batch), 1e3 * batch / bare["bare step"]
+    )
 
 
 def loop_dit(bench: Bench) -> None:
     """`dit-train` from cached latents beside the bare step."""
-    batch, steps = bench.size(256), 3 if bench.tiny else 200
+    batch = bench.size(256)
     step = denoiser(bench, compiled(bench, ours(bench, "dit-s2")), batch)
     bare = report(bench, "DiT-S/2, train step", {"bare step": step}, batch)
     with tempfile.TemporaryDirectory() as folder:
@@ -519,18 +525,13 @@ def loop_dit(bench: Bench) -> None:
             "arch": "dit-64x2x2-2" if bench.tiny else "dit-s2",
             "latents": folder,
             "rotate": 2,
-            "batch_size": batch,
-            "micro_batch_size": batch,
-            "max_steps": steps,
-            "log_every": max(steps // 4, 1),
             "sample_every": 0,
-            "save_every": 10**6,
-            "warmup_epochs": 0,
-            "precision": "bf16",
-            "compile": "off" if bench.tiny else "on",
-            "device": bench.device.type,
         }
-        show_share("dit-train", whole_run("dit-train", options), 1e3 * batch / bare["bare step"])
+        show_share(
+            "dit-train",
+            whole_run(bench, "dit-train", options, batch),
+            1e3 * batch / bare["bare step"],
+        )
 
 
 def show_share(command: str, whole: float, bare: float) -> None:

@@ -37,6 +37,7 @@ from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.catalog import HUB_CONFIG
 from spiralrope_cli.core.hub.published import freqs_note, split_freqs
 from spiralrope_cli.core.models.deit import INIT_STD, DeiT
+from spiralrope_cli.core.models.mixed_rope import MixedRoPE
 from spiralrope_cli.core.rope import Grid, SpiralRoPE
 
 __all__ = ["SpiralRopeDeiT"]
@@ -206,14 +207,13 @@ class SpiralRopeDeiT(DeiT):
         return found if intermediates_only else (self.norm(x), found)
 
     def prune_intermediate_layers(
-        self,
-        indices: int | list[int] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Removes the layers after the chosen blocks; returns the numbers of these, from 0."""
         chosen, last = feature_take_indices(len(self.blocks), indices)
         self.blocks = self.blocks[: last + 1]
+        if isinstance(self.rope, MixedRoPE):
+            self.rope.freqs = nn.Parameter(self.rope.freqs[:, : last + 1].detach().clone())
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:

@@ -96,17 +96,17 @@ def spiralrope(runs):
 
 @pytest.fixture
 def started(runs):
-    """Starts the real command and leaves it running; it is ended with the test."""
+    """Starts the real command, or another one, and leaves it running; it is ended with the test."""
     children = []
 
-    def call(*words):
+    def call(*words, program=COMMAND, **variables):
         child = subprocess.Popen(
-            [*COMMAND, *map(str, words)],
+            [*program, *map(str, words)],
             cwd=runs,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "COLUMNS": "200"},
+            env={**os.environ, "COLUMNS": "200", **variables},
             start_new_session=True,
         )
         children.append(child)

@@ -382,6 +382,15 @@ def test_pruning_leaves_what_the_chosen_blocks_need(x):
     assert model.train()(x).shape == (2, 5, 192)
 
 
+def test_pruned_layers_take_their_learned_frequencies_along(x):
+    model = built(TINY, rope_kind="mixed")
+    expected = model.forward_intermediates(x, [2], intermediates_only=True)
+    model.prune_intermediate_layers([2])
+    assert model.rope.freqs.shape[1] == len(model.blocks) == 3
+    found = model.forward_intermediates(x, [2], intermediates_only=True)
+    assert torch.equal(found[0], expected[0])
+
+
 def test_parameters_are_made_where_and_as_asked():
     model = timm.create_model(TINY, device="meta", dtype=torch.float64)
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.float64)}

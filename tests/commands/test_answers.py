@@ -658,6 +658,7 @@ def test_what_is_refused_names_its_option(launched, command, words, told):
         ("dit-train --mixup 0.5", "No such option: --mixup"),
         ("dit-encode --rotate 2", "No such option: --rotate"),
         ("dit-sample", "Missing argument 'SOURCE'"),
+        ("export", "Missing argument 'SOURCE'"),
         ("eval --epochs 3", "No such option: --epochs"),
         ("run deit --sampler ddim", "No such option: --sampler"),
         ("run dit --sweep rotate=1,2", "No such option: --sweep"),

@@ -435,6 +435,11 @@ def test_what_people_type_by_habit_is_named_in_a_line(refused, name, habit, here
         ("run dit images", "unexpected argument: images\n  use --data images"),
         ("finetune run images", "unexpected argument: images"),
         (
+            "plot rope run",
+            "run is not a file, a run folder or a published name\n"
+            "  spiralrope fetch --list shows all",
+        ),
+        (
             "pretrain --arch dit-xl2",
             "--arch dit-xl2 is a DiT\n  use spiralrope dit-train or run dit",
         ),

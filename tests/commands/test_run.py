@@ -206,7 +206,7 @@ def test_a_stage_that_stops_or_fails_ends_the_command_with_its_code(run, launche
         (["--sweep", "rope=true,false", "--no-rope"], 2, "--rope is given twice, also in --sweep"),
         (["--sweep", "rope-kind=none,axial", "--sweep", "rope=true"], 2, "mean the same"),
         (["--sweep", "rotate=mixed,2", "--sweep", "rope-kind=axial"], 2, "mean the same"),
-        (["--sweep", "rotate=2,4", "--rope-kind", "axial"], 2, "--rotate 2 does not fit"),
+        (["--sweep", "rotate=2,4", "--rope-kind", "axial"], 2, "rotate=2: --rotate 2 does not fit"),
         (["--sweep", "rotate=1,5", "--same-theta"], 2, "rotate=5: --rotate 5 with --same-theta"),
         (["--seeds", "1;2"], 2, "--seeds is 1;2; it must be a list of numbers, such as 0,1,2"),
         (["--seeds", "1,2", "--seed", 1], 2, "exclude each other"),

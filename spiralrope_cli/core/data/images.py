@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
-import os
 import re
 import struct
 import zlib
@@ -28,6 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from spiralrope_cli.core.config.evals import Reading
+from spiralrope_cli.core.data.image_list import ImageList
 from spiralrope_cli.core.data.image_sets import FolderInput, ImageInput, NpzImages
 from spiralrope_cli.core.data.listing import opened
 from spiralrope_cli.core.data.npz import stream_rows
@@ -213,12 +213,11 @@ class PictureFiles:
     """Image files of any size, read by data loader workers."""
 
     def __init__(self, files: list[str], reading: Reading) -> None:
-        # A plain array: a list of many strings would be copied page by page in each worker.
-        self.files, self.reading = np.array([os.fsencode(file) for file in files]), reading
+        self.files, self.reading = ImageList.of((file, 0) for file in files), reading
 
     def __getitems__(self, numbers: Iterable[int]) -> ImageBatch:
         """A batch of the images with these indices."""
-        return _grouped([(n, decode(os.fsdecode(self.files[n]), self.reading)) for n in numbers])
+        return _grouped([(n, decode(self.files[n][0], self.reading)) for n in numbers])
 
 
 def image_batches(

@@ -121,7 +121,9 @@ def settle_sweep(given: dict[str, Any]) -> Sweep:
     if own.seeds and "seed" in given:
         raise ConfigError("--seed and --seeds exclude each other", "use only --seeds")
     common = {n: v for n, v in given.items() if n not in ("sweep", "seeds", "name", "out")}
-    first = resolve(PRETRAIN, training_options(common, DeiTStages) | grid[0].options).run
+    # For the name of the folder; what does not fit is said below, with its point.
+    any_kind = {**grid[0].options, "rotate": 0}
+    first = resolve(PRETRAIN, training_options(common, DeiTStages) | any_kind).run
     usual = named_folder("sweep-deit", first.arch, Path(first.data).name, given.get("name", ""))
     folder = Path(own.out or usual)
     runs: list[SweepRun] = []

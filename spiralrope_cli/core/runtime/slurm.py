@@ -109,6 +109,16 @@ class Task:
         self.ask()
 
 
+def notes_on(allocation: Allocation, num_jobs: int) -> list[str]:
+    """What the user may not expect of these jobs."""
+    notes = []
+    if not {"cpus-per-task", "cpus-per-gpu", "exclusive"}.intersection(allocation.more):
+        notes.append("most clusters bind a task to one core, unless --slurm has cpus-per-task=N")
+    if allocation.at_once and num_jobs == 1:
+        notes.append("--slurm array has no effect: there is one job")
+    return notes
+
+
 def submit(
     allocation: Allocation,
     command: str,
@@ -149,8 +159,7 @@ def submit(
     # Without --resume never, too: a requeued job has to resume.
     shared += without([word for word in words if word != "--dry-run"], replaced)
     tasks = [Task((*command.split(), *part, *shared), allocation.nodes) for part in remaining.parts]
-    if not {"cpus-per-task", "cpus-per-gpu", "exclusive"}.intersection(allocation.more):
-        say_notes(["most clusters bind a task to one core, unless --slurm has cpus-per-task=N"])
+    say_notes(notes_on(allocation, len(tasks)))
     if dry_run:
         say_notes([f"{missing.message}: {missing.hint}"] if missing else [])
         say_result(f"would submit {len(tasks)} job(s): {allocation}")

@@ -23,11 +23,8 @@ from spiralrope_cli.core.runtime import distributed
 from spiralrope_cli.core.runtime.distributed import DistContext
 from spiralrope_cli.core.runtime.progress import human_size
 from spiralrope_cli.core.training.loop import Task
-from spiralrope_cli.core.training.needs import memory_needs
+from spiralrope_cli.core.training.needs import FILL, memory_needs
 from spiralrope_cli.core.training.step import TrainState, freeze_but, train_step
-
-FILL = 0.9
-"""Fraction of the free memory for a step; the rest is for validation, samples and fragments."""
 
 
 def with_fitting_micro_batch(

@@ -23,6 +23,8 @@ from spiralrope_cli.core.runtime.launch import num_local_workers, usable_cores
 from spiralrope_cli.core.runtime.progress import human_size
 from spiralrope_cli.core.training.checkpoint import needed_bytes
 
+FILL = 0.9
+"""Fraction of a GPU's memory for a step; the rest is for validation, samples and fragments."""
 BYTES_PER_PARAMETER = 20
 """float32 weights, gradients, two moments of AdamW and the average."""
 
@@ -35,7 +37,7 @@ def advice(run: TrainingRun, machine: MachineConfig) -> dict[str, Any]:
     fixed, per_image = memory_needs(run, DTYPES[precision])
     size = run.optim.micro_batch_size or usual_micro_batch(run, nproc)
     if run.optim.micro_batch_size is None and device.type == "cuda":
-        room = torch.cuda.get_device_properties(device).total_memory - fixed
+        room = FILL * torch.cuda.get_device_properties(device).total_memory - fixed
         sizes = micro_batch_sizes(run, nproc)
         size = max((n for n in sizes if n * per_image <= room), default=sizes[0])
     micro, grad_accum_steps = with_micro_batch(run, size).split_batch(nproc)

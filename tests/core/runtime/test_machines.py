@@ -52,28 +52,14 @@ TRAIN = (
 
 
 @pytest.fixture
-def start(tmp_path):
+def start(started):
     """Starts the command, in a network namespace if one is given; it is ended with the test."""
-    children = []
 
     def call(*words, namespace=(), launcher=(sys.executable, "-c", CODE), **variables):
-        child = subprocess.Popen(
-            [*namespace, *launcher, *map(str, words)],
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1", **variables},
-            start_new_session=True,
-        )
-        children.append(child)
-        return child
+        program = [*namespace, *launcher]
+        return started(*words, program=program, **{"OMP_NUM_THREADS": "1", **variables})
 
-    yield call
-    for child in children:
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+    return call
 
 
 @pytest.fixture(scope="module")
