@@ -62,9 +62,9 @@ def deit(given: dict[str, Any]) -> Remaining | None:
         from spiralrope_cli.core.jobs.sweep import run_sweep
 
         return run_sweep(given)
-    from spiralrope_cli.core.jobs.pipeline import carry_out, settle_deit
+    from spiralrope_cli.core.jobs.pipeline import run_stages, settle_deit
 
-    return carry_out(settle_deit(given), dry_run=given.get("dry_run", False))
+    return run_stages(settle_deit(given), dry_run=given.get("dry_run", False))
 
 
 @command(
@@ -99,9 +99,9 @@ def dit(given: dict[str, Any]) -> Remaining | None:
     if "from_legacy" in given:
         say_translated(given, "dit")
         return None
-    from spiralrope_cli.core.jobs.pipeline import carry_out, settle_dit
+    from spiralrope_cli.core.jobs.pipeline import run_stages, settle_dit
 
-    return carry_out(settle_dit(given), dry_run=given.get("dry_run", False))
+    return run_stages(settle_dit(given), dry_run=given.get("dry_run", False))
 
 
 def say_translated(given: dict[str, Any], kind: str) -> None:

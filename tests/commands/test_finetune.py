@@ -83,7 +83,7 @@ def test_the_recipe_of_stage_two_on_photographs(finetune, image_folder):
     assert (augment.auto_augment, augment.random_erasing) == ("rand-m9-mstd0.5-inc1", 0.0)
     assert (augment.smoothing, run.model.drop_path) == (0.1, 0.1)
     assert recipes.FINETUNE["batch_size"] == 512
-    assert recipes.MICRO_BATCH["finetune"] == 64
+    assert recipes.PUBLISHED_MICRO_BATCH["finetune"] == 64
     assert (recipes.FINETUNE["mixup"], recipes.FINETUNE["cutmix"]) == (0.8, 1.0)
 
 

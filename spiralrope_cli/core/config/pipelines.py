@@ -209,7 +209,7 @@ DIT_SCRIPT = (
     _word("SEED", "seed", "0"),
     _word("MODEL", "arch", "DiT-B/4", read=lambda text: arch_name(dit_size(text))),
 )
-WORDS = {"deit": DEIT_SCRIPT, "dit": DIT_SCRIPT}
+SCRIPTS = {"deit": DEIT_SCRIPT, "dit": DIT_SCRIPT}
 
 
 def translate(line: str, kind: str) -> tuple[str, list[str]]:
@@ -225,7 +225,7 @@ def translate(line: str, kind: str) -> tuple[str, list[str]]:
         raise ConfigError(f"--from-legacy {line!r} is not a valid shell line: {error}") from error
     while words and (words[0] in ("bash", "sh") or words[0].endswith("run_all.sh")):
         words.pop(0)
-    known = WORDS[kind]
+    known = SCRIPTS[kind]
     if len(words) > len(known):
         raise ConfigError(
             f"--from-legacy has {len(words)} words; the script took at most {len(known)}",

@@ -105,7 +105,7 @@ DIT: dict[str, Any] = {
     "keep_every": 0,
 }
 
-MICRO_BATCH = {"pretrain": 256, "finetune": 64, "dit-train": 32}
+PUBLISHED_MICRO_BATCH = {"pretrain": 256, "finetune": 64, "dit-train": 32}
 """Of the published runs; on a built-in set it is the batch size of its recipe."""
 
 # Only the run of DeiT-B is documented; the other rates are from DeiT-III, and not verified.
@@ -199,7 +199,7 @@ def micro_batch_sizes(run: TrainingRun, world_size: int) -> list[int]:
 
 def usual_micro_batch(run: TrainingRun, world_size: int) -> int:
     """That of the recipe; where the batch does not split into it, a smaller one, if not by much."""
-    usual = MICRO_BATCH[run.command]
+    usual = PUBLISHED_MICRO_BATCH[run.command]
     if run.data in BUILT_IN:
         usual = BUILT_IN[run.data].defaults_of(run.command)["batch_size"]
     fitting = [size for size in micro_batch_sizes(run, world_size) if size <= usual]

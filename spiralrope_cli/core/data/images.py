@@ -35,7 +35,7 @@ from spiralrope_cli.core.data.splits import Split
 from spiralrope_cli.core.errors import DataError, UnreadableImageError
 from spiralrope_cli.core.runtime.launch import cores_per_process
 
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 RGB = 3
 """Of torchvision's `ImageReadMode`."""
@@ -70,7 +70,7 @@ class Unreadable:
         )
 
 
-def open_image(path: str, convert: Callable[[Image.Image], Result]) -> Result | Unreadable:
+def open_image(path: str, convert: Callable[[Image.Image], T]) -> T | Unreadable:
     """An image, decoded and converted, or `Unreadable`; `path` is an address as in a `Split`."""
     try:
         with Image.open(opened(path)) as image:
@@ -291,18 +291,18 @@ def _tensor(images: np.ndarray) -> Tensor:
 
 
 def in_order(
-    tasks: Iterable[Callable[[], Result]],
+    tasks: Iterable[Callable[[], T]],
     threads: int,
     depth: int,
     prepare: Callable[[], object] | None = None,
-) -> Generator[Result, None, None]:
+) -> Generator[T, None, None]:
     """Results of the tasks in their order; close the generator to stop early.
 
     `Executor.map` would submit all tasks at once, so all images would be in memory. Here at most
     `depth` results wait, and this thread takes the tasks one by one.
     """
     with ThreadPoolExecutor(threads, "spiralrope", prepare) as pool:
-        waiting: deque[Future[Result]] = deque()
+        waiting: deque[Future[T]] = deque()
         try:
             for task in tasks:
                 waiting.append(pool.submit(task))

@@ -46,7 +46,7 @@ MAX_TRIES = 16
 AT_ONCE = 64
 """Images that a worker reads at once."""
 
-GRACE_SECONDS = 60
+LIFE_AFTER_SIGTERM = 60
 """Workers live so long after a SIGTERM, because the trainer finishes its step."""
 
 
@@ -268,7 +268,7 @@ def _one_thread(worker: int) -> None:
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE_SECONDS))
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(LIFE_AFTER_SIGTERM))
     sys.excepthook = _report_error
 
 

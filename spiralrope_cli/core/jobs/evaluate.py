@@ -37,6 +37,7 @@ from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.files import sha256_of
 from spiralrope_cli.core.hub.source import Source, find_source, newest_run
 from spiralrope_cli.core.plots.curves import save_figure, sizes_figure
+from spiralrope_cli.core.report.results import Record, print_csv, print_evaluation
 from spiralrope_cli.core.resolve import DATA_VARIABLE
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, say_notes
 from spiralrope_cli.core.runtime.progress import counted, say, say_unreadable
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
     from spiralrope_cli.core.weights import Weights
 
 
-Record = dict[str, Any]
 digest_of_file = cache(sha256_of)  # a large file has several rows
 
 
@@ -274,7 +274,6 @@ def report(
 ) -> None:
     """Writes and prints all results, on the first process."""
     from spiralrope_cli.core.report.page import is_stage, leave_report
-    from spiralrope_cli.core.report.results import print_csv, print_evaluation
     from spiralrope_cli.core.runtime.device import versions
 
     circumstances = {

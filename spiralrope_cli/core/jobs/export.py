@@ -207,7 +207,7 @@ def write_safetensors(export: Export) -> None:
     """Writes a folder with weights, config and model card, for this package and for timm."""
     from spiralrope_cli.core.models.pretrained import save_folder
 
-    weights, metadata = export.weights, metadata_of(export)
+    weights, metadata = export.weights, file_metadata(export)
     known = {"preprocessing": preprocessing(weights), "class_names": weights.class_names}
     card = model_card(export)
     with new_path(export.target) as beside:
@@ -220,7 +220,7 @@ def write_diffusers(export: Export) -> None:
     """Writes a folder with a pipeline of diffusers, and a model card."""
     from spiralrope_cli.diffusers_models import save_pipeline
 
-    weights, vae, metadata = export.weights, cast("VaeFiles", export.vae), metadata_of(export)
+    weights, vae, metadata = export.weights, cast("VaeFiles", export.vae), file_metadata(export)
     model, card = cast("DiT", export.model), model_card(export)
     with new_path(export.target) as beside:
         beside.mkdir()
@@ -228,7 +228,7 @@ def write_diffusers(export: Export) -> None:
         card.save(beside / CARD_FILE)
 
 
-def metadata_of(export: Export) -> dict[str, str]:
+def file_metadata(export: Export) -> dict[str, str]:
     """Metadata of a `.safetensors` file: what any SOURCE needs, and the config of the run."""
     weights = export.weights
     config = {
@@ -261,12 +261,12 @@ def model_card(export: Export) -> ModelCard:
         summary=what[:1].upper() + what[1:],
         license=config.license or "unknown",
         data=training_set(export.weights),
-        rows=measured_rows(export.weights),
+        rows=rows_of_weights(export.weights),
         pipeline=config.layout == "diffusers",
     )
 
 
-def measured_rows(weights: Weights) -> list[dict[str, Any]]:
+def rows_of_weights(weights: Weights) -> list[dict[str, Any]]:
     """Rows of these weights in the `eval.json` next to them or in their run folder."""
     beside = weights.file.parent
     folders = dict.fromkeys((beside, weights.source.run or beside))

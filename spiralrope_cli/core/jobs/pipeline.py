@@ -271,7 +271,7 @@ def why_no_fid(own: DiTStages) -> str:
 
 
 # ---- plan and work
-def carry_out(pipeline: Pipeline, *, dry_run: bool) -> Remaining:
+def run_stages(pipeline: Pipeline, *, dry_run: bool) -> Remaining:
     """Runs the unfinished stages, then writes the report; or only prints all plans."""
     folder, waiting = Path(pipeline.folder), False
     for number, stage in enumerate(pipeline.stages, 1):

@@ -24,12 +24,12 @@ from spiralrope_cli.core.data.splits import find_val_set
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.jobs.pipeline import (
     Pipeline,
-    carry_out,
     evaluate_all,
+    run_stages,
     settle_deit,
     training_options,
 )
-from spiralrope_cli.core.report.results import Result, print_table, with_spread
+from spiralrope_cli.core.report.results import Record, Result, print_table, with_spread
 from spiralrope_cli.core.resolve import named_folder, resolve
 from spiralrope_cli.core.runtime.launch import say_notes
 from spiralrope_cli.core.runtime.progress import say, say_result
@@ -60,8 +60,6 @@ SWEPT: dict[str, Opt] = {
 """Options that can be swept: name -> field."""
 RENAMED = renamed_fields(OptimConfig) | renamed_fields(DeiTStages)
 """Old name -> name. Folders keep the old name, so that an earlier sweep resumes."""
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -232,7 +230,7 @@ def run_sweep(given: dict[str, Any]) -> Remaining:
         if dry_run and number > 1:
             say(f" same plan, in {run.pipeline.folder}")
         else:
-            carry_out(run.pipeline, dry_run=dry_run)
+            run_stages(run.pipeline, dry_run=dry_run)
     if not dry_run:
         report(sweep)
     waiting = [run.words for run in sweep.runs if dry_run and not is_done(run.pipeline)]

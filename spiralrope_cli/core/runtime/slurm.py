@@ -30,7 +30,7 @@ LOGS = "slurm"
 """Folder of the logs, in the run folder."""
 MOST_REQUEUES = 100
 """Of a job whose time is up; one that never advances must end."""
-RESTARTED = ("eval", "fid")
+NEVER_RESUMED = ("eval", "fid")
 """Commands that keep nothing of an interrupted run: they need more time, not another try."""
 SIGNAL = signal.SIGUSR2
 """What submitit asks SLURM to send before the time is up."""
@@ -50,7 +50,7 @@ class Remaining:
 
 
 @dataclass
-class Task:
+class SlurmTask:
     """A task of a job, as submitit runs it: the command, as a process of its own."""
 
     words: tuple[str, ...]
@@ -95,7 +95,7 @@ class Task:
             with contextlib.suppress(ChildProcessError):  # it has ended
                 # Not by Popen: `__call__` holds its lock.
                 os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
-        return submitit.helpers.DelayedSubmission(Task(self.words, self.nodes))
+        return submitit.helpers.DelayedSubmission(SlurmTask(self.words, self.nodes))
 
     def ask(self) -> None:
         """Once: a second SIGTERM would end the command without a checkpoint."""
@@ -158,7 +158,9 @@ def submit(
     shared = [word for name, value in added.items() for word in (f"--{name}", str(value))]
     # Without --resume never, too: a requeued job has to resume.
     shared += without([word for word in words if word != "--dry-run"], replaced)
-    tasks = [Task((*command.split(), *part, *shared), allocation.nodes) for part in remaining.parts]
+    tasks = [
+        SlurmTask((*command.split(), *part, *shared), allocation.nodes) for part in remaining.parts
+    ]
     say_notes(notes_on(allocation, len(tasks)))
     if dry_run:
         say_notes([f"{missing.message}: {missing.hint}"] if missing else [])
@@ -171,7 +173,7 @@ def submit(
     if job_id:
         say_result(f"job {job_id} of this command is {state} already")
     else:
-        requeues = 0 if command in RESTARTED else MOST_REQUEUES
+        requeues = 0 if command in NEVER_RESUMED else MOST_REQUEUES
         job_id = enqueue(tasks, logs, name, allocation, requeues)[0].job_id.split("_")[0]
         say_result(f"submitted job {job_id}: {allocation}")
     elements = f"_{{0..{len(tasks) - 1}}}" if len(tasks) > 1 else ""
@@ -225,7 +227,7 @@ def queued(name: str) -> tuple[str, str]:
 
 
 def enqueue(
-    tasks: Sequence[Task],
+    tasks: Sequence[SlurmTask],
     logs: Path,
     name: str,
     allocation: Allocation,

@@ -62,7 +62,7 @@ def diffusion(
         black=partial(black_inputs, config, ctx.device),
         extra=lambda: {"vb": bound.read()[0]},
         inspect_at=config.samples_at,
-        sample=lambda state: draw_grid(config, ctx, state, vae, local_vae),
+        sample=lambda state: save_grid(config, ctx, state, vae, local_vae),
     )
 
 
@@ -126,7 +126,7 @@ class DiffusionLoss:
         return NoisePerImage(self.config.seed, samples, like.shape[1:], self.device, purpose).draw()
 
 
-def draw_grid(
+def save_grid(
     config: DiTRun,
     ctx: DistContext,
     state: TrainState,

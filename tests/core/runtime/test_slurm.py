@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from spiralrope_cli import main as cli
 from spiralrope_cli.core.config.slurm import read_allocation
-from spiralrope_cli.core.runtime.slurm import MOST_REQUEUES, Task, enqueue, without
+from spiralrope_cli.core.runtime.slurm import MOST_REQUEUES, SlurmTask, enqueue, without
 
 TINY = (
     *("--arch", "deit-32x1x1", "--batch-size", "32", "--warmup-epochs", "0"),
@@ -250,7 +250,7 @@ def test_a_job_ends_with_the_code_of_its_command(runs, monkeypatch, capfd):
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
     monkeypatch.setattr("signal.signal", lambda *_: None)  # of this process
     with pytest.raises(SystemExit) as left:
-        Task(("pretrain", "--arch", "deit-x"))()
+        SlurmTask(("pretrain", "--arch", "deit-x"))()
     assert left.value.code == 2
     out, said = capfd.readouterr()
     assert out == "$ spiralrope pretrain --arch deit-x\n"
@@ -262,7 +262,7 @@ def test_a_preempted_job_is_requeued_and_ends_with_the_weights_of_an_undisturbed
     command = ("pretrain", *TINY, "--max-steps", str(steps), "--nproc", "1")
     call(*command, "--out", "whole")
     logs = runs / "slurm"
-    task = Task((*command, "--out", "run"))
+    task = SlurmTask((*command, "--out", "run"))
     [job] = enqueue([task], logs, "job", read_allocation(CPU), MOST_REQUEUES, cluster="local")
     log = job.paths.stdout
     children = Path(f"/proc/{job.job_id}/task/{job.job_id}/children")
