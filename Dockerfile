@@ -3,5 +3,5 @@ FROM python:3.12-slim
 COPY . /spiralrope
 WORKDIR /spiralrope
 RUN pip install --no-cache-dir .
-WORKDIR /work
+WORKDIR /
 ENTRYPOINT ["spiralrope"]
