@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,12 +41,14 @@ def check_rights(repo: str) -> None:
 def push_folder(folder: Path, repo: str, *, private: bool) -> str:
     """Uploads all files of a folder in one commit, and returns the URL of the repository.
 
-    A new repository is made if there is none; `private` never makes an existing one private.
+    A new repository is made if there is none, after the Hub has accepted the model card; `private`
+    never makes an existing one private.
     """
-    from huggingface_hub import HfApi, constants, get_token
+    from huggingface_hub import HfApi, ModelCard, constants, get_token
 
     api = HfApi(token=get_token())
     with _asking(repo):
+        ModelCard.load(folder / "README.md").validate()
         api.create_repo(repo, private=private or None, exist_ok=True)
         if private and not api.model_info(repo).private:
             raise FetchError(
@@ -80,6 +83,8 @@ def _asking(repo: str) -> Iterator[None]:
             ) from error
         if isinstance(error, ValueError):  # of the metadata of the card
             told = " ".join(str(error).split())
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # the Hub's own JSON
+                told = "; ".join(each["message"] for each in json.loads(told)["errors"])
             raise FetchError(f"--push {repo}: the Hub refuses it: {told}") from error
         if code:
             told = f"{constants.ENDPOINT} answered {code}: {first_line(error)}"
