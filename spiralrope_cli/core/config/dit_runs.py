@@ -273,13 +273,19 @@ def read_config(path: Path, kind: type[TrainingRun] | None = None) -> dict[str, 
     import yaml
 
     try:
-        nested = parse(path.read_text(), yaml.safe_load)
+        text = path.read_text()
+        nested = parse(text, yaml.safe_load)
+        repeated = _repeated_key(yaml.compose(text, yaml.SafeLoader))
     except OSError as error:
         raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"--config {path} is not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(nested, dict):
         raise ConfigError(f"--config {path} is not a config of a run")
+    if repeated:
+        raise ConfigError(
+            f"--config {path} has the key {repeated!r} twice", "leave one of them out"
+        )
     command = nested.get("command")
     of_file = RUN_KINDS.get(str(command), kind or ClassifierRun)
     if kind is not None and of_file is not kind:
@@ -287,6 +293,21 @@ def read_config(path: Path, kind: type[TrainingRun] | None = None) -> dict[str, 
     known, nested = leaves(of_file), renamed(nested, of_file)
     of_earlier_runs = {"ema_warmup": False} if command else {}
     return {**of_earlier_runs, **read_values(known, flatten(nested, of_file))}
+
+
+def _repeated_key(node: Any) -> str:
+    """A key that a mapping of YAML has twice, at any depth; PyYAML would take the last one."""
+    waiting, known = [node], {id(node)}
+    while waiting:
+        node = waiting.pop()
+        pairs = node.value if node and node.id == "mapping" else ()
+        keys = [str(key.value) for key, _ in pairs]
+        if repeated := next((key for key in keys if keys.count(key) > 1), ""):
+            return repeated
+        inside = [value for _, value in pairs if id(value) not in known]  # an alias may lead back
+        known.update(map(id, inside))
+        waiting += inside
+    return ""
 
 
 def full_vae_name(given: str) -> str:
