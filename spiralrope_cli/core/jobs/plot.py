@@ -33,8 +33,9 @@ from spiralrope_cli.core.errors import CheckpointError, ConfigError, DataError
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.plots.curves import curves_figure, save_figure
 from spiralrope_cli.core.runtime.launch import say_notes
+from spiralrope_cli.core.runtime.memory import check_memory
 from spiralrope_cli.core.runtime.progress import METRICS_FILE, say, say_result
-from spiralrope_cli.core.runtime.run_folder import check_memory, find_run, run_configs
+from spiralrope_cli.core.runtime.run_folder import find_run, run_configs
 
 if TYPE_CHECKING:
     import numpy as np

@@ -34,13 +34,9 @@ from spiralrope_cli.core.runtime.launch import (
     say_notes,
     world_size,
 )
+from spiralrope_cli.core.runtime.memory import check_memory
 from spiralrope_cli.core.runtime.progress import check_tracker, console, say, say_unreadable
-from spiralrope_cli.core.runtime.run_folder import (
-    check_memory,
-    first_step,
-    is_finished,
-    write_sources,
-)
+from spiralrope_cli.core.runtime.run_folder import first_step, is_finished, write_sources
 from spiralrope_cli.core.runtime.slurm import Remaining
 
 if TYPE_CHECKING:

@@ -171,8 +171,9 @@ def _adopt_slurm() -> None:
     # The first node, where task 0 runs: node03 of "node[03-07,9],other".
     first = re.match(r"([^,\[]+)(?:\[(\w+))?", env.get("SLURM_STEP_NODELIST", "127.0.0.1"))
     env.setdefault("MASTER_ADDR", "".join(part or "" for part in first.groups()) if first else "")
-    job_number = int(env.get("SLURM_JOB_ID", "0"))
-    env.setdefault("MASTER_PORT", str(20000 + job_number % 20000))
+    # Steps of one job may run on one node at the same time, and so may jobs that follow each other.
+    step = 31 * int(env.get("SLURM_JOB_ID", "0")) + int(env.get("SLURM_STEP_ID", "0"))
+    env.setdefault("MASTER_PORT", str(20000 + step % 20000))
 
 
 def leave_at_once(code: int) -> NoReturn:

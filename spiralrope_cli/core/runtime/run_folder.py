@@ -10,7 +10,6 @@ import difflib
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from spiralrope_cli.core.config.folders import (
 )
 from spiralrope_cli.core.config.option import build, flat_values, leaves, to_nested
 from spiralrope_cli.core.config.training import RUNS_FOLDER
-from spiralrope_cli.core.errors import CheckpointError, DiskError, SpiralRopeError
+from spiralrope_cli.core.errors import CheckpointError, DiskError
 from spiralrope_cli.core.runtime.progress import human_size, say
 from spiralrope_cli.core.storage import parse, write_whole
 
@@ -321,17 +320,3 @@ def check_space(*needs: tuple[Path, int], what: str, hint: str) -> None:
                 f"for {what}",
                 hint,
             )
-
-
-def check_memory(needed: int, what: str) -> None:
-    """Raises if this machine has too little free memory, where Linux tells how much it is."""
-    free = math.inf
-    with contextlib.suppress(OSError):
-        if found := re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text()):
-            free = 1024 * int(found[1])
-    if needed > free:
-        raise SpiralRopeError(
-            f"{human_size(free)} of memory are free, and about {human_size(needed)} are needed for "
-            f"{what}",
-            "use fewer of them, or smaller ones",
-        )

@@ -7,9 +7,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from spiralrope_cli.core.errors import DiskError, SpiralRopeError
+from spiralrope_cli.core.errors import DiskError
 from spiralrope_cli.core.runtime.run_folder import (
-    check_memory,
     check_space,
     hold_folder,
     write_json,
@@ -32,22 +31,6 @@ def test_what_folders_of_one_disk_need_is_added_up(tmp_path, small_disk):
     assert str(refused.value) == (
         f"{tmp_path} has 1 kB free, and 1.2 kB are needed for two things\nfree some"
     )
-
-
-def test_what_does_not_fit_into_the_memory_is_refused(monkeypatch):
-    check_memory(1, "one byte")
-    monkeypatch.setattr(
-        Path, "read_text", lambda path: "MemTotal: 9 kB\nMemAvailable:    4000 kB\n"
-    )
-    check_memory(4_096_000, "as much as there is")
-    with pytest.raises(SpiralRopeError) as refused:
-        check_memory(4_096_001, "64 images")
-    assert str(refused.value) == (
-        "4.1 MB of memory are free, and about 4.1 MB are needed for 64 images\n"
-        "use fewer of them, or smaller ones"
-    )
-    monkeypatch.setattr(Path, "read_text", Mock(side_effect=FileNotFoundError))  # not on Linux
-    check_memory(1 << 60, "anything")
 
 
 def test_a_full_disk_where_a_run_folder_begins_is_named(tmp_path, monkeypatch):
