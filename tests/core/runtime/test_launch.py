@@ -74,7 +74,18 @@ def test_tasks_of_srun_know_how_many_they_are_on_their_machine(srun, per_node, n
     srun(SLURM_STEP_TASKS_PER_NODE=per_node, SLURM_NODEID=node)
     launch._adopt_slurm()
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    assert [os.environ[name] for name in names] == ["3", "5", "0", here, "node03", "20007"]
+    assert [os.environ[name] for name in names] == ["3", "5", "0", here, "node03", "20217"]
+
+
+def test_steps_of_srun_on_one_node_have_ports_of_their_own(srun):
+    ports = set()
+    for job, step in ((7, 0), (7, 1), (7, 2), (8, 0), (4_000_000_000, 0)):
+        os.environ.clear()
+        srun(SLURM_JOB_ID=str(job), SLURM_STEP_ID=str(step), OMP_NUM_THREADS="1")
+        launch._adopt_slurm()
+        ports.add(int(os.environ["MASTER_PORT"]))
+    assert len(ports) == 5
+    assert all(20000 <= port < 40000 for port in ports)
 
 
 @pytest.mark.parametrize(("usable", "cores"), [(8, 4), (4, 4), (2, 2)])
