@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import struct
 from functools import partial
 from pathlib import Path
 
@@ -61,6 +62,18 @@ def sixteen_bit_colours(path):
     path.write_bytes(b"P6 16 16 65535\n" + (COLOURS.astype(">u2") * 257).tobytes())
 
 
+def twelve_bit_tiff(path):
+    """Two pixels in three bytes, which Pillow cannot write."""
+    first, second = np.array(LEVELS.reshape(-1, 2) * (4095 / 255) + 0.5, np.int32).T
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1)
+    tags = [(256, SIDE), (257, SIDE), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1)]
+    tags += [(278, SIDE), (279, packed.size)]
+    header = struct.pack("<2sHI", b"II", 42, 8 + packed.size)
+    rows = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    listed = struct.pack("<H", len(tags)) + rows + bytes(4)
+    path.write_bytes(header + packed.astype(np.uint8).tobytes() + listed)
+
+
 def sixteen_bit_pgm(path):
     path.write_bytes(b"P5 16 16 65535\n" + (LEVELS.astype(">u2") * 257).tobytes())
 
@@ -75,6 +88,7 @@ MODES = {
     "one-bit.png": (saved(Image.fromarray(LEVELS > 127)), grey(LEVELS // 128 * 255)),
     "16-bit-grey.png": (saved(Image.fromarray(LEVELS.astype("<u2") * 257)), grey(LEVELS)),
     "16-bit-grey.tif": (saved(Image.fromarray(LEVELS.astype(">u2") * 257)), grey(LEVELS)),
+    "12-bit-grey.tif": (twelve_bit_tiff, grey(LEVELS)),
     "16-bit-grey.pgm": (sixteen_bit_pgm, grey(LEVELS)),
     "16-bit-rgb.ppm": (sixteen_bit_colours, COLOURS),
     "int32.tif": (saved(Image.fromarray(LEVELS.astype(np.int32) * 257)), grey(LEVELS)),
@@ -96,7 +110,7 @@ MODES = {
     "exif-orientation.png": (turned, COLOURS),
     "animation.gif": (animation, PALETTE[LEVELS]),
 }
-DIFFER = {name for name in MODES if name.startswith(("16-bit-grey", "int32"))}
+DIFFER = {name for name in MODES if name.startswith(("12-bit-grey", "16-bit-grey", "int32"))}
 DIFFER |= {name for name in MODES if "alpha" in name or "key" in name}
 """What `fid` reads like its peers, and so not as training does."""
 

@@ -40,6 +40,9 @@ T = TypeVar("T")
 RGB = 3
 """Of torchvision's `ImageReadMode`."""
 
+BITS_PER_SAMPLE = 258
+"""Tag of TIFF; Pillow reads 12 bits as 16 without scaling them."""
+
 BROKEN_IMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error)
 
 LARGEST_BATCH = 1 << 28
@@ -132,16 +135,18 @@ def _color_jpeg(image: Image.Image) -> Tensor | None:
 
 
 def _flattened(image: Image.Image) -> Image.Image:
-    """16-bit grey as 8-bit, and transparency over black: `convert` would do neither."""
+    """12- and 16-bit grey as 8-bit, and transparency over black: `convert` would do neither."""
     if image.mode[0] in "IF":
         values, white = np.asarray(image), 255 if image.mode == "F" else 65535
+        if getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE) == (12,):
+            white = 4095
         low, high = values.min(), values.max()
         if not 0 <= low <= high <= white or (image.mode == "F" and 0 < high <= 1):
             expected = f"its levels are from {low:g} to {high:g}, not from 0 to {white}"
             raise ValueError(f"{expected}; save it with 8 or 16 bits")
         if image.mode == "F":
             return image
-        return Image.fromarray((values / 257).round().astype(np.uint8))
+        return Image.fromarray((values / (white / 255)).round().astype(np.uint8))
     if image.mode == "RGBA" and image.getchannel("A").getextrema()[0] == 255:
         return image  # opaque
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
