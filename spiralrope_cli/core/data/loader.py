@@ -274,5 +274,5 @@ def _one_thread(worker: int) -> None:
 
 def _report_error(kind: Any, error: BaseException, trace: Any) -> None:
     """Prints an error of a thread, unless the trainer was killed: that has a message of its own."""
-    if not isinstance(error, ConnectionError):
+    if not isinstance(error, (ConnectionError, EOFError)):
         sys.__excepthook__(kind, error, trace)
