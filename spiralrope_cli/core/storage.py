@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 CHECKSUM_KEY = "crc32"
 
 
+def cache_folder() -> Path:
+    """Folder of downloads, lists of images and statistics."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("SPIRALROPE_CACHE") or Path(base) / "spiralrope")
+
+
 class DamagedError(ValueError):
     """A file does not hold what its checksum was made of."""
 

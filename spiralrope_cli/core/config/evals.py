@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from spiralrope_cli.core.config.hub import cache_folder
 from spiralrope_cli.core.config.models import ARCH_OF_SOURCE, SIZE, RopeConfig, check_divides
 from spiralrope_cli.core.config.option import (
     DATA,
@@ -25,6 +24,7 @@ from spiralrope_cli.core.config.option import (
 from spiralrope_cli.core.config.runs import ModelConfig
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
+from spiralrope_cli.core.storage import cache_folder
 
 BOTH_CROP_RATIOS = (0.875, 1.0)
 

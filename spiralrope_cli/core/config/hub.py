@@ -1,8 +1,7 @@
-"""Config of `fetch` and `export`, and the cache folder. Standard library only."""
+"""Config of `fetch` and `export`. Standard library only."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,12 +23,6 @@ PUBLISHED_SUFFIXES = (".pth", ".pt")
 FILE_SUFFIXES = (*PUBLISHED_SUFFIXES, ".bin", ".safetensors")
 HUB = "hf:"
 HUB_FORM = f"{HUB}OWNER/NAME[/FILE][@REVISION]"
-
-
-def cache_folder() -> Path:
-    """Folder of downloads and unpacked data sets."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("SPIRALROPE_CACHE") or Path(base) / "spiralrope")
 
 
 @dataclass(frozen=True, kw_only=True)

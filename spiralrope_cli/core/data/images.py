@@ -27,9 +27,8 @@ from PIL import Image
 from torch import Tensor
 
 from spiralrope_cli.core.config.evals import Reading
-from spiralrope_cli.core.data.image_list import ImageList
 from spiralrope_cli.core.data.image_sets import FolderInput, ImageInput, NpzImages
-from spiralrope_cli.core.data.listing import opened
+from spiralrope_cli.core.data.listing import ImageList, opened
 from spiralrope_cli.core.data.npz import stream_rows
 from spiralrope_cli.core.data.splits import Split
 from spiralrope_cli.core.errors import DataError, UnreadableImageError

@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spiralrope_cli.core.config.hub import cache_folder
 from spiralrope_cli.core.errors import DataError
 from spiralrope_cli.core.runtime import distributed
-from spiralrope_cli.core.storage import atomic_write
+from spiralrope_cli.core.storage import atomic_write, cache_folder
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 RAW_FILES = (

@@ -15,8 +15,13 @@ from pathlib import Path
 
 from spiralrope_cli.core.config.datasets import BUILT_IN, PHOTOGRAPHS, DataSet
 from spiralrope_cli.core.config.folders import refuse_own
-from spiralrope_cli.core.data.image_list import list_class_folders
-from spiralrope_cli.core.data.listing import count_files, images_below, is_image, larger_files
+from spiralrope_cli.core.data.listing import (
+    count_files,
+    images_below,
+    is_image,
+    larger_files,
+    list_class_folders,
+)
 from spiralrope_cli.core.data.stored import list_stored
 from spiralrope_cli.core.errors import DataError
 from spiralrope_cli.core.storage import parse

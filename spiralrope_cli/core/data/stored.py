@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from spiralrope_cli.core.config.folders import IMAGENET_NAME
-from spiralrope_cli.core.config.hub import cache_folder
 from spiralrope_cli.core.data.listing import is_image
 from spiralrope_cli.core.errors import DataError
-from spiralrope_cli.core.storage import atomic_write, parse, write_whole
+from spiralrope_cli.core.storage import atomic_write, cache_folder, parse, write_whole
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -24,7 +24,6 @@ from typing import NamedTuple
 from safetensors import SafetensorError
 
 from spiralrope_cli import __version__
-from spiralrope_cli.core.config.hub import cache_folder
 from spiralrope_cli.core.errors import (
     SPACE,
     ConfigError,
@@ -36,7 +35,7 @@ from spiralrope_cli.core.errors import (
 from spiralrope_cli.core.hub.catalog import Row
 from spiralrope_cli.core.runtime.progress import human_size, say
 from spiralrope_cli.core.runtime.run_folder import check_space
-from spiralrope_cli.core.storage import flush
+from spiralrope_cli.core.storage import cache_folder, flush
 
 OTHER_DISK = "free some, or name another disk with --out (for downloads HF_HOME, SPIRALROPE_CACHE)"
 # SHA-256, its first 8 digits, or git's SHA-1. Anything else cannot be compared.

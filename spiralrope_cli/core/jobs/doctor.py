@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from spiralrope_cli import __version__
-from spiralrope_cli.core.config.hub import cache_folder
 from spiralrope_cli.core.config.option import build
 from spiralrope_cli.core.config.samples import default_num_samples
 from spiralrope_cli.core.config.training import Checkup
@@ -28,6 +27,7 @@ from spiralrope_cli.core.resolve import default_data, resolve
 from spiralrope_cli.core.runtime.launch import usable_cores
 from spiralrope_cli.core.runtime.progress import console, human_size
 from spiralrope_cli.core.runtime.run_folder import nearest_folder
+from spiralrope_cli.core.storage import cache_folder
 
 OF_TRAINING = ("arch", "data", "batch_size", "micro_batch_size", "nproc", "device", "precision")
 DECODED = 48
@@ -63,7 +63,7 @@ def check_machine(given: dict[str, Any]) -> bool:
 # ---- work
 def work(checkup: Checkup) -> tuple[Values, Rows, list[Finding]]:
     """Checks one part after the other; an error becomes a finding."""
-    from spiralrope_cli.core.training.needs import memory_notes
+    from spiralrope_cli.core.training.micro_batch import memory_notes
 
     values: Values = {}
     rows: Rows = []
@@ -200,7 +200,7 @@ def inspect_data(checkup: Checkup, findings: list[Finding]) -> tuple[Values, Row
 
 def inspect_run(checkup: Checkup) -> tuple[Values, Rows]:
     """Needs of the training run, and valid values of its options."""
-    from spiralrope_cli.core.training.needs import advice
+    from spiralrope_cli.core.training.micro_batch import advice
 
     command = "dit-train" if checkup.dit else "pretrain"
     values = advice(resolve(command, {"nproc": 1, **checkup.options}).run, checkup.machine)

@@ -27,12 +27,28 @@ from spiralrope_cli.core.kernels import (
     rms_norm,
     rotate_qkv,
 )
-from spiralrope_cli.core.models.mixed_rope import CosSin, build_rope, of_block
+from spiralrope_cli.core.models.mixed_rope import MixedRoPE
 from spiralrope_cli.core.models.pretrained import Pretrained
-from spiralrope_cli.core.rope import Grid, apply_rotary, to_2tuple
+from spiralrope_cli.core.rope import Grid, SpiralRoPE, apply_rotary, to_2tuple
 
+CosSin = Tensor | tuple[Tensor, ...]
+"""Cosines and sines for all blocks, or those of each block."""
 INIT_STD = 0.02
 LAYER_SCALE_INIT = 1e-4
+
+
+def build_rope(
+    config: RopeConfig, head_dim: int, depth: int, num_heads: int, pretrain_grid: Grid
+) -> SpiralRoPE | MixedRoPE | None:
+    """The rotary embedding of a network; None if it is off."""
+    if config.mixed:
+        return MixedRoPE(head_dim, depth, num_heads, config, pretrain_grid)
+    return SpiralRoPE(head_dim, config, pretrain_grid) if config.enabled else None
+
+
+def of_block(cos_sin: CosSin | None, number: int) -> Tensor | None:
+    """Cosines and sines of one block."""
+    return cos_sin[number] if isinstance(cos_sin, tuple) else cos_sin
 
 
 class RMSNorm(nn.Module):

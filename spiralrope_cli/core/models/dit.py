@@ -28,8 +28,14 @@ from spiralrope_cli.core.kernels import (
     no_autocast,
     scale_shift,
 )
-from spiralrope_cli.core.models.deit import INIT_STD, Attention, Mlp, PatchEmbed
-from spiralrope_cli.core.models.mixed_rope import build_rope, of_block
+from spiralrope_cli.core.models.deit import (
+    INIT_STD,
+    Attention,
+    Mlp,
+    PatchEmbed,
+    build_rope,
+    of_block,
+)
 from spiralrope_cli.core.models.pretrained import Pretrained
 from spiralrope_cli.core.rope import Grid, to_2tuple
 

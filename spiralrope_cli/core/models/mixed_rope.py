@@ -1,4 +1,4 @@
-"""RoPE-Mixed, learned frequencies for each head of each block; and the RoPE of any network.
+"""RoPE-Mixed: learned frequencies for each head of each block.
 
 Legend: N = h*w patch tokens, H heads, D channels of a head.
 
@@ -12,16 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spiralrope_cli.core.config.models import RopeConfig
-from spiralrope_cli.core.rope import (
-    Grid,
-    SpiralRoPE,
-    first_mixed_frequencies,
-    mixed_angles,
-    to_2tuple,
-)
-
-CosSin = Tensor | tuple[Tensor, ...]
-"""Cosines and sines for all blocks, or those of each block."""
+from spiralrope_cli.core.rope import Grid, first_mixed_frequencies, mixed_angles, to_2tuple
 
 
 class MixedRoPE(nn.Module):
@@ -66,17 +57,3 @@ class MixedRoPE(nn.Module):
     def extra_repr(self) -> str:
         """What print(model) shows."""
         return f"freqs={tuple(self.freqs.shape)}, pretrain_grid={self.pretrain_grid}"
-
-
-def build_rope(
-    config: RopeConfig, head_dim: int, depth: int, num_heads: int, pretrain_grid: Grid
-) -> SpiralRoPE | MixedRoPE | None:
-    """The rotary embedding of a network; None if it is off."""
-    if config.mixed:
-        return MixedRoPE(head_dim, depth, num_heads, config, pretrain_grid)
-    return SpiralRoPE(head_dim, config, pretrain_grid) if config.enabled else None
-
-
-def of_block(cos_sin: CosSin | None, number: int) -> Tensor | None:
-    """Cosines and sines of one block."""
-    return cos_sin[number] if isinstance(cos_sin, tuple) else cos_sin

@@ -1,4 +1,4 @@
-"""`--micro-batch-size auto`: on a GPU the largest micro-batch that fits, found by trial steps."""
+"""What fits into memory: `--micro-batch-size auto`, and for `doctor` what a training run needs."""
 
 from __future__ import annotations
 
@@ -6,37 +6,51 @@ import bisect
 import contextlib
 import gc
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.recipes import (
     micro_batch_sizes,
+    usual_micro_batch,
     with_micro_batch,
-    with_usual_micro_batch,
 )
+from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.loader import Batch
-from spiralrope_cli.core.errors import TrainingError
-from spiralrope_cli.core.models.factory import model_of
+from spiralrope_cli.core.errors import ConfigError, TrainingError
+from spiralrope_cli.core.models.factory import meta_inputs, model_cost, model_of
 from spiralrope_cli.core.runtime import distributed
+from spiralrope_cli.core.runtime.device import DTYPES, pick_device, pick_precision
 from spiralrope_cli.core.runtime.distributed import DistContext
+from spiralrope_cli.core.runtime.launch import num_local_workers, usable_cores
 from spiralrope_cli.core.runtime.progress import human_size
+from spiralrope_cli.core.training.checkpoint import needed_bytes
 from spiralrope_cli.core.training.loop import Task
-from spiralrope_cli.core.training.needs import FILL, memory_needs
 from spiralrope_cli.core.training.step import TrainState, freeze_but, train_step
+
+FILL = 0.9
+"""Fraction of a GPU's memory for a step; the rest is for validation, samples and fragments."""
+BYTES_PER_PARAMETER = 20
+"""float32 weights, gradients, two moments of AdamW and the average."""
+
+
+# --- The largest micro-batch
 
 
 def with_fitting_micro_batch(
     config: TrainingRun, ctx: DistContext, open_task: Callable[[TrainingRun, DistContext], Task]
 ) -> TrainingRun:
-    """The run with a number in place of `auto`; every process must call it, and gets the same.
+    """The run with the largest micro-batch that fits on a GPU, found by trial steps.
+
+    Every process must call it, and gets the same.
 
     Raises:
         TrainingError: not even the smallest micro-batch fits.
     """
-    if config.optim.micro_batch_size is not None or ctx.device.type != "cuda":
-        return with_usual_micro_batch(config, ctx.world_size)
     sizes = micro_batch_sizes(config, ctx.world_size)
     with limited_memory(ctx.device) as free:
         fixed, per_image = memory_needs(config, ctx.dtype)
@@ -121,3 +135,113 @@ def limited_memory(device: torch.device) -> Iterator[float]:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
         gc.collect()
         torch.cuda.empty_cache()
+
+
+# --- For `doctor`
+
+
+def advice(run: TrainingRun, machine: MachineConfig) -> dict[str, Any]:
+    """Sizes, valid values and memory of a run on this machine."""
+    nproc, device = num_local_workers(machine), pick_device(machine)
+    precision, _ = pick_precision(machine.precision, device)
+    parameters, flops = model_cost(run)
+    fixed, per_image = memory_needs(run, DTYPES[precision])
+    size = run.optim.micro_batch_size or usual_micro_batch(run, nproc)
+    if run.optim.micro_batch_size is None and device.type == "cuda":
+        room = FILL * torch.cuda.get_device_properties(device).total_memory - fixed
+        sizes = micro_batch_sizes(run, nproc)
+        size = max((n for n in sizes if n * per_image <= room), default=sizes[0])
+    micro, grad_accum_steps = with_micro_batch(run, size).split_batch(nproc)
+    with torch.device("meta"):
+        checkpoint_bytes = needed_bytes(model_of(run))
+    batch_sizes = sorted({run.optim.batch_size, *(2**power for power in range(3, 14))})
+    most_rotate = run.head_dim // 8
+    return {
+        "arch": run.arch,
+        "parameters": parameters,
+        "flops_per_image": flops,
+        "batch_size": run.optim.batch_size,
+        "nproc": nproc,
+        "micro_batch_size": micro,
+        "accumulation": grad_accum_steps,
+        "image_size": list(run.image_size),
+        "valid_nproc": [
+            n for n in range(1, max(8, nproc, usable_cores()) + 1) if _accepts(run.split_batch, n)
+        ],
+        "valid_batch_sizes": [n for n in batch_sizes if _accepts(_split, run, n, nproc)],
+        "valid_rotate": [
+            n for n in range(most_rotate + 1) if _accepts(_check_rotate, run, n, False)
+        ],
+        "valid_rotate_same_theta": [
+            n for n in range(2, most_rotate + 1) if _accepts(_check_rotate, run, n, True)
+        ],
+        "checkpoint_bytes": checkpoint_bytes,
+        # The newest ones, the best, and one more: a new one is written before an old one goes.
+        "checkpoints": run.checkpoint.keep_last + run.keeps_best + 1,
+        "memory": {"fixed": fixed, "per_image": per_image, "total": fixed + micro * per_image},
+    }
+
+
+def _accepts(check: Callable[..., object], *arguments: object) -> bool:
+    try:
+        check(*arguments)
+    except ConfigError:
+        return False
+    return True
+
+
+def _split(run: TrainingRun, batch_size: int, nproc: int) -> None:
+    optim: Any = replace(run.optim, batch_size=batch_size)
+    replace(run, optim=optim).split_batch(nproc)
+
+
+def _check_rotate(run: TrainingRun, rotate: int, same_theta: bool) -> None:
+    replace(run.rope, rotate=rotate, same_theta=same_theta).check_head_dim(run.head_dim)
+
+
+def memory_needs(run: TrainingRun, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of weights, gradients, optimizer and average, and bytes for each image, about."""
+    with torch.device("meta"):
+        network = model_of(run)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return BYTES_PER_PARAMETER * parameters, activation_bytes(run, network.to(dtype))
+
+
+def activation_bytes(run: TrainingRun, network: nn.Module) -> int:
+    """Bytes that autograd stores for one image, about."""
+    dtype = next(network.parameters()).dtype
+    own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
+    kept: dict[int, int] = {}
+    held = []  # keeps storages alive, so that no address is used twice
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+            held.append(storage)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        network(*meta_inputs(run, 2, dtype))
+    return sum(kept.values()) // 2
+
+
+def memory_notes(machine: dict[str, Any] | None, planned: dict[str, Any] | None) -> list[str]:
+    """A note if the run may need more memory than there is; an estimate."""
+    if not machine or not planned:
+        return []
+    needs, available = planned["memory"], machine["memory"] / planned["nproc"]
+    if machine["device"] == "cuda":
+        available = min(gpu["memory"] for gpu in machine["gpus"])
+    if needs["total"] <= available:
+        return []
+    most = int((available - needs["fixed"]) // needs["per_image"])
+    advised = (
+        f"--micro-batch-size {most} or less, or --grad-checkpointing"
+        if most > 0
+        else "a smaller --arch"
+    )
+    return [
+        f"a process may need about {human_size(needs['total'])}, "
+        f"{human_size(available)} are available: {advised}"
+    ]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from spiralrope_cli.core.data import image_list
-from spiralrope_cli.core.data.image_list import ImageList, list_class_folders
+from spiralrope_cli.core.data import listing
 from spiralrope_cli.core.data.images import Unreadable, as_trained, open_image
+from spiralrope_cli.core.data.listing import ImageList, list_class_folders
 from spiralrope_cli.core.data.splits import train_split
 from spiralrope_cli.core.errors import DataError
 
@@ -32,7 +32,7 @@ def age(root):
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     monkeypatch.setenv("SPIRALROPE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(image_list, "KEPT_FROM", 1)
+    monkeypatch.setattr(listing, "KEPT_FROM", 1)
     for name in FILES:
         path = tmp_path / "train" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,8 +52,8 @@ def listed(root):
 
 def fresh(root, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(image_list, "_read_kept", lambda folder: None)
-        patch.setattr(image_list, "KEPT_FROM", 1 << 40)
+        patch.setattr(listing, "_read_kept", lambda folder: None)
+        patch.setattr(listing, "KEPT_FROM", 1 << 40)
         return listed(root)
 
 
@@ -67,7 +67,7 @@ def test_a_kept_list_is_the_list(root, monkeypatch):
     assert [label for _, label in first[0]] == [0, 0, 1, 1]
     assert "1 .txt" in " ".join(first[2])
     assert len(kept_files(root)) == 1
-    monkeypatch.setattr(image_list, "images_below", no_walk)
+    monkeypatch.setattr(listing, "images_below", no_walk)
     assert listed(root) == first
 
 
@@ -114,10 +114,10 @@ def test_what_may_still_change_is_not_kept(root):
 
 
 def test_small_folders_are_not_kept_and_a_cache_is_not_needed(root, monkeypatch):
-    monkeypatch.setattr(image_list, "KEPT_FROM", 5)
+    monkeypatch.setattr(listing, "KEPT_FROM", 5)
     first = listed(root)
     assert not kept_files(root)
-    monkeypatch.setattr(image_list, "KEPT_FROM", 1)
+    monkeypatch.setattr(listing, "KEPT_FROM", 1)
     (root.parent / "cache").write_text("a file, not a folder")
     assert listed(root) == first
 
@@ -148,7 +148,7 @@ def test_a_file_that_vanished_is_told_by_its_path(root):
 
 
 def test_a_slow_list_says_how_far_it_is(root, monkeypatch, capfd):
-    monkeypatch.setattr(image_list, "SLOW_SECONDS", -1.0)
+    monkeypatch.setattr(listing, "SLOW_SECONDS", -1.0)
     list_class_folders(root, ["a", "b"])
     said = capfd.readouterr()
     assert f"listing {root}  2/2" in said.err
