@@ -18,6 +18,7 @@ from spiralrope_cli.core.config.recipes import (
     micro_batch_sizes,
     usual_micro_batch,
     with_micro_batch,
+    with_usual_micro_batch,
 )
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.loader import Batch
@@ -44,13 +45,15 @@ BYTES_PER_PARAMETER = 20
 def with_fitting_micro_batch(
     config: TrainingRun, ctx: DistContext, open_task: Callable[[TrainingRun, DistContext], Task]
 ) -> TrainingRun:
-    """The run with the largest micro-batch that fits on a GPU, found by trial steps.
+    """The run with a number in place of `auto`: on a GPU the most that fit, found by trial steps.
 
     Every process must call it, and gets the same.
 
     Raises:
         TrainingError: not even the smallest micro-batch fits.
     """
+    if ctx.device.type != "cuda":
+        return with_usual_micro_batch(config, ctx.world_size)
     sizes = micro_batch_sizes(config, ctx.world_size)
     with limited_memory(ctx.device) as free:
         fixed, per_image = memory_needs(config, ctx.dtype)
