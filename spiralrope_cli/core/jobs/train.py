@@ -276,8 +276,7 @@ def work(config: TrainingRun) -> None:
 
     with open_context(config.machine, Path(config.out)) as ctx:
         step = loop.agreed_first_step(config)
-        if config.optim.micro_batch_size is None:
-            config = with_fitting_micro_batch(config, ctx, open_task)
+        config = with_fitting_micro_batch(config, ctx, open_task)
         task = open_task(config, ctx)
         state, forward = loop.build_state(
             config,

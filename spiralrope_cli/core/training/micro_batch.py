@@ -52,7 +52,7 @@ def with_fitting_micro_batch(
     Raises:
         TrainingError: not even the smallest micro-batch fits.
     """
-    if ctx.device.type != "cuda":
+    if config.optim.micro_batch_size is not None or ctx.device.type != "cuda":
         return with_usual_micro_batch(config, ctx.world_size)
     sizes = micro_batch_sizes(config, ctx.world_size)
     with limited_memory(ctx.device) as free:
