@@ -142,12 +142,14 @@ def diffusion_loss(model, x0, noise, t, y, mask):
     return losses["loss"].mean() + losses["vb"].detach().mean()
 
 
-@pytest.mark.parametrize("first", ["compiled", "eager"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize(
-    ("network", "inputs", "loss"),
-    [(deit, classifier_inputs, classifier_loss), (dit, diffusion_inputs, diffusion_loss)],
-    ids=["classifier", "diffusion"],
+    ("network", "inputs", "loss", "checkpointing", "first"),
+    [
+        (deit, classifier_inputs, classifier_loss, False, "compiled"),
+        (deit, classifier_inputs, classifier_loss, True, "eager"),
+        (dit, diffusion_inputs, diffusion_loss, False, "eager"),
+        (dit, diffusion_inputs, diffusion_loss, True, "compiled"),
+    ],
 )
 def test_model_and_loss_are_one_graph(network, inputs, loss, checkpointing, first):
     """Without a break, and compiled again only for evaluation and for a second batch size."""

@@ -139,6 +139,8 @@ def two(monkeypatch):
     monkeypatch.setattr(machines, "SILENT_SECONDS", 3)
     monkeypatch.setattr(machines, "GRACE_SECONDS", 0.5)
     monkeypatch.setattr(machines.multiprocessing, "active_children", list)
+    # It would stay in the environment, and later tests have other interfaces.
+    monkeypatch.setattr(machines, "_interface", lambda address: "")
     endpoint = f"127.0.0.1:{free_port()}"
 
     def one(work, this):
