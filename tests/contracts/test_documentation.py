@@ -205,6 +205,8 @@ def small_things(tmp_path_factory, trained_once, drawn_once, tiny_vae, digit_pic
         folder = home / "imagenet" / ("val" if number < 10 else "train") / str(number % 10)
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(digit_pictures[number]).save(folder / f"{number}.png")
+    for name in ("imagenet-r", "imagenetv2-matched-frequency-format-val"):
+        (home / name).symlink_to(home / "imagenet" / "val")
     (home / "vae").symlink_to(tiny_vae)
     # Copies: eval writes beside the weights.
     (home / "published").mkdir()

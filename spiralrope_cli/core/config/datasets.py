@@ -5,13 +5,9 @@ A data set is a built-in name or a folder with `train/` and `val/`, each with on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from spiralrope_cli.core.config.folders import class_difference
-from spiralrope_cli.core.errors import ConfigError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -46,24 +42,6 @@ class DataSet:
     def num_classes(self) -> int:
         """The number of classes."""
         return len(self.class_names)
-
-    def check_classes(self, source: str, num_classes: int, known: Sequence[str]) -> None:
-        """Refuses weights of other classes; `known` are their names, empty if they have none.
-
-        Raises:
-            ConfigError: names the first difference.
-        """
-        if num_classes != self.num_classes:
-            raise ConfigError(
-                f"{source} has {num_classes} classes, {self.data} has {self.num_classes}",
-                "name the data set that it was trained on by --data",
-            )
-        if other := class_difference(known, self.class_names):
-            raise ConfigError(
-                f"{source} was trained on other classes than those of {self.data}: {other}",
-                "give the classes the names that they had in training, or name another --data; "
-                "--ignore-class-names goes on",
-            )
 
     def inert_options(self) -> list[tuple[str, str]]:
         """Fields of a run that have no effect with this data set, with the reason."""

@@ -64,7 +64,7 @@ class EvalOptions:
     data: Annotated[
         str | None,
         Opt(
-            "digits, fashion-mnist, hfds/OWNER/NAME, or a folder with val/ "
+            "digits, fashion-mnist, hfds/OWNER/NAME, or a folder: of classes, or with val/ "
             "in class folders, tar or parquet files. "
             "By default that of the run, else $SPIRALROPE_DATA, else digits.",
             DATA,
@@ -75,6 +75,15 @@ class EvalOptions:
     ignore_class_names: Annotated[
         bool, Opt("Go on if the data names its classes otherwise than the weights do.", DATA)
     ] = False
+    real_labels: Annotated[
+        str,
+        Opt(
+            "Labels of ImageNet-ReaL for ImageNet's validation images: real.json, or timm for "
+            "the copy that timm has.",
+            DATA,
+            metavar="FILE",
+        ),
+    ] = ""
     crop_ratios: Annotated[
         tuple[float, ...],
         Opt(
@@ -127,6 +136,7 @@ class EvalProtocol:
     crop_ratio: float  # resized to image size / this, then cropped at the centre
     mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
     std: tuple[float, ...]
+    real_labels: str = ""  # as `EvalOptions`; empty: the labels of the data set
 
     def __post_init__(self) -> None:
         if not len(self.mean) == len(self.std) == self.in_chans:
@@ -149,6 +159,7 @@ class EvalRow:
     rope: RopeConfig
     model: ModelConfig  # sizes as evaluated
     protocol: EvalProtocol
+    classes: tuple[int, ...]  # of the weights, by class number of the data; empty: the same
     folder: str  # of `eval.json`
 
     @property

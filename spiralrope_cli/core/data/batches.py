@@ -24,9 +24,11 @@ from torch import Tensor
 from spiralrope_cli.core.config.datasets import BUILT_IN
 from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
 from spiralrope_cli.core.config.evals import EvalProtocol
+from spiralrope_cli.core.config.folders import IMAGENET_CLASSES
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data import augment, memory
+from spiralrope_cli.core.data.classes import real_images
 from spiralrope_cli.core.data.color import apply_steps, draw_steps
 from spiralrope_cli.core.data.images import as_tensor, in_order
 from spiralrope_cli.core.data.latents import LatentCache
@@ -288,17 +290,25 @@ class ValidationImages:
         starts = range(rank * EVAL_BATCH, protocol.num_val, world_size * EVAL_BATCH)
         self._spans = [range(first, min(first + EVAL_BATCH, protocol.num_val)) for first in starts]
         self._read: Read
+        self._several: list[tuple[int, ...]] = []  # right classes of each image, if not one
         if self._in_memory:
             _, split = memory.splits_on(device, protocol.data, protocol.in_chans)
             self._read = functools.partial(from_memory, split)
         else:
             transform = augment.eval_transform(protocol.image_size, protocol.crop_ratio)
             listed = val_split(protocol.data).images
+            if protocol.real_labels:
+                labelled = real_images(protocol.real_labels, protocol.data)
+                self._several = [labels for _, labels in labelled]
+                listed = [(address, number) for number, (address, _) in enumerate(labelled)]
             files = ImageFiles(listed, transform, protocol.in_chans == 1)
             self._read = functools.partial(load, files, machine, device, self.unreadable)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Normalised images [B, channels, h, w], labels [B]; each image once over all processes."""
+        """Normalised images [B, channels, h, w] and labels; each image once over all processes.
+
+        Labels are class numbers [B]; those of ReaL are bool [B, 1000], true for each right class.
+        """
         size, ratio = self.protocol.image_size, self.protocol.crop_ratio
         with contextlib.closing(
             self._read(BatchIndices(list(span), []) for span in self._spans)
@@ -308,5 +318,11 @@ class ValidationImages:
                 if self._in_memory:
                     images = augment.resize_and_crop(images, size, ratio)
                 self.decoded += len(batch.labels)
-                if len(batch.labels):  # 0 if no image of the batch could be read
-                    yield self._normalise(images), batch.labels
+                labels = batch.labels
+                if self._several:
+                    labels = torch.zeros(len(labels), IMAGENET_CLASSES, dtype=torch.bool)
+                    for row, number in zip(labels, batch.labels.tolist(), strict=True):
+                        row[list(self._several[number])] = True
+                    labels = labels.to(images.device)
+                if len(labels):  # 0 if no image of the batch could be read
+                    yield self._normalise(images), labels

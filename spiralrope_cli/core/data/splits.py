@@ -176,10 +176,16 @@ def train_split(data: str | Path) -> Split:
 
 
 def val_split(data: str | Path) -> Split:
-    """The validation images of a data folder."""
-    if found := find_split(Path(data), VAL):
+    """The validation images of a data folder; without `val/`, those of its class folders."""
+    root = Path(data)
+    if found := find_split(root, VAL):
         return found
-    raise DataError(f"{data} has no val/", "a data folder must hold val/ with one folder per class")
+    if find_split(root, TRAIN) or not any(each.is_dir() for each in root.iterdir()):
+        hint = "a data folder must hold val/ with one folder per class"
+        raise DataError(f"{data} has no val/", hint)
+    split = folder_split(root)
+    said = f"{data} has no val/: the {len(split.class_names)} class folders in it are evaluated"
+    return replace(split, notes=(said, *split.notes))
 
 
 def find_split(root: Path, names: Sequence[str]) -> Split | None:

@@ -6,10 +6,8 @@ Torch is imported late, so that usage errors are fast.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
-import sys
 from collections import ChainMap
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -26,18 +24,19 @@ from spiralrope_cli.core.config.evals import (
     EvalRow,
     EvalRun,
 )
-from spiralrope_cli.core.config.folders import EVAL_FILE, SIZES_FILE, nameless_note, numbering_note
+from spiralrope_cli.core.config.folders import EVAL_FILE, SIZES_FILE
 from spiralrope_cli.core.config.models import RopeConfig, format_size
 from spiralrope_cli.core.config.option import build, idle_lines
 from spiralrope_cli.core.config.rope import given_rope
 from spiralrope_cli.core.config.runs import ModelConfig
 from spiralrope_cli.core.config.training import RUNS_FOLDER, MachineConfig
+from spiralrope_cli.core.data.classes import classes_of, real_images
 from spiralrope_cli.core.data.splits import find_val_set
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.files import sha256_of
 from spiralrope_cli.core.hub.source import Source, find_source, newest_run
 from spiralrope_cli.core.plots.curves import save_figure, sizes_figure
-from spiralrope_cli.core.report.results import Record, print_csv, print_evaluation
+from spiralrope_cli.core.report.results import Record, print_evaluation
 from spiralrope_cli.core.resolve import DATA_VARIABLE
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, say_notes
 from spiralrope_cli.core.runtime.progress import counted, say, say_unreadable
@@ -94,11 +93,13 @@ def settle(
             if not (chosen or data):
                 notes.append(f"no --data and no ${DATA_VARIABLE}: using digits")
             data_set = chosen or find(data or "digits")
-            classes = data_set.class_names
-            notes += nameless_note(each.given, sets[0].class_names, classes)
-            notes += [*numbering_note(classes), *data_set.notes]
+            known = sets[0].options["num_classes"], sets[0].class_names
+            classes, said = classes_of(data_set, each.given, *known, options.ignore_class_names)
+            notes += [*said, *data_set.notes]
+            if real := options.real_labels:
+                data_set = replace(data_set, num_val=len(real_images(real, data_set.data)))
             rows += [
-                settle_row(weights, checkpoint, data_set, size, ratio, options)
+                settle_row(weights, checkpoint, data_set, size, ratio, options, classes)
                 for size in dict.fromkeys(options.image_sizes) or (None,)
                 for ratio in ratios
                 for weights in sets
@@ -156,6 +157,7 @@ def settle_row(
     size: tuple[int, int] | None,
     ratio: float | None,
     options: EvalOptions,
+    classes: tuple[int, ...],
 ) -> EvalRow:
     """One row, checked; default size is that of the weights, default ratio that of the data set."""
     from spiralrope_cli.core.load import at_size
@@ -163,8 +165,6 @@ def settle_row(
 
     source = weights.source
     trained = ModelConfig(drop_path=0.0, **weights.options)
-    names = () if options.ignore_class_names else weights.class_names
-    data_set.check_classes(source.given, trained.num_classes, names)
     size = size or trained.image_size
     placed = at_size(weights, size, options.rope)
     # Next to the weights, but not in the cache of published weights.
@@ -185,8 +185,10 @@ def settle_row(
             image_size=size,
             in_chans=trained.in_chans,
             crop_ratio=ratio or data_set.defaults["crop_ratio"],
+            real_labels=options.real_labels,
             **mean_std(weights, data_set.defaults, trained.in_chans),
         ),
+        classes=classes,
         folder=str(folder.resolve()),
     )
 
@@ -194,9 +196,9 @@ def settle_row(
 # ---- plan
 def plan(row: EvalRow) -> None:
     """Prints a row on stderr."""
-    on, size = row.protocol, format_size(row.protocol.image_size)
-    protocol = f"{on.num_val} images of {on.data} at {size} px, crop ratio {on.crop_ratio:g}"
-    say(f"{row.source}: {row.checkpoint} {row.weights} weights, {protocol}")
+    on, real = row.protocol, ", labels of ReaL" if row.protocol.real_labels else ""
+    how = f"{on.data}{real} at {format_size(on.image_size)} px, crop ratio {on.crop_ratio:g}"
+    say(f"{row.source}: {row.checkpoint} {row.weights} weights, {on.num_val} images of {how}")
 
 
 # ---- work
@@ -258,7 +260,8 @@ def measure_rows(
                 yield pixels, labels
                 advance(len(labels) * ctx.world_size)  # the other processes are about as far
 
-        found = measure_accuracy(models, batches(), ctx.device, contextlib.nullcontext)
+        classes = {row.network_key: row.classes for row in rows}
+        found = measure_accuracy(models, batches(), ctx.device, contextlib.nullcontext, classes)
     for row in rows:
         if not math.isfinite(found[row.network_key].loss):
             raise CheckpointError(
@@ -298,13 +301,7 @@ def report(
         except OSError as error:
             say(f"note: {path} was not written: {error.strerror or error}; use another --out")
     say(f"decoded {decoded} images for {len(rows)} row(s)")
-    if config.output == "json":
-        content = json.dumps({"decoded": decoded, "rows": rows}, indent=2, allow_nan=False)
-        sys.stdout.write(f"{content}\n")
-    elif config.output == "csv":
-        print_csv(rows)
-    else:
-        print_evaluation(rows)
+    print_evaluation(rows, config.output, decoded)
     for folder in filter(is_stage, folders):
         leave_report(folder)
 
@@ -341,6 +338,9 @@ def describe_row(row: EvalRow) -> Record:
         # Height and width in pixels that the positions refer to.
         "trained_size": [n * model.patch_size for n in model.pretrain_grid or model.grid],
         "data": protocol.data,
+        "labels": "ReaL" if protocol.real_labels else None,
+        "classes": len(row.classes) or model.num_classes,  # that were predicted among
+        "num_classes": model.num_classes,
         "image_size": list(protocol.image_size),
         "crop_ratio": protocol.crop_ratio,
         "interpolation": "bicubic",

@@ -274,7 +274,10 @@ def rows_of_weights(weights: Weights) -> list[dict[str, Any]]:
     if not rows:
         return []
     digest, kind = sha256_of(weights.file), "EMA" if weights.ema else "raw"
-    return [row for row in rows if row.get("sha256") == digest and row.get("weights") == kind]
+    rows = [row for row in rows if row.get("sha256") == digest and row.get("weights") == kind]
+    # A card has no word for labels of ReaL, or for a part of the classes.
+    plain = [row for row in rows if row.get("classes") == row.get("num_classes")]
+    return [row for row in plain if not row.get("labels")]
 
 
 def progress_of(weights: Weights) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import sys
 from collections.abc import Collection, Sequence
@@ -34,7 +35,10 @@ from spiralrope_cli.core.runtime.run_folder import read_json, read_rows
 Record = dict[str, Any]
 
 ACCURACY = ("acc@1 %", "acc@5 %", "loss")
-SHARED = {"step": "step {}", "image size": "{} px", "crop ratio": "crop ratio {}"}
+SHARED = {
+    **{"labels": "labels of {}", "classes": "{} classes"},
+    **{"step": "step {}", "image size": "{} px", "crop ratio": "crop ratio {}"},
+}
 """Columns that are written above a table instead, if all rows have the same value."""
 BEST = "best: the highest raw acc@1 of all validations"
 
@@ -71,8 +75,15 @@ def print_results(folder: Path) -> None:
         say_result(f"training loss {lines[-1]['loss']:.4f}")
 
 
-def print_evaluation(rows: Sequence[Record]) -> None:
+def print_evaluation(rows: Sequence[Record], output: str = "table", decoded: int = 0) -> None:
     """Prints the rows of an evaluation; values that all rows share are above the table."""
+    if output == "json":
+        content = json.dumps({"decoded": decoded, "rows": rows}, indent=2, allow_nan=False)
+        sys.stdout.write(f"{content}\n")
+        return
+    if output == "csv":
+        print_csv(rows)
+        return
     evaluation = of_evaluation(rows, mark="")
     say_result(evaluation.caption)
     print_table(evaluation)
@@ -124,6 +135,8 @@ def columns_of(rows: Sequence[Record]) -> tuple[dict[str, list[str]], str]:
         "source": [row["source"] for row in rows],
         "arch": [row["arch"] for row in rows],
         "data": [Path(row["data"]).name for row in rows],
+        "labels": [row.get("labels") or "" for row in rows],
+        "classes": [_of_classes(row) for row in rows],
         "weights": [", ".join(filter(None, (row["checkpoint"], row["weights"]))) for row in rows],
         "step": ["" if row["step"] is None else str(row["step"]) for row in rows],
         "image size": [format_size(row["image_size"]) for row in rows],
@@ -136,6 +149,12 @@ def columns_of(rows: Sequence[Record]) -> tuple[dict[str, list[str]], str]:
     words = [SHARED.get(n, "{}").format(cell) for n, cell in shared.items() if cell]
     words += [BEST] if any(row["checkpoint"] == "best" for row in rows) else []
     return columns, ", ".join(words)
+
+
+def _of_classes(row: Record) -> str:
+    """How many classes predictions were restricted to; empty if they were not."""
+    few, of_all = row.get("classes"), row.get("num_classes")
+    return "" if few == of_all else f"{few} of {of_all}"
 
 
 def in_digits(row: Record, acc1: str = "acc1", acc5: str = "acc5", loss: str = "loss") -> list[str]:

@@ -35,7 +35,10 @@ STEP_DIGITS = 7
 LENGTH = {"epochs", "max_steps", "warmup_epochs"}
 """Fields of the length of a run; `fit_to_run` fits the warm-up to it."""
 
-SAME = ("sha256", "checkpoint", "weights", "data", "image_size", "crop_ratio", "rope", "precision")
+SAME = (
+    *("sha256", "checkpoint", "weights", "data", "labels", "image_size", "crop_ratio", "rope"),
+    "precision",
+)
 """A new row of `eval.json` replaces an old one that is equal in these."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -136,25 +136,32 @@ def measure_accuracy(
     batches: Iterable[tuple[Tensor, Tensor]],
     device: torch.device,
     autocast: Callable[[], Any],
+    classes: Mapping[Name, Sequence[int]] | None = None,
 ) -> dict[Name, Accuracy]:
     """Accuracy of several models in one pass over the data, summed over all processes.
 
     Args:
         models: name -> network with logits [B, K]; train or eval mode is restored.
-        batches: images [B, ...] and labels [B] of this process.
+        batches: images [B, ...] of this process, and labels: class numbers [B], or bool
+            [B, L], where each of several classes is right.
         device: device of the models.
         autocast: returns the context of the forward passes.
+        classes: name -> class of the network for each of the L classes of the labels; others are
+            not predicted. Without it L is K, and the numbers are the same.
     """
     was_training = [model.training for model in models.values()]
     # float32 counts exactly only to 16 million.
     dtype = torch.float32 if device.type == "mps" else torch.float64
     sums = torch.zeros(len(models), 4, dtype=dtype, device=device)
+    chosen = {n: torch.tensor(each, device=device) for n, each in (classes or {}).items() if each}
     for model in models.values():
         model.eval()
     for images, labels in batches:
-        for number, model in enumerate(models.values()):
+        for number, (name, model) in enumerate(models.items()):
             with autocast():
                 logits = model(images)
+            if name in chosen:
+                logits = logits[:, chosen[name]]
             sums[number] += _batch_sums(logits.float(), labels)
     for model, training in zip(models.values(), was_training, strict=True):
         model.train(training)
@@ -168,8 +175,16 @@ def measure_accuracy(
 
 
 def _batch_sums(logits: Tensor, labels: Tensor) -> Tensor:
-    """[4]: top-1 hits, top-5 hits, sum of losses, number of images."""
+    """[4]: top-1 hits, top-5 hits, sum of losses, number of images.
+
+    Where several classes are right, one of them among the predictions is a hit, and the loss is
+    -log of their total probability.
+    """
     ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
-    hits = ranked == labels[:, None]
-    loss = F.cross_entropy(logits, labels, reduction="sum")
+    if labels.dtype == torch.bool:
+        hits = labels.gather(1, ranked)
+        loss = -logits.log_softmax(1).masked_fill(~labels, -math.inf).logsumexp(1).sum()
+    else:
+        hits = ranked == labels[:, None]
+        loss = F.cross_entropy(logits, labels, reduction="sum")
     return torch.stack((hits[:, 0].sum(), hits.any(1).sum(), loss, loss.new_tensor(len(labels))))
