@@ -10,7 +10,6 @@ from typing import NoReturn
 
 
 def main() -> None:
-    """Runs the command line."""
     signal.signal(signal.SIGINT, _interrupt)
     try:
         from spiralrope_cli.main import main as run

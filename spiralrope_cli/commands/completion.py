@@ -32,7 +32,6 @@ def paths() -> Offer:
 
 
 def deit_archs() -> Offer:
-    """DeiTs by name."""
     from spiralrope_cli.core.config.models import DEIT_SIZES
 
     return list(DEIT_SIZES)
@@ -55,19 +54,16 @@ def dit_archs(incomplete: str) -> Offer:
 
 
 def archs(incomplete: str) -> Offer:
-    """DeiTs and DiTs."""
     return [str(name) for name in (*deit_archs(), *dit_archs(incomplete))]
 
 
 def data_sets() -> Offer:
-    """Built-in data sets."""
     from spiralrope_cli.core.config.datasets import BUILT_IN
 
     return list(BUILT_IN)
 
 
 def vaes() -> Offer:
-    """Names of VAEs."""
     from spiralrope_cli.core.config.dit_runs import VAE_NAMES
 
     return list(VAE_NAMES)
@@ -81,7 +77,6 @@ def vaes_or_none() -> Offer:
 
 
 def published() -> Offer:
-    """All published names."""
     return _published(lambda kind: True)
 
 
@@ -119,7 +114,6 @@ def runs(*commands: str) -> list[str]:
 
 
 def training_runs() -> Offer:
-    """Folders of all training runs."""
     from spiralrope_cli.core.config.dit_runs import RUN_KINDS
 
     return runs(*RUN_KINDS)

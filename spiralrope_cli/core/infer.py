@@ -87,26 +87,15 @@ def infer_arch(
     given: str,
     notes: list[str],
 ) -> str:
-    """The architecture of a state dict.
+    """The architecture of a state dict without frequencies; an assumption is added to `notes`.
 
     The number of heads is from the RoPE frequencies, learned or not, `num_heads` of the file,
-    `--arch`, or the published size with the same width and depth, in this order.
-
-    Args:
-        file: for messages.
-        state: state dict without frequencies.
-        freqs: RoPE frequencies in the file, if any: one value per four channels of a head.
-        rope: RoPE options of the frequencies.
-        args: `args` of the file.
-        given: `--arch` of the user; empty: not given.
-        notes: gets a note if the number of heads is that of a published size.
-
-    Raises:
-        ConfigError: the number of heads is unknown.
-        ValueError: the number in the file does not divide the width.
+    `--arch`, or the published size with the same width and depth, in this order. `freqs` are those
+    of the file, one value per four channels of a head.
     """
     dit = "x_embedder.proj.weight" in state
-    dim, depth = state["blocks.0.attn.proj.bias"].shape[0], _depth(state)
+    dim = state["blocks.0.attn.proj.bias"].shape[0]
+    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
     patch = state["x_embedder.proj.weight"].shape[-1] if dit else 0
     heads = 0
     if MIXED_FREQS in state:
@@ -144,10 +133,6 @@ def check_arch(given: str, arch: str, source: str) -> None:
     """Raises if `--arch` is not that of the weights."""
     if arch_name(given) != arch_name(arch):
         raise ConfigError(f"--arch is {given}, but {source} is {arch}", "leave --arch out")
-
-
-def _depth(state: StateDict) -> int:
-    return 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
 
 
 def deit_options(
@@ -197,12 +182,7 @@ def dit_options(
 
 
 def has_null_label(labels: int, args: dict[str, Any]) -> bool:
-    """Whether a label table has the null label: the original code leaves out what it never drops.
-
-    Args:
-        labels: rows of the table.
-        args: of the file.
-    """
+    """Whether a table of labels has the null label; the original code adds it to drop labels."""
     return args.get("num_classes") != labels
 
 

@@ -146,12 +146,9 @@ def _few(names: list[str]) -> str:
 
 
 def at_size(weights: Weights, size: tuple[int, int], rope: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `create_model` for another size, as in finetuning.
+    """Arguments of `create_model` for another size of images or latents, as in finetuning.
 
-    Args:
-        weights: read with the same `rope`.
-        size: (height, width) of a DeiT's image or a DiT's latents.
-        rope: field name -> value, given RoPE options.
+    `rope` are the given RoPE options, with which the weights were read.
     """
     scaling, grid = positions_at(as_starting_point(weights), size, rope.get("scaling"))
     name = "input_size" if is_dit(weights.arch) else "image_size"
@@ -167,15 +164,9 @@ def starting_point(
     dit: bool = False,
     download: bool = True,
 ) -> tuple[StartingPoint, tuple[str, ...]]:
-    """Initial weights of a run, and notes for the user.
+    """Initial weights of a run, and notes for the user; for the arguments see `read_weights`.
 
-    Args:
-        source: from `find_source`.
-        rope: field name -> value, RoPE options that override those of the source.
-        ema: averaged weights, not the raw ones.
-        arch: `--arch` of the user; empty: not given.
-        dit: whether a DiT is required, or a classifier.
-        download: whether to download weights on the Hub, if they are newer there.
+    `download`: whether to download weights on the Hub, if they are newer there.
     """
     source = fetch_source(source, download="newest" if download else "never")
     weights = read_weights(source, ema=ema, rope=rope, arch=arch, dit=dit)

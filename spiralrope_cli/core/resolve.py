@@ -76,7 +76,6 @@ class StartingPoint:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches as (rows, columns)."""
         if isinstance(self.model, ModelConfig):
             return self.model.grid
         return self.model.grid(self.arch)
@@ -116,14 +115,9 @@ def resolve(
     name: str = "",
     start: StartingPoint | None = None,
 ) -> Resolved:
-    """Resolves a training run.
+    """Resolves a run of `pretrain`, `finetune` or `dit-train`.
 
-    Args:
-        command: `pretrain`, `finetune` or `dit-train`.
-        options: field name -> value, only those that the user gave.
-        config_file: `config.yaml` of an earlier run; empty: none.
-        name: suffix of the run folder.
-        start: initial weights, if any.
+    `options` are only those that the user gave; `config_file` is of an earlier run, or empty.
     """
     kind, dit = RUN_KINDS[command], command == "dit-train"
     of_start: Layer = ("source", start.fields() if start else {})
@@ -214,7 +208,6 @@ def as_begun(resolved: Resolved) -> Resolved:
 
 
 def default_data() -> Layer:
-    """The default data set."""
     if variable := os.environ.get(DATA_VARIABLE):
         return "environment", {"data": variable}
     return "default", {"data": "digits"}
@@ -280,13 +273,8 @@ def positions_at(
 ) -> tuple[Scaling, tuple[int, int] | None]:
     """Scaling and `pretrain_grid` of a network of another size than its weights were trained with.
 
-    Positions are interpolated unless the user says otherwise. The scaling of the weights is not
-    used: published weights have `extrapolate`, which has no meaning at their own size.
-
-    Args:
-        start: the weights.
-        size: `image_size` or `input_size` of the network.
-        scaling: the choice of the user, or None.
+    Positions are interpolated unless the user says otherwise (`scaling`, or None). The scaling of
+    the weights is not used: published weights have `extrapolate`, without effect at their own size.
     """
     if size == start.size:
         return scaling or start.rope.scaling, start.model.pretrain_grid

@@ -107,11 +107,7 @@ def read_safetensors(
 
 
 def check_zip(path: Path) -> None:
-    """Reads every member of what `torch.save` wrote.
-
-    Raises:
-        DamagedError: the checksum of one is another one, or it is no archive.
-    """
+    """Reads every member of what `torch.save` wrote; raises DamagedError if one is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             wrong = archive.testzip()

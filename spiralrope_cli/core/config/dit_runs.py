@@ -70,7 +70,6 @@ class DiTModelConfig:
         check_fields(self)
 
     def grid(self, arch: str) -> tuple[int, int]:
-        """Patches as (rows, columns)."""
         patch = dit_size(arch).patch_size
         return self.input_size[0] // patch, self.input_size[1] // patch
 
@@ -140,8 +139,6 @@ class DiTOptimConfig(OptimConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DiTRun(RunConfig):
-    """The config of a DiT's training run."""
-
     arch: Annotated[
         str,
         Opt(
@@ -191,11 +188,9 @@ class DiTRun(RunConfig):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches as (rows, columns)."""
         return self.model.grid(self.arch)
 
     def inert_options(self) -> list[tuple[str, str]]:
-        """Fields that have no effect in this run, with the reason."""
         inert = [] if self.source else [("ema", "--init-from is not given")]
         if self.images.latents:
             inert += [(name, "--latents is given") for name in ("data", "workers", "skip_bad")]
@@ -213,12 +208,10 @@ class DiTRun(RunConfig):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
         return self.images.image_size
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of the network's input."""
         return self.model.in_chans, *self.model.input_size
 
     @property
@@ -230,12 +223,10 @@ class DiTRun(RunConfig):
 
     @property
     def unit(self) -> str:
-        """Unit of the input size."""
         return "latents" if self.images.in_latents else "px"
 
     @property
     def data_line(self) -> str:
-        """The data, for the plan."""
         images = self.images
         seen = "as pixels, in [-1, 1]"
         if images.in_latents:
@@ -249,7 +240,6 @@ class DiTRun(RunConfig):
         )
 
     def misfits(self, before: dict[str, Any]) -> list[str]:
-        """Notes on weights of other sizes or classes; `before` is name -> value of these."""
         notes = super().misfits(before)
         if not self.rope.enabled and before["input_size"] != self.model.input_size:
             notes.append("fixed positions recomputed for this size")
@@ -257,7 +247,6 @@ class DiTRun(RunConfig):
 
     @property
     def save_steps(self) -> int:
-        """Optimizer steps between checkpoints."""
         return self.checkpoint.save_every
 
 

@@ -58,11 +58,7 @@ def own_folder(folder: Path) -> tuple[str, str]:
 
 
 def refuse_own(folder: Path, given: str) -> None:
-    """Refuses a folder of ours that was `given` as a folder of images: it has curves and grids.
-
-    Raises:
-        DataError: says what it is and what takes it.
-    """
+    """Refuses a folder of ours that was `given` as a folder of images: it has curves and grids."""
     kind, hint = own_folder(folder)
     if kind and not (folder / "train").is_dir():
         raise DataError(f"{given} is {kind}, not a folder of images", hint)

@@ -27,8 +27,6 @@ HUB_FORM = f"{HUB}OWNER/NAME[/FILE][@REVISION]"
 
 @dataclass(frozen=True, kw_only=True)
 class FetchRun:
-    """The config of `fetch`."""
-
     names: Annotated[
         tuple[str, ...],
         Opt(
@@ -58,8 +56,6 @@ class FetchRun:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRun:
-    """The config of `export`."""
-
     source: Annotated[str, SOURCE]
     layout: Annotated[
         Literal["safetensors", "published", "diffusers"],

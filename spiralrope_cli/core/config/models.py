@@ -22,7 +22,6 @@ class TransformerSize(NamedTuple):
 
     @property
     def head_dim(self) -> int:
-        """Channels per head."""
         return self.dim // self.heads
 
 

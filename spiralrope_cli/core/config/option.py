@@ -139,11 +139,7 @@ class Opt:
 
 
 def read_values(known: Mapping[str, Opt], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values in the types of their fields, others as they are; all that are wrong in one error.
-
-    Raises:
-        ConfigError: names the options and what is allowed.
-    """
+    """Values in the types of their fields, others as they are; all that are wrong in one error."""
     found, errors = dict(values), []
     for name in filter(known.__contains__, values):
         try:

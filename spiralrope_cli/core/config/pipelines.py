@@ -213,12 +213,7 @@ SCRIPTS = {"deit": DEIT_SCRIPT, "dit": DIT_SCRIPT}
 
 
 def translate(line: str, kind: str) -> tuple[str, list[str]]:
-    """The command for a line of an original script, and notes for the user.
-
-    Args:
-        line: such as `4 - - - - 8`, with or without `bash run_all.sh`.
-        kind: `deit` or `dit`.
-    """
+    """The command for a line as `bash run_all.sh 4 - - - - 8`, and notes; kind is deit or dit."""
     try:
         words = shlex.split(line, comments=True)
     except ValueError as error:

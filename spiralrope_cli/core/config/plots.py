@@ -32,8 +32,6 @@ MOST_IMAGES = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class FigureFile:
-    """File of a figure."""
-
     out: Annotated[
         str,
         Opt(
@@ -66,8 +64,6 @@ class FigureFile:
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlot:
-    """The config of `plot run`."""
-
     runs: Annotated[
         tuple[str, ...],
         Opt(
@@ -86,8 +82,6 @@ class RunPlot:
 
 @dataclass(frozen=True, kw_only=True)
 class RopePlot:
-    """The config of `plot rope`."""
-
     source: Annotated[
         str,
         Opt(
@@ -140,8 +134,6 @@ class RopePlot:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionPlot:
-    """The config of `plot attention`."""
-
     source: Annotated[str, SOURCE]
     image: Annotated[str, Opt("Image file.", metavar="IMAGE", argument=True)]
     patch: Annotated[
@@ -206,8 +198,6 @@ class AttentionPlot:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplesPlot:
-    """The config of `plot samples`."""
-
     source: Annotated[
         str,
         Opt(

@@ -180,7 +180,6 @@ def fit_to_run(values: dict[str, Any], sources: dict[str, str]) -> list[str]:
 
 
 def with_micro_batch(run: TrainingRun, size: int | None) -> TrainingRun:
-    """The run with another `--micro-batch-size`."""
     if isinstance(run, ClassifierRun):  # each branch has one type
         return replace(run, optim=replace(run.optim, micro_batch_size=size))
     return replace(run, optim=replace(run.optim, micro_batch_size=size))

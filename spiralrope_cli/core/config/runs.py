@@ -207,7 +207,6 @@ class RunConfig:
 
     @property
     def head_dim(self) -> int:
-        """Channels per head."""
         return size_of(self.arch).head_dim
 
     @property
@@ -217,7 +216,6 @@ class RunConfig:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the run."""
         return self.optim.max_steps or self.optim.epochs * self.steps_per_epoch
 
     def split_batch(self, world_size: int) -> tuple[int, int]:
@@ -234,8 +232,6 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierRun(RunConfig):
-    """The config of a classifier's training run."""
-
     arch: Annotated[
         str,
         Opt(
@@ -279,11 +275,9 @@ class ClassifierRun(RunConfig):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches as (rows, columns)."""
         return self.model.grid
 
     def inert_options(self) -> list[tuple[str, str]]:
-        """Fields that have no effect in this run, with the reason."""
         augment, inert = self.augment, []
         if augment.geometry == "crop":
             inert += [(name, "--geometry is crop") for name in ("translate", "degrees")]
@@ -294,7 +288,6 @@ class ClassifierRun(RunConfig):
         return inert
 
     def split_batch(self, world_size: int) -> tuple[int, int]:
-        """Micro-batch size per process, and number of gradient accumulation steps."""
         micro, accumulation = super().split_batch(world_size)
         if self.augment.mixes and micro % MIX_GROUP:
             raise ConfigError(
@@ -323,7 +316,6 @@ class ClassifierRun(RunConfig):
         )
 
     def misfits(self, before: dict[str, Any]) -> list[str]:
-        """Notes on weights of other sizes or classes; `before` is name -> value of these."""
         notes = super().misfits(before)
         if before["image_size"] != self.model.image_size:
             was, now = map(format_size, (before["image_size"], self.model.image_size))

@@ -47,8 +47,6 @@ NUM_SAMPLES = Opt(
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeRun:
-    """A run of `dit-encode`."""
-
     data: Annotated[
         str,
         Opt(
@@ -228,16 +226,7 @@ def resolve_image_size(
 
 
 def null_label_notes(source: str, trained: dict[str, Any], scale: float) -> list[str]:
-    """What to know of guidance by weights that were trained without dropping labels.
-
-    Args:
-        source: of the weights, as the user named them.
-        trained: config of the run that made them, as far as known.
-        scale: of the guidance.
-
-    Raises:
-        ConfigError: its null label was never trained.
-    """
+    """A note where the null label is of other weights; raises where it was never trained."""
     if scale == 1 or trained.get("model", {}).get("class_dropout_prob") != 0:
         return []
     if first := trained.get("source"):
@@ -265,8 +254,6 @@ def check_chain(sampler: str, steps: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRun:
-    """The config of `dit-sample`."""
-
     source: Annotated[str, SOURCE]
     file: str  # that holds the weights
     sha256: str  # of it
@@ -324,6 +311,5 @@ class SampleRun:
 
     @property
     def input_size(self) -> tuple[int, int]:
-        """(height, width) of the network's input."""
         factor = 1 if self.vae == NO_VAE else VAE_FACTOR
         return self.image_size[0] // factor, self.image_size[1] // factor

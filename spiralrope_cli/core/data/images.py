@@ -209,7 +209,6 @@ class ImageBatch:
         return self.groups
 
     def pin_memory(self) -> ImageBatch:
-        """In page-locked memory."""
         return replace(self, groups=[group.pin_memory() for group in self.groups])
 
 
@@ -220,7 +219,6 @@ class PictureFiles:
         self.files, self.reading = ImageList.of((file, 0) for file in files), reading
 
     def __getitems__(self, numbers: Iterable[int]) -> ImageBatch:
-        """A batch of the images with these indices."""
         return _grouped([(n, decode(self.files[n][0], self.reading)) for n in numbers])
 
 

@@ -78,16 +78,9 @@ def write_shard(
     labels: Tensor,
     unreadable: dict[str, str],
 ) -> Shard:
-    """Writes a shard atomically.
+    """Writes a shard atomically; `unreadable` is path -> reason of images that were skipped.
 
-    Args:
-        folder: folder of the cache.
-        plan: plan of the cache.
-        number: number of the shard.
-        plain: [n, 2, L, h, w] float32, mean and standard deviation.
-        mirrored: the same for the flipped images.
-        labels: [n] int64.
-        unreadable: path -> reason, images that were skipped.
+    Plain and mirrored are mean and standard deviation, [n, 2, L, h, w] float32; labels [n] int64.
     """
     if not (plain.isfinite().all() and mirrored.isfinite().all()):
         raise DataError(

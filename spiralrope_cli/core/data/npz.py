@@ -52,7 +52,6 @@ class Header:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the array."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 

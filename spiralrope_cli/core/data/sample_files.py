@@ -77,7 +77,6 @@ class SampleFiles:
         return entry.FileHeader(zip64=True) + self._array_header
 
     def png(self, index: int) -> Path:
-        """File of one image."""
         digits = max(6, len(str(self.num - 1)))
         return self.folder / PNG_FOLDER / f"{index:0{digits}d}.png"
 

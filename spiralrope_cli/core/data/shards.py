@@ -47,7 +47,6 @@ class CachePlan:
 
     @property
     def num_shards(self) -> int:
-        """Number of shards."""
         return -(-self.num_files // self.shard_size)
 
     @property
@@ -85,7 +84,6 @@ class Shard:
 
     @property
     def file(self) -> str:
-        """File name."""
         return shard_file(self.number)
 
     @property
@@ -95,7 +93,6 @@ class Shard:
 
 
 def shard_file(number: int) -> str:
-    """File name of a shard."""
     return f"{number:05d}.safetensors"
 
 
@@ -109,7 +106,6 @@ class CacheMetadata:
 
     @property
     def count(self) -> int:
-        """Number of images."""
         return sum(shard.count for shard in self.shards)
 
     def check_fits(self, image_size: tuple[int, int], vae: str) -> None:

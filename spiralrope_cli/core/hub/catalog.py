@@ -169,11 +169,7 @@ def hub_row(given: str, kind: str = "network") -> Row:
 
 
 def listed_file(row: Row, names: Collection[str]) -> Row:
-    """A row with its files, out of the `names` in its repository.
-
-    Raises:
-        FetchError: there is no such file, or more than one.
-    """
+    """A row with its files, out of the `names` in its repository."""
     below = f"{row.file}/" if row.file else ""
     weights = [n for n in names if n.endswith(FILE_SUFFIXES) and n.startswith(below)]
     usual = (DIFFUSERS_FILE, f"vae/{DIFFUSERS_FILE}")

@@ -61,13 +61,7 @@ def damaged_files(row: Row) -> list[Path]:
 
 
 def fetch_published(row: Row, *, offline: bool = False, out: Path | None = None) -> Path:
-    """Downloads a row unless it is cached, checks it, and returns its file or folder.
-
-    Args:
-        row: row of the catalogue, or of weights on the Hub.
-        offline: use cached files only.
-        out: also copy the files into this folder, and return the copy.
-    """
+    """The file or folder of a row, downloaded if needed and checked; with `out` a copy in it."""
     from huggingface_hub import constants
 
     barred = "HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "--offline" if offline else ""

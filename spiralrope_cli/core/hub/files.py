@@ -124,13 +124,9 @@ def new_path(target: Path) -> Iterator[Path]:
 
 
 def check_room(cache: Path, missing: int, out: Path | None, sizes: dict[str, int]) -> None:
-    """Before a download: raises if a disk is too full, or the copy would replace another file.
+    """Before a download of `missing` bytes: raises if a disk is too full, or a copy would replace.
 
-    Args:
-        cache: folder of the download.
-        missing: bytes to download.
-        out: folder of the copy, if any.
-        sizes: file name -> bytes of the copy.
+    The copy in `out` has files of `sizes`, name -> bytes; another file of that name is kept.
     """
     needs = [(cache, missing)]
     if out:
@@ -174,12 +170,9 @@ def target_of(row: Row) -> Path:
 
 
 def fetch_file(row: Row, barred: str, out: Path | None) -> Path:
-    """Downloads one file unless it is cached.
+    """Downloads one file unless it is cached, or `barred` by an option or a variable.
 
-    Args:
-        row: row of the catalogue.
-        barred: the option or variable that forbids downloads; empty if none does.
-        out: folder of a later copy, to check its disk space.
+    `out` is the folder of a later copy, whose disk must have space too.
     """
     from huggingface_hub.utils import WeakFileLock
 

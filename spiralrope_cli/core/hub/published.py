@@ -114,8 +114,7 @@ def plain_names(state: StateDict) -> StateDict:
 def _with_model_kwargs(path: Path, args: dict[str, Any]) -> dict[str, Any]:
     """Options of a run; those of `timm_models` in timm's script are in `model_kwargs`.
 
-    Raises:
-        CheckpointError: a network of the same names that computes something else.
+    Raises for a network of the same names that computes something else.
     """
     if "path_type" in args:
         raise CheckpointError(
@@ -233,15 +232,10 @@ def published_content(
     progress: dict[str, int],
     ema: bool = False,
 ) -> dict[str, Any]:
-    """The dict for `torch.save`.
+    """The dict for `torch.save`, of state dicts without frequencies.
 
-    Args:
-        network: network of the weights.
-        raw: name -> tensor in the order of the network, without frequencies.
-        averaged: the same for EMA weights; the same object if there is a single set, which is
-            then stored once, under both names.
-        progress: `epoch` (from 0) or `step`, if known.
-        ema: whether a single set is the EMA weights.
+    A single set of weights is given as both, and stored once, under both names; `ema` says which
+    it is.
     """
     first = _with_freqs(raw, network)
     second = first if averaged is raw else _with_freqs(averaged, network)

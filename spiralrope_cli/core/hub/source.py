@@ -66,12 +66,7 @@ class Source:
 
 
 def find_source(given: str, *, best: bool = False) -> Source:
-    """Finds the weights of SOURCE, without reading them.
-
-    Args:
-        given: run folder, checkpoint folder, file, published name, or `hf:OWNER/NAME`.
-        best: use the best checkpoint of a run, not the last.
-    """
+    """Finds the weights of a run or checkpoint folder, a file or a name, without reading them."""
     path = Path(os.path.expanduser(given))
     if path.is_dir():
         return _in_folder(given, path, best)
@@ -111,7 +106,6 @@ def _in_folder(given: str, folder: Path, best: bool) -> Source:
 
 
 def best_step(run: Path) -> int:
-    """Step of the best checkpoint of a run."""
     pointer = run / CHECKPOINTS / "best.json"
     try:
         step = int(parse(pointer.read_text())["step"])
@@ -155,7 +149,6 @@ class VaeFiles:
 
     @property
     def weights(self) -> Path:
-        """File of the weights."""
         return self.folder / DIFFUSERS_FILE
 
     @property
@@ -165,7 +158,6 @@ class VaeFiles:
         return float(config.get("scaling_factor", LATENT_SCALE))
 
     def sha256(self) -> str:
-        """SHA-256 of the weights."""
         from spiralrope_cli.core.hub.files import sha256_of
 
         return sha256_of(self.weights)

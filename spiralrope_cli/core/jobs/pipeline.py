@@ -83,10 +83,7 @@ def settle_deit(given: dict[str, Any], *, show_measured: bool = True) -> Pipelin
     """Pretrain, finetune and eight evaluations.
 
     A stage that is not trained now must exist; options must be equal to those of its run.
-
-    Args:
-        given: field name -> value of the given options.
-        show_measured: whether to print rows of an earlier run.
+    `show_measured`: whether to print rows of an earlier run.
     """
     check_not_joined()
     own: DeiTStages = build(DeiTStages, given)
@@ -224,7 +221,6 @@ def pipeline_folder(command: str, out: str, run: TrainingRun) -> Path:
 
 
 def train_stage(resolved: Resolved, folder: Path) -> Stage:
-    """The stage of a training."""
     run = replace(resolved.run, out=str(folder))
     resolved = as_begun(replace(resolved, run=run))
     return Stage(run.command, run.out, resolved, train.carry_out)

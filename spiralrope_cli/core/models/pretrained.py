@@ -172,14 +172,10 @@ def save_folder(
     metadata: dict[str, str] | None = None,
     **of_training: Any,
 ) -> None:
-    """Writes `model.safetensors` and `config.json`.
+    """Writes `model.safetensors` and `config.json` of a `DeiT` or `DiT` into an existing folder.
 
-    Args:
-        model: a `DeiT` or `DiT`, which may be on the meta device if there is a `state`.
-        folder: an existing folder.
-        state: name -> tensor; by default those of the model.
-        metadata: of `model.safetensors`; by default what any SOURCE needs.
-        of_training: arguments of `hub_config`.
+    With a `state` the model may be on the meta device. By default the metadata is what any SOURCE
+    needs. `of_training` are arguments of `hub_config`.
     """
     args = dict(model.init_args)
     if state is None:
@@ -195,13 +191,7 @@ def save_folder(
 def hub_config(
     model: Any, *, preprocessing: Mapping[str, Any] | None = None, class_names: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """What `config.json` holds.
-
-    Args:
-        model: a `DeiT` or `DiT`.
-        preprocessing: `mean`, `std` and `crop_pct` of timm's `pretrained_cfg`, where known.
-        class_names: by class number, where known.
-    """
+    """What `config.json` holds; `preprocessing` is mean, std and crop_pct, where known."""
     args = model.init_args
     config = {"arch": arch_of(model), **args}
     if class_names:

@@ -57,12 +57,7 @@ NUM_MARKERS = 8
 
 
 def curves_figure(runs: Sequence[Path], over: str = "step") -> Figure:
-    """Loss, accuracy or bound, learning rate and speed of training runs.
-
-    Args:
-        runs: run folders; several are drawn in the same panels.
-        over: `step` or `epoch`, the x axis.
-    """
+    """Loss, accuracy or bound, learning rate and speed of runs, over `step` or `epoch`."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 

@@ -205,7 +205,6 @@ def about_training(folder: Path) -> tuple[str, dict[str, str]]:
 
 
 def about_samples(metadata: dict[str, Any]) -> str:
-    """Summary of samples."""
     return (
         f"dit-sample of {metadata['arch']} from {metadata['source']}: {metadata['num']:,} images "
         f"of {format_size(metadata['image_size'])} px, {metadata['sampler']} in "
@@ -308,9 +307,7 @@ def data_url(of: Path | bytes) -> str:
 def drawings(figure: Figure, name: str) -> list[Drawing]:
     """The panels of a figure as separate SVGs: in a whole figure the text is too small on a phone.
 
-    Args:
-        figure: it is changed, so do not use it afterwards.
-        name: unique on the page.
+    The figure is changed, so do not use it afterwards. The name is unique on the page.
     """
     import matplotlib
 

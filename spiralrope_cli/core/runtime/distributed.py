@@ -89,13 +89,11 @@ def _attempt() -> str:
 
 
 def stop() -> None:
-    """Leaves the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def barrier() -> None:
-    """Waits for all processes."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -183,12 +181,10 @@ class StopRequest:
     _old: dict[int, Any] = field(default_factory=dict)
 
     def listen(self) -> None:
-        """Installs the handlers."""
         for number in SIGNALS:
             self._old[number] = signal.signal(number, self._on_signal)
 
     def restore(self) -> None:
-        """Puts the old handlers back."""
         for number, old in self._old.items():
             if signal.getsignal(number) == self._on_signal:
                 signal.signal(number, old)
@@ -232,7 +228,6 @@ class DistContext:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of autocast."""
         return devices.DTYPES[self.precision]
 
     @property

@@ -126,14 +126,10 @@ def submit(
     given: dict[str, Any],
     compute: Callable[[dict[str, Any]], Remaining],
 ) -> None:
-    """Checks a command, submits it, and prints how to follow and cancel it.
+    """Checks a command, such as `run deit`, submits it, and prints how to follow and cancel it.
 
-    Args:
-        allocation: what the job gets.
-        command: such as `run deit`.
-        words: the words after it on the command line.
-        given: field name -> value of the given options.
-        compute: does the command with these; after a dry run it returns what remains.
+    `words` follow it on the command line, and give the options `given`. `compute` does the command
+    with these; after a dry run it returns what remains.
     """
     dry_run = given.get("dry_run", False)
     if joined_world_size() is not None:

@@ -47,11 +47,7 @@ UNREADABLE = (
 def save(
     run_folder: Path, state: TrainState, metadata: dict[str, str], keep_last: int, keep_every: int
 ) -> Path:
-    """Writes the checkpoint of the state's step, then removes older ones.
-
-    Raises:
-        CheckpointError: it could not be written; earlier checkpoints are unchanged.
-    """
+    """Writes the checkpoint of the state's step; only then removes older ones."""
     final = step_folder(run_folder, state.step)
     final.parent.mkdir(parents=True, exist_ok=True)
     remove_unfinished(run_folder)
@@ -119,11 +115,7 @@ def prune(run_folder: Path, keep_last: int, keep_every: int, best: int | None) -
 
 
 def restore(run_folder: Path, step: int, state: TrainState) -> None:
-    """Loads the checkpoint of a step into the state.
-
-    Raises:
-        CheckpointError: a file is missing, damaged or of another model.
-    """
+    """Loads the checkpoint of a step into the state."""
     folder = step_folder(run_folder, step)
     try:
         state.model.load_state_dict(read_safetensors(folder / MODEL_FILE)[0])
