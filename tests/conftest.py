@@ -207,7 +207,7 @@ def tiny(runs):
 
 @pytest.fixture(scope="session")
 def trained_once(tmp_path_factory):
-    """A run of 8 steps on the digits; its best checkpoint, of step 4, has other weights."""
+    """8 steps on the digits, also in TensorBoard; the best checkpoint, of step 4, differs."""
     from safetensors.torch import load_file, save_file
 
     from spiralrope_cli.core.config.option import to_nested
@@ -222,6 +222,7 @@ def trained_once(tmp_path_factory):
         "precision": "fp32",
         "nproc": 1,
         "ema_decay": 0.9,
+        "tracker": "tensorboard",
     }
     run = resolve("pretrain", {**options, **fast, "out": str(out)}).run
     train.work(run)
@@ -238,12 +239,13 @@ def trained_once(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def drawn_once(tmp_path_factory):
-    """A run of dit-train of 2 steps on the digits; raw and averaged weights differ."""
+    """2 steps of dit-train on the digits, also in TensorBoard; raw and averaged weights differ."""
     from spiralrope_cli.core.jobs import train
     from spiralrope_cli.core.resolve import resolve
 
     out = tmp_path_factory.mktemp("drawn") / "tiny"
     options = {"arch": "dit-64x2x2-2", "max_steps": 2, "nproc": 1, "precision": "fp32"}
     options |= {"out": str(out), "warmup_epochs": 0, "ema_warmup": False}
+    options |= {"tracker": "tensorboard"}
     train.work(resolve("dit-train", options).run)
     return out

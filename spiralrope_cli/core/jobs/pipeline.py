@@ -42,7 +42,7 @@ from spiralrope_cli.core.hub.source import find_inception, find_vae, local_vae
 from spiralrope_cli.core.jobs import evaluate, sample, score, train
 from spiralrope_cli.core.resolve import Resolved, StartingPoint, as_begun, resolve
 from spiralrope_cli.core.runtime.launch import check_not_joined, launch, say_notes
-from spiralrope_cli.core.runtime.progress import check_tracker, say
+from spiralrope_cli.core.runtime.progress import say
 from spiralrope_cli.core.runtime.run_folder import (
     first_step,
     is_finished,
@@ -53,6 +53,7 @@ from spiralrope_cli.core.runtime.run_folder import (
     write_json,
 )
 from spiralrope_cli.core.runtime.slurm import Remaining
+from spiralrope_cli.core.runtime.trackers import check_tracker
 
 FINETUNE_PREFIX = "finetune_"
 

@@ -35,9 +35,10 @@ from spiralrope_cli.core.runtime.launch import (
     world_size,
 )
 from spiralrope_cli.core.runtime.memory import check_memory
-from spiralrope_cli.core.runtime.progress import check_tracker, console, say, say_unreadable
+from spiralrope_cli.core.runtime.progress import console, say, say_unreadable
 from spiralrope_cli.core.runtime.run_folder import first_step, is_finished, write_sources
 from spiralrope_cli.core.runtime.slurm import Remaining
+from spiralrope_cli.core.runtime.trackers import check_tracker, log_in
 
 if TYPE_CHECKING:
     from spiralrope_cli.core.runtime.distributed import DistContext
@@ -128,6 +129,7 @@ def carry_out(resolved: Resolved, notes: Iterable[str] = (), *, dry_run: bool) -
                 raise NoRouteError(error.message, hint) from error
     if not dry_run:
         if is_first_process():
+            log_in(run.machine.tracker)
             write_sources(run, resolved.sources)
         launch(work, run)
     return finished

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import json
 import math
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -31,8 +29,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from spiralrope_cli.core.config.option import to_nested
-from spiralrope_cli.core.errors import ConfigError
+from spiralrope_cli.core.runtime.trackers import open_tracker
 from spiralrope_cli.core.storage import parse, write_whole
 
 if TYPE_CHECKING:
@@ -154,8 +151,7 @@ class Reporter:
         self.folder, self.first, self._first_step = Path(run.out), first, step
         self._total_steps, self._steps_per_epoch = run.total_steps, run.steps_per_epoch
         self.console = console(stderr=True, quiet=not first)
-        tracker = run.machine.tracker if first else "none"
-        self._track, self._close_tracker = open_tracker(tracker, self.folder, to_nested(run))
+        self._tracker = open_tracker(run, step) if first else None
         counts = (TextColumn("step"), MofNCompleteColumn())
         columns = bar_columns("epoch {task.fields[epoch]}", *counts)
         self._bar = Progress(*columns, console=self.console, expand=True)
@@ -175,7 +171,8 @@ class Reporter:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._live.transient = kind is not None  # a bar below "stopped at step" would be stale
         self._live.stop()
-        self._close_tracker()
+        if self._tracker:
+            self._tracker.close(failed=kind is not None)
 
     def advance(self, step: int) -> None:
         """Moves the bar."""
@@ -183,7 +180,7 @@ class Reporter:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """A log point: loss, lr, grad_norm, images_per_s, and a long data_wait."""
-        self._record(step, {"epoch": step / self._steps_per_epoch, **values})
+        self._record("train", step, {"epoch": step / self._steps_per_epoch, **values})
         self.advance(step)
         self._metrics = "  ".join(
             words.format(values[key]) for key, words in SHOWN.items() if key in values
@@ -198,12 +195,18 @@ class Reporter:
 
     def validated(self, step: int, values: dict[str, float], best_acc1: float) -> None:
         """A validation of raw and averaged weights."""
-        self._record(step, values)
+        self._record("val", step, values)
         self._show_status(best_acc1)
         self.say(
             f"step {step}  acc@1 {values['acc1']:.2f} %  EMA {values['ema_acc1']:.2f} %  "
             f"loss {values['val_loss']:.4f}  {self._best}"
         )
+
+    def sampled(self, step: int, path: Path) -> None:
+        """A grid of samples."""
+        if self._tracker:
+            self._tracker.log_image(step, "samples", path)
+        self.say(f"samples: {path}")
 
     def say(self, line: str) -> None:
         """Prints one line."""
@@ -223,7 +226,7 @@ class Reporter:
             self._best = f"best raw acc@1 {best_acc1:.2f} %"
         self._status.plain = f"{self._metrics}  {self._best}"
 
-    def _record(self, step: int, values: dict[str, float]) -> None:
+    def _record(self, group: str, step: int, values: dict[str, float]) -> None:
         if not self.first:
             return
         # A norm of gradients can be infinite, which JSON does not know.
@@ -231,7 +234,9 @@ class Reporter:
         line = {"step": step, **finite, "time": round(time.time(), 3)}
         with (self.folder / METRICS_FILE).open("a") as file:
             file.write(json.dumps(line) + "\n")
-        self._track(step, values)
+        if self._tracker:
+            tags = {f"{group}/{name.replace('val_', '')}": value for name, value in values.items()}
+            self._tracker.log(step, tags)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -268,42 +273,3 @@ def forget_after(folder: Path, step: int) -> None:
     """Removes lines after a checkpoint: the resumed run logs them again."""
     lines = [line for line in read_metrics(folder) if line["step"] <= step]
     write_whole(folder / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def check_tracker(kind: str) -> None:
-    """Raises if a tracker is not installed."""
-    if kind != "none" and importlib.util.find_spec(kind) is None:
-        raise ConfigError(f"--tracker {kind} is not installed", f"pip install 'spiralrope[{kind}]'")
-
-
-def open_tracker(
-    kind: str, folder: Path, config: dict[str, Any]
-) -> tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]:
-    """`log(step, values)` and `close()` of a tracker."""
-    if kind == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(str(folder / "tensorboard"))
-
-        def write(step: int, values: dict[str, float]) -> None:
-            for key, value in values.items():
-                writer.add_scalar(key, value, step)
-
-        return write, writer.close
-    if kind == "wandb":
-        import wandb
-
-        # The id is kept in the run folder, so that a resumed run continues the same W&B run.
-        kept = folder / "wandb-id"
-        if not kept.exists():
-            kept.write_text(uuid.uuid4().hex)
-        session = wandb.init(
-            project="spiralrope",
-            name=folder.name,
-            id=kept.read_text(),
-            dir=str(folder),
-            config=config,
-            resume="allow",
-        )
-        return lambda step, values: session.log(values, step=step), session.finish
-    return lambda step, values: None, lambda: None

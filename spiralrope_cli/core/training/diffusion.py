@@ -23,6 +23,7 @@ from spiralrope_cli.core.models.dit import DiT
 from spiralrope_cli.core.runtime import distributed
 from spiralrope_cli.core.runtime.device import autocast
 from spiralrope_cli.core.runtime.distributed import DistContext
+from spiralrope_cli.core.runtime.progress import Reporter
 from spiralrope_cli.core.runtime.run_folder import sample_file
 from spiralrope_cli.core.runtime.seeds import NoisePerImage, generator_for
 from spiralrope_cli.core.storage import atomic_write
@@ -62,7 +63,7 @@ def diffusion(
         black=partial(black_inputs, config, ctx.device),
         extra=lambda: {"vb": bound.read()[0]},
         inspect_at=config.samples_at,
-        sample=lambda state: save_grid(config, ctx, state, vae, local_vae),
+        sample=partial(save_grid, config, ctx, vae, local_vae),
     )
 
 
@@ -129,21 +130,22 @@ class DiffusionLoss:
 def save_grid(
     config: DiTRun,
     ctx: DistContext,
-    state: TrainState,
     vae: Vae | None,
     local_vae: Callable[[str], Path],
-) -> str:
+    state: TrainState,
+    reporter: Reporter,
+) -> None:
     """Saves a grid of samples: EMA weights, the same noise in each step, one column per class.
 
-    Returns a message: the file of this step (`samples.png` in the run folder is the newest), or
-    why there is none.
+    Each step has a file; `samples.png` in the run folder is the newest.
     """
     if config.images.latents and vae is None:
         # Training on cached latents needs no VAE. It is loaded for the grid only, if it is here.
         try:
             vae = load_vae(local_vae(config.images.vae), ctx.device)
         except SpiralRopeError as error:
-            return f"no samples: {error.message}"
+            reporter.say(f"no samples: {error.message}")
+            return
     folder = Path(config.out)
     target = sample_file(folder, state.step)
     target.parent.mkdir(exist_ok=True)
@@ -153,11 +155,12 @@ def save_grid(
     try:
         grid = image_grid(to_uint8(images), columns=len(images) // GRID_ROWS)
     except DataError as error:
-        return f"no samples at step {state.step}: {error.message}"
+        reporter.say(f"no samples at step {state.step}: {error.message}")
+        return
     for path in (target, folder / SAMPLES_FILE):
         with atomic_write(path, sole=True) as beside:
             grid.save(beside, "png")
-    return f"samples: {target}"
+    reporter.sampled(state.step, target)
 
 
 @torch.no_grad()

@@ -60,7 +60,7 @@ class Task:
         inspect_at: whether to validate, or to sample, after this step.
         validate: validates before the checkpoint is saved, because the best one must be saved.
         sample: samples after the checkpoint is saved, on the first process, also after the last
-            step; returns a message that names the file.
+            step.
     """
 
     train_steps: Callable[[int, int], Generator[list[Batch], None, None]]
@@ -73,7 +73,7 @@ class Task:
     extra: Callable[[], dict[str, float]] = dict
     inspect_at: Callable[[int], bool]
     validate: Callable[[TrainState, Reporter], None] | None = None
-    sample: Callable[[TrainState], str] | None = None
+    sample: Callable[[TrainState, Reporter], None] | None = None
 
 
 def training_loop(
@@ -122,12 +122,12 @@ def training_loop(
                     if save_now or state.best.get("step") == state.step:
                         save_checkpoint(config, ctx, state)
                     if inspect_now and task.sample and ctx.is_first:
-                        reporter.say(task.sample(state))
+                        task.sample(state, reporter)
             if stop and state.step < total_steps:
                 reporter.say(f"stopped at step {state.step}; the same command resumes")
                 sys.exit(128 + stop)
     if task.sample and ctx.is_first:
-        reporter.say(task.sample(state))
+        task.sample(state, reporter)
 
 
 def data_wait(task: Task, seconds: float, ctx: DistContext, reporter: Reporter) -> dict[str, float]:
