@@ -54,7 +54,7 @@ def trained_rope(
     if trained is None and {"x_embedder.proj.weight", "pos_embed"} <= state.keys():
         trained = {"enabled": False}
     if MIXED_FREQS in state:
-        trained = {**(trained or {}), "rope_kind": "mixed"}
+        trained = {**(trained or {}), "rope_kind": "mixed", "rotate": 0}
     if trained is None and not {"rotate", "enabled", "rope_kind"} & chosen.keys():
         raise ConfigError(
             f"{file} does not contain its RoPE options",

@@ -6,7 +6,6 @@ loads no torch.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import re
@@ -30,7 +29,7 @@ from spiralrope_cli.core.config.dit_runs import (
 from spiralrope_cli.core.config.folders import CONFIG_FILE
 from spiralrope_cli.core.config.models import RopeConfig, Scaling, arch_name, deit_size, dit_size
 from spiralrope_cli.core.config.option import build, flat_values, idle_lines, leaves, read_values
-from spiralrope_cli.core.config.recipes import fit_channels, with_micro_batch
+from spiralrope_cli.core.config.recipes import fit_channels
 from spiralrope_cli.core.config.rope import check_rotate
 from spiralrope_cli.core.config.runs import ModelConfig
 from spiralrope_cli.core.config.training import RUNS_FOLDER
@@ -38,7 +37,7 @@ from spiralrope_cli.core.data.shards import CacheMetadata, read_cache
 from spiralrope_cli.core.data.splits import find_data_set, find_train_set
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.runtime.launch import world_size
-from spiralrope_cli.core.runtime.run_folder import steps_on_disk
+from spiralrope_cli.core.runtime.run_folder import micro_batch_so_far, steps_on_disk
 
 DATA_VARIABLE = "SPIRALROPE_DATA"
 NOT_FROM_FILE = {"command", "out", "num_train", "num_val", "num_classes", "class_names", "resume"}
@@ -151,7 +150,7 @@ def resolve(
     rope_kind = values.get("rope_kind", RopeConfig.rope_kind)
     check_rotate(options, rope_kind)
     if rope_kind != "spiral":
-        sources["rotate"] = "default"
+        values["rotate"], sources["rotate"] = 0, "default"
     values.update(command=command, arch=arch, data=data_set.data)
     values.update(num_train=data_set.num_train, num_val=data_set.num_val)
     if dit:
@@ -199,10 +198,10 @@ def as_begun(resolved: Resolved) -> Resolved:
     kept = {}
     if sources["ema_warmup"] == "recipe":
         kept["ema_warmup"] = before.get("ema_warmup")
-    if "micro_batch_size" not in sources and (size := before.get("micro_batch_size")):
-        with contextlib.suppress(ConfigError):  # it was found for another number of processes
-            with_micro_batch(run, size).split_batch(world_size(run.machine))
-            kept["micro_batch_size"] = size
+    if "micro_batch_size" not in sources and (
+        size := micro_batch_so_far(run, world_size(run.machine))
+    ):
+        kept["micro_batch_size"] = size
     run = build(type(run), {**flat_values(run), **kept})
     return replace(resolved, run=run, sources={**sources, **dict.fromkeys(kept, "config file")})
 

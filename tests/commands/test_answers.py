@@ -268,7 +268,7 @@ REFUSED = {
         ("--max-restarts -1", "--max-restarts is -1"),
         ("--device tpu", "--device is tpu"),
         ("--precision fp8", "--precision is fp8"),
-        ("--workers -2", "--workers is -2"),
+        ("--workers -1", "--workers is -1; it must be auto, or a whole number in [0, 1024]"),
         ("--config c.yaml", "--lr is fast"),
         ("--config nowhere.yaml", "--config nowhere.yaml cannot be read"),
         ("--config g.yaml", "--config g.yaml is not a config of a run"),

@@ -182,7 +182,7 @@ def test_no_step_waits_for_the_device(runs, command):
     with open_context(run.machine, Path(run.out)) as ctx:
         task = train.open_task(run, ctx)
         state, forward = loop.build_state(run, ctx, 0, lambda model: None)
-        with contextlib.closing(task.train_steps(0, 8)) as batches:
+        with contextlib.closing(task.data.train_steps(0, 8)) as batches:
             for number in range(6):
                 torch.cuda.set_sync_debug_mode("error" if number >= 2 else "default")
                 try:

@@ -52,10 +52,11 @@ def test_in_little_memory_a_part_of_the_batch_is_taken_and_fits(runs):
     free, _ = torch.cuda.mem_get_info(DEVICE)
     taken = torch.empty(max(free - 3 * 2**30, 0), dtype=torch.uint8, device=DEVICE)
     options = {"arch": "deit-s", "image_size": (224, 224), "patch_size": 16, "precision": "fp32"}
-    run = with_fitting_micro_batch(run_of(batch_size=1024, **options), CTX, train.open_task)
+    run = run_of(batch_size=1024, **options)
+    task = train.open_task(run, CTX)
+    run = with_fitting_micro_batch(run, CTX, task)
     size, accumulated = run.split_batch(1)
     assert 8 <= size < 1024 == size * accumulated
-    task = train.open_task(run, CTX)
     state = TrainState.create(train_model(run), run.optim)
     micro = task.black(size)
     train_step(state, state.model, [micro, micro], lambda *given: task.loss(state, *given))

@@ -49,12 +49,12 @@ def test_data_in_memory_are_never_waited_for():
 
 @pytest.mark.parametrize(("waited", "told"), [([0.2, 0.2], {}), ([1.0, 2.0], {"data_wait": 0.3})])
 def test_little_waiting_is_not_worth_a_word(waited, told):
-    lines, task = [], SimpleNamespace(waits=waited, helps="a faster disk")
+    lines, data = [], SimpleNamespace(waits=waited, helps="a faster disk")
     reporter = SimpleNamespace(say_once=lines.append)
     ctx = DistContext(0, 1, CPU, "fp32", "", StopRequest())
-    assert loop.data_wait(task, 10.0, ctx, reporter) == pytest.approx(told)
+    assert loop.data_wait(data, 10.0, ctx, reporter) == pytest.approx(told)
     assert len(lines) == len(told)
-    assert task.waits == []  # the next window begins at 0
+    assert data.waits == []  # the next window begins at 0
 
 
 def test_what_helps_is_what_the_machine_has(monkeypatch):

@@ -279,9 +279,11 @@ def read_config(path: Path, kind: type[TrainingRun] | None = None) -> dict[str, 
     of_file = RUN_KINDS.get(str(command), kind or ClassifierRun)
     if kind is not None and of_file is not kind:
         raise ConfigError(f"--config {path} is of another kind of run, {command}")
-    known, nested = leaves(of_file), renamed(nested, of_file)
+    values = flatten(renamed(nested, of_file), of_file)
     of_earlier_runs = {"ema_warmup": False} if command else {}
-    return {**of_earlier_runs, **read_values(known, flatten(nested, of_file))}
+    if command and values.get("workers") == -1:  # as they stored auto
+        values["workers"] = None
+    return {**of_earlier_runs, **read_values(leaves(of_file), values)}
 
 
 def _repeated_key(node: Any) -> str:

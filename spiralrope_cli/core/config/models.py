@@ -238,7 +238,9 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.rope_kind != "spiral":  # `rotate` has no effect, so that equal networks are equal
+        if self.rope_kind != "spiral":  # so that equal networks are equal
+            if self.rotate > 1 and self.rotate != RopeConfig.rotate:
+                raise rotate_misfit(self.rotate, self.rope_kind)
             object.__setattr__(self, "rotate", 0)
         if not 0 <= self.min_freq_lang <= self.max_freq_lang:
             raise ConfigError(
@@ -318,6 +320,14 @@ class RopeConfig:
             f"{self.name}: K = {self.num_directions} directions, {between}; "
             f"{self.freqs_for}, {self.projection}, {self.scaling}"
         )
+
+
+def rotate_misfit(rotate: int, kind: str) -> ConfigError:
+    """The error for `rotate` beside a kind that has no choice of directions."""
+    return ConfigError(
+        f"--rotate {rotate} does not fit --rope-kind {kind}",
+        "leave --rotate out, or use --rope-kind spiral",
+    )
 
 
 RopeConfig.__doc__ = f"{RopeConfig.__doc__}\n\nAttributes:\n" + "\n".join(

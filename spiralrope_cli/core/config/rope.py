@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from spiralrope_cli.core.config.models import RopeConfig
-from spiralrope_cli.core.errors import ConfigError
+from spiralrope_cli.core.config.models import RopeConfig, rotate_misfit
 
 
 def given_rope(given: dict[str, Any]) -> dict[str, Any]:
@@ -22,15 +21,13 @@ def given_rope(given: dict[str, Any]) -> dict[str, Any]:
 def check_rotate(given: dict[str, Any], kind: str) -> None:
     """Raises if `rotate` is given for a kind that has no choice of directions."""
     if kind != "spiral" and given.get("rotate", 0) > 1:
-        raise ConfigError(
-            f"--rotate {given['rotate']} does not fit --rope-kind {kind}",
-            "leave --rotate out, or use --rope-kind spiral",
-        )
+        raise rotate_misfit(given["rotate"], kind)
 
 
 def override_rope(trained: RopeConfig, given: dict[str, Any]) -> RopeConfig:
     """The RoPE options of weights with those of the user (field name -> value)."""
-    check_rotate(given, given.get("rope_kind", trained.rope_kind))
-    if trained.rope_kind != "spiral":  # their `rotate` says nothing
-        given = {"rotate": RopeConfig.rotate, **given}
+    kind = given.get("rope_kind", trained.rope_kind)
+    check_rotate(given, kind)
+    if {kind, trained.rope_kind} != {"spiral"}:
+        given = {"rotate": RopeConfig.rotate, **given}  # that of the weights says nothing
     return replace(trained, **given)

@@ -40,11 +40,6 @@ def number_or_auto(text: str) -> int | None:
     return None if text == AUTO else int(text)
 
 
-def workers_or_auto(text: str) -> int | None:
-    """As `number_or_auto`; earlier versions stored auto as -1."""
-    return None if text == "-1" else number_or_auto(text)
-
-
 AUTO = "auto"
 MICRO_BATCH = Opt(
     "Images per process and forward pass (gradient accumulation). auto, the default: on a GPU the "
@@ -234,7 +229,7 @@ class MachineConfig:
             le=MOST_PROCESSES,
             free=True,
             metavar="N|auto",
-            read=workers_or_auto,
+            read=number_or_auto,
             expects=f"auto, or a whole number in [0, {MOST_PROCESSES}]",
         ),
     ] = None  # None: auto

@@ -104,6 +104,7 @@ class TrainingData:
     read: Read
     finish: Callable[[Batch], Batch]  # augments and normalises
     unreadable: dict[str, str] = field(default_factory=dict)  # path -> reason, skipped so far
+    label_key: str = "labels"  # of a batch that is made again
     repeats: int = 1  # augmented copies per image
     scale: float = 1.0  # factor of cached latents
     helps: str = ""  # if training waits for this data; empty: it is in memory
@@ -134,12 +135,12 @@ class TrainingData:
                 indices, first = order[mine].tolist(), step * size + part.start
                 yield BatchIndices(indices, mine.tolist(), epoch, part, first)
 
-    def remake(self, step: int, labels: str = "labels") -> dict[str, Tensor]:
-        """This process's batch of a step, on the CPU; `labels` is the key of the labels."""
+    def remake(self, step: int) -> dict[str, Tensor]:
+        """This process's batch of a step, from 0, made again to save it; on the CPU."""
         [batches] = self.train_steps(step, step + 1)
         return {
             "images": torch.cat([batch.images.cpu() for batch in batches]),
-            labels: torch.cat([batch.labels.cpu() for batch in batches]),
+            self.label_key: torch.cat([batch.labels.cpu() for batch in batches]),
             "numbers": torch.tensor([index for batch in batches for index in batch.at.indices]),
         }
 
@@ -182,7 +183,10 @@ def classifier_data(
     parts = own_parts(rank, *run.split_batch(world_size))
     repeats = options.repeated_aug
     return TrainingData(
-        run, run.steps_per_epoch, parts, read, finish, unreadable, repeats=repeats, helps=helps
+        *(run, run.steps_per_epoch, parts, read, finish, unreadable),
+        label_key="targets",
+        repeats=repeats,
+        helps=helps,
     )
 
 

@@ -43,6 +43,9 @@ Key = tuple[int, tuple[int, ...] | None]
 MAX_TRIES = 16
 """With `skip_bad`, unreadable images in a row after which training stops."""
 
+PREFETCH = 4
+"""Batches that each worker reads ahead at most."""
+
 AT_ONCE = 64
 """Images that a worker reads at once."""
 
@@ -223,11 +226,12 @@ def _together(at: BatchIndices, parts: list[Batch]) -> Batch:
 
 
 def read_ahead(
-    files: Any, batches: Iterable[Any], workers: int, *, pin_memory: bool
+    files: Any, batches: Iterable[Any], workers: int, *, pin_memory: bool, prefetch: int = PREFETCH
 ) -> Generator[Any, None, None]:
     """`files.__getitems__(batch)` in order, by workers, which end when the generator is closed.
 
-    A result has `tensors`, to be moved between processes, and `pin_memory()`.
+    A result has `tensors`, to be moved between processes, and `pin_memory()`. Each worker reads at
+    most `prefetch` batches ahead.
     """
     loader = DataLoader(
         files,
@@ -235,7 +239,7 @@ def read_ahead(
         num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=pin_memory,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=prefetch if workers else None,
         worker_init_fn=_one_thread if workers else None,
         # In a spawned process the default is to spawn again, and each worker would import torch.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,

@@ -113,8 +113,11 @@ def settle_rope(given: dict[str, Any], weights: Weights | None) -> tuple[RopePlo
     """The config, and a note for each given option that has no effect in any row."""
     chosen, arch, notes = given_rope(given), given.get("arch", RopePlot.arch), []
     rotates = dict.fromkeys(given.get("rotates", RopePlot.rotates))
+    kind = chosen.get("rope_kind", RopeConfig.rope_kind)
     for rotate in given.get("rotates", ()):
-        check_rotate({"rotate": rotate}, chosen.get("rope_kind", RopeConfig.rope_kind))
+        check_rotate({"rotate": rotate}, kind)
+    if kind != "spiral":
+        rotates = {0: None}
     ropes = tuple(dict.fromkeys(RopeConfig(**{"rotate": each, **chosen}) for each in rotates))
     if weights:
         from spiralrope_cli.core.load import network_on_meta

@@ -118,7 +118,7 @@ def carry_out(resolved: Resolved, notes: Iterable[str] = (), *, dry_run: bool) -
             raise
         precision, more = run.machine.precision, [f"{error.message} here"]
     run = replace(run, machine=replace(run.machine, precision=precision))
-    resolved, notes = replace(resolved, run=run), [*notes, *more]
+    resolved, notes = replace(resolved, run=run), [*notes, *batch_notes(resolved), *more]
     if is_first_process():
         plan(resolved, first_step=step, every_value=dry_run, notes=notes)
         if run.vae_in_loop:
@@ -141,6 +141,17 @@ def with_checked_batch(run: TrainingRun) -> TrainingRun:
     run = run if on_gpu(run.machine) else with_usual_micro_batch(run, world)
     run.split_batch(world)  # raises if the batch does not split
     return run
+
+
+def batch_notes(resolved: Resolved) -> list[str]:
+    """A note if a process has fewer images than the given micro-batch."""
+    given = resolved.run.optim.micro_batch_size
+    if given is None or resolved.sources.get("micro_batch_size") != "option":
+        return []
+    micro, _ = resolved.run.split_batch(world_size(resolved.run.machine))
+    if given == micro:
+        return []
+    return [f"--micro-batch-size {given} has the effect of {micro}: a process has no more images"]
 
 
 def plan(resolved: Resolved, first_step: int, *, every_value: bool, notes: Iterable[str]) -> None:
@@ -278,8 +289,10 @@ def work(config: TrainingRun) -> None:
 
     with open_context(config.machine, Path(config.out)) as ctx:
         step = loop.agreed_first_step(config)
-        config = with_fitting_micro_batch(config, ctx, open_task)
+        # Once, because it verifies cached latents and loads the VAE.
         task = open_task(config, ctx)
+        config = with_fitting_micro_batch(config, ctx, task)
+        task = task.split_as(config, ctx)
         state, forward = loop.build_state(
             config,
             ctx,
@@ -293,7 +306,7 @@ def work(config: TrainingRun) -> None:
         # Frees DDP before its process group: torch 2.6 may hang if DDP is the last to hold it.
         del forward
         gc.collect()
-        unreadable = distributed.all_gather_object(task.unreadable)
+        unreadable = distributed.all_gather_object(task.data.unreadable)
         if ctx.is_first:
             say_unreadable(dict(ChainMap(*unreadable)))
             report(Path(config.out))

@@ -25,7 +25,7 @@ from spiralrope_cli.core.data.images import (
     in_order,
     num_bytes,
 )
-from spiralrope_cli.core.data.loader import read_ahead
+from spiralrope_cli.core.data.loader import PREFETCH, read_ahead
 from spiralrope_cli.core.data.npz import POOL_SIZE, SPATIAL_SIZE, ReferenceCache, read_statistics
 from spiralrope_cli.core.errors import CheckpointError, DataError
 from spiralrope_cli.core.metrics.inception import NUM_CLASSES, Features, InceptionFeatures
@@ -49,6 +49,10 @@ ARRAYS = {
     "features": ("features",),
 }
 """Part of the statistics of a side -> names of its arrays, also in the cache."""
+IN_FLIGHT = 1 << 31
+"""Bytes of pixels that processes decode ahead of a GPU."""
+LOOKED_AT = 32
+"""Images whose headers say how large the images are."""
 OF_PART = {"fid": "pool", "features": "pool", "sfid": "spatial", "is": "logits"}
 """Part -> name of the features that it is computed from."""
 
@@ -154,13 +158,25 @@ def _measure_images(
 def opened_images(
     run: FidRun, ctx: DistContext, images: ImageInput, mine: range
 ) -> Generator[ImageBatch, None, None]:
-    """Batches of a part of the images, decoded ahead: by threads, or by processes beside a GPU."""
+    """Batches of a part of the images, decoded ahead: by threads, or by processes beside a GPU.
+
+    The processes have at most about `IN_FLIGHT` bytes of pixels ahead, however large the images.
+    """
     on_gpu, size = ctx.device.type == "cuda", run.batch_size
-    few_bytes = size * num_bytes(images, mine[:1]) < LARGEST_BATCH
-    if on_gpu and few_bytes and isinstance(images, FolderInput):
-        parts = (list(mine[first : first + size]) for first in range(0, len(mine), size))
-        workers = num_loaders(run.machine, ctx.device.type)
-        return read_ahead(PictureFiles(images.files, run.images), parts, workers, pin_memory=True)
+    if on_gpu and isinstance(images, FolderInput):
+        looked_at = mine[:: max(1, len(mine) // LOOKED_AT)]
+        largest = max((num_bytes(images, range(n, n + 1)) for n in looked_at), default=0)
+        ahead = IN_FLIGHT // max(1, size * largest)
+        if size * largest < LARGEST_BATCH:
+            parts = (list(mine[first : first + size]) for first in range(0, len(mine), size))
+            workers = min(num_loaders(run.machine, ctx.device.type), ahead)
+            return read_ahead(
+                PictureFiles(images.files, run.images),
+                parts,
+                workers,
+                pin_memory=True,
+                prefetch=min(PREFETCH, ahead // max(1, workers)),
+            )
     cores = torch.get_num_threads() if ctx.device.type == "cpu" else 1
     threads = run.machine.workers
     return image_batches(

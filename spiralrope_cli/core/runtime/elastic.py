@@ -27,6 +27,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.version import __version__ as torch_version
 
+from spiralrope_cli.core.config.dit_runs import TrainingRun
+from spiralrope_cli.core.config.recipes import with_micro_batch
 from spiralrope_cli.core.errors import LaunchError, SpiralRopeError
 from spiralrope_cli.core.runtime.launch import (
     ERROR_FOLDER_VARIABLE,
@@ -37,6 +39,7 @@ from spiralrope_cli.core.runtime.launch import (
 )
 from spiralrope_cli.core.runtime.machines import Machines, machines_of
 from spiralrope_cli.core.runtime.progress import say
+from spiralrope_cli.core.runtime.run_folder import micro_batch_so_far
 from spiralrope_cli.core.storage import write_whole
 
 SHUTDOWN_SECONDS = 600
@@ -92,6 +95,9 @@ def start_workers(num_workers: int, work: Callable[..., None], run: Any, *more: 
         say(f"{failure.line}; restart {restarts + 1} of {most}")
         # `--resume never` was for the start.
         run = replace(run, machine=replace(run.machine, resume="auto"))
+        if isinstance(run, TrainingRun) and run.optim.micro_batch_size is None:
+            found = micro_batch_so_far(run, num_workers * run.machine.nnodes)
+            run = with_micro_batch(run, found)
 
 
 def _end(failure: Failure, restarts: int) -> NoReturn:

@@ -26,8 +26,9 @@ from spiralrope_cli.core.config.folders import (
     class_difference,
 )
 from spiralrope_cli.core.config.option import build, flat_values, leaves, to_nested
+from spiralrope_cli.core.config.recipes import with_micro_batch
 from spiralrope_cli.core.config.training import RUNS_FOLDER
-from spiralrope_cli.core.errors import CheckpointError, DiskError
+from spiralrope_cli.core.errors import CheckpointError, ConfigError, DiskError
 from spiralrope_cli.core.runtime.progress import human_size, say
 from spiralrope_cli.core.storage import parse, write_whole
 
@@ -164,6 +165,17 @@ def check_same(run: TrainingRun, folder: Path, *, step: int = 0) -> None:
                 f"by spiralrope {again} {folder}, or give this run another --name or --out"
             )
         raise CheckpointError(f"{folder} holds a run with other options: {differing}", hint)
+
+
+def micro_batch_so_far(run: TrainingRun, world_size: int) -> int | None:
+    """The micro-batch that a started run found, if its batch still splits into it; else None."""
+    file = Path(run.out) / CONFIG_FILE
+    with contextlib.suppress(ConfigError):  # it was found for another number of processes
+        if file.is_file() and steps_on_disk(file.parent):
+            size: int | None = read_config(file, type(run)).get("micro_batch_size")
+            with_micro_batch(run, size).split_batch(world_size)
+            return size
+    return None
 
 
 def precision_so_far(run: TrainingRun) -> tuple[str, list[str]]:

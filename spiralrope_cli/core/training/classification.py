@@ -49,11 +49,7 @@ def classification(config: ClassifierRun, ctx: DistContext) -> Task:
     data = classifier_data(config, ctx.device, ctx.rank, ctx.world_size, val_images.unreadable)
     validate_steps = config.checkpoint.validate_every * config.steps_per_epoch
     return Task(
-        train_steps=data.train_steps,
-        remake=partial(data.remake, labels="targets"),
-        unreadable=data.unreadable,
-        waits=data.waits,
-        helps=data.helps,
+        data=data,
         loss=partial(classifier_loss, config, ctx),
         black=partial(black_images, config, ctx.device),
         inspect_at=lambda step: due(step, validate_steps, config.total_steps),

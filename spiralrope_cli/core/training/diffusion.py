@@ -54,11 +54,7 @@ def diffusion(
     bound = LossMeter(ctx.device)
     scale = vae.scale if vae else data.scale
     return Task(
-        train_steps=data.train_steps,
-        remake=data.remake,
-        unreadable=data.unreadable,
-        waits=data.waits,
-        helps=data.helps,
+        data=data,
         loss=DiffusionLoss(config, ctx.device, ctx.dtype, vae, scale, GaussianDiffusion(), bound),
         black=partial(black_inputs, config, ctx.device),
         extra=lambda: {"vb": bound.read()[0]},

@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.folders import CHECKPOINTS
 from spiralrope_cli.core.config.option import to_nested
+from spiralrope_cli.core.data.batches import TrainingData, own_parts
 from spiralrope_cli.core.data.loader import Batch
 from spiralrope_cli.core.errors import CheckpointError, TrainingError
 from spiralrope_cli.core.models.factory import compile_blocks, model_of, pays_to_compile
@@ -49,11 +50,7 @@ class Task:
     """Data, loss and validation of a network, as the loop calls them.
 
     Attributes:
-        train_steps: (first, last step) -> this process's micro-batches of each step.
-        remake: step, from 0 -> this process's batch of that step, made again, to save it.
-        unreadable: path -> reason, images that were skipped so far.
-        waits: seconds of each wait for data; the loop clears it. Empty for data in memory.
-        helps: what would make these waits shorter.
+        data: the batches; the loop clears its `waits`.
         loss: mean loss of one micro-batch.
         black: number -> so many black images, as `loss` takes them, for a trial step.
         extra: further values of a log point.
@@ -63,17 +60,18 @@ class Task:
             step.
     """
 
-    train_steps: Callable[[int, int], Generator[list[Batch], None, None]]
-    remake: Callable[[int], dict[str, Tensor]]
-    unreadable: dict[str, str]
-    waits: list[float]
-    helps: str
+    data: TrainingData
     loss: Callable[[TrainState, nn.Module, Batch], Tensor]
     black: Callable[[int], Batch]
     extra: Callable[[], dict[str, float]] = dict
     inspect_at: Callable[[int], bool]
     validate: Callable[[TrainState, Reporter], None] | None = None
     sample: Callable[[TrainState, Reporter], None] | None = None
+
+    def split_as(self, config: TrainingRun, ctx: DistContext) -> Task:
+        """The task with the micro-batches of a config."""
+        parts = own_parts(ctx.rank, *config.split_batch(ctx.world_size))
+        return replace(self, data=replace(self.data, parts=parts))
 
 
 def training_loop(
@@ -87,7 +85,7 @@ def training_loop(
     """Trains to the last step; after a signal it saves a checkpoint and exits."""
     total_steps, optim = config.total_steps, config.optim
     meter, clock = LossMeter(ctx.device), Clock(state.step)
-    with contextlib.closing(task.train_steps(state.step, total_steps)) as batches:
+    with contextlib.closing(task.data.train_steps(state.step, total_steps)) as batches:
         while state.step < total_steps:
             lr = lr_at(state.step, total_steps, config.steps_per_epoch, optim)
             set_learning_rate(state.optimizer, lr)
@@ -103,20 +101,20 @@ def training_loop(
             meter.add(state.step, loss)
             reporter.advance(state.step)
             if log_now:  # only here the loop waits for the device, checkpoints apart
-                mean = read_finite(meter, config, ctx, task.remake)
+                mean = read_finite(meter, config, ctx, task.data.remake)
                 values = {"loss": mean, "lr": lr, **task.extra()}
                 if grad_norm is not None:
                     values["grad_norm"] = grad_norm.item()
                 num_steps, seconds = clock.lap(state.step)
                 values["images_per_s"] = optim.batch_size * num_steps / seconds
-                reporter.log(state.step, values | data_wait(task, seconds, ctx, reporter))
+                reporter.log(state.step, values | data_wait(task.data, seconds, ctx, reporter))
             stop = ctx.stop.agreed(ctx.device, ask_all=log_now)
             inspect_now = task.inspect_at(state.step)
             save_now = stop or due(state.step, config.save_steps, total_steps)
             if inspect_now or save_now:
                 # In this order: check that the loss is finite, validate, save, sample.
                 with clock.pause():
-                    read_finite(meter, config, ctx, task.remake)
+                    read_finite(meter, config, ctx, task.data.remake)
                     if inspect_now and task.validate:
                         task.validate(state, reporter)
                     if save_now or state.best.get("step") == state.step:
@@ -130,14 +128,16 @@ def training_loop(
         task.sample(state, reporter)
 
 
-def data_wait(task: Task, seconds: float, ctx: DistContext, reporter: Reporter) -> dict[str, float]:
+def data_wait(
+    data: TrainingData, seconds: float, ctx: DistContext, reporter: Reporter
+) -> dict[str, float]:
     """Fraction of the seconds in which the slowest process waited for data, if it is much."""
-    own = torch.tensor(sum(task.waits) / seconds, device=ctx.device)
-    task.waits.clear()
+    own = torch.tensor(sum(data.waits) / seconds, device=ctx.device)
+    data.waits.clear()
     wait = distributed.all_reduce_max(own).item()
     if wait < MUCH_WAIT:
         return {}
-    reporter.say_once(f"training waits for data; this helps: {task.helps}")
+    reporter.say_once(f"training waits for data; this helps: {data.helps}")
     return {"data_wait": wait}
 
 

@@ -42,9 +42,7 @@ BYTES_PER_PARAMETER = 20
 # --- The largest micro-batch
 
 
-def with_fitting_micro_batch(
-    config: TrainingRun, ctx: DistContext, open_task: Callable[[TrainingRun, DistContext], Task]
-) -> TrainingRun:
+def with_fitting_micro_batch(config: TrainingRun, ctx: DistContext, task: Task) -> TrainingRun:
     """The run with a number in place of `auto`: on a GPU the most that fit, found by trial steps.
 
     Every process must call it, and gets the same.
@@ -58,7 +56,7 @@ def with_fitting_micro_batch(
     with limited_memory(ctx.device) as free:
         fixed, per_image = memory_needs(config, ctx.dtype)
         guess = min(distributed.all_gather_object((free - fixed) / per_image))
-        size = largest_that_fits(sizes, guess, trial_steps(config, ctx, open_task))
+        size = largest_that_fits(sizes, guess, trial_steps(config, ctx, task))
     if size is None:
         raise TrainingError(
             f"a step of {sizes[0]} image(s) does not fit into {human_size(free)} of GPU memory",
@@ -80,9 +78,7 @@ def largest_that_fits(
     return next((size for size in reversed(sizes[:at]) if fits(size)), None)
 
 
-def trial_steps(
-    config: TrainingRun, ctx: DistContext, open_task: Callable[[TrainingRun, DistContext], Task]
-) -> Callable[[int], bool]:
+def trial_steps(config: TrainingRun, ctx: DistContext, task: Task) -> Callable[[int], bool]:
     """Size -> whether a step of such micro-batches fits in all processes.
 
     The steps are those of a network of its own, so that the run is not changed.
@@ -94,7 +90,7 @@ def trial_steps(
         tensor.detach().zero_()
     freeze_but(model, config.optim.freeze)
     model.grad_checkpointing = config.machine.grad_checkpointing
-    state, task = TrainState.create(model, config.optim), open_task(config, ctx)
+    state = TrainState.create(model, config.optim)
     most, _ = config.split_batch(ctx.world_size)
     everything = task.black(most)  # a step has all its images on the device
 

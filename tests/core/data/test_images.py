@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from spiralrope_cli.core.data.image_sets import inspect_side
 from spiralrope_cli.core.data.images import PictureFiles, image_batches, num_bytes
 from spiralrope_cli.core.data.listing import images_below
 from spiralrope_cli.core.data.loader import read_ahead
+from spiralrope_cli.core.metrics import features
 
 SIZES = [(8, 8), (6, 9), (8, 8), (8, 8), (6, 9), (5, 5), (8, 8)]
 
@@ -80,6 +82,28 @@ def test_processes_read_what_threads_do(folder):
         assert all(map(torch.equal, batch.groups, expected.groups))
     threaded = {n: g for each in read(folder) for n, g in pixels_by_number(each)}
     assert {n: g for each in found for n, g in pixels_by_number(each)} == threaded
+
+
+@pytest.mark.parametrize(
+    ("side", "workers", "prefetch"), [(16, 16, 4), (512, 16, 2), (1024, 10, 1), (4000, None, None)]
+)
+def test_pixels_ahead_of_a_gpu_are_bounded_however_large_the_images(
+    folder, monkeypatch, side, workers, prefetch
+):
+    """Of 64 images a batch; what a GPU would get is not decoded."""
+    sizes, called = {3: 3 * side * side}, []
+    monkeypatch.setattr(features, "num_bytes", lambda images, part: sizes.get(part[0], 48))
+    for name in ("read_ahead", "image_batches"):
+        monkeypatch.setattr(features, name, lambda *given, **more: called.append((given, more)))
+    images = inspect_side(folder, "SAMPLES").images
+    machine = SimpleNamespace(workers=16)
+    run = SimpleNamespace(batch_size=64, images="as-pil", machine=machine)
+    ctx = SimpleNamespace(device=torch.device("cuda"))
+    features.opened_images(run, ctx, images, range(7))
+    [(given, more)] = called
+    assert (given[2] if workers else None, more.get("prefetch")) == (workers, prefetch)
+    ahead = (workers or 0) * (prefetch or 0) * 64 * sizes[3]
+    assert ahead <= features.IN_FLIGHT
 
 
 def pixels_by_number(batch):

@@ -9,6 +9,7 @@ from timm.layers import RotaryEmbeddingMixed, apply_rot_embed_cat
 from torch._dynamo.testing import CompileCounter
 
 from spiralrope_cli import RopeConfig, create_model
+from spiralrope_cli.core.config.rope import override_rope
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.models.mixed_rope import MixedRoPE
 from spiralrope_cli.core.rope import SpiralRoPE, apply_rotary, mixed_angles
@@ -120,7 +121,10 @@ def test_kinds_share_all_other_weights_of_a_seed(network):
 def test_axial_is_rotate_0_and_its_networks_are_equal():
     axial = RopeConfig(rope_kind="axial")
     assert (axial.rotate, axial.name) == (0, "axial")
-    assert RopeConfig(rope_kind="axial", rotate=4) == axial
+    assert RopeConfig(rope_kind="axial", rotate=2) == axial  # the default of another kind
+    with pytest.raises(ConfigError, match="--rotate 4 does not fit --rope-kind axial"):
+        RopeConfig(rope_kind="axial", rotate=4)
+    assert override_rope(RopeConfig(rotate=4), {"rope_kind": "axial"}) == axial
     tables = [SpiralRoPE(16, each).tables(5)[0] for each in (axial, RopeConfig(rotate=0))]
     assert torch.equal(*tables)
     with pytest.raises(ConfigError, match="no learned frequencies"):

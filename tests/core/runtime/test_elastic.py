@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from spiralrope_cli.core.config.recipes import with_micro_batch
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.resolve import resolve
@@ -25,6 +26,7 @@ from spiralrope_cli.core.runtime.elastic import (
     _sigint_blocked,
 )
 from spiralrope_cli.core.runtime.launch import ERROR_FOLDER_VARIABLE
+from spiralrope_cli.core.runtime.run_folder import write_config
 
 
 @pytest.fixture
@@ -172,6 +174,23 @@ def test_what_the_user_has_to_mend_is_not_tried_again(monkeypatch, capsys, kinds
     assert tried == ["never", *["auto"] * (attempts - 1)]
     assert (ended is None) == (kinds[attempts - 1] is None)
     assert capsys.readouterr().err.count("; restart ") == attempts - 1
+
+
+@pytest.mark.parametrize(("saved", "size"), [(True, 4), (False, None)])
+def test_a_restarted_run_keeps_the_micro_batch_that_was_found(tmp_path, monkeypatch, saved, size):
+    tried = []
+
+    def attempt(machines, run_id, num_workers, work, run):
+        tried.append(run.optim.micro_batch_size)
+        write_config(with_micro_batch(run, 4))  # as a worker that has found it
+        if saved:
+            (tmp_path / "checkpoints" / "0000002").mkdir(parents=True, exist_ok=True)
+        return elastic.Failure(KILLED, "failed") if len(tried) == 1 else None
+
+    monkeypatch.setattr(elastic, "_attempt", attempt)
+    given = {"batch_size": 16, "nproc": 1, "device": "cpu", "max_restarts": 1}
+    launch.launch(print, resolve("pretrain", {**given, "out": str(tmp_path)}).run)
+    assert tried == [None, size]
 
 
 def test_new_processes_wait_with_ctrl_c_and_this_one_does_not():

@@ -61,7 +61,7 @@ def test_trial_steps_tell_what_fits_and_go_on_after_they_ran_out_of_memory(comma
     run = run_of(command, **options)
     sizes = micro_batch_sizes(run, 1)
     assert sizes == [size for size in SIZES if size % (8 if "mixup" in options else 1) == 0]
-    fits = trial_steps(run, CPU, short_of_memory(20))
+    fits = trial_steps(run, CPU, short_of_memory(20, run, CPU))
     for guess in (1, 48):
         assert largest_that_fits(sizes, guess, fits) == 16
 
@@ -69,7 +69,7 @@ def test_trial_steps_tell_what_fits_and_go_on_after_they_ran_out_of_memory(comma
 def test_images_through_the_vae_and_cached_latents_are_tried_too(image_folder, tiny_vae, runs):
     options = {"image_size": (32, 32), "vae": str(tiny_vae), "batch_size": 4, "workers": 0}
     run = run_of("dit-train", data=str(image_folder), **options)
-    assert trial_steps(run, CPU, train.open_task)(4)
+    assert trial_steps(run, CPU, train.open_task(run, CPU))(4)
     batch = train.open_task(run, CPU).black(3)
     assert (batch.images.shape, batch.std) == ((3, 3, 32, 32), None)
 
@@ -91,13 +91,18 @@ def test_on_a_gpu_the_run_keeps_what_was_found(monkeypatch, capsys):
     real = micro_batch.trial_steps
     monkeypatch.setattr(micro_batch, "trial_steps", lambda run, ctx, task: real(run, CPU, task))
     gpu = dataclasses.replace(CPU, device=torch.device("cuda"))
-    run = micro_batch.with_fitting_micro_batch(run_of(), gpu, short_of_memory(20))
+    run = run_of()
+    task, none = (short_of_memory(most, run, CPU) for most in (20, 0))
+    with pytest.raises(TrainingError, match=r"a step of 1 image\(s\) does not fit into 900 MB"):
+        micro_batch.with_fitting_micro_batch(run, gpu, none)
+    fractions.clear()
+    run = micro_batch.with_fitting_micro_batch(run, gpu, task)
     assert (run.optim.micro_batch_size, run.split_batch(1)) == (16, (16, 3))
     assert fractions == [0.45, 1.0]
     assert "micro-batch: 16 of the 48 images" in capsys.readouterr().err
     assert micro_batch.with_fitting_micro_batch(run, gpu, None) is run
-    with pytest.raises(TrainingError, match=r"a step of 1 image\(s\) does not fit into 900 MB"):
-        micro_batch.with_fitting_micro_batch(run_of(), gpu, short_of_memory(0))
+    [batches] = task.split_as(run, CPU).data.train_steps(0, 1)
+    assert [len(batch.labels) for batch in batches] == [16, 16, 16]
 
 
 def test_out_of_memory_of_a_gpu_says_what_to_do():
@@ -127,3 +132,11 @@ def test_the_plan_for_a_gpu_says_auto_and_that_for_a_cpu_a_number(capfd, runs):
     )
     assert gpu.startswith("x 48 images, accumulated in parts if not all fit (--micro-batch-size")
     assert cpu.startswith("x 24 images x 2 gradient accumulation step(s)")
+
+
+def test_a_micro_batch_of_more_images_than_a_process_has_is_told(capfd, runs):
+    for size, told in ((64, True), (48, False)):
+        given = {"device": "cpu", "batch_size": 48, "nproc": 1, "micro_batch_size": size}
+        train.carry_out(resolve("pretrain", given), dry_run=True)
+        note = "note: --micro-batch-size 64 has the effect of 48: a process has no more images"
+        assert (note in capfd.readouterr().err) is told
