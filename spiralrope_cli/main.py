@@ -37,7 +37,7 @@ COMMANDS = {
     "dit-train": "Train a class-conditional DiT (diffusion transformer) with Spiral RoPE.",
     "dit-encode": "Encode images with a VAE once, to train a DiT from cached latents.",
     "dit-sample": "Sample images from a DiT: a run, a checkpoint file or published weights.",
-    "fetch": "Download published weights, VAEs, Inception weights or reference batches.",
+    "fetch": "Download published weights, VAEs, Inception weights, reference batches or CIFAR-100.",
     "export": "Export weights to share: as a folder, as one file, or onto the Hugging Face Hub.",
     "fid": "Compute FID, sFID, Inception Score, KID, Precision and Recall of images.",
     "plot": "Plot training curves, Spiral RoPE, attention maps, or images.",

@@ -58,9 +58,9 @@ def archs(incomplete: str) -> Offer:
 
 
 def data_sets() -> Offer:
-    from spiralrope_cli.core.config.datasets import BUILT_IN
+    from spiralrope_cli.core.config.datasets import BUILT_IN, NAMED
 
-    return list(BUILT_IN)
+    return [*BUILT_IN, *NAMED]
 
 
 def vaes() -> Offer:

@@ -12,7 +12,7 @@ app = typer.Typer(**SETTINGS)
 
 @command(app, "fetch", FetchRun)
 def fetch(given: dict[str, Any]) -> None:
-    """Download published weights, VAEs, Inception weights or reference batches.
+    """Download published weights, VAEs, Inception weights, reference batches or CIFAR-100.
 
     Prints the path of each. Files in the cache are checked, not downloaded again.
 

@@ -47,7 +47,7 @@ LIGHT_FILES = {
     "run_folder.py",
     "progress.py",
     "resolve.py",
-    *("listing.py", "stored.py", "splits.py", "shards.py"),
+    *("listing.py", "named.py", "stored.py", "splits.py", "shards.py"),
 }
 STANDARD_AND = set(sys.stdlib_module_names) | {"typer", "rich", "spiralrope_cli"}
 HEAVY = [

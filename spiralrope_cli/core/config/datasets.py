@@ -5,6 +5,7 @@ A data set is a built-in name or a folder with `train/` and `val/`, each with on
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,10 @@ class DataSet:
 
     @property
     def slug(self) -> str:
-        """A short name for run folders; without `train/`, and what the Hub's cache adds."""
+        """A short name for run folders: no `train/`, no version, nothing of the Hub's cache."""
         root = Path(self.data)
+        if re.fullmatch(r"\d+\.\d+\.\d+", root.name):  # of TensorFlow Datasets
+            root = root.parent
         if root.parent.name == "snapshots":
             return root.parent.parent.name.split("--")[-1]
         return root.parent.name if root.name == "train" else root.name
@@ -172,6 +175,9 @@ FASHION_MNIST = DataSet(
 )
 
 BUILT_IN = {built_in.data: built_in for built_in in (DIGITS, FASHION_MNIST)}
+NAMED = ("cifar100", "inat18", "inat19")
+"""Names of folders of images; `data/named.py` knows where they lie."""
+DATA_NAMES = ", ".join((*BUILT_IN, *NAMED, "hfds/OWNER/NAME", "tfds/NAME"))
 
 PHOTOGRAPHS: dict[str, Any] = {
     "image_size": (224, 224),

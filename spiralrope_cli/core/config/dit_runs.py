@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from spiralrope_cli.core.config.datasets import DATA_NAMES
 from spiralrope_cli.core.config.models import SIZE, dit_size, format_size
 from spiralrope_cli.core.config.option import (
     DATA,
@@ -152,7 +153,7 @@ class DiTRun(RunConfig):
     data: Annotated[
         str,
         Opt(
-            "digits, fashion-mnist, hfds/OWNER/NAME, or a folder: of classes, or with train/ "
+            f"{DATA_NAMES}, or a folder: of classes, or with train/ "
             "in class folders, tar or parquet files. "
             "By default $SPIRALROPE_DATA, else the bundled digits.",
             DATA,

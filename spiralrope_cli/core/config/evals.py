@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from spiralrope_cli.core.config.datasets import DATA_NAMES
 from spiralrope_cli.core.config.models import ARCH_OF_SOURCE, SIZE, RopeConfig, check_divides
 from spiralrope_cli.core.config.option import (
     DATA,
@@ -64,7 +65,7 @@ class EvalOptions:
     data: Annotated[
         str | None,
         Opt(
-            "digits, fashion-mnist, hfds/OWNER/NAME, or a folder: of classes, or with val/ "
+            f"{DATA_NAMES}, or a folder: of classes, or with val/ "
             "in class folders, tar or parquet files. "
             "By default that of the run, else $SPIRALROPE_DATA, else digits.",
             DATA,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from spiralrope_cli.core.config.datasets import DataSet
+from spiralrope_cli.core.config.datasets import DATA_NAMES, DataSet
 from spiralrope_cli.core.config.folders import class_difference
 from spiralrope_cli.core.config.models import (
     SIZE,
@@ -244,7 +244,7 @@ class ClassifierRun(RunConfig):
     data: Annotated[
         str,
         Opt(
-            "digits, fashion-mnist, hfds/OWNER/NAME, or a folder with train/ and val/ "
+            f"{DATA_NAMES}, or a folder with train/ and val/ "
             "in class folders, tar or parquet files. "
             "By default $SPIRALROPE_DATA, else the bundled digits.",
             DATA,

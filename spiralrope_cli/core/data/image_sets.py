@@ -28,7 +28,9 @@ from spiralrope_cli.core.data.listing import (
     larger_files,
     opened,
     place_in,
+    suffix_of,
 )
+from spiralrope_cli.core.data.named import data_root, is_name
 from spiralrope_cli.core.data.npz import (
     STATISTICS,
     Header,
@@ -139,19 +141,11 @@ def images_in(path: Path, role: str) -> ImageInput:
 
 def _contents(path: Path, role: str) -> tuple[ImageInput | None, tuple[str, ...], int, str]:
     """Images; metrics with stored statistics; number of images and protocol of these."""
-    if path.is_dir():
-        refuse_own(path, f"{role} {path}")
-        files, others = images_below(path)
-        if not files and (stored_there := larger_files(path)):
-            return FolderInput(path, list_stored(stored_there)["address"]), (), 0, ""
-        if not files:
-            known = f"known suffixes: {' '.join(IMAGE_SUFFIXES)}"
-            raise DataError(f"{path} holds no images{count_files(others)}", known)
-        return FolderInput(path, files, count_files(others)), (), 0, ""
+    named = not path.exists() and is_name(str(path))
+    if named or path.is_dir() or (path.is_file() and suffix_of(path) in LARGER_FILES):
+        return _image_files(path, role), (), 0, ""
     if not path.exists():
         raise DataError(f"{role} {path} does not exist", "name a folder of images or an .npz file")
-    if path.suffix in LARGER_FILES:
-        return FolderInput(path, list_stored([path])["address"]), (), 0, ""
     if path.suffix != ".npz" and not zipfile.is_zipfile(path):
         raise DataError(f"{role} {path} is neither a folder of images nor an .npz file")
     headers = read_headers(path)
@@ -168,6 +162,23 @@ def _contents(path: Path, role: str) -> tuple[ImageInput | None, tuple[str, ...]
         )
     count = int(_note(path, headers, "num_images", "iu") or 0)
     return None, stored, max(count, 0), str(_note(path, headers, "protocol", "U") or "")
+
+
+def _image_files(path: Path, role: str) -> FolderInput:
+    """The images of a folder, of a larger file, or of the training split of a named set."""
+    if not path.exists():
+        split = train_split(data_root(str(path)))
+        return FolderInput(split.path, [address for address, _ in split.images])
+    if path.is_file():
+        return FolderInput(path, list_stored([path])["address"])
+    refuse_own(path, f"{role} {path}")
+    files, others = images_below(path)
+    if not files and (stored_there := larger_files(path)):
+        return FolderInput(path, list_stored(stored_there)["address"])
+    if not files:
+        known = f"known suffixes: {' '.join(IMAGE_SUFFIXES)}"
+        raise DataError(f"{path} holds no images{count_files(others)}", known)
+    return FolderInput(path, files, count_files(others))
 
 
 def _note(path: Path, headers: dict[str, Header], name: str, kinds: str) -> Any:
@@ -217,10 +228,10 @@ def digests_beside(sides: list[Side]) -> Iterator[list[Future[str]]]:
 def digest_of(side: Side, stop: threading.Event | None = None) -> str:
     """SHA-256 of an input; meaningless after `stop` is set."""
     state = hashlib.sha256()
-    files = side.images.files if isinstance(side.images, FolderInput) else [str(side.path)]
-    for file in files:
-        if file != str(side.path):
-            state.update(os.fsencode(place_in(side.path, file)) + b"\0")
+    folder = side.images if isinstance(side.images, FolderInput) else None
+    for file in folder.files if folder else [str(side.path)]:
+        if folder and file != str(side.path):
+            state.update(os.fsencode(place_in(folder.path, file)) + b"\0")
         # A file that cannot be read is reported where it is decoded.
         with contextlib.suppress(OSError):
             source = opened(file)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
-LARGER_FILES = (".tar", ".parquet", ".arrow")
+LARGER_FILES = (".tar", ".parquet", ".arrow", ".array_record", ".tfrecord")
 """Suffixes of files that hold many images; `stored.py` lists them."""
 ADDRESS = re.compile(r"(.+?)::(\d+)\+(\d+)::(.*)", re.DOTALL)
 
@@ -99,6 +99,11 @@ def _leads_back(where: str, name: str) -> bool:
     return os.path.islink(path) and inside.is_relative_to(os.path.realpath(path))
 
 
+def suffix_of(path: Path) -> str:
+    """The suffix of a file; TensorFlow Datasets adds a number to it: `.tfrecord-00000-of-00001`."""
+    return path.suffix.partition("-")[0]
+
+
 def larger_files(folder: Path, word: str = "") -> list[Path]:
     """The larger files of one kind in a folder, with a word in their name.
 
@@ -112,7 +117,7 @@ def larger_files(folder: Path, word: str = "") -> list[Path]:
     if not word and any(each.is_dir() or each.name.endswith((".gz", ".tgz")) for each in inside):
         return []
     files = sorted(Path(each) for each in inside if not word or named.search(each.name))
-    kinds = ([path for path in files if path.suffix == suffix] for suffix in LARGER_FILES)
+    kinds = ([path for path in files if suffix_of(path) == suffix] for suffix in LARGER_FILES)
     return next((kind for kind in kinds if kind), [])
 
 

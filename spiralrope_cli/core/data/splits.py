@@ -16,21 +16,20 @@ from pathlib import Path
 from spiralrope_cli.core.config.datasets import BUILT_IN, PHOTOGRAPHS, DataSet
 from spiralrope_cli.core.config.folders import refuse_own
 from spiralrope_cli.core.data.listing import (
+    ImageList,
     count_files,
     images_below,
     is_image,
     larger_files,
     list_class_folders,
 )
+from spiralrope_cli.core.data.named import data_root
 from spiralrope_cli.core.data.stored import list_stored
 from spiralrope_cli.core.errors import DataError
 from spiralrope_cli.core.storage import parse
 
 TRAIN, VAL = ("train",), ("val", "validation", "test")
 """Names of a split, the usual one first."""
-
-ON_HUB = {"cifar100": "hfds/uoft-cs/cifar100"}
-"""Names of sets that the Hub has."""
 LABEL_FILES = ("val.txt", "LOC_val_solution.csv")
 CLASS_NAMES = "classnames.txt"
 """A class name per line, beside WebDataset shards whose labels are numbers."""
@@ -128,44 +127,6 @@ def _of_splits(root: Path, train: Split | None, val: Split | None, more: str = "
     )
 
 
-def data_root(data: str) -> Path:
-    """The folder that `--data` names: a path, `wds/PATH`, or `hfds/OWNER/NAME` as downloaded."""
-    data = ON_HUB.get(data, data)
-    kind, _, rest = data.partition("/")
-    if Path(data).exists() or kind not in ("wds", "hfds", "tfds"):
-        return Path(os.path.expanduser(data))
-    if kind == "tfds":
-        raise DataError(
-            f"--data {data}: TFRecord files are not read",
-            "save the data set as parquet, WebDataset shards or class folders",
-        )
-    if kind == "wds":
-        if re.match(r"pipe:|\w+:/", rest):
-            raise DataError(
-                f"--data {data}: a stream has no places to resume a run exactly at",
-                "download the shards, and name their folder",
-            )
-        return Path(os.path.expanduser(rest))
-
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    name, config = "/".join(rest.split("/")[:2]), "/".join(rest.split("/")[2:])
-    try:
-        found = snapshot_download(name, repo_type="dataset", local_files_only=True)
-    except (HFValidationError, LocalEntryNotFoundError) as error:
-        hint = f"hf download {name} --repo-type dataset"
-        raise DataError(f"--data {data} is not downloaded", hint) from error
-    root = Path(found) / config
-    configs = sorted({path.parent for path in root.rglob("*.parquet")})
-    if any(folder in configs for folder in (root, root / "data", root / "train")):
-        return root
-    if len(configs) > 1:
-        named = ", ".join(str(each.relative_to(root)) for each in configs[:5])
-        raise DataError(f"--data {data} has several parts: {named}", f"name one: hfds/{name}/PART")
-    return configs[0] if configs else root
-
-
 # --- Splits
 
 
@@ -190,7 +151,8 @@ def val_split(data: str | Path) -> Split:
 
 def find_split(root: Path, names: Sequence[str]) -> Split | None:
     """A split by its names, of which the first one that is there counts."""
-    if listed := sorted(root.glob(f"{names[0]}20[0-9][0-9].json")):
+    lists = (f"{names[0]}20[0-9][0-9].json{packed}" for packed in ("", ".tar.gz"))
+    if listed := [path for each in lists for path in sorted(root.glob(each))]:
         return listed_split(root, listed)
     for name in names:
         folder = root / name
@@ -231,26 +193,40 @@ def folder_split(folder: Path, may_be_flat: bool = False) -> Split:
 
 def listed_split(root: Path, listed: Sequence[Path]) -> Split:
     """INaturalist 2018 or 2019: images in `train_val20NN/`, with both splits in JSON files."""
-    if len(listed) > 1:
+    if len(years := {re.sub(r"\D+", "", path.name) for path in listed}) > 1:
         lists = ", ".join(path.name for path in listed)
         raise DataError(f"{root} has {lists}", "put each year into a folder of its own")
+    path, year = listed[0], years.pop()  # unpacked, if it is there in both forms
     try:
-        content = parse(listed[0].read_text())
+        content = parse(_unpacked(path) if path.suffix == ".gz" else path.read_bytes())
         classes = sorted((each["id"], str(each["name"])) for each in content["categories"])
         number = {key: place for place, (key, _) in enumerate(classes)}
         label = {each["image_id"]: number[each["category_id"]] for each in content["annotations"]}
-        images = [(str(root / each["file_name"]), label[each["id"]]) for each in content["images"]]
-    except (ValueError, KeyError, TypeError) as error:
+        files = [(each["file_name"].partition("/")[2], each["id"]) for each in content["images"]]
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, tarfile.TarError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise DataError(f"{listed[0]} is not a list of iNaturalist: {reason}") from error
-    said = f"{root}: {len(images)} images with their classes by {listed[0].name}"
+        raise DataError(f"{path} is not a list of iNaturalist: {reason}") from error
+    folders = (root / f"train_val{year}", root / year)  # as packed, and as torchvision renames it
+    folder = next((each for each in folders if each.is_dir()), None)
+    if not folder:
+        hint = f"unpack it there: tar -xf train_val{year}.tar.gz"
+        raise DataError(f"{root} has {path.name}, but no train_val{year}/", hint)
+    images = ImageList.of(((f"{folder}/{file}", label[key]) for file, key in files), str(folder))
+    said = f"{root}: {len(images)} images with their classes by {path.name}"
     return Split(root, tuple(name for _, name in classes), images, (said,))
+
+
+def _unpacked(path: Path) -> bytes:
+    """The list in `train2018.json.tar.gz`, as downloaded."""
+    with tarfile.open(path) as tar:
+        file = tar.extractfile(path.name.removesuffix(".tar.gz"))
+        return file.read() if file else b""
 
 
 def stored_split(files: Sequence[Path], name: str) -> Split:
     """Images in tar, parquet or Arrow files, in the order of the files and their rows."""
     where, count = files[0] if len(files) == 1 else files[0].parent, len(files)
-    totals = [int(found[1]) for path in files if (found := re.search(r"-of-(\d+)", path.stem))]
+    totals = [int(found[1]) for path in files if (found := re.search(r"-of-(\d+)", path.name))]
     if totals and max(totals) != count:
         raise DataError(f"{where} holds {count} of {max(totals)} files", "download the others")
     index = list_stored(files)

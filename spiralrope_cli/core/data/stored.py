@@ -2,7 +2,8 @@
 
 Nothing is unpacked. A tar file may hold one tar file per class, as ImageNet's training images; one
 folder per class; images alone, as ImageNet's validation images; or be a WebDataset shard, with
-KEY.jpg beside KEY.cls or KEY.json. Parquet and Arrow files are those of Hugging Face data sets.
+KEY.jpg beside KEY.cls or KEY.json. Parquet and Arrow files are those of Hugging Face data sets,
+ArrayRecord and TFRecord files those of TensorFlow Datasets.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from spiralrope_cli.core.config.folders import IMAGENET_NAME
-from spiralrope_cli.core.data.listing import is_image
+from spiralrope_cli.core.data.listing import is_image, suffix_of
 from spiralrope_cli.core.errors import DataError
 from spiralrope_cli.core.storage import atomic_write, cache_folder, parse, write_whole
 
@@ -77,7 +78,7 @@ def _make(kept: Path, names: list[str], stamp: list[list[int]]) -> dict[str, Any
         sys.stderr.write(f"listing the images in {size >> 30} GiB of {names[0]}, once\n")
     index: dict[str, Any] = {"stamp": stamp, "files": [], "file": [], "place": [], "label": []}
     for number, name in enumerate(names):
-        found = READERS[Path(name).suffix](Path(name))
+        found = READERS[suffix_of(Path(name))](Path(name))
         index["files"].append(str(found.file))
         index |= {"labels_from": found.labels_from, "classes": found.class_names}
         for first, size, member, label in found.rows:
@@ -166,7 +167,7 @@ def read_table(path: Path) -> Listed:
         file = _as_arrow(path) if path.suffix == ".parquet" else path
         whole = pa.memory_map(str(file)).read_buffer()
         batches, schema = _batches(pa.BufferReader(whole))
-        image = _column(path, schema, IMAGE_COLUMNS)
+        image = _column(path, schema.names, IMAGE_COLUMNS)
         label = next((name for name in LABEL_COLUMNS if name in schema.names), None)
         rows: list[tuple[int, int, str, str | int | None]] = []
         for batch in batches:
@@ -216,11 +217,11 @@ def _as_arrow(path: Path) -> Path:
     return target
 
 
-def _column(path: Path, schema: pa.Schema, names: tuple[str, ...]) -> str:
-    if found := next((name for name in names if name in schema.names), None):
+def _column(path: Path, there: Sequence[str], names: tuple[str, ...]) -> str:
+    if found := next((name for name in names if name in there), None):
         return found
     raise DataError(
-        f"{path} has no column of images: it has {', '.join(schema.names)}",
+        f"{path} has no column of images: it has {', '.join(there)}",
         f"name it {' or '.join(names)}",
     )
 
@@ -262,4 +263,67 @@ def _names(schema: pa.Schema, label: str | None) -> list[str]:
     return list(features.get(label, {}).get("names") or ())
 
 
-READERS = {".tar": read_tar, ".parquet": read_table, ".arrow": read_table}
+# --- TensorFlow Datasets
+
+
+def read_records(path: Path) -> Listed:
+    """The images of an ArrayRecord or TFRecord file of TensorFlow Datasets, without TensorFlow."""
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise DataError(
+            f"{path} needs tensorflow_datasets, which is not installed",
+            "pip install 'spiralrope[tfds]'",
+        ) from error
+    for name in ("dataset_info.json", "features.json"):
+        if not (path.parent / name).is_file():
+            raise DataError(
+                f"{path} has no {name} beside it", "tensorflow_datasets tells by it what is there"
+            )
+    features = tfds.builder_from_directory(path.parent).info.features
+    image = _column(path, list(features), IMAGE_COLUMNS)
+    label = next((name for name in LABEL_COLUMNS if name in features), None)
+    as_stored = {image: tfds.decode.SkipDecoding()}
+    rows: list[tuple[int, int, str, str | int | None]] = []
+    file = path if suffix_of(path) == ".tfrecord" else _as_tfrecord(path)
+    for first, record in _records(file):
+        values = features.deserialize_example_np(record, decoders=as_stored)
+        place, known = first + record.index(values[image]), values.get(label)
+        name = f"{path.name} record {len(rows)}"
+        rows.append((place, len(values[image]), name, _class(known)))
+    names = getattr(features[label], "names", None) if label else None
+    return Listed(file, rows, f"feature {label}", list(names or ()))
+
+
+def _records(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(offset, content) of each record of a TFRecord file, which is not compressed."""
+    with open(path, "rb") as file:
+        while header := file.read(12):  # the size, and its checksum
+            size, first = int.from_bytes(header[:8], "little"), file.tell()
+            if len(header) < 12 or len(record := file.read(size)) < size or len(file.read(4)) < 4:
+                raise DataError(f"{path} is truncated", "prepare the data set again")
+            yield first, record
+
+
+def _as_tfrecord(path: Path) -> Path:
+    """The records of an ArrayRecord file, which are compressed, as a file in the cache folder."""
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    stat = path.stat()
+    key = hashlib.sha256(f"{path} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:32]
+    target = cache_folder() / "records" / f"{key}.tfrecord"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        records = ArrayRecordDataSource([str(path)])
+        with atomic_write(target) as beside, beside.open("wb") as file:
+            for number in range(len(records)):
+                record = records[number]
+                file.write(len(record).to_bytes(8, "little") + bytes(4) + record + bytes(4))
+    return target
+
+
+READERS = {
+    ".tar": read_tar,
+    **dict.fromkeys((".parquet", ".arrow"), read_table),
+    **dict.fromkeys((".array_record", ".tfrecord"), read_records),
+}

@@ -28,7 +28,7 @@ class Row:
     """A published file, in a repository on the Hub or at a plain URL."""
 
     name: str  # published name, for all commands
-    kind: str  # deit, dit, vae, inception or reference; network: a DeiT or DiT of anybody
+    kind: str  # deit, dit, vae, inception, reference or data; network: a DeiT or DiT of anybody
     what: str  # description
     file: str  # path in the repository; for a plain URL the file name
     repo: str = ""
@@ -124,6 +124,15 @@ ROWS = (
         url=f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_INCEPTION}",
         url_variable=INCEPTION_VARIABLE,
         sha256="6726825d",
+    ),
+    Row(
+        name="cifar100",
+        kind="data",
+        what="CIFAR-100, for `--data cifar100`",
+        file="cifar-100-python.tar.gz",
+        url="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+        url_variable="SPIRALROPE_CIFAR100_URL",
+        sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
     ),
     _reference(256, "VIRTUAL_imagenet256_labeled.npz"),
     _reference(512, "VIRTUAL_imagenet512.npz"),

@@ -166,7 +166,7 @@ class FileVersion(NamedTuple):
 
 def target_of(row: Row) -> Path:
     """Path in the cache."""
-    return cache_folder() / "weights" / row.file_name
+    return cache_folder() / ("" if row.kind == "data" else "weights") / row.file_name
 
 
 def fetch_file(row: Row, barred: str, out: Path | None) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -152,6 +153,19 @@ def test_inaturalist_has_its_own_splits(tmp_path, year):
     for path, number in val_split(tmp_path).images:
         assert path.startswith(f"{tmp_path}/train_val{year}/Kind/{number}/val")
     assert f"classes by train{year}.json" in data_set.notes[0]
+    for split in ("train", "val"):  # as downloaded
+        path = tmp_path / f"{split}{year}.json"
+        with tarfile.open(f"{path}.tar.gz", "w:gz") as tar:
+            tar.add(path, path.name)
+        path.unlink()
+    (tmp_path / f"train_val{year}").rename(tmp_path / str(year))  # as torchvision does
+    images = val_split(tmp_path).images
+    assert [number for _, number in images] == [0, 1, 0, 1]
+    assert all(Path(path).is_file() for path, _ in images)
+    (tmp_path / str(year)).rename(tmp_path / "other")
+    with pytest.raises(DataError, match=f"no train_val{year}/") as refused:
+        find_data_set(str(tmp_path))
+    assert f"tar -xf train_val{year}.tar.gz" in refused.value.hint
 
 
 def test_lists_of_inaturalist_that_are_not_clear_are_refused(tmp_path):

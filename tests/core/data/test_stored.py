@@ -177,6 +177,43 @@ def as_arrow(split, root):
     (root / split / "state.json").write_text("{}")
 
 
+def as_records(split, root):
+    """As TensorFlow Datasets prepares them: ArrayRecord for training, TFRecord for validation."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    kinds = {
+        "image": tfds.features.Image(shape=(None, None, 3)),
+        "label": tfds.features.ClassLabel(names=NAMES),
+        "id": tfds.features.Text(),
+    }
+    features = tfds.features.FeaturesDict(kinds)
+    features.save_config(str(root))
+    info = {"name": "tiny", "version": "1.0.0", "fileFormat": "array_record", "splits": []}
+    (root / "dataset_info.json").write_text(json.dumps(info))
+    for shard in range(2):
+        kind, name = ("array_record", split) if split == "train" else ("tfrecord", "validation")
+        records = [
+            features.serialize_example(
+                features.encode_example(
+                    {"image": io.BytesIO(content), "label": number, "id": str(place)}
+                )
+            )
+            for place, number, _, content in samples()[shard * 13 : shard * 13 + 13]
+        ]
+        path = root / f"tiny-{name}.{kind}-{shard:05d}-of-00002"
+        if kind == "array_record":
+            writer = ArrayRecordWriter(str(path), "group_size:1")
+            for record in records:
+                writer.write(record)
+            writer.close()
+        else:  # size, checksum, record, checksum
+            framed = (
+                len(each).to_bytes(8, "little") + bytes(4) + each + bytes(4) for each in records
+            )
+            path.write_bytes(b"".join(framed))
+
+
 FORMS = {
     "imagenet": as_imagenet,
     "folders in a tar": as_folders_in_a_tar,
@@ -184,6 +221,7 @@ FORMS = {
     "webdataset": as_shards,
     "parquet": as_parquet,
     "arrow": as_arrow,
+    "tensorflow datasets": as_records,
 }
 
 
@@ -374,10 +412,8 @@ def test_several_processes_make_one_list(tmp_path, monkeypatch):
 def test_what_is_not_here_or_has_no_places_is_refused(hub, tmp_path):
     for data, message, hint in (
         ("hfds/owner/gone", "is not downloaded", "hf download owner/gone --repo-type dataset"),
-        ("cifar100", "is not downloaded", "hf download uoft-cs/cifar100 --repo-type dataset"),
         ("wds/pipe:curl x", "a stream has no places", "download the shards"),
         ("wds/https://x/0.tar", "a stream has no places", "download the shards"),
-        ("tfds/mnist", "TFRecord files are not read", "save the data set as parquet"),
         (f"wds/{tmp_path}/gone", "is neither a folder nor a built-in name", "built in: digits"),
     ):
         for find in (find_data_set, find_train_set):

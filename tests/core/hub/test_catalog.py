@@ -18,7 +18,7 @@ def test_every_row_says_where_it_comes_from():
     assert len({row.name for row in ROWS}) == len(ROWS)
     for row in ROWS:
         assert bool(row.repo) != bool(row.url)
-        assert row.kind in ("deit", "dit", "vae", "inception", "reference")
+        assert row.kind in ("deit", "dit", "vae", "inception", "reference", "data")
         assert row.what
         if row.rope is not None:
             RopeConfig(**row.rope)
