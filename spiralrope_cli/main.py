@@ -33,6 +33,7 @@ COMMANDS = {
     "pretrain": "Train a DeiT with Spiral RoPE from scratch.",
     "finetune": "Finetune a DeiT from a run, a checkpoint file or published weights.",
     "eval": "Evaluate acc@1, acc@5 and loss on the validation images.",
+    "predict": "Predict the classes of your own images with a DeiT.",
     "run": "Run a whole pipeline in one folder: training, evaluation or sampling, report.",
     "dit-train": "Train a class-conditional DiT (diffusion transformer) with Spiral RoPE.",
     "dit-encode": "Encode images with a VAE once, to train a DiT from cached latents.",

@@ -137,6 +137,8 @@ def test_light_files_load_the_standard_library_alone(path):
         ["eval", "x", "--json", "--csv"],
         ["eval", "--scaling", "x"],
         ["eval", "deit-s", "--data", "nowhere"],
+        ["predict", "--help"],
+        ["predict", "gone.pth", "photo.jpg"],
         ["dit-train", "--help"],
         ["dit-train", "--arch", "dit-x"],
         ["dit-train", "--init-from", "nowhere/at-all"],

@@ -19,7 +19,12 @@ from typing import Any
 import numpy as np
 
 from spiralrope_cli.core.config.datasets import BUILT_IN
-from spiralrope_cli.core.config.folders import IMAGENET_CLASSES, refuse_own, samples_in
+from spiralrope_cli.core.config.folders import (
+    IMAGENET_CLASSES,
+    IMAGENET_NAME,
+    refuse_own,
+    samples_in,
+)
 from spiralrope_cli.core.data.listing import (
     IMAGE_SUFFIXES,
     LARGER_FILES,
@@ -244,8 +249,8 @@ def digest_of(side: Side, stop: threading.Event | None = None) -> str:
 def names_of(data: str, num_classes: int, stored: Sequence[str] = ()) -> list[str]:
     """The names of all classes, or their numbers if the names are unknown.
 
-    `stored` are those of the weights. `data` is a built-in name or a folder; empty for published
-    weights.
+    ImageNet's are words, such as `tench`. `stored` are those of the weights. `data` is a built-in
+    name or a folder; empty for published weights.
     """
     names = list(stored)
     if not names and data in BUILT_IN:
@@ -253,8 +258,11 @@ def names_of(data: str, num_classes: int, stored: Sequence[str] = ()) -> list[st
     elif not names and data:
         with contextlib.suppress(DataError):
             names = list(train_split(data).class_names)
-    elif not names and num_classes == IMAGENET_CLASSES:
+    of_imagenet = not (names or data) and num_classes == IMAGENET_CLASSES
+    if of_imagenet or (names and all(map(IMAGENET_NAME.fullmatch, names))):
         from timm.data import ImageNetInfo
 
-        names = [name.split(",")[0] for name in ImageNetInfo().label_descriptions()]
+        info = ImageNetInfo()
+        words = dict(zip(info.label_names(), info.label_descriptions(), strict=True))
+        names = [str(words.get(name, name)).partition(",")[0] for name in names or words]
     return names if len(names) == num_classes else [str(n) for n in range(num_classes)]

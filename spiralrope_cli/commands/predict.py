@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from spiralrope_cli.commands.command import SETTINGS, command
+from spiralrope_cli.core.config.models import BY_WEIGHTS, RopeConfig
+from spiralrope_cli.core.config.predictions import Prediction
+from spiralrope_cli.core.config.training import MachineConfig
+
+app = typer.Typer(**SETTINGS)
+
+
+@command(
+    app,
+    "predict",
+    Prediction,
+    RopeConfig,
+    MachineConfig,
+    leave_out=(
+        *("nproc", "nnodes", "rdzv_endpoint", "max_restarts", "compile", "grad_checkpointing"),
+        *("skip_bad", "resume", "tracker"),
+    ),
+    defaults=BY_WEIGHTS,
+)
+def predict(given: dict[str, Any]) -> None:
+    """Predict the classes of your own images with a DeiT: a run, a file or published weights.
+
+    Prints the most probable classes of each image. Images are resized, cropped and normalised as
+    in eval. Those that cannot be read are named on stderr; the exit code is then 1.
+
+    Examples:
+      spiralrope predict deit-b photo.jpg                   names of ImageNet's classes
+      spiralrope predict runs/birds photos/ --ema --top-k 1
+      spiralrope predict runs/birds 'photos/**/*.jpg' --json > classes.json
+      spiralrope predict deit-b photos/ --out sheet.png     also as a contact sheet
+    """
+    from spiralrope_cli.core.jobs.predict import predict as job
+
+    job(given)
