@@ -70,7 +70,7 @@ def evaluate(given: dict[str, Any]) -> Remaining:
       spiralrope eval runs/x --all                 all eight rows
       spiralrope eval deit-b --data ~/imagenet     published weights
       spiralrope eval deit-b --image-size 224 --image-size 384
-      spiralrope eval deit-b --data ~/imagenet-r   200 classes; also -A, -V2, -Sketch
+      spiralrope eval deit-b --data ~/imagenet-r   200 classes; also -V2, -Sketch
       spiralrope eval runs/x runs/y --json         several at once, for scripts
     """
     from spiralrope_cli.core.jobs import evaluate as job

@@ -25,16 +25,17 @@ app = typer.Typer(**SETTINGS)
     defaults=BY_WEIGHTS,
 )
 def predict(given: dict[str, Any]) -> None:
-    """Predict the classes of your own images with a DeiT: a run, a file or published weights.
+    """Predict the classes of your own images with a DeiT.
 
-    Prints the most probable classes of each image. Images are resized, cropped and normalised as
-    in eval. Those that cannot be read are named on stderr; the exit code is then 1.
+    Prints the most probable classes of each image, by name. SOURCE is a run, a file or published
+    weights. Images are resized, cropped and normalised as in eval. Those that cannot be read are
+    named on stderr; the exit code is then 1.
 
     Examples:
-      spiralrope predict deit-b photo.jpg                   names of ImageNet's classes
+      spiralrope predict deit-b photo.jpg              ImageNet's classes
       spiralrope predict runs/birds photos/ --ema --top-k 1
       spiralrope predict runs/birds 'photos/**/*.jpg' --json > classes.json
-      spiralrope predict deit-b photos/ --out sheet.png     also as a contact sheet
+      spiralrope predict deit-b photos/ --out sheet.png
     """
     from spiralrope_cli.core.jobs.predict import predict as job
 
