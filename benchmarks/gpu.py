@@ -36,7 +36,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from spiralrope_cli import GaussianDiffusion, RopeConfig, create_model
 from spiralrope_cli.core import kernels
-from spiralrope_cli.core.config.evals import FidRun
+from spiralrope_cli.core.config.fid import FidRun
 from spiralrope_cli.core.config.samples import GuidanceConfig
 from spiralrope_cli.core.data.image_sets import inspect_side
 from spiralrope_cli.core.data.memory import load_digits

@@ -41,6 +41,7 @@ def dit_train(given: dict[str, Any]) -> Remaining:
       spiralrope dit-train --data ~/imagenet --arch dit-b4   the published recipe
       spiralrope dit-train --arch dit-b4 --latents latents   from cached latents
       spiralrope dit-train --init-from dit-xl2 --data flowers
+      spiralrope dit-train --fid-every 5000 --fid-reference imagenet256.npz
       spiralrope dit-train --dry-run                         print the plan
     """
     from spiralrope_cli.core.jobs.train import train

@@ -5,7 +5,7 @@ from typing import Any
 import typer
 
 from spiralrope_cli.commands.command import SETTINGS, command
-from spiralrope_cli.core.config.evals import FidRun
+from spiralrope_cli.core.config.fid import FidRun
 from spiralrope_cli.core.config.slurm import SlurmOptions
 from spiralrope_cli.core.runtime.slurm import Remaining
 

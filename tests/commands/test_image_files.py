@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from spiralrope_cli import main as cli
 from spiralrope_cli.core.config.datasets import PHOTOGRAPHS
-from spiralrope_cli.core.config.evals import FidRun
+from spiralrope_cli.core.config.fid import FidRun
 from spiralrope_cli.core.config.option import build
 from spiralrope_cli.core.config.recipes import PRETRAIN
 from spiralrope_cli.core.config.runs import AugmentConfig

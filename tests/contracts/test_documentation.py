@@ -103,7 +103,15 @@ TINY = {
 PLAN_ONLY = {
     *("--rotate", "--name", "--seed", "--out", "--scaling", "--projection", "--json", "--select"),
     *("--bootstrap", "--kid-subset-size", "--classes", "--rdzv-endpoint", "--dry-run", "--vae"),
-    *("--batch-size", "--num-samples", "--schedule", "--save-stats", "--max-restarts"),
+    *(
+        "--fid-every",
+        "--fid-reference",
+        "--batch-size",
+        "--num-samples",
+        "--schedule",
+        "--save-stats",
+        "--max-restarts",
+    ),
 }
 """Options that alone make no line worth another run to the end."""
 
@@ -261,6 +269,8 @@ def test_a_command_runs(line, among_small_things, monkeypatch, request):
         (slurm_stand_ins.install(among_small_things / "bin") / "hold").touch()
         monkeypatch.setenv("PATH", f"{among_small_things / 'bin'}:{os.environ['PATH']}")
     words += [] if "--from-legacy" in words else FITTED.get(words[0], [])
+    if "--fid-every" in words:
+        words += ["--fid-weights", str(request.getfixturevalue("inception_weights"))]
     if words[0] == "fid":
         words += ["--weights", str(request.getfixturevalue("inception_weights"))]
     launched = []

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "data": ALWAYS | {"runtime"},
     "resolve": ALWAYS | {"runtime", "data"},
     "diffusion": ALWAYS,
-    "training": ALWAYS | {"runtime", "models", "data", "diffusion", "metrics"},
+    "training": ALWAYS | {"runtime", "rope", "models", "data", "diffusion", "metrics"},
     "metrics": ALWAYS | {"runtime", "data"},
     "hub": ALWAYS | {"runtime", "rope"},
     "infer": ALWAYS | {"hub"},

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from spiralrope_cli.core.config.datasets import DATA_NAMES
+from spiralrope_cli.core.config.fid import TrainingFid
 from spiralrope_cli.core.config.models import SIZE, dit_size, format_size
 from spiralrope_cli.core.config.option import (
     DATA,
@@ -177,6 +178,7 @@ class DiTRun(RunConfig):
     images: ImageConfig = field(metadata={"was": "pictures"})
     optim: DiTOptimConfig
     checkpoint: DiTCheckpointConfig
+    fid: TrainingFid = field(default_factory=TrainingFid)
     machine: MachineConfig = field(default_factory=MachineConfig)
 
     of_classes, positions = "label table", "fixed sin-cos"
@@ -193,6 +195,7 @@ class DiTRun(RunConfig):
 
     def inert_options(self) -> list[tuple[str, str]]:
         inert = [] if self.source else [("ema", "--init-from is not given")]
+        inert += self.fid.inert_options()
         if self.images.latents:
             inert += [(name, "--latents is given") for name in ("data", "workers", "skip_bad")]
         return inert
@@ -201,6 +204,11 @@ class DiTRun(RunConfig):
     def vae_in_loop(self) -> str:
         """The VAE that encodes images in every step; empty if there is none."""
         return self.images.vae if self.images.in_latents and not self.images.latents else ""
+
+    def fid_at(self, step: int) -> bool:
+        """Whether the FID is computed after a step."""
+        every = self.fid.fid_every
+        return every > 0 and step > 0 and (step % every == 0 or step == self.total_steps)
 
     def samples_at(self, step: int) -> bool:
         """Whether a sample grid is made after a step, except after the last."""

@@ -14,6 +14,7 @@ from spiralrope_cli.core.config.dit_runs import (
     VAE_NAMES,
     input_size,
 )
+from spiralrope_cli.core.config.fid import NUM_SAMPLING_STEPS
 from spiralrope_cli.core.config.hub import HUB
 from spiralrope_cli.core.config.models import ARCH_OF_SOURCE, SIZE, format_size, numbers, pair
 from spiralrope_cli.core.config.option import (
@@ -266,7 +267,7 @@ class SampleRun:
     num_sampling_steps: Annotated[
         str,
         Opt("Number of steps; or per section, as 10,15,20; or ddim25.", SAMPLING, was="--steps"),
-    ] = "250"
+    ] = str(NUM_SAMPLING_STEPS)
     sampler: Annotated[SamplerName, Opt("Sampler.", SAMPLING)] = "ddpm"
     guidance: GuidanceConfig
     classes: Annotated[

@@ -26,7 +26,7 @@ import torchvision  # noqa: F401  loads its operators
 from PIL import Image
 from torch import Tensor
 
-from spiralrope_cli.core.config.evals import Reading
+from spiralrope_cli.core.config.fid import Reading
 from spiralrope_cli.core.data.image_sets import FolderInput, ImageInput, NpzImages
 from spiralrope_cli.core.data.listing import ImageList, opened
 from spiralrope_cli.core.data.npz import stream_rows

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing
 from numpy.lib import format as npy
 
-from spiralrope_cli.core.config.evals import statistics_folder
+from spiralrope_cli.core.config.fid import statistics_folder
 from spiralrope_cli.core.errors import DataError, SpiralRopeError
 from spiralrope_cli.core.runtime.progress import say
 from spiralrope_cli.core.storage import atomic_write

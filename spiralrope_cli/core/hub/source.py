@@ -225,20 +225,32 @@ def _checked(files: VaeFiles) -> VaeFiles:
     return files
 
 
-def find_inception(given: str) -> tuple[Path, str]:
-    """File and SHA-256 of the Inception weights: `--weights`, or those of `fetch inception`."""
+def folder_of_vae(given: str) -> Path:
+    """Folder of a VAE, which is downloaded if needed."""
+    return find_vae(given).folder
+
+
+def folder_of_local_vae(given: str) -> Path:
+    """Folder of a VAE, without a download; raises if it is missing."""
+    if (files := local_vae(given)) is None:
+        raise CheckpointError(f"the VAE {given} is not downloaded, so they cannot be decoded")
+    return files.folder
+
+
+def find_inception(given: str, option: str = "--weights") -> tuple[Path, str]:
+    """File and SHA-256 of the Inception weights: `given`, or those of `fetch inception`."""
     from spiralrope_cli.core.hub.files import sha256_of, target_of
 
     row = find_row("inception")
     path = Path(os.path.expanduser(given)) if given else target_of(row)
     if given and not path.is_file():
         raise ConfigError(
-            f"--weights {path} does not exist", "spiralrope fetch inception downloads the weights"
+            f"{option} {path} does not exist", "spiralrope fetch inception downloads the weights"
         )
     if not path.is_file():
         raise FetchError(
             f"the Inception weights are not downloaded: {path} does not exist",
-            "use spiralrope fetch inception (95 MB), or --weights FILE",
+            f"use spiralrope fetch inception (95 MB), or {option} FILE",
         )
     digest = sha256_of(path)
     if not given and not digest.startswith(row.sha256):

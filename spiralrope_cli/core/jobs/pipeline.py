@@ -18,7 +18,8 @@ from typing import Any
 
 from spiralrope_cli import __version__
 from spiralrope_cli.core.config.dit_runs import NO_VAE, DiTRun, TrainingRun
-from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions, FeatureMachine, FidRun
+from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions
+from spiralrope_cli.core.config.fid import FeatureMachine, FidRun
 from spiralrope_cli.core.config.folders import FID_FILE, NPZ_FILE, PIPELINE_FILE, REPORT_FILE
 from spiralrope_cli.core.config.option import build, leaves
 from spiralrope_cli.core.config.pipelines import (

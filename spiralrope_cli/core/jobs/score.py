@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from spiralrope_cli import __version__
-from spiralrope_cli.core.config.evals import EXTRACTOR, FidRun, fid_notes
+from spiralrope_cli.core.config.fid import EXTRACTOR, FidRun, fid_notes
 from spiralrope_cli.core.config.folders import NPZ_FILE
 from spiralrope_cli.core.config.option import build, idle_lines
 from spiralrope_cli.core.data import npz

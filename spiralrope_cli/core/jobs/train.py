@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import math
 from collections import ChainMap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any, cast
 from rich.table import Table
 
 from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
-from spiralrope_cli.core.config.folders import CURVES_FILE, nameless_note, numbering_note
+from spiralrope_cli.core.config.folders import CURVES_FILE, nameless_note
 from spiralrope_cli.core.config.models import format_size, is_dit
 from spiralrope_cli.core.config.option import build, flat_values, leaves
 from spiralrope_cli.core.config.recipes import with_usual_micro_batch
 from spiralrope_cli.core.config.rope import given_rope
 from spiralrope_cli.core.config.runs import ClassifierRun
-from spiralrope_cli.core.config.training import LINEAR_RULE_BATCH, MOST_OF_FIRST, TrainOptions
+from spiralrope_cli.core.config.samples import decoder_of
+from spiralrope_cli.core.config.training import LINEAR_RULE_BATCH, TrainOptions
 from spiralrope_cli.core.errors import CheckpointError, ConfigError, NoRouteError
-from spiralrope_cli.core.hub.source import find_source, find_vae, local_vae
+from spiralrope_cli.core.hub.source import find_inception, find_source, find_vae, local_vae
 from spiralrope_cli.core.report.results import print_results
 from spiralrope_cli.core.resolve import Resolved, StartingPoint, as_begun, resolve
 from spiralrope_cli.core.runtime.launch import (
@@ -39,18 +40,13 @@ from spiralrope_cli.core.runtime.progress import console, say, say_unreadable
 from spiralrope_cli.core.runtime.run_folder import first_step, is_finished, write_sources
 from spiralrope_cli.core.runtime.slurm import Remaining
 from spiralrope_cli.core.runtime.trackers import check_tracker, log_in
+from spiralrope_cli.core.training.hints import hints
 
 if TYPE_CHECKING:
     from spiralrope_cli.core.runtime.distributed import DistContext
     from spiralrope_cli.core.training import loop
     from spiralrope_cli.core.weights import Weights
 
-CLAMP_HINT_FRACTION = 0.15
-LITTLE_OF_FIRST = 0.01
-SMALL_CHANGE = 0.1
-"""Change of a query against axial RoPE below which results can hardly differ."""
-MOST_PATCHES = 1 << 18
-"""Patches up to which the notes of a plan look at the position of each."""
 ORIGINS = (
     *("option", "config file", "environment", "latents", "source", "data set"),
     *("recipe", "fit", "default"),
@@ -121,18 +117,30 @@ def carry_out(resolved: Resolved, notes: Iterable[str] = (), *, dry_run: bool) -
     resolved, notes = replace(resolved, run=run), [*notes, *batch_notes(resolved), *more]
     if is_first_process():
         plan(resolved, first_step=step, every_value=dry_run, notes=notes)
-        if run.vae_in_loop:
-            try:
-                local_vae(run.vae_in_loop) if dry_run else find_vae(run.vae_in_loop)
-            except NoRouteError as error:
-                hint = f"{error.hint}; --vae none trains on pixels, without a VAE"
-                raise NoRouteError(error.message, hint) from error
+        find_files(run, find=local_vae if dry_run else find_vae)
     if not dry_run:
         if is_first_process():
             log_in(run.machine.tracker)
             write_sources(run, resolved.sources)
         launch(work, run)
     return finished
+
+
+def find_files(run: TrainingRun, find: Callable[[str], object]) -> None:
+    """Finds VAEs by `find`, and what the FID needs; raises before any worker starts."""
+    if not isinstance(run, DiTRun):
+        return
+    if run.fid.fid_every:
+        from spiralrope_cli.core.training.fid import settle_fid
+
+        settle_fid(run, find_inception)
+    decoder = decoder_of(run.images.vae) if run.fid.fid_every and run.images.in_latents else ""
+    try:
+        for vae in filter(None, (run.vae_in_loop, decoder)):
+            find(vae)
+    except NoRouteError as error:
+        hint = f"{error.hint}; --vae none trains on pixels, without a VAE"
+        raise NoRouteError(error.message, hint) from error
 
 
 def with_checked_batch(run: TrainingRun) -> TrainingRun:
@@ -209,6 +217,8 @@ def plan_rows(run: TrainingRun, first_step: int) -> dict[str, str]:
     rows["length"] = (
         f"{run.total_steps} steps, {run.steps_per_epoch} per epoch: {epochs:.3g} epochs"
     )
+    if isinstance(run, DiTRun) and run.fid.fid_every:
+        rows["FID"] = run.fid.summary
     return rows
 
 
@@ -234,51 +244,6 @@ def _short(value: object) -> str:
     return str(value)
 
 
-def hints(run: TrainingRun) -> list[str]:
-    """Notes on settings that work but are probably not intended."""
-    rope, optim = run.rope, run.optim
-    messages = numbering_note(run.class_names)
-    if optim.schedule == "cosine" and optim.peak_lr < optim.min_lr:
-        messages.append(
-            f"the learning rate rises to the end: its peak of {optim.peak_lr:g} is below --min-lr "
-            f"{optim.min_lr:g}; try a higher --lr, or --lr-rule none"
-        )
-    fraction = 0.0 if optim.ema_warmup else optim.ema_decay**run.total_steps
-    if fraction > MOST_OF_FIRST:
-        messages.append(
-            f"{fraction:.0%} of the EMA weights will still be the first ones: {run.total_steps} "
-            f"steps are few for --ema-decay {optim.ema_decay:g}; at "
-            f"{LITTLE_OF_FIRST ** (1 / run.total_steps):.4g} it would be {LITTLE_OF_FIRST:.0%}, "
-            "and with --ema-warmup 0%"
-        )
-    if isinstance(run, DiTRun) and run.model.class_dropout_prob == 0:
-        messages.append(
-            "--class-dropout-prob 0 trains no null label: dit-sample then refuses --cfg-scale"
-        )
-    if rope.enabled and rope.rotate > (most := max(run.head_dim // 8, 1)):
-        messages.append(
-            f"--rotate {rope.rotate}: heads of {run.head_dim} channels support at most {most}; "
-            "with more, some directions have too few channels, or none"
-        )
-    if rope.enabled and rope.rotate > 1 and math.prod(run.grid) <= MOST_PATCHES:
-        from spiralrope_cli.core.rope import change_from_axial, clamped_fraction
-
-        fraction = clamped_fraction(run.grid, rope, run.head_dim)
-        if rope.projection != "exact" and fraction >= CLAMP_HINT_FRACTION:
-            messages.append(
-                f"{fraction:.0%} of the positions are clamped; --projection exact clamps none"
-            )
-        change = change_from_axial(run.grid, run.head_dim, rope, run.model.pretrain_grid)
-        if change < SMALL_CHANGE:
-            rows, columns = run.grid
-            messages.append(
-                f"on {rows}x{columns} patches and heads of {run.head_dim} channels, rotate "
-                f"{rope.rotate} changes queries by {change:.1%} against axial RoPE: such runs "
-                "hardly differ"
-            )
-    return messages
-
-
 def work(config: TrainingRun) -> None:
     """Trains; every worker runs this."""
     from spiralrope_cli.core.load import load_pretrained
@@ -293,6 +258,13 @@ def work(config: TrainingRun) -> None:
         task = open_task(config, ctx)
         config = with_fitting_micro_batch(config, ctx, task)
         task = task.split_as(config, ctx)
+        if isinstance(config, DiTRun) and config.fid.fid_every:
+            from spiralrope_cli.core.hub.published import load_safely
+            from spiralrope_cli.core.hub.source import folder_of_vae
+            from spiralrope_cli.core.training.fid import FidOfTraining
+
+            measure = FidOfTraining(config, ctx, find_inception, load_safely, folder_of_vae)
+            task = replace(task, measure_at=config.fid_at, measure=measure)
         state, forward = loop.build_state(
             config,
             ctx,
@@ -314,19 +286,13 @@ def work(config: TrainingRun) -> None:
 
 def open_task(config: TrainingRun, ctx: DistContext) -> loop.Task:
     """The task of the network: classification or diffusion."""
+    from spiralrope_cli.core.hub.source import folder_of_local_vae, folder_of_vae
     from spiralrope_cli.core.training.classification import classification
     from spiralrope_cli.core.training.diffusion import diffusion
 
     if not is_dit(config.arch):
         return classification(cast(ClassifierRun, config), ctx)
-    return diffusion(cast(DiTRun, config), ctx, lambda given: find_vae(given).folder, decoder_here)
-
-
-def decoder_here(given: str) -> Path:
-    """Folder of a VAE, without a download; raises if it is missing."""
-    if (files := local_vae(given)) is None:
-        raise CheckpointError(f"the VAE {given} is not downloaded, so they cannot be decoded")
-    return files.folder
+    return diffusion(cast(DiTRun, config), ctx, folder_of_vae, folder_of_local_vae)
 
 
 def starting_weights(run: TrainingRun, *, verify: bool = True) -> Weights:

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from spiralrope_cli.core.config.evals import FidRun
+from spiralrope_cli.core.config.fid import FidRun
 from spiralrope_cli.core.data.image_sets import FolderInput, ImageInput, Side
 from spiralrope_cli.core.data.images import (
     LARGEST_BATCH,

@@ -48,6 +48,7 @@ CURVES = (
         "Validation acc@1 (%)",
         (Series("acc1", "raw weights"), Series("ema_acc1", "EMA weights", "--")),
     ),
+    ("FID (EMA weights)", (Series("fid"),)),
     ("Variational bound (bits per dimension)", (Series("vb"),)),
     ("Learning rate", (Series("lr"),)),
     ("Images per second", (Series("images_per_s"),)),

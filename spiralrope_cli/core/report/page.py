@@ -196,6 +196,8 @@ def about_training(folder: Path) -> tuple[str, dict[str, str]]:
         tiles["acc@1, last"] = f"{validations[-1]['acc1']:.2f} %"
         tiles["acc@1, EMA"] = f"{validations[-1]['ema_acc1']:.2f} %"
         tiles["acc@1, best raw"] = f"{best_validation(validations)['acc1']:.2f} %"
+    if scored := [line for line in lines if "fid" in line]:
+        tiles["FID, EMA"] = f"{scored[-1]['fid']:.2f}"
     if logged := [line for line in lines if "loss" in line]:
         tiles["training loss"] = f"{logged[-1]['loss']:.4f}"
         tiles["images per second"] = f"{logged[-1]['images_per_s']:,.0f}"

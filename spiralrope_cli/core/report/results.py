@@ -15,7 +15,7 @@ from rich import box
 from rich.table import Table
 
 from spiralrope_cli.core.config.dit_runs import GRID_ROWS, DiTRun, read_config
-from spiralrope_cli.core.config.evals import FID_METRICS
+from spiralrope_cli.core.config.fid import FID_METRICS
 from spiralrope_cli.core.config.folders import (
     CONFIG_FILE,
     CURVES_FILE,
@@ -71,8 +71,10 @@ def print_results(folder: Path) -> None:
             say_result(f"{name}: {folder / file}")
     if validations:
         say_result(f"validation acc@1 {validations[-1]['acc1']:.2f} %")
-    elif lines:
-        say_result(f"training loss {lines[-1]['loss']:.4f}")
+    if scored := [line for line in lines if "fid" in line]:
+        say_result(f"FID {scored[-1]['fid']:.4f}, EMA weights, {scored[-1]['fid_num']} images")
+    if logged := [line for line in lines if "loss" in line and not validations]:
+        say_result(f"training loss {logged[-1]['loss']:.4f}")
 
 
 def print_evaluation(rows: Sequence[Record], output: str = "table", decoded: int = 0) -> None:

@@ -44,7 +44,8 @@ VALIDATED = (
     *("step", "epoch", "acc1", "acc5", "val_loss"),
     *("ema_acc1", "ema_acc5", "ema_val_loss", "count"),
 )
-"""Keys of a log point, and of a validation."""
+SCORED = ("step", "epoch", "fid", "fid_num")
+"""Keys of a log point, of a validation, and of a FID."""
 SHOWN = {
     "lr": "lr {:.3g}",
     "loss": "loss {:.4f}",
@@ -208,6 +209,21 @@ class Reporter:
             self._tracker.log_image(step, "samples", path)
         self.say(f"samples: {path}")
 
+    def scored(self, step: int, values: dict[str, float]) -> None:
+        """A FID of the averaged weights."""
+        self._record("val", step, values)
+        self.say(f"step {step}  FID {values['fid']:.4f}  EMA weights, {values['fid_num']} images")
+
+    @contextlib.contextmanager
+    def counting(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """As `counted`, in place of the bar of the run."""
+        hidden, self._live.transient = self._live.is_started, True
+        self._live.stop()
+        with counted(what, total, shown=self.first, unit="images/s") as advance:
+            yield advance
+        if hidden:
+            self._live.start()
+
     def say(self, line: str) -> None:
         """Prints one line."""
         say(line, self.console)
@@ -253,7 +269,7 @@ def _whole_line(line: bytes) -> dict[str, Any]:
     """One line; empty if it is damaged."""
     with contextlib.suppress(ValueError, TypeError, AttributeError):
         found = parse(line)
-        whole = any(set(keys) <= found.keys() for keys in (LOGGED, VALIDATED))
+        whole = any(set(keys) <= found.keys() for keys in (LOGGED, VALIDATED, SCORED))
         if whole and all(abs(value) < math.inf for value in found.values()):
             return dict(found)
     return {}

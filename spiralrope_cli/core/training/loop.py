@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,9 @@ class Task:
         validate: validates before the checkpoint is saved, because the best one must be saved.
         sample: samples after the checkpoint is saved, on the first process, also after the last
             step.
+        measure_at: whether to measure after this step.
+        measure: measures after all that, in all processes, unless the log has it; returns the
+            number of a signal that stopped it, else 0. The resumed run then measures first.
     """
 
     data: TrainingData
@@ -67,6 +70,8 @@ class Task:
     inspect_at: Callable[[int], bool]
     validate: Callable[[TrainState, Reporter], None] | None = None
     sample: Callable[[TrainState, Reporter], None] | None = None
+    measure_at: Callable[[int], bool] = lambda step: False
+    measure: Callable[[TrainState, Reporter], int] = lambda state, reporter: 0
 
     def split_as(self, config: TrainingRun, ctx: DistContext) -> Task:
         """The task with the micro-batches of a config."""
@@ -84,6 +89,8 @@ def training_loop(
 ) -> None:
     """Trains to the last step; after a signal it saves a checkpoint and exits."""
     total_steps, optim = config.total_steps, config.optim
+    if task.measure_at(state.step) and (stop := task.measure(state, reporter)):
+        leave(stop, state, reporter)
     meter, clock = LossMeter(ctx.device), Clock(state.step)
     with contextlib.closing(task.data.train_steps(state.step, total_steps)) as batches:
         while state.step < total_steps:
@@ -109,23 +116,50 @@ def training_loop(
                 values["images_per_s"] = optim.batch_size * num_steps / seconds
                 reporter.log(state.step, values | data_wait(task.data, seconds, ctx, reporter))
             stop = ctx.stop.agreed(ctx.device, ask_all=log_now)
-            inspect_now = task.inspect_at(state.step)
-            save_now = stop or due(state.step, config.save_steps, total_steps)
-            if inspect_now or save_now:
-                # In this order: check that the loss is finite, validate, save, sample.
+            if stop or anything_due(config, task, state.step):
                 with clock.pause():
                     read_finite(meter, config, ctx, task.data.remake)
-                    if inspect_now and task.validate:
-                        task.validate(state, reporter)
-                    if save_now or state.best.get("step") == state.step:
-                        save_checkpoint(config, ctx, state)
-                    if inspect_now and task.sample and ctx.is_first:
-                        task.sample(state, reporter)
-            if stop and state.step < total_steps:
-                reporter.say(f"stopped at step {state.step}; the same command resumes")
-                sys.exit(128 + stop)
+                    stop = after_step(config, ctx, task, state, reporter, stop)
+            if stop and (state.step < total_steps or task.measure_at(state.step)):
+                leave(stop, state, reporter)
     if task.sample and ctx.is_first:
         task.sample(state, reporter)
+
+
+def anything_due(config: TrainingRun, task: Task, step: int) -> bool:
+    """Whether there is more to do after this step than to log it."""
+    save_now = due(step, config.save_steps, config.total_steps)
+    return save_now or task.inspect_at(step) or task.measure_at(step)
+
+
+def after_step(
+    config: TrainingRun,
+    ctx: DistContext,
+    task: Task,
+    state: TrainState,
+    reporter: Reporter,
+    stop: int,
+) -> int:
+    """Validates, saves, samples and measures, in this order; the signal to stop for, or 0."""
+    inspect_now = task.inspect_at(state.step)
+    save_now = stop or due(state.step, config.save_steps, config.total_steps)
+    if inspect_now and task.validate:
+        task.validate(state, reporter)
+    if save_now or state.best.get("step") == state.step:
+        save_checkpoint(config, ctx, state)
+    if inspect_now and task.sample and ctx.is_first:
+        task.sample(state, reporter)
+    if task.measure_at(state.step) and not stop:
+        stop = task.measure(state, reporter)
+        if stop and not save_now:
+            save_checkpoint(config, ctx, state)
+    return stop
+
+
+def leave(stop: int, state: TrainState, reporter: Reporter) -> NoReturn:
+    """Exits after a signal, with its code."""
+    reporter.say(f"stopped at step {state.step}; the same command resumes")
+    sys.exit(128 + stop)
 
 
 def data_wait(

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from spiralrope_cli.core import config
-from spiralrope_cli.core.config.evals import words
+from spiralrope_cli.core.config.fid import words
 from spiralrope_cli.core.config.models import SIZE, RopeConfig, numbers, pair, size
 from spiralrope_cli.core.config.option import (
     PANELS,
