@@ -61,7 +61,7 @@ def deit(given: dict[str, Any]) -> Remaining | None:
     if "sweep" in given or "seeds" in given:
         from spiralrope_cli.core.jobs.sweep import run_sweep
 
-        return run_sweep(given)
+        return run_sweep("deit", given)
     from spiralrope_cli.core.jobs.pipeline import run_stages, settle_deit
 
     return run_stages(settle_deit(given), dry_run=given.get("dry_run", False))
@@ -74,7 +74,10 @@ def deit(given: dict[str, Any]) -> Remaining | None:
     TrainOptions,
     DiTStages,
     SlurmOptions,
-    leave_out=(*NOT_HERE, "qk_norm", "hflip", "class_dropout_prob"),
+    leave_out=(
+        *(*NOT_HERE, "qk_norm", "hflip", "class_dropout_prob"),
+        *("fid_reference", "fid_weights"),  # --reference and --weights
+    ),
     words=DIT_WORDS,
     defaults=shown_defaults("dit-train"),
 )
@@ -93,12 +96,17 @@ def dit(given: dict[str, Any]) -> Remaining | None:
       spiralrope run dit                                    DiT-Ti/2 on digits
       spiralrope run dit --no-rope --name baseline
       spiralrope run dit --rotate 2 --data ~/imagenet --arch dit-b4 --nproc 8
+      spiralrope run dit --sweep rotate=none,axial,mixed,2,4 --seeds 0,1,2
       spiralrope run dit --reference imagenet256.npz --num-samples 10000 --dry-run
       spiralrope run dit --from-legacy "- 4"                from run_all.sh
     """
     if "from_legacy" in given:
         say_translated(given, "dit")
         return None
+    if "sweep" in given or "seeds" in given:
+        from spiralrope_cli.core.jobs.sweep import run_sweep
+
+        return run_sweep("dit", given)
     from spiralrope_cli.core.jobs.pipeline import run_stages, settle_dit
 
     return run_stages(settle_dit(given), dry_run=given.get("dry_run", False))

@@ -9,6 +9,7 @@ import signal
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -16,16 +17,19 @@ from typer.testing import CliRunner
 from spiralrope_cli import main as cli
 from spiralrope_cli.core.config.models import RopeConfig
 from spiralrope_cli.core.config.pipelines import DEIT_SCRIPT, DIT_SCRIPT
+from spiralrope_cli.core.config.sweeps import SWEPT
 from spiralrope_cli.core.errors import DataError, SpiralRopeError
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.jobs import pipeline as pipelines
 from spiralrope_cli.core.jobs import sample, train
 from spiralrope_cli.core.jobs.pipeline import settle_deit
-from spiralrope_cli.core.jobs.sweep import SWEPT, acting, settle_sweep, spread
+from spiralrope_cli.core.jobs.sweep import acting, settle_sweep, spread
 from spiralrope_cli.core.load import starting_point
 from spiralrope_cli.core.models.factory import create_model
+from spiralrope_cli.core.report import page
 from spiralrope_cli.core.resolve import resolve
 from spiralrope_cli.core.runtime.distributed import StopRequest
+from spiralrope_cli.core.runtime.progress import read_metrics
 from spiralrope_cli.core.runtime.seeds import seed_everything
 from spiralrope_cli.core.training import classification
 
@@ -240,6 +244,13 @@ def test_what_cannot_be_is_refused_in_a_line(run, launched, words, code, printed
         (["--rotate", -1], 2, "--rotate is -1"),
         (["--arch", "dit-x"], 2, "--arch dit-x"),
         (["--reference", "gone.npz"], 1, "REFERENCE gone.npz does not exist"),
+        (["--fid-every", 5], 2, "--fid-every 5 needs --reference"),
+        (["--sweep", "drop_path=0,1"], 2, "drop_path cannot be swept"),
+        (["--sweep", "rotate=none,2", "--rotate", 2], 2, "--rotate is given twice, also in"),
+        (["--sweep", "rotate=1,x"], 2, "x must be a whole number, 0 or more"),
+        (["--sweep", "arch=dit-s2,dit-q2"], 2, "arch=dit-q2: --arch dit-q2 is unknown"),
+        (["--seeds", "1,1"], 2, "--seeds 1,1 has a number twice"),
+        (["--seeds", "1,2", "--seed", 1], 2, "exclude each other"),
     ],
 )
 def test_what_a_dit_cannot_be_is_refused_before_it_trains(run, launched, words, code, printed):
@@ -281,7 +292,7 @@ def test_the_folder_of_another_pipeline_is_refused(run, runs, launched):
 
 
 def test_a_sweep_by_an_old_spelling_goes_on_in_its_folders():
-    sweep = settle_sweep({"sweep": ("finetune-steps=20,30",), "arch": "deit-32x2x2"})
+    sweep = settle_sweep("deit", {"sweep": ("finetune-steps=20,30",), "arch": "deit-32x2x2"})
     assert sweep.notes == ("--sweep finetune_steps is now finetune_max_steps",)
     assert Path(sweep.runs[1].pipeline.folder).name == "finetune_steps=30-seed0"
     assert sweep.runs[1].pipeline.stages[1].config.run.total_steps == 30
@@ -319,7 +330,7 @@ def test_a_sweep_runs_the_grid_and_sums_it_up(run, launched):
 
 def test_points_share_all_but_what_is_swept(runs):
     grid = {"sweep": ("rotate=none,1,4",), "seeds": (0, 3)}
-    sweep = settle_sweep({"arch": "deit-32x1x1", "epochs": 9, **grid})
+    sweep = settle_sweep("deit", {"arch": "deit-32x1x1", "epochs": 9, **grid})
     assert len(sweep.runs) == 6
     for seed in (0, 3):
         mine = [trainings(each.pipeline) for each in sweep.runs if each.seed == seed]
@@ -342,7 +353,7 @@ def test_kinds_are_swept_with_rotate_or_on_their_own(runs):
         (("rotate=none,axial,mixed,4",), {}),
         (("rope-kind=none,axial,mixed,spiral",), {"rotate": 4}),
     ):
-        sweep = settle_sweep({"arch": "deit-32x1x1", "sweep": words, **rotate})
+        sweep = settle_sweep("deit", {"arch": "deit-32x1x1", "sweep": words, **rotate})
         ropes = [trainings(each.pipeline)[0].rope for each in sweep.runs]
         assert [rope.name for rope in ropes] == ["no RoPE", "axial", "mixed", "rotate 4"]
         weights = []
@@ -352,7 +363,7 @@ def test_kinds_are_swept_with_rotate_or_on_their_own(runs):
         assert all(
             torch.equal(weights[0][name], each[name]) for each in weights for name in weights[0]
         )
-    sweep = settle_sweep({"arch": "deit-32x1x1", "sweep": ("rotate=0,axial",)})
+    sweep = settle_sweep("deit", {"arch": "deit-32x1x1", "sweep": ("rotate=0,axial",)})
     assert sweep.notes == ("rotate=axial is the same as rotate=0, and runs once",)
 
 
@@ -363,7 +374,8 @@ def test_spread_is_the_sample_deviation():
 
 def test_every_rope_option_can_be_swept():
     fields = set(RopeConfig.__dataclass_fields__) - {"enabled"} | {"rope"}
-    assert fields | {"lr", "arch", "drop_path"} <= SWEPT.keys()
+    assert fields | {"lr", "arch", "drop_path"} <= SWEPT["deit"].keys()
+    assert fields | {"lr", "arch"} <= SWEPT["dit"].keys()
 
 
 def test_options_that_cannot_act_make_no_other_network():
@@ -424,6 +436,47 @@ def test_dit_measures_where_reference_and_weights_are(
     _, printed = run("dit", *DIT, "--num-samples", 3, expect=1)
     assert "num was" in printed
     assert "remove runs/run-dit-dit-32x2x2-2-digits-r0/dit-sample to sample again" in printed
+
+
+def test_a_sweep_of_a_dit_has_pairs_of_seeds_and_a_table(
+    run, launched, inception_weights, digit_pictures, monkeypatch
+):
+    np.savez("real.npz", arr_0=digit_pictures[:4])
+    score = ("--reference", "real.npz", "--weights", inception_weights)
+    words = ("dit", *DIT, "--num-samples", 3, *score, "--sweep", "rotate=2", "--seeds", "0,3")
+    first = settle_sweep("dit", {"arch": "dit-32x2x2-2", "sweep": ("rotate=none,0,axial,2",)})
+    assert first.notes == ("rotate=axial is the same as rotate=0, and runs once",)
+    trained = [
+        replace(each.pipeline.stages[0].config.run, out="", rope=RopeConfig())
+        for each in first.runs
+    ]
+    assert trained[0] == trained[1] == trained[2], "all but RoPE is the same, also what is drawn"
+    assert len({str(each.pipeline.stages[1].config["seed"]) for each in first.runs}) == 1
+    # Pages of single stages take most of the time.
+    monkeypatch.setattr(train, "report", lambda out: (out / "curves.png").touch())
+    plain = page.leave_report
+    of_sweep = lambda folder: plain(folder) if folder.name.startswith("sweep") else None  # noqa: E731
+    monkeypatch.setattr(page, "leave_report", of_sweep)
+    said, _ = run(*words)
+    assert launched == ["train", "sample", "score"] * 2
+    folder = Path("runs/sweep-dit-dit-32x2x2-2-digits")
+    found = json.loads((folder / "sweep.json").read_text())["rows"]
+    assert [each["point"] for each in found] == [{"rotate": "2"}]
+    for each in found:
+        assert (each["seeds"], each["images"]) == ([0, 3], 3)
+        of_point = [folder / f"rotate={each['point']['rotate']}-seed{seed}" for seed in (0, 3)]
+        scores = [json.loads((one / "fid.json").read_text())["fid"] for one in of_point]
+        losses = [read_metrics(one / "dit-train")[-1]["loss"] for one in of_point]
+        assert each["fid"] == spread(scores)
+        assert each["training_loss"] == spread(losses)
+        assert f"{each['fid']['mean']:.4f} ± {each['fid']['std']:.4f}" in said
+        assert "kid" not in each, "which 3 images do not have"
+    assert f"{found[0]['fid']['mean']:.4f}" in (folder / "report.html").read_text()
+    shutil.rmtree(folder / "rotate=2-seed3" / "dit-sample")
+    (folder / "rotate=2-seed3" / "fid.json").unlink()
+    again, _ = run(*words)
+    assert launched[6:] == ["sample", "score"]
+    assert said.endswith(again[again.index("3 images each") :])
 
 
 def test_a_dry_run_of_a_dit_fetches_nothing(run, monkeypatch, image_folder, tiny_vae):

@@ -50,7 +50,26 @@ FROM_LEGACY = Opt(
     may_be_empty=True,
 )
 DRY_RUN = Opt("Print the plans of all stages and stop.", STAGES)
+SWEEP = Opt(
+    "One pipeline per value: rotate=none,axial,2, lr=1e-3,2e-3; repeatable, for a grid.",
+    STAGES,
+    metavar="NAME=V,V",
+    many=True,
+)
+SEEDS = Opt(
+    "Repeat each configuration with these seeds (weights, data order, augmentation, noise).",
+    STAGES,
+    metavar="N,N",
+    read=numbers,
+    expects="a list of numbers, such as 0,1,2",
+)
 FOLDER = Opt("Folder of all stages; by default runs/run-...-ARCH-DATA-rROTATE[-NAME].", RUN, **PATH)
+
+
+def check_seeds(seeds: tuple[int, ...]) -> None:
+    """Raises if a seed is there twice."""
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"--seeds {','.join(map(str, seeds))} has a number twice")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,25 +88,8 @@ class DeiTStages:
     ] = True
     dry_run: Annotated[bool, DRY_RUN] = False
     from_legacy: Annotated[str | None, FROM_LEGACY] = None
-    sweep: Annotated[
-        tuple[str, ...],
-        Opt(
-            "One pipeline per value: rotate=none,axial,2, lr=1e-3,2e-3; repeatable, for a grid.",
-            STAGES,
-            metavar="NAME=V,V",
-            many=True,
-        ),
-    ] = ()
-    seeds: Annotated[
-        tuple[int, ...],
-        Opt(
-            "Repeat each configuration with these seeds (weights, data order, augmentation).",
-            STAGES,
-            metavar="N,N",
-            read=numbers,
-            expects="a list of numbers, such as 0,1,2",
-        ),
-    ] = ()
+    sweep: Annotated[tuple[str, ...], SWEEP] = ()
+    seeds: Annotated[tuple[int, ...], SEEDS] = ()
     finetune_epochs: Annotated[int | None, Opt("Number of epochs of finetuning.", RUN, ge=1)] = None
     finetune_max_steps: Annotated[
         int | None,
@@ -107,8 +109,7 @@ class DeiTStages:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ConfigError(f"--seeds {','.join(map(str, self.seeds))} has a number twice")
+        check_seeds(self.seeds)
         if self.eval_only and self.skip_training:
             raise ConfigError(
                 "--eval-only and --skip-training exclude each other",
@@ -133,6 +134,8 @@ class DiTStages:
 
     dry_run: Annotated[bool, DRY_RUN] = False
     from_legacy: Annotated[str | None, FROM_LEGACY] = None
+    sweep: Annotated[tuple[str, ...], SWEEP] = ()
+    seeds: Annotated[tuple[int, ...], SEEDS] = ()
     num_samples: Annotated[int | None, replace(NUM_SAMPLES, panel=SAMPLES)] = None
     sampler: Annotated[SamplerName, Opt("Sampler.", SAMPLES)] = SampleRun.sampler
     num_sampling_steps: Annotated[
@@ -157,7 +160,17 @@ class DiTStages:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_seeds(self.seeds)
         check_chain(self.sampler, self.num_sampling_steps)
+
+
+def options_of_fid(given: dict[str, Any]) -> dict[str, Any]:
+    """Reference and Inception weights of `run dit`, as options of its training with FIDs."""
+    if not (every := given.get("fid_every")):
+        return {}
+    if not given.get("reference"):
+        raise ConfigError(f"--fid-every {every} needs --reference")
+    return {"fid_reference": given["reference"], "fid_weights": given.get("weights", "")}
 
 
 # --- Lines of the original `run_all.sh` scripts as options of `run`

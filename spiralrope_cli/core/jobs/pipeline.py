@@ -33,6 +33,7 @@ from spiralrope_cli.core.config.pipelines import (
     TRAIN,
     DeiTStages,
     DiTStages,
+    options_of_fid,
 )
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.samples import decoder_of, default_num_samples
@@ -189,7 +190,8 @@ def settle_dit(given: dict[str, Any]) -> Pipeline:
 def training_options(given: dict[str, Any], own: type) -> dict[str, Any]:
     """The given options, without those of the pipeline."""
     not_of_run = leaves(own).keys() | leaves(TrainOptions)
-    return {name: value for name, value in given.items() if name not in not_of_run}
+    options = {name: value for name, value in given.items() if name not in not_of_run}
+    return options | options_of_fid(given)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""`run deit --sweep`: a grid of pipelines, one after the other, and one table.
+"""`run deit` and `run dit` with `--sweep`: pipelines one after the other, and one table.
 
 All pipelines are checked before the first one starts. No torch at module level.
 """
@@ -6,34 +6,53 @@ All pipelines are checked before the first one starts. No torch at module level.
 from __future__ import annotations
 
 import itertools
-import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from spiralrope_cli.core.config.folders import EVAL_FILE, REPORT_FILE, SWEEP_FILE
+from spiralrope_cli.core.config.fid import FID_METRICS
+from spiralrope_cli.core.config.folders import (
+    EVAL_FILE,
+    FID_FILE,
+    NPZ_FILE,
+    REPORT_FILE,
+    SWEEP_FILE,
+)
 from spiralrope_cli.core.config.models import RopeConfig
-from spiralrope_cli.core.config.option import Opt, build, leaves, renamed_fields
-from spiralrope_cli.core.config.pipelines import PRETRAIN, DeiTStages
+from spiralrope_cli.core.config.option import build, leaves
+from spiralrope_cli.core.config.pipelines import PRETRAIN, SAMPLE, TRAIN, DeiTStages, DiTStages
 from spiralrope_cli.core.config.recipes import with_micro_batch
-from spiralrope_cli.core.config.runs import ClassifierRun
-from spiralrope_cli.core.config.training import OptimConfig, TrainOptions
+from spiralrope_cli.core.config.sweeps import RENAMED, SWEPT, Point, points
+from spiralrope_cli.core.config.training import TrainOptions
 from spiralrope_cli.core.data.splits import find_val_set
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.jobs.pipeline import (
     Pipeline,
-    evaluate_all,
+    Stage,
     run_stages,
     settle_deit,
+    settle_dit,
     training_options,
 )
-from spiralrope_cli.core.report.results import Record, Result, print_table, with_spread
-from spiralrope_cli.core.resolve import named_folder, resolve
+from spiralrope_cli.core.report.results import (
+    Record,
+    Result,
+    of_drawn_sweep,
+    print_table,
+    with_spread,
+)
+from spiralrope_cli.core.resolve import Resolved, named_folder, resolve
 from spiralrope_cli.core.runtime.launch import say_notes
-from spiralrope_cli.core.runtime.progress import say, say_result
-from spiralrope_cli.core.runtime.run_folder import first_step, is_finished, read_rows, write_json
+from spiralrope_cli.core.runtime.progress import read_metrics, say, say_result
+from spiralrope_cli.core.runtime.run_folder import (
+    first_step,
+    is_finished,
+    read_json,
+    read_rows,
+    write_json,
+)
 from spiralrope_cli.core.runtime.slurm import Remaining
 
 METRICS = ("acc1", "acc5", "loss")
@@ -41,45 +60,8 @@ COLUMNS = (("raw", "acc1", "acc@1 %"), ("EMA", "acc1", "acc@1 % EMA"), ("EMA", "
 """(weights, metric, heading) of the columns. All are of the last checkpoint: the best one was
 chosen on the same validation images, so its accuracy is biased."""
 
-KINDS = {
-    "none": ("enabled", False),
-    "axial": ("rope_kind", "axial"),
-    "mixed": ("rope_kind", "mixed"),
-}
-"""Words of the axes below that are no number of directions -> field and value."""
-KIND_AXES = ("rotate", "rope_kind")
 REPLACED = ("--sweep", "--seeds", "--name", "--out", "--rotate")
 """Options of a sweep that its points have in another way, or not at all."""
-_OF_RUN = leaves(ClassifierRun)
-_OF_TRAINING = ("epochs", "max_steps", "lr", "warmup_epochs", "batch_size")
-SWEPT: dict[str, Opt] = {
-    **{("rope" if n == "enabled" else n): opt for n, opt in leaves(RopeConfig).items()},
-    **{name: _OF_RUN[name] for name in ("arch", "drop_path", *_OF_TRAINING)},
-    **{f"finetune_{name}": _OF_RUN[name] for name in _OF_TRAINING},
-}
-"""Options that can be swept: name -> field."""
-RENAMED = renamed_fields(OptimConfig) | renamed_fields(DeiTStages)
-"""Old name -> name. Folders keep the old name, so that an earlier sweep resumes."""
-
-
-@dataclass(frozen=True)
-class Point:
-    """One configuration of a grid: (name, value) of each option, as typed."""
-
-    words: tuple[tuple[str, str], ...]
-
-    def __str__(self) -> str:
-        return " ".join(f"{name}={word}" for name, word in self.words) or "as given"
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Field name -> value."""
-        return dict(_option(name, word) for name, word in self.words)
-
-    @property
-    def slug(self) -> str:
-        """Name of the folder."""
-        return re.sub(r"[^A-Za-z0-9._=-]+", "-", "-".join(str(self).split()))
 
 
 @dataclass(frozen=True)
@@ -102,27 +84,29 @@ class Sweep:
 
 
 # ---- settle
-def settle_sweep(given: dict[str, Any]) -> Sweep:
-    """One pipeline per distinct point and seed.
+def settle_sweep(kind: str, given: dict[str, Any]) -> Sweep:
+    """One pipeline of a kind, `deit` or `dit`, per distinct point and seed.
 
-    With the same seed all points have the same data order and augmentation. Points of one
-    architecture also have the same initial weights, learned frequencies apart.
+    With the same seed all points have the same data order, augmentation and noise. Points of one
+    architecture also have the same initial weights, learned frequencies apart. Images are sampled
+    from the same noise for all seeds.
     """
-    own: DeiTStages = build(DeiTStages, given)
+    stages, training = (DeiTStages, PRETRAIN) if kind == "deit" else (DiTStages, TRAIN)
+    own: DeiTStages | DiTStages = build(stages, given)
     build(TrainOptions, given).check_folder(own.out)
-    grid = points(own.sweep)
+    grid, swept = points(own.sweep, kind), SWEPT[kind]
     for typed, _ in grid[0].words:
         name = RENAMED.get(typed, typed)
         if {"rope": "enabled"}.get(name, name) in given:
-            word = leaves(DeiTStages).get(name, SWEPT[name]).called
+            word = leaves(stages).get(name, swept[name]).called
             raise ConfigError(f"{word} is given twice, also in --sweep", "leave one of them out")
     if own.seeds and "seed" in given:
         raise ConfigError("--seed and --seeds exclude each other", "use only --seeds")
     common = {n: v for n, v in given.items() if n not in ("sweep", "seeds", "name", "out")}
     # For the name of the folder; what does not fit is said below, with its point.
     any_kind = {**grid[0].options, "rotate": 0}
-    first = resolve(PRETRAIN, training_options(common, DeiTStages) | any_kind).run
-    usual = named_folder("sweep-deit", first.arch, Path(first.data).name, given.get("name", ""))
+    first = resolve(training, training_options(common, stages) | any_kind).run
+    usual = named_folder(f"sweep-{kind}", first.arch, Path(first.data).name, given.get("name", ""))
     folder = Path(own.out or usual)
     runs: list[SweepRun] = []
     rotates = {point.options.get("rotate") for point in grid}
@@ -137,10 +121,13 @@ def settle_sweep(given: dict[str, Any]) -> Sweep:
         if point.options.get("rope_kind", "spiral") != "spiral" and "rotate" not in point.options:
             values.pop("rotate", None)  # that of the points of kind spiral
         try:
-            pipeline = settle_deit(values, show_measured=False)
+            if kind == "deit":
+                pipeline = settle_deit(values, show_measured=False)
+            else:
+                pipeline = settle_dit(values)
         except ConfigError as error:
             raise ConfigError(f"{point}: {error.message}", error.hint) from error
-        known = {opt.name: opt for opt in SWEPT.values()} | leaves(DeiTStages)
+        known = {opt.name: opt for opt in swept.values()} | leaves(stages)
         own_values = {name: values[name] for name in (*point.options, "rotate") if name in values}
         words = [word for name, value in own_values.items() for word in known[name].typed(value)]
         same = seen.setdefault((seed, *computed(pipeline)), point)
@@ -152,61 +139,13 @@ def settle_sweep(given: dict[str, Any]) -> Sweep:
     return Sweep(str(folder), tuple(runs), tuple(dict.fromkeys(notes)))
 
 
-def points(axes: Sequence[str]) -> list[Point]:
-    """The grid of `NAME=V,V` words; without words a single point."""
-    choices = [_axis(text) for text in axes]
-    names = [RENAMED.get(axis[0][0], axis[0][0]) for axis in choices]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ConfigError(f"--sweep {twice[0]} is given twice", f"use one: {twice[0]}=V,V,V")
-    for name, word in itertools.chain(*choices):
-        same = "rope" if word == "none" else "rope_kind"
-        if name in KIND_AXES and word in KINDS and name != same and same in names:
-            raise ConfigError(
-                f"--sweep {same} and --sweep {name}={word} mean the same", "leave one of them out"
-            )
-    return [Point(words) for words in itertools.product(*choices)]
-
-
-def _axis(text: str) -> list[tuple[str, str]]:
-    """(name, word) of each value of `NAME=V,V`."""
-    name, equals, listed = text.partition("=")
-    name = name.strip().removeprefix("--").replace("-", "_")
-    words = [word.strip() for word in listed.split(",")]
-    if not equals or not all(words):
-        raise ConfigError(
-            f"--sweep {text} is not NAME=V,V", "such as --sweep rotate=none,axial,2,4"
-        )
-    if RENAMED.get(name, name) not in SWEPT:
-        raise ConfigError(
-            f"--sweep {text}: {name} cannot be swept", f"these can: {', '.join(SWEPT)}"
-        )
-    if len(set(words)) < len(words):
-        raise ConfigError(f"--sweep {text} has a value twice")
-    for word in words:
-        try:
-            _option(name, word)
-        except ConfigError as error:
-            allowed = SWEPT[RENAMED.get(name, name)].readable()
-            raise ConfigError(f"--sweep {text}: {word} must be {allowed}") from error
-    return [(name, word) for word in words]
-
-
-def _option(name: str, word: str) -> tuple[str, Any]:
-    """Field and value of a typed option."""
-    name = RENAMED.get(name, name)
-    if name in KIND_AXES and word in KINDS:
-        return KINDS[word]
-    return ("enabled" if name == "rope" else name), SWEPT[name].convert(word)
-
-
 def computed(pipeline: Pipeline) -> list[Any]:
     """A key that is equal for pipelines with equal results: no folders, no inert options."""
-    *trainings, evaluation = pipeline.stages
-    runs = [stage.config.run for stage in trainings]
+    runs = [stage.config.run for stage in pipeline.stages if isinstance(stage.config, Resolved)]
     # A found micro-batch is known only where a folder has begun.
     runs = [with_micro_batch(run, None) for run in runs]
     return [replace(run, out="", source="", rope=acting(run.rope)) for run in runs] or [
-        evaluation.folder
+        pipeline.stages[-1].folder
     ]
 
 
@@ -221,9 +160,9 @@ def acting(rope: RopeConfig) -> RopeConfig:
 
 
 # ---- plan and work
-def run_sweep(given: dict[str, Any]) -> Remaining:
+def run_sweep(kind: str, given: dict[str, Any]) -> Remaining:
     """Runs the unfinished pipelines, then reports all; or only prints plans."""
-    sweep, dry_run = settle_sweep(given), given.get("dry_run", False)
+    sweep, dry_run = settle_sweep(kind, given), given.get("dry_run", False)
     say_notes(sweep.notes)
     for number, run in enumerate(sweep.runs, 1):
         say(f"== {number}/{len(sweep.runs)}: {run.point}, seed {run.seed}")
@@ -233,16 +172,19 @@ def run_sweep(given: dict[str, Any]) -> Remaining:
             run_stages(run.pipeline, dry_run=dry_run)
     if not dry_run:
         report(sweep)
-    waiting = [run.words for run in sweep.runs if dry_run and not is_done(run.pipeline)]
+    waiting = [
+        run.words for run in sweep.runs if dry_run and not all(map(is_done, run.pipeline.stages))
+    ]
     return Remaining(sweep.folder, waiting, REPLACED)
 
 
-def is_done(pipeline: Pipeline) -> bool:
-    """Whether the trainings of `run deit` are finished, and evaluated."""
-    *trainings, evaluation = pipeline.stages
-    runs = [stage.config.run for stage in trainings]
-    done = all(is_finished(run, first_step(run)) for run in runs)
-    return done and evaluate_all(evaluation.config, dry_run=True)
+def is_done(stage: Stage) -> bool:
+    """Whether a stage is finished, if those before it are."""
+    if isinstance(stage.config, Resolved):
+        return is_finished(stage.config.run, first_step(stage.config.run))
+    if stage.name == SAMPLE:
+        return (Path(stage.folder) / NPZ_FILE).exists()
+    return stage.job(stage.config, dry_run=True)
 
 
 # ---- report
@@ -250,9 +192,10 @@ def report(sweep: Sweep) -> None:
     """Writes and prints the metrics of all runs."""
     from spiralrope_cli.core.report.page import leave_report
 
-    folder, records = Path(sweep.folder), summary(sweep.runs)
+    folder, drawn = Path(sweep.folder), sweep.runs[0].point.kind == "dit"
+    records = drawn_summary(sweep.runs) if drawn else summary(sweep.runs)
     write_json(folder / SWEEP_FILE, {"rows": records})
-    last = of_last(records)
+    last = of_drawn_sweep(records) if drawn else of_last(records)
     say_result(last.caption)
     print_table(last)
     say(f"metrics: {folder / SWEEP_FILE}")
@@ -282,6 +225,31 @@ def summary(runs: Sequence[SweepRun]) -> list[Record]:
                     "images": rows[0]["count"],
                 }
             )
+    return records
+
+
+def drawn_summary(runs: Sequence[SweepRun]) -> list[Record]:
+    """One row per point of `run dit`: mean and standard deviation over seeds."""
+    records = []
+    for point in dict.fromkeys(run.point for run in runs):
+        of_point = [run for run in runs if run.point == point]
+        _, sampling, *scoring = of_point[0].pipeline.stages
+        logs = [read_metrics(Path(run.pipeline.stages[0].folder)) for run in of_point]
+        losses = [[line["loss"] for line in lines if "loss" in line][-1] for lines in logs]
+        scores = [read_json(Path(run.pipeline.folder) / FID_FILE) for run in of_point if scoring]
+        found: dict[str, list[Any]] = {
+            name: [each.get(name) for each in scores] for name in FID_METRICS
+        }
+        records.append(
+            {
+                "point": dict(point.words),
+                "seeds": [run.seed for run in of_point],
+                "weights": "EMA",
+                "images": sampling.config["num_samples"],
+                "training_loss": spread(losses),
+                **{n: spread(each) for n, each in found.items() if each and None not in each},
+            }
+        )
     return records
 
 

@@ -243,6 +243,12 @@ def test_a_point_has_the_options_that_fit_it(held, call):
     assert spiral.startswith(f"{start} spiral --finetune-lr 0.001 --rotate 4 --seed 1 --out grid/")
     assert mixed.startswith(f"{start} mixed --finetune-lr 0.001 --seed 1 --out grid/")
     assert "--rotate" not in mixed
+    sweep = ("run", "dit", "--sweep=rotate=none,2", "--seeds=1", "--cfg-scale=2", "--out=grid")
+    said, _ = call(*sweep, "--slurm", CPU, "--dry-run")
+    _, none, two = (" ".join(line.split()) for line in said.splitlines())
+    assert none.startswith("$ spiralrope run dit --no-rope --seed 1 --out grid/rotate=none-seed1")
+    assert two.startswith("$ spiralrope run dit --rotate 2 --seed 1 --out grid/rotate=2-seed1")
+    assert none.endswith("--cfg-scale=2")
 
 
 # --- In the job
