@@ -22,7 +22,7 @@ import torch
 from interleave import median, prepare, show
 
 from spiralrope_cli import load_model
-from spiralrope_cli.core.config.evals import EvalProtocol
+from spiralrope_cli.core.config.datasets import EvalProtocol
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.batches import ValidationImages
 from spiralrope_cli.core.runtime.device import DTYPES, autocast, pick_precision

@@ -15,16 +15,8 @@ app = typer.Typer(**SETTINGS)
     "doctor",
     Checkup,
     leave_out=(
-        *(
-            "nnodes",
-            "rdzv_endpoint",
-            "max_restarts",
-            "compile",
-            "grad_checkpointing",
-            "workers",
-            "skip_bad",
-        ),
-        *("resume", "tracker"),
+        *("nnodes", "rdzv_endpoint", "max_restarts", "compile", "grad_checkpointing"),
+        *("workers", "skip_bad", "resume", "tracker"),
     ),
 )
 def doctor(given: dict[str, Any]) -> None:

@@ -82,6 +82,11 @@ class LaunchError(SpiralRopeError):
     """Worker processes that could not be started, or that died."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of a message, as some libraries add help; the error's name if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def in_one(errors: Sequence[ConfigError]) -> ConfigError:
     """One error for all."""
     if len(errors) == 1:
@@ -154,7 +159,7 @@ def dead_loader(error: Exception) -> LaunchError | None:
 
     torch raises it from a signal handler, so any line may raise it.
     """
-    message = str(error).splitlines()[0] if str(error) else type(error).__name__
+    message = first_line(error)
     if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in message:
         return None
     hint = "often the system ran out of memory: try fewer --workers"

@@ -24,20 +24,25 @@ from spiralrope_cli.core.config.dit_runs import (
     TrainingRun,
     full_vae_name,
     input_size,
-    read_config,
 )
 from spiralrope_cli.core.config.folders import CONFIG_FILE
-from spiralrope_cli.core.config.models import RopeConfig, Scaling, arch_name, deit_size, dit_size
+from spiralrope_cli.core.config.models import (
+    RopeConfig,
+    Scaling,
+    arch_name,
+    check_rotate,
+    deit_size,
+    dit_size,
+)
 from spiralrope_cli.core.config.option import build, flat_values, idle_lines, leaves, read_values
 from spiralrope_cli.core.config.recipes import fit_channels
-from spiralrope_cli.core.config.rope import check_rotate
 from spiralrope_cli.core.config.runs import ModelConfig
 from spiralrope_cli.core.config.training import RUNS_FOLDER
 from spiralrope_cli.core.data.shards import CacheMetadata, read_cache
 from spiralrope_cli.core.data.splits import find_data_set, find_train_set
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.runtime.launch import world_size
-from spiralrope_cli.core.runtime.run_folder import micro_batch_so_far, steps_on_disk
+from spiralrope_cli.core.runtime.run_folder import micro_batch_so_far, read_config, steps_on_disk
 
 DATA_VARIABLE = "SPIRALROPE_DATA"
 NOT_FROM_FILE = {"command", "out", "num_train", "num_val", "num_classes", "class_names", "resume"}

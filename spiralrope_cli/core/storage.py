@@ -81,6 +81,21 @@ def parse(text: str | bytes, read: Callable[[Any], Any] = json.loads) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
+def repeated_key(node: Any) -> str:
+    """A key that a mapping of YAML has twice, at any depth; PyYAML would take the last one."""
+    waiting, known = [node], {id(node)}
+    while waiting:
+        node = waiting.pop()
+        pairs = node.value if node and node.id == "mapping" else ()
+        keys = [str(key.value) for key, _ in pairs]
+        if repeated := next((key for key in keys if keys.count(key) > 1), ""):
+            return repeated
+        inside = [value for _, value in pairs if id(value) not in known]  # an alias may lead back
+        known.update(map(id, inside))
+        waiting += inside
+    return ""
+
+
 def with_checksum(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> dict[str, str]:
     """Metadata for a `.safetensors` file of these tensors, with the checksum of both."""
     return {**metadata, CHECKSUM_KEY: _crc32(tensors, metadata)}

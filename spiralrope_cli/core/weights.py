@@ -16,13 +16,12 @@ from safetensors import SafetensorError
 
 from spiralrope_cli.core.config.datasets import BUILT_IN
 from spiralrope_cli.core.config.dit_runs import DiTRun
-from spiralrope_cli.core.config.models import RopeConfig, is_dit, size_of
+from spiralrope_cli.core.config.models import RopeConfig, is_dit, override_rope, size_of
 from spiralrope_cli.core.config.option import leaves, renamed
 from spiralrope_cli.core.config.recipes import fit_channels
-from spiralrope_cli.core.config.rope import override_rope
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import MOST_OF_FIRST
-from spiralrope_cli.core.errors import CheckpointError
+from spiralrope_cli.core.errors import CheckpointError, first_line
 from spiralrope_cli.core.hub.download import fetch_published, local_path
 from spiralrope_cli.core.hub.published import (
     ZIP_MAGIC,
@@ -178,8 +177,7 @@ def _read_safetensors(file: Path, verify: bool) -> tuple[StateDict, dict[str, st
     try:
         return read_safetensors(file, verify=verify)
     except (SafetensorError, OSError, DamagedError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{file} cannot be read: {reason}") from error
+        raise CheckpointError(f"{file} cannot be read: {first_line(error)}") from error
 
 
 def _from_own_layout(

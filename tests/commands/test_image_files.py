@@ -24,7 +24,7 @@ from spiralrope_cli.core.data.augment import cropped_array, eval_transform, trai
 from spiralrope_cli.core.data.images import Unreadable, as_tensor, as_trained, decode, open_image
 from spiralrope_cli.core.data.loader import ImageFiles
 from spiralrope_cli.core.jobs import score
-from spiralrope_cli.core.plots import attention, samples
+from spiralrope_cli.core.plots import images as plotted
 
 SIDE = 16
 NOISE = np.random.default_rng(0)
@@ -231,9 +231,9 @@ def test_a_dit_and_its_latents_see_the_same_images(outputs, tiny_vae):
 
 def test_plots_show_the_same_images(runs, twins, trained_once, monkeypatch):
     shown = []
-    monkeypatch.setattr(samples, "samples_figure", lambda images, *_: shown.append(images.numpy()))
+    monkeypatch.setattr(plotted, "samples_figure", lambda images, *_: shown.append(images.numpy()))
     monkeypatch.setattr(
-        attention, "attention_figure", lambda image, *_, **__: shown.append(np.asarray(image))
+        plotted, "attention_figure", lambda image, *_, **__: shown.append(np.asarray(image))
     )
     monkeypatch.setattr("spiralrope_cli.core.jobs.plot.report", lambda *_: None)
     grey16 = next(twins[0].rglob("*16-bit-grey.png"))
@@ -326,5 +326,6 @@ def test_another_reading_is_another_result(fid, twins, inception_weights):
 def test_one_place_opens_images():
     """Others read images by it; reports only shrink and label what this package wrote."""
     package = Path(cli.__file__).parent
-    opened = {path.name for path in package.rglob("*.py") if "Image.open(" in path.read_text()}
-    assert opened == {"images.py", "page.py", "samples.py"}
+    opened = [path for path in package.rglob("*.py") if "Image.open(" in path.read_text()]
+    places = {path.relative_to(package / "core").as_posix() for path in opened}
+    assert places == {"data/images.py", "plots/images.py", "report/page.py"}

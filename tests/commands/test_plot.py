@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from spiralrope_cli import main
 from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.jobs.plot import read_image
-from spiralrope_cli.core.plots import attention, rope, samples
+from spiralrope_cli.core.plots import images as plotted
+from spiralrope_cli.core.plots import rope
 from spiralrope_cli.core.runtime.seeds import drawn_class
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoints"
@@ -205,9 +206,9 @@ def test_the_rope_of_weights_is_drawn(plot, monkeypatch):
 
 def test_attention_of_a_run_of_a_file_and_of_a_patch(plot, source, picture, monkeypatch):
     seen = []
-    draw = attention.attention_figure
+    draw = plotted.attention_figure
     monkeypatch.setattr(
-        attention,
+        plotted,
         "attention_figure",
         lambda shown, maps, **more: (seen.append((shown, maps, more)), draw(shown, maps, **more))[
             1
@@ -256,9 +257,9 @@ def test_a_bare_state_dict_takes_rope_options(plot, picture, runs):
 def labels_of(plot, monkeypatch):
     """The labels that `plot samples` writes."""
     seen = []
-    draw = samples.samples_figure
+    draw = plotted.samples_figure
     monkeypatch.setattr(
-        samples,
+        plotted,
         "samples_figure",
         lambda levels, labels, *more: (seen.append((levels, labels)), draw(levels, labels, *more))[
             1

@@ -20,7 +20,7 @@ from spiralrope_cli.core.data.image_sets import names_of
 from spiralrope_cli.core.errors import DataError, SpiralRopeError
 from spiralrope_cli.core.jobs import evaluate
 from spiralrope_cli.core.load import load_model
-from spiralrope_cli.core.plots import samples
+from spiralrope_cli.core.plots import images as plotted
 
 DEIT = Path(__file__).parents[1] / "golden" / "checkpoints" / "deit_tiny_checkpoint.pth"
 
@@ -117,9 +117,9 @@ def test_damaged_files_are_named_and_the_others_are_predicted(predict, source, d
 
 def test_the_contact_sheet_shows_what_the_network_sees(predict, source, digits, monkeypatch):
     seen = []
-    draw = samples.samples_figure
+    draw = plotted.samples_figure
     monkeypatch.setattr(
-        samples, "samples_figure", lambda *given: (seen.append(given), draw(*given))[1]
+        plotted, "samples_figure", lambda *given: (seen.append(given), draw(*given))[1]
     )
     done = predict(source, digits, "--ema", "--best", "--out", "sheet.png")
     assert done.exit_code == 0, done.output

@@ -15,12 +15,11 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from spiralrope_cli import load_model, main
-from spiralrope_cli.core.config.dit_runs import read_config
 from spiralrope_cli.core.config.option import build
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.errors import CheckpointError, ConfigError, SpiralRopeError
 from spiralrope_cli.core.models.factory import model_of
-from spiralrope_cli.core.runtime.run_folder import write_json
+from spiralrope_cli.core.runtime.run_folder import read_config, write_json
 from spiralrope_cli.core.storage import read_safetensors, with_checksum
 from spiralrope_cli.core.training import checkpoint
 from spiralrope_cli.core.training.step import TrainState

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from spiralrope_cli.core.config.dit_runs import read_config
 from spiralrope_cli.core.config.option import to_nested
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.resolve import resolve
+from spiralrope_cli.core.runtime.run_folder import read_config
 
 
 @pytest.mark.parametrize("command", ["pretrain", "dit-train"])

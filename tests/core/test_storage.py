@@ -45,10 +45,10 @@ def everything(state):
 
 def test_a_flipped_bit_in_a_checkpoint_is_refused_when_it_is_resumed(tmp_path, trained_once):
     """60 flips at random places in all three files; a few hit what carries nothing."""
-    from spiralrope_cli.core.config.dit_runs import read_config
     from spiralrope_cli.core.config.option import build
     from spiralrope_cli.core.config.runs import ClassifierRun
     from spiralrope_cli.core.models.factory import model_of
+    from spiralrope_cli.core.runtime.run_folder import read_config
 
     run = build(ClassifierRun, read_config(trained_once / "config.yaml"))
     first, other = (TrainState.create(model_of(run), run.optim) for _ in range(2))

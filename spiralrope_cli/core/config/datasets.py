@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from spiralrope_cli.core.errors import ConfigError
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -56,6 +58,27 @@ class DataSet:
         if command == "dit-train":
             return self.dit
         return {**self.defaults, **(self.finetune if command == "finetune" else {})}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalProtocol:
+    """Validation images and their preprocessing."""
+
+    data: str  # a built-in name or a folder
+    num_val: int
+    image_size: tuple[int, int]  # (height, width) in pixels
+    in_chans: int
+    crop_ratio: float  # resized to image size / this, then cropped at the centre
+    mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
+    std: tuple[float, ...]
+    real_labels: str = ""  # as `EvalOptions`; empty: the labels of the data set
+
+    def __post_init__(self) -> None:
+        if not len(self.mean) == len(self.std) == self.in_chans:
+            raise ConfigError(
+                f"--data {self.data} has {len(self.mean)} channel(s), but the weights take "
+                f"{self.in_chans}"
+            )
 
 
 # Common defaults of the built-in sets: small grey images.

@@ -20,16 +20,11 @@ from spiralrope_cli.core.config.option import (
     RUN,
     Opt,
     check_fields,
-    flatten,
     folder,
-    leaves,
-    read_values,
-    renamed,
 )
 from spiralrope_cli.core.config.runs import ClassifierRun, RunConfig
 from spiralrope_cli.core.config.training import MachineConfig, OptimConfig
 from spiralrope_cli.core.errors import ConfigError
-from spiralrope_cli.core.storage import parse
 
 NO_VAE = "none"
 VAE_NAMES = ("ema", "mse")
@@ -264,50 +259,6 @@ RUN_KINDS: dict[str, type[TrainingRun]] = {
     **dict.fromkeys(("pretrain", "finetune"), ClassifierRun),
     "dit-train": DiTRun,
 }
-
-
-def read_config(path: Path, kind: type[TrainingRun] | None = None) -> dict[str, Any]:
-    """Flat values of a `config.yaml`, in the types of their fields; checks that it is of `kind`."""
-    import yaml
-
-    try:
-        text = path.read_text()
-        nested = parse(text, yaml.safe_load)
-        repeated = _repeated_key(yaml.compose(text, yaml.SafeLoader))
-    except OSError as error:
-        raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"--config {path} is not YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(nested, dict):
-        raise ConfigError(f"--config {path} is not a config of a run")
-    if repeated:
-        raise ConfigError(
-            f"--config {path} has the key {repeated!r} twice", "leave one of them out"
-        )
-    command = nested.get("command")
-    of_file = RUN_KINDS.get(str(command), kind or ClassifierRun)
-    if kind is not None and of_file is not kind:
-        raise ConfigError(f"--config {path} is of another kind of run, {command}")
-    values = flatten(renamed(nested, of_file), of_file)
-    of_earlier_runs = {"ema_warmup": False} if command else {}
-    if command and values.get("workers") == -1:  # as they stored auto
-        values["workers"] = None
-    return {**of_earlier_runs, **read_values(leaves(of_file), values)}
-
-
-def _repeated_key(node: Any) -> str:
-    """A key that a mapping of YAML has twice, at any depth; PyYAML would take the last one."""
-    waiting, known = [node], {id(node)}
-    while waiting:
-        node = waiting.pop()
-        pairs = node.value if node and node.id == "mapping" else ()
-        keys = [str(key.value) for key, _ in pairs]
-        if repeated := next((key for key in keys if keys.count(key) > 1), ""):
-            return repeated
-        inside = [value for _, value in pairs if id(value) not in known]  # an alias may lead back
-        known.update(map(id, inside))
-        waiting += inside
-    return ""
 
 
 def full_vae_name(given: str) -> str:

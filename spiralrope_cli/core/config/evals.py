@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from spiralrope_cli.core.config.datasets import DATA_NAMES
-from spiralrope_cli.core.config.models import ARCH_OF_SOURCE, SIZE, RopeConfig, check_divides
+from spiralrope_cli.core.config.datasets import DATA_NAMES, EvalProtocol
+from spiralrope_cli.core.config.models import ARCH_OF_SOURCE, SIZE, RopeConfig
 from spiralrope_cli.core.config.option import (
     DATA,
     OUTPUT,
@@ -15,7 +15,7 @@ from spiralrope_cli.core.config.option import (
     Opt,
     check_fields,
 )
-from spiralrope_cli.core.config.runs import ModelConfig
+from spiralrope_cli.core.config.runs import ModelConfig, check_divides
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
 
@@ -111,27 +111,6 @@ class EvalOptions:
             raise ConfigError("--json and --csv exclude each other", "leave one of them out")
         for size in self.image_sizes:
             check_divides(size, 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalProtocol:
-    """Validation images and their preprocessing."""
-
-    data: str  # a built-in name or a folder
-    num_val: int
-    image_size: tuple[int, int]  # (height, width) in pixels
-    in_chans: int
-    crop_ratio: float  # resized to image size / this, then cropped at the centre
-    mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
-    std: tuple[float, ...]
-    real_labels: str = ""  # as `EvalOptions`; empty: the labels of the data set
-
-    def __post_init__(self) -> None:
-        if not len(self.mean) == len(self.std) == self.in_chans:
-            raise ConfigError(
-                f"--data {self.data} has {len(self.mean)} channel(s), but the weights take "
-                f"{self.in_chans}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -130,8 +130,7 @@ class ExportRun:
             )
         if not one_file and suffix in (*PUBLISHED_SUFFIXES, ".safetensors"):
             raise ConfigError(
-                f"--out {self.out} is the name of a file",
-                f"the {self.layout} layout is a folder",
+                f"--out {self.out} is the name of a file", f"the {self.layout} layout is a folder"
             )
         if one_file and (self.push or self.license):
             raise ConfigError(

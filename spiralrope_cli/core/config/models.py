@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal, NamedTuple
 
 from spiralrope_cli.core.config.option import MODEL, ROPE, Opt, check_fields, leaves
@@ -125,17 +125,6 @@ def _unknown(arch: str, sizes: Collection[str]) -> ConfigError:
     )
 
 
-def check_divides(image_size: tuple[int, int], patch_size: int) -> None:
-    """Raises if a side of the image is not a positive multiple of the patch size."""
-    for side in image_size:
-        if patch_size < 1 or side < patch_size or side % patch_size:
-            near = max(1, round(side / patch_size)) * patch_size if patch_size >= 1 else 0
-            raise ConfigError(
-                f"--image-size {side} is not a multiple of the patch size, {patch_size}",
-                f"the nearest multiple: {near}" if near else "--patch-size must be 1 or more",
-            )
-
-
 def size(text: str) -> tuple[int, int]:
     """`224` or `224x448` (height x width) as (height, width)."""
     found = re.fullmatch(r"(\d+)(?:[xX](\d+))?", text.strip())
@@ -239,8 +228,8 @@ class RopeConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.rope_kind != "spiral":  # so that equal networks are equal
-            if self.rotate > 1 and self.rotate != RopeConfig.rotate:
-                raise rotate_misfit(self.rotate, self.rope_kind)
+            if self.rotate != RopeConfig.rotate:
+                check_rotate({"rotate": self.rotate}, self.rope_kind)
             object.__setattr__(self, "rotate", 0)
         if not 0 <= self.min_freq_lang <= self.max_freq_lang:
             raise ConfigError(
@@ -322,16 +311,36 @@ class RopeConfig:
         )
 
 
-def rotate_misfit(rotate: int, kind: str) -> ConfigError:
-    """The error for `rotate` beside a kind that has no choice of directions."""
-    return ConfigError(
-        f"--rotate {rotate} does not fit --rope-kind {kind}",
-        "leave --rotate out, or use --rope-kind spiral",
-    )
-
-
 RopeConfig.__doc__ = f"{RopeConfig.__doc__}\n\nAttributes:\n" + "\n".join(
     f"    {name} ({opt.default!r}): {opt.help}" for name, opt in leaves(RopeConfig).items()
 )
 BY_WEIGHTS = dict.fromkeys(RopeConfig.__dataclass_fields__, "")
 """Defaults in the help of commands where the weights decide: none."""
+
+
+def given_rope(given: dict[str, Any]) -> dict[str, Any]:
+    """The RoPE options among the given ones (field name -> value), checked."""
+    chosen = {name: given[name] for name in RopeConfig.__dataclass_fields__ if name in given}
+    # These are valid or not depending on others, which may come from the weights.
+    together = {"same_theta", "max_freq_lang", "min_freq_lang"}
+    RopeConfig(**{name: value for name, value in chosen.items() if name not in together})
+    check_rotate(chosen, chosen.get("rope_kind", RopeConfig.rope_kind))
+    return chosen
+
+
+def check_rotate(given: dict[str, Any], kind: str) -> None:
+    """Raises if `rotate` is given for a kind that has no choice of directions."""
+    if kind != "spiral" and given.get("rotate", 0) > 1:
+        raise ConfigError(
+            f"--rotate {given['rotate']} does not fit --rope-kind {kind}",
+            "leave --rotate out, or use --rope-kind spiral",
+        )
+
+
+def override_rope(trained: RopeConfig, given: dict[str, Any]) -> RopeConfig:
+    """The RoPE options of weights with those of the user (field name -> value)."""
+    kind = given.get("rope_kind", trained.rope_kind)
+    check_rotate(given, kind)
+    if {kind, trained.rope_kind} != {"spiral"}:
+        given = {"rotate": RopeConfig.rotate, **given}  # that of the weights says nothing
+    return replace(trained, **given)

@@ -14,7 +14,6 @@ from spiralrope_cli.core.config.datasets import BUILT_IN, DIGITS, PHOTOGRAPHS
 from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.models import BY_WEIGHTS
 from spiralrope_cli.core.config.option import in_words, leaves
-from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import LINEAR_RULE_BATCH, OptimConfig
 from spiralrope_cli.core.errors import ConfigError
 
@@ -180,9 +179,8 @@ def fit_to_run(values: dict[str, Any], sources: dict[str, str]) -> list[str]:
 
 
 def with_micro_batch(run: TrainingRun, size: int | None) -> TrainingRun:
-    if isinstance(run, ClassifierRun):  # each branch has one type
-        return replace(run, optim=replace(run.optim, micro_batch_size=size))
-    return replace(run, optim=replace(run.optim, micro_batch_size=size))
+    optim: Any = replace(run.optim, micro_batch_size=size)
+    return replace(run, optim=optim)
 
 
 def micro_batch_sizes(run: TrainingRun, world_size: int) -> list[int]:

@@ -10,13 +10,7 @@ from typing import Annotated, Any, Literal
 
 from spiralrope_cli.core.config.datasets import DATA_NAMES, DataSet
 from spiralrope_cli.core.config.folders import class_difference
-from spiralrope_cli.core.config.models import (
-    SIZE,
-    RopeConfig,
-    check_divides,
-    format_size,
-    size_of,
-)
+from spiralrope_cli.core.config.models import SIZE, RopeConfig, format_size, size_of
 from spiralrope_cli.core.config.option import (
     DATA,
     MODEL,
@@ -37,6 +31,17 @@ RUN_FOLDER = Opt(
     "Run folder; by default runs/COMMAND-ARCH-DATA-rROTATE[-NAME].", RUN, **PATH, free=True
 )
 EMA = Opt("Start from the EMA or the raw weights.", MODEL, flag="--ema/--no-ema")
+
+
+def check_divides(image_size: tuple[int, int], patch_size: int) -> None:
+    """Raises if a side of the image is not a positive multiple of the patch size."""
+    for side in image_size:
+        if patch_size < 1 or side < patch_size or side % patch_size:
+            near = max(1, round(side / patch_size)) * patch_size if patch_size >= 1 else 0
+            raise ConfigError(
+                f"--image-size {side} is not a multiple of the patch size, {patch_size}",
+                f"the nearest multiple: {near}" if near else "--patch-size must be 1 or more",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

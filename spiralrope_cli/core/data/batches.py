@@ -21,9 +21,8 @@ import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
 
-from spiralrope_cli.core.config.datasets import BUILT_IN
+from spiralrope_cli.core.config.datasets import BUILT_IN, EvalProtocol
 from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
-from spiralrope_cli.core.config.evals import EvalProtocol
 from spiralrope_cli.core.config.folders import IMAGENET_CLASSES
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import MachineConfig

@@ -20,12 +20,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.color import Steps
-from spiralrope_cli.core.data.images import (
-    Unreadable,
-    as_trained,
-    note_unreadable,
-    open_image,
-)
+from spiralrope_cli.core.data.images import Unreadable, as_trained, note_unreadable, open_image
 from spiralrope_cli.core.data.listing import ImageList
 from spiralrope_cli.core.errors import DataError, dead_loader
 from spiralrope_cli.core.runtime.launch import num_loaders

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spiralrope_cli.core.errors import DataError
+from spiralrope_cli.core.errors import DataError, first_line
 from spiralrope_cli.core.runtime import distributed
 from spiralrope_cli.core.storage import atomic_write, cache_folder
 
@@ -90,7 +90,7 @@ def load_fashion_mnist() -> tuple[MemorySplit, MemorySplit]:
         splits = [FashionMNIST(str(root), train, download=not there) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         raise DataError(
-            f"fashion-mnist is not here and cannot be downloaded: {str(error).splitlines()[0]}",
+            f"fashion-mnist is not here and cannot be downloaded: {first_line(error)}",
             f"put its four unpacked files into {raw}, or install the Debian package "
             "dataset-fashion-mnist",
         ) from error
@@ -99,9 +99,5 @@ def load_fashion_mnist() -> tuple[MemorySplit, MemorySplit]:
 
 
 def _unpack(packed: Path, target: Path) -> None:
-    with (
-        atomic_write(target) as beside,
-        gzip.open(packed) as source,
-        beside.open("wb") as sink,
-    ):
+    with atomic_write(target) as beside, gzip.open(packed) as source, beside.open("wb") as sink:
         shutil.copyfileobj(source, sink)

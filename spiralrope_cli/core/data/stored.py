@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from spiralrope_cli.core.config.folders import IMAGENET_NAME
 from spiralrope_cli.core.data.listing import is_image, suffix_of
-from spiralrope_cli.core.errors import DataError
+from spiralrope_cli.core.errors import DataError, first_line
 from spiralrope_cli.core.storage import atomic_write, cache_folder, parse, write_whole
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def read_table(path: Path) -> Listed:
                 rows.append((first, size, f"{path.name} row {len(rows)}", _class(each)))
     except (pa.ArrowException, OSError) as error:
         raise DataError(
-            f"{path} cannot be read as {path.suffix[1:]}: {str(error).splitlines()[0]}"
+            f"{path} cannot be read as {path.suffix[1:]}: {first_line(error)}"
         ) from error
     return Listed(file, rows, f"column {label}", _names(schema, label))
 

@@ -152,8 +152,7 @@ def find_row(name: str) -> Row:
     near = difflib.get_close_matches(wanted, [*by_name, *ALIASES], n=1, cutoff=0.5)
     guess = f"did you mean {near[0]}? " if near else ""
     raise ConfigError(
-        f"{name} is not a published name",
-        f"{guess}spiralrope fetch --list shows all",
+        f"{name} is not a published name", f"{guess}spiralrope fetch --list shows all"
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from spiralrope_cli.core.errors import FetchError, NoRouteError
+from spiralrope_cli.core.errors import FetchError, NoRouteError, first_line
 from spiralrope_cli.core.hub.catalog import Row, listed_file
 from spiralrope_cli.core.hub.files import (
     DIGEST,
@@ -21,7 +21,6 @@ from spiralrope_cli.core.hub.files import (
     digest_like,
     disk_error,
     fetch_file,
-    first_line,
     is_right,
     place_copy,
     target_of,
@@ -217,8 +216,7 @@ def _fetch_one(row: Row, remote: HubFile, here: Path | None) -> Path:
         if isinstance(error, OSError) and error.errno:
             raise disk_error(error, Path(constants.HF_HUB_CACHE)) from error
         raise FetchError(
-            f"the download of {row.name} failed: {first_line(error)}",
-            "nothing was kept; try again",
+            f"the download of {row.name} failed: {first_line(error)}", "nothing was kept; try again"
         ) from error
     if not here and not is_right(path, remote.etag, "the Hub"):
         _drop(path)

@@ -30,11 +30,12 @@ from spiralrope_cli.core.errors import (
     FetchError,
     NoRouteError,
     errno_of,
+    first_line,
     system_error,
 )
 from spiralrope_cli.core.hub.catalog import Row
 from spiralrope_cli.core.runtime.progress import human_size, say
-from spiralrope_cli.core.runtime.run_folder import check_space
+from spiralrope_cli.core.runtime.resources import check_space
 from spiralrope_cli.core.storage import cache_folder, flush
 
 OTHER_DISK = "free some, or name another disk with --out (for downloads HF_HOME, SPIRALROPE_CACHE)"
@@ -272,11 +273,6 @@ def _part_of(row: Row, target: Path, version: FileVersion) -> Path:
         if other != part or mixed:
             other.unlink()
     return part
-
-
-def first_line(error: BaseException) -> str:
-    """First line of a message; some libraries add help."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _refusal(row: Row, code: int) -> FetchError:

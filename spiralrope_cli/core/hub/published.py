@@ -18,12 +18,7 @@ import torch
 from torch import Tensor
 
 from spiralrope_cli.core.config.dit_runs import VAE_FACTOR
-from spiralrope_cli.core.config.models import (
-    RopeConfig,
-    TransformerSize,
-    is_dit,
-    size_of,
-)
+from spiralrope_cli.core.config.models import RopeConfig, TransformerSize, is_dit, size_of
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.catalog import ROWS
 from spiralrope_cli.core.rope import frequencies

@@ -10,13 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from spiralrope_cli.core.config.dit_runs import (
-    LATENT_CHANNELS,
-    LATENT_SCALE,
-    VAE_FACTOR,
-    VAE_NAMES,
-    read_config,
-)
+from spiralrope_cli.core.config.dit_runs import LATENT_CHANNELS, LATENT_SCALE, VAE_FACTOR, VAE_NAMES
 from spiralrope_cli.core.config.folders import CHECKPOINTS, EMA_FILE, MODEL_FILE, own_folder
 from spiralrope_cli.core.config.hub import FILE_SUFFIXES, HUB, HUB_FORM
 from spiralrope_cli.core.config.training import RUNS_FOLDER
@@ -32,6 +26,7 @@ from spiralrope_cli.core.hub.catalog import (
 )
 from spiralrope_cli.core.runtime.run_folder import (
     inner_runs,
+    read_config,
     run_configs,
     step_folder,
     steps_on_disk,

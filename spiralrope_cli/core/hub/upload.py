@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from spiralrope_cli import __version__
-from spiralrope_cli.core.errors import FetchError, NoRouteError
-from spiralrope_cli.core.hub.files import first_line
+from spiralrope_cli.core.errors import FetchError, NoRouteError, first_line
 
 
 def check_rights(repo: str) -> None:

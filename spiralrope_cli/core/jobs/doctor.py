@@ -26,7 +26,7 @@ from spiralrope_cli.core.hub.catalog import ROWS, find_row
 from spiralrope_cli.core.resolve import default_data, resolve
 from spiralrope_cli.core.runtime.launch import usable_cores
 from spiralrope_cli.core.runtime.progress import console, human_size
-from spiralrope_cli.core.runtime.run_folder import nearest_folder
+from spiralrope_cli.core.runtime.resources import nearest_folder
 from spiralrope_cli.core.storage import cache_folder
 
 OF_TRAINING = ("arch", "data", "batch_size", "micro_batch_size", "nproc", "device", "precision")

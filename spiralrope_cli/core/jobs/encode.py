@@ -38,7 +38,8 @@ from spiralrope_cli.core.runtime.progress import (
     say_result,
     say_unreadable,
 )
-from spiralrope_cli.core.runtime.run_folder import check_space, refuse_run
+from spiralrope_cli.core.runtime.resources import check_space
+from spiralrope_cli.core.runtime.run_folder import refuse_run
 from spiralrope_cli.core.runtime.slurm import Remaining
 
 if TYPE_CHECKING:

@@ -16,18 +16,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spiralrope_cli.core.config.datasets import BUILT_IN, DataSet
-from spiralrope_cli.core.config.evals import (
-    BOTH_CROP_RATIOS,
-    EvalOptions,
-    EvalProtocol,
-    EvalRow,
-    EvalRun,
-)
+from spiralrope_cli.core.config.datasets import BUILT_IN, DataSet, EvalProtocol
+from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions, EvalRow, EvalRun
 from spiralrope_cli.core.config.folders import EVAL_FILE, SIZES_FILE
-from spiralrope_cli.core.config.models import RopeConfig, format_size
+from spiralrope_cli.core.config.models import RopeConfig, format_size, given_rope
 from spiralrope_cli.core.config.option import build, idle_lines
-from spiralrope_cli.core.config.rope import given_rope
 from spiralrope_cli.core.config.runs import ModelConfig
 from spiralrope_cli.core.config.training import RUNS_FOLDER, MachineConfig
 from spiralrope_cli.core.data.classes import classes_of, real_images

@@ -15,16 +15,16 @@ from spiralrope_cli.core.config.datasets import BUILT_IN, IMAGENET_MEAN, IMAGENE
 from spiralrope_cli.core.config.dit_runs import LATENT_CHANNELS
 from spiralrope_cli.core.config.folders import EVAL_FILE
 from spiralrope_cli.core.config.hub import ExportRun
-from spiralrope_cli.core.config.models import is_dit
+from spiralrope_cli.core.config.models import given_rope, is_dit
 from spiralrope_cli.core.config.option import build
-from spiralrope_cli.core.config.rope import given_rope
 from spiralrope_cli.core.config.samples import resolve_vae
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.hub.files import OTHER_DISK, new_path, refuse_existing, sha256_of
 from spiralrope_cli.core.hub.source import VaeFiles, find_source, find_vae
 from spiralrope_cli.core.runtime.launch import say_notes
 from spiralrope_cli.core.runtime.progress import human_size, say, say_result
-from spiralrope_cli.core.runtime.run_folder import check_space, read_rows
+from spiralrope_cli.core.runtime.resources import check_space
+from spiralrope_cli.core.runtime.run_folder import read_rows
 
 if TYPE_CHECKING:
     import torch
@@ -90,8 +90,7 @@ def settle(config: ExportRun, rope: dict[str, Any]) -> Export:
     source = find_source(config.source, best=config.best)
     if config.best and source.run != Path(os.path.expanduser(config.source)):
         raise ConfigError(
-            f"--best needs a run folder, and {config.source} is not one",
-            "leave --best out",
+            f"--best needs a run folder, and {config.source} is not one", "leave --best out"
         )
     from spiralrope_cli.core.load import network_on_meta
     from spiralrope_cli.core.weights import fetch_source, read_weights

@@ -10,12 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spiralrope_cli.core.config.datasets import PHOTOGRAPHS
-from spiralrope_cli.core.config.models import (
-    RopeConfig,
-    check_divides,
-    is_dit,
-    size_of,
-)
+from spiralrope_cli.core.config.models import RopeConfig, check_rotate, given_rope, is_dit, size_of
 from spiralrope_cli.core.config.option import build, idle_lines
 from spiralrope_cli.core.config.plots import (
     DEIT_GRID,
@@ -27,14 +22,14 @@ from spiralrope_cli.core.config.plots import (
     RunPlot,
     SamplesPlot,
 )
-from spiralrope_cli.core.config.rope import check_rotate, given_rope
+from spiralrope_cli.core.config.runs import check_divides
 from spiralrope_cli.core.config.training import RUNS_FOLDER
 from spiralrope_cli.core.errors import CheckpointError, ConfigError, DataError
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.plots.curves import curves_figure, save_figure
 from spiralrope_cli.core.runtime.launch import say_notes
-from spiralrope_cli.core.runtime.memory import check_memory
 from spiralrope_cli.core.runtime.progress import METRICS_FILE, say, say_result
+from spiralrope_cli.core.runtime.resources import check_memory
 from spiralrope_cli.core.runtime.run_folder import find_run, run_configs
 
 if TYPE_CHECKING:
@@ -173,7 +168,7 @@ def draw_attention(given: dict[str, Any]) -> None:
     source = find_source(plot.source, best=plot.best)
 
     from spiralrope_cli.core.load import at_size, build_network
-    from spiralrope_cli.core.plots.attention import attention_figure, attention_from
+    from spiralrope_cli.core.plots.images import attention_figure, attention_from
     from spiralrope_cli.core.weights import fetch_source, read_weights
 
     source = fetch_source(source)
@@ -239,7 +234,7 @@ def draw_grid(given: dict[str, Any]) -> None:
 
     from spiralrope_cli.core.data.image_sets import images_in
     from spiralrope_cli.core.data.images import image_batches, num_bytes
-    from spiralrope_cli.core.plots.samples import fit_to_size, samples_figure
+    from spiralrope_cli.core.plots.images import fit_to_size, samples_figure
 
     images = images_in(find_images(plot.source), "SOURCE")
     part = range(min(plot.num_samples, len(images)))

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spiralrope_cli.core.config.datasets import BUILT_IN, PHOTOGRAPHS
-from spiralrope_cli.core.config.models import RopeConfig, check_divides
+from spiralrope_cli.core.config.models import RopeConfig, given_rope
 from spiralrope_cli.core.config.option import build, idle_lines
 from spiralrope_cli.core.config.predictions import SHEET_IMAGES, TOP_K, Prediction
-from spiralrope_cli.core.config.rope import given_rope
+from spiralrope_cli.core.config.runs import check_divides
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.listing import IMAGE_SUFFIXES, count_files, images_below
 from spiralrope_cli.core.errors import CheckpointError, ConfigError, DataError
@@ -229,7 +229,7 @@ def draw_sheet(sheet: Sequence[tuple[Tensor, Guess]], options: Prediction, count
     import torch
 
     from spiralrope_cli.core.plots.curves import save_figure
-    from spiralrope_cli.core.plots.samples import samples_figure
+    from spiralrope_cli.core.plots.images import samples_figure
 
     images = torch.stack([image for image, _ in sheet]).expand(-1, 3, -1, -1)
     labels = [f"{guess.name} {guess.probability:.0%}" for _, guess in sheet]

@@ -17,9 +17,8 @@ from spiralrope_cli import __version__
 from spiralrope_cli.core.config.dit_runs import NO_VAE
 from spiralrope_cli.core.config.folders import REPORT_FILE, SOURCES_FILE
 from spiralrope_cli.core.config.hub import HUB
-from spiralrope_cli.core.config.models import format_size
+from spiralrope_cli.core.config.models import format_size, given_rope
 from spiralrope_cli.core.config.option import build as build_config
-from spiralrope_cli.core.config.rope import given_rope
 from spiralrope_cli.core.config.samples import (
     GuidanceConfig,
     SampleRun,
@@ -36,7 +35,8 @@ from spiralrope_cli.core.hub.source import find_source, find_vae, local_vae
 from spiralrope_cli.core.resolve import named_folder
 from spiralrope_cli.core.runtime.launch import is_first_process, launch, say_notes, world_size
 from spiralrope_cli.core.runtime.progress import counted, say, say_result
-from spiralrope_cli.core.runtime.run_folder import check_space, write_json
+from spiralrope_cli.core.runtime.resources import check_space
+from spiralrope_cli.core.runtime.run_folder import write_json
 from spiralrope_cli.core.runtime.slurm import Remaining
 
 if TYPE_CHECKING:
@@ -246,11 +246,7 @@ class Sampler:
         from spiralrope_cli.core.diffusion.gaussian import GaussianDiffusion
         from spiralrope_cli.core.diffusion.vae import load_vae
         from spiralrope_cli.core.load import at_size, build_network
-        from spiralrope_cli.core.models.factory import (
-            cast_matmuls,
-            compile_blocks,
-            pays_to_compile,
-        )
+        from spiralrope_cli.core.models.factory import cast_matmuls, compile_blocks, pays_to_compile
 
         self.run, self.ctx, self.diffusion = run, ctx, GaussianDiffusion(run.num_sampling_steps)
         changes = at_size(weights, run.input_size, run.rope)

@@ -17,10 +17,9 @@ from rich.table import Table
 
 from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
 from spiralrope_cli.core.config.folders import CURVES_FILE, nameless_note
-from spiralrope_cli.core.config.models import format_size, is_dit
+from spiralrope_cli.core.config.models import format_size, given_rope, is_dit
 from spiralrope_cli.core.config.option import build, flat_values, leaves
 from spiralrope_cli.core.config.recipes import with_usual_micro_batch
-from spiralrope_cli.core.config.rope import given_rope
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.samples import decoder_of
 from spiralrope_cli.core.config.training import LINEAR_RULE_BATCH, TrainOptions
@@ -35,8 +34,8 @@ from spiralrope_cli.core.runtime.launch import (
     say_notes,
     world_size,
 )
-from spiralrope_cli.core.runtime.memory import check_memory
 from spiralrope_cli.core.runtime.progress import console, say, say_unreadable
+from spiralrope_cli.core.runtime.resources import check_memory
 from spiralrope_cli.core.runtime.run_folder import first_step, is_finished, write_sources
 from spiralrope_cli.core.runtime.slurm import Remaining
 from spiralrope_cli.core.runtime.trackers import check_tracker, log_in

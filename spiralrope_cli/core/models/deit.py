@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spiralrope_cli.core.config.models import RopeConfig, check_divides
+from spiralrope_cli.core.config.models import RopeConfig
+from spiralrope_cli.core.config.runs import check_divides
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.kernels import (
     Gelu,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.models import RopeConfig, is_dit, size_of
-from spiralrope_cli.core.errors import ConfigError
+from spiralrope_cli.core.errors import ConfigError, first_line
 from spiralrope_cli.core.models.deit import DeiT
 from spiralrope_cli.core.models.dit import DiT
 
@@ -94,8 +94,7 @@ def compile_blocks(*models: nn.Module, say: Callable[[str], None]) -> None:
     def give_up(error: Exception) -> None:
         for block in blocks:
             block._compiled_call_impl = None
-        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        say(f"note: torch.compile failed, so the run is eager: {why}")
+        say(f"note: torch.compile failed, so the run is eager: {first_line(error)}")
 
     say("compiling the blocks; the first steps take longer, up to a minute (--compile off: eager)")
     try:

@@ -23,13 +23,7 @@ from spiralrope_cli.core.plots.curves import (
     grid_of_axes,
     style_lines,
 )
-from spiralrope_cli.core.rope import (
-    SpiralRoPE,
-    leaves_grid,
-    mixed_angles,
-    pair_layout,
-    projections,
-)
+from spiralrope_cli.core.rope import SpiralRoPE, leaves_grid, mixed_angles, pair_layout, projections
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

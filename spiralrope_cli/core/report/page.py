@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from spiralrope_cli import __version__
-from spiralrope_cli.core.config.dit_runs import RUN_KINDS, TrainingRun, read_config
+from spiralrope_cli.core.config.dit_runs import RUN_KINDS, TrainingRun
 from spiralrope_cli.core.config.folders import (
     CONFIG_FILE,
     CURVES_FILE,
@@ -40,11 +40,11 @@ from spiralrope_cli.core.config.pipelines import FINETUNE, PRETRAIN, SAMPLE, TRA
 from spiralrope_cli.core.config.samples import SampleRun
 from spiralrope_cli.core.config.training import TrainOptions
 from spiralrope_cli.core.data.sample_files import read_metadata
-from spiralrope_cli.core.errors import SpiralRopeError
+from spiralrope_cli.core.errors import SpiralRopeError, first_line
 from spiralrope_cli.core.plots.curves import curves_figure
 from spiralrope_cli.core.report.results import Result, results
 from spiralrope_cli.core.runtime.progress import METRICS_FILE, best_validation, read_metrics, say
-from spiralrope_cli.core.runtime.run_folder import read_json
+from spiralrope_cli.core.runtime.run_folder import read_config, read_json
 from spiralrope_cli.core.storage import write_whole
 
 if TYPE_CHECKING:
@@ -104,8 +104,7 @@ def leave_report(folder: Path) -> None:
     try:
         write_report(folder)
     except Exception as error:  # noqa: BLE001 - the run itself has succeeded
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        say(f"warning: {folder / REPORT_FILE} was not written: {reason}")
+        say(f"warning: {folder / REPORT_FILE} was not written: {first_line(error)}")
 
 
 def write_report(folder: Path) -> Path:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from rich import box
 from rich.table import Table
 
-from spiralrope_cli.core.config.dit_runs import GRID_ROWS, DiTRun, read_config
+from spiralrope_cli.core.config.dit_runs import GRID_ROWS, DiTRun
 from spiralrope_cli.core.config.fid import FID_METRICS
 from spiralrope_cli.core.config.folders import (
     CONFIG_FILE,
@@ -30,7 +30,7 @@ from spiralrope_cli.core.config.folders import (
 from spiralrope_cli.core.config.models import format_size
 from spiralrope_cli.core.config.option import build
 from spiralrope_cli.core.runtime.progress import best_validation, console, read_metrics, say_result
-from spiralrope_cli.core.runtime.run_folder import read_json, read_rows
+from spiralrope_cli.core.runtime.run_folder import read_config, read_json, read_rows
 
 Record = dict[str, Any]
 
@@ -191,7 +191,7 @@ def with_labels(samples: Path) -> Path | bytes:
     """The grid of samples with the class below each image, where the classes are known."""
     from spiralrope_cli.core.data.image_sets import names_of
     from spiralrope_cli.core.data.sample_files import GRID_IMAGES, read_metadata, sample_labels
-    from spiralrope_cli.core.plots.samples import labelled_grid
+    from spiralrope_cli.core.plots.images import labelled_grid
 
     folder = samples.parent
     if (folder / CONFIG_FILE).is_file():

@@ -1,4 +1,4 @@
-"""The run folder: its files, whether a command may resume in it, and disk space.
+"""The run folder: its files, and whether a command may resume in it.
 
 No torch, so that errors come before any worker starts.
 """
@@ -10,12 +10,11 @@ import difflib
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
-from spiralrope_cli.core.config.dit_runs import TrainingRun, read_config
+from spiralrope_cli.core.config.dit_runs import RUN_KINDS, TrainingRun
 from spiralrope_cli.core.config.folders import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -25,12 +24,21 @@ from spiralrope_cli.core.config.folders import (
     SOURCES_FILE,
     class_difference,
 )
-from spiralrope_cli.core.config.option import build, flat_values, leaves, to_nested
+from spiralrope_cli.core.config.option import (
+    build,
+    flat_values,
+    flatten,
+    leaves,
+    read_values,
+    renamed,
+    to_nested,
+)
 from spiralrope_cli.core.config.recipes import with_micro_batch
+from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import RUNS_FOLDER
-from spiralrope_cli.core.errors import CheckpointError, ConfigError, DiskError
-from spiralrope_cli.core.runtime.progress import human_size, say
-from spiralrope_cli.core.storage import parse, write_whole
+from spiralrope_cli.core.errors import CheckpointError, ConfigError, first_line
+from spiralrope_cli.core.runtime.progress import say
+from spiralrope_cli.core.storage import parse, repeated_key, write_whole
 
 STEP_DIGITS = 7
 LENGTH = {"epochs", "max_steps", "warmup_epochs"}
@@ -44,12 +52,10 @@ SAME = (
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """Folder of the checkpoint of a step."""
     return folder / CHECKPOINTS / f"{step:0{STEP_DIGITS}d}"
 
 
 def sample_file(folder: Path, step: int) -> Path:
-    """File of the sample grid of a step."""
     return folder / SAMPLES / f"{step:0{STEP_DIGITS}d}.png"
 
 
@@ -219,6 +225,35 @@ def differences(
     return "; ".join(changed[:3]) + more
 
 
+def read_config(path: Path, kind: type[TrainingRun] | None = None) -> dict[str, Any]:
+    """Flat values of a `config.yaml`, in the types of their fields; checks that it is of `kind`."""
+    import yaml
+
+    try:
+        text = path.read_text()
+        nested = parse(text, yaml.safe_load)
+        repeated = repeated_key(yaml.compose(text, yaml.SafeLoader))
+    except OSError as error:
+        raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"--config {path} is not YAML: {first_line(error)}") from error
+    if not isinstance(nested, dict):
+        raise ConfigError(f"--config {path} is not a config of a run")
+    if repeated:
+        raise ConfigError(
+            f"--config {path} has the key {repeated!r} twice", "leave one of them out"
+        )
+    command = nested.get("command")
+    of_file = RUN_KINDS.get(str(command), kind or ClassifierRun)
+    if kind is not None and of_file is not kind:
+        raise ConfigError(f"--config {path} is of another kind of run, {command}")
+    values = flatten(renamed(nested, of_file), of_file)
+    of_earlier_runs = {"ema_warmup": False} if command else {}
+    if command and values.get("workers") == -1:  # as they stored auto
+        values["workers"] = None
+    return {**of_earlier_runs, **read_values(leaves(of_file), values)}
+
+
 def write_config(run: TrainingRun) -> None:
     """Writes the config, with everything that is needed to repeat the run."""
     import yaml
@@ -309,29 +344,6 @@ def add_rows(path: Path, rows: Sequence[dict[str, Any]], decoded: int) -> None:
     """Adds rows to an `eval.json`; they replace rows of the same weights and protocol."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = [old for old in read_rows(path) if not any(is_same(old, new) for new in rows)]
-    kept = [
-        old for old in kept if math.isfinite(old.get("loss", 0.0))
-    ]  # earlier versions wrote NaN
+    # Earlier versions wrote NaN.
+    kept = [old for old in kept if math.isfinite(old.get("loss", 0.0))]
     write_json(path, {"decoded": decoded, "rows": [*kept, *rows]})
-
-
-def nearest_folder(path: Path) -> Path:
-    """A folder, or its nearest parent that exists."""
-    absolute = path.absolute()
-    return next(each for each in (absolute, *absolute.parents) if each.exists())
-
-
-def check_space(*needs: tuple[Path, int], what: str, hint: str) -> None:
-    """Raises if the disks have too little space for these (folder, bytes)."""
-    by_disk: dict[int, tuple[Path, int]] = {}
-    for folder, size in needs:
-        there = nearest_folder(folder)
-        disk = there.stat().st_dev
-        by_disk[disk] = (there, by_disk.get(disk, (there, 0))[1] + size)
-    for folder, size in by_disk.values():
-        if size > (free := shutil.disk_usage(folder).free):
-            raise DiskError(
-                f"{folder} has {human_size(free)} free, and {human_size(size)} are needed "
-                f"for {what}",
-                hint,
-            )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from spiralrope_cli.core.config.folders import CONFIG_FILE
 from spiralrope_cli.core.config.option import to_nested
-from spiralrope_cli.core.errors import ConfigError, TrainingError
+from spiralrope_cli.core.errors import ConfigError, TrainingError, first_line
 
 if TYPE_CHECKING:
     from spiralrope_cli.core.config.dit_runs import TrainingRun
@@ -116,8 +116,3 @@ class WandbLogger:
     def close(self, *, failed: bool) -> None:
         """Uploads the rest."""
         self._run.finish(exit_code=int(failed))
-
-
-def first_line(error: Exception) -> str:
-    """W&B explains its own options below."""
-    return str(error).partition("\n")[0]

@@ -20,8 +20,9 @@ from safetensors.torch import save_model
 from torch import nn
 
 from spiralrope_cli.core.config.folders import CHECKPOINTS, EMA_FILE, MODEL_FILE, TRAINER_FILE
-from spiralrope_cli.core.errors import SPACE, CheckpointError, errno_of, system_error
-from spiralrope_cli.core.runtime.run_folder import check_space, step_folder, steps_on_disk
+from spiralrope_cli.core.errors import SPACE, CheckpointError, errno_of, first_line, system_error
+from spiralrope_cli.core.runtime.resources import check_space
+from spiralrope_cli.core.runtime.run_folder import step_folder, steps_on_disk
 from spiralrope_cli.core.storage import (
     check_zip,
     flush,
@@ -88,12 +89,8 @@ def _cannot_write(path: Path, error: Exception) -> CheckpointError:
             f"no space left for checkpoint {path} ({free / 2**20:.0f} MiB free)",
             "free some, or choose another --out; the same command then resumes",
         )
-    told = system_error(error, path.name) or CheckpointError(_first_line(error))
+    told = system_error(error, path.name) or CheckpointError(first_line(error))
     return CheckpointError(f"checkpoint {path} could not be written: {told.message}", told.hint)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def remove_unfinished(run_folder: Path) -> None:
@@ -129,7 +126,7 @@ def restore(run_folder: Path, step: int, state: TrainState) -> None:
         state.step, state.best = trainer["step"], trainer["best"]
     except UNREADABLE as error:
         raise CheckpointError(
-            f"checkpoint {folder} cannot be read: {_first_line(error)}",
+            f"checkpoint {folder} cannot be read: {first_line(error)}",
             "remove that folder to resume from the one before it",
         ) from error
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spiralrope_cli.core.config.evals import EvalProtocol
+from spiralrope_cli.core.config.datasets import EvalProtocol
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.data.batches import ValidationImages, classifier_data
 from spiralrope_cli.core.data.loader import Batch, BatchIndices

@@ -9,7 +9,7 @@ from timm.layers import RotaryEmbeddingMixed, apply_rot_embed_cat
 from torch._dynamo.testing import CompileCounter
 
 from spiralrope_cli import RopeConfig, create_model
-from spiralrope_cli.core.config.rope import override_rope
+from spiralrope_cli.core.config.models import override_rope
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.models.mixed_rope import MixedRoPE
 from spiralrope_cli.core.rope import SpiralRoPE, apply_rotary, mixed_angles

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from spiralrope_cli import RopeConfig, create_model
-from spiralrope_cli.core.plots.attention import (
+from spiralrope_cli.core.plots.images import (
     Watch,
     attention_figure,
     attention_from,

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from spiralrope_cli.core.data.images import image_grid
-from spiralrope_cli.core.plots import samples
+from spiralrope_cli.core.plots import images as plotted
 from spiralrope_cli.core.plots.curves import save_figure
-from spiralrope_cli.core.plots.samples import samples_figure
+from spiralrope_cli.core.plots.images import labelled_grid, samples_figure
 
 
 @pytest.mark.parametrize("labels", [[], [str(n) for n in range(5)]])
@@ -53,12 +53,12 @@ def test_a_saved_grid_gets_its_labels_and_keeps_its_images(tmp_path, monkeypatch
     image_grid(images, columns=3).save(tmp_path / "grid.png")
     drawn = []
     monkeypatch.setattr(
-        samples, "samples_figure", lambda *args: drawn.append(args) or samples_figure(*args)
+        plotted, "samples_figure", lambda *args: drawn.append(args) or samples_figure(*args)
     )
-    png = samples.labelled_grid(tmp_path / "grid.png", ["a", "b", "c", "d", "e"], 3)
+    png = labelled_grid(tmp_path / "grid.png", ["a", "b", "c", "d", "e"], 3)
     assert png.startswith(b"\x89PNG")
     [(tiles, labels, _, columns)] = drawn
     assert torch.equal(tiles, images)
     assert (labels, columns) == (["a", "b", "c", "d", "e"], 3)
-    assert samples.labelled_grid(tmp_path / "grid.png", list("abcdefgh"), 5) is None
-    assert samples.labelled_grid(tmp_path / "grid.png", [], 3) is None
+    assert labelled_grid(tmp_path / "grid.png", list("abcdefgh"), 5) is None
+    assert labelled_grid(tmp_path / "grid.png", [], 3) is None

@@ -1,13 +1,14 @@
-"""Memory that this process may still use: of the machine, and of its container or job."""
+"""Free memory, of the machine and of its container or job, and free disk space."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import re
+import shutil
 from pathlib import Path
 
-from spiralrope_cli.core.errors import SpiralRopeError
+from spiralrope_cli.core.errors import DiskError, SpiralRopeError
 from spiralrope_cli.core.runtime.progress import human_size
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -52,3 +53,25 @@ def _left(group: Path, limit: str, used: str, cached: str) -> float:
     except (OSError, ValueError):  # none, or the word max
         return math.inf
     return max(0, most - now + (int(found[1]) if found else 0))
+
+
+def nearest_folder(path: Path) -> Path:
+    """A folder, or its nearest parent that exists."""
+    absolute = path.absolute()
+    return next(each for each in (absolute, *absolute.parents) if each.exists())
+
+
+def check_space(*needs: tuple[Path, int], what: str, hint: str) -> None:
+    """Raises if the disks have too little space for these (folder, bytes)."""
+    by_disk: dict[int, tuple[Path, int]] = {}
+    for folder, size in needs:
+        there = nearest_folder(folder)
+        disk = there.stat().st_dev
+        by_disk[disk] = (there, by_disk.get(disk, (there, 0))[1] + size)
+    for folder, size in by_disk.values():
+        if size > (free := shutil.disk_usage(folder).free):
+            raise DiskError(
+                f"{folder} has {human_size(free)} free, and {human_size(size)} are needed "
+                f"for {what}",
+                hint,
+            )
