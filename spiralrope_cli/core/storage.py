@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -44,7 +45,9 @@ def atomic_write(path: Path, *, sole: bool = False, durable: bool = False) -> It
         durable: wait until the content is on the disk: a rename alone may survive a power cut
             without it.
     """
-    beside = path.with_name(f".{path.name}.{'new' if sole else os.getpid()}")
+    # Not the number of the process alone: containers that share a disk may have the same ones.
+    own = "new" if sole else f"{os.getpid()}-{secrets.token_hex(4)}"
+    beside = path.with_name(f".{path.name}.{own}")
     try:
         yield beside
         if durable:

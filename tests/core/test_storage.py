@@ -152,6 +152,14 @@ def test_a_sole_writer_writes_over_what_a_killed_one_left(tmp_path):
     assert [path.read_text() for path in tmp_path.iterdir()] == ["again"]
 
 
+def test_two_machines_may_write_one_file_by_processes_of_one_number(tmp_path):
+    target = tmp_path / "list.json"
+    with atomic_write(target) as one, atomic_write(target) as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"list.json": "one"}
+
+
 def test_an_error_names_the_file_that_was_to_be_written(tmp_path):
     with pytest.raises(OSError, match="No space") as full, atomic_write(tmp_path / "a"):
         raise OSError(errno.ENOSPC, "No space left on device")

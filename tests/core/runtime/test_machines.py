@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -130,6 +131,45 @@ def test_a_killed_worker_is_replaced(start, undisturbed, tmp_path):
     assert said.count("worker 1 was killed by SIGKILL; restart 1 of 1") == 1
     assert said.count("resumed at step") == 1
     assert same_run(tmp_path / "run", undisturbed)
+
+
+def test_a_worker_of_eval_that_is_killed_while_it_reads_is_replaced(
+    start, tmp_path, monkeypatch, digit_pictures, trained_once
+):
+    for number, picture in enumerate(digit_pictures[:20]):
+        (folder := tmp_path / "photos/val" / str(number % 10)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(folder / f"{number}.png")
+    words = ("eval", trained_once, "--data", "photos", "--nproc", 1, "--workers", 0)
+    words = (*words, "--device", "cpu", "--precision", "fp32", "--out")
+    monkeypatch.chdir(tmp_path)
+    main.app([*map(str, words), "undisturbed"], standalone_mode=False)
+
+    last = tmp_path / "photos/val/9/19.png"
+    content = last.read_bytes()
+    last.unlink()
+    os.mkfifo(last)  # whoever reads it waits
+    run = start(*words, "run", "--max-restarts", 1)
+    writers = []
+
+    def is_read():
+        with contextlib.suppress(OSError):  # there is no reader
+            writers.append(os.open(last, os.O_WRONLY | os.O_NONBLOCK))
+        return writers
+
+    wait_for(is_read, run)
+    last.unlink()
+    last.write_bytes(content)
+    os.kill(workers_of(run)[0], signal.SIGKILL)
+    code, said = ended(run)
+    os.close(writers[0])
+    assert code == 0, said
+    assert said.count("worker 0 was killed by SIGKILL; restart 1 of 1") == 1
+    [before], [now] = (
+        json.loads((tmp_path / out / "eval.json").read_text())["rows"]
+        for out in ("undisturbed", "run")
+    )
+    assert all(now[name] == before[name] for name in ("acc1", "acc5", "loss", "count"))
+    assert now["count"] == 20
 
 
 @pytest.fixture
