@@ -215,11 +215,11 @@ class Reporter:
         self.say(f"step {step}  FID {values['fid']:.4f}  EMA weights, {values['fid_num']} images")
 
     @contextlib.contextmanager
-    def counting(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    def counting(self, what: str, total: int, parts: int) -> Iterator[Callable[[int], None]]:
         """As `counted`, in place of the bar of the run."""
         hidden, self._live.transient = self._live.is_started, True
         self._live.stop()
-        with counted(what, total, shown=self.first, unit="images/s") as advance:
+        with counted(what, total, shown=self.first, unit="images/s", parts=parts) as advance:
             yield advance
         if hidden:
             self._live.start()

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -133,17 +134,20 @@ class FidOfTraining:
             return 0
         moments, size = Moments(POOL_SIZE, ctx.device), default_batch_size(config.image_size)
         batches = [range(first, min(first + size, num)) for first in range(0, num, size)]
-        with reporter.counting(f"FID at step {state.step}, images", num) as advance:
+        parts = self.diffusion.num_steps + 1  # and the features
+        with reporter.counting(f"FID at step {state.step}, images", num, parts) as advance:
             # Batch i goes to rank i mod world_size, so batches are the same for any number of them.
             for first in range(0, len(batches), ctx.world_size):
                 dealt = batches[first : first + ctx.world_size]
                 mine = dealt[ctx.rank] if ctx.rank < len(dealt) else range(0)
-                images = self.draw(cast(DiT, state.ema.module), mine) if mine else None
+                after_step = partial(advance, sum(map(len, dealt)))  # others are about as far
+                model = cast(DiT, state.ema.module)
+                images = self.draw(model, mine, after_step) if mine else None
                 if stop := ctx.stop.agreed(ctx.device, ask_all=True):
                     return stop
                 if images is not None:
                     self.add(images, moments)
-                advance(sum(map(len, dealt)))
+                after_step()
         moments.merge_processes()
         if ctx.is_first:
             statistics = moments.mean, moments.covariance()
@@ -164,7 +168,9 @@ class FidOfTraining:
             allow_tf32(self.ctx.device.type == "cuda" and self.ctx.precision != "fp32")
 
     @torch.no_grad()
-    def draw(self, model: DiT, indices: Sequence[int]) -> Tensor | None:
+    def draw(
+        self, model: DiT, indices: Sequence[int], after_step: Callable[[], None]
+    ) -> Tensor | None:
         """Images [B, 3, H, W] uint8 by their numbers; None after a signal."""
         config, ctx, seed = self.config, self.ctx, SampleRun.seed
         noise = NoisePerImage(seed, indices, config.input_shape, ctx.device)
@@ -176,6 +182,7 @@ class FidOfTraining:
                 if ctx.stop.signal_number:
                     return None
                 latents = x  # those of the last step are decoded
+                after_step()
         return to_uint8(self.vae.decode(latents) if self.vae else latents)
 
     def add(self, images: Tensor, moments: Moments) -> None:
