@@ -49,14 +49,17 @@ DEIT_FILE, DIT_FILE = "published/deit_tiny_checkpoint.pth", "published/dit_tiny_
 STAND_INS = {
     "deit-b": [DEIT_FILE],
     "runs/pretrain-deit-b-imagenet-r2": [DEIT_FILE],
+    "runs/sweep-deit-deit-s-imagenet/rotate=2-seed0/finetune": [DEIT_FILE],
     "runs/finetune-deit-b-imagenet-r2": [DEIT_FILE],
     "dit-xl2": [DIT_FILE, "--vae", "vae"],
     "runs/dit-train-dit-b4-imagenet-r2": [DIT_FILE, "--vae", "vae"],
+    "runs/dit-train-dit-xl2-imagenet-r2": [DIT_FILE, "--vae", "vae"],
     "207,88": ["7,8"],
     "ema": ["vae"],  # of --vae
     "mse": ["vae"],
     "160": ["16"],
     "224": ["32"],
+    "288": ["64"],
     "384": ["48"],
     "/data": ["~/imagenet"],  # inside of a container
     "run ~/imagenet": ["digits"],  # the recipes of its stages need more pictures

@@ -21,7 +21,7 @@ from spiralrope_cli.core.config.option import build, idle_lines
 from spiralrope_cli.core.config.predictions import SHEET_IMAGES, TOP_K, Prediction
 from spiralrope_cli.core.config.runs import check_divides
 from spiralrope_cli.core.config.training import MachineConfig
-from spiralrope_cli.core.data.listing import IMAGE_SUFFIXES, count_files, images_below
+from spiralrope_cli.core.data.listing import IMAGE_SUFFIXES, ImageList, count_files, images_below
 from spiralrope_cli.core.errors import CheckpointError, ConfigError, DataError
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.runtime.launch import say_notes
@@ -134,7 +134,7 @@ def work(options: Prediction, machine: MachineConfig, weights: Weights, files: l
     top_k = options.top_k or min(TOP_K, num_classes)
 
     transform = eval_transform(how["image_size"], how["crop_ratio"])
-    numbered = [(file, number) for number, file in enumerate(files)]
+    numbered = ImageList.of((file, number) for number, file in enumerate(files))
     images = ImageFiles(numbered, transform, grey=weights.options["in_chans"] == 1)
     normalise = Normalise(how["mean"], how["std"], device)
     starts = range(0, len(files), EVAL_BATCH)
