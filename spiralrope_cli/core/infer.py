@@ -129,12 +129,6 @@ def infer_arch(
     return arch
 
 
-def check_arch(given: str, arch: str, source: str) -> None:
-    """Raises if `--arch` is not that of the weights."""
-    if arch_name(given) != arch_name(arch):
-        raise ConfigError(f"--arch is {given}, but {source} is {arch}", "leave --arch out")
-
-
 def deit_options(
     file: Path, state: StateDict, args: dict[str, Any], notes: list[str]
 ) -> dict[str, Any]:

@@ -16,12 +16,12 @@ from safetensors import SafetensorError
 
 from spiralrope_cli.core.config.datasets import BUILT_IN
 from spiralrope_cli.core.config.dit_runs import DiTRun
-from spiralrope_cli.core.config.models import RopeConfig, is_dit, override_rope, size_of
+from spiralrope_cli.core.config.models import RopeConfig, arch_name, is_dit, override_rope, size_of
 from spiralrope_cli.core.config.option import leaves, renamed
 from spiralrope_cli.core.config.recipes import fit_channels
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import MOST_OF_FIRST
-from spiralrope_cli.core.errors import CheckpointError, first_line
+from spiralrope_cli.core.errors import CheckpointError, ConfigError, first_line
 from spiralrope_cli.core.hub.download import fetch_published, local_path
 from spiralrope_cli.core.hub.published import (
     ZIP_MAGIC,
@@ -36,7 +36,6 @@ from spiralrope_cli.core.hub.published import (
 )
 from spiralrope_cli.core.hub.source import Source
 from spiralrope_cli.core.infer import (
-    check_arch,
     deit_options,
     dit_options,
     has_null_label,
@@ -146,8 +145,9 @@ def read_weights(
         bare = PublishedFile(state, state, has_both=False, args={})
         content = bare if is_safetensors else read_published(file, verify=verify)
         weights = _from_published_layout(source, file, ema, content, chosen, arch)
-    if arch:
-        check_arch(arch, weights.arch, source.given)
+    if arch and arch_name(arch) != arch_name(weights.arch):
+        message = f"--arch is {arch}, but {source.given} is {weights.arch}"
+        raise ConfigError(message, "leave --arch out")
     if dit not in (None, is_dit(weights.arch)):
         kinds = "a classifier, not a DiT" if dit else "a DiT, not a classifier"
         raise CheckpointError(

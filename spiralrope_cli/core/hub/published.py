@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from spiralrope_cli.core.config.dit_runs import VAE_FACTOR
-from spiralrope_cli.core.config.models import RopeConfig, TransformerSize, is_dit, size_of
+from spiralrope_cli.core.config.models import RopeConfig, is_dit, size_of
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.catalog import ROWS
 from spiralrope_cli.core.rope import frequencies
@@ -213,11 +213,6 @@ class NetworkSpec:
     class_dropout_prob: float | None = None  # of its training, where known
     class_names: tuple[str, ...] = ()  # by class number, where known
 
-    @property
-    def transformer(self) -> TransformerSize:
-        """Width, depth and heads."""
-        return size_of(self.arch)
-
 
 def published_content(
     network: NetworkSpec,
@@ -245,7 +240,7 @@ def _with_freqs(state: StateDict, network: NetworkSpec) -> StateDict:
     """The state dict with RoPE frequencies, at the positions of the published files."""
     if not network.rope.enabled:
         return dict(state)
-    freqs = frequencies(network.rope, network.transformer.head_dim).to(torch.float32)
+    freqs = frequencies(network.rope, size_of(network.arch).head_dim).to(torch.float32)
     found: dict[str, Tensor] = {}
     for name, value in state.items():
         found[name] = value
@@ -277,7 +272,7 @@ def _published_args(network: NetworkSpec) -> dict[str, Any]:
         classes: network.num_classes,
         "use_rope": network.rope.enabled,
         **rope,
-        "num_heads": network.transformer.heads,
+        "num_heads": size_of(network.arch).heads,
         "grid": list(network.grid),
         OF_OURS: list(network.pretrain_grid),
         **({"class_names": list(network.class_names)} if network.class_names else {}),
