@@ -15,6 +15,7 @@ from pathlib import Path
 
 from spiralrope_cli.core.config.datasets import NAMED
 from spiralrope_cli.core.errors import DataError
+from spiralrope_cli.core.runtime.progress import say
 from spiralrope_cli.core.storage import atomic_write, cache_folder
 
 CIFAR100 = "cifar-100-python"
@@ -148,6 +149,7 @@ def _as_tar(root: Path, target: Path) -> None:
                 f"{root / CIFAR100} is not CIFAR-100 as published: other checksums",
                 "download it again",
             ) from error
+        say(f"reading the images of CIFAR-100 ({name}), once")
         with atomic_write(target / f"{name}.tar") as beside, tarfile.open(beside, "w") as tar:
             for place, (pixels, label) in enumerate(zip(split.data, split.targets, strict=True)):
                 Image.fromarray(pixels).save(content := io.BytesIO(), "PNG")
