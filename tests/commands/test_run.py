@@ -469,9 +469,9 @@ def test_a_sweep_of_a_dit_has_pairs_of_seeds_and_a_table(
         losses = [read_metrics(one / "dit-train")[-1]["loss"] for one in of_point]
         assert each["fid"] == spread(scores)
         assert each["training_loss"] == spread(losses)
-        assert f"{each['fid']['mean']:.4f} ± {each['fid']['std']:.4f}" in said
+        assert f"{each['fid']['mean']:.2f} ± {each['fid']['std']:.2f}" in said
         assert "kid" not in each, "which 3 images do not have"
-    assert f"{found[0]['fid']['mean']:.4f}" in (folder / "report.html").read_text()
+    assert f"{found[0]['fid']['mean']:.2f} ±" in (folder / "report.html").read_text()
     shutil.rmtree(folder / "rotate=2-seed3" / "dit-sample")
     (folder / "rotate=2-seed3" / "fid.json").unlink()
     again, _ = run(*words)

@@ -313,19 +313,23 @@ def of_sweep(points: list[Record]) -> Result:
 
 def of_drawn_sweep(points: list[Record]) -> Result:
     """The same of `run dit`, per configuration."""
-    metrics = [name for name in FID_METRICS if any(name in each for each in points)]
+    metrics = {
+        name: min(digits, 2) if name in ("fid", "sfid", "is") else digits
+        for name, (_, _, digits) in FID_METRICS.items()
+        if any(name in each for each in points)
+    }
     rows = [
         [
             *(each["point"].values() or ("as given",)),
             len(each["seeds"]),
-            *(with_spread(each[n], FID_METRICS[n][2]) if n in each else "-" for n in metrics),
+            *(with_spread(each[n], d) if n in each else "-" for n, d in metrics.items()),
             with_spread(each["training_loss"], 4),
         ]
         for each in points
     ]
     names = list(points[0]["point"]) or ["options"]
     spread = "mean ± standard deviation over seeds" if len(points[0]["seeds"]) > 1 else "one seed"
-    headings = [f"{FID_METRICS[name][0]} ({FID_METRICS[name][1]})" for name in metrics]
+    headings = [FID_METRICS[name][0] for name in metrics]
     return Result(
         title="All configurations",
         caption=f"{points[0]['images']:,} images each, from the last EMA weights; {spread}",
