@@ -19,7 +19,7 @@ app = typer.Typer(**SETTINGS)
     EncodeRun,
     TrainOptions,
     SlurmOptions,
-    leave_out=("name", "config", "compile", "grad_checkpointing", "resume", "tracker"),
+    leave_out=("name", "config", "compile", "grad_checkpointing", "shard", "resume", "tracker"),
     words={"precision": "Precision of the VAE."},
     defaults={"precision": EXACT},
 )

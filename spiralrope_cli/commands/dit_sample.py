@@ -21,7 +21,7 @@ app = typer.Typer(**SETTINGS)
     RopeConfig,
     TrainOptions,
     SlurmOptions,
-    leave_out=("config", "workers", "skip_bad", "grad_checkpointing", "resume", "tracker"),
+    leave_out=("config", "workers", "skip_bad", "grad_checkpointing", "shard", "resume", "tracker"),
     defaults=BY_WEIGHTS,
 )
 def dit_sample(given: dict[str, Any]) -> Remaining:

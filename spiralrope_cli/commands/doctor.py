@@ -15,7 +15,7 @@ app = typer.Typer(**SETTINGS)
     "doctor",
     Checkup,
     leave_out=(
-        *("nnodes", "rdzv_endpoint", "max_restarts", "compile", "grad_checkpointing"),
+        *("nnodes", "rdzv_endpoint", "max_restarts", "compile", "grad_checkpointing", "shard"),
         *("workers", "skip_bad", "resume", "tracker"),
     ),
 )

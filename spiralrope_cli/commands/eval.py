@@ -52,7 +52,7 @@ app = typer.Typer(**SETTINGS)
     RopeConfig,
     MachineConfig,
     SlurmOptions,
-    leave_out=("grad_checkpointing", "resume", "tracker"),
+    leave_out=("grad_checkpointing", "shard", "resume", "tracker"),
     defaults=BY_WEIGHTS,
     cls=CropRatioCommand,
 )

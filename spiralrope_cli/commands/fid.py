@@ -17,7 +17,7 @@ app = typer.Typer(**SETTINGS)
     "fid",
     FidRun,
     SlurmOptions,
-    leave_out=("compile", "grad_checkpointing", "resume", "tracker"),
+    leave_out=("compile", "grad_checkpointing", "shard", "resume", "tracker"),
     words={
         "skip_bad": "Skip and count damaged images instead of stopping.",
         "workers": "Decoding threads per process, beside a GPU processes; by default by the cores.",

@@ -19,7 +19,8 @@ app = typer.Typer(**SETTINGS)
     RopeConfig,
     MachineConfig,
     leave_out=(
-        *("nproc", "nnodes", "rdzv_endpoint", "max_restarts", "compile", "grad_checkpointing"),
+        *("nproc", "nnodes", "rdzv_endpoint", "max_restarts", "compile"),
+        *("grad_checkpointing", "shard"),
         *("skip_bad", "resume", "tracker"),
     ),
     defaults=BY_WEIGHTS,

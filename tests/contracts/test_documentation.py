@@ -114,6 +114,7 @@ PLAN_ONLY = {
         "--schedule",
         "--save-stats",
         "--max-restarts",
+        "--shard",
     ),
 }
 """Options that alone make no line worth another run to the end."""

@@ -219,6 +219,15 @@ class MachineConfig:
     grad_checkpointing: Annotated[
         bool, Opt("Activation checkpointing: less memory, slower.", MACHINE, free=True)
     ] = False
+    shard: Annotated[
+        bool,
+        Opt(
+            "Split weights, EMA and optimizer state over the processes (FSDP2): less memory each, "
+            "more communication.",
+            MACHINE,
+            free=True,
+        ),
+    ] = False
     workers: Annotated[
         int | None,
         Opt(

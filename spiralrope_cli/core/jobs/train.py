@@ -104,10 +104,11 @@ def carry_out(resolved: Resolved, notes: Iterable[str] = (), *, dry_run: bool) -
     patches = math.prod(run.grid)
     check_memory(16 * patches * run.head_dim, f"{patches:,} patches per image")
 
-    from spiralrope_cli.core.runtime.device import settle_precision
+    from spiralrope_cli.core.runtime.device import check_shard, settle_precision
 
     try:
         precision, more = settle_precision(run, step)
+        more += check_shard(run.machine, world_size(run.machine))
     except ConfigError as error:  # a dry run may plan for another machine
         if not dry_run:
             raise

@@ -96,6 +96,8 @@ def compile_blocks(*models: nn.Module, say: Callable[[str], None]) -> None:
             block._compiled_call_impl = None
         say(f"note: torch.compile failed, so the run is eager: {first_line(error)}")
 
+    # DDP would split the graph of each block where a bucket is full. Its gradients come together.
+    torch._dynamo.config.optimize_ddp = False
     say("compiling the blocks; the first steps take longer, up to a minute (--compile off: eager)")
     try:
         for block in blocks:

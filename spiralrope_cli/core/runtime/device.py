@@ -102,6 +102,20 @@ def settle_precision(run: TrainingRun, step: int) -> tuple[str, list[str]]:
     return precision, notes
 
 
+def check_shard(machine: MachineConfig, num_processes: int) -> list[str]:
+    """A note if --shard has nothing to split; raises if this torch cannot split on this device."""
+    if not machine.shard:
+        return []
+    if num_processes == 1:
+        return ["--shard has no effect: there is one process"]
+    if pick_device(machine).type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        raise ConfigError(
+            f"--shard on a CPU needs torch 2.7 or newer, this is {torch.__version__}",
+            "leave it out, or use GPUs",
+        )
+    return []
+
+
 def planned_precision(machine: MachineConfig, *, dry_run: bool) -> str:
     """What --precision will be; empty in a dry run for a device that this machine lacks."""
     try:

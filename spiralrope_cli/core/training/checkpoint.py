@@ -13,10 +13,11 @@ import os
 import shutil
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_model
+from safetensors.torch import save_file
 from torch import nn
 
 from spiralrope_cli.core.config.folders import CHECKPOINTS, EMA_FILE, MODEL_FILE, TRAINER_FILE
@@ -30,6 +31,7 @@ from spiralrope_cli.core.storage import (
     with_checksum,
     write_whole,
 )
+from spiralrope_cli.core.training.shard import parts_of, total_norm, whole
 from spiralrope_cli.core.training.step import TrainState
 
 UNFINISHED = ".unfinished-"
@@ -45,38 +47,54 @@ UNREADABLE = (
 """What safetensors and torch raise for a missing or damaged file."""
 
 
+def contents(state: TrainState) -> dict[str, dict[str, Any]]:
+    """What the files of a checkpoint hold; for a sharded state all processes must call it."""
+    return {
+        MODEL_FILE: whole(state.model.state_dict()),
+        EMA_FILE: whole(state.ema.module.state_dict()),
+        TRAINER_FILE: {
+            "optimizer": whole(state.optimizer.state_dict()),
+            "step": state.step,
+            "best": state.best,
+        },
+    }
+
+
 def save(
-    run_folder: Path, state: TrainState, metadata: dict[str, str], keep_last: int, keep_every: int
+    run_folder: Path,
+    files: dict[str, dict[str, Any]],
+    metadata: dict[str, str],
+    keep_last: int,
+    keep_every: int,
 ) -> Path:
-    """Writes the checkpoint of the state's step; only then removes older ones."""
-    final = step_folder(run_folder, state.step)
+    """Writes the checkpoint with these `contents`; only then removes older ones."""
+    step, best = files[TRAINER_FILE]["step"], files[TRAINER_FILE]["best"]
+    final = step_folder(run_folder, step)
     final.parent.mkdir(parents=True, exist_ok=True)
     remove_unfinished(run_folder)
     if not final.exists():
         unfinished = final.with_name(UNFINISHED + final.name)
         try:
             unfinished.mkdir()
-            _write(unfinished, state, metadata)
+            _write(unfinished, files, metadata)
             os.rename(unfinished, final)
             flush(final.parent)
         except (OSError, RuntimeError, SafetensorError) as error:
             refusal = _cannot_write(final, error)  # before rmtree: it reports the free space
             shutil.rmtree(unfinished, ignore_errors=True)
             raise refusal from error
-    write_whole(final.with_name("last.json"), json.dumps({"step": state.step}), durable=True)
-    if state.best:
-        write_whole(final.with_name("best.json"), json.dumps(state.best), durable=True)
-    prune(run_folder, keep_last, keep_every, state.best.get("step"))
+    write_whole(final.with_name("last.json"), json.dumps({"step": step}), durable=True)
+    if best:
+        write_whole(final.with_name("best.json"), json.dumps(best), durable=True)
+    prune(run_folder, keep_last, keep_every, best.get("step"))
     return final
 
 
-def _write(folder: Path, state: TrainState, metadata: dict[str, str]) -> None:
-    for name, module in ((MODEL_FILE, state.model), (EMA_FILE, state.ema.module)):
-        own = with_checksum(module.state_dict(), {**metadata, "weights": Path(name).stem})
-        save_model(module, str(folder / name), own)
-    optimizer = state.optimizer.state_dict()
-    trainer = {"optimizer": optimizer, "step": state.step, "best": state.best}
-    torch.save(trainer, folder / TRAINER_FILE)
+def _write(folder: Path, files: dict[str, dict[str, Any]], metadata: dict[str, str]) -> None:
+    for name in (MODEL_FILE, EMA_FILE):
+        own = with_checksum(files[name], {**metadata, "weights": Path(name).stem})
+        save_file(files[name], str(folder / name), own)
+    torch.save(files[TRAINER_FILE], folder / TRAINER_FILE)
     for path in folder.iterdir():
         flush(path)
     flush(folder)
@@ -115,14 +133,20 @@ def restore(run_folder: Path, step: int, state: TrainState) -> None:
     """Loads the checkpoint of a step into the state."""
     folder = step_folder(run_folder, step)
     try:
-        state.model.load_state_dict(read_safetensors(folder / MODEL_FILE)[0])
-        state.ema.module.load_state_dict(read_safetensors(folder / EMA_FILE)[0])
-        norms = [nn.utils.get_total_norm(m.parameters()) for m in (state.model, state.ema.module)]
+        for module, name in ((state.model, MODEL_FILE), (state.ema.module, EMA_FILE)):
+            stored = read_safetensors(folder / name)[0]
+            module.load_state_dict(parts_of(stored, module.state_dict()))
+        norms = [total_norm(m.parameters()) for m in (state.model, state.ema.module)]
         if not all(map(torch.isfinite, norms)):
             raise ValueError("its weights are not finite")
         check_zip(folder / TRAINER_FILE)
         trainer = torch.load(folder / TRAINER_FILE, map_location="cpu", weights_only=True)
-        state.optimizer.load_state_dict(trainer["optimizer"])
+        optimizer, groups = trainer["optimizer"], state.optimizer.param_groups
+        for number, parameter in enumerate(p for group in groups for p in group["params"]):
+            if moments := optimizer["state"].get(number):
+                like = dict.fromkeys(moments, parameter)
+                optimizer["state"][number] = parts_of(moments, like)
+        state.optimizer.load_state_dict(optimizer)
         state.step, state.best = trainer["step"], trainer["best"]
     except UNREADABLE as error:
         raise CheckpointError(

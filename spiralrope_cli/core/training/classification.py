@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from spiralrope_cli.core.config.datasets import EvalProtocol
 from spiralrope_cli.core.config.runs import ClassifierRun
-from spiralrope_cli.core.data.batches import ValidationImages, classifier_data
+from spiralrope_cli.core.data.batches import EVAL_BATCH, ValidationImages, classifier_data
 from spiralrope_cli.core.data.loader import Batch, BatchIndices
 from spiralrope_cli.core.errors import TrainingError
 from spiralrope_cli.core.models.deit import DeiT
@@ -24,6 +24,7 @@ from spiralrope_cli.core.runtime.distributed import DistContext
 from spiralrope_cli.core.runtime.progress import Reporter, best_validation
 from spiralrope_cli.core.runtime.seeds import generator_for
 from spiralrope_cli.core.training.loop import LOWER_LR, Task, due
+from spiralrope_cli.core.training.shard import is_sharded
 from spiralrope_cli.core.training.step import TrainState
 
 Name = TypeVar("Name")
@@ -92,9 +93,12 @@ def validate(
     reporter: Reporter,
 ) -> None:
     """Validates raw and averaged weights, and records the best raw ones."""
+    batches = val_images.batches()
+    if is_sharded(state.model):
+        batches = with_black_images(config, ctx, batches)
     metrics = measure_accuracy(
         {"raw": state.model, "ema": state.ema.module},
-        val_images.batches(),
+        batches,
         ctx.device,
         partial(autocast, ctx.device, ctx.dtype),
     )
@@ -114,6 +118,21 @@ def validate(
     now = {"step": state.step, **values}
     state.best = best_validation([state.best, now]) if state.best else now
     reporter.validated(state.step, values, state.best["acc1"])
+
+
+def with_black_images(
+    config: ClassifierRun, ctx: DistContext, batches: Iterator[tuple[Tensor, Tensor]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches, then images without a label, so that all processes have as many batches.
+
+    The forward pass of a sharded network is a collective.
+    """
+    number = 0
+    for number, batch in enumerate(batches, start=1):  # noqa: B007 - the number of the last
+        yield batch
+    for _ in range(number, math.ceil(config.num_val / (EVAL_BATCH * ctx.world_size))):
+        image = black_images(config, ctx.device, 1).images
+        yield image, torch.empty(0, dtype=torch.int64, device=ctx.device)
 
 
 @dataclass(frozen=True)
@@ -139,7 +158,7 @@ def measure_accuracy(
     Args:
         models: name -> network with logits [B, K]; train or eval mode is restored.
         batches: images [B, ...] of this process, and labels: class numbers [B], or bool
-            [B, L], where each of several classes is right.
+            [B, L], where each of several classes is right. Images without a label do not count.
         device: device of the models.
         autocast: returns the context of the forward passes.
         classes: name -> class of the network for each of the L classes of the labels; others are
@@ -155,7 +174,7 @@ def measure_accuracy(
     for images, labels in batches:
         for number, (name, model) in enumerate(models.items()):
             with autocast():
-                logits = model(images)
+                logits = model(images)[: len(labels)]
             if name in chosen:
                 logits = logits[:, chosen[name]]
             sums[number] += _batch_sums(logits.float(), labels)

@@ -28,6 +28,7 @@ from spiralrope_cli.core.runtime.run_folder import sample_file
 from spiralrope_cli.core.runtime.seeds import NoisePerImage, generator_for
 from spiralrope_cli.core.storage import atomic_write
 from spiralrope_cli.core.training.loop import Task
+from spiralrope_cli.core.training.shard import is_sharded
 from spiralrope_cli.core.training.step import LossMeter, TrainState
 
 STEPS = 50
@@ -133,19 +134,27 @@ def save_grid(
 ) -> None:
     """Saves a grid of samples: EMA weights, the same noise in each step, one column per class.
 
-    Each step has a file; `samples.png` in the run folder is the newest.
+    All processes sample from a sharded network, and the first one saves. Each step has a file;
+    `samples.png` in the run folder is the newest.
     """
-    if config.images.latents and vae is None:
+    model, missing = cast(DiT, state.ema.module), ""
+    if config.images.latents and vae is None and ctx.is_first:
         # Training on cached latents needs no VAE. It is loaded for the grid only, if it is here.
         try:
             vae = load_vae(local_vae(config.images.vae), ctx.device)
         except SpiralRopeError as error:
-            reporter.say(f"no samples: {error.message}")
-            return
+            missing = f"no samples: {error.message}"
+    if is_sharded(model):
+        missing = distributed.all_gather_object(missing)[0]
+    if missing:
+        reporter.say(missing)
+        return
+    images = grid_samples(config, ctx, model)
+    if not ctx.is_first:
+        return
     folder = Path(config.out)
     target = sample_file(folder, state.step)
     target.parent.mkdir(exist_ok=True)
-    images = grid_samples(config, ctx, cast(DiT, state.ema.module))
     if vae is not None:
         images = torch.cat([vae.decode(part) for part in images.split(DECODED_AT_ONCE)])
     try:

@@ -39,6 +39,7 @@ from spiralrope_cli.core.runtime.device import allow_tf32, autocast
 from spiralrope_cli.core.runtime.distributed import DistContext
 from spiralrope_cli.core.runtime.progress import Reporter, read_metrics
 from spiralrope_cli.core.runtime.seeds import NoisePerImage, drawn_class
+from spiralrope_cli.core.training.shard import is_sharded
 from spiralrope_cli.core.training.step import TrainState
 
 PARTS = ("fid",)
@@ -125,6 +126,7 @@ class FidOfTraining:
         Every process must call this.
         """
         config, ctx, num = self.config, self.ctx, self.config.fid.fid_num
+        model = cast(DiT, state.ema.module)
         known = [
             line["step"]
             for line in read_metrics(Path(config.out))
@@ -141,11 +143,12 @@ class FidOfTraining:
                 dealt = batches[first : first + ctx.world_size]
                 mine = dealt[ctx.rank] if ctx.rank < len(dealt) else range(0)
                 after_step = partial(advance, sum(map(len, dealt)))  # others are about as far
-                model = cast(DiT, state.ema.module)
-                images = self.draw(model, mine, after_step) if mine else None
+                # The forward pass of a sharded network is a collective: all processes draw.
+                drawn = mine or dealt[0] if is_sharded(model) else mine
+                images = self.draw(model, drawn, after_step) if drawn else None
                 if stop := ctx.stop.agreed(ctx.device, ask_all=True):
                     return stop
-                if images is not None:
+                if images is not None and mine:
                     self.add(images, moments)
                 after_step()
         moments.merge_processes()
@@ -179,7 +182,7 @@ class FidOfTraining:
         chain = BY_NAME[SampleRun.sampler]
         with autocast(ctx.device, ctx.dtype):
             for x in chain(self.diffusion, predict, noise.draw(), noise.draw):
-                if ctx.stop.signal_number:
+                if ctx.stop.signal_number and not is_sharded(model):
                     return None
                 latents = x  # those of the last step are decoded
                 after_step()

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,14 @@ from spiralrope_cli.core.config.option import to_nested
 from spiralrope_cli.core.data.batches import TrainingData, own_parts
 from spiralrope_cli.core.data.loader import Batch
 from spiralrope_cli.core.errors import CheckpointError, TrainingError
+from spiralrope_cli.core.models.deit import DeiT
 from spiralrope_cli.core.models.factory import compile_blocks, model_of, pays_to_compile
 from spiralrope_cli.core.runtime import distributed, run_folder
 from spiralrope_cli.core.runtime.distributed import DistContext
 from spiralrope_cli.core.runtime.progress import Reporter, forget_after
 from spiralrope_cli.core.runtime.seeds import seed_everything
 from spiralrope_cli.core.training import checkpoint
+from spiralrope_cli.core.training.shard import is_sharded, total_norm
 from spiralrope_cli.core.training.step import (
     Clock,
     LossMeter,
@@ -42,6 +44,8 @@ from spiralrope_cli.core.training.step import (
 
 MUCH_WAIT = 0.05
 """Fraction of the time from which on a log point says how long training waited for data."""
+SMALLEST_BUCKET = 4
+"""MiB; smaller messages are sent at less than the rate of the network."""
 LOWER_LR = "try a lower --lr, --clip-grad 1 or --precision fp32"
 
 
@@ -57,7 +61,7 @@ class Task:
         inspect_at: whether to validate, or to sample, after this step.
         validate: validates before the checkpoint is saved, because the best one must be saved.
         sample: samples after the checkpoint is saved, on the first process, also after the last
-            step.
+            step; a sharded network needs all processes.
         measure_at: whether to measure after this step.
         measure: measures after all that, in all processes, unless the log has it; returns the
             number of a signal that stopped it, else 0. The resumed run then measures first.
@@ -122,7 +126,7 @@ def training_loop(
                     stop = after_step(config, ctx, task, state, reporter, stop)
             if stop and (state.step < total_steps or task.measure_at(state.step)):
                 leave(stop, state, reporter)
-    if task.sample and ctx.is_first:
+    if task.sample and (ctx.is_first or is_sharded(state.model)):
         task.sample(state, reporter)
 
 
@@ -147,7 +151,7 @@ def after_step(
         task.validate(state, reporter)
     if save_now or state.best.get("step") == state.step:
         save_checkpoint(config, ctx, state)
-    if inspect_now and task.sample and ctx.is_first:
+    if inspect_now and task.sample and (ctx.is_first or is_sharded(state.model)):
         task.sample(state, reporter)
     if task.measure_at(state.step) and not stop:
         stop = task.measure(state, reporter)
@@ -208,7 +212,10 @@ def build_state(
     if config.optim.freeze != "none":
         freeze_but(model, config.optim.freeze)
     model.grad_checkpointing = config.machine.grad_checkpointing
-    state = TrainState.create(model.to(ctx.device), config.optim)
+    if config.machine.shard and ctx.world_size > 1:
+        state = TrainState.create(model, config.optim, shard_on=ctx.device)
+    else:
+        state = TrainState.create(model.to(ctx.device), config.optim)
     if step:
         checkpoint.restore(Path(config.out), step, state)
     elif ctx.is_first:
@@ -217,9 +224,19 @@ def build_state(
     images = 3 * config.optim.batch_size * config.total_steps / ctx.world_size
     if pays_to_compile(config.machine.compile, model, ctx.device, images):
         compile_blocks(model, state.ema.module, say=ctx.say)
-    if ctx.world_size == 1:
+    if ctx.world_size == 1 or is_sharded(model):
         return state, model
-    return state, DistributedDataParallel(model, gradient_as_bucket_view=True)
+    bucket = bucket_mib(model)
+    return state, DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=bucket)
+
+
+def bucket_mib(model: nn.Module) -> float:
+    """MiB of the gradients that DDP reduces at once: those of a block.
+
+    So the reduction of a block begins when its backward pass is done, also of a compiled one.
+    """
+    weights = sum(parameter.numel() for parameter in cast(DeiT, model).blocks[0].parameters())
+    return max(SMALLEST_BUCKET, 4 * weights / 2**20)
 
 
 def open_report(config: TrainingRun, ctx: DistContext, state: TrainState) -> Reporter:
@@ -268,13 +285,14 @@ def read_finite(
 
 def save_checkpoint(config: TrainingRun, ctx: DistContext, state: TrainState) -> None:
     """The first process writes a checkpoint, the others wait; raises if a weight is not finite."""
-    norm = nn.utils.get_total_norm(state.model.parameters())
+    norm = total_norm(state.model.parameters())
     if not torch.isfinite(norm):
         raise TrainingError(
             f"weights are not finite after step {state.step}; nothing was saved", LOWER_LR
         )
+    files = checkpoint.contents(state)
     if ctx.is_first:
         plan = config.checkpoint
         metadata = {"config": json.dumps(to_nested(config)), "step": str(state.step)}
-        checkpoint.save(Path(config.out), state, metadata, plan.keep_last, plan.keep_every)
+        checkpoint.save(Path(config.out), files, metadata, plan.keep_last, plan.keep_every)
     distributed.barrier()

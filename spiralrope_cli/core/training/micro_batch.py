@@ -37,6 +37,8 @@ FILL = 0.9
 """Fraction of a GPU's memory for a step; the rest is for validation, samples and fragments."""
 BYTES_PER_PARAMETER = 20
 """float32 weights, gradients, two moments of AdamW and the average."""
+WHOLE_BYTES = 6
+"""Of these, and more, with --shard: gradients between micro-batches, weights in bf16."""
 
 
 # --- The largest micro-batch
@@ -55,8 +57,14 @@ def with_fitting_micro_batch(config: TrainingRun, ctx: DistContext, task: Task) 
     sizes = micro_batch_sizes(config, ctx.world_size)
     with limited_memory(ctx.device) as free:
         fixed, per_image = memory_needs(config, ctx.dtype)
+        sharded = config.machine.shard and ctx.world_size > 1
+        if sharded:
+            fixed = fixed // ctx.world_size + fixed * WHOLE_BYTES // BYTES_PER_PARAMETER
         guess = min(distributed.all_gather_object((free - fixed) / per_image))
-        size = largest_that_fits(sizes, guess, trial_steps(config, ctx, task))
+        if sharded:  # no trial: one that ran out of memory would leave the others in a collective
+            size: int | None = max((size for size in sizes if size <= guess), default=sizes[0])
+        else:
+            size = largest_that_fits(sizes, guess, trial_steps(config, ctx, task))
     if size is None:
         raise TrainingError(
             f"a step of {sizes[0]} image(s) does not fit into {human_size(free)} of GPU memory",

@@ -7,16 +7,18 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from spiralrope_cli.core.config.training import OptimConfig
 from spiralrope_cli.core.runtime import distributed
+from spiralrope_cli.core.training.shard import shard, total_norm
 
 Micro = TypeVar("Micro")
 NO_DECAY_NAMES = ("pos_embed", "cls_token", "freqs")
@@ -109,10 +111,17 @@ class TrainState:
     best: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def create(cls, model: nn.Module, optim: OptimConfig) -> TrainState:
-        """The state at step 0; the averaged weights are the initial ones."""
+    def create(
+        cls, model: nn.Module, optim: OptimConfig, shard_on: torch.device | None = None
+    ) -> TrainState:
+        """The state at step 0; the averaged weights are the initial ones.
+
+        With `shard_on` all of it is split over the processes; the model is then on the CPU.
+        """
         ema = ModelEmaV3(model, decay=optim.ema_decay, use_warmup=optim.ema_warmup)
         ema.requires_grad_(False)
+        for each in (model, ema.module) if shard_on else ():
+            shard(each, cast(torch.device, shard_on))
         return cls(model, ema, build_optimizer(model, optim))
 
 
@@ -149,7 +158,7 @@ def train_step(
     grad_norm = None
     if clip_grad or want_grad_norm:
         grads = [p.grad for p in state.model.parameters() if p.grad is not None]
-        grad_norm = nn.utils.get_total_norm(grads)
+        grad_norm = total_norm(grads)
         if clip_grad:
             nn.utils.clip_grads_with_norm_(state.model.parameters(), clip_grad, grad_norm)
     state.optimizer.step()
@@ -161,7 +170,9 @@ def train_step(
 
 
 def _gradient_sync(forward: nn.Module, is_last: bool) -> contextlib.AbstractContextManager[None]:
-    """DDP reduces gradients once per step, in the backward pass of the last micro-batch."""
+    """Gradients are reduced once per step, in the backward pass of the last micro-batch."""
+    if isinstance(forward, FSDPModule):
+        forward.set_requires_gradient_sync(is_last)
     if isinstance(forward, DistributedDataParallel) and not is_last:
         return forward.no_sync()
     return contextlib.nullcontext()

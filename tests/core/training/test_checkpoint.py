@@ -39,7 +39,9 @@ def advance(state):
 
 
 def save(folder, state, keep_last=9, keep_every=0):
-    return checkpoint.save(folder, state, {"config": "{}"}, keep_last, keep_every)
+    return checkpoint.save(
+        folder, checkpoint.contents(state), {"config": "{}"}, keep_last, keep_every
+    )
 
 
 def everything(state):
@@ -71,7 +73,7 @@ def test_pruning_keeps_the_newest_the_best_and_every_mth(tmp_path, state):
 @pytest.mark.parametrize(
     ("where", "what"),
     [
-        ("save_model", OSError(errno.ENOSPC, "No space left on device")),
+        ("save_file", OSError(errno.ENOSPC, "No space left on device")),
         ("torch.save", RuntimeError("PytorchStreamWriter failed: No space left on device")),
     ],
 )
