@@ -35,6 +35,15 @@ def no_network(monkeypatch):
     monkeypatch.delenv("SPIRALROPE_DATA", raising=False)
 
 
+@pytest.fixture(autouse=True)
+def few_figures(request, monkeypatch):
+    """Curves take a second of each run, so they are drawn only for the marker `draws`."""
+    if request.node.get_closest_marker("draws") is None:
+        monkeypatch.setattr("spiralrope_cli.core.report.page.drawings", lambda *_: ())
+        curves = "spiralrope_cli.core.plots.curves.save_figure"
+        monkeypatch.setattr(curves, lambda figure, path: path.touch())
+
+
 def options_of(command, *inner):
     """Names of the fields that a command's options and arguments set."""
     import typer
@@ -75,17 +84,31 @@ def runs(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def spiralrope(runs):
-    """Runs the real command in a process of its own."""
+def spiralrope(runs, monkeypatch, capfd):
+    """Runs the real command: in this process, or with other variables or options in its own."""
+    from spiralrope_cli import main
+
+    def here(words, expect, columns):
+        monkeypatch.setattr(sys, "argv", ["spiralrope", *words])
+        monkeypatch.setenv("COLUMNS", columns)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main.main()
+        done = subprocess.CompletedProcess(words, left.value.code or 0, *capfd.readouterr())
+        assert done.returncode == expect, done.stdout + done.stderr
+        return done
 
     def call(*words, expect=0, env=None, **more):
+        words, env = [*map(str, words)], {"COLUMNS": "200", **(env or {})}
+        if env.keys() == {"COLUMNS"} and not more:
+            return here(words, expect, env["COLUMNS"])
         done = subprocess.run(
-            [*COMMAND, *map(str, words)],
+            [*COMMAND, *words],
             cwd=runs,
             capture_output=True,
             text=True,
             timeout=300,
-            env={**os.environ, "COLUMNS": "200", **(env or {})},
+            env={**os.environ, **env},
             **more,
         )
         assert done.returncode == expect, done.stdout + done.stderr

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from comparing import same_tensors
-from hub_server import HubServer
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -202,23 +201,18 @@ def test_a_finetuned_run_is_a_source_again(runs, pretrained):
     assert start.model.pretrain_grid == (4, 4)
 
 
-def test_published_weights_come_by_themselves_after_their_size_was_said(spiralrope, tmp_path):
-    hub = HubServer()
+def test_published_weights_come_by_themselves_after_their_size_was_said(
+    spiralrope, hub, tmp_path, monkeypatch
+):
     file = "deit_small_patch16_LS_rms_rope/checkpoint.pth"
     hub.repos[WEIGHTS_REPO] = {file: DEIT.read_bytes()}
-    home = tmp_path / "home"
-    env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "SPIRALROPE_CACHE": str(home / "ours")}
-    try:
-        dry = spiralrope("finetune", "deit-s", "--dry-run", env=env, expect=1)
-        assert (
-            "the weights of deit-s are not downloaded, and --dry-run does not download"
-            in dry.stderr
-        )
-        assert not hub.asked
-        done = spiralrope("finetune", "deit-s", "--max-steps", 1, "--nproc", 1, env=env)
-    finally:
-        hub.close()
+    monkeypatch.setenv("SPIRALROPE_CACHE", str(tmp_path / "ours"))
+    dry = spiralrope("finetune", "deit-s", "--dry-run", expect=1)
+    assert "the weights of deit-s are not downloaded, and --dry-run does not download" in dry.stderr
+    assert not hub.asked
+    done = spiralrope("finetune", "deit-s", "--max-steps", 1, "--nproc", 1)
+    hub.close()
     assert "1.24 MB" in done.stderr.split("averaged (EMA) weights")[0]
     # Now it is here, and no server is asked.
-    again = spiralrope("finetune", "deit-s", "--max-steps", 1, "--nproc", 1, "--dry-run", env=env)
+    again = spiralrope("finetune", "deit-s", "--max-steps", 1, "--nproc", 1, "--dry-run")
     assert "deit-s: averaged (EMA) weights of deit-64x2x2" in " ".join(again.stderr.split())

@@ -115,6 +115,7 @@ def test_damaged_files_are_named_and_the_others_are_predicted(predict, source, d
     assert all(len(each["classes"]) == 5 for each in found if each is not bad)
 
 
+@pytest.mark.draws
 def test_the_contact_sheet_shows_what_the_network_sees(predict, source, digits, monkeypatch):
     seen = []
     draw = plotted.samples_figure

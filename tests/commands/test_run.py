@@ -299,33 +299,32 @@ def test_a_sweep_by_an_old_spelling_goes_on_in_its_folders():
 
 
 def test_a_sweep_runs_the_grid_and_sums_it_up(run, launched):
-    axes = ("--sweep", "rotate=none,1,2", "--sweep", "same_theta=true,false", "--seeds", "0,3")
+    axes = ("--sweep", "rotate=none,2", "--sweep", "same_theta=true,false", "--seeds", "0,3")
     words = ("deit", *SMALL, "--no-finetune", *axes, "--keep-last", 1)
     said, printed = run(*words)
-    # Without RoPE, and in two directions, same_theta changes nothing.
+    # Without RoPE same_theta changes nothing.
     assert "rotate=none same_theta=false is the same as rotate=none same_theta=true" in printed
-    assert launched == ["train", "evaluate"] * 8
+    assert launched == ["train", "evaluate"] * 6
     folder = Path("runs/sweep-deit-deit-32x2x2-digits")
     found = json.loads((folder / "sweep.json").read_text())["rows"]
-    assert len(found) == 4 * 8
+    assert len(found) == 3 * 8
     last = [
         r for r in found if (r["checkpoint"], r["weights"], r["crop_ratio"]) == ("last", "raw", 1)
     ]
     assert [each["point"] for each in last] == [
         {"rotate": "none", "same_theta": "true"},
-        {"rotate": "1", "same_theta": "true"},
         {"rotate": "2", "same_theta": "true"},
         {"rotate": "2", "same_theta": "false"},
     ]
     assert all(each["seeds"] == [0, 3] and each["usual_crop"] for each in last)
     one = folder / "rotate=2-same_theta=true-seed3" / "pretrain"
     values = [r for r in rows(one) if (r["checkpoint"], r["weights"]) == ("last", "raw")]
-    assert last[2]["acc1"]["values"][1] == values[-1]["acc1"]
-    assert f"{last[2]['acc1']['mean']:.2f} ± {last[2]['acc1']['std']:.2f}" in said
+    assert last[1]["acc1"]["values"][1] == values[-1]["acc1"]
+    assert f"{last[1]['acc1']['mean']:.2f} ± {last[1]['acc1']['std']:.2f}" in said
     again, _ = run(*words)
-    assert len(launched) == 16
+    assert len(launched) == 12
     assert said.endswith(again)
-    assert again.count(" ± ") == 1 + 3 * 4
+    assert again.count(" ± ") == 1 + 3 * 3
 
 
 def test_points_share_all_but_what_is_swept(runs):

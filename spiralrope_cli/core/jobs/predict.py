@@ -89,7 +89,10 @@ def list_images(given: Sequence[str]) -> list[str]:
             if not inside:
                 raise DataError(f"IMAGES {word} does not exist")
         found += inside
-    return list({os.path.abspath(path): path for path in reversed(found)}.values())[::-1]
+    unique: dict[str, str] = {}
+    for path in found:
+        unique.setdefault(os.path.abspath(path), path)
+    return list(unique.values())
 
 
 def same_file(one: str, other: str) -> bool:

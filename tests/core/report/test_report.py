@@ -127,6 +127,7 @@ def test_nothing_is_loaded_from_elsewhere(run_folder, sample_folder):
         assert all((folder / name).is_file() for name in files)
 
 
+@pytest.mark.draws
 def test_names_are_unique_and_references_meet_them(run_folder):
     page = Page(write_report(run_folder).read_text())
     names = [each["id"] for _, each in page.elements if "id" in each]
@@ -204,6 +205,7 @@ def test_stages_make_one_page(run_folder, sample_folder, runs):
     assert len(names) == len(set(names))
 
 
+@pytest.mark.draws
 def test_a_sweep_shows_its_table_and_leads_to_its_runs(run_folder, runs):
     whole = runs / "runs" / "sweep"
     member = whole / "rotate2-seed0"

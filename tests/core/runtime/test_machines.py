@@ -66,11 +66,9 @@ def start(started):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """The run of two processes."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    words = [*map(str, TRAIN), "--nproc", "2", "--out", "run"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", CODE, *words], cwd=folder, check=True, env=env)
-    return folder / "run"
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    main.app([*map(str, TRAIN), "--nproc", "2", "--out", str(out)], standalone_mode=False)
+    return out
 
 
 def same_run(one: Path, other: Path) -> bool:
