@@ -147,11 +147,18 @@ def system_error(error: Exception, out: str = "") -> SpiralRopeError | None:
             more = f": {asked[1]} more" if asked else ""
             return SpiralRopeError(f"out of {whose}memory{more}", hint)
         case errno.ECONNRESET if not isinstance(error, OSError):
-            hint = "it was killed, or the network failed: see its own output"
-            return LaunchError("the connection to another process was lost", hint)
+            return lost_process(error)
         case code:
             reason = getattr(error, "strerror", None) or os.strerror(code)
             return SpiralRopeError(f"{path}: {reason}" if path else reason)
+
+
+def lost_process(error: Exception) -> LaunchError:
+    """The message for a process that was lost, or that others waited for in vain."""
+    hint = "it was killed, or the network failed: see its own output"
+    if re.search("timed out|timeout", str(error), re.IGNORECASE):
+        return LaunchError("another process did not answer in time", f"it hangs; or {hint}")
+    return LaunchError("the connection to another process was lost", hint)
 
 
 def dead_loader(error: Exception) -> LaunchError | None:

@@ -67,7 +67,7 @@ def test_torch_says_the_same_of_a_full_disk_and_of_a_size_limit(monkeypatch):
         (OSError(IN_A_WORKER), SpiralRopeError, "too many files are open (ulimit -n)"),
         (MemoryError("Unable to allocate 4.00 GiB"), SpiralRopeError, "out of memory: 4.00 GiB"),
         (RuntimeError("Connection reset by peer"), LaunchError, "the connection to another"),
-        (RuntimeError("Timed out waiting 9ms for recv"), LaunchError, "the connection to another"),
+        (RuntimeError("Timed out waiting 9ms for recv"), LaunchError, "another process did not"),
         (RuntimeError("DataLoader worker (pid 4) is killed"), LaunchError, "a data loader worker"),
     ],
 )

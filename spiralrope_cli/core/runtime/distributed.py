@@ -68,6 +68,8 @@ def start(device: torch.device) -> None:
     if get_world_size() > 1 and not dist.is_initialized():
         on_gpu = device.type == "cuda"
         timeout = GPU_TIMEOUT if on_gpu else CPU_TIMEOUT
+        # A time-out ends the process; the record of all collectives is for those who debug NCCL.
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         _store = dist.PrefixStore(_attempt(), store)
         dist.init_process_group(

@@ -49,6 +49,10 @@ MENDABLE, KILLED, BUG, STOPPED, LOST = range(5)
 """Kinds of failures: a cause comes before its consequences."""
 RESTARTED = (KILLED, BUG, LOST)
 """Not what the user has to mend, and no signal to stop."""
+HINTS = {
+    "SIGKILL": "often the system ran out of memory: try a smaller --micro-batch-size",
+    "SIGABRT": "on GPUs NCCL ends a process that waited in vain for another: it hangs or died",
+}
 LOST_SECONDS = 5
 """Before a worker leaves that has lost the connection to another one."""
 
@@ -260,9 +264,7 @@ def _first_failure(folder: Path, failed: Any) -> Failure:
     code = ended.exitcode
     if code < 0:
         why = signal.Signals(-code).name
-        out_of_memory = "often the system ran out of memory: try a smaller --micro-batch-size"
-        hint = out_of_memory if why == "SIGKILL" else ""
-        failures[""] = Failure(KILLED, f"worker {rank} was killed by {why}", hint)
+        failures[""] = Failure(KILLED, f"worker {rank} was killed by {why}", HINTS.get(why, ""))
     elif code in (130, 143):
         failures[""] = Failure(STOPPED, "", exit_code=code)
     elif str(rank) not in failures:

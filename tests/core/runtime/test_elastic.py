@@ -64,6 +64,13 @@ def test_who_was_killed_comes_before_what_the_others_lost(failed, exitcode, repo
     assert found.message.startswith(message)
 
 
+def test_an_aborted_worker_may_have_waited_for_another_one(failed):
+    assert "NCCL ends a process that waited" in elastic._first_failure(*failed(-6)).hint
+    killed = elastic._first_failure(*failed(-9))
+    assert "memory" in killed.hint
+    assert elastic._first_failure(*failed(-11)).hint == ""
+
+
 def test_a_worker_that_lost_another_one_leaves_after_it(monkeypatch, tmp_path):
     def lose(run):
         raise RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:4711")
