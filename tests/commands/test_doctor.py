@@ -206,7 +206,9 @@ def test_a_package_that_is_missing_or_old(check, monkeypatch, installed, word):
     monkeypatch.setattr(
         device, "version_of", lambda name: installed if name == "timm" else version_of(name)
     )
-    monkeypatch.setattr(device, "requires", lambda _: ["timm>=1.0.15", 'no-such-package>=9; extra == "x"'])
+    monkeypatch.setattr(
+        device, "requires", lambda _: ["timm>=1.0.15", 'no-such-package>=9; extra == "x"']
+    )
     facts = check(*TINY, expect=1)
     assert word in the_finding(facts)["problem"]
     assert "no-such-package" not in facts["versions"]
