@@ -32,6 +32,14 @@ class DamagedError(ValueError):
     """A file does not hold what its checksum was made of."""
 
 
+def unique_beside(path: Path) -> Path:
+    """A hidden path beside this one that no other process has.
+
+    Not by the number of the process alone: containers that share a disk may have the same ones.
+    """
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path, *, sole: bool = False, durable: bool = False) -> Iterator[Path]:
     """Yields a temporary path in the same folder; at the end it is renamed to `path`.
@@ -45,9 +53,7 @@ def atomic_write(path: Path, *, sole: bool = False, durable: bool = False) -> It
         durable: wait until the content is on the disk: a rename alone may survive a power cut
             without it.
     """
-    # Not the number of the process alone: containers that share a disk may have the same ones.
-    own = "new" if sole else f"{os.getpid()}-{secrets.token_hex(4)}"
-    beside = path.with_name(f".{path.name}.{own}")
+    beside = path.with_name(f".{path.name}.new") if sole else unique_beside(path)
     try:
         yield beside
         if durable:

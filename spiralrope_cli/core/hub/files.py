@@ -36,7 +36,7 @@ from spiralrope_cli.core.errors import (
 from spiralrope_cli.core.hub.catalog import Row
 from spiralrope_cli.core.runtime.progress import human_size, say
 from spiralrope_cli.core.runtime.resources import check_space
-from spiralrope_cli.core.storage import cache_folder, flush
+from spiralrope_cli.core.storage import cache_folder, flush, unique_beside
 
 OTHER_DISK = "free some, or name another disk with --out (for downloads HF_HOME, SPIRALROPE_CACHE)"
 # SHA-256, its first 8 digits, or git's SHA-1. Anything else cannot be compared.
@@ -106,12 +106,13 @@ def new_path(target: Path) -> Iterator[Path]:
     Unlike `atomic_write` it also takes folders, never replaces, and raises `FetchError`.
     """
     refuse_existing(target)
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    beside = unique_beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield beside
         for path in (*beside.rglob("*"), beside):
             flush(path)
+        refuse_existing(target)  # another process may have been faster
         os.rename(beside, target)
         flush(target.parent)
     except (OSError, RuntimeError, SafetensorError) as error:

@@ -15,7 +15,7 @@ from hub_server import HubServer, goes_on_within_the_call
 from spiralrope_cli.core.errors import ConfigError, DiskError, FetchError, NoRouteError
 from spiralrope_cli.core.hub.catalog import find_row
 from spiralrope_cli.core.hub.download import fetch_published, local_path
-from spiralrope_cli.core.hub.files import disk_error, file_version
+from spiralrope_cli.core.hub.files import disk_error, file_version, new_path
 
 NAME = "VIRTUAL_imagenet512.npz"
 CONTENT = random.Random(0).randbytes(3_000_000)
@@ -189,6 +189,15 @@ def test_a_copy_is_whole_and_never_replaces_another_file(row, tmp_path):
         fetch_published(row, out=out)
     assert (out / NAME).read_text() == "mine"
     assert [path.name for path in out.iterdir()] == [NAME]
+
+
+def test_two_writers_of_one_new_file_do_not_mix(tmp_path):
+    target = tmp_path / "export.pt"
+    with pytest.raises(FetchError, match="exists already"), new_path(target) as slower:
+        slower.write_text("slower")
+        with new_path(target) as faster:
+            faster.write_text("faster")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"export.pt": "faster"}
 
 
 def test_two_at_once_download_once(row, server):
