@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spiralrope_cli.core.config import recipes
-from spiralrope_cli.core.config.datasets import DataSet
+from spiralrope_cli.core.config.datasets import DataSet, slug_of
 from spiralrope_cli.core.config.dit_runs import (
     LATENT_CHANNELS,
     RUN_KINDS,
@@ -173,7 +173,7 @@ def resolve(
     if not values.get("enabled", RopeConfig.enabled):
         rotation = "norope"
     # No date in the name, so that the same command finds its own folder.
-    values.setdefault("out", named_folder(command, arch, data_set.slug, rotation, name))
+    values.setdefault("out", named_folder(command, arch, slug_of(data_set.data), rotation, name))
     run = build(kind, values)
     if not dit:
         run.augment.check_data(data_set)

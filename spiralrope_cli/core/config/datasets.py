@@ -16,6 +16,16 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+def slug_of(data: str) -> str:
+    """A short name of a built-in set or a folder: no `train/`, no version, no cache of the Hub."""
+    root = Path(data)
+    if re.fullmatch(r"\d+\.\d+\.\d+", root.name):  # of TensorFlow Datasets
+        root = root.parent
+    if root.parent.name == "snapshots":
+        return root.parent.parent.name.split("--")[-1]
+    return root.parent.name if root.name == "train" else root.name
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
     """A data set, before any image is read."""
@@ -32,16 +42,6 @@ class DataSet:
     dit: dict[str, Any] = field(default_factory=dict)  # defaults of dit-train
     num_samples: int = 50_000  # default of dit-sample
     notes: tuple[str, ...] = ()  # what the user may not expect of its files
-
-    @property
-    def slug(self) -> str:
-        """A short name for run folders: no `train/`, no version, nothing of the Hub's cache."""
-        root = Path(self.data)
-        if re.fullmatch(r"\d+\.\d+\.\d+", root.name):  # of TensorFlow Datasets
-            root = root.parent
-        if root.parent.name == "snapshots":
-            return root.parent.parent.name.split("--")[-1]
-        return root.parent.name if root.name == "train" else root.name
 
     @property
     def num_classes(self) -> int:

@@ -30,7 +30,7 @@ from spiralrope_cli.core.data.listing import (
     LARGER_FILES,
     count_files,
     images_below,
-    larger_files,
+    larger_files_below,
     opened,
     place_in,
     suffix_of,
@@ -178,7 +178,7 @@ def _image_files(path: Path, role: str) -> FolderInput:
         return FolderInput(path, list_stored([path])["address"])
     refuse_own(path, f"{role} {path}")
     files, others = images_below(path)
-    if not files and (stored_there := larger_files(path)):
+    if not files and (stored_there := larger_files_below(path)):
         return FolderInput(path, list_stored(stored_there)["address"])
     if not files:
         known = f"known suffixes: {' '.join(IMAGE_SUFFIXES)}"

@@ -116,7 +116,16 @@ def larger_files(folder: Path, word: str = "") -> list[Path]:
         return []
     if not word and any(each.is_dir() or each.name.endswith((".gz", ".tgz")) for each in inside):
         return []
-    files = sorted(Path(each) for each in inside if not word or named.search(each.name))
+    return _of_first_kind(Path(each) for each in inside if not word or named.search(each.name))
+
+
+def larger_files_below(folder: Path) -> list[Path]:
+    """The larger files of one kind at any depth."""
+    return _of_first_kind(folder.rglob("*"))
+
+
+def _of_first_kind(paths: Iterable[Path]) -> list[Path]:
+    files = sorted(paths)
     kinds = ([path for path in files if suffix_of(path) == suffix] for suffix in LARGER_FILES)
     return next((kind for kind in kinds if kind), [])
 

@@ -41,8 +41,8 @@ def data_root(data: str) -> Path:
     if kind == "wds":
         if re.match(r"pipe:|\w+:/", rest):
             raise DataError(
-                f"--data {data}: a stream has no places to resume a run exactly at",
-                "download the shards, and name their folder",
+                f"{data}: a stream has no places to resume a run exactly at",
+                "download the shards, and name their folder: wds/FOLDER",
             )
         return Path(os.path.expanduser(rest))
     found = {"hfds": _of_hub, "tfds": _of_tfds}.get(kind)
@@ -59,14 +59,14 @@ def _of_hub(data: str, rest: str) -> Path:
         found = snapshot_download(name, repo_type="dataset", local_files_only=True)
     except (HFValidationError, LocalEntryNotFoundError) as error:
         hint = f"hf download {name} --repo-type dataset"
-        raise DataError(f"--data {data} is not downloaded", hint) from error
+        raise DataError(f"{data} is not downloaded", hint) from error
     root = Path(found) / config
     configs = sorted({path.parent for path in root.rglob("*.parquet")})
     if any(folder in configs for folder in (root, root / "data", root / "train")):
         return root
     if len(configs) > 1:
         named = ", ".join(str(each.relative_to(root)) for each in configs[:5])
-        raise DataError(f"--data {data} has several parts: {named}", f"name one: hfds/{name}/PART")
+        raise DataError(f"{data} has several parts: {named}", f"name one: hfds/{name}/PART")
     return configs[0] if configs else root
 
 
@@ -75,7 +75,7 @@ def _of_tfds(data: str, name: str) -> Path:
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
-        needed = f"--data {data} needs tensorflow_datasets, which is not installed"
+        needed = f"{data} needs tensorflow_datasets, which is not installed"
         raise DataError(needed, "pip install 'spiralrope[tfds]'") from error
     logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of what is said below
     try:
@@ -84,10 +84,10 @@ def _of_tfds(data: str, name: str) -> Path:
     except (tfds.core.DatasetNotFoundError, ValueError, RuntimeError, ImportError) as error:
         said = next((line for line in str(error).splitlines() if line.strip()), "")
         hint = "$TFDS_DATA_DIR names the folder of data sets, by default ~/tensorflow_datasets"
-        raise DataError(f"--data {data}: {said}", hint) from error
+        raise DataError(f"{data}: {said}", hint) from error
     if not builder.is_prepared():
         raise DataError(
-            f"--data {data} is not prepared: {place} does not exist",
+            f"{data} is not prepared: {place} does not exist",
             f"tfds build {name} --file_format=array_record; $TFDS_DATA_DIR names another folder",
         )
     return place
@@ -98,7 +98,7 @@ def _inat(data: str) -> Path:
     place, year = cache_folder() / data, INAT[data]
     if not place.is_dir():
         raise DataError(
-            f"--data {data}: {place} does not exist",
+            f"{data}: {place} does not exist",
             f"put train{year}.json, val{year}.json and train_val{year}/ of iNaturalist there, or "
             "name the folder that has them",
         )
@@ -122,7 +122,7 @@ def _cifar100(root: Path) -> Path:
                 _as_tar(Path(unpacked), made)
         else:
             hint = f"spiralrope fetch cifar100, or put {CIFAR100}.tar.gz into {root}"
-            raise DataError("--data cifar100 is not downloaded", hint)
+            raise DataError("cifar100 is not downloaded", hint)
     return made
 
 

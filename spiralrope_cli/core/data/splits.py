@@ -5,11 +5,13 @@ One list for all commands. No torch, so that errors come before it is loaded.
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import re
 import tarfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,6 +37,11 @@ CLASS_NAMES = "classnames.txt"
 """A class name per line, beside WebDataset shards whose labels are numbers."""
 DEVKIT = "ILSVRC2012_devkit_t12"
 KIT_FILES = ("ILSVRC2012_validation_ground_truth.txt", "meta.mat")
+DAMAGED = (
+    *(ValueError, LookupError, TypeError, AttributeError, EOFError),
+    *(gzip.BadGzipFile, zlib.error, tarfile.TarError),
+)
+"""What reading a list of another form or a cut archive raises."""
 
 
 @dataclass(frozen=True)
@@ -198,12 +205,13 @@ def listed_split(root: Path, listed: Sequence[Path]) -> Split:
         raise DataError(f"{root} has {lists}", "put each year into a folder of its own")
     path, year = listed[0], years.pop()  # unpacked, if it is there in both forms
     try:
-        content = parse(_unpacked(path) if path.suffix == ".gz" else path.read_bytes())
+        inside = path.name.removesuffix(".tar.gz")
+        content = parse(_unpacked(path, inside) if inside != path.name else path.read_bytes())
         classes = sorted((each["id"], str(each["name"])) for each in content["categories"])
         number = {key: place for place, (key, _) in enumerate(classes)}
         label = {each["image_id"]: number[each["category_id"]] for each in content["annotations"]}
         files = [(each["file_name"].partition("/")[2], each["id"]) for each in content["images"]]
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, tarfile.TarError) as error:
+    except DAMAGED as error:
         reason = f"{type(error).__name__}: {error}"
         raise DataError(f"{path} is not a list of iNaturalist: {reason}") from error
     folders = (root / f"train_val{year}", root / year)  # as packed, and as torchvision renames it
@@ -216,10 +224,10 @@ def listed_split(root: Path, listed: Sequence[Path]) -> Split:
     return Split(root, tuple(name for _, name in classes), images, (said,))
 
 
-def _unpacked(path: Path) -> bytes:
-    """The list in `train2018.json.tar.gz`, as downloaded."""
+def _unpacked(path: Path, name: str) -> bytes:
+    """A file of an archive that was downloaded and not unpacked."""
     with tarfile.open(path) as tar:
-        file = tar.extractfile(path.name.removesuffix(".tar.gz"))
+        file = tar.extractfile(name)
         return file.read() if file else b""
 
 
@@ -297,23 +305,27 @@ def _labels_beside(path: Path) -> tuple[Path | None, dict[str, str]]:
         if listed.is_file():
             lines = re.findall(r"^(\S+?)[\s,]+(\w+)", listed.read_text(), re.MULTILINE)
             return listed, {Path(name).stem: label for name, label in lines}
-    for kit in (*places, path.parent / DEVKIT / "data", path.parent / f"{DEVKIT}.tar.gz"):
-        if kit.is_file():
-            with tarfile.open(kit) as tar:
-                files = [tar.extractfile(f"{DEVKIT}/data/{name}") for name in KIT_FILES]
-                return kit, _of_kit(*(file.read() if file else b"" for file in files))
+    for kit in (*places, path.parent / DEVKIT / "data"):
         if all((kit / name).is_file() for name in KIT_FILES):
-            return kit / KIT_FILES[0], _of_kit(*((kit / name).read_bytes() for name in KIT_FILES))
+            return kit / KIT_FILES[0], _of_kit(kit, lambda kit, name: (kit / name).read_bytes())
+    if (kit := path.parent / f"{DEVKIT}.tar.gz").is_file():
+        return kit, _of_kit(kit, lambda kit, name: _unpacked(kit, f"{DEVKIT}/data/{name}"))
     return None, {}
 
 
-def _of_kit(truth: bytes, meta: bytes) -> dict[str, str]:
+def _of_kit(kit: Path, read: Callable[[Path, str], bytes]) -> dict[str, str]:
     """Labels of the development kit, whose class numbers are not in the order of their names."""
     from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
 
-    synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
-    names = dict(zip(synsets["ILSVRC2012_ID"].tolist(), synsets["WNID"].tolist(), strict=True))
-    return {
-        f"ILSVRC2012_val_{place:08d}": names[int(number)]
-        for place, number in enumerate(truth.split(), 1)
-    }
+    try:
+        truth, meta = (read(kit, name) for name in KIT_FILES)
+        synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+        names = dict(zip(synsets["ILSVRC2012_ID"].tolist(), synsets["WNID"].tolist(), strict=True))
+        return {
+            f"ILSVRC2012_val_{place:08d}": names[int(number)]
+            for place, number in enumerate(truth.split(), 1)
+        }
+    except (*DAMAGED, OSError, MatReadError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{kit} is not ImageNet's development kit: {reason}") from error

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spiralrope_cli.core.config.datasets import BUILT_IN, DataSet, EvalProtocol
+from spiralrope_cli.core.config.datasets import BUILT_IN, DataSet, EvalProtocol, slug_of
 from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions, EvalRow, EvalRun
 from spiralrope_cli.core.config.folders import EVAL_FILE, SIZES_FILE
 from spiralrope_cli.core.config.models import RopeConfig, format_size, given_rope
@@ -244,7 +244,7 @@ def measure_rows(
     passes = len(models) * protocol.num_val / ctx.world_size
     if pays_to_compile(images.machine.compile, network, ctx.device, passes):
         compile_blocks(*models.values(), say=ctx.say)
-    what = f"{Path(protocol.data).name} at {format_size(protocol.image_size)} px"
+    what = f"{slug_of(protocol.data)} at {format_size(protocol.image_size)} px"
     what += f", crop ratio {protocol.crop_ratio:g}, {len(models)} network(s), images"
     with counted(what, protocol.num_val, shown=ctx.is_first) as advance:
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from spiralrope_cli.core.config.datasets import slug_of
 from spiralrope_cli.core.config.fid import FID_METRICS
 from spiralrope_cli.core.config.folders import (
     EVAL_FILE,
@@ -106,7 +107,7 @@ def settle_sweep(kind: str, given: dict[str, Any]) -> Sweep:
     # For the name of the folder; what does not fit is said below, with its point.
     any_kind = {**grid[0].options, "rotate": 0}
     first = resolve(training, training_options(common, stages) | any_kind).run
-    usual = named_folder(f"sweep-{kind}", first.arch, Path(first.data).name, given.get("name", ""))
+    usual = named_folder(f"sweep-{kind}", first.arch, slug_of(first.data), given.get("name", ""))
     folder = Path(own.out or usual)
     runs: list[SweepRun] = []
     rotates = {point.options.get("rotate") for point in grid}

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spiralrope_cli import __version__
+from spiralrope_cli.core.config.datasets import slug_of
 from spiralrope_cli.core.config.folders import MODEL_FILE
 from spiralrope_cli.core.config.hub import HUB
 from spiralrope_cli.core.config.models import (
@@ -112,7 +113,7 @@ class Pretrained(PyTorchModelHubMixin, library_name="spiralrope"):
         task = "image-classification" if classifies else "class-conditional-image-generation"
         # Only the name of the data folder: its path is that of this machine.
         rows = [
-            {**row, "data": Path(row["data"]).name, "pixels": format_size(row["image_size"])}
+            {**row, "data": slug_of(row["data"]), "pixels": format_size(row["image_size"])}
             for row in rows
         ]
         results = [

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from rich import box
 from rich.table import Table
 
+from spiralrope_cli.core.config.datasets import slug_of
 from spiralrope_cli.core.config.dit_runs import GRID_ROWS, DiTRun
 from spiralrope_cli.core.config.fid import FID_METRICS
 from spiralrope_cli.core.config.folders import (
@@ -136,7 +137,7 @@ def columns_of(rows: Sequence[Record]) -> tuple[dict[str, list[str]], str]:
     cells = {
         "source": [row["source"] for row in rows],
         "arch": [row["arch"] for row in rows],
-        "data": [Path(row["data"]).name for row in rows],
+        "data": [slug_of(row["data"]) for row in rows],
         "labels": [row.get("labels") or "" for row in rows],
         "classes": [_of_classes(row) for row in rows],
         "weights": [", ".join(filter(None, (row["checkpoint"], row["weights"]))) for row in rows],

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 import sys
 import tarfile
 
 import numpy as np
 import pytest
+from PIL import Image
 from torchvision.datasets import CIFAR100
+from typer.testing import CliRunner
 
+from spiralrope_cli import main
+from spiralrope_cli.core.config.datasets import slug_of
 from spiralrope_cli.core.data.image_sets import images_in
 from spiralrope_cli.core.data.images import as_trained, open_image
 from spiralrope_cli.core.data.splits import find_data_set, train_split, val_split
@@ -63,7 +68,7 @@ def test_cifar100_is_what_torchvision_reads(cifar, cache, tmp_path, form):
         data = "cifar100" if form == "by name" else str(tmp_path)
     data_set = find_data_set(data)
     assert (data_set.num_train, data_set.num_val) == (6, 3)
-    assert (data_set.class_names, data_set.slug) == (tuple(CLASSES), "cifar100")
+    assert (data_set.class_names, slug_of(data_set.data)) == (tuple(CLASSES), "cifar100")
     for split, train in ((train_split(data_set.data), True), (val_split(data_set.data), False)):
         expected = [(np.array(image).tobytes(), label) for image, label in CIFAR100(cifar, train)]
         found = [
@@ -76,6 +81,22 @@ def test_cifar100_is_what_torchvision_reads(cifar, cache, tmp_path, form):
     assert len(images_in(type(cache)("cifar100"), "REFERENCE").files) == 6
     (cifar / "cifar-100-python/train").unlink()
     assert find_data_set(data) == data_set, "it is read once"
+
+
+def test_fid_takes_a_set_by_its_name(cifar, cache, tmp_path, inception_weights):
+    pack(cifar, cache)
+    for number, pixels in enumerate(PIXELS[:6]):
+        (tmp_path / "samples").mkdir(exist_ok=True)
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(tmp_path / f"samples/{number}.png")
+    words = ["fid", str(tmp_path / "samples"), "cifar100", "--select", "fid", "--json"]
+    words += ["--weights", str(inception_weights), "--device", "cpu", "--nproc", "1"]
+    done = CliRunner().invoke(main.app, words, catch_exceptions=False)
+    found = json.loads(done.stdout)
+    assert found["reference"]["count"] == 6
+    assert abs(found["fid"]) < 1e-3
+    words[2] = "inat18"
+    refused = CliRunner().invoke(main.app, words).exception
+    assert refused.message == f"inat18: {cache}/inat18 does not exist"
 
 
 def test_a_damaged_cifar100_is_never_unpickled(cifar, cache, tmp_path):

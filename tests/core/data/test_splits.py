@@ -99,6 +99,45 @@ def test_a_flat_val_needs_no_train_to_be_evaluated(imagenet):
     assert find_val_set(str(imagenet)).class_names == ("0", "1", "2")
 
 
+@pytest.mark.parametrize("form", sorted(FORMS.keys() - {"names, in val"}))
+def test_both_tar_files_of_the_download_take_each_list(imagenet, form, monkeypatch):
+    monkeypatch.setenv("SPIRALROPE_CACHE", str(imagenet / "cache"))
+    named(imagenet, FORMS[form])
+    expected = val_split(imagenet)
+    for split in ("train", "val"):
+        with tarfile.open(imagenet / f"ILSVRC2012_img_{split}.tar", "w") as tar:
+            tar.add(imagenet / split, "")
+        shutil.rmtree(imagenet / split)
+    found = val_split(imagenet)
+    assert found.class_names == expected.class_names
+    assert [number for _, number in found.images] == [number for _, number in expected.images]
+
+
+@pytest.mark.parametrize("form", ["kit unpacked", "kit as downloaded"])
+@pytest.mark.parametrize("name", KIT_FILES)
+def test_a_damaged_kit_is_told_by_its_path(imagenet, form, name):
+    kit(imagenet / DEVKIT / "data")
+    path = imagenet / DEVKIT / "data" / name
+    path.write_bytes(path.read_bytes()[:150] if name.endswith("mat") else b"1 2 nine")
+    if "downloaded" in form:
+        with tarfile.open(imagenet / f"{DEVKIT}.tar.gz", "w:gz") as tar:
+            tar.add(imagenet / DEVKIT, DEVKIT)
+        shutil.rmtree(imagenet / DEVKIT)
+    with pytest.raises(DataError, match="is not ImageNet's development kit: ") as refused:
+        find_data_set(str(imagenet))
+    assert DEVKIT in refused.value.message
+
+
+def test_an_archive_of_another_thing_is_not_the_kit(imagenet):
+    with tarfile.open(imagenet / f"{DEVKIT}.tar.gz", "w:gz") as tar:
+        tar.add(imagenet / "train")
+    with pytest.raises(DataError, match="is not ImageNet's development kit: KeyError"):
+        find_data_set(str(imagenet))
+    (imagenet / f"{DEVKIT}.tar.gz").write_bytes(b"\x1f\x8b cut")
+    with pytest.raises(DataError, match="is not ImageNet's development kit: "):
+        find_data_set(str(imagenet))
+
+
 def test_a_flat_val_without_labels_says_what_to_do(imagenet):
     with pytest.raises(DataError) as refused:
         find_data_set(str(imagenet))

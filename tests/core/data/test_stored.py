@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from spiralrope_cli.core.config.datasets import slug_of
 from spiralrope_cli.core.config.evals import EvalOptions
 from spiralrope_cli.core.config.option import build
 from spiralrope_cli.core.config.samples import EncodeRun
@@ -317,6 +318,9 @@ def test_other_commands_take_these_forms(folder, stored, tmp_path, tiny_vae):
     read = {decoded.tobytes() for decoded, _ in of_readable(files)}
     expected = images_in(folder / "train", "SAMPLES").files
     assert read == {decoded.tobytes() for decoded, _ in of_readable(expected)}
+    if not [*stored.glob("*.tfrecord-*")]:  # two kinds of files, each of one split
+        of_both = images_in(stored, "REFERENCE").files  # as of a folder, of all splits
+        assert len(of_both) == len(images_in(folder, "REFERENCE").files)
     (first, again) = (digest_of(inspect_side(there, "SAMPLES")) for _ in range(2))
     assert first == again
     run = {"vae": str(tiny_vae), "image_size": (16, 16), "device": "cpu", "precision": "fp32"}
@@ -372,6 +376,7 @@ def test_a_set_of_the_hub_is_read_from_its_cache(hub, part):
     data_set = find_data_set("hfds/owner/name")
     assert (data_set.num_train, data_set.num_val, data_set.class_names) == (24, 24, NAMES)
     assert find_data_set(data_set.data) == data_set  # as stored with a run
+    assert slug_of(data_set.data) == {"data": "name"}.get(part, part)
     if part == "plain":
         hub("other")
         with pytest.raises(DataError, match="has several parts: other, plain") as refused:

@@ -193,10 +193,12 @@ def test_a_copy_is_whole_and_never_replaces_another_file(row, tmp_path):
 
 def test_two_writers_of_one_new_file_do_not_mix(tmp_path):
     target = tmp_path / "export.pt"
-    with pytest.raises(FetchError, match="exists already"), new_path(target) as slower:
-        slower.write_text("slower")
-        with new_path(target) as faster:
-            faster.write_text("faster")
+    slower = new_path(target)
+    slower.__enter__().write_text("slower")
+    with new_path(target) as faster:
+        faster.write_text("faster")
+    with pytest.raises(FetchError, match="exists already"):
+        slower.__exit__(None, None, None)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"export.pt": "faster"}
 
 
