@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from comparing import relative_distance, same_tensors
@@ -39,17 +40,28 @@ def run_of(command, out, **options):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def fid(inception_weights, digit_pictures, tmp_path_factory):
+    """Options of a FID after the last step."""
+    reference = tmp_path_factory.mktemp("reference") / "real.npz"
+    np.savez(reference, arr_0=digit_pictures[:3])
+    options = {"fid_every": 4, "fid_num": 3, "fid_sampling_steps": 3}
+    return options | {"fid_reference": str(reference), "fid_weights": str(inception_weights)}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, fid):
     """The folder of all runs, by two processes."""
     folder = tmp_path_factory.mktemp("sharded")
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
+        patched.setenv("SPIRALROPE_CACHE", str(folder / "cache"))
         runs = [
-            *(run_of(command, f"{command}-whole") for command in ARCHS),
+            run_of("pretrain", "pretrain-whole"),
+            run_of("dit-train", "dit-train-whole", **fid),
             run_of("pretrain", "pretrain-shard", shard=True),
             run_of("pretrain", "pretrain-first", shard=True, max_steps=2),
             run_of("dit-train", "dit-train-resumed", max_steps=2),
-            run_of("dit-train", "dit-train-resumed", shard=True),
+            run_of("dit-train", "dit-train-resumed", shard=True, **fid),
         ]
         wide = {"arch": "deit-192x4x3", "compile": "on", "clip_grad": 0.0}
         listened = [
@@ -113,6 +125,21 @@ def test_a_sharded_run_goes_on_in_one_process(trained, runs):
     shutil.copytree(trained / "pretrain-first", "first")
     train.work(run_of("pretrain", "first", nproc=1, shard=True))
     assert_same_state(runs / "first", trained / "pretrain-whole")
+
+
+@splits
+def test_two_processes_give_the_fid_of_one_also_sharded(trained, runs, fid):
+    of_two = [
+        [line["fid"] for line in read_metrics(trained / name) if "fid" in line]
+        for name in ("dit-train-whole", "dit-train-resumed")
+    ]
+    shutil.copytree(trained / "dit-train-whole", "one")
+    lines = (runs / "one/metrics.jsonl").read_text().splitlines(keepends=True)
+    lacking = "".join(line for line in lines if '"fid"' not in line)
+    (runs / "one/metrics.jsonl").write_text(lacking)
+    train.work(run_of("dit-train", "one", **{**fid, "nproc": 1}))
+    [of_one] = [line["fid"] for line in read_metrics(runs / "one") if "fid" in line]
+    assert of_two == [[pytest.approx(of_one, rel=1e-4)]] * 2
 
 
 @splits
