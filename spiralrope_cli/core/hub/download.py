@@ -125,7 +125,7 @@ def _asking(row: Row, file: str = "") -> Iterator[None]:
         ) from error
 
 
-def find_files(row: Row) -> Row:
+def list_repo_files(row: Row) -> Row:
     """The row with its files, for which the Hub is asked where the row does not say them."""
     from huggingface_hub import HfApi
 
@@ -164,7 +164,7 @@ def _fetch_from_hub(row: Row, barred: str, out: Path | None) -> list[Path]:
     remotes: list[HubFile] = []
     if not barred:
         try:
-            row = find_files(row)
+            row = list_repo_files(row)
             remotes = look_up(row)
         except NoRouteError as error:
             if not there:

@@ -100,7 +100,7 @@ def same_file(one: str, other: str) -> bool:
     return os.path.exists(one) and os.path.samefile(one, other)
 
 
-def preprocessing(options: Prediction, weights: Weights) -> dict[str, Any]:
+def eval_preprocessing(options: Prediction, weights: Weights) -> dict[str, Any]:
     """Image size, crop ratio, mean and std, as `eval` has them for these weights."""
     from spiralrope_cli.core.weights import mean_std
 
@@ -130,7 +130,7 @@ def work(options: Prediction, machine: MachineConfig, weights: Weights, files: l
     device = devices.pick_device(machine)
     precision, _ = devices.pick_precision(machine.precision, device)
     devices.prepare_device(device, precision)
-    how, num_classes = preprocessing(options, weights), weights.options["num_classes"]
+    how, num_classes = eval_preprocessing(options, weights), weights.options["num_classes"]
     network = build_network(weights, device, **at_size(weights, how["image_size"], options.rope))
     cast_matmuls(network, devices.DTYPES[precision])
     names = names_of(str(weights.config.get("data", "")), num_classes, weights.class_names)

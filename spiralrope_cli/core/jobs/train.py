@@ -117,7 +117,7 @@ def carry_out(resolved: Resolved, notes: Iterable[str] = (), *, dry_run: bool) -
     resolved, notes = replace(resolved, run=run), [*notes, *batch_notes(resolved), *more]
     if is_first_process():
         plan(resolved, first_step=step, every_value=dry_run, notes=notes)
-        find_files(run, find=local_vae if dry_run else find_vae)
+        find_fixed_weights(run, find=local_vae if dry_run else find_vae)
     if not dry_run:
         if is_first_process():
             log_in(run.machine.tracker)
@@ -126,7 +126,7 @@ def carry_out(resolved: Resolved, notes: Iterable[str] = (), *, dry_run: bool) -
     return finished
 
 
-def find_files(run: TrainingRun, find: Callable[[str], object]) -> None:
+def find_fixed_weights(run: TrainingRun, find: Callable[[str], object]) -> None:
     """Finds VAEs by `find`, and what the FID needs; raises before any worker starts."""
     if not isinstance(run, DiTRun):
         return
