@@ -6,7 +6,7 @@ import importlib.util
 import os
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from spiralrope_cli.core.config.folders import CONFIG_FILE
 from spiralrope_cli.core.config.option import to_nested
@@ -26,13 +26,19 @@ def check_tracker(kind: str) -> None:
 
 def log_in(kind: str) -> None:
     """Logs in to W&B before workers start; on a terminal it asks for the API key."""
-    if kind == "wandb" and os.environ.get("WANDB_MODE", "online") == "online":
-        import wandb
+    if kind != "wandb":
+        return
+    import wandb
 
-        try:
+    mode = os.environ.get("WANDB_MODE", "online")
+    try:
+        wandb.Settings(mode=cast(Any, mode))  # raises for a mode that does not exist
+        if mode == "online":
             wandb.login()
-        except wandb.Error as error:
-            raise ConfigError(f"--tracker wandb: {first_line(error)}", OFFLINE) from error
+    except ValueError as error:
+        raise ConfigError(f"--tracker wandb: WANDB_MODE is {mode or 'empty'}", OFFLINE) from error
+    except wandb.Error as error:
+        raise ConfigError(f"--tracker wandb: {first_line(error)}", OFFLINE) from error
 
 
 def open_tracker(run: TrainingRun, step: int) -> TensorBoardLogger | WandbLogger | None:
@@ -89,11 +95,13 @@ class WandbLogger:
         kept = folder / "wandb-id"
         if not kept.exists():
             kept.write_text(uuid.uuid4().hex)
+        # The stages of pipelines have the same names in all of them.
+        name = "/".join(folder.parts[-2:]) if folder.name == run.command else folder.name
         chosen = os.environ.get  # arguments would win over the user's environment
         try:
             self._run = wandb.init(
                 project=chosen("WANDB_PROJECT", "spiralrope"),
-                name=chosen("WANDB_NAME", folder.name),
+                name=chosen("WANDB_NAME", name),
                 id=chosen("WANDB_RUN_ID", kept.read_text()),
                 dir=chosen("WANDB_DIR", run.out),
                 resume="allow",

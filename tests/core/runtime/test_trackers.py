@@ -51,10 +51,10 @@ def test_validation_has_a_group_of_its_own(trained_once):
 def killed_and_resumed(runs):
     """Steps 1 to 4 of a run, and steps 3 to 6 after a kill; the run folder."""
 
-    def call(tracker):
-        options = {"arch": "dit-32x1x1-2", "max_steps": 6, "warmup_epochs": 0, "out": "run"}
+    def call(tracker, out="run"):
+        options = {"arch": "dit-32x1x1-2", "max_steps": 6, "warmup_epochs": 0, "out": out}
         run = resolve("dit-train", {**options, "tracker": tracker}).run
-        (runs / "run").mkdir()
+        (runs / out).mkdir(parents=True)
         run_folder.write_config(run)
         Image.new("RGB", (8, 4), "red").save("grid.png")
         for before, last in ((0, 4), (2, 6)):
@@ -62,7 +62,7 @@ def killed_and_resumed(runs):
                 for step in range(before + 1, last + 1):
                     reporter.log(step, {"loss": step + before / 10})
                 reporter.sampled(last, runs / "grid.png")
-        return runs / "run"
+        return runs / out
 
     return call
 
@@ -113,10 +113,11 @@ def test_wandb_offline_continues_its_run_and_obeys_the_environment(killed_and_re
     theirs = {"MODE": "offline", "PROJECT": "theirs", "ENTITY": "lab", "SILENT": "true"}
     for name, value in theirs.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
-    folder = killed_and_resumed("wandb")
+    folder = killed_and_resumed("wandb", out="rotate=2-seed0/dit-train")
     files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
     (run, first, code), (resumed, again, _) = map(wandb_session, files)
-    assert (run.project, run.entity, run.display_name, code) == ("theirs", "lab", "run", 0)
+    assert (run.project, run.entity, code) == ("theirs", "lab", 0)
+    assert run.display_name == "rotate=2-seed0/dit-train", "a stage of a pipeline"
     assert resumed.run_id == run.run_id == (folder / "wandb-id").read_text()
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert config["arch"] == "dit-32x1x1-2"
@@ -144,4 +145,9 @@ def test_wandb_without_a_key_is_told_before_workers_start(runs, monkeypatch):
     with pytest.raises(ConfigError, match=r"--tracker wandb: .*(API key|api_key)") as refused:
         trackers.log_in("wandb")
     assert "WANDB_MODE=offline" in refused.value.hint
+    for mode in ("offlin", ""):
+        monkeypatch.setenv("WANDB_MODE", mode)
+        with pytest.raises(ConfigError, match="--tracker wandb: ") as refused:
+            trackers.log_in("wandb")
+        assert len(str(refused.value).splitlines()) == 2
     wandb.teardown()
