@@ -41,6 +41,10 @@ NOT_RUN = {
     "is run in real shells by tests/commands/test_completion.py",
     "docker build -t spiralrope .": "there is no docker here; a test compares the Dockerfile",
     "if [ $? -eq 143 ]; then scontrol requeue $SLURM_JOB_ID; fi": "a test runs the file",
+    **dict.fromkeys(
+        ("spiralrope fetch inception", "spiralrope fetch imagenet256-ref --out ."),
+        "they come from the web; tests/commands/test_fetch.py does it by a local server",
+    ),
     "COMP_WORDBREAKS=${COMP_WORDBREAKS//@}": "a setting of bash, not a command of ours",
 }
 
