@@ -94,6 +94,7 @@ REACHED = {
         ("--nproc 2", {"nproc": 2}),
         ("--nnodes 2 --rdzv-endpoint h:1", {"nnodes": 2, "rdzv_endpoint": "h:1"}),
         ("--max-restarts 3", {"max_restarts": 3}),
+        ("--nproc 2 --shard", {"nproc": 2, "shard": True}),
         ("--device cpu", {"device": "cpu"}),
         ("--precision bf16", {"precision": "bf16"}),
         ("--compile", {"compile": "on"}),
@@ -202,6 +203,7 @@ REACHED = {
         ("--same-theta", {"same_theta": True}),
         ("--nnodes 2 --rdzv-endpoint h:1", {"nnodes": 2, "rdzv_endpoint": "h:1"}),
         ("--max-restarts 3", {"max_restarts": 3}),
+        ("--nproc 2 --shard", {"nproc": 2, "shard": True}),
     ],
 }
 """Command -> words, and the fields that they change."""
@@ -620,7 +622,10 @@ def test_options_reach_their_fields_and_no_others(launched, command, words, chan
 
 NOT_ON_DIGITS = {
     "pretrain": {"data", "auto_augment", "augment_on", "color_jitter", "rope_kind", "tracker"},
-    "dit-train": {"data", "vae", "latents", "rope_kind", "tracker", "source", "ema"},
+    "dit-train": {
+        *("data", "vae", "latents", "rope_kind", "tracker", "source", "ema"),
+        *("fid_every", "fid_num", "fid_reference", "fid_sampling_steps", "fid_weights"),
+    },
 }
 """What other tests have: what only other data, weights or kinds of RoPE can have, or an extra."""
 
