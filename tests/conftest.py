@@ -85,7 +85,7 @@ def runs(tmp_path, monkeypatch):
 
 @pytest.fixture
 def spiralrope(runs, monkeypatch, capfd):
-    """Runs the real command: in this process, or with other variables or options in its own."""
+    """Runs the real command here, or in a process of its own: `apart`, with variables or options."""
     from spiralrope_cli import main
 
     def here(words, expect, columns):
@@ -98,9 +98,9 @@ def spiralrope(runs, monkeypatch, capfd):
         assert done.returncode == expect, done.stdout + done.stderr
         return done
 
-    def call(*words, expect=0, env=None, **more):
+    def call(*words, expect=0, env=None, apart=False, **more):
         words, env = [*map(str, words)], {"COLUMNS": "200", **(env or {})}
-        if env.keys() == {"COLUMNS"} and not more:
+        if env.keys() == {"COLUMNS"} and not more and not apart:
             return here(words, expect, env["COLUMNS"])
         done = subprocess.run(
             [*COMMAND, *words],
@@ -214,6 +214,7 @@ def tiny(runs):
 
     def make(**options):
         base = {
+            "arch": "deit-64x2x2",
             "max_steps": 4,
             "batch_size": 32,
             "micro_batch_size": 16,

@@ -92,7 +92,7 @@ def wait_for(condition, child=None):
 def on_pictures(image_folder):
     """Words of a fast run on image files, 4 steps per epoch, with everything random on."""
     return (
-        *("pretrain", "--arch", "deit-ti", "--data", image_folder, *SMALL_PICTURES),
+        *("pretrain", "--arch", "deit-64x2x2", "--data", image_folder, *SMALL_PICTURES),
         *("--micro-batch-size", 4, "--mixup", 0, "--cutmix", 0, "--drop-path", 0.2, "--workers", 1),
         *("--precision", "fp32", "--lr-rule", "none", "--lr", 1e-3, "--log-every", 2),
     )
@@ -248,12 +248,11 @@ def test_the_same_command_on_a_finished_run_says_so(on_pictures, spiralrope, run
     assert {path: path.stat().st_mtime_ns for path in (runs / "run").rglob("*")} == before
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
-def test_two_runs_in_one_folder_the_second_is_refused(on_pictures, spiralrope, runs, nproc):
-    words = (*on_pictures, "--epochs", 1, "--nproc", nproc, "--micro-batch-size", 2, "--out", "run")
+def test_two_runs_in_one_folder_the_second_is_refused(on_pictures, spiralrope, runs):
+    words = (*on_pictures, "--epochs", 1, "--nproc", 2, "--micro-batch-size", 2, "--out", "run")
     with run_folder.hold_folder(runs / "run"):
         (runs / "run" / "sources.json").write_text('{"of": "the first"}')
-        said = spiralrope(*words, expect=1).stderr
+        said = spiralrope(*words, expect=1, apart=True).stderr
     assert "the first" in (runs / "run" / "sources.json").read_text()
     assert said.count("error:") == 1
     assert f"another run is writing to run (process {os.getpid()})" in said
@@ -300,6 +299,7 @@ def test_resume_modes(tiny, runs):
         run_folder.first_step(tiny(resume="never"))
 
 
+@pytest.mark.draws
 def test_what_a_run_writes_can_be_read_without_pickle(tiny, runs):
     train.work(tiny(max_steps=45, log_every=44))
     folder = runs / "run"
