@@ -85,7 +85,7 @@ def runs(tmp_path, monkeypatch):
 
 @pytest.fixture
 def spiralrope(runs, monkeypatch, capfd):
-    """Runs the real command here, or in a process of its own: `apart`, with variables or options."""
+    """Runs the real command here, or in its own process: `apart`, with variables or options."""
     from spiralrope_cli import main
 
     def here(words, expect, columns):
