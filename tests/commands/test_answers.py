@@ -666,7 +666,6 @@ def test_what_is_refused_names_its_option(launched, command, words, told):
         ("export", "Missing argument 'SOURCE'"),
         ("eval --epochs 3", "No such option: --epochs"),
         ("run deit --sampler ddim", "No such option: --sampler"),
-        ("run dit --sweep rotate=1,2", "No such option: --sweep"),
         ("fetch --nowhere", "No such option: --nowhere"),
         ("doctor --nowhere", "No such option: --nowhere"),
     ],
