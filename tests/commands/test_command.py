@@ -170,6 +170,7 @@ def test_a_default_of_the_help_is_the_one_that_resolution_gives(name, photograph
                 assert not value, f"{option} is {value}, and the help shows no default"
                 assert isinstance(value, (bool, str)) or option in {
                     *OPEN,
+                    "fid_every",
                     "max_restarts",
                     "max_steps",
                     "micro_batch_size",

@@ -278,7 +278,12 @@ def test_a_command_runs(line, among_small_things, monkeypatch, request):
         monkeypatch.setenv("PATH", f"{among_small_things / 'bin'}:{os.environ['PATH']}")
     words += [] if "--from-legacy" in words else FITTED.get(words[0], [])
     if "--fid-every" in words:
-        words += ["--fid-weights", str(request.getfixturevalue("inception_weights"))]
+        words += [
+            "--fid-weights",
+            str(request.getfixturevalue("inception_weights")),
+            "--vae",
+            "vae",
+        ]
     if words[0] == "fid":
         words += ["--weights", str(request.getfixturevalue("inception_weights"))]
     launched = []

@@ -28,7 +28,7 @@ MIX_GROUP = 8
 """Images that share one mixup or cutmix draw; fixed, so that it is the same for any split."""
 
 RUN_FOLDER = Opt(
-    "Run folder; by default runs/COMMAND-ARCH-DATA-rROTATE[-NAME].", RUN, **PATH, free=True
+    "Run folder; by default COMMAND-ARCH-DATA-rROTATE[-NAME] in runs/.", RUN, **PATH, free=True
 )
 EMA = Opt("Start from the EMA or the raw weights.", MODEL, flag="--ema/--no-ema")
 
