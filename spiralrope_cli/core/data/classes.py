@@ -23,7 +23,7 @@ from spiralrope_cli.core.config.folders import (
     numbering_note,
 )
 from spiralrope_cli.core.data.splits import find_val_set, val_split
-from spiralrope_cli.core.errors import ConfigError, DataError
+from spiralrope_cli.core.errors import ConfigError, DataError, first_line
 from spiralrope_cli.core.storage import parse
 
 NUM_VAL = 50_000
@@ -155,7 +155,8 @@ def _read_real(file: str) -> list[list[int]]:
     try:
         labels = parse(path.read_text())
     except (OSError, ValueError) as error:
-        raise DataError(f"--real-labels {file} cannot be read: {error}") from error
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise DataError(f"--real-labels {file} cannot be read: {reason}") from error
     known = range(IMAGENET_CLASSES)
     if (
         not isinstance(labels, list)

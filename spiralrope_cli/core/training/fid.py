@@ -127,12 +127,9 @@ class FidOfTraining:
         """
         config, ctx, num = self.config, self.ctx, self.config.fid.fid_num
         model = cast(DiT, state.ema.module)
-        known = [
-            line["step"]
-            for line in read_metrics(Path(config.out))
-            if ctx.is_first and "fid" in line
-        ]
-        if distributed.all_gather_object(state.step in known)[0]:
+        lines = read_metrics(Path(config.out)) if ctx.is_first else []
+        known = any("fid" in line and line["step"] == state.step for line in lines)
+        if distributed.all_gather_object(known)[0]:
             return 0
         moments, size = Moments(POOL_SIZE, ctx.device), default_batch_size(config.image_size)
         batches = [range(first, min(first + size, num)) for first in range(0, num, size)]
