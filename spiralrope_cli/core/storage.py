@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -44,10 +45,10 @@ def unique_beside(path: Path) -> Path:
 def atomic_write(path: Path, *, sole: bool = False, durable: bool = False) -> Iterator[Path]:
     """Yields a temporary path in the same folder; at the end it is renamed to `path`.
 
-    After an error the temporary file is removed, and `path` is unchanged.
+    After an error the temporary file or folder is removed, and `path` is unchanged.
 
     Args:
-        path: the file to create or replace; its folder must exist.
+        path: the file to create or replace, or a new folder; its own folder must exist.
         sole: no other process writes this file. The temporary name is then always the same, so
             that the next run overwrites what a killed process left, perhaps gigabytes.
         durable: wait until the content is on the disk: a rename alone may survive a power cut
@@ -56,15 +57,20 @@ def atomic_write(path: Path, *, sole: bool = False, durable: bool = False) -> It
     beside = path.with_name(f".{path.name}.new") if sole else unique_beside(path)
     try:
         yield beside
-        if durable:
-            flush(beside)
+        for part in (*beside.rglob("*"), beside) if durable else ():
+            flush(part)
         os.replace(beside, path)
+        if durable:
+            flush(path.parent)
     except OSError as error:
         if error.errno and error.filename in (None, str(beside), beside):  # a full disk names none
             error.filename = str(path)
         raise
     finally:
-        beside.unlink(missing_ok=True)
+        if beside.is_dir():
+            shutil.rmtree(beside, ignore_errors=True)
+        else:
+            beside.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:

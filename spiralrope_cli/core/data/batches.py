@@ -98,12 +98,10 @@ class TrainingData:
     """The training set of a run and its batches; `classifier_data` and `dit_data` make it."""
 
     run: TrainingRun
-    steps_per_epoch: int
     parts: list[slice]  # parts of each step's batch for this process, one per micro-batch
     read: Read
     finish: Callable[[Batch], Batch]  # augments and normalises
     unreadable: dict[str, str] = field(default_factory=dict)  # path -> reason, skipped so far
-    label_key: str = "labels"  # of a batch that is made again
     repeats: int = 1  # augmented copies per image
     scale: float = 1.0  # factor of cached latents
     helps: str = ""  # if training waits for this data; empty: it is in memory
@@ -126,7 +124,7 @@ class TrainingData:
         """The images of those micro-batches, and their places."""
         size = self.run.optim.batch_size
         for step in range(first_step, last_step):
-            epoch, within = divmod(step, self.steps_per_epoch)
+            epoch, within = divmod(step, self.run.steps_per_epoch)
             order = epoch_order(self.run.num_train, self.repeats, self.run.seed, epoch)
             places = within * size + separate_repeats(size, self.repeats)
             for part in self.parts:
@@ -139,7 +137,7 @@ class TrainingData:
         [batches] = self.train_steps(step, step + 1)
         return {
             "images": torch.cat([batch.images.cpu() for batch in batches]),
-            self.label_key: torch.cat([batch.labels.cpu() for batch in batches]),
+            "labels": torch.cat([batch.labels.cpu() for batch in batches]),
             "numbers": torch.tensor([index for batch in batches for index in batch.at.indices]),
         }
 
@@ -179,14 +177,8 @@ def classifier_data(
         mixed = augment.mix(images, batch.labels, options, model.num_classes, run.seed, at.first)
         return Batch(at, *mixed)
 
-    parts = own_parts(rank, *run.split_batch(world_size))
-    repeats = options.repeated_aug
-    return TrainingData(
-        *(run, run.steps_per_epoch, parts, read, finish, unreadable),
-        label_key="targets",
-        repeats=repeats,
-        helps=helps,
-    )
+    parts, repeats = own_parts(rank, *run.split_batch(world_size)), options.repeated_aug
+    return TrainingData(run, parts, read, finish, unreadable, repeats=repeats, helps=helps)
 
 
 def dit_data(run: DiTRun, device: torch.device, rank: int, world_size: int) -> TrainingData:
@@ -205,11 +197,8 @@ def dit_data(run: DiTRun, device: torch.device, rank: int, world_size: int) -> T
         cache = LatentCache(Path(os.path.expanduser(run.images.latents)))
         cache.verify()
         read = functools.partial(from_cache, cache, device, mirrored)
-        return TrainingData(
-            *(run, run.steps_per_epoch, parts, read, lambda batch: batch),
-            scale=cache.scale,
-            helps=f"a faster disk than that of {run.images.latents}, or more memory to cache it",
-        )
+        helps = f"a faster disk than that of {run.images.latents}, or more memory to cache it"
+        return TrainingData(run, parts, read, lambda batch: batch, scale=cache.scale, helps=helps)
     if run.data in BUILT_IN:
         channels = 3 if run.images.in_latents else run.model.in_chans
         split, _ = memory.splits_on(device, run.data, channels)
@@ -226,7 +215,7 @@ def dit_data(run: DiTRun, device: torch.device, rank: int, world_size: int) -> T
         images = augment.resize_and_crop(batch.images, size, 1.0) / 127.5 - 1
         return replace(batch, images=augment.mirror(images, mirrored(batch.at)))
 
-    return TrainingData(run, run.steps_per_epoch, parts, read, finish, unreadable, helps=helps)
+    return TrainingData(run, parts, read, finish, unreadable, helps=helps)
 
 
 def more_workers(machine: MachineConfig, device: torch.device) -> str:

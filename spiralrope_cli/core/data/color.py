@@ -71,18 +71,6 @@ def apply_steps(images: Tensor, steps: Sequence[Sequence[Step]]) -> Tensor:
     return images
 
 
-def _flip(images: Tensor, _: Tensor) -> Tensor:
-    return images.flip(-1)
-
-
-def _solarize(images: Tensor, _: Tensor) -> Tensor:
-    return torch.where(images < SOLARIZE_FROM, images, 255 - images)
-
-
-def _grayscale(images: Tensor, _: Tensor) -> Tensor:
-    return _luminance(images).expand_as(images).contiguous()
-
-
 def _blur(images: Tensor, radius: Tensor) -> Tensor:
     """`ImageFilter.GaussianBlur`: three box filters per axis, edges repeated, each one rounded.
 
@@ -113,19 +101,11 @@ def _blur(images: Tensor, radius: Tensor) -> Tensor:
     return images
 
 
-def _brightness(images: Tensor, factor: Tensor) -> Tensor:
-    return (images * factor).clamp_(0, 255).floor_()
-
-
 def _contrast(images: Tensor, factor: Tensor) -> Tensor:
     gray = _luminance(images)
     pixels = gray[0].numel()
     total = gray.sum((1, 2, 3), dtype=torch.int64).view(-1, 1, 1, 1)
     return _blend((2 * total + pixels).div(2 * pixels, rounding_mode="floor"), images, factor)
-
-
-def _saturation(images: Tensor, factor: Tensor) -> Tensor:
-    return _blend(_luminance(images), images, factor)
 
 
 def _blend(base: Tensor, images: Tensor, factor: Tensor) -> Tensor:
@@ -143,12 +123,12 @@ def _luminance(images: Tensor) -> Tensor:
 
 
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "flip": _flip,
-    "solarize": _solarize,
-    "grayscale": _grayscale,
+    "flip": lambda images, _: images.flip(-1),
+    "solarize": lambda images, _: torch.where(images < SOLARIZE_FROM, images, 255 - images),
+    "grayscale": lambda images, _: _luminance(images).expand_as(images).contiguous(),
     "blur": _blur,
-    "brightness": _brightness,
+    "brightness": lambda images, factor: (images * factor).clamp_(0, 255).floor_(),
     "contrast": _contrast,
-    "saturation": _saturation,
+    "saturation": lambda images, factor: _blend(_luminance(images), images, factor),
 }
 """Name -> ([B, C, h, w], amount of each as [B, 1, 1, 1]) -> [B, C, h, w]."""

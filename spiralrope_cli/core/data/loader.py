@@ -66,24 +66,16 @@ class BatchIndices(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch.
+    """One micro-batch."""
 
-    Attributes:
-        at: its images, and their places in the run.
-        images: [B, channels, h, w]: uint8 from the loader, float32 on the device. First in
-            [0, 255], then normalised, for a DiT in [-1, 1]. For cached latents: posterior means.
-        labels: [B] class numbers; after mixing [B, K].
-        std: standard deviations of cached posteriors, shape of `images`; else None.
-        unreadable: images that were skipped or replaced.
-        steps: of each image, what is left to apply on the device; empty: nothing.
-    """
-
-    at: BatchIndices
+    at: BatchIndices  # its images, and their places in the run
+    # [B, channels, h, w]: uint8 from the loader, float32 on the device. First in [0, 255], then
+    # normalised, for a DiT in [-1, 1]. For cached latents: posterior means.
     images: Tensor
-    labels: Tensor
-    std: Tensor | None = None
-    unreadable: tuple[Unreadable, ...] = ()
-    steps: tuple[Steps, ...] = ()
+    labels: Tensor  # [B] class numbers; after mixing [B, K]
+    std: Tensor | None = None  # standard deviations of cached posteriors, shape of `images`
+    unreadable: tuple[Unreadable, ...] = ()  # images that were skipped or replaced
+    steps: tuple[Steps, ...] = ()  # of each image, what the device applies; empty: nothing
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -102,34 +94,22 @@ class Batch:
         return replace(self, images=images, labels=labels, std=std)
 
 
+@dataclass(eq=False)
 class ImageFiles(Dataset[Any]):
-    """Image files with class labels.
+    """Image files with class labels."""
 
-    Args:
-        files: (path, class number) of each image.
-        transform: image -> uint8 array [channels, h, w].
-        grey: convert to one channel.
-        tries: the next image replaces an unreadable one, at most so many images in a row.
-        seed: seed of the run, if the transform is random; it is then a function of seed, epoch and
-            place.
-        read: `as_trained` or `as_tensor`, whichever the transform takes.
-        draw_steps: draws what the device applies after the transform, if anything.
-    """
+    images: Sequence[tuple[str, int]]  # (path, class number) of each
+    transform: Transform
+    grey: bool = False  # convert to one channel
+    tries: int = 1  # the next image replaces an unreadable one, at most so many in a row
+    # Of the run, if the transform is random; it is then a function of seed, epoch and place.
+    seed: int | None = None
+    read: Callable[..., Any] = as_trained  # or `as_tensor`, whichever the transform takes
+    draw_steps: Callable[[], Steps] | None = None  # what the device applies after the transform
 
-    def __init__(
-        self,
-        files: Sequence[tuple[str, int]],
-        transform: Transform,
-        grey: bool = False,
-        tries: int = 1,
-        seed: int | None = None,
-        read: Callable[..., Any] = as_trained,
-        draw_steps: Callable[[], Steps] | None = None,
-    ) -> None:
-        self.images = ImageList.of(files)
-        self.transform, self.mode = transform, "L" if grey else "RGB"
-        self.tries, self.seed = tries, seed
-        self.read, self.draw_steps = partial(read, mode=self.mode), draw_steps
+    def __post_init__(self) -> None:
+        self.images = ImageList.of(self.images)
+        self.read = partial(self.read, mode="L" if self.grey else "RGB")
 
     def __getitem__(self, key: Key) -> Loaded:
         """One image; by `seed_parts` of the key its augmentation."""
@@ -210,14 +190,13 @@ def _together(at: BatchIndices, parts: list[Batch]) -> Batch:
     """One batch of its parts."""
     if len(parts) == 1:
         return parts[0]
-    joined: dict[str, Any] = {"at": at}
-    for name in Batch.__dataclass_fields__.keys() - joined.keys():
-        values = [getattr(part, name) for part in parts]
-        if isinstance(values[0], Tensor):
-            joined[name] = torch.cat(values)
-        elif values[0] is not None:
-            joined[name] = tuple(each for some in values for each in some)
-    return Batch(**joined)
+    return Batch(
+        at,
+        torch.cat([part.images for part in parts]),
+        torch.cat([part.labels for part in parts]),
+        unreadable=tuple(bad for part in parts for bad in part.unreadable),
+        steps=tuple(steps for part in parts for steps in part.steps),
+    )
 
 
 def read_ahead(

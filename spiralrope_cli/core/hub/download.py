@@ -171,7 +171,15 @@ def _fetch_from_hub(row: Row, barred: str, out: Path | None) -> list[Path]:
                 raise
             say(error.message)
     if not remotes:
-        return _take_cached(row, there, barred)
+        if not there:
+            raise FetchError(f"{row.name} is not downloaded", f"fetch it once without {barred}")
+        say(f"{row.name} is here")
+        for path in there:
+            if not is_right(path, named_digest(path), "the cache"):
+                _drop(path)
+                again = f"fetch it again without {barred}" if barred else "fetch it again"
+                raise FetchError(f"{row.name} was damaged, and was deleted", again)
+        return there
     # By commit: in the cache the name of the revision may refer to an older one.
     here = {each.name: cached(row, each.name, each.commit) for each in remotes}
     missing = sum(each.size for each in remotes if here[each.name] is None)
@@ -182,19 +190,6 @@ def _fetch_from_hub(row: Row, barred: str, out: Path | None) -> list[Path]:
     else:
         say(f"{row.name} is here")
     return [_fetch_one(row, each, here[each.name]) for each in remotes]
-
-
-def _take_cached(row: Row, files: list[Path], barred: str) -> list[Path]:
-    """The cached files, checked against the digests in their names."""
-    if not files:
-        raise FetchError(f"{row.name} is not downloaded", f"fetch it once without {barred}")
-    say(f"{row.name} is here")
-    for path in files:
-        if not is_right(path, named_digest(path), "the cache"):
-            _drop(path)
-            again = f"fetch it again without {barred}" if barred else "fetch it again"
-            raise FetchError(f"{row.name} was damaged, and was deleted", again)
-    return files
 
 
 def _fetch_one(row: Row, remote: HubFile, here: Path | None) -> Path:

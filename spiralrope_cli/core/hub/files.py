@@ -36,7 +36,7 @@ from spiralrope_cli.core.errors import (
 from spiralrope_cli.core.hub.catalog import Row
 from spiralrope_cli.core.runtime.progress import human_size, say
 from spiralrope_cli.core.runtime.resources import check_space
-from spiralrope_cli.core.storage import cache_folder, flush, unique_beside
+from spiralrope_cli.core.storage import atomic_write, cache_folder, flush
 
 OTHER_DISK = "free some, or name another disk with --out (for downloads HF_HOME, SPIRALROPE_CACHE)"
 # SHA-256, its first 8 digits, or git's SHA-1. Anything else cannot be compared.
@@ -101,28 +101,15 @@ def refuse_existing(target: Path) -> None:
 
 @contextlib.contextmanager
 def new_path(target: Path) -> Iterator[Path]:
-    """Yields a temporary path for a new file or folder; at the end it is renamed to `target`.
-
-    Unlike `atomic_write` it also takes folders, never replaces, and raises `FetchError`.
-    """
+    """`atomic_write` of a file or folder; never replaces one, and raises `FetchError`."""
     refuse_existing(target)
-    beside = unique_beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        yield beside
-        for path in (*beside.rglob("*"), beside):
-            flush(path)
-        refuse_existing(target)  # another process may have been faster
-        os.rename(beside, target)
-        flush(target.parent)
+        with atomic_write(target, durable=True) as beside:
+            yield beside
+            refuse_existing(target)  # another process may have been faster
     except (OSError, RuntimeError, SafetensorError) as error:
         raise disk_error(error, target) from error
-    finally:
-        if beside.is_dir():
-            shutil.rmtree(beside, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):
-                beside.unlink()
 
 
 def check_room(cache: Path, missing: int, out: Path | None, sizes: dict[str, int]) -> None:

@@ -27,6 +27,7 @@ from spiralrope_cli.core.hub.catalog import (
 from spiralrope_cli.core.runtime.run_folder import (
     inner_runs,
     read_config,
+    read_json,
     run_configs,
     step_folder,
     steps_on_disk,
@@ -101,11 +102,9 @@ def _in_folder(given: str, folder: Path, best: bool) -> Source:
 
 
 def best_step(run: Path) -> int:
-    pointer = run / CHECKPOINTS / "best.json"
-    try:
-        step = int(parse(pointer.read_text())["step"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise CheckpointError(f"{run} has no best checkpoint yet", "leave --best out") from error
+    step = read_json(run / CHECKPOINTS / "best.json").get("step")
+    if not isinstance(step, int):
+        raise CheckpointError(f"{run} has no best checkpoint yet", "leave --best out")
     if step not in steps_on_disk(run):
         raise CheckpointError(f"the best checkpoint of {run}, step {step}, does not exist")
     return step
@@ -218,18 +217,6 @@ def _checked(files: VaeFiles) -> VaeFiles:
             f"--vae {files.given} downsamples by {factor}; a DiT needs a factor of {VAE_FACTOR}"
         )
     return files
-
-
-def folder_of_vae(given: str) -> Path:
-    """Folder of a VAE, which is downloaded if needed."""
-    return find_vae(given).folder
-
-
-def folder_of_local_vae(given: str) -> Path:
-    """Folder of a VAE, without a download; raises if it is missing."""
-    if (files := local_vae(given)) is None:
-        raise CheckpointError(f"the VAE {given} is not downloaded, so they cannot be decoded")
-    return files.folder
 
 
 def find_inception(given: str, option: str = "--weights") -> tuple[Path, str]:

@@ -260,10 +260,9 @@ def work(config: TrainingRun) -> None:
         task = task.split_as(config, ctx)
         if isinstance(config, DiTRun) and config.fid.fid_every:
             from spiralrope_cli.core.hub.published import load_safely
-            from spiralrope_cli.core.hub.source import folder_of_vae
             from spiralrope_cli.core.training.fid import FidOfTraining
 
-            measure = FidOfTraining(config, ctx, find_inception, load_safely, folder_of_vae)
+            measure = FidOfTraining(config, ctx, find_inception, load_safely, find_vae)
             task = replace(task, measure_at=config.fid_at, measure=measure)
         state, forward = loop.build_state(
             config,
@@ -286,13 +285,12 @@ def work(config: TrainingRun) -> None:
 
 def open_task(config: TrainingRun, ctx: DistContext) -> loop.Task:
     """The task of the network: classification or diffusion."""
-    from spiralrope_cli.core.hub.source import folder_of_local_vae, folder_of_vae
     from spiralrope_cli.core.training.classification import classification
     from spiralrope_cli.core.training.diffusion import diffusion
 
     if not is_dit(config.arch):
         return classification(cast(ClassifierRun, config), ctx)
-    return diffusion(cast(DiTRun, config), ctx, folder_of_vae, folder_of_local_vae)
+    return diffusion(cast(DiTRun, config), ctx, find_vae, local_vae)
 
 
 def starting_weights(run: TrainingRun, *, verify: bool = True) -> Weights:

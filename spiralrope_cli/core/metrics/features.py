@@ -23,6 +23,7 @@ from spiralrope_cli.core.data.images import (
     PictureFiles,
     image_batches,
     in_order,
+    note_unreadable,
     num_bytes,
 )
 from spiralrope_cli.core.data.loader import PREFETCH, read_ahead
@@ -124,10 +125,7 @@ def _measure_images(
         torch.inference_mode(),
     ):
         for batch, features in measured:
-            for bad in batch.unreadable:
-                if not run.machine.skip_bad:
-                    raise bad.error()
-                unreadable[bad.path] = bad.reason
+            note_unreadable(batch.unreadable, run.machine.skip_bad, unreadable)
             differing += batch.num_differing
             if features:
                 sums.add(batch.numbers, features)

@@ -64,11 +64,11 @@ class Moments:
         """Replaces the moments by those of the rows of all processes."""
         if distributed.get_world_size() == 1:
             return
-        count = int(distributed.all_reduce_sum(self.mean.new_tensor(self.count)).item())
-        mean = distributed.all_reduce_sum(self.mean * self.count) / max(count, 1)
+        count = int(distributed.all_reduce(self.mean.new_tensor(self.count)).item())
+        mean = distributed.all_reduce(self.mean * self.count) / max(count, 1)
         delta = self.mean - mean
         self.products.addr_(delta, delta, alpha=self.count)
-        distributed.all_reduce_sum(self.products)
+        distributed.all_reduce(self.products)
         self.mean, self.count = mean, count
 
     def covariance(self) -> Tensor:
@@ -187,7 +187,7 @@ class InceptionScore:
 
     def result(self) -> tuple[float, float | None]:
         """Mean and standard deviation over the splits; the latter is None for one split."""
-        sums = distributed.all_reduce_sum(self.sums).cpu()
+        sums = distributed.all_reduce(self.sums).cpu()
         sums = sums[sums[:, -1] > 0]
         count = sums[:, -1]
         q = sums[:, :-2] / count[:, None]

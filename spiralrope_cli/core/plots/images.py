@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from spiralrope_cli.core.data.images import GAP, SMALLEST_SIDE, image_grid
 from spiralrope_cli.core.plots.curves import COLOR_MAP, DPI, HEADING, SMALL, TITLE, grid_of_axes
@@ -109,15 +110,8 @@ def labelled_grid(grid: Path, labels: Sequence[str], columns: int) -> bytes | No
 
 def fit_to_size(image: Tensor, size: tuple[int, int]) -> Tensor:
     """[3, h, w] uint8, resized to fit into (height, width), on a white background."""
-    height, width = image.shape[1:]
-    if (height, width) == size:
-        return image
-    scale = min(size[0] / height, size[1] / width)
-    fitted = (max(1, round(height * scale)), max(1, round(width * scale)))
-    smooth = F.interpolate(image[None].float(), fitted, mode="bilinear", antialias=True)[0]
-    top, left = (size[0] - fitted[0]) // 2, (size[1] - fitted[1]) // 2
-    around = (left, size[1] - fitted[1] - left, top, size[0] - fitted[0] - top)
-    return F.pad(smooth.round().to(torch.uint8), around, value=255)
+    fitted = ImageOps.pad(to_pil_image(image), size[::-1], Image.Resampling.BILINEAR, "white")
+    return pil_to_tensor(fitted)
 
 
 # --- Attention maps

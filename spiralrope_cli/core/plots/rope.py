@@ -35,29 +35,17 @@ MOST_LABELS = 4
 
 @dataclass(frozen=True)
 class RopeView:
-    """What is drawn for one set of options.
-
-    Attributes:
-        config: the options.
-        frequency: [P] radians per patch.
-        angle: [P] degrees between the axes of a pair and those of the grid.
-        first_half: [P] bool, True for pairs along the rotated row axis.
-        across: [P] change of position per column to the right, in patches.
-        down: [P] change of position per row downwards, in patches.
-        clamped: [h, w] fraction of the channels whose position is outside the grid.
-        scores: [h, w] scores of the query in the centre with each key.
-        head: [P] its head, where frequencies are learned and P are the pairs of all heads.
-    """
+    """What is drawn for one set of options; where frequencies are learned, P has all heads."""
 
     config: RopeConfig
-    frequency: Tensor
-    angle: Tensor
-    first_half: Tensor
-    across: Tensor
-    down: Tensor
-    clamped: Tensor
-    scores: Tensor
-    head: Tensor | None = None
+    frequency: Tensor  # [P] radians per patch
+    angle: Tensor  # [P] degrees between the axes of a pair and those of the grid
+    first_half: Tensor  # [P] bool, True for pairs along the rotated row axis
+    across: Tensor  # [P] change of position per column to the right, in patches
+    down: Tensor  # [P] change of position per row downwards, in patches
+    clamped: Tensor  # [h, w] fraction of the channels whose position is outside the grid
+    scores: Tensor  # [h, w] scores of the query in the centre with each key
+    head: Tensor | None = None  # [P] the head of each pair, where frequencies are learned
 
     @property
     def angles(self) -> list[float]:
@@ -202,19 +190,13 @@ def _draw_frequencies(axis: Axes, view: RopeView, plot: RopePlot, views: list[Ro
             dots, crosses = (height[mine & part].numpy() for part in (rotated, ~rotated))
             axis.plot([place] * len(dots), dots, marker, color=color, ms=5, markerfacecolor=face)
             axis.plot([place] * len(crosses), crosses, "x", color=color, ms=5)
-    axis.set_yscale("log")
     if not rotated.all():
         axis.axhline(below * 1.7, color="0.5", linewidth=0.8)
-    side = max(plot.pretrain_grid)
-    axis.axhline(2 * math.pi / side, color="0.3", linestyle=":", linewidth=1.2, zorder=0)
-    axis.set(xlim=(-apart / 2, 90 - apart / 2), ylabel="radians per patch")
+    axis.set_xlim(-apart / 2, 90 - apart / 2)
     axis.set_xticks(view.labelled, [f"{angle:.4g}°" for angle in view.labelled])
-    axis.set_box_aspect(1)
     zeros = "" if rotated.all() else "; ×: not rotated"
-    halves = f"filled: row half, open: column half{zeros}"
-    style_lines(axis, "", f"angle of the axes (dotted: one period in {side} patches)\n{halves}")
-    other = axis.secondary_yaxis("right", functions=(_wavelength, _wavelength))
-    other.set_ylabel("wavelength (patches)")
+    halves = f"\nfilled: row half, open: column half{zeros}"
+    _style_frequencies(axis, plot, "angle of the axes", halves)
     count = len(set(view.frequency[rotated].tolist()))
     return f"{count} frequencies up to {view.frequency.max():.3g}"
 
@@ -225,14 +207,19 @@ def _draw_spectrum(axis: Axes, view: RopeView, plot: RopePlot) -> str:
         falling = view.frequency[view.head == number].sort(descending=True).values
         color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
         axis.plot(falling, marker, color=color, ms=4, alpha=0.8)
+    _style_frequencies(axis, plot, "pair of a head")
+    return f"{view.frequency.min():.2g} to {view.frequency.max():.3g}"
+
+
+def _style_frequencies(axis: Axes, plot: RopePlot, xlabel: str, more: str = "") -> None:
+    """A logarithmic axis of frequencies, and one of wavelengths on its right."""
     side = max(plot.pretrain_grid)
     axis.axhline(2 * math.pi / side, color="0.3", linestyle=":", linewidth=1.2, zorder=0)
     axis.set(yscale="log", ylabel="radians per patch")
     axis.set_box_aspect(1)
-    style_lines(axis, "", f"pair of a head (dotted: one period in {side} patches)")
+    style_lines(axis, "", f"{xlabel} (dotted: one period in {side} patches){more}")
     other = axis.secondary_yaxis("right", functions=(_wavelength, _wavelength))
     other.set_ylabel("wavelength (patches)")
-    return f"{view.frequency.min():.2g} to {view.frequency.max():.3g}"
 
 
 def _wavelength(frequency: Any) -> Any:

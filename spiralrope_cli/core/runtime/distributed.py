@@ -122,17 +122,10 @@ def main_process_first() -> Iterator[None]:
     wait_for(3)
 
 
-def all_reduce_sum(value: Tensor) -> Tensor:
-    """Sum over all processes, in place."""
+def all_reduce(value: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """Sum over all processes, or their minimum or maximum, in place."""
     if dist.is_initialized():
-        dist.all_reduce(value)
-    return value
-
-
-def all_reduce_min(value: Tensor) -> Tensor:
-    """Minimum over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(value, op=dist.ReduceOp.MIN)
+        dist.all_reduce(value, op)
     return value
 
 
@@ -158,13 +151,6 @@ def gather_rows(rows: Tensor) -> Tensor | None:
     if parts is None:
         return None
     return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
-
-
-def all_reduce_max(value: Tensor) -> Tensor:
-    """Maximum over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return value
 
 
 # --- A worker
@@ -214,7 +200,8 @@ class StopRequest:
             return self.signal_number
         if not ask_all:
             return 0
-        return int(all_reduce_max(torch.tensor(self.signal_number, device=device)).item())
+        number = torch.tensor(self.signal_number, device=device)
+        return int(all_reduce(number, dist.ReduceOp.MAX).item())
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ def measure_accuracy(
     for model, training in zip(models.values(), was_training, strict=True):
         model.train(training)
     found = {}
-    totals = distributed.all_reduce_sum(sums).tolist()
+    totals = distributed.all_reduce(sums).tolist()
     for name, (*hits, loss, count) in zip(models, totals, strict=True):
         num = max(count, 1)
         acc1, acc5 = (100 * each / num for each in hits)

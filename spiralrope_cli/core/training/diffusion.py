@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,20 +38,20 @@ DECODED_AT_ONCE = 4
 def diffusion(
     config: DiTRun,
     ctx: DistContext,
-    find_vae: Callable[[str], Path],
-    local_vae: Callable[[str], Path],
+    find_vae: Callable[[str], Any],
+    local_vae: Callable[[str], Any],
 ) -> Task:
     """Data, loss and sample grids of a DiT.
 
-    `find_vae` returns the folder of a VAE by name, and may download it; `local_vae` does not
-    download, and raises if it is missing.
+    `find_vae` returns the files of a VAE by name, and may download it; `local_vae` does not
+    download, and returns None if it is missing.
     """
     data = dit_data(config, ctx.device, ctx.rank, ctx.world_size)
     vae = None
     if config.images.in_latents and not config.images.latents:
         with distributed.main_process_first():  # it may have to be fetched
-            folder = find_vae(config.images.vae)
-        vae = load_vae(folder, ctx.device)  # in fp32, as in the cache and the published code
+            files = find_vae(config.images.vae)
+        vae = load_vae(files.folder, ctx.device)  # in fp32, as in the cache and the published code
     bound = LossMeter(ctx.device)
     scale = vae.scale if vae else data.scale
     return Task(
@@ -128,7 +128,7 @@ def save_grid(
     config: DiTRun,
     ctx: DistContext,
     vae: Vae | None,
-    local_vae: Callable[[str], Path],
+    local_vae: Callable[[str], Any],
     state: TrainState,
     reporter: Reporter,
 ) -> None:
@@ -140,14 +140,18 @@ def save_grid(
     model, missing = cast(DiT, state.ema.module), ""
     if config.images.latents and vae is None and ctx.is_first:
         # Training on cached latents needs no VAE. It is loaded for the grid only, if it is here.
+        name = config.images.vae
         try:
-            vae = load_vae(local_vae(config.images.vae), ctx.device)
+            if files := local_vae(name):
+                vae = load_vae(files.folder, ctx.device)
+            else:
+                missing = f"the VAE {name} is not downloaded, so they cannot be decoded"
         except SpiralRopeError as error:
-            missing = f"no samples: {error.message}"
+            missing = error.message
     if is_sharded(model):
         missing = distributed.all_gather_object(missing)[0]
     if missing:
-        reporter.say(missing)
+        reporter.say(f"no samples: {missing}")
         return
     images = grid_samples(config, ctx, model)
     if not ctx.is_first:

@@ -91,7 +91,7 @@ class FidOfTraining:
         ctx: of this process; every process makes one.
         find_inception: as in `settle_fid`.
         load_weights: reads a file of weights.
-        find_vae: name of a VAE -> its folder.
+        find_vae: name of a VAE -> its files.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class FidOfTraining:
         ctx: DistContext,
         find_inception: FindInception,
         load_weights: Callable[[Path], Any],
-        find_vae: Callable[[str], Path],
+        find_vae: Callable[[str], Any],
     ) -> None:
         run, side, protocol = settle_fid(config, find_inception)
         self.config, self.ctx = config, ctx
@@ -117,7 +117,7 @@ class FidOfTraining:
         with self.in_fp32():
             self.reference = measure_side(run, self.exact, side, lambda: network, cache)
         vae = config.images.vae
-        self.vae = load_vae(find_vae(decoder_of(vae)), ctx.device) if vae != NO_VAE else None
+        self.vae = load_vae(find_vae(decoder_of(vae)).folder, ctx.device) if vae != NO_VAE else None
         self.diffusion = GaussianDiffusion(config.fid.fid_sampling_steps)
 
     def __call__(self, state: TrainState, reporter: Reporter) -> int:

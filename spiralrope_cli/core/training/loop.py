@@ -16,6 +16,7 @@ from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ReduceOp
 from torch.nn.parallel import DistributedDataParallel
 
 from spiralrope_cli.core.config.dit_runs import TrainingRun
@@ -51,30 +52,21 @@ LOWER_LR = "try a lower --lr, --clip-grad 1 or --precision fp32"
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Data, loss and validation of a network, as the loop calls them.
+    """Data, loss and validation of a network, as the loop calls them."""
 
-    Attributes:
-        data: the batches; the loop clears its `waits`.
-        loss: mean loss of one micro-batch.
-        black: number -> so many black images, as `loss` takes them, for a trial step.
-        extra: further values of a log point.
-        inspect_at: whether to validate, or to sample, after this step.
-        validate: validates before the checkpoint is saved, because the best one must be saved.
-        sample: samples after the checkpoint is saved, on the first process, also after the last
-            step; a sharded network needs all processes.
-        measure_at: whether to measure after this step.
-        measure: measures after all that, in all processes, unless the log has it; returns the
-            number of a signal that stopped it, else 0. The resumed run then measures first.
-    """
-
-    data: TrainingData
-    loss: Callable[[TrainState, nn.Module, Batch], Tensor]
-    black: Callable[[int], Batch]
-    extra: Callable[[], dict[str, float]] = dict
-    inspect_at: Callable[[int], bool]
+    data: TrainingData  # the loop clears its `waits`
+    loss: Callable[[TrainState, nn.Module, Batch], Tensor]  # mean loss of one micro-batch
+    black: Callable[[int], Batch]  # so many black images, as `loss` takes them, for a trial step
+    extra: Callable[[], dict[str, float]] = dict  # further values of a log point
+    inspect_at: Callable[[int], bool]  # whether to validate, or to sample, after this step
+    # Before the checkpoint is saved, because the best one must be saved.
     validate: Callable[[TrainState, Reporter], None] | None = None
+    # After the checkpoint is saved, on the first process, also after the last step; a sharded
+    # network needs all processes.
     sample: Callable[[TrainState, Reporter], None] | None = None
-    measure_at: Callable[[int], bool] = lambda step: False
+    measure_at: Callable[[int], bool] = lambda step: False  # whether to measure after this step
+    # After all that, in all processes, unless the log has it; returns the number of a signal that
+    # stopped it, else 0. The resumed run then measures first.
     measure: Callable[[TrainState, Reporter], int] = lambda state, reporter: 0
 
     def split_as(self, config: TrainingRun, ctx: DistContext) -> Task:
@@ -172,7 +164,7 @@ def data_wait(
     """Fraction of the seconds in which the slowest process waited for data, if it is much."""
     own = torch.tensor(sum(data.waits) / seconds, device=ctx.device)
     data.waits.clear()
-    wait = distributed.all_reduce_max(own).item()
+    wait = distributed.all_reduce(own, ReduceOp.MAX).item()
     if wait < MUCH_WAIT:
         return {}
     reporter.say_once(f"training waits for data; this helps: {data.helps}")

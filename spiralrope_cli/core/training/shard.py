@@ -40,7 +40,7 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     listed = list(tensors)
     norm = nn.utils.get_total_norm([t.to_local() if isinstance(t, DTensor) else t for t in listed])
     if any(isinstance(t, DTensor) for t in listed):
-        norm = distributed.all_reduce_sum(norm.square()).sqrt()
+        norm = distributed.all_reduce(norm.square()).sqrt()
     return norm
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed import ReduceOp
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -204,8 +205,8 @@ class LossMeter:
             it was non-finite on this process.
         """
         own_mean, own_first = self._sum / max(self._num_steps, 1), self._first_bad.clone()
-        mean = distributed.all_reduce_sum(own_mean) / distributed.get_world_size()
-        first = int(distributed.all_reduce_min(self._first_bad).item())
+        mean = distributed.all_reduce(own_mean) / distributed.get_world_size()
+        first = int(distributed.all_reduce(self._first_bad, ReduceOp.MIN).item())
         self._sum = torch.zeros_like(self._sum)
         self._num_steps = 0
         return mean.item(), None if first == NEVER else first, int(own_first.item()) == first

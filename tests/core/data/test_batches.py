@@ -90,9 +90,10 @@ def test_the_steps_of_an_epoch_tile_it(steps_per_epoch, batch_size):
     run = SimpleNamespace(
         optim=SimpleNamespace(batch_size=batch_size),
         num_train=num_train,
+        steps_per_epoch=steps_per_epoch,
         seed=3,
     )
-    data = TrainingData(run, steps_per_epoch, [slice(0, batch_size)], read=None, finish=None)
+    data = TrainingData(run, [slice(0, batch_size)], read=None, finish=None)
     seen = list(data.batch_indices(0, 2 * steps_per_epoch))
     assert [at.epoch for at in seen] == [0] * steps_per_epoch + [1] * steps_per_epoch
     for epoch in range(2):

@@ -49,7 +49,7 @@ def test_processes_merge_to_the_whole(monkeypatch):
     )
     totals = iter([torch.tensor(50.0), mean * 50, products])
     monkeypatch.setattr(distributed, "get_world_size", lambda: 3)
-    monkeypatch.setattr(distributed, "all_reduce_sum", lambda mine: mine.copy_(next(totals)))
+    monkeypatch.setattr(distributed, "all_reduce", lambda mine: mine.copy_(next(totals)))
     parts[0].merge_processes()
     assert parts[0].count == 50
     torch.testing.assert_close(parts[0].mean, whole.mean, rtol=1e-12, atol=0)
