@@ -8,20 +8,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from spiralrope_cli.core.config.datasets import DATA_NAMES
 from spiralrope_cli.core.config.fid import TrainingFid
 from spiralrope_cli.core.config.models import SIZE, dit_size, format_size
-from spiralrope_cli.core.config.option import (
-    DATA,
-    MODEL,
-    RECIPE,
-    RUN,
-    Opt,
-    check_fields,
-    folder,
-)
+from spiralrope_cli.core.config.option import check_fields, folder, option
 from spiralrope_cli.core.config.runs import ClassifierRun, RunConfig
 from spiralrope_cli.core.config.training import MachineConfig, OptimConfig
 from spiralrope_cli.core.errors import ConfigError
@@ -49,22 +41,18 @@ class DiTModelConfig:
 
     input_size: tuple[int, int]  # of the latents; without a VAE of the image
     in_chans: int
-    num_classes: Annotated[int, Opt(called="the number of classes")]  # without the null class
-    class_dropout_prob: Annotated[
-        float,
-        Opt(
-            "Probability of dropping the class label, for classifier-free guidance.",
-            RECIPE,
-            ge=0,
-            lt=1,
-            was="--label-dropout",
-        ),
-    ]
-    qk_norm: Annotated[bool, Opt("Normalise queries and keys (QK norm).", MODEL)]
+    num_classes: int = option(called="the number of classes")  # without the null class
+    class_dropout_prob: float = option(
+        "Probability of dropping the class label, for classifier-free guidance.",
+        "Recipe",
+        ge=0,
+        lt=1,
+        was="--label-dropout",
+    )
+    qk_norm: bool = option("Normalise queries and keys (QK norm).", "Model")
     pretrain_grid: tuple[int, int] | None = None  # patch grid of pretraining, if not its own
 
-    def __post_init__(self) -> None:
-        check_fields(self)
+    __post_init__ = check_fields
 
     def grid(self, arch: str) -> tuple[int, int]:
         patch = dit_size(arch).patch_size
@@ -75,32 +63,24 @@ class DiTModelConfig:
 class ImageConfig:
     """Preprocessing of images: size, flip, VAE."""
 
-    image_size: Annotated[
-        tuple[int, int], Opt("Side, or height x width, in pixels.", MODEL, **SIZE)
-    ]
-    hflip: Annotated[float, Opt("Probability of a horizontal flip.", DATA, ge=0, le=1)]
-    vae: Annotated[
-        str,
-        Opt(
-            "VAE: ema, mse, a folder in diffusers' layout, hf:OWNER/NAME, or none for pixels.",
-            DATA,
-            metavar="NAME|FOLDER",
-            complete="vaes_or_none",
-        ),
-    ]
-    latents: Annotated[
-        str,
-        Opt(
-            "Folder of cached latents from dit-encode, instead of --data.",
-            DATA,
-            metavar="FOLDER",
-            read=folder,
-            expects="a folder",
-        ),
-    ] = ""
+    image_size: tuple[int, int] = option("Side, or height x width, in pixels.", "Model", **SIZE)
+    hflip: float = option("Probability of a horizontal flip.", "Data and augmentation", ge=0, le=1)
+    vae: str = option(
+        "VAE: ema, mse, a folder in diffusers' layout, hf:OWNER/NAME, or none for pixels.",
+        "Data and augmentation",
+        metavar="NAME|FOLDER",
+        complete="vaes_or_none",
+    )
+    latents: str = option(
+        "Folder of cached latents from dit-encode, instead of --data.",
+        "Data and augmentation",
+        metavar="FOLDER",
+        read=folder,
+        expects="a folder",
+        default="",
+    )
 
-    def __post_init__(self) -> None:
-        check_fields(self)
+    __post_init__ = check_fields
 
     @property
     def in_latents(self) -> bool:
@@ -112,63 +92,52 @@ class ImageConfig:
 class DiTCheckpointConfig:
     """When a run logs, samples and saves; all in steps."""
 
+    panel = "Run"
+    free = True
     # The loop waits for the device at log points only.
-    log_every: Annotated[int, Opt("Steps between log points.", RUN, ge=1, free=True)]
-    sample_every: Annotated[
-        int, Opt("Steps between sample grids; 0: only at the end.", RUN, ge=0, free=True)
-    ]
-    save_every: Annotated[int, Opt("Steps between checkpoints.", RUN, ge=1, free=True)]
-    keep_last: Annotated[int, Opt("Keep this number of newest checkpoints.", RUN, ge=1, free=True)]
-    keep_every: Annotated[
-        int, Opt("Also keep checkpoints at multiples of this step; 0: none.", RUN, ge=0, free=True)
-    ]
+    log_every: int = option("Steps between log points.", ge=1)
+    sample_every: int = option("Steps between sample grids; 0: only at the end.", ge=0)
+    save_every: int = option("Steps between checkpoints.", ge=1)
+    keep_last: int = option("Keep this number of newest checkpoints.", ge=1)
+    keep_every: int = option("Also keep checkpoints at multiples of this step; 0: none.", ge=0)
 
-    def __post_init__(self) -> None:
-        check_fields(self)
+    __post_init__ = check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiTOptimConfig(OptimConfig):
     """Optimizer, schedule and EMA; there is no `published` schedule for a DiT."""
 
-    schedule: Annotated[Literal["cosine", "constant"], Opt("Learning rate schedule.", RECIPE)]
+    schedule: Literal["cosine", "constant"] = option("Learning rate schedule.", "Recipe")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiTRun(RunConfig):
-    arch: Annotated[
-        str,
-        Opt(
-            "dit-ti2 to dit-xl8 (the digit is the patch side), DiT-XL/2, "
-            "or by numbers: dit-WIDTHxDEPTHxHEADS-PATCH.",
-            MODEL,
-            metavar="NAME",
-            complete="dit_archs",
-        ),
-    ]
-    data: Annotated[
-        str,
-        Opt(
-            f"{DATA_NAMES}, or a folder: of classes, or with train/ "
-            "in class folders, tar or parquet files. "
-            "By default $SPIRALROPE_DATA, else the bundled digits.",
-            DATA,
-            metavar="NAME|FOLDER",
-            complete="data_sets",
-        ),
-    ]
-    seed: Annotated[int, Opt("Seed of weights, data order, timesteps and noise.", RUN, ge=0)]
-    source: Annotated[
-        str,
-        Opt(
-            "Start from the EMA weights of a run, a file, a published name or hf:OWNER/NAME.",
-            MODEL,
-            flag="--init-from",
-            was="--init",
-            metavar="SOURCE",
-            complete="sources",
-        ),
-    ] = ""
+    arch: str = option(
+        "dit-ti2 to dit-xl8 (the digit is the patch side), DiT-XL/2, "
+        "or by numbers: dit-WIDTHxDEPTHxHEADS-PATCH.",
+        "Model",
+        metavar="NAME",
+        complete="dit_archs",
+    )
+    data: str = option(
+        f"{DATA_NAMES}, or a folder: of classes, or with train/ "
+        "in class folders, tar or parquet files. "
+        "By default $SPIRALROPE_DATA, else the bundled digits.",
+        "Data and augmentation",
+        metavar="NAME|FOLDER",
+        complete="data_sets",
+    )
+    seed: int = option("Seed of weights, data order, timesteps and noise.", "Run", ge=0)
+    source: str = option(
+        "Start from the EMA weights of a run, a file, a published name or hf:OWNER/NAME.",
+        "Model",
+        flag="--init-from",
+        was="--init",
+        metavar="SOURCE",
+        complete="sources",
+        default="",
+    )
     model: DiTModelConfig
     images: ImageConfig = field(metadata={"was": "pictures"})
     optim: DiTOptimConfig

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Any
 
 from spiralrope_cli.core.config.datasets import DATA_NAMES, EvalProtocol
 from spiralrope_cli.core.config.models import ARCH_OF_SOURCE, SIZE, RopeConfig
-from spiralrope_cli.core.config.option import (
-    DATA,
-    OUTPUT,
-    PATH,
-    WEIGHTS,
-    Opt,
-    check_fields,
-)
+from spiralrope_cli.core.config.option import PATH, check_fields, option
 from spiralrope_cli.core.config.runs import ModelConfig, check_divides
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
@@ -26,84 +19,76 @@ BOTH_CROP_RATIOS = (0.875, 1.0)
 class EvalOptions:
     """Options of `eval`; the rest is in the sources."""
 
-    sources: Annotated[
-        tuple[str, ...],
-        Opt(
-            "Run folders, checkpoint files, published names or hf:OWNER/NAME; "
-            "by default the newest run.",
-            metavar="SOURCE",
-            complete="sources",
-            argument=True,
-            many=True,
-        ),
-    ] = ()
-    ema: Annotated[bool, Opt("Use EMA weights.", WEIGHTS, flag="--ema/--no-ema")] = False
-    best: Annotated[
-        bool, Opt("Use the checkpoint with the best raw acc@1, not the last.", WEIGHTS)
-    ] = False
-    every: Annotated[
-        bool,
-        Opt(
-            "Eight rows: best and last, crop ratios 0.875 and 1.0, raw and EMA weights.",
-            WEIGHTS,
-            flag="--all",
-        ),
-    ] = False
-    data: Annotated[
-        str | None,
-        Opt(
-            f"{DATA_NAMES}, or a folder: of classes, or with val/ "
-            "in class folders, tar or parquet files. "
-            "By default that of the run, else $SPIRALROPE_DATA, else digits.",
-            DATA,
-            metavar="NAME|FOLDER",
-            complete="data_sets",
-        ),
-    ] = None
-    ignore_class_names: Annotated[
-        bool, Opt("Go on if the data names its classes otherwise than the weights do.", DATA)
-    ] = False
-    real_labels: Annotated[
-        str,
-        Opt(
-            "Labels of ImageNet-ReaL for ImageNet's validation images: real.json, or timm for "
-            "the copy that timm has.",
-            DATA,
-            metavar="FILE",
-        ),
-    ] = ""
-    crop_ratios: Annotated[
-        tuple[float, ...],
-        Opt(
-            "Resize to image size / this, then centre crop; repeatable. Without a value: "
-            "0.875 and 1.0.",
-            DATA,
-            flag="--crop-ratio",
-            metavar="[R]",
-            gt=0,
-            le=1,
-            many=True,
-        ),
-    ] = ()
-    image_sizes: Annotated[
-        tuple[tuple[int, int], ...],
-        Opt(
-            "Side, or height x width, in pixels; repeatable. By default as trained.",
-            DATA,
-            flag="--image-size",
-            many=True,
-            **SIZE,
-        ),
-    ] = ()
-    arch: Annotated[str, ARCH_OF_SOURCE] = ""
+    sources: tuple[str, ...] = option(
+        "Run folders, checkpoint files, published names or hf:OWNER/NAME; "
+        "by default the newest run.",
+        metavar="SOURCE",
+        complete="sources",
+        argument=True,
+        many=True,
+        default=(),
+    )
+    ema: bool = option("Use EMA weights.", "Weights", flag="--ema/--no-ema", default=False)
+    best: bool = option(
+        "Use the checkpoint with the best raw acc@1, not the last.", "Weights", default=False
+    )
+    every: bool = option(
+        "Eight rows: best and last, crop ratios 0.875 and 1.0, raw and EMA weights.",
+        "Weights",
+        flag="--all",
+        default=False,
+    )
+    data: str | None = option(
+        f"{DATA_NAMES}, or a folder: of classes, or with val/ "
+        "in class folders, tar or parquet files. "
+        "By default that of the run, else $SPIRALROPE_DATA, else digits.",
+        "Data and augmentation",
+        metavar="NAME|FOLDER",
+        complete="data_sets",
+        default=None,
+    )
+    ignore_class_names: bool = option(
+        "Go on if the data names its classes otherwise than the weights do.",
+        "Data and augmentation",
+        default=False,
+    )
+    real_labels: str = option(
+        "Labels of ImageNet-ReaL for ImageNet's validation images: real.json, or timm for "
+        "the copy that timm has.",
+        "Data and augmentation",
+        metavar="FILE",
+        default="",
+    )
+    crop_ratios: tuple[float, ...] = option(
+        "Resize to image size / this, then centre crop; repeatable. Without a value: "
+        "0.875 and 1.0.",
+        "Data and augmentation",
+        flag="--crop-ratio",
+        metavar="[R]",
+        gt=0,
+        le=1,
+        many=True,
+        default=(),
+    )
+    image_sizes: tuple[tuple[int, int], ...] = option(
+        "Side, or height x width, in pixels; repeatable. By default as trained.",
+        "Data and augmentation",
+        flag="--image-size",
+        many=True,
+        **SIZE,
+        default=(),
+    )
+    arch: str = option(ARCH_OF_SOURCE, default="")
     rope: dict[str, Any] = field(default_factory=dict)  # options that override the source's
-    json: Annotated[bool, Opt("Print JSON on stdout.", OUTPUT)] = False
-    csv: Annotated[bool, Opt("Print CSV on stdout.", OUTPUT)] = False
-    out: Annotated[
-        str | None,
-        Opt("Folder of eval.json; by default the folder of the run or file.", OUTPUT, **PATH),
-    ] = None
-    dry_run: Annotated[bool, Opt("Print the plan and stop.", OUTPUT)] = False
+    json: bool = option("Print JSON on stdout.", "Output", default=False)
+    csv: bool = option("Print CSV on stdout.", "Output", default=False)
+    out: str | None = option(
+        "Folder of eval.json; by default the folder of the run or file.",
+        "Output",
+        **PATH,
+        default=None,
+    )
+    dry_run: bool = option("Print the plan and stop.", "Output", default=False)
 
     def __post_init__(self) -> None:
         check_fields(self)

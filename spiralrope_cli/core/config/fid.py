@@ -6,18 +6,9 @@ import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from spiralrope_cli.core.config.option import (
-    IMAGES,
-    MACHINE,
-    METRICS,
-    OUTPUT,
-    RUN,
-    Opt,
-    check_fields,
-    idle_lines,
-)
+from spiralrope_cli.core.config.option import check_fields, idle_lines, option
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.storage import cache_folder
@@ -50,75 +41,72 @@ def words(text: str) -> tuple[str, ...]:
 class FeatureMachine(MachineConfig):
     """As `MachineConfig`, but fp32 by default, so that metrics are comparable."""
 
-    precision: Annotated[
-        Literal["fp32", "tf32", "bf16"],
-        Opt("Precision of the Inception features; papers use fp32.", MACHINE),
-    ] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16"] = option(
+        "Precision of the Inception features; papers use fp32.", "Machine", default="fp32"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class FidRun:
     """The config of `fid`."""
 
-    samples: Annotated[
-        str, Opt("Generated images: a folder or an .npz.", metavar="SAMPLES", argument=True)
-    ]
-    reference: Annotated[
-        str,
-        Opt(
-            "Real images or their statistics: a folder or an .npz.",
-            metavar="REFERENCE",
-            argument=True,
-        ),
-    ] = ""
-    num_samples: Annotated[
-        int,
-        Opt(
-            "Use the first N images of SAMPLES; fewer are an error. 0: all.",
-            IMAGES,
-            ge=0,
-            was="--num",
-        ),
-    ] = 0
-    weights: Annotated[
-        str, Opt("Inception weights; by default those of fetch inception.", IMAGES, metavar="FILE")
-    ] = ""
-    images: Annotated[
-        Reading,
-        Opt(
-            "Read transparency and 16-bit grey by PIL's convert('RGB'), as other FID tools do, "
-            "or as in training.",
-            IMAGES,
-        ),
-    ] = "as-pil"
-    select: Annotated[
-        tuple[str, ...],
-        Opt(
-            f"Metrics: some of {','.join(FID_METRICS)}.",
-            METRICS,
-            metavar="NAMES",
-            read=words,
-            expects="names",
-        ),
-    ] = tuple(FID_METRICS)
-    kid_subsets: Annotated[int, Opt("Number of KID subsets.", METRICS, ge=1)] = 100
-    kid_subset_size: Annotated[int, Opt("Images per KID subset.", METRICS, ge=2)] = 1000
-    bootstrap: Annotated[
-        int, Opt("Bootstrap samples for the standard deviation of the FID; 0: none.", METRICS, ge=0)
-    ] = 0
-    seed: Annotated[int, Opt("Seed of KID subsets and bootstrap.", METRICS, ge=0, lt=2**32)] = 2020
-    as_json: Annotated[bool, Opt("Print JSON on stdout.", OUTPUT, flag="--json")] = False
-    save_stats: Annotated[
-        str,
-        Opt(
-            "Save the statistics of SAMPLES (.npz), to use as a REFERENCE later.",
-            OUTPUT,
-            metavar="FILE",
-        ),
-    ] = ""
-    dry_run: Annotated[bool, Opt("Print the plan and stop.", OUTPUT)] = False
+    samples: str = option(
+        "Generated images: a folder or an .npz.", metavar="SAMPLES", argument=True
+    )
+    reference: str = option(
+        "Real images or their statistics: a folder or an .npz.",
+        metavar="REFERENCE",
+        argument=True,
+        default="",
+    )
+    num_samples: int = option(
+        "Use the first N images of SAMPLES; fewer are an error. 0: all.",
+        "Images",
+        ge=0,
+        was="--num",
+        default=0,
+    )
+    weights: str = option(
+        "Inception weights; by default those of fetch inception.",
+        "Images",
+        metavar="FILE",
+        default="",
+    )
+    images: Reading = option(
+        "Read transparency and 16-bit grey by PIL's convert('RGB'), as other FID tools do, "
+        "or as in training.",
+        "Images",
+        default="as-pil",
+    )
+    select: tuple[str, ...] = option(
+        f"Metrics: some of {','.join(FID_METRICS)}.",
+        "Metrics",
+        metavar="NAMES",
+        read=words,
+        expects="names",
+        default=tuple(FID_METRICS),
+    )
+    kid_subsets: int = option("Number of KID subsets.", "Metrics", ge=1, default=100)
+    kid_subset_size: int = option("Images per KID subset.", "Metrics", ge=2, default=1000)
+    bootstrap: int = option(
+        "Bootstrap samples for the standard deviation of the FID; 0: none.",
+        "Metrics",
+        ge=0,
+        default=0,
+    )
+    seed: int = option(
+        "Seed of KID subsets and bootstrap.", "Metrics", ge=0, lt=2**32, default=2020
+    )
+    as_json: bool = option("Print JSON on stdout.", "Output", flag="--json", default=False)
+    save_stats: str = option(
+        "Save the statistics of SAMPLES (.npz), to use as a REFERENCE later.",
+        "Output",
+        metavar="FILE",
+        default="",
+    )
+    dry_run: bool = option("Print the plan and stop.", "Output", default=False)
     result_file: str = ""  # the JSON is also written to this file
-    batch_size: Annotated[int, Opt("Images per batch and process.", MACHINE, ge=1)] = 32
+    batch_size: int = option("Images per batch and process.", "Machine", ge=1, default=32)
     machine: FeatureMachine = field(default_factory=FeatureMachine)
 
     def __post_init__(self) -> None:
@@ -180,39 +168,25 @@ def statistics_folder() -> Path:
 class TrainingFid:
     """FID of the EMA weights while a DiT trains. It changes no weights."""
 
-    fid_every: Annotated[
-        int,
-        Opt(
-            "Steps between FIDs of the EMA weights, and one after the last step; 0: none.",
-            RUN,
-            ge=0,
-            free=True,
-        ),
-    ] = 0
-    fid_num: Annotated[
-        int, Opt("Images for each FID, the first ones of dit-sample.", RUN, ge=2, free=True)
-    ] = 5000
-    fid_reference: Annotated[
-        str,
-        Opt(
-            "Real images or their statistics, for the FID: a folder or an .npz.",
-            RUN,
-            metavar="REFERENCE",
-            free=True,
-        ),
-    ] = ""
-    fid_weights: Annotated[
-        str,
-        Opt(
-            "Inception weights; by default those of fetch inception.",
-            RUN,
-            metavar="FILE",
-            free=True,
-        ),
-    ] = ""
-    fid_sampling_steps: Annotated[
-        int, Opt("Sampling steps of these images.", RUN, ge=2, le=1000, free=True)
-    ] = NUM_SAMPLING_STEPS
+    panel = "Run"
+    free = True
+    fid_every: int = option(
+        "Steps between FIDs of the EMA weights, and one after the last step; 0: none.",
+        ge=0,
+        default=0,
+    )
+    fid_num: int = option("Images for each FID, the first ones of dit-sample.", ge=2, default=5000)
+    fid_reference: str = option(
+        "Real images or their statistics, for the FID: a folder or an .npz.",
+        metavar="REFERENCE",
+        default="",
+    )
+    fid_weights: str = option(
+        "Inception weights; by default those of fetch inception.", metavar="FILE", default=""
+    )
+    fid_sampling_steps: int = option(
+        "Sampling steps of these images.", ge=2, le=1000, default=NUM_SAMPLING_STEPS
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)

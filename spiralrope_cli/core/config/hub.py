@@ -4,19 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from spiralrope_cli.core.config.models import ARCH_OF_SOURCE
-from spiralrope_cli.core.config.option import (
-    DOWNLOAD,
-    EXPORT,
-    PATH,
-    SHOW,
-    SOURCE,
-    UPLOAD,
-    Opt,
-    check_fields,
-)
+from spiralrope_cli.core.config.option import PATH, SOURCE, check_fields, option
 from spiralrope_cli.core.errors import ConfigError
 
 PUBLISHED_SUFFIXES = (".pth", ".pt")
@@ -27,24 +18,22 @@ HUB_FORM = f"{HUB}OWNER/NAME[/FILE][@REVISION]"
 
 @dataclass(frozen=True, kw_only=True)
 class FetchRun:
-    names: Annotated[
-        tuple[str, ...],
-        Opt(
-            "Published names (--list shows all); of the Hugging Face Hub hf:OWNER/NAME, also with "
-            "/FILE and @REVISION.",
-            metavar="NAME",
-            complete="published",
-            argument=True,
-            many=True,
-        ),
-    ] = ()
-    show_list: Annotated[
-        bool, Opt("List all names, and which are downloaded.", SHOW, flag="--list")
-    ] = False
-    as_json: Annotated[bool, Opt("Print JSON on stdout.", SHOW, flag="--json")] = False
-    out: Annotated[str, Opt("Also copy the files into this folder.", DOWNLOAD, **PATH)] = ""
-    revision: Annotated[str | None, Opt("Branch, tag or commit on the Hub.", DOWNLOAD)] = None
-    offline: Annotated[bool, Opt("Use local files only, no network.", DOWNLOAD)] = False
+    names: tuple[str, ...] = option(
+        "Published names (--list shows all); of the Hugging Face Hub hf:OWNER/NAME, also with "
+        "/FILE and @REVISION.",
+        metavar="NAME",
+        complete="published",
+        argument=True,
+        many=True,
+        default=(),
+    )
+    show_list: bool = option(
+        "List all names, and which are downloaded.", "Display", flag="--list", default=False
+    )
+    as_json: bool = option("Print JSON on stdout.", "Display", flag="--json", default=False)
+    out: str = option("Also copy the files into this folder.", "Download", **PATH, default="")
+    revision: str | None = option("Branch, tag or commit on the Hub.", "Download", default=None)
+    offline: bool = option("Use local files only, no network.", "Download", default=False)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -56,68 +45,51 @@ class FetchRun:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRun:
-    source: Annotated[str, SOURCE]
-    layout: Annotated[
-        Literal["safetensors", "published", "diffusers"],
-        Opt(
-            "safetensors: a folder with config and model card; published: one .pth file; "
-            "diffusers: a pipeline, of a DiT.",
-            EXPORT,
-        ),
-    ] = "safetensors"
-    ema: Annotated[
-        bool | None,
-        Opt(
-            "Only EMA or only raw weights. By default raw; published files hold both.",
-            EXPORT,
-            flag="--ema/--no-ema",
-        ),
-    ] = None
-    best: Annotated[
-        bool, Opt("Use the checkpoint with the best raw acc@1, not the last.", EXPORT)
-    ] = False
-    arch: Annotated[str, ARCH_OF_SOURCE] = ""
-    vae: Annotated[
-        str | None,
-        Opt(
-            "VAE of the pipeline: mse, ema, a folder in diffusers' layout or hf:OWNER/NAME; "
-            "by default as in dit-sample.",
-            EXPORT,
-            metavar="NAME|FOLDER",
-            complete="vaes",
-        ),
-    ] = None
-    out: Annotated[
-        str,
-        Opt(
-            "Output folder, or file (published); by default in exports/, with --push nowhere.",
-            EXPORT,
-            **{**PATH, "metavar": "PATH"},
-        ),
-    ] = ""
-    push: Annotated[
-        str | None,
-        Opt(
-            "Upload the folder to this repository of the Hugging Face Hub.",
-            UPLOAD,
-            metavar="OWNER/NAME",
-            pattern=r"\w[\w.-]*/\w[\w.-]*",
-            expects="OWNER/NAME",
-        ),
-    ] = None
-    license: Annotated[
-        str | None,
-        Opt(
-            "Licence of the weights as the Hub spells it, as mit or cc-by-nc-4.0; for the card.",
-            UPLOAD,
-            metavar="ID",
-            pattern=r"[a-z0-9][a-z0-9.-]*",
-            expects="an identifier of the Hub, as mit, apache-2.0 or cc-by-nc-4.0",
-        ),
-    ] = None
-    private: Annotated[
-        bool, Opt("Make a new repository private; an existing one must be.", UPLOAD)
-    ] = False
+    panel = "Export"
+    source: str = option(SOURCE)
+    layout: Literal["safetensors", "published", "diffusers"] = option(
+        "safetensors: a folder with config and model card; published: one .pth file; "
+        "diffusers: a pipeline, of a DiT.",
+        default="safetensors",
+    )
+    ema: bool | None = option(
+        "Only EMA or only raw weights. By default raw; published files hold both.",
+        flag="--ema/--no-ema",
+        default=None,
+    )
+    best: bool = option("Use the checkpoint with the best raw acc@1, not the last.", default=False)
+    arch: str = option(ARCH_OF_SOURCE, default="")
+    vae: str | None = option(
+        "VAE of the pipeline: mse, ema, a folder in diffusers' layout or hf:OWNER/NAME; "
+        "by default as in dit-sample.",
+        metavar="NAME|FOLDER",
+        complete="vaes",
+        default=None,
+    )
+    out: str = option(
+        "Output folder, or file (published); by default in exports/, with --push nowhere.",
+        **{**PATH, "metavar": "PATH"},
+        default="",
+    )
+    push: str | None = option(
+        "Upload the folder to this repository of the Hugging Face Hub.",
+        "Upload",
+        metavar="OWNER/NAME",
+        pattern=r"\w[\w.-]*/\w[\w.-]*",
+        expects="OWNER/NAME",
+        default=None,
+    )
+    license: str | None = option(
+        "Licence of the weights as the Hub spells it, as mit or cc-by-nc-4.0; for the card.",
+        "Upload",
+        metavar="ID",
+        pattern=r"[a-z0-9][a-z0-9.-]*",
+        expects="an identifier of the Hub, as mit, apache-2.0 or cc-by-nc-4.0",
+        default=None,
+    )
+    private: bool = option(
+        "Make a new repository private; an existing one must be.", "Upload", default=False
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)

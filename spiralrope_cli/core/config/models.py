@@ -6,9 +6,9 @@ import difflib
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from spiralrope_cli.core.config.option import MODEL, ROPE, Opt, check_fields, leaves
+from spiralrope_cli.core.config.option import Opt, check_fields, leaves, option
 from spiralrope_cli.core.errors import ConfigError
 
 
@@ -85,7 +85,7 @@ def arch_name(of: str | TransformerSize) -> str:
 ARCH_OF_SOURCE = Opt(
     "Architecture of SOURCE, if its number of heads is unknown: deit-WIDTHxDEPTHxHEADS or "
     "dit-WIDTHxDEPTHxHEADS-PATCH.",
-    MODEL,
+    "Model",
     metavar="NAME",
     complete="archs",
     read=arch_name,
@@ -170,60 +170,50 @@ MIN_FREQ_IS_SET = 1e-6
 class RopeConfig:
     """Options of Spiral RoPE (arXiv 2602.03227), with their published names."""
 
-    enabled: Annotated[
-        bool, Opt("Use the rotary embedding; `enabled` in YAML.", ROPE, flag="--rope/--no-rope")
-    ] = True
-    rope_kind: Annotated[
-        Literal["spiral", "axial", "mixed"],
-        Opt("Kind of RoPE; mixed: learned frequencies for each head and block.", ROPE),
-    ] = "spiral"
-    rotate: Annotated[
-        int,
-        Opt(
-            "Half the number of directions, K = 2 * rotate; 0 and 1 are plain axial RoPE.",
-            ROPE,
-            ge=0,
-            expects="a whole number, 0 or more; it is half the number of directions",
-        ),
-    ] = 2
-    theta: Annotated[
-        float, Opt("Base of the geometric series of frequencies (lang).", ROPE, gt=1)
-    ] = 10000.0
-    freqs_for: Annotated[
-        Literal["lang", "pixel"],
-        Opt("Series of frequencies: geometric (lang) or linear (pixel).", ROPE),
-    ] = "lang"
-    max_freq: Annotated[
-        float, Opt("Highest frequency (pixel), in units of pi/2 radians per patch.", ROPE, gt=0)
-    ] = 10.0
-    truncate_percentage: Annotated[
-        float, Opt("Fraction of the lowest frequencies set to 0, in [0, 1).", ROPE, ge=0, lt=1)
-    ] = 0.0
-    max_freq_lang: Annotated[
-        float, Opt("Highest frequency in radians per patch (lang).", ROPE, gt=0)
-    ] = 1.5
-    min_freq_lang: Annotated[
-        float, Opt("Lowest frequency in radians per patch (lang); 0: from theta.", ROPE)
-    ] = 0.0
-    same_theta: Annotated[
-        bool,
-        Opt(
-            "Use the same, shorter series of frequencies for all directions.",
-            ROPE,
-            flag="--same-theta/--no-same-theta",
-        ),
-    ] = False
-    projection: Annotated[
-        Literal["clamped", "exact"],
-        Opt(
-            "Clamp positions to the grid, as in the published models, or not, as in the paper.",
-            ROPE,
-        ),
-    ] = "clamped"
-    scaling: Annotated[
-        Scaling,
-        Opt("Positions on other grids: interpolate into the trained range, or extrapolate.", ROPE),
-    ] = "interpolate"
+    panel = "Spiral RoPE"
+    enabled: bool = option(
+        "Use the rotary embedding; `enabled` in YAML.", flag="--rope/--no-rope", default=True
+    )
+    rope_kind: Literal["spiral", "axial", "mixed"] = option(
+        "Kind of RoPE; mixed: learned frequencies for each head and block.", default="spiral"
+    )
+    rotate: int = option(
+        "Half the number of directions, K = 2 * rotate; 0 and 1 are plain axial RoPE.",
+        ge=0,
+        expects="a whole number, 0 or more; it is half the number of directions",
+        default=2,
+    )
+    theta: float = option(
+        "Base of the geometric series of frequencies (lang).", gt=1, default=10000.0
+    )
+    freqs_for: Literal["lang", "pixel"] = option(
+        "Series of frequencies: geometric (lang) or linear (pixel).", default="lang"
+    )
+    max_freq: float = option(
+        "Highest frequency (pixel), in units of pi/2 radians per patch.", gt=0, default=10.0
+    )
+    truncate_percentage: float = option(
+        "Fraction of the lowest frequencies set to 0, in [0, 1).", ge=0, lt=1, default=0.0
+    )
+    max_freq_lang: float = option(
+        "Highest frequency in radians per patch (lang).", gt=0, default=1.5
+    )
+    min_freq_lang: float = option(
+        "Lowest frequency in radians per patch (lang); 0: from theta.", default=0.0
+    )
+    same_theta: bool = option(
+        "Use the same, shorter series of frequencies for all directions.",
+        flag="--same-theta/--no-same-theta",
+        default=False,
+    )
+    projection: Literal["clamped", "exact"] = option(
+        "Clamp positions to the grid, as in the published models, or not, as in the paper.",
+        default="clamped",
+    )
+    scaling: Scaling = option(
+        "Positions on other grids: interpolate into the trained range, or extrapolate.",
+        default="interpolate",
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)

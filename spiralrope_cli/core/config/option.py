@@ -1,10 +1,11 @@
 """Options are fields of configs: `Opt` describes an option, reads its values and checks them.
 
-    epochs: Annotated[int, Opt("Number of epochs.", RUN, ge=1)]
+    epochs: int = option("Number of epochs.", "Run", ge=1)
 
 Command line, YAML and Python use the same name, type, bounds and messages. A field without help
-has no option; `Annotated[int, Opt(called="the number of images")]` gives its name in messages.
-Standard library only.
+has no option; `num_train: int = option(called="the number of images")` gives its name in messages.
+`panel` of a config is that of all its fields that name no other; with `free` a resumed run may
+change all of them. Standard library only.
 """
 
 from __future__ import annotations
@@ -26,15 +27,10 @@ from typing import Any
 
 from spiralrope_cli.core.errors import ConfigError, in_one
 
-STAGES, WEIGHTS, ATTENTION, EXPORT = "Stages", "Weights", "Attention", "Export"
-DOWNLOAD, UPLOAD, SHOW = "Download", "Upload", "Display"
-SAMPLING, IMAGES = "Sampling", "Images"
-METRICS, MODEL, ROPE = "Metrics", "Model", "Spiral RoPE"
-DATA, RECIPE, SAMPLES = "Data and augmentation", "Recipe", "Samples and metrics"
-RUN, FIGURE, OUTPUT, MACHINE = "Run", "Figure", "Output", "Machine"
 PANELS = (
-    *(STAGES, WEIGHTS, ATTENTION, EXPORT, UPLOAD, DOWNLOAD, SHOW, SAMPLING, IMAGES, METRICS),
-    *(MODEL, ROPE, DATA, RECIPE, SAMPLES, FIGURE, RUN, OUTPUT, MACHINE),
+    *("Stages", "Weights", "Attention", "Export", "Upload", "Download", "Display", "Sampling"),
+    *("Images", "Metrics", "Model", "Spiral RoPE", "Data and augmentation", "Recipe"),
+    *("Samples and metrics", "Figure", "Run", "Output", "Machine"),
 )
 """Panels of the help, in this order."""
 
@@ -138,6 +134,15 @@ class Opt:
         return ConfigError(f"{self.called} is {shown}; it must be {allowed}{finite}")
 
 
+def option(
+    help: str | Opt = "", panel: str = "", *, default: Any = dataclasses.MISSING, **more: Any
+) -> Any:
+    """A field of a config; in place of the help an `Opt` that several fields share."""
+    shared = help if isinstance(help, Opt) else Opt(help)
+    opt = dataclasses.replace(shared, panel=panel or shared.panel, **more)
+    return dataclasses.field(default=default, metadata={"option": opt})
+
+
 def read_values(known: Mapping[str, Opt], values: Mapping[str, Any]) -> dict[str, Any]:
     """Values in the types of their fields, others as they are; all that are wrong in one error."""
     found, errors = dict(values), []
@@ -187,11 +192,9 @@ def groups(kind: type) -> dict[str, Any]:
 def _leaves(kind: type) -> dict[str, Opt]:
     """All fields of a config and its groups, by name; names must be unique."""
     found: dict[str, Opt] = {}
-    hints = typing.get_type_hints(kind, include_extras=True)
+    hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
-        hint, opt = hints[field.name], Opt()
-        if typing.get_origin(hint) is typing.Annotated:
-            hint, opt = typing.get_args(hint)
+        hint, opt = hints[field.name], field.metadata.get("option", Opt())
         if field.name in groups(kind):
             inner = leaves(hint)
         else:
@@ -203,6 +206,8 @@ def _leaves(kind: type) -> dict[str, Opt]:
             called = opt.metavar if opt.argument else said
             of_field = {"name": field.name, "hint": hint, "optional": optional}
             of_field |= {"default": field.default, "flag": flag, "called": called}
+            of_field |= {"free": opt.free or getattr(kind, "free", False)}
+            of_field |= {"panel": opt.panel or "" if opt.argument else getattr(kind, "panel", "")}
             inner = {field.name: dataclasses.replace(opt, **of_field)}
         if twice := found.keys() & inner.keys():
             raise TypeError(f"{kind.__name__}: {', '.join(twice)} is in two groups")

@@ -7,20 +7,11 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from spiralrope_cli.core.config.dit_runs import DiTRun
 from spiralrope_cli.core.config.models import RopeConfig, arch_name, dit_size, numbers
-from spiralrope_cli.core.config.option import (
-    PATH,
-    RECIPE,
-    RUN,
-    SAMPLES,
-    STAGES,
-    Opt,
-    check_fields,
-    leaves,
-)
+from spiralrope_cli.core.config.option import PATH, Opt, check_fields, leaves, option
 from spiralrope_cli.core.config.samples import (
     NUM_SAMPLES,
     GuidanceConfig,
@@ -45,25 +36,27 @@ OF_PRETRAINING = OptimConfig.__dataclass_fields__.keys() | {"drop_path"}
 
 FROM_LEGACY = Opt(
     "Print the command for the arguments of an original run_all.sh line, and stop.",
-    STAGES,
+    "Stages",
     metavar="WORDS",
     may_be_empty=True,
 )
-DRY_RUN = Opt("Print the plans of all stages and stop.", STAGES)
+DRY_RUN = Opt("Print the plans of all stages and stop.", "Stages")
 SWEEP = Opt(
     "One pipeline per value: rotate=none,axial,2, lr=1e-3,2e-3; repeatable, for a grid.",
-    STAGES,
+    "Stages",
     metavar="NAME=V,V",
     many=True,
 )
 SEEDS = Opt(
     "Repeat each configuration with these seeds (weights, data order, augmentation, noise).",
-    STAGES,
+    "Stages",
     metavar="N,N",
     read=numbers,
     expects="a list of numbers, such as 0,1,2",
 )
-FOLDER = Opt("Folder of all stages; by default runs/run-...-ARCH-DATA-rROTATE[-NAME].", RUN, **PATH)
+FOLDER = Opt(
+    "Folder of all stages; by default runs/run-...-ARCH-DATA-rROTATE[-NAME].", "Run", **PATH
+)
 
 
 def check_seeds(seeds: tuple[int, ...]) -> None:
@@ -76,36 +69,34 @@ def check_seeds(seeds: tuple[int, ...]) -> None:
 class DeiTStages:
     """Options of `run deit`, besides those of pretraining."""
 
-    eval_only: Annotated[bool, Opt("Only evaluate; no training.", STAGES)] = False
-    skip_training: Annotated[bool, Opt("Finetune the saved pretraining run.", STAGES)] = False
-    with_finetune: Annotated[
-        bool,
-        Opt(
-            "Finetune after pretraining; else evaluate the pretrained model.",
-            STAGES,
-            flag="--finetune/--no-finetune",
-        ),
-    ] = True
-    dry_run: Annotated[bool, DRY_RUN] = False
-    from_legacy: Annotated[str | None, FROM_LEGACY] = None
-    sweep: Annotated[tuple[str, ...], SWEEP] = ()
-    seeds: Annotated[tuple[int, ...], SEEDS] = ()
-    finetune_epochs: Annotated[int | None, Opt("Number of epochs of finetuning.", RUN, ge=1)] = None
-    finetune_max_steps: Annotated[
-        int | None,
-        Opt(
-            "Number of steps of finetuning, in place of epochs.",
-            RECIPE,
-            ge=0,
-            was="--finetune-steps",
-        ),
-    ] = None
-    finetune_lr: Annotated[float | None, Opt("Learning rate of finetuning.", RECIPE, ge=0)] = None
-    finetune_warmup_epochs: Annotated[
-        int | None, Opt("Warm-up epochs of finetuning.", RECIPE, ge=0)
-    ] = None
-    finetune_batch_size: Annotated[int | None, Opt("Batch size of finetuning.", RUN, ge=1)] = None
-    out: Annotated[str, FOLDER] = ""
+    eval_only: bool = option("Only evaluate; no training.", "Stages", default=False)
+    skip_training: bool = option("Finetune the saved pretraining run.", "Stages", default=False)
+    with_finetune: bool = option(
+        "Finetune after pretraining; else evaluate the pretrained model.",
+        "Stages",
+        flag="--finetune/--no-finetune",
+        default=True,
+    )
+    dry_run: bool = option(DRY_RUN, default=False)
+    from_legacy: str | None = option(FROM_LEGACY, default=None)
+    sweep: tuple[str, ...] = option(SWEEP, default=())
+    seeds: tuple[int, ...] = option(SEEDS, default=())
+    finetune_epochs: int | None = option(
+        "Number of epochs of finetuning.", "Run", ge=1, default=None
+    )
+    finetune_max_steps: int | None = option(
+        "Number of steps of finetuning, in place of epochs.",
+        "Recipe",
+        ge=0,
+        was="--finetune-steps",
+        default=None,
+    )
+    finetune_lr: float | None = option("Learning rate of finetuning.", "Recipe", ge=0, default=None)
+    finetune_warmup_epochs: int | None = option(
+        "Warm-up epochs of finetuning.", "Recipe", ge=0, default=None
+    )
+    finetune_batch_size: int | None = option("Batch size of finetuning.", "Run", ge=1, default=None)
+    out: str = option(FOLDER, default="")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -132,31 +123,42 @@ class DeiTStages:
 class DiTStages:
     """Options of `run dit`, besides those of training."""
 
-    dry_run: Annotated[bool, DRY_RUN] = False
-    from_legacy: Annotated[str | None, FROM_LEGACY] = None
-    sweep: Annotated[tuple[str, ...], SWEEP] = ()
-    seeds: Annotated[tuple[int, ...], SEEDS] = ()
-    num_samples: Annotated[int | None, replace(NUM_SAMPLES, panel=SAMPLES)] = None
-    sampler: Annotated[SamplerName, Opt("Sampler.", SAMPLES)] = SampleRun.sampler
-    num_sampling_steps: Annotated[
-        str, Opt("Number of sampling steps, or ddim25.", SAMPLES, was="--sampling-steps")
-    ] = SampleRun.num_sampling_steps
-    cfg_scale: Annotated[float, Opt("Guidance scale; 1: no guidance.", SAMPLES, ge=1)] = (
-        GuidanceConfig.cfg_scale
+    dry_run: bool = option(DRY_RUN, default=False)
+    from_legacy: str | None = option(FROM_LEGACY, default=None)
+    sweep: tuple[str, ...] = option(SWEEP, default=())
+    seeds: tuple[int, ...] = option(SEEDS, default=())
+    num_samples: int | None = option(
+        replace(NUM_SAMPLES, panel="Samples and metrics"), default=None
     )
-    sampling_seed: Annotated[int, Opt("Seed of sampling.", SAMPLES, ge=0)] = SampleRun.seed
-    reference: Annotated[
-        str,
-        Opt(
-            "Real images or their statistics, for the FID: a folder or an .npz.",
-            SAMPLES,
-            metavar="FILE",
-        ),
-    ] = ""
-    weights: Annotated[
-        str, Opt("Inception weights; by default those of fetch inception.", SAMPLES, metavar="FILE")
-    ] = ""
-    out: Annotated[str, FOLDER] = ""
+    sampler: SamplerName = option("Sampler.", "Samples and metrics", default=SampleRun.sampler)
+    num_sampling_steps: str = option(
+        "Number of sampling steps, or ddim25.",
+        "Samples and metrics",
+        was="--sampling-steps",
+        default=SampleRun.num_sampling_steps,
+    )
+    cfg_scale: float = option(
+        "Guidance scale; 1: no guidance.",
+        "Samples and metrics",
+        ge=1,
+        default=GuidanceConfig.cfg_scale,
+    )
+    sampling_seed: int = option(
+        "Seed of sampling.", "Samples and metrics", ge=0, default=SampleRun.seed
+    )
+    reference: str = option(
+        "Real images or their statistics, for the FID: a folder or an .npz.",
+        "Samples and metrics",
+        metavar="FILE",
+        default="",
+    )
+    weights: str = option(
+        "Inception weights; by default those of fetch inception.",
+        "Samples and metrics",
+        metavar="FILE",
+        default="",
+    )
+    out: str = option(FOLDER, default="")
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -5,20 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from spiralrope_cli.core.config.models import ARCH_OF_SOURCE, SIZE, RopeConfig, pair
-from spiralrope_cli.core.config.option import (
-    ATTENTION,
-    FIGURE,
-    MODEL,
-    PATH,
-    ROPE,
-    SOURCE,
-    Opt,
-    check_fields,
-    leaves,
-)
+from spiralrope_cli.core.config.option import PATH, SOURCE, check_fields, leaves, option
 from spiralrope_cli.core.errors import ConfigError, DataError
 
 FORMATS = ("png", "svg")
@@ -32,17 +22,15 @@ MOST_IMAGES = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class FigureFile:
-    out: Annotated[
-        str,
-        Opt(
-            "Output file, .png or .svg; by default in plots/.",
-            FIGURE,
-            **{**PATH, "metavar": "FILE"},
-        ),
-    ] = ""
-    format: Annotated[
-        Literal["png", "svg"] | None, Opt("File format; by default that of --out, or png.", FIGURE)
-    ] = None
+    panel = "Figure"
+    out: str = option(
+        "Output file, .png or .svg; by default in plots/.",
+        **{**PATH, "metavar": "FILE"},
+        default="",
+    )
+    format: Literal["png", "svg"] | None = option(
+        "File format; by default that of --out, or png.", default=None
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -64,61 +52,59 @@ class FigureFile:
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlot:
-    runs: Annotated[
-        tuple[str, ...],
-        Opt(
-            "Run folders, or names below runs/.",
-            metavar="RUN",
-            complete="training_runs",
-            argument=True,
-            many=True,
-        ),
-    ]
-    over: Annotated[Literal["step", "epoch"], Opt("X axis.", FIGURE)] = "step"
+    panel = "Figure"
+    runs: tuple[str, ...] = option(
+        "Run folders, or names below runs/.",
+        metavar="RUN",
+        complete="training_runs",
+        argument=True,
+        many=True,
+    )
+    over: Literal["step", "epoch"] = option("X axis.", default="step")
 
-    def __post_init__(self) -> None:
-        check_fields(self)
+    __post_init__ = check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
 class RopePlot:
-    source: Annotated[
-        str,
-        Opt(
-            "Run folder, checkpoint file or published name, whose RoPE is drawn.",
-            metavar="SOURCE",
-            complete="sources",
-            argument=True,
-        ),
-    ] = ""
-    rotates: Annotated[
-        tuple[int, ...],
-        Opt(
-            "Half the number of directions; repeatable, to compare.",
-            ROPE,
-            flag="--rotate",
-            metavar="N",
-            ge=0,
-            expects="a whole number, 0 or more; it is half the number of directions",
-            many=True,
-        ),
-    ] = (RopeConfig.rotate,)
-    arch: Annotated[
-        str, Opt("Architecture that gives --head-dim and --grid.", MODEL, complete="archs")
-    ] = "deit-s"
-    head_dim: Annotated[int, Opt("Channels per head; by default those of --arch.", MODEL)]
-    grid: Annotated[
-        tuple[int, int],
-        Opt("Grid of patches: side, or rows x columns; by default that of --arch.", MODEL, **SIZE),
-    ]
-    pretrain_grid: Annotated[
-        tuple[int, int], Opt("Grid of patches in training; by default --grid.", MODEL, **SIZE)
-    ]
-    panels: Annotated[
-        tuple[Literal["rose", "frequencies", "clamp", "score"], ...],
-        Opt("Panel; repeatable. By default all.", FIGURE, flag="--show", many=True),
-    ] = ROPE_PANELS  # type: ignore[assignment]
-    layer: Annotated[int, Opt("Layer of --rope-kind mixed, counted from 0.", FIGURE, ge=0)] = 0
+    source: str = option(
+        "Run folder, checkpoint file or published name, whose RoPE is drawn.",
+        metavar="SOURCE",
+        complete="sources",
+        argument=True,
+        default="",
+    )
+    rotates: tuple[int, ...] = option(
+        "Half the number of directions; repeatable, to compare.",
+        "Spiral RoPE",
+        flag="--rotate",
+        metavar="N",
+        ge=0,
+        expects="a whole number, 0 or more; it is half the number of directions",
+        many=True,
+        default=(RopeConfig.rotate,),
+    )
+    arch: str = option(
+        "Architecture that gives --head-dim and --grid.",
+        "Model",
+        complete="archs",
+        default="deit-s",
+    )
+    head_dim: int = option("Channels per head; by default those of --arch.", "Model")
+    grid: tuple[int, int] = option(
+        "Grid of patches: side, or rows x columns; by default that of --arch.", "Model", **SIZE
+    )
+    pretrain_grid: tuple[int, int] = option(
+        "Grid of patches in training; by default --grid.", "Model", **SIZE
+    )
+    panels: tuple[Literal["rose", "frequencies", "clamp", "score"], ...] = option(
+        "Panel; repeatable. By default all.",
+        "Figure",
+        flag="--show",
+        many=True,
+        default=ROPE_PANELS,
+    )  # type: ignore[assignment]
+    layer: int = option("Layer of --rope-kind mixed, counted from 0.", "Figure", ge=0, default=0)
     ropes: tuple[RopeConfig, ...]
 
     def __post_init__(self) -> None:
@@ -134,47 +120,36 @@ class RopePlot:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionPlot:
-    source: Annotated[str, SOURCE]
-    image: Annotated[str, Opt("Image file.", metavar="IMAGE", argument=True)]
-    patch: Annotated[
-        tuple[int, int] | None,
-        Opt(
-            "Query patch, counted from 0,0; by default the class token.",
-            ATTENTION,
-            metavar="ROW,COL",
-            read=pair,
-            expects="ROW,COL, as 7,3",
-        ),
-    ] = None
-    layers: Annotated[
-        tuple[int, ...],
-        Opt(
-            "Layer, counted from 0; repeatable. By default the last.",
-            ATTENTION,
-            flag="--layer",
-            ge=0,
-            many=True,
-        ),
-    ] = ()
-    heads: Annotated[
-        tuple[int, ...],
-        Opt(
-            "Head, counted from 0; repeatable. By default all.",
-            ATTENTION,
-            flag="--head",
-            ge=0,
-            many=True,
-        ),
-    ] = ()
-    ema: Annotated[bool, Opt("Use EMA weights.", ATTENTION)] = False
-    best: Annotated[
-        bool, Opt("Use the checkpoint with the best raw acc@1, not the last.", ATTENTION)
-    ] = False
-    image_size: Annotated[
-        tuple[int, int] | None,
-        Opt("Side, or height x width, in pixels; by default as trained.", ATTENTION, **SIZE),
-    ] = None
-    arch: Annotated[str, ARCH_OF_SOURCE] = ""
+    panel = "Attention"
+    source: str = option(SOURCE)
+    image: str = option("Image file.", metavar="IMAGE", argument=True)
+    patch: tuple[int, int] | None = option(
+        "Query patch, counted from 0,0; by default the class token.",
+        metavar="ROW,COL",
+        read=pair,
+        expects="ROW,COL, as 7,3",
+        default=None,
+    )
+    layers: tuple[int, ...] = option(
+        "Layer, counted from 0; repeatable. By default the last.",
+        flag="--layer",
+        ge=0,
+        many=True,
+        default=(),
+    )
+    heads: tuple[int, ...] = option(
+        "Head, counted from 0; repeatable. By default all.",
+        flag="--head",
+        ge=0,
+        many=True,
+        default=(),
+    )
+    ema: bool = option("Use EMA weights.", default=False)
+    best: bool = option("Use the checkpoint with the best raw acc@1, not the last.", default=False)
+    image_size: tuple[int, int] | None = option(
+        "Side, or height x width, in pixels; by default as trained.", **SIZE, default=None
+    )
+    arch: str = option(ARCH_OF_SOURCE, default="")
     rope: dict[str, Any] = field(default_factory=dict)  # options that override the source's
 
     def __post_init__(self) -> None:
@@ -198,20 +173,17 @@ class AttentionPlot:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplesPlot:
-    source: Annotated[
-        str,
-        Opt(
-            "Output folder of dit-sample, .npz of images, or folder of images.",
-            metavar="SOURCE",
-            argument=True,
-        ),
-    ]
-    num_samples: Annotated[int, Opt("Number of images.", FIGURE, ge=1, was="--num")] = 64
-    columns: Annotated[int, Opt("Images per row; 0: a square grid.", FIGURE, ge=0)] = 0
-    labels: Annotated[
-        bool,
-        Opt("Print class labels below the images, if known.", FIGURE, flag="--labels/--no-labels"),
-    ] = True
+    panel = "Figure"
+    source: str = option(
+        "Output folder of dit-sample, .npz of images, or folder of images.",
+        metavar="SOURCE",
+        argument=True,
+    )
+    num_samples: int = option("Number of images.", ge=1, was="--num", default=64)
+    columns: int = option("Images per row; 0: a square grid.", ge=0, default=0)
+    labels: bool = option(
+        "Print class labels below the images, if known.", flag="--labels/--no-labels", default=True
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -6,21 +6,12 @@ Field names are unique over all groups; the option is the name with dashes.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from spiralrope_cli.core.config.datasets import DATA_NAMES, DataSet
 from spiralrope_cli.core.config.folders import class_difference
 from spiralrope_cli.core.config.models import SIZE, RopeConfig, format_size, size_of
-from spiralrope_cli.core.config.option import (
-    DATA,
-    MODEL,
-    PATH,
-    RUN,
-    SOURCE,
-    Opt,
-    check_fields,
-    leaves,
-)
+from spiralrope_cli.core.config.option import PATH, SOURCE, Opt, check_fields, leaves, option
 from spiralrope_cli.core.config.training import MachineConfig, OptimConfig
 from spiralrope_cli.core.errors import ConfigError
 
@@ -28,9 +19,9 @@ MIX_GROUP = 8
 """Images that share one mixup or cutmix draw; fixed, so that it is the same for any split."""
 
 RUN_FOLDER = Opt(
-    "Run folder; by default COMMAND-ARCH-DATA-rROTATE[-NAME] in runs/.", RUN, **PATH, free=True
+    "Run folder; by default COMMAND-ARCH-DATA-rROTATE[-NAME] in runs/.", "Run", **PATH, free=True
 )
-EMA = Opt("Start from the EMA or the raw weights.", MODEL, flag="--ema/--no-ema")
+EMA = Opt("Start from the EMA or the raw weights.", "Model", flag="--ema/--no-ema")
 
 
 def check_divides(image_size: tuple[int, int], patch_size: int) -> None:
@@ -48,13 +39,11 @@ def check_divides(image_size: tuple[int, int], patch_size: int) -> None:
 class ModelConfig:
     """Sizes of a classifier, besides those of its architecture."""
 
-    image_size: Annotated[
-        tuple[int, int], Opt("Side, or height x width, in pixels.", MODEL, **SIZE)
-    ]
-    patch_size: Annotated[int, Opt("Side of a patch in pixels.", MODEL)]
+    image_size: tuple[int, int] = option("Side, or height x width, in pixels.", "Model", **SIZE)
+    patch_size: int = option("Side of a patch in pixels.", "Model")
     in_chans: int
-    num_classes: Annotated[int, Opt(called="the number of classes")]
-    drop_path: Annotated[float, Opt("Stochastic depth rate in [0, 1).", MODEL, ge=0, lt=1)]
+    num_classes: int = option(called="the number of classes")
+    drop_path: float = option("Stochastic depth rate in [0, 1).", "Model", ge=0, lt=1)
     pretrain_grid: tuple[int, int] | None = None  # patch grid of pretraining, if not its own
 
     def __post_init__(self) -> None:
@@ -71,55 +60,43 @@ class ModelConfig:
 class AugmentConfig:
     """Preprocessing and augmentation of images."""
 
+    panel = "Data and augmentation"
     mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
     std: tuple[float, ...]
-    crop_ratio: Annotated[
-        float, Opt("Validation: resize to image size / this, then centre crop.", DATA, gt=0, le=1)
-    ]
-    geometry: Annotated[
-        Literal["crop", "shift"],
-        Opt("Random resized crop (crop), or small shifts and rotations (shift).", DATA),
-    ]
-    crop_scale: Annotated[
-        float, Opt("Smallest area of a random crop, as a fraction.", DATA, gt=0, le=1)
-    ]
-    hflip: Annotated[float, Opt("Probability of a horizontal flip.", DATA, ge=0, le=1)]
-    translate: Annotated[
-        float, Opt("Largest shift in pixels, for --geometry shift.", DATA, ge=0, was="--max-shift")
-    ]
-    degrees: Annotated[
-        float,
-        Opt("Largest rotation in degrees, for --geometry shift.", DATA, ge=0, was="--max-rotation"),
-    ]
-    auto_augment: Annotated[
-        str,
-        Opt(
-            "Policy of timm: 3a (3-Augment), rand-m9-mstd0.5-inc1 (RandAugment), ...; or none.",
-            DATA,
-            metavar="NAME",
-            pattern=r"none|3a|(rand|augmix|original|originalr|v0|v0r)(-.+)?",
-            expects="none, 3a, rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, original or v0, as timm "
-            "names them",
-        ),
-    ]
-    color_jitter: Annotated[float, Opt("Strength of color jitter; 0: none.", DATA, ge=0)]
-    augment_on: Annotated[
-        Literal["auto", "cpu", "device"],
-        Opt(
-            "Where flip, 3-Augment and color jitter run: in the loader workers, or in batches on "
-            "the device. auto: on a GPU where --auto-augment is 3a or none.",
-            DATA,
-            free=True,
-        ),
-    ] = "auto"
-    random_erasing: Annotated[
-        float, Opt("Probability of random erasing; 0: none.", DATA, ge=0, le=1)
-    ]
-    repeated_aug: Annotated[int, Opt("Augmented copies per image; 1: off.", DATA, ge=1)]
-    mixup: Annotated[float, Opt("Mixup alpha; 0: none.", DATA, ge=0)]
-    cutmix: Annotated[float, Opt("CutMix alpha; 0: none.", DATA, ge=0)]
+    crop_ratio: float = option(
+        "Validation: resize to image size / this, then centre crop.", gt=0, le=1
+    )
+    geometry: Literal["crop", "shift"] = option(
+        "Random resized crop (crop), or small shifts and rotations (shift)."
+    )
+    crop_scale: float = option("Smallest area of a random crop, as a fraction.", gt=0, le=1)
+    hflip: float = option("Probability of a horizontal flip.", ge=0, le=1)
+    translate: float = option(
+        "Largest shift in pixels, for --geometry shift.", ge=0, was="--max-shift"
+    )
+    degrees: float = option(
+        "Largest rotation in degrees, for --geometry shift.", ge=0, was="--max-rotation"
+    )
+    auto_augment: str = option(
+        "Policy of timm: 3a (3-Augment), rand-m9-mstd0.5-inc1 (RandAugment), ...; or none.",
+        metavar="NAME",
+        pattern=r"none|3a|(rand|augmix|original|originalr|v0|v0r)(-.+)?",
+        expects="none, 3a, rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, original or v0, as timm "
+        "names them",
+    )
+    color_jitter: float = option("Strength of color jitter; 0: none.", ge=0)
+    augment_on: Literal["auto", "cpu", "device"] = option(
+        "Where flip, 3-Augment and color jitter run: in the loader workers, or in batches on "
+        "the device. auto: on a GPU where --auto-augment is 3a or none.",
+        free=True,
+        default="auto",
+    )
+    random_erasing: float = option("Probability of random erasing; 0: none.", ge=0, le=1)
+    repeated_aug: int = option("Augmented copies per image; 1: off.", ge=1)
+    mixup: float = option("Mixup alpha; 0: none.", ge=0)
+    cutmix: float = option("CutMix alpha; 0: none.", ge=0)
     mixup_switch_prob: float  # probability of cutmix where both are on
-    smoothing: Annotated[float, Opt("Label smoothing in [0, 1).", DATA, ge=0, lt=1)]
+    smoothing: float = option("Label smoothing in [0, 1).", ge=0, lt=1)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -163,19 +140,16 @@ class AugmentConfig:
 class CheckpointConfig:
     """When a run logs, validates and saves."""
 
+    panel = "Run"
+    free = True
     # The loop waits for the device at log points only.
-    log_every: Annotated[int, Opt("Steps between log points.", RUN, ge=1, free=True)]
-    validate_every: Annotated[int, Opt("Epochs between validations.", RUN, ge=1, free=True)]
-    save_every: Annotated[int, Opt("Epochs between checkpoints.", RUN, ge=1, free=True)]
-    keep_last: Annotated[
-        int, Opt("Keep this number of newest checkpoints, and the best.", RUN, ge=1, free=True)
-    ]
-    keep_every: Annotated[
-        int, Opt("Also keep checkpoints at multiples of this step; 0: none.", RUN, ge=0, free=True)
-    ]
+    log_every: int = option("Steps between log points.", ge=1)
+    validate_every: int = option("Epochs between validations.", ge=1)
+    save_every: int = option("Epochs between checkpoints.", ge=1)
+    keep_last: int = option("Keep this number of newest checkpoints, and the best.", ge=1)
+    keep_every: int = option("Also keep checkpoints at multiples of this step; 0: none.", ge=0)
 
-    def __post_init__(self) -> None:
-        check_fields(self)
+    __post_init__ = check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,11 +159,11 @@ class RunConfig:
     command: str
     arch: str
     data: str
-    out: Annotated[str, RUN_FOLDER]
+    out: str = option(RUN_FOLDER)
     seed: int
-    num_train: Annotated[int, Opt(called="the number of training images")]
+    num_train: int = option(called="the number of training images")
     source: str = ""
-    ema: Annotated[bool, EMA] = True
+    ema: bool = option(EMA, default=True)
     rope: RopeConfig
     model: Any
     optim: OptimConfig
@@ -237,29 +211,23 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierRun(RunConfig):
-    arch: Annotated[
-        str,
-        Opt(
-            "deit-ti, deit-s, deit-b, deit-l, or by numbers: deit-WIDTHxDEPTHxHEADS.",
-            MODEL,
-            metavar="NAME",
-            complete="deit_archs",
-        ),
-    ]
-    data: Annotated[
-        str,
-        Opt(
-            f"{DATA_NAMES}, or a folder with train/ and val/ "
-            "in class folders, tar or parquet files. "
-            "By default $SPIRALROPE_DATA, else the bundled digits.",
-            DATA,
-            metavar="NAME|FOLDER",
-            complete="data_sets",
-        ),
-    ]
-    seed: Annotated[int, Opt("Seed of weights, data order and augmentation.", RUN, ge=0)]
-    num_val: Annotated[int, Opt(called="the number of validation images")]
-    source: Annotated[str, SOURCE] = ""
+    arch: str = option(
+        "deit-ti, deit-s, deit-b, deit-l, or by numbers: deit-WIDTHxDEPTHxHEADS.",
+        "Model",
+        metavar="NAME",
+        complete="deit_archs",
+    )
+    data: str = option(
+        f"{DATA_NAMES}, or a folder with train/ and val/ "
+        "in class folders, tar or parquet files. "
+        "By default $SPIRALROPE_DATA, else the bundled digits.",
+        "Data and augmentation",
+        metavar="NAME|FOLDER",
+        complete="data_sets",
+    )
+    seed: int = option("Seed of weights, data order and augmentation.", "Run", ge=0)
+    num_val: int = option(called="the number of validation images")
+    source: str = option(SOURCE, default="")
     model: ModelConfig
     augment: AugmentConfig
     optim: OptimConfig

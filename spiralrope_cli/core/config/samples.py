@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from spiralrope_cli.core.config.datasets import BUILT_IN, DataSet
 from spiralrope_cli.core.config.dit_runs import (
@@ -17,17 +17,7 @@ from spiralrope_cli.core.config.dit_runs import (
 from spiralrope_cli.core.config.fid import NUM_SAMPLING_STEPS
 from spiralrope_cli.core.config.hub import HUB
 from spiralrope_cli.core.config.models import ARCH_OF_SOURCE, SIZE, format_size, numbers, pair
-from spiralrope_cli.core.config.option import (
-    DATA,
-    IMAGES,
-    MACHINE,
-    PATH,
-    RUN,
-    SAMPLING,
-    SOURCE,
-    Opt,
-    check_fields,
-)
+from spiralrope_cli.core.config.option import PATH, SOURCE, Opt, check_fields, option
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
 
@@ -40,7 +30,7 @@ SAMPLERS: tuple[str, ...] = get_args(SamplerName)
 SAMPLING_VAE = "mse"
 NUM_SAMPLES = Opt(
     "Number of images; by default 50000, or 200 for a built-in data set.",
-    SAMPLING,
+    "Sampling",
     ge=1,
     was="--num",
 )
@@ -48,29 +38,27 @@ NUM_SAMPLES = Opt(
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeRun:
-    data: Annotated[
-        str,
-        Opt(
-            "Folder with one folder of images per class, directly or in train/. "
-            "By default $SPIRALROPE_DATA.",
-            DATA,
-            metavar="FOLDER",
-        ),
-    ]
-    out: Annotated[str, Opt("Folder of the cache.", RUN, **PATH)] = "latents"
-    vae: Annotated[
-        str,
-        Opt(
-            "VAE: ema, mse, a folder in diffusers' layout, or hf:OWNER/NAME.",
-            DATA,
-            metavar="NAME|FOLDER",
-            complete="vaes",
-        ),
-    ] = "ema"
-    image_size: Annotated[
-        tuple[int, int], Opt("Side, or height x width, after the centre crop.", DATA, **SIZE)
-    ] = (256, 256)
-    batch_size: Annotated[int, Opt("Images per batch and process.", MACHINE, ge=1)] = 16
+    data: str = option(
+        "Folder with one folder of images per class, directly or in train/. "
+        "By default $SPIRALROPE_DATA.",
+        "Data and augmentation",
+        metavar="FOLDER",
+    )
+    out: str = option("Folder of the cache.", "Run", **PATH, default="latents")
+    vae: str = option(
+        "VAE: ema, mse, a folder in diffusers' layout, or hf:OWNER/NAME.",
+        "Data and augmentation",
+        metavar="NAME|FOLDER",
+        complete="vaes",
+        default="ema",
+    )
+    image_size: tuple[int, int] = option(
+        "Side, or height x width, after the centre crop.",
+        "Data and augmentation",
+        **SIZE,
+        default=(256, 256),
+    )
+    batch_size: int = option("Images per batch and process.", "Machine", ge=1, default=16)
     machine: MachineConfig = field(default_factory=MachineConfig)
 
     def __post_init__(self) -> None:
@@ -88,23 +76,19 @@ class EncodeRun:
 class GuidanceConfig:
     """Classifier-free guidance: e = e_null + scale * (e_label - e_null)."""
 
-    cfg_scale: Annotated[
-        float, Opt("Guidance scale; 1: no guidance (twice as fast).", SAMPLING, ge=1)
-    ] = 1.0
-    cfg_channels: Annotated[
-        Literal["3", "all"], Opt("Number of guided noise channels; 3 as published.", SAMPLING)
-    ] = "3"
+    panel = "Sampling"
+    cfg_scale: float = option("Guidance scale; 1: no guidance (twice as fast).", ge=1, default=1.0)
+    cfg_channels: Literal["3", "all"] = option(
+        "Number of guided noise channels; 3 as published.", default="3"
+    )
     # arXiv 2404.07724
-    cfg_interval: Annotated[
-        tuple[int, int],
-        Opt(
-            "Guidance only at timesteps LO <= t < HI, within 0 to 1000.",
-            SAMPLING,
-            metavar="LO,HI",
-            read=pair,
-            expects="LO,HI in timesteps of 0 to 1000, as 100,750 for the fractions 0.1 to 0.75",
-        ),
-    ] = (0, NUM_TRAIN_STEPS)
+    cfg_interval: tuple[int, int] = option(
+        "Guidance only at timesteps LO <= t < HI, within 0 to 1000.",
+        metavar="LO,HI",
+        read=pair,
+        expects="LO,HI in timesteps of 0 to 1000, as 100,750 for the fractions 0.1 to 0.75",
+        default=(0, NUM_TRAIN_STEPS),
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -255,49 +239,45 @@ def check_chain(sampler: str, steps: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRun:
-    source: Annotated[str, SOURCE]
+    source: str = option(SOURCE)
     file: str  # that holds the weights
     sha256: str  # of it
-    arch: Annotated[str, ARCH_OF_SOURCE]
+    arch: str = option(ARCH_OF_SOURCE)
     vae_sha256: str  # empty without a VAE
     rope: dict[str, Any]  # options of the user over those of the weights
-    num_classes: Annotated[int, Opt(called="the number of classes")]
-    num_samples: Annotated[int, NUM_SAMPLES]
+    num_classes: int = option(called="the number of classes")
+    num_samples: int = option(NUM_SAMPLES)
     # Defaults of steps and sampler: those of the published metrics.
-    num_sampling_steps: Annotated[
-        str,
-        Opt("Number of steps; or per section, as 10,15,20; or ddim25.", SAMPLING, was="--steps"),
-    ] = str(NUM_SAMPLING_STEPS)
-    sampler: Annotated[SamplerName, Opt("Sampler.", SAMPLING)] = "ddpm"
+    num_sampling_steps: str = option(
+        "Number of steps; or per section, as 10,15,20; or ddim25.",
+        "Sampling",
+        was="--steps",
+        default=str(NUM_SAMPLING_STEPS),
+    )
+    sampler: SamplerName = option("Sampler.", "Sampling", default="ddpm")
     guidance: GuidanceConfig
-    classes: Annotated[
-        tuple[int, ...],
-        Opt(
-            "Class labels, repeated in this order; by default random per image.",
-            SAMPLING,
-            metavar="N,N,...",
-            read=numbers,
-            expects="a list of class numbers, as 207,88",
-        ),
-    ] = ()
-    ema: Annotated[bool, Opt("Use EMA weights.", SAMPLING, flag="--ema/--no-ema")] = True
-    image_size: Annotated[
-        tuple[int, int],
-        Opt("Side, or height x width, in pixels; by default as trained.", IMAGES, **SIZE),
-    ]
-    vae: Annotated[
-        str,
-        Opt(
-            "VAE: mse, ema, a folder in diffusers' layout, hf:OWNER/NAME, or none for pixels.",
-            IMAGES,
-            metavar="NAME|FOLDER",
-            complete="vaes_or_none",
-        ),
-    ]
-    png: Annotated[bool, Opt("Also write every image as a .png.", IMAGES)] = False
-    out: Annotated[str, Opt("Output folder; by default runs/dit-sample-...", RUN, **PATH)]
-    seed: Annotated[int, Opt("Seed; image i depends only on the seed and i.", RUN, ge=0)] = 100
-    batch_size: Annotated[int, Opt("Images per batch and process.", RUN, ge=1)]
+    classes: tuple[int, ...] = option(
+        "Class labels, repeated in this order; by default random per image.",
+        "Sampling",
+        metavar="N,N,...",
+        read=numbers,
+        expects="a list of class numbers, as 207,88",
+        default=(),
+    )
+    ema: bool = option("Use EMA weights.", "Sampling", flag="--ema/--no-ema", default=True)
+    image_size: tuple[int, int] = option(
+        "Side, or height x width, in pixels; by default as trained.", "Images", **SIZE
+    )
+    vae: str = option(
+        "VAE: mse, ema, a folder in diffusers' layout, hf:OWNER/NAME, or none for pixels.",
+        "Images",
+        metavar="NAME|FOLDER",
+        complete="vaes_or_none",
+    )
+    png: bool = option("Also write every image as a .png.", "Images", default=False)
+    out: str = option("Output folder; by default runs/dit-sample-...", "Run", **PATH)
+    seed: int = option("Seed; image i depends only on the seed and i.", "Run", ge=0, default=100)
+    batch_size: int = option("Images per batch and process.", "Run", ge=1)
     machine: MachineConfig = field(default_factory=MachineConfig)
 
     def __post_init__(self) -> None:

@@ -6,9 +6,8 @@ import difflib
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Annotated
 
-from spiralrope_cli.core.config.option import MACHINE, Opt
+from spiralrope_cli.core.config.option import option
 from spiralrope_cli.core.errors import ConfigError
 
 EXAMPLE = "such as --slurm partition=gpu,nodes=2,gpus-per-node=8,time=24h"
@@ -137,14 +136,12 @@ def minutes_of(text: str) -> int:
 class SlurmOptions:
     """An option of the commands that compute. A stored run has none: its job would submit it."""
 
-    slurm: Annotated[
-        Allocation | None,
-        Opt(
-            "Submit the command as a job of SLURM, with these options of sbatch: "
-            "partition=gpu,time=24h, ...",
-            MACHINE,
-            metavar="KEY=V,...",
-            read=read_allocation,
-            expects="KEY=VALUE,..., such as partition=gpu,time=24h",
-        ),
-    ] = None
+    slurm: Allocation | None = option(
+        "Submit the command as a job of SLURM, with these options of sbatch: "
+        "partition=gpu,time=24h, ...",
+        "Machine",
+        metavar="KEY=V,...",
+        read=read_allocation,
+        expects="KEY=VALUE,..., such as partition=gpu,time=24h",
+        default=None,
+    )

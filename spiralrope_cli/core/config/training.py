@@ -8,20 +8,10 @@ Standard library only.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from spiralrope_cli.core.config.models import is_dit, size_of
-from spiralrope_cli.core.config.option import (
-    DATA,
-    MACHINE,
-    MODEL,
-    PATH,
-    RECIPE,
-    RUN,
-    SHOW,
-    Opt,
-    check_fields,
-)
+from spiralrope_cli.core.config.option import PATH, Opt, check_fields, option
 from spiralrope_cli.core.errors import ConfigError, in_one
 
 RUNS_FOLDER = "runs"
@@ -44,7 +34,7 @@ AUTO = "auto"
 MICRO_BATCH = Opt(
     "Images per process and forward pass (gradient accumulation). auto, the default: on a GPU the "
     "most that fit, found once before training; else the recipe's.",
-    RUN,
+    "Run",
     ge=1,
     free=True,
     metavar="N|auto",
@@ -57,42 +47,32 @@ MICRO_BATCH = Opt(
 class OptimConfig:
     """Optimizer, schedule and EMA."""
 
-    epochs: Annotated[int, Opt("Number of epochs.", RUN, ge=1)]
-    max_steps: Annotated[
-        int, Opt("Number of optimizer steps, in place of --epochs.", RECIPE, ge=0, was="--steps")
-    ]
-    batch_size: Annotated[int, Opt("Total images per optimizer step.", RUN, ge=1)]
-    micro_batch_size: Annotated[int | None, MICRO_BATCH] = None  # None: auto
-    lr: Annotated[float, Opt("Learning rate before linear batch scaling.", RECIPE, ge=0)]
-    lr_rule: Annotated[
-        Literal["linear", "none"],
-        Opt(f"linear: multiply --lr by batch size / {LINEAR_RULE_BATCH}; none: do not.", RECIPE),
-    ]
-    min_lr: Annotated[float, Opt("Final learning rate of the cosine schedule.", RECIPE, ge=0)]
+    panel = "Recipe"
+    epochs: int = option("Number of epochs.", "Run", ge=1)
+    max_steps: int = option("Number of optimizer steps, in place of --epochs.", ge=0, was="--steps")
+    batch_size: int = option("Total images per optimizer step.", "Run", ge=1)
+    micro_batch_size: int | None = option(MICRO_BATCH, default=None)  # None: auto
+    lr: float = option("Learning rate before linear batch scaling.", ge=0)
+    lr_rule: Literal["linear", "none"] = option(
+        f"linear: multiply --lr by batch size / {LINEAR_RULE_BATCH}; none: do not."
+    )
+    min_lr: float = option("Final learning rate of the cosine schedule.", ge=0)
     warmup_lr: float  # first learning rate of the warm-up
-    warmup_epochs: Annotated[int, Opt("Epochs of linear warm-up.", RECIPE, ge=0)]
-    schedule: Annotated[
-        Literal["cosine", "constant", "published"],
-        Opt("cosine: per step; published: per epoch, one epoch late.", RECIPE),
-    ]
+    warmup_epochs: int = option("Epochs of linear warm-up.", ge=0)
+    schedule: Literal["cosine", "constant", "published"] = option(
+        "cosine: per step; published: per epoch, one epoch late."
+    )
     betas: tuple[float, float]  # of AdamW
-    weight_decay: Annotated[
-        float, Opt("AdamW weight decay; not for norms, biases, embeddings.", RECIPE, ge=0)
-    ]
-    clip_grad: Annotated[float, Opt("Clip gradients to this norm; 0: none.", RECIPE, ge=0)]
-    ema_decay: Annotated[float, Opt("Decay of the EMA weights, per step.", RECIPE, ge=0, lt=1)]
-    ema_warmup: Annotated[
-        bool,
-        Opt(
-            "Warm up the EMA decay, as timm does. Off for data of 1000 classes, as published.",
-            RECIPE,
-            flag="--ema-warmup/--no-ema-warmup",
-        ),
-    ]
-    freeze: Annotated[
-        Literal["none", "attn-only", "head-only"],
-        Opt("Train all; attention, position embedding and head; or only the head.", RECIPE),
-    ]
+    weight_decay: float = option("AdamW weight decay; not for norms, biases, embeddings.", ge=0)
+    clip_grad: float = option("Clip gradients to this norm; 0: none.", ge=0)
+    ema_decay: float = option("Decay of the EMA weights, per step.", ge=0, lt=1)
+    ema_warmup: bool = option(
+        "Warm up the EMA decay, as timm does. Off for data of 1000 classes, as published.",
+        flag="--ema-warmup/--no-ema-warmup",
+    )
+    freeze: Literal["none", "attn-only", "head-only"] = option(
+        "Train all; attention, position embedding and head; or only the head."
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -166,98 +146,73 @@ class OptimConfig:
 class MachineConfig:
     """Where and how a run is executed. Only `precision` and `compile` change its rounding."""
 
-    nproc: Annotated[
-        int,
-        Opt(
-            "Processes on this machine; by default one per GPU, or one on CPU.",
-            MACHINE,
-            ge=0,
-            le=MOST_PROCESSES,
-            free=True,
-        ),
-    ] = 0
-    nnodes: Annotated[int, Opt("Number of machines.", MACHINE, ge=1, free=True)] = 1
-    rdzv_endpoint: Annotated[
-        str,
-        Opt(
-            "Rendezvous endpoint of several machines.",
-            MACHINE,
-            metavar="HOST:PORT",
-            pattern=r"(.+:\d+)?",
-            expects="HOST:PORT",
-            free=True,
-        ),
-    ] = ""
-    max_restarts: Annotated[
-        int,
-        Opt("Restarts at most, after a process was killed or crashed.", MACHINE, ge=0, free=True),
-    ] = 0
-    device: Annotated[
-        Literal["auto", "cpu", "cuda", "mps"],
-        Opt("Device; by default a GPU if there is one, else the CPU.", MACHINE, free=True),
-    ] = "auto"
-    precision: Annotated[
-        Literal["auto", "bf16", "tf32", "fp32"],
-        Opt(
-            "auto: bf16 if the device supports it, else fp32; a resumed run keeps its own. "
-            "tf32: of NVIDIA GPUs, elsewhere fp32.",
-            MACHINE,
-            free=True,
-        ),
-    ] = "auto"
-    compile: Annotated[
-        Literal["auto", "on", "off"],
-        Opt(
-            "Compile the blocks by torch.compile: other rounding, less time after a wait. "
-            "auto: in a long run on a GPU.",
-            MACHINE,
-            free=True,
-            expects="auto, on or off",
-            read=lambda text: {"true": "on", "false": "off"}.get(text.lower(), text),
-        ),
-    ] = "auto"
-    grad_checkpointing: Annotated[
-        bool, Opt("Activation checkpointing: less memory, slower.", MACHINE, free=True)
-    ] = False
-    shard: Annotated[
-        bool,
-        Opt(
-            "Split weights, EMA and optimizer state over the processes (FSDP2): less memory each, "
-            "more communication.",
-            MACHINE,
-            free=True,
-        ),
-    ] = False
-    workers: Annotated[
-        int | None,
-        Opt(
-            "Processes that read images, for each process that computes. auto, the default: beside "
-            "a GPU all cores but one, at most 16; on a CPU at most 4.",
-            MACHINE,
-            ge=0,
-            le=MOST_PROCESSES,
-            free=True,
-            metavar="N|auto",
-            read=number_or_auto,
-            expects=f"auto, or a whole number in [0, {MOST_PROCESSES}]",
-        ),
-    ] = None  # None: auto
-    skip_bad: Annotated[
-        bool, Opt("Skip and count unreadable images instead of stopping.", DATA, free=True)
-    ] = False
-    resume: Annotated[
-        Literal["auto", "must", "never"],
-        Opt(
-            "Resume from the newest checkpoint. auto: if there is one; must: it must exist.",
-            RUN,
-            expects="auto, must or never; the same command, or --config RUN/config.yaml --out RUN, "
-            "resumes a run",
-            free=True,
-        ),
-    ] = "auto"
-    tracker: Annotated[
-        Literal["none", "tensorboard", "wandb"], Opt("Also log to a tracker.", RUN, free=True)
-    ] = "none"
+    panel = "Machine"
+    free = True
+    nproc: int = option(
+        "Processes on this machine; by default one per GPU, or one on CPU.",
+        ge=0,
+        le=MOST_PROCESSES,
+        default=0,
+    )
+    nnodes: int = option("Number of machines.", ge=1, default=1)
+    rdzv_endpoint: str = option(
+        "Rendezvous endpoint of several machines.",
+        metavar="HOST:PORT",
+        pattern=r"(.+:\d+)?",
+        expects="HOST:PORT",
+        default="",
+    )
+    max_restarts: int = option(
+        "Restarts at most, after a process was killed or crashed.", ge=0, default=0
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = option(
+        "Device; by default a GPU if there is one, else the CPU.", default="auto"
+    )
+    precision: Literal["auto", "bf16", "tf32", "fp32"] = option(
+        "auto: bf16 if the device supports it, else fp32; a resumed run keeps its own. "
+        "tf32: of NVIDIA GPUs, elsewhere fp32.",
+        default="auto",
+    )
+    compile: Literal["auto", "on", "off"] = option(
+        "Compile the blocks by torch.compile: other rounding, less time after a wait. "
+        "auto: in a long run on a GPU.",
+        expects="auto, on or off",
+        read=lambda text: {"true": "on", "false": "off"}.get(text.lower(), text),
+        default="auto",
+    )
+    grad_checkpointing: bool = option(
+        "Activation checkpointing: less memory, slower.", default=False
+    )
+    shard: bool = option(
+        "Split weights, EMA and optimizer state over the processes (FSDP2): less memory each, "
+        "more communication.",
+        default=False,
+    )
+    workers: int | None = option(
+        "Processes that read images, for each process that computes. auto, the default: beside "
+        "a GPU all cores but one, at most 16; on a CPU at most 4.",
+        ge=0,
+        le=MOST_PROCESSES,
+        metavar="N|auto",
+        read=number_or_auto,
+        expects=f"auto, or a whole number in [0, {MOST_PROCESSES}]",
+        default=None,
+    )  # None: auto
+    skip_bad: bool = option(
+        "Skip and count unreadable images instead of stopping.",
+        "Data and augmentation",
+        default=False,
+    )
+    resume: Literal["auto", "must", "never"] = option(
+        "Resume from the newest checkpoint. auto: if there is one; must: it must exist.",
+        "Run",
+        expects="auto, must or never; the same command, or --config RUN/config.yaml --out RUN, "
+        "resumes a run",
+        default="auto",
+    )
+    tracker: Literal["none", "tensorboard", "wandb"] = option(
+        "Also log to a tracker.", "Run", default="none"
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -272,16 +227,14 @@ class MachineConfig:
 class TrainOptions:
     """Further options of a training command."""
 
-    name: Annotated[str, Opt("Suffix of the run folder's name.", RUN)] = ""
-    config: Annotated[
-        str,
-        Opt(
-            "config.yaml of a run to repeat; options override it.",
-            RUN,
-            **{**PATH, "metavar": "FILE"},
-        ),
-    ] = ""
-    dry_run: Annotated[bool, Opt("Print the plan and stop.", RUN)] = False
+    panel = "Run"
+    name: str = option("Suffix of the run folder's name.", default="")
+    config: str = option(
+        "config.yaml of a run to repeat; options override it.",
+        **{**PATH, "metavar": "FILE"},
+        default="",
+    )
+    dry_run: bool = option("Print the plan and stop.", default=False)
 
     def check_folder(self, out: str) -> None:
         """Raises if both --name and --out are given."""
@@ -295,38 +248,32 @@ class TrainOptions:
 class Checkup:
     """The config of `doctor`: this machine, and the run to check."""
 
-    arch: Annotated[
-        str,
-        Opt(
-            "Architecture of the run, deit-... or dit-...; by default that of the data set.",
-            MODEL,
-            metavar="NAME",
-            complete="archs",
-        ),
-    ] = ""
-    data: Annotated[
-        str,
-        Opt(
-            "Built-in name or folder; by default $SPIRALROPE_DATA, else digits.",
-            DATA,
-            metavar="NAME|FOLDER",
-            complete="data_sets",
-        ),
-    ] = ""
-    runs: Annotated[str, Opt("Folder that holds the run folders.", RUN, **PATH)] = RUNS_FOLDER
-    num_samples: Annotated[
-        int,
-        Opt(
-            "Number of images of dit-sample; by default 50000, or 200 for a built-in data set.",
-            RUN,
-            ge=0,
-            was="--num",
-        ),
-    ] = 0
-    batch_size: Annotated[int | None, Opt("Total images per optimizer step.", RUN, ge=1)] = None
-    micro_batch_size: Annotated[int | None, MICRO_BATCH] = None
-    offline: Annotated[bool, Opt("Do not contact the Hub.", SHOW)] = False
-    as_json: Annotated[bool, Opt("Print JSON on stdout.", SHOW, flag="--json")] = False
+    arch: str = option(
+        "Architecture of the run, deit-... or dit-...; by default that of the data set.",
+        "Model",
+        metavar="NAME",
+        complete="archs",
+        default="",
+    )
+    data: str = option(
+        "Built-in name or folder; by default $SPIRALROPE_DATA, else digits.",
+        "Data and augmentation",
+        metavar="NAME|FOLDER",
+        complete="data_sets",
+        default="",
+    )
+    runs: str = option("Folder that holds the run folders.", "Run", **PATH, default=RUNS_FOLDER)
+    num_samples: int = option(
+        "Number of images of dit-sample; by default 50000, or 200 for a built-in data set.",
+        "Run",
+        ge=0,
+        was="--num",
+        default=0,
+    )
+    batch_size: int | None = option("Total images per optimizer step.", "Run", ge=1, default=None)
+    micro_batch_size: int | None = option(MICRO_BATCH, default=None)
+    offline: bool = option("Do not contact the Hub.", "Display", default=False)
+    as_json: bool = option("Print JSON on stdout.", "Display", flag="--json", default=False)
     options: dict[str, Any] = field(default_factory=dict)  # given options of the training command
     machine: MachineConfig = field(default_factory=MachineConfig)
 

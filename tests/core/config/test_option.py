@@ -7,7 +7,7 @@ import importlib
 import math
 import pkgutil
 import typing
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -18,12 +18,12 @@ from spiralrope_cli.core.config.models import SIZE, RopeConfig, numbers, pair, s
 from spiralrope_cli.core.config.option import (
     PANELS,
     PATH,
-    RUN,
     Opt,
     check_fields,
     folder,
     in_words,
     leaves,
+    option,
     path,
     read_values,
 )
@@ -34,9 +34,9 @@ from spiralrope_cli.core.errors import ConfigError
 class Inner:
     """A group."""
 
-    rate: Annotated[float, Opt("A share.", RUN, gt=0, le=1)] = 0.5
-    drop: Annotated[float, Opt("A rate.", RUN, ge=0, lt=1, free=True)] = 0.0
-    anything: Annotated[float, Opt("Of any size.", RUN)] = 0.0
+    rate: float = option("A share.", "Run", gt=0, le=1, default=0.5)
+    drop: float = option("A rate.", "Run", ge=0, lt=1, free=True, default=0.0)
+    anything: float = option("Of any size.", "Run", default=0.0)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -46,26 +46,26 @@ class Inner:
 class Every:
     """Every kind of field."""
 
-    count: Annotated[int, Opt("A number.", RUN, ge=1)] = 1
-    above: Annotated[float, Opt("A number.", RUN, gt=0)] = 1.0
-    perhaps: Annotated[int | None, Opt("A number, or none.", RUN, ge=0)] = None
-    plain: Annotated[int, Opt("A number.", RUN)] = 0
-    flag: Annotated[bool, Opt("A flag.", RUN, flag="--flag/--no-flag")] = False
-    word: Annotated[str, Opt("A text.", RUN)] = ""
-    place: Annotated[str, Opt("A text.", RUN, pattern=r"(.+:\d+)?", expects="HOST:PORT")] = ""
-    choice: Annotated[Literal["one", "two"], Opt("A word.", RUN)] = "one"
-    side: Annotated[tuple[int, int], Opt("A size.", RUN, **SIZE)] = (1, 1)
-    span: Annotated[tuple[int, int], Opt("Two.", RUN, read=pair, expects="LO,HI")] = (0, 1)
-    listed: Annotated[tuple[int, ...], Opt("Some.", RUN, read=numbers, expects="a list")] = ()
-    names: Annotated[tuple[str, ...], Opt("Some.", RUN, read=words, expects="names")] = ()
-    out: Annotated[str, Opt("A folder.", RUN, **PATH)] = "x"
-    layers: Annotated[tuple[int, ...], Opt("N.", RUN, flag="--layer", ge=0, many=True)] = ()
-    sides: Annotated[tuple[tuple[int, int], ...], Opt("Sizes.", RUN, many=True, **SIZE)] = ()
-    shown: Annotated[tuple[Literal["a", "b"], ...], Opt("Words.", RUN, many=True)] = ()
-    source: Annotated[str, Opt("From where.", metavar="SOURCE", argument=True)] = "x"
+    count: int = option("A number.", "Run", ge=1, default=1)
+    above: float = option("A number.", "Run", gt=0, default=1.0)
+    perhaps: int | None = option("A number, or none.", "Run", ge=0, default=None)
+    plain: int = option("A number.", "Run", default=0)
+    flag: bool = option("A flag.", "Run", flag="--flag/--no-flag", default=False)
+    word: str = option("A text.", "Run", default="")
+    place: str = option("A text.", "Run", pattern=r"(.+:\d+)?", expects="HOST:PORT", default="")
+    choice: Literal["one", "two"] = option("A word.", "Run", default="one")
+    side: tuple[int, int] = option("A size.", "Run", **SIZE, default=(1, 1))
+    span: tuple[int, int] = option("Two.", "Run", read=pair, expects="LO,HI", default=(0, 1))
+    listed: tuple[int, ...] = option("Some.", "Run", read=numbers, expects="a list", default=())
+    names: tuple[str, ...] = option("Some.", "Run", read=words, expects="names", default=())
+    out: str = option("A folder.", "Run", **PATH, default="x")
+    layers: tuple[int, ...] = option("N.", "Run", flag="--layer", ge=0, many=True, default=())
+    sides: tuple[tuple[int, int], ...] = option("Sizes.", "Run", many=True, **SIZE, default=())
+    shown: tuple[Literal["a", "b"], ...] = option("Words.", "Run", many=True, default=())
+    source: str = option("From where.", metavar="SOURCE", argument=True, default="x")
     betas: tuple[float, float] = (0.9, 0.999)
     mean: tuple[float, ...] = (0.5,)
-    classes: Annotated[int, Opt(called="the number of classes")] = 1
+    classes: int = option(called="the number of classes", default=1)
     inner: Inner = dataclasses.field(default_factory=Inner)
 
     def __post_init__(self) -> None:
@@ -276,34 +276,36 @@ def every_config():
         for value in vars(module).values()
         if isinstance(value, type) and dataclasses.is_dataclass(value) and value is not Opt
     }
-    declared = [kind for kind in kinds if any(map(options_inside, own_hints(kind).values()))]
+    declared = [kind for kind in kinds if own_options(kind) or hidden_options(kind)]
     return sorted(declared, key=lambda kind: kind.__name__)
 
 
-def own_hints(kind: type) -> dict[str, Any]:
-    """Field -> its type hint, with what it says about its option."""
-    return typing.get_type_hints(kind, include_extras=True)
+def own_options(kind: type) -> list[Opt]:
+    said = [field.metadata["option"] for field in fields(kind) if "option" in field.metadata]
+    return [opt for opt in said if opt.help]
+
+
+def hidden_options(kind: type) -> list[str]:
+    """Fields whose `Opt` nobody would find: it stands in the type, or is the default itself."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return [
+        field.name
+        for field in fields(kind)
+        if isinstance(field.default, Opt) or options_inside(hints[field.name])
+    ]
 
 
 def options_inside(hint: Any) -> list[Opt]:
     """Every `Opt` in a type hint, however deep."""
-    mine = [opt for opt in getattr(hint, "__metadata__", ()) if opt.help]
+    mine = [said for said in getattr(hint, "__metadata__", ()) if isinstance(said, Opt)]
     return mine + [opt for inner in typing.get_args(hint) for opt in options_inside(inner)]
 
 
-def hidden_options(kind: type) -> list[str]:
-    """Fields whose `Opt` nobody would find, as in `Annotated[int, Opt(...)] | None`."""
-    found = leaves(kind)
-    return [
-        name
-        for name, hint in own_hints(kind).items()
-        if options_inside(hint) and not (name in found and found[name].help)
-    ]
-
-
 def test_a_hidden_option_is_found():
-    hidden: Any = Annotated[int, Opt("Nobody finds it.", RUN)] | None
-    assert hidden_options(dataclasses.make_dataclass("Hides", [("count", hidden)])) == ["count"]
+    hidden: Any = Annotated[int, Opt("Nobody finds it.", "Run")] | None
+    default = dataclasses.field(default=Opt("Nor this one.", "Run"))
+    kind = dataclasses.make_dataclass("Hides", [("count", hidden), ("word", str, default)])
+    assert hidden_options(kind) == ["count", "word"]
 
 
 CONFIGS = every_config()
