@@ -6,13 +6,7 @@ import typer
 
 from spiralrope_cli.commands.command import SETTINGS, command
 from spiralrope_cli.core.config.models import BY_WEIGHTS, RopeConfig
-from spiralrope_cli.core.config.plots import (
-    AttentionPlot,
-    FigureFile,
-    RopePlot,
-    RunPlot,
-    SamplesPlot,
-)
+from spiralrope_cli.core.config.plots import AttentionPlot, RopePlot, RunPlot, SamplesPlot
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,7 +15,7 @@ app = typer.Typer(
 )
 
 
-@command(app, "run", RunPlot, FigureFile)
+@command(app, "run", RunPlot)
 def plot_run(given: dict[str, Any]) -> None:
     """Plot loss, accuracy or variational bound, learning rate and speed of training runs.
 
@@ -42,7 +36,6 @@ def plot_run(given: dict[str, Any]) -> None:
     "rope",
     RopePlot,
     RopeConfig,
-    FigureFile,
     leave_out=("enabled", "rotate"),
     defaults={"panels": ""},
 )
@@ -66,7 +59,7 @@ def plot_rope(given: dict[str, Any]) -> None:
     draw_rope(given)
 
 
-@command(app, "attention", AttentionPlot, RopeConfig, FigureFile, defaults=BY_WEIGHTS)
+@command(app, "attention", AttentionPlot, RopeConfig, defaults=BY_WEIGHTS)
 def plot_attention(given: dict[str, Any]) -> None:
     """Plot attention maps of a DeiT over an image: one map per head, for one query token.
 
@@ -83,7 +76,7 @@ def plot_attention(given: dict[str, Any]) -> None:
     draw_attention(given)
 
 
-@command(app, "samples", SamplesPlot, FigureFile)
+@command(app, "samples", SamplesPlot)
 def plot_samples(given: dict[str, Any]) -> None:
     """Plot a grid of images, with their classes if known.
 

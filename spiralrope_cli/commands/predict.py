@@ -5,8 +5,8 @@ from typing import Any
 import typer
 
 from spiralrope_cli.commands.command import SETTINGS, command
+from spiralrope_cli.core.config.evals import Prediction
 from spiralrope_cli.core.config.models import BY_WEIGHTS, RopeConfig
-from spiralrope_cli.core.config.predictions import Prediction
 from spiralrope_cli.core.config.training import MachineConfig
 
 app = typer.Typer(**SETTINGS)

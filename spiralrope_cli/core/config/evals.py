@@ -1,22 +1,26 @@
-"""Config of `eval`. Standard library only."""
+"""Configs of `eval` and `predict`. Standard library only."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from spiralrope_cli.core.config.datasets import DATA_NAMES, EvalProtocol
-from spiralrope_cli.core.config.models import ARCH_OF_SOURCE, SIZE, RopeConfig
-from spiralrope_cli.core.config.option import PATH, check_fields, option
+from spiralrope_cli.core.config.hub import ChosenWeights
+from spiralrope_cli.core.config.models import SIZE, RopeConfig
+from spiralrope_cli.core.config.option import FILE, PATH, SOURCE, check_fields, option
+from spiralrope_cli.core.config.plots import FigureFile
 from spiralrope_cli.core.config.runs import ModelConfig, check_divides
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
 
 BOTH_CROP_RATIOS = (0.875, 1.0)
+TOP_K = 5
+SHEET_IMAGES = 64
+"""Images of a contact sheet at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions:
+class EvalOptions(ChosenWeights):
     """Options of `eval`; the rest is in the sources."""
 
     sources: tuple[str, ...] = option(
@@ -27,10 +31,6 @@ class EvalOptions:
         argument=True,
         many=True,
         default=(),
-    )
-    ema: bool = option("Use EMA weights.", "Weights", flag="--ema/--no-ema", default=False)
-    best: bool = option(
-        "Use the checkpoint with the best raw acc@1, not the last.", "Weights", default=False
     )
     every: bool = option(
         "Eight rows: best and last, crop ratios 0.875 and 1.0, raw and EMA weights.",
@@ -78,8 +78,6 @@ class EvalOptions:
         **SIZE,
         default=(),
     )
-    arch: str = option(ARCH_OF_SOURCE, default="")
-    rope: dict[str, Any] = field(default_factory=dict)  # options that override the source's
     json: bool = option("Print JSON on stdout.", "Output", default=False)
     csv: bool = option("Print CSV on stdout.", "Output", default=False)
     out: str | None = option(
@@ -133,3 +131,44 @@ class EvalRun:
     output: str  # `table`, `json` or `csv`
     out: str  # folder of `eval.json`, or the first of several
     machine: MachineConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction(ChosenWeights):
+    """Options of `predict`."""
+
+    source: str = option(SOURCE)
+    images: tuple[str, ...] = option(
+        "Image files, folders of images at any depth, or patterns such as 'photos/**/*.jpg'.",
+        metavar="IMAGES",
+        argument=True,
+        required=True,
+        many=True,
+    )
+    top_k: int | None = option(
+        f"Classes per image; by default {TOP_K}, or all if fewer.", "Output", ge=1, default=None
+    )
+    json: bool = option("Print JSON on stdout.", "Output", default=False)
+    out: str = option(
+        f"Contact sheet of the first {SHEET_IMAGES} images as the network sees them, .png or .svg.",
+        "Output",
+        **FILE,
+        default="",
+    )
+    crop_ratio: float | None = option(
+        "Resize to image size / this, then centre crop; by default as eval does.",
+        "Data and augmentation",
+        gt=0,
+        le=1,
+        default=None,
+    )
+    image_size: tuple[int, int] | None = option(
+        "Side, or height x width, in pixels; by default as trained.",
+        "Data and augmentation",
+        **SIZE,
+        default=None,
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        FigureFile(out=self.out)  # raises for another suffix

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from spiralrope_cli.core.config.option import check_fields, idle_lines, option
+from spiralrope_cli.core.config.option import Opt, check_fields, idle_lines, option
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.storage import cache_folder
@@ -29,6 +29,12 @@ FID_METRICS = {
 }
 """Metric -> name, which direction is better, number of decimals."""
 EXTRACTOR = "inception-v3-compat 2015-12-05"
+
+
+REFERENCE = Opt(
+    "Real images or their statistics, for the FID: a folder or an .npz.", metavar="REFERENCE"
+)
+INCEPTION = Opt("Inception weights; by default those of fetch inception.", metavar="FILE")
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -66,12 +72,7 @@ class FidRun:
         was="--num",
         default=0,
     )
-    weights: str = option(
-        "Inception weights; by default those of fetch inception.",
-        "Images",
-        metavar="FILE",
-        default="",
-    )
+    weights: str = option(INCEPTION, "Images", default="")
     images: Reading = option(
         "Read transparency and 16-bit grey by PIL's convert('RGB'), as other FID tools do, "
         "or as in training.",
@@ -176,14 +177,8 @@ class TrainingFid:
         default=0,
     )
     fid_num: int = option("Images for each FID, the first ones of dit-sample.", ge=2, default=5000)
-    fid_reference: str = option(
-        "Real images or their statistics, for the FID: a folder or an .npz.",
-        metavar="REFERENCE",
-        default="",
-    )
-    fid_weights: str = option(
-        "Inception weights; by default those of fetch inception.", metavar="FILE", default=""
-    )
+    fid_reference: str = option(REFERENCE, default="")
+    fid_weights: str = option(INCEPTION, default="")
     fid_sampling_steps: int = option(
         "Sampling steps of these images.", ge=2, le=1000, default=NUM_SAMPLING_STEPS
     )

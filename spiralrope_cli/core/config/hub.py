@@ -1,10 +1,10 @@
-"""Config of `fetch` and `export`. Standard library only."""
+"""Config of `fetch` and `export`, and what says which weights of SOURCE. Standard library only."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from spiralrope_cli.core.config.models import ARCH_OF_SOURCE
 from spiralrope_cli.core.config.option import PATH, SOURCE, check_fields, option
@@ -14,6 +14,18 @@ PUBLISHED_SUFFIXES = (".pth", ".pt")
 FILE_SUFFIXES = (*PUBLISHED_SUFFIXES, ".bin", ".safetensors")
 HUB = "hf:"
 HUB_FORM = f"{HUB}OWNER/NAME[/FILE][@REVISION]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChosenWeights:
+    """Which weights of SOURCE, and what overrides their options."""
+
+    ema: bool = option("Use EMA weights.", "Weights", flag="--ema/--no-ema", default=False)
+    best: bool = option(
+        "Use the checkpoint with the best raw acc@1, not the last.", "Weights", default=False
+    )
+    arch: str = option(ARCH_OF_SOURCE, default="")
+    rope: dict[str, Any] = field(default_factory=dict)  # options that override the source's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +56,7 @@ class FetchRun:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportRun:
+class ExportRun(ChosenWeights):
     panel = "Export"
     source: str = option(SOURCE)
     layout: Literal["safetensors", "published", "diffusers"] = option(
@@ -52,13 +64,12 @@ class ExportRun:
         "diffusers: a pipeline, of a DiT.",
         default="safetensors",
     )
-    ema: bool | None = option(
+    ema: bool | None = option(  # type: ignore[assignment]
         "Only EMA or only raw weights. By default raw; published files hold both.",
+        "Weights",
         flag="--ema/--no-ema",
         default=None,
     )
-    best: bool = option("Use the checkpoint with the best raw acc@1, not the last.", default=False)
-    arch: str = option(ARCH_OF_SOURCE, default="")
     vae: str | None = option(
         "VAE of the pipeline: mse, ema, a folder in diffusers' layout or hf:OWNER/NAME; "
         "by default as in dit-sample.",

@@ -328,6 +328,7 @@ def folder(text: str) -> str:
 
 
 PATH: dict[str, Any] = {"read": path, "expects": "a path", "metavar": "FOLDER"}
+FILE = {**PATH, "metavar": "FILE"}
 SOURCE = Opt(
     "Run folder, checkpoint file, published name, or hf:OWNER/NAME of the Hugging Face "
     "Hub, also with /FILE and @REVISION.",

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from spiralrope_cli.core.config.dit_runs import DiTRun
+from spiralrope_cli.core.config.fid import INCEPTION, REFERENCE
 from spiralrope_cli.core.config.models import RopeConfig, arch_name, dit_size, numbers
 from spiralrope_cli.core.config.option import PATH, Opt, check_fields, leaves, option
 from spiralrope_cli.core.config.samples import (
@@ -34,39 +35,49 @@ or come from the weights."""
 OF_PRETRAINING = OptimConfig.__dataclass_fields__.keys() | {"drop_path"}
 """Options with other values in finetuning."""
 
-FROM_LEGACY = Opt(
-    "Print the command for the arguments of an original run_all.sh line, and stop.",
-    "Stages",
-    metavar="WORDS",
-    may_be_empty=True,
-)
-DRY_RUN = Opt("Print the plans of all stages and stop.", "Stages")
-SWEEP = Opt(
-    "One pipeline per value: rotate=none,axial,2, lr=1e-3,2e-3; repeatable, for a grid.",
-    "Stages",
-    metavar="NAME=V,V",
-    many=True,
-)
-SEEDS = Opt(
-    "Repeat each configuration with these seeds (weights, data order, augmentation, noise).",
-    "Stages",
-    metavar="N,N",
-    read=numbers,
-    expects="a list of numbers, such as 0,1,2",
-)
-FOLDER = Opt(
-    "Folder of all stages; by default runs/run-...-ARCH-DATA-rROTATE[-NAME].", "Run", **PATH
-)
 
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """Options of both pipelines."""
 
-def check_seeds(seeds: tuple[int, ...]) -> None:
-    """Raises if a seed is there twice."""
-    if len(set(seeds)) < len(seeds):
-        raise ConfigError(f"--seeds {','.join(map(str, seeds))} has a number twice")
+    dry_run: bool = option("Print the plans of all stages and stop.", "Stages", default=False)
+    from_legacy: str | None = option(
+        "Print the command for the arguments of an original run_all.sh line, and stop.",
+        "Stages",
+        metavar="WORDS",
+        may_be_empty=True,
+        default=None,
+    )
+    sweep: tuple[str, ...] = option(
+        "One pipeline per value: rotate=none,axial,2, lr=1e-3,2e-3; repeatable, for a grid.",
+        "Stages",
+        metavar="NAME=V,V",
+        many=True,
+        default=(),
+    )
+    seeds: tuple[int, ...] = option(
+        "Repeat each configuration with these seeds (weights, data order, augmentation, noise).",
+        "Stages",
+        metavar="N,N",
+        read=numbers,
+        expects="a list of numbers, such as 0,1,2",
+        default=(),
+    )
+    out: str = option(
+        "Folder of all stages; by default runs/run-...-ARCH-DATA-rROTATE[-NAME].",
+        "Run",
+        **PATH,
+        default="",
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"--seeds {','.join(map(str, self.seeds))} has a number twice")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeiTStages:
+class DeiTStages(Stages):
     """Options of `run deit`, besides those of pretraining."""
 
     eval_only: bool = option("Only evaluate; no training.", "Stages", default=False)
@@ -77,10 +88,6 @@ class DeiTStages:
         flag="--finetune/--no-finetune",
         default=True,
     )
-    dry_run: bool = option(DRY_RUN, default=False)
-    from_legacy: str | None = option(FROM_LEGACY, default=None)
-    sweep: tuple[str, ...] = option(SWEEP, default=())
-    seeds: tuple[int, ...] = option(SEEDS, default=())
     finetune_epochs: int | None = option(
         "Number of epochs of finetuning.", "Run", ge=1, default=None
     )
@@ -96,11 +103,9 @@ class DeiTStages:
         "Warm-up epochs of finetuning.", "Recipe", ge=0, default=None
     )
     finetune_batch_size: int | None = option("Batch size of finetuning.", "Run", ge=1, default=None)
-    out: str = option(FOLDER, default="")
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        check_seeds(self.seeds)
+        super().__post_init__()
         if self.eval_only and self.skip_training:
             raise ConfigError(
                 "--eval-only and --skip-training exclude each other",
@@ -120,49 +125,26 @@ class DeiTStages:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiTStages:
+class DiTStages(Stages):
     """Options of `run dit`, besides those of training."""
 
-    dry_run: bool = option(DRY_RUN, default=False)
-    from_legacy: str | None = option(FROM_LEGACY, default=None)
-    sweep: tuple[str, ...] = option(SWEEP, default=())
-    seeds: tuple[int, ...] = option(SEEDS, default=())
-    num_samples: int | None = option(
-        replace(NUM_SAMPLES, panel="Samples and metrics"), default=None
-    )
-    sampler: SamplerName = option("Sampler.", "Samples and metrics", default=SampleRun.sampler)
+    panel = "Samples and metrics"
+    num_samples: int | None = option(NUM_SAMPLES, panel, default=None)
+    sampler: SamplerName = option("Sampler.", default=SampleRun.sampler)
     num_sampling_steps: str = option(
         "Number of sampling steps, or ddim25.",
-        "Samples and metrics",
         was="--sampling-steps",
         default=SampleRun.num_sampling_steps,
     )
     cfg_scale: float = option(
-        "Guidance scale; 1: no guidance.",
-        "Samples and metrics",
-        ge=1,
-        default=GuidanceConfig.cfg_scale,
+        "Guidance scale; 1: no guidance.", ge=1, default=GuidanceConfig.cfg_scale
     )
-    sampling_seed: int = option(
-        "Seed of sampling.", "Samples and metrics", ge=0, default=SampleRun.seed
-    )
-    reference: str = option(
-        "Real images or their statistics, for the FID: a folder or an .npz.",
-        "Samples and metrics",
-        metavar="FILE",
-        default="",
-    )
-    weights: str = option(
-        "Inception weights; by default those of fetch inception.",
-        "Samples and metrics",
-        metavar="FILE",
-        default="",
-    )
-    out: str = option(FOLDER, default="")
+    sampling_seed: int = option("Seed of sampling.", ge=0, default=SampleRun.seed)
+    reference: str = option(REFERENCE, default="")
+    weights: str = option(INCEPTION, default="")
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        check_seeds(self.seeds)
+        super().__post_init__()
         check_chain(self.sampler, self.num_sampling_steps)
 
 

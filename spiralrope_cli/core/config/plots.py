@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from spiralrope_cli.core.config.models import ARCH_OF_SOURCE, SIZE, RopeConfig, pair
-from spiralrope_cli.core.config.option import PATH, SOURCE, check_fields, leaves, option
+from spiralrope_cli.core.config.hub import ChosenWeights
+from spiralrope_cli.core.config.models import SIZE, RopeConfig, pair
+from spiralrope_cli.core.config.option import FILE, SOURCE, check_fields, leaves, option
 from spiralrope_cli.core.errors import ConfigError, DataError
 
 FORMATS = ("png", "svg")
@@ -22,14 +23,13 @@ MOST_IMAGES = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class FigureFile:
-    panel = "Figure"
+    """Where a figure is written."""
+
     out: str = option(
-        "Output file, .png or .svg; by default in plots/.",
-        **{**PATH, "metavar": "FILE"},
-        default="",
+        "Output file, .png or .svg; by default in plots/.", "Figure", **FILE, default=""
     )
     format: Literal["png", "svg"] | None = option(
-        "File format; by default that of --out, or png.", default=None
+        "File format; by default that of --out, or png.", "Figure", default=None
     )
 
     def __post_init__(self) -> None:
@@ -51,7 +51,7 @@ class FigureFile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunPlot:
+class RunPlot(FigureFile):
     panel = "Figure"
     runs: tuple[str, ...] = option(
         "Run folders, or names below runs/.",
@@ -62,11 +62,9 @@ class RunPlot:
     )
     over: Literal["step", "epoch"] = option("X axis.", default="step")
 
-    __post_init__ = check_fields
-
 
 @dataclass(frozen=True, kw_only=True)
-class RopePlot:
+class RopePlot(FigureFile):
     source: str = option(
         "Run folder, checkpoint file or published name, whose RoPE is drawn.",
         metavar="SOURCE",
@@ -108,7 +106,7 @@ class RopePlot:
     ropes: tuple[RopeConfig, ...]
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         for name in ("grid", "pretrain_grid"):
             rows, columns = getattr(self, name)
             if not 1 <= min(rows, columns) <= max(rows, columns) <= LARGEST_SIDE:
@@ -119,7 +117,7 @@ class RopePlot:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionPlot:
+class AttentionPlot(FigureFile, ChosenWeights):
     panel = "Attention"
     source: str = option(SOURCE)
     image: str = option("Image file.", metavar="IMAGE", argument=True)
@@ -144,16 +142,12 @@ class AttentionPlot:
         many=True,
         default=(),
     )
-    ema: bool = option("Use EMA weights.", default=False)
-    best: bool = option("Use the checkpoint with the best raw acc@1, not the last.", default=False)
     image_size: tuple[int, int] | None = option(
         "Side, or height x width, in pixels; by default as trained.", **SIZE, default=None
     )
-    arch: str = option(ARCH_OF_SOURCE, default="")
-    rope: dict[str, Any] = field(default_factory=dict)  # options that override the source's
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         if not Path(self.image).is_file():
             raise DataError(f"IMAGE {self.image} does not exist")
 
@@ -172,22 +166,15 @@ class AttentionPlot:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplesPlot:
+class SamplesPlot(FigureFile):
     panel = "Figure"
     source: str = option(
         "Output folder of dit-sample, .npz of images, or folder of images.",
         metavar="SOURCE",
         argument=True,
     )
-    num_samples: int = option("Number of images.", ge=1, was="--num", default=64)
+    num_samples: int = option("Number of images.", ge=1, le=MOST_IMAGES, was="--num", default=64)
     columns: int = option("Images per row; 0: a square grid.", ge=0, default=0)
     labels: bool = option(
         "Print class labels below the images, if known.", flag="--labels/--no-labels", default=True
     )
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if self.num_samples > MOST_IMAGES:
-            raise ConfigError(
-                f"--num-samples is {self.num_samples}; it must be at most {MOST_IMAGES}"
-            )

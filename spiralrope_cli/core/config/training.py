@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from spiralrope_cli.core.config.models import is_dit, size_of
-from spiralrope_cli.core.config.option import PATH, Opt, check_fields, option
+from spiralrope_cli.core.config.option import FILE, PATH, Opt, check_fields, option
 from spiralrope_cli.core.errors import ConfigError, in_one
 
 RUNS_FOLDER = "runs"
@@ -231,7 +231,7 @@ class TrainOptions:
     name: str = option("Suffix of the run folder's name.", default="")
     config: str = option(
         "config.yaml of a run to repeat; options override it.",
-        **{**PATH, "metavar": "FILE"},
+        **FILE,
         default="",
     )
     dry_run: bool = option("Print the plan and stop.", default=False)

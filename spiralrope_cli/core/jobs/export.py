@@ -46,11 +46,10 @@ def export(given: dict[str, Any]) -> None:
     """Writes weights in another layout, or uploads them; prints the path or the URL."""
     from spiralrope_cli.core.hub import upload
 
-    rope = given_rope(given)
-    config: ExportRun = build(ExportRun, given)
+    config: ExportRun = build(ExportRun, {**given, "rope": given_rope(given)})
     if config.push:
         upload.check_rights(config.push)
-    settled = settle(config, rope)
+    settled = settle(config)
     with ExitStack() as stack:
         if config.push and not config.out:
             scratch = stack.enter_context(tempfile.TemporaryDirectory())
@@ -82,7 +81,7 @@ class Export:
         return HEADROOM + tensors + (self.vae.weights.stat().st_size if self.vae else 0)
 
 
-def settle(config: ExportRun, rope: dict[str, Any]) -> Export:
+def settle(config: ExportRun) -> Export:
     """Reads the weights, and chooses the target.
 
     If `ema` is not given: raw weights, or both sets for the published layout.
@@ -96,7 +95,7 @@ def settle(config: ExportRun, rope: dict[str, Any]) -> Export:
     from spiralrope_cli.core.weights import fetch_source, read_weights
 
     layout, source = config.layout, fetch_source(source)
-    weights = read_weights(source, ema=bool(config.ema), rope=rope, arch=config.arch)
+    weights = read_weights(source, ema=bool(config.ema), rope=config.rope, arch=config.arch)
     if layout == "published" and weights.rope.mixed:
         raise ConfigError(
             f"--layout published has no place for the learned frequencies of {config.source}",
@@ -107,7 +106,7 @@ def settle(config: ExportRun, rope: dict[str, Any]) -> Export:
     sets: tuple[StateDict, ...] = (whole_state(weights, model),)
     kind = "ema" if weights.ema else "raw" if layout == "published" else ""
     if layout == "published" and config.ema is None:
-        other = read_weights(source, ema=True, rope=rope, arch=config.arch)
+        other = read_weights(source, ema=True, rope=config.rope, arch=config.arch)
         if other.ema and not weights.ema:
             sets, kind = (*sets, whole_state(other, model)), ""
     kind = "-".join(filter(None, (kind, layout if layout == "diffusers" else "")))

@@ -17,7 +17,6 @@ from spiralrope_cli.core.config.plots import (
     DIT_LATENT,
     ROPE_PANELS,
     AttentionPlot,
-    FigureFile,
     RopePlot,
     RunPlot,
     SamplesPlot,
@@ -55,7 +54,6 @@ def report(figure: Figure, path: Path) -> None:
 def draw_run(given: dict[str, Any]) -> None:
     """Loss, accuracy or bound, learning rate and speed of training runs."""
     plot: RunPlot = build(RunPlot, given)
-    file: FigureFile = build(FigureFile, given)
     # The folder of a pipeline or a sweep stands for the runs in it.
     named = []
     for folder in map(find_run, plot.runs):
@@ -67,7 +65,7 @@ def draw_run(given: dict[str, Any]) -> None:
     skipped = [folder for folder in named if folder not in folders]
     say_notes(f"{folder} is skipped: it has no {METRICS_FILE}" for folder in skipped)
     more = f"-and-{len(folders) - 1}-more" if len(folders) > 1 else ""
-    report(curves_figure(folders, plot.over), file.named(f"run-{folders[0].resolve().name}{more}"))
+    report(curves_figure(folders, plot.over), plot.named(f"run-{folders[0].resolve().name}{more}"))
 
 
 # ---- plot rope
@@ -75,7 +73,6 @@ def draw_rope(given: dict[str, Any]) -> None:
     """Directions, frequencies, clamped positions and scores."""
     weights = weights_of_rope(given) if "source" in given else None
     plot, notes = settle_rope(given, weights)
-    file: FigureFile = build(FigureFile, given)
     say_notes(notes)
 
     from spiralrope_cli.core.plots.rope import rope_figure
@@ -87,7 +84,7 @@ def draw_rope(given: dict[str, Any]) -> None:
             change = change_from_axial(plot.grid, plot.head_dim, rope, plot.pretrain_grid)
             say(f"rotate {rope.rotate} changes queries by {change:.1%} against axial RoPE")
     name = "rope-" + "-".join(rope.name.replace("rotate ", "r") for rope in plot.ropes)
-    report(rope_figure(plot, freqs), file.named(name))
+    report(rope_figure(plot, freqs), plot.named(name))
 
 
 def weights_of_rope(given: dict[str, Any]) -> Weights:
@@ -161,10 +158,9 @@ def mixed_frequencies(plot: RopePlot, weights: Weights | None) -> Tensor:
 def draw_attention(given: dict[str, Any]) -> None:
     """Attention maps of one query token of a DeiT, one per head."""
     plot: AttentionPlot = build(AttentionPlot, {**given, "rope": given_rope(given)})
-    file: FigureFile = build(FigureFile, given)
-    path = file.named(f"attention-{Path(plot.source).resolve().stem}-{Path(plot.image).stem}")
+    path = plot.named(f"attention-{Path(plot.source).resolve().stem}-{Path(plot.image).stem}")
     if path.resolve() == Path(plot.image).resolve():
-        raise ConfigError(f"--out {file.out} is IMAGE itself", "choose another --out")
+        raise ConfigError(f"--out {plot.out} is IMAGE itself", "choose another --out")
     source = find_source(plot.source, best=plot.best)
 
     from spiralrope_cli.core.load import at_size, build_network
@@ -228,7 +224,6 @@ def read_image(file: str, weights: Weights, size: tuple[int, int]) -> tuple[np.n
 def draw_grid(given: dict[str, Any]) -> None:
     """A grid of the first images of a set, with their classes if known."""
     plot: SamplesPlot = build(SamplesPlot, given)
-    file: FigureFile = build(FigureFile, given)
 
     import torch
 
@@ -252,7 +247,7 @@ def draw_grid(given: dict[str, Any]) -> None:
     labels = labels_of(images, part) if plot.labels else []
     title = f"{plot.source}: {len(part)} of {len(images)} images"
     figure = samples_figure(shown, labels, title, plot.columns or None)
-    report(figure, file.named(f"samples-{Path(plot.source).resolve().stem}"))
+    report(figure, plot.named(f"samples-{Path(plot.source).resolve().stem}"))
 
 
 def find_images(given: str) -> Path:

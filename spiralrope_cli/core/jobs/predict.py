@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spiralrope_cli.core.config.datasets import BUILT_IN, PHOTOGRAPHS
+from spiralrope_cli.core.config.evals import SHEET_IMAGES, TOP_K, Prediction
 from spiralrope_cli.core.config.models import RopeConfig, given_rope
 from spiralrope_cli.core.config.option import build, idle_lines
-from spiralrope_cli.core.config.predictions import SHEET_IMAGES, TOP_K, Prediction
 from spiralrope_cli.core.config.runs import check_divides
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.listing import IMAGE_SUFFIXES, ImageList, count_files, images_below
