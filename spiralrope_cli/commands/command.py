@@ -227,9 +227,11 @@ def _parameters(opt: Opt, default: str | None) -> Iterator[inspect.Parameter]:
     """What Typer gets for an option and its old name: strings, as `Opt.convert` reads them."""
     kind: Any = bool if opt.hint is bool else list[str] if opt.many else str
     usual, words = PLACEHOLDERS.get(opt.hint), opt.help
-    complete = getattr(completion, opt.complete or "paths")
+    offered: Any = opt.choices or opt.complete or "paths"
+    named = isinstance(offered, str)
+    complete = getattr(completion, offered) if named else completion.choices(*offered)
     if opt.choices:
-        usual, complete = "WORD", completion.choices(*opt.choices)
+        usual = "WORD"
         words += f" ({', '.join(opt.choices)})"
     shown = _default(opt) if default is None else default
     if shown and not opt.argument:

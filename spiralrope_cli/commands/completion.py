@@ -11,6 +11,8 @@ from pathlib import Path
 
 import typer
 
+from spiralrope_cli.core.config.models import DEIT_SIZES, DIT_SIZES
+
 Offer = list[str] | list[tuple[str, str]]
 """Words, or (word, description) for shells that show it."""
 
@@ -31,16 +33,8 @@ def paths() -> Offer:
     return []
 
 
-def deit_archs() -> Offer:
-    from spiralrope_cli.core.config.models import DEIT_SIZES
-
-    return list(DEIT_SIZES)
-
-
 def dit_archs(incomplete: str) -> Offer:
     """DiTs by name: `dit-b4`, or `DiT-B/4` if the word begins like that."""
-    from spiralrope_cli.core.config.models import DIT_SIZES
-
     if incomplete == incomplete.lower() and "/" not in incomplete:
         return list(DIT_SIZES)
     sizes = (name.removeprefix("dit-") for name in DIT_SIZES)
@@ -54,26 +48,7 @@ def dit_archs(incomplete: str) -> Offer:
 
 
 def archs(incomplete: str) -> Offer:
-    return [str(name) for name in (*deit_archs(), *dit_archs(incomplete))]
-
-
-def data_sets() -> Offer:
-    from spiralrope_cli.core.config.datasets import BUILT_IN, NAMED
-
-    return [*BUILT_IN, *NAMED]
-
-
-def vaes() -> Offer:
-    from spiralrope_cli.core.config.dit_runs import VAE_NAMES
-
-    return list(VAE_NAMES)
-
-
-def vaes_or_none() -> Offer:
-    """Names of VAEs, and `none`."""
-    from spiralrope_cli.core.config.dit_runs import NO_VAE
-
-    return [*vaes(), NO_VAE]
+    return [*DEIT_SIZES, *map(str, dit_archs(incomplete))]
 
 
 def published() -> Offer:

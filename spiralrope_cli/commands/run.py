@@ -55,16 +55,7 @@ def deit(given: dict[str, Any]) -> Remaining | None:
       spiralrope run deit --sweep rotate=none,axial,mixed,2,4 --seeds 0,1,2
       spiralrope run deit --from-legacy "4 - - - - 8"       from run_all.sh
     """
-    if "from_legacy" in given:
-        say_translated(given, "deit")
-        return None
-    if "sweep" in given or "seeds" in given:
-        from spiralrope_cli.core.jobs.sweep import run_sweep
-
-        return run_sweep("deit", given)
-    from spiralrope_cli.core.jobs.pipeline import run_stages, settle_deit
-
-    return run_stages(settle_deit(given), dry_run=given.get("dry_run", False))
+    return run_pipeline("deit", given)
 
 
 @command(
@@ -100,19 +91,24 @@ def dit(given: dict[str, Any]) -> Remaining | None:
       spiralrope run dit --reference imagenet256.npz --num-samples 10000 --dry-run
       spiralrope run dit --from-legacy "- 4"                from run_all.sh
     """
+    return run_pipeline("dit", given)
+
+
+def run_pipeline(kind: str, given: dict[str, Any]) -> Remaining | None:
+    """Runs a pipeline or a sweep, or translates a line of an original script."""
     if "from_legacy" in given:
-        say_translated(given, "dit")
+        say_translated(kind, given)
         return None
     if "sweep" in given or "seeds" in given:
         from spiralrope_cli.core.jobs.sweep import run_sweep
 
-        return run_sweep("dit", given)
-    from spiralrope_cli.core.jobs.pipeline import run_stages, settle_dit
+        return run_sweep(kind, given)
+    from spiralrope_cli.core.jobs.pipeline import SETTLE, run_stages
 
-    return run_stages(settle_dit(given), dry_run=given.get("dry_run", False))
+    return run_stages(SETTLE[kind](given), dry_run=given.get("dry_run", False))
 
 
-def say_translated(given: dict[str, Any], kind: str) -> None:
+def say_translated(kind: str, given: dict[str, Any]) -> None:
     """Prints the command for an original line on stdout, and notes on stderr."""
     if list(given) != ["from_legacy"]:
         raise ConfigError(

@@ -200,7 +200,8 @@ FASHION_MNIST = DataSet(
 BUILT_IN = {built_in.data: built_in for built_in in (DIGITS, FASHION_MNIST)}
 NAMED = ("cifar100", "inat18", "inat19")
 """Names of folders of images; `data/named.py` knows where they lie."""
-DATA_NAMES = ", ".join((*BUILT_IN, *NAMED, "hfds/OWNER/NAME", "tfds/NAME"))
+DATA_SETS = (*BUILT_IN, *NAMED)
+DATA_NAMES = ", ".join((*DATA_SETS, "hfds/OWNER/NAME", "tfds/NAME"))
 
 PHOTOGRAPHS: dict[str, Any] = {
     "image_size": (224, 224),

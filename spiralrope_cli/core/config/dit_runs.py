@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from spiralrope_cli.core.config.datasets import DATA_NAMES
+from spiralrope_cli.core.config.datasets import DATA_NAMES, DATA_SETS
 from spiralrope_cli.core.config.fid import TrainingFid
 from spiralrope_cli.core.config.models import SIZE, dit_size, format_size
 from spiralrope_cli.core.config.option import check_fields, folder, option
@@ -69,7 +69,7 @@ class ImageConfig:
         "VAE: ema, mse, a folder in diffusers' layout, hf:OWNER/NAME, or none for pixels.",
         "Data and augmentation",
         metavar="NAME|FOLDER",
-        complete="vaes_or_none",
+        complete=(*VAE_NAMES, NO_VAE),
     )
     latents: str = option(
         "Folder of cached latents from dit-encode, instead of --data.",
@@ -126,7 +126,7 @@ class DiTRun(RunConfig):
         "By default $SPIRALROPE_DATA, else the bundled digits.",
         "Data and augmentation",
         metavar="NAME|FOLDER",
-        complete="data_sets",
+        complete=DATA_SETS,
     )
     seed: int = option("Seed of weights, data order, timesteps and noise.", "Run", ge=0)
     source: str = option(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spiralrope_cli.core.config.datasets import DATA_NAMES, EvalProtocol
+from spiralrope_cli.core.config.datasets import DATA_NAMES, DATA_SETS, EvalProtocol
 from spiralrope_cli.core.config.hub import ChosenWeights
 from spiralrope_cli.core.config.models import SIZE, RopeConfig
 from spiralrope_cli.core.config.option import FILE, PATH, SOURCE, check_fields, option
@@ -44,7 +44,7 @@ class EvalOptions(ChosenWeights):
         "By default that of the run, else $SPIRALROPE_DATA, else digits.",
         "Data and augmentation",
         metavar="NAME|FOLDER",
-        complete="data_sets",
+        complete=DATA_SETS,
         default=None,
     )
     ignore_class_names: bool = option(

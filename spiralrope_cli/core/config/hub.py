@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from spiralrope_cli.core.config.dit_runs import VAE_NAMES
 from spiralrope_cli.core.config.models import ARCH_OF_SOURCE
 from spiralrope_cli.core.config.option import PATH, SOURCE, check_fields, option
 from spiralrope_cli.core.errors import ConfigError
@@ -74,7 +75,7 @@ class ExportRun(ChosenWeights):
         "VAE of the pipeline: mse, ema, a folder in diffusers' layout or hf:OWNER/NAME; "
         "by default as in dit-sample.",
         metavar="NAME|FOLDER",
-        complete="vaes",
+        complete=VAE_NAMES,
         default=None,
     )
     out: str = option(

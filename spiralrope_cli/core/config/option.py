@@ -52,7 +52,7 @@ class Opt:
     pattern: str = ""  # regular expression that a string must match
     expects: str = ""  # allowed values, in messages; by default from type and bounds
     read: Callable[[str], Any] | None = None  # text -> value, or raises ValueError
-    complete: str = ""  # name of a function in commands/completion.py
+    complete: str | tuple[str, ...] = ""  # function in commands/completion.py, or the words
     free: bool = False  # a resumed run may change it: it has no effect on results
     many: bool = False  # repeatable; the field is a tuple
     argument: bool = False  # positional
@@ -207,7 +207,8 @@ def _leaves(kind: type) -> dict[str, Opt]:
             of_field = {"name": field.name, "hint": hint, "optional": optional}
             of_field |= {"default": field.default, "flag": flag, "called": called}
             of_field |= {"free": opt.free or getattr(kind, "free", False)}
-            of_field |= {"panel": opt.panel or "" if opt.argument else getattr(kind, "panel", "")}
+            of_kind = "" if opt.argument else getattr(kind, "panel", "")
+            of_field |= {"panel": opt.panel or of_kind}
             inner = {field.name: dataclasses.replace(opt, **of_field)}
         if twice := found.keys() & inner.keys():
             raise TypeError(f"{kind.__name__}: {', '.join(twice)} is in two groups")

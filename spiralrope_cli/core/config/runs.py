@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from spiralrope_cli.core.config.datasets import DATA_NAMES, DataSet
+from spiralrope_cli.core.config.datasets import DATA_NAMES, DATA_SETS, DataSet
 from spiralrope_cli.core.config.folders import class_difference
-from spiralrope_cli.core.config.models import SIZE, RopeConfig, format_size, size_of
+from spiralrope_cli.core.config.models import DEIT_SIZES, SIZE, RopeConfig, format_size, size_of
 from spiralrope_cli.core.config.option import PATH, SOURCE, Opt, check_fields, leaves, option
 from spiralrope_cli.core.config.training import MachineConfig, OptimConfig
 from spiralrope_cli.core.errors import ConfigError
@@ -215,7 +215,7 @@ class ClassifierRun(RunConfig):
         "deit-ti, deit-s, deit-b, deit-l, or by numbers: deit-WIDTHxDEPTHxHEADS.",
         "Model",
         metavar="NAME",
-        complete="deit_archs",
+        complete=tuple(DEIT_SIZES),
     )
     data: str = option(
         f"{DATA_NAMES}, or a folder with train/ and val/ "
@@ -223,7 +223,7 @@ class ClassifierRun(RunConfig):
         "By default $SPIRALROPE_DATA, else the bundled digits.",
         "Data and augmentation",
         metavar="NAME|FOLDER",
-        complete="data_sets",
+        complete=DATA_SETS,
     )
     seed: int = option("Seed of weights, data order and augmentation.", "Run", ge=0)
     num_val: int = option(called="the number of validation images")

@@ -49,7 +49,7 @@ class EncodeRun:
         "VAE: ema, mse, a folder in diffusers' layout, or hf:OWNER/NAME.",
         "Data and augmentation",
         metavar="NAME|FOLDER",
-        complete="vaes",
+        complete=VAE_NAMES,
         default="ema",
     )
     image_size: tuple[int, int] = option(
@@ -272,7 +272,7 @@ class SampleRun:
         "VAE: mse, ema, a folder in diffusers' layout, hf:OWNER/NAME, or none for pixels.",
         "Images",
         metavar="NAME|FOLDER",
-        complete="vaes_or_none",
+        complete=(*VAE_NAMES, NO_VAE),
     )
     png: bool = option("Also write every image as a .png.", "Images", default=False)
     out: str = option("Output folder; by default runs/dit-sample-...", "Run", **PATH)

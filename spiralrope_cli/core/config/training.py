@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from spiralrope_cli.core.config.datasets import DATA_SETS
 from spiralrope_cli.core.config.models import is_dit, size_of
 from spiralrope_cli.core.config.option import FILE, PATH, Opt, check_fields, option
 from spiralrope_cli.core.errors import ConfigError, in_one
@@ -259,7 +260,7 @@ class Checkup:
         "Built-in name or folder; by default $SPIRALROPE_DATA, else digits.",
         "Data and augmentation",
         metavar="NAME|FOLDER",
-        complete="data_sets",
+        complete=DATA_SETS,
         default="",
     )
     runs: str = option("Folder that holds the run folders.", "Run", **PATH, default=RUNS_FOLDER)

@@ -187,6 +187,9 @@ def settle_dit(given: dict[str, Any]) -> Pipeline:
     return Pipeline("run dit", str(folder), tuple(stages), note)
 
 
+SETTLE: dict[str, Callable[..., Pipeline]] = {"deit": settle_deit, "dit": settle_dit}
+
+
 def training_options(given: dict[str, Any], own: type) -> dict[str, Any]:
     """The given options, without those of the pipeline."""
     not_of_run = leaves(own).keys() | leaves(TrainOptions)
