@@ -40,9 +40,9 @@ from spiralrope_cli.core.jobs.pipeline import (
 from spiralrope_cli.core.report.results import (
     Record,
     Result,
-    of_drawn_sweep,
+    of_points,
+    of_sweep,
     print_table,
-    with_spread,
 )
 from spiralrope_cli.core.resolve import Resolved, named_folder, resolve
 from spiralrope_cli.core.runtime.launch import say_notes
@@ -57,8 +57,8 @@ from spiralrope_cli.core.runtime.run_folder import (
 from spiralrope_cli.core.runtime.slurm import Remaining
 
 METRICS = ("acc1", "acc5", "loss")
-COLUMNS = (("raw", "acc1", "acc@1 %"), ("EMA", "acc1", "acc@1 % EMA"), ("EMA", "loss", "loss EMA"))
-"""(weights, metric, heading) of the columns. All are of the last checkpoint: the best one was
+COLUMNS = (("acc@1 %", "acc1", 2), ("acc@1 % EMA", "ema_acc1", 2), ("loss EMA", "ema_loss", 4))
+"""(heading, metric, decimals) of the columns. All are of the last checkpoint: the best one was
 chosen on the same validation images, so its accuracy is biased."""
 
 REPLACED = ("--sweep", "--seeds", "--name", "--out", "--rotate")
@@ -196,7 +196,7 @@ def report(sweep: Sweep) -> None:
     folder, drawn = Path(sweep.folder), sweep.runs[0].point.kind == "dit"
     records = drawn_summary(sweep.runs) if drawn else summary(sweep.runs)
     write_json(folder / SWEEP_FILE, {"rows": records})
-    last = of_drawn_sweep(records) if drawn else of_last(records)
+    last = of_sweep(records) if drawn else of_last(records)
     say_result(last.caption)
     print_table(last)
     say(f"metrics: {folder / SWEEP_FILE}")
@@ -270,29 +270,15 @@ def spread(values: Sequence[float]) -> Record:
 
 
 def of_last(records: Sequence[Record]) -> Result:
-    """Mean ± standard deviation of the last checkpoints, at the default crop ratio."""
-    rows = [each for each in records if each["usual_crop"] and each["checkpoint"] == "last"]
-    by_point: dict[tuple[str, ...], dict[str, Record]] = {}
-    for each in rows:
-        words = tuple(each["point"].values()) or ("as given",)
-        by_point.setdefault(words, {})[each["weights"]] = each
-    names = list(rows[0]["point"]) or ["options"]
-    of_seeds = "mean ± standard deviation over seeds" if len(rows[0]["seeds"]) > 1 else "one seed"
-    return Result(
-        title="Sweep",
-        caption=f"last checkpoint, crop ratio {rows[0]['crop_ratio']:g}, {rows[0]['images']} "
-        f"validation images; {of_seeds}",
-        columns=[*names, "seeds", *(heading for _, _, heading in COLUMNS)],
-        rows=[
-            (
-                *words,
-                len(by_weights["raw"]["seeds"]),
-                *(
-                    with_spread(by_weights[weights][metric], 4 if metric == "loss" else 2)
-                    for weights, metric, _ in COLUMNS
-                ),
-            )
-            for words, by_weights in by_point.items()
-        ],
-        words=names,
+    """Table of the last checkpoints, at the default crop ratio."""
+    last = [each for each in records if each["usual_crop"] and each["checkpoint"] == "last"]
+    raw, ema = ([each for each in last if each["weights"] == kind] for kind in ("raw", "EMA"))
+    both = [
+        {**one, "ema_acc1": other["acc1"], "ema_loss": other["loss"]}
+        for one, other in zip(raw, ema, strict=True)
+    ]
+    first = raw[0]
+    caption = (
+        f"last checkpoint, crop ratio {first['crop_ratio']:g}, {first['images']} validation images"
     )
+    return of_points(both, COLUMNS, caption)

@@ -286,57 +286,57 @@ def of_stages(stages: Record) -> Result:
     return Result(title="Stages", caption=caption, columns=columns, rows=rows, words={"finished"})
 
 
-def of_sweep(points: list[Record]) -> Result:
-    """Mean and standard deviation over seeds, per configuration, weights and crop ratio."""
-    if "training_loss" in points[0]:
-        return of_drawn_sweep(points)
-    rows = [
-        [
-            *each["point"].values(),
-            f"{each['checkpoint']} {each['weights']}",
-            f"{each['crop_ratio']:g}",
-            len(each["seeds"]),
-            with_spread(each["acc1"], 2),
-            with_spread(each["acc5"], 2),
-            with_spread(each["loss"], 4),
+def of_sweep(points: Sequence[Record]) -> Result:
+    """All rows of a `sweep.json`."""
+    if "training_loss" in points[0]:  # of `run dit`
+        metrics = [
+            (heading, name, 2 if name in ("fid", "sfid", "is") else digits)
+            for name, (heading, _, digits) in FID_METRICS.items()
+            if any(name in each for each in points)
         ]
+        metrics.append(("training loss", "training_loss", 4))
+        caption = f"{points[0]['images']:,} images each, from the last EMA weights"
+        return of_points(points, metrics, caption)
+    metrics = list(zip(ACCURACY, ("acc1", "acc5", "loss"), (2, 2, 4), strict=True))
+    rows = [
+        {
+            **each,
+            "weights": f"{each['checkpoint']} {each['weights']}",
+            "crop ratio": f"{each['crop_ratio']:g}",
+        }
         for each in points
     ]
-    spread = any(each["acc1"]["std"] is not None for each in points)
-    return Result(
-        title="All configurations",
-        caption="Mean ± standard deviation over seeds" if spread else "One seed each",
-        columns=[*points[0]["point"], "weights", "crop ratio", "seeds", *ACCURACY],
-        rows=rows,
-        words={"weights"},
-    )
+    return of_points(rows, metrics, more=("weights", "crop ratio"))
 
 
-def of_drawn_sweep(points: list[Record]) -> Result:
-    """The same of `run dit`, per configuration."""
-    metrics = {
-        name: min(digits, 2) if name in ("fid", "sfid", "is") else digits
-        for name, (_, _, digits) in FID_METRICS.items()
-        if any(name in each for each in points)
-    }
+def of_points(
+    points: Sequence[Record],
+    metrics: Sequence[tuple[str, str, int]],
+    caption: str = "",
+    more: Sequence[str] = (),
+) -> Result:
+    """One row per configuration of a sweep: mean and standard deviation over seeds.
+
+    `metrics` are (heading, key, decimals), and `more` the keys of further columns.
+    """
+    names = list(points[0]["point"]) or ["options"]
     rows = [
         [
             *(each["point"].values() or ("as given",)),
+            *(each[name] for name in more),
             len(each["seeds"]),
-            *(with_spread(each[n], d) if n in each else "-" for n, d in metrics.items()),
-            with_spread(each["training_loss"], 4),
+            *(with_spread(each[key], digits) if key in each else "-" for _, key, digits in metrics),
         ]
         for each in points
     ]
-    names = list(points[0]["point"]) or ["options"]
-    spread = "mean ± standard deviation over seeds" if len(points[0]["seeds"]) > 1 else "one seed"
-    headings = [FID_METRICS[name][0] for name in metrics]
+    spread = any("±" in cell for row in rows for cell in row[len(names) + len(more) + 1 :])
+    over = "Mean ± standard deviation over seeds" if spread else "One seed each"
     return Result(
         title="All configurations",
-        caption=f"{points[0]['images']:,} images each, from the last EMA weights; {spread}",
-        columns=[*names, "seeds", *headings, "training loss"],
+        caption="; ".join(filter(None, (over, caption))),
+        columns=[*names, *more, "seeds", *(heading for heading, _, _ in metrics)],
         rows=rows,
-        words=names,
+        words={*names, "weights"},
     )
 
 
