@@ -139,15 +139,15 @@ PLACEHOLDERS = {bool: " ", int: "N", float: "X"}
 def commands(lines: Mapping[str, str], **more: Any) -> typer.Typer:
     """A group of commands, of which only the typed one is imported and built.
 
-    `lines` is name -> first line of the help; `dit-train` is `app` in commands/dit_train.py.
+    `lines` is name -> first line of the help; `dit-train` is `dit_train` in commands/dit_train.py.
     """
 
     class OneOf(Group):
         def resolve_command(self, ctx: Any, args: list[str]) -> Any:
             if args and args[0] in lines:
-                module = f"spiralrope_cli.commands.{args[0].replace('-', '_')}"
-                built = typer.main.get_command(importlib.import_module(module).app)
-                self.commands[args[0]] = built
+                name = args[0].replace("-", "_")
+                module = importlib.import_module(f"spiralrope_cli.commands.{name}")
+                self.commands[args[0]] = typer.main.get_command(getattr(module, name))
             return super().resolve_command(ctx, args)
 
     app = typer.Typer(no_args_is_help=True, **{**SETTINGS, "cls": OneOf, **more})
@@ -157,24 +157,22 @@ def commands(lines: Mapping[str, str], **more: Any) -> typer.Typer:
 
 
 def command(
-    app: typer.Typer,
-    name: str,
     *kinds: type,
     leave_out: Iterable[str] = (),
     words: Mapping[str, str] | None = None,
     defaults: Mapping[str, str] | None = None,
     cls: type[TyperCommand] = Command,
-) -> Callable[[Callable[[dict[str, Any]], Any]], Callable[[dict[str, Any]], Any]]:
-    """Registers `function(given)`; `given` is field name -> value, only of options that were given.
+    group: typer.Typer | None = None,
+) -> Callable[[Callable[[dict[str, Any]], Any]], typer.Typer]:
+    """Makes an app of `function(given)`: field name -> value, only of options that were given.
 
     Args:
-        app: group of the command.
-        name: name of the command.
         kinds: configs; each field with `Opt` becomes an option.
         leave_out: fields without an option in this command.
         words: field -> help that replaces that of the field.
         defaults: field -> default in the help, if not that of the field.
         cls: class of the command.
+        group: app to which the command is added; by default one of its own.
     """
     known = {
         name: dataclasses.replace(opt, help=(words or {}).get(name, opt.help))
@@ -184,7 +182,7 @@ def command(
     }
     shown = sorted(known.values(), key=lambda opt: -1 if opt.argument else PANELS.index(opt.panel))
 
-    def register(function: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], Any]:
+    def register(function: Callable[[dict[str, Any]], Any]) -> typer.Typer:
         def call(ctx: typer.Context, **values: Any) -> None:
             sources = {name: ctx.get_parameter_source(name) for name in values}
             typed = [n for n, source in sources.items() if source and source.name == "COMMANDLINE"]
@@ -217,8 +215,10 @@ def command(
         # Typer keeps the line breaks inside of a paragraph of the help, but not of the epilog.
         text = "\n\n".join(" ".join(each.split()) for each in text.strip().split("\n\n"))
         epilog = "\n\n".join(["\nExamples:", *examples.splitlines()])
+        app = group or typer.Typer(**SETTINGS)
+        name = function.__name__.replace("_", "-")
         app.command(name, help=text, epilog=epilog, cls=cls)(call)
-        return function
+        return app
 
     return register
 

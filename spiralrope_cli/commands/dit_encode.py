@@ -2,20 +2,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import typer
-
-from spiralrope_cli.commands.command import SETTINGS, command
+from spiralrope_cli.commands.command import command
 from spiralrope_cli.core.config.samples import EXACT, EncodeRun
 from spiralrope_cli.core.config.slurm import SlurmOptions
 from spiralrope_cli.core.config.training import TrainOptions
 from spiralrope_cli.core.runtime.slurm import Remaining
 
-app = typer.Typer(**SETTINGS)
-
 
 @command(
-    app,
-    "dit-encode",
     EncodeRun,
     TrainOptions,
     SlurmOptions,

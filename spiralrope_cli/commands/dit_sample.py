@@ -2,21 +2,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import typer
-
-from spiralrope_cli.commands.command import SETTINGS, command
+from spiralrope_cli.commands.command import command
 from spiralrope_cli.core.config.models import BY_WEIGHTS, RopeConfig
 from spiralrope_cli.core.config.samples import SampleRun
 from spiralrope_cli.core.config.slurm import SlurmOptions
 from spiralrope_cli.core.config.training import TrainOptions
 from spiralrope_cli.core.runtime.slurm import Remaining
 
-app = typer.Typer(**SETTINGS)
-
 
 @command(
-    app,
-    "dit-sample",
     SampleRun,
     RopeConfig,
     TrainOptions,

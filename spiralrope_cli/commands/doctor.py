@@ -4,15 +4,11 @@ from typing import Any
 
 import typer
 
-from spiralrope_cli.commands.command import SETTINGS, command
+from spiralrope_cli.commands.command import command
 from spiralrope_cli.core.config.training import Checkup
-
-app = typer.Typer(**SETTINGS)
 
 
 @command(
-    app,
-    "doctor",
     Checkup,
     leave_out=(
         *("nnodes", "rdzv_endpoint", "max_restarts", "compile", "grad_checkpointing", "shard"),

@@ -3,9 +3,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import typer
-
-from spiralrope_cli.commands.command import SETTINGS, Command, command
+from spiralrope_cli.commands.command import Command, command
 from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions
 from spiralrope_cli.core.config.models import BY_WEIGHTS, RopeConfig
 from spiralrope_cli.core.config.slurm import SlurmOptions
@@ -42,12 +40,7 @@ def _is_number(word: str) -> bool:
         return False
 
 
-app = typer.Typer(**SETTINGS)
-
-
 @command(
-    app,
-    "eval",
     EvalOptions,
     RopeConfig,
     MachineConfig,
@@ -56,7 +49,7 @@ app = typer.Typer(**SETTINGS)
     defaults=BY_WEIGHTS,
     cls=CropRatioCommand,
 )
-def evaluate(given: dict[str, Any]) -> Remaining:
+def eval(given: dict[str, Any]) -> Remaining:
     """Evaluate acc@1, acc@5 and loss on the validation images.
 
     Without options: the last raw weights of the newest classifier run, at the crop ratio of its

@@ -2,16 +2,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import typer
-
-from spiralrope_cli.commands.command import SETTINGS, command
+from spiralrope_cli.commands.command import command
 from spiralrope_cli.core.config.hub import ExportRun
 from spiralrope_cli.core.config.models import BY_WEIGHTS, RopeConfig
 
-app = typer.Typer(**SETTINGS)
 
-
-@command(app, "export", ExportRun, RopeConfig, defaults=BY_WEIGHTS)
+@command(ExportRun, RopeConfig, defaults=BY_WEIGHTS)
 def export(given: dict[str, Any]) -> None:
     """Export weights to share: as a folder, as one file, or onto the Hugging Face Hub.
 

@@ -2,15 +2,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import typer
-
-from spiralrope_cli.commands.command import SETTINGS, command
+from spiralrope_cli.commands.command import command
 from spiralrope_cli.core.config.hub import FetchRun
 
-app = typer.Typer(**SETTINGS)
 
-
-@command(app, "fetch", FetchRun)
+@command(FetchRun)
 def fetch(given: dict[str, Any]) -> None:
     """Download published weights, VAEs, Inception weights, reference batches or CIFAR-100.
 

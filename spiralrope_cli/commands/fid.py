@@ -2,19 +2,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import typer
-
-from spiralrope_cli.commands.command import SETTINGS, command
+from spiralrope_cli.commands.command import command
 from spiralrope_cli.core.config.fid import FidRun
 from spiralrope_cli.core.config.slurm import SlurmOptions
 from spiralrope_cli.core.runtime.slurm import Remaining
 
-app = typer.Typer(**SETTINGS)
-
 
 @command(
-    app,
-    "fid",
     FidRun,
     SlurmOptions,
     leave_out=("compile", "grad_checkpointing", "shard", "resume", "tracker"),

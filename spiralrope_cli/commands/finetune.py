@@ -2,9 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import typer
-
-from spiralrope_cli.commands.command import SETTINGS, command
+from spiralrope_cli.commands.command import command
 from spiralrope_cli.core.config.models import ARCH_OF_SOURCE
 from spiralrope_cli.core.config.recipes import shown_defaults
 from spiralrope_cli.core.config.runs import ClassifierRun
@@ -12,12 +10,8 @@ from spiralrope_cli.core.config.slurm import SlurmOptions
 from spiralrope_cli.core.config.training import TrainOptions
 from spiralrope_cli.core.runtime.slurm import Remaining
 
-app = typer.Typer(**SETTINGS)
-
 
 @command(
-    app,
-    "finetune",
     ClassifierRun,
     TrainOptions,
     SlurmOptions,

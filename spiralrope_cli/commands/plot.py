@@ -8,15 +8,15 @@ from spiralrope_cli.commands.command import SETTINGS, command
 from spiralrope_cli.core.config.models import BY_WEIGHTS, RopeConfig
 from spiralrope_cli.core.config.plots import AttentionPlot, RopePlot, RunPlot, SamplesPlot
 
-app = typer.Typer(
+plot = typer.Typer(
     no_args_is_help=True,
     help="Plot training curves, Spiral RoPE, attention maps, or images.",
     **SETTINGS,
 )
 
 
-@command(app, "run", RunPlot)
-def plot_run(given: dict[str, Any]) -> None:
+@command(RunPlot, group=plot)
+def run(given: dict[str, Any]) -> None:
     """Plot loss, accuracy or variational bound, learning rate and speed of training runs.
 
     Several runs are drawn in the same panels. Prints the path of the figure.
@@ -32,14 +32,13 @@ def plot_run(given: dict[str, Any]) -> None:
 
 
 @command(
-    app,
-    "rope",
     RopePlot,
     RopeConfig,
     leave_out=("enabled", "rotate"),
     defaults={"panels": ""},
+    group=plot,
 )
-def plot_rope(given: dict[str, Any]) -> None:
+def rope(given: dict[str, Any]) -> None:
     """Plot Spiral RoPE: directions, frequencies, clamped positions, attention scores.
 
     With --rope-kind mixed: the learned frequencies of one layer.
@@ -59,8 +58,8 @@ def plot_rope(given: dict[str, Any]) -> None:
     draw_rope(given)
 
 
-@command(app, "attention", AttentionPlot, RopeConfig, defaults=BY_WEIGHTS)
-def plot_attention(given: dict[str, Any]) -> None:
+@command(AttentionPlot, RopeConfig, defaults=BY_WEIGHTS, group=plot)
+def attention(given: dict[str, Any]) -> None:
     """Plot attention maps of a DeiT over an image: one map per head, for one query token.
 
     The colours of each map range from 0 to its maximum, which is in the title. Prints the path of
@@ -76,8 +75,8 @@ def plot_attention(given: dict[str, Any]) -> None:
     draw_attention(given)
 
 
-@command(app, "samples", SamplesPlot)
-def plot_samples(given: dict[str, Any]) -> None:
+@command(SamplesPlot, group=plot)
+def samples(given: dict[str, Any]) -> None:
     """Plot a grid of images, with their classes if known.
 
     Prints the path of the figure.

@@ -2,19 +2,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import typer
-
-from spiralrope_cli.commands.command import SETTINGS, command
+from spiralrope_cli.commands.command import command
 from spiralrope_cli.core.config.evals import Prediction
 from spiralrope_cli.core.config.models import BY_WEIGHTS, RopeConfig
 from spiralrope_cli.core.config.training import MachineConfig
 
-app = typer.Typer(**SETTINGS)
-
 
 @command(
-    app,
-    "predict",
     Prediction,
     RopeConfig,
     MachineConfig,

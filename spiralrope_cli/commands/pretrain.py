@@ -2,21 +2,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import typer
-
-from spiralrope_cli.commands.command import SETTINGS, command
+from spiralrope_cli.commands.command import command
 from spiralrope_cli.core.config.recipes import shown_defaults
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.slurm import SlurmOptions
 from spiralrope_cli.core.config.training import TrainOptions
 from spiralrope_cli.core.runtime.slurm import Remaining
 
-app = typer.Typer(**SETTINGS)
-
 
 @command(
-    app,
-    "pretrain",
     ClassifierRun,
     TrainOptions,
     SlurmOptions,

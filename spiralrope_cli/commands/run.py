@@ -16,7 +16,7 @@ from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.runtime.launch import is_first_process
 from spiralrope_cli.core.runtime.slurm import Remaining
 
-app = typer.Typer(no_args_is_help=True, **SETTINGS)
+run = typer.Typer(no_args_is_help=True, **SETTINGS)
 NOT_HERE = (
     *("source", "ema", "config", "resume", "keep_every", "min_lr", "lr_rule", "schedule", "freeze"),
     *("weight_decay", "clip_grad", "ema_decay", "ema_warmup"),
@@ -24,20 +24,19 @@ NOT_HERE = (
 """Options that are not in `run`: its trainings use the values of the recipe."""
 
 
-@app.callback()
-def run() -> None:
+@run.callback()
+def about() -> None:
     """Run a whole pipeline in one folder: training, evaluation or sampling, report."""
 
 
 @command(
-    app,
-    "deit",
     ClassifierRun,
     TrainOptions,
     DeiTStages,
     SlurmOptions,
     leave_out=(*NOT_HERE, *leaves(AugmentConfig)),
     defaults=shown_defaults("pretrain"),
+    group=run,
 )
 def deit(given: dict[str, Any]) -> Remaining | None:
     """Pretrain a DeiT, finetune it, and evaluate it: eight rows.
@@ -59,8 +58,6 @@ def deit(given: dict[str, Any]) -> Remaining | None:
 
 
 @command(
-    app,
-    "dit",
     DiTRun,
     TrainOptions,
     DiTStages,
@@ -71,6 +68,7 @@ def deit(given: dict[str, Any]) -> Remaining | None:
     ),
     words=DIT_WORDS,
     defaults=shown_defaults("dit-train"),
+    group=run,
 )
 def dit(given: dict[str, Any]) -> Remaining | None:
     """Train a DiT, sample images from it, and compute their FID.

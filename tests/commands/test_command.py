@@ -14,7 +14,7 @@ import typer
 from conftest import options_of
 from typer.testing import CliRunner
 
-from spiralrope_cli.commands.command import SETTINGS, command
+from spiralrope_cli.commands.command import command
 from spiralrope_cli.core.config import recipes
 from spiralrope_cli.core.config.datasets import DIGITS
 from spiralrope_cli.core.config.models import RopeConfig
@@ -218,10 +218,10 @@ def test_choices_are_those_of_the_command():
 # --- What a command's function gets.
 def given_to(kind, words, **more):
     """What the function of a command with the options of a config gets."""
-    one, got = typer.Typer(**SETTINGS), []
+    got = []
 
-    @command(one, "one", kind, **more)
-    def function(given):
+    @command(kind, **more)
+    def one(given):
         """One command."""
         got.append(given)
 
@@ -266,17 +266,13 @@ def test_an_interrupted_command_says_so_wherever_it_is(module):
 
 
 def test_a_command_can_leave_out_and_reword():
-    one = typer.Typer(**SETTINGS)
-
     @command(
-        one,
-        "one",
         MachineConfig,
         leave_out=("nproc",),
         words={"precision": "Of the VAE."},
         defaults={"precision": "fp32", "device": ""},
     )
-    def function(given):
+    def one(given):
         """One command."""
 
     told = {parameter.name: parameter.help for parameter in typer.main.get_command(one).params}
@@ -307,10 +303,10 @@ def test_help_breaks_no_example_and_fills_its_paragraphs_at_80_columns(words):
 
 # --- Names of earlier versions, and of other tools.
 def test_an_old_spelling_is_taken_and_named_anew():
-    one, got = typer.Typer(**SETTINGS), []
+    got = []
 
-    @command(one, "one", AugmentConfig)
-    def function(given):
+    @command(AugmentConfig)
+    def one(given):
         """One command."""
         got.append(given)
 
