@@ -57,7 +57,7 @@ def export(given: dict[str, Any]) -> None:
         target = settled.target
         refuse_existing(target)
         check_space((target.parent, settled.num_bytes), what=target.name, hint=OTHER_DISK)
-        WRITERS[config.layout](settled)
+        (write_published if config.layout == "published" else write_folder)(settled)
         report(settled)
         if config.push:
             say_result(upload.push_folder(target, config.push, private=config.private))
@@ -201,28 +201,22 @@ def network_spec(export: Export) -> NetworkSpec:
     )
 
 
-def write_safetensors(export: Export) -> None:
-    """Writes a folder with weights, config and model card, for this package and for timm."""
-    from spiralrope_cli.core.models.pretrained import save_folder
-
-    weights, metadata = export.weights, file_metadata(export)
-    known = {"preprocessing": preprocessing(weights), "class_names": weights.class_names}
-    card = model_card(export)
+def write_folder(export: Export) -> None:
+    """Writes weights, config and model card: for this package and timm, or as a pipeline."""
+    model, names = export.model, export.weights.class_names
+    state, metadata, card = export.sets[0], file_metadata(export), model_card(export)
     with new_path(export.target) as beside:
         beside.mkdir()
-        save_folder(export.model, beside, export.sets[0], metadata, **known)
-        card.save(beside / CARD_FILE)
+        if export.vae:
+            from spiralrope_cli.diffusers_models import save_pipeline
 
+            dit = cast("DiT", model)
+            save_pipeline(dit, beside, state, metadata, export.vae.folder, names)
+        else:
+            from spiralrope_cli.core.models.pretrained import save_folder
 
-def write_diffusers(export: Export) -> None:
-    """Writes a folder with a pipeline of diffusers, and a model card."""
-    from spiralrope_cli.diffusers_models import save_pipeline
-
-    weights, vae, metadata = export.weights, cast("VaeFiles", export.vae), file_metadata(export)
-    model, card = cast("DiT", export.model), model_card(export)
-    with new_path(export.target) as beside:
-        beside.mkdir()
-        save_pipeline(model, beside, export.sets[0], metadata, vae.folder, weights.class_names)
+            known = preprocessing(export.weights)
+            save_folder(model, beside, state, metadata, preprocessing=known, class_names=names)
         card.save(beside / CARD_FILE)
 
 
@@ -330,10 +324,3 @@ def report(export: Export) -> None:
             say(f"  {name}: {human_size(path.stat().st_size)}")
     if export.config.out or not export.config.push:
         say_result(str(target))
-
-
-WRITERS = {
-    "safetensors": write_safetensors,
-    "published": write_published,
-    "diffusers": write_diffusers,
-}
