@@ -167,7 +167,7 @@ def command(
     """Makes an app of `function(given)`: field name -> value, only of options that were given.
 
     Args:
-        kinds: configs; each field with `Opt` becomes an option.
+        kinds: configs; each field with help becomes an option.
         leave_out: fields without an option in this command.
         words: field -> help that replaces that of the field.
         defaults: field -> default in the help, if not that of the field.

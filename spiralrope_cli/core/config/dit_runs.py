@@ -52,7 +52,8 @@ class DiTModelConfig:
     qk_norm: bool = option("Normalise queries and keys (QK norm).", "Model")
     pretrain_grid: tuple[int, int] | None = None  # patch grid of pretraining, if not its own
 
-    __post_init__ = check_fields
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def grid(self, arch: str) -> tuple[int, int]:
         patch = dit_size(arch).patch_size
@@ -80,7 +81,8 @@ class ImageConfig:
         default="",
     )
 
-    __post_init__ = check_fields
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def in_latents(self) -> bool:
@@ -101,7 +103,8 @@ class DiTCheckpointConfig:
     keep_last: int = option("Keep this number of newest checkpoints.", ge=1)
     keep_every: int = option("Also keep checkpoints at multiples of this step; 0: none.", ge=0)
 
-    __post_init__ = check_fields
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,7 +101,7 @@ class RopePlot(FigureFile):
         flag="--show",
         many=True,
         default=ROPE_PANELS,
-    )  # type: ignore[assignment]
+    )
     layer: int = option("Layer of --rope-kind mixed, counted from 0.", "Figure", ge=0, default=0)
     ropes: tuple[RopeConfig, ...]
 

@@ -149,7 +149,8 @@ class CheckpointConfig:
     keep_last: int = option("Keep this number of newest checkpoints, and the best.", ge=1)
     keep_every: int = option("Also keep checkpoints at multiples of this step; 0: none.", ge=0)
 
-    __post_init__ = check_fields
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
