@@ -12,7 +12,7 @@ from spiralrope_cli.core.config.recipes import micro_batch_sizes
 from spiralrope_cli.core.jobs import train
 from spiralrope_cli.core.runtime import distributed
 from spiralrope_cli.core.runtime.distributed import open_context
-from spiralrope_cli.core.training.micro_batch import largest_that_fits, trial_steps
+from spiralrope_cli.core.training.advice import largest_that_fits, trial_steps
 
 
 def short_of_memory(most, run, ctx):

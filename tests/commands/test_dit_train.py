@@ -21,6 +21,7 @@ from spiralrope_cli.core.config.option import leaves, to_nested
 from spiralrope_cli.core.errors import ConfigError, SpiralRopeError
 from spiralrope_cli.core.jobs import train as training
 from spiralrope_cli.core.resolve import resolve
+from spiralrope_cli.core.training.advice import hints
 
 NOT_FIELDS = {"config", "name", "dry_run", "slurm"}
 
@@ -236,12 +237,12 @@ def test_help_is_grouped_and_shows_examples():
 
 
 def test_a_setting_that_hardly_differs_from_axial_rope_is_said():
-    *_, note = training.hints(resolve("pretrain", {"rotate": 4}).run)
+    *_, note = hints(resolve("pretrain", {"rotate": 4}).run)
     assert note.startswith(
         "on 4x4 patches and heads of 64 channels, rotate 4 changes queries by 6.7% against axial"
     )
     for rotate in (0, 2):
-        assert training.hints(resolve("pretrain", {"rotate": rotate}).run) == []
+        assert hints(resolve("pretrain", {"rotate": rotate}).run) == []
 
 
 def test_the_default_is_axial_and_says_so():

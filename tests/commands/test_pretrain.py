@@ -19,8 +19,8 @@ from spiralrope_cli.core.config.option import leaves, to_nested
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.errors import ConfigError, DataError, SpiralRopeError
 from spiralrope_cli.core.jobs import train as training
-from spiralrope_cli.core.jobs.train import hints
 from spiralrope_cli.core.resolve import resolve
+from spiralrope_cli.core.training.advice import hints
 
 NOT_FIELDS = {"config", "name", "dry_run", "slurm"}
 TOGETHER = {"nnodes": ["--nnodes", "2", "--rdzv-endpoint", "host:1"]}

@@ -18,7 +18,7 @@ from spiralrope_cli.core.metrics.features import Sums, in_features
 from spiralrope_cli.core.metrics.inception import build_extractor
 from spiralrope_cli.core.resolve import resolve
 from spiralrope_cli.core.runtime.distributed import DistContext, StopRequest
-from spiralrope_cli.core.training.micro_batch import with_fitting_micro_batch
+from spiralrope_cli.core.training.advice import with_fitting_micro_batch
 from spiralrope_cli.core.training.step import TrainState, train_step
 
 DEVICE = torch.device(os.environ.get("SPIRALROPE_GPU_TESTS", "cuda"))

@@ -63,7 +63,7 @@ def check_machine(given: dict[str, Any]) -> bool:
 # ---- work
 def work(checkup: Checkup) -> tuple[Values, Rows, list[Finding]]:
     """Checks one part after the other; an error becomes a finding."""
-    from spiralrope_cli.core.training.micro_batch import memory_notes
+    from spiralrope_cli.core.training.advice import memory_notes
 
     values: Values = {}
     rows: Rows = []
@@ -200,7 +200,7 @@ def inspect_data(checkup: Checkup, findings: list[Finding]) -> tuple[Values, Row
 
 def inspect_run(checkup: Checkup) -> tuple[Values, Rows]:
     """Needs of the training run, and valid values of its options."""
-    from spiralrope_cli.core.training.micro_batch import advice
+    from spiralrope_cli.core.training.advice import advice
 
     command = "dit-train" if checkup.dit else "pretrain"
     values = advice(resolve(command, {"nproc": 1, **checkup.options}).run, checkup.machine)

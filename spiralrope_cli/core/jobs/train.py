@@ -39,7 +39,6 @@ from spiralrope_cli.core.runtime.resources import check_memory
 from spiralrope_cli.core.runtime.run_folder import first_step, is_finished, write_sources
 from spiralrope_cli.core.runtime.slurm import Remaining
 from spiralrope_cli.core.runtime.trackers import check_tracker, log_in
-from spiralrope_cli.core.training.hints import hints
 
 if TYPE_CHECKING:
     from spiralrope_cli.core.runtime.distributed import DistContext
@@ -164,6 +163,8 @@ def batch_notes(resolved: Resolved) -> list[str]:
 
 def plan(resolved: Resolved, first_step: int, *, every_value: bool, notes: Iterable[str]) -> None:
     """Prints the plan of a run; with `every_value` also values that are defaults."""
+    from spiralrope_cli.core.training.advice import hints
+
     table = Table(show_header=False, box=None, padding=(0, 1))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -250,7 +251,7 @@ def work(config: TrainingRun) -> None:
     from spiralrope_cli.core.runtime import distributed
     from spiralrope_cli.core.runtime.distributed import open_context
     from spiralrope_cli.core.training import loop
-    from spiralrope_cli.core.training.micro_batch import with_fitting_micro_batch
+    from spiralrope_cli.core.training.advice import with_fitting_micro_batch
 
     with open_context(config.machine, Path(config.out)) as ctx:
         step = loop.agreed_first_step(config)

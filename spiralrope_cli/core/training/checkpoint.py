@@ -31,8 +31,7 @@ from spiralrope_cli.core.storage import (
     with_checksum,
     write_whole,
 )
-from spiralrope_cli.core.training.shard import parts_of, total_norm, whole
-from spiralrope_cli.core.training.step import TrainState
+from spiralrope_cli.core.training.step import TrainState, parts_of, total_norm, whole
 
 UNFINISHED = ".unfinished-"
 UNREADABLE = (

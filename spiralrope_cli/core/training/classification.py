@@ -24,8 +24,7 @@ from spiralrope_cli.core.runtime.distributed import DistContext
 from spiralrope_cli.core.runtime.progress import Reporter, best_validation
 from spiralrope_cli.core.runtime.seeds import generator_for
 from spiralrope_cli.core.training.loop import LOWER_LR, Task, due
-from spiralrope_cli.core.training.shard import is_sharded
-from spiralrope_cli.core.training.step import TrainState
+from spiralrope_cli.core.training.step import TrainState, is_sharded
 
 Name = TypeVar("Name")
 

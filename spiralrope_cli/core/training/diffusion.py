@@ -28,8 +28,7 @@ from spiralrope_cli.core.runtime.run_folder import sample_file
 from spiralrope_cli.core.runtime.seeds import NoisePerImage, generator_for
 from spiralrope_cli.core.storage import atomic_write
 from spiralrope_cli.core.training.loop import Task
-from spiralrope_cli.core.training.shard import is_sharded
-from spiralrope_cli.core.training.step import LossMeter, TrainState
+from spiralrope_cli.core.training.step import LossMeter, TrainState, is_sharded
 
 STEPS = 50
 DECODED_AT_ONCE = 4

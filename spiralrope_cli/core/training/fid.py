@@ -39,8 +39,7 @@ from spiralrope_cli.core.runtime.device import allow_tf32, autocast
 from spiralrope_cli.core.runtime.distributed import DistContext
 from spiralrope_cli.core.runtime.progress import Reporter, read_metrics
 from spiralrope_cli.core.runtime.seeds import NoisePerImage, drawn_class
-from spiralrope_cli.core.training.shard import is_sharded
-from spiralrope_cli.core.training.step import TrainState
+from spiralrope_cli.core.training.step import TrainState, is_sharded
 
 PARTS = ("fid",)
 FindInception = Callable[[str, str], tuple[Path, str]]

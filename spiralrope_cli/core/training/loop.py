@@ -32,14 +32,15 @@ from spiralrope_cli.core.runtime.distributed import DistContext
 from spiralrope_cli.core.runtime.progress import Reporter, forget_after
 from spiralrope_cli.core.runtime.seeds import seed_everything
 from spiralrope_cli.core.training import checkpoint
-from spiralrope_cli.core.training.shard import is_sharded, total_norm
 from spiralrope_cli.core.training.step import (
     Clock,
     LossMeter,
     TrainState,
     freeze_but,
+    is_sharded,
     lr_at,
     set_learning_rate,
+    total_norm,
     train_step,
 )
 

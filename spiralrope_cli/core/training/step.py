@@ -1,11 +1,11 @@
-"""One optimizer step (AdamW, learning rate, gradients, EMA), mean loss, and a clock."""
+"""One optimizer step (AdamW, learning rate, gradients, EMA), mean loss, a clock, and `--shard`."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -13,13 +13,15 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed import ReduceOp
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from spiralrope_cli.core.config.training import OptimConfig
+from spiralrope_cli.core.models.deit import DeiT
 from spiralrope_cli.core.runtime import distributed
-from spiralrope_cli.core.training.shard import shard, total_norm
 
 Micro = TypeVar("Micro")
 NO_DECAY_NAMES = ("pos_embed", "cls_token", "freqs")
@@ -232,3 +234,59 @@ class Clock:
         start = time.perf_counter()
         yield
         self._paused += time.perf_counter() - start
+
+
+# --- `--shard`: weights, gradients, averages and optimizer state split over the processes (FSDP2).
+# A process gathers the weights of a block before it computes the block, forward and backward, and
+# frees them after it. Files hold whole tensors, as without sharding.
+
+
+def shard(model: nn.Module, device: torch.device) -> None:
+    """Splits a network in place over all processes, block by block, and moves it to a device.
+
+    Weights are gathered in float32. A `MixedPrecisionPolicy` would cast all weights of a block, but
+    autocast casts those of its matmuls alone; without one the numbers are those of a whole network.
+    """
+    mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
+    for part in (*cast(DeiT, model).blocks, model):
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether its forward pass is a collective."""
+    return isinstance(model, FSDPModule)
+
+
+def total_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """Norm of all elements; a collective if the tensors are sharded."""
+    listed = list(tensors)
+    norm = nn.utils.get_total_norm([t.to_local() if isinstance(t, DTensor) else t for t in listed])
+    if any(isinstance(t, DTensor) for t in listed):
+        norm = distributed.all_reduce(norm.square()).sqrt()
+    return norm
+
+
+def whole(value: Any) -> Any:
+    """A state dict with whole tensors in place of sharded ones; a collective if there are any.
+
+    They come to the CPU one after the other; only the first process keeps them.
+    """
+    if isinstance(value, dict):
+        return {name: whole(each) for name, each in value.items()}
+    if not isinstance(value, DTensor):
+        return value
+    full = value.full_tensor()
+    return full.cpu() if distributed.get_rank() == 0 else None
+
+
+def parts_of(tensors: dict[Any, Tensor], like: dict[Any, Tensor]) -> dict[Any, Tensor]:
+    """The parts of this process of whole tensors, which it has read, where `like` is sharded."""
+
+    def part(full: Tensor, like: Tensor | None) -> Tensor:
+        if not isinstance(like, DTensor) or full.ndim == 0:
+            return full
+        mesh = like.device_mesh
+        same = DTensor.from_local(full.to(like.device), mesh, [Replicate()], run_check=False)
+        return same.redistribute(placements=like.placements).clone()  # not a view of the whole
+
+    return {name: part(full, like.get(name)) for name, full in tensors.items()}

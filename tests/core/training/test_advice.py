@@ -16,8 +16,8 @@ from spiralrope_cli.core.jobs import train
 from spiralrope_cli.core.resolve import resolve
 from spiralrope_cli.core.runtime.distributed import DistContext, StopRequest
 from spiralrope_cli.core.runtime.launch import launch
-from spiralrope_cli.core.training import micro_batch
-from spiralrope_cli.core.training.micro_batch import largest_that_fits, trial_steps
+from spiralrope_cli.core.training import advice
+from spiralrope_cli.core.training.advice import largest_that_fits, trial_steps
 
 CPU = DistContext(0, 1, torch.device("cpu"), "fp32", "", StopRequest())
 SIZES = [1, 2, 3, 4, 6, 8, 12, 16, 24, 48]
@@ -88,19 +88,19 @@ def test_on_a_gpu_the_run_keeps_what_was_found(monkeypatch, capsys):
     monkeypatch.setattr(
         torch.cuda, "set_per_process_memory_fraction", lambda *given: fractions.append(given[0])
     )
-    real = micro_batch.trial_steps
-    monkeypatch.setattr(micro_batch, "trial_steps", lambda run, ctx, task: real(run, CPU, task))
+    real = advice.trial_steps
+    monkeypatch.setattr(advice, "trial_steps", lambda run, ctx, task: real(run, CPU, task))
     gpu = dataclasses.replace(CPU, device=torch.device("cuda"))
     run = run_of()
     task, none = (short_of_memory(most, run, CPU) for most in (20, 0))
     with pytest.raises(TrainingError, match=r"a step of 1 image\(s\) does not fit into 900 MB"):
-        micro_batch.with_fitting_micro_batch(run, gpu, none)
+        advice.with_fitting_micro_batch(run, gpu, none)
     fractions.clear()
-    run = micro_batch.with_fitting_micro_batch(run, gpu, task)
+    run = advice.with_fitting_micro_batch(run, gpu, task)
     assert (run.optim.micro_batch_size, run.split_batch(1)) == (16, (16, 3))
     assert fractions == [0.45, 1.0]
     assert "micro-batch: 16 of the 48 images" in capsys.readouterr().err
-    assert micro_batch.with_fitting_micro_batch(run, gpu, None) is run
+    assert advice.with_fitting_micro_batch(run, gpu, None) is run
     [batches] = task.split_as(run, CPU).data.train_steps(0, 1)
     assert [len(batch.labels) for batch in batches] == [16, 16, 16]
 
@@ -115,7 +115,7 @@ def test_out_of_memory_of_a_gpu_says_what_to_do():
 def test_without_a_gpu_auto_is_the_recipes(image_folder):
     run = run_of()
     assert run.optim.micro_batch_size is None
-    assert micro_batch.with_fitting_micro_batch(run, CPU, None).split_batch(1) == (24, 2)
+    assert advice.with_fitting_micro_batch(run, CPU, None).split_batch(1) == (24, 2)
 
 
 def test_a_batch_that_no_size_divides_is_refused():
