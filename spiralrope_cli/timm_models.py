@@ -38,6 +38,7 @@ from spiralrope_cli.core.hub.catalog import HUB_CONFIG
 from spiralrope_cli.core.hub.published import freqs_note, split_freqs
 from spiralrope_cli.core.models.deit import INIT_STD, DeiT
 from spiralrope_cli.core.models.mixed_rope import MixedRoPE
+from spiralrope_cli.core.models.pretrained import TIMM_NAMES
 from spiralrope_cli.core.rope import Grid, SpiralRoPE
 
 __all__ = ["SpiralRopeDeiT"]
@@ -321,9 +322,7 @@ CFG = {
     "classifier": "head",
     "paper_ids": "arXiv:2602.03227",
 }
-default_cfgs = generate_default_cfgs(
-    {f"spiralrope_deit_{size}_patch16_224": CFG for size in ("tiny", "small", "base", "large")}
-)
+default_cfgs = generate_default_cfgs(dict.fromkeys(TIMM_NAMES.values(), CFG))
 
 
 @register_model

@@ -11,7 +11,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from spiralrope_cli.core.errors import FetchError, NoRouteError, first_line
 from spiralrope_cli.core.hub.catalog import Row, listed_file
@@ -98,15 +98,6 @@ def named_digest(path: Path) -> str:
     return Path(os.readlink(path)).name if path.is_symlink() else ""
 
 
-class HubFile(NamedTuple):
-    """Metadata of a file on the Hub."""
-
-    name: str  # path in the repository
-    commit: str
-    etag: str
-    size: int
-
-
 @contextlib.contextmanager
 def _asking(row: Row, file: str = "") -> Iterator[None]:
     """Errors of a request for a file, or for the list of a repository, as ours."""
@@ -136,11 +127,11 @@ def list_repo_files(row: Row) -> Row:
     return listed_file(row, [each.rfilename for each in info.siblings or ()])
 
 
-def look_up(row: Row, *, timeout: float | None = None) -> list[HubFile]:
-    """Commit, digest and size of each file, from the Hub; `timeout` is in seconds."""
+def look_up(row: Row, *, timeout: float | None = None) -> dict[str, Any]:
+    """Path of each file -> its `HfFileMetadata`, from the Hub; `timeout` is in seconds."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 
-    found = []
+    found = {}
     for file in row.files:
         with _asking(row, file):
             metadata = get_hf_file_metadata(
@@ -152,7 +143,7 @@ def look_up(row: Row, *, timeout: float | None = None) -> list[HubFile]:
                 f"{constants.ENDPOINT} does not answer like the Hub for {row.repo}/{file}",
                 "check HF_ENDPOINT and the proxy",
             )
-        found.append(HubFile(file, metadata.commit_hash, metadata.etag, metadata.size))
+        found[file] = metadata
     return found
 
 
@@ -161,7 +152,7 @@ def _fetch_from_hub(row: Row, barred: str, out: Path | None) -> list[Path]:
     from huggingface_hub import constants
 
     there = local_files(row)
-    remotes: list[HubFile] = []
+    remotes: dict[str, Any] = {}
     if not barred:
         try:
             row = list_repo_files(row)
@@ -181,31 +172,31 @@ def _fetch_from_hub(row: Row, barred: str, out: Path | None) -> list[Path]:
                 raise FetchError(f"{row.name} was damaged, and was deleted", again)
         return there
     # By commit: in the cache the name of the revision may refer to an older one.
-    here = {each.name: cached(row, each.name, each.commit) for each in remotes}
-    missing = sum(each.size for each in remotes if here[each.name] is None)
-    sizes = {Path(each.name).name: each.size for each in remotes}
+    here = {file: cached(row, file, each.commit_hash) for file, each in remotes.items()}
+    missing = sum(each.size for file, each in remotes.items() if here[file] is None)
+    sizes = {Path(file).name: each.size for file, each in remotes.items()}
     check_room(Path(constants.HF_HUB_CACHE), missing, out, sizes)
     if missing:
         say(f"{row.name}: {human_size(missing)} from {constants.ENDPOINT}/{row.repo}")
     else:
         say(f"{row.name} is here")
-    return [_fetch_one(row, each, here[each.name]) for each in remotes]
+    return [_fetch_one(row, file, each.etag, here[file]) for file, each in remotes.items()]
 
 
-def _fetch_one(row: Row, remote: HubFile, here: Path | None) -> Path:
+def _fetch_one(row: Row, file: str, etag: str, here: Path | None) -> Path:
     """One file by huggingface_hub, compared with the digest of the Hub."""
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
-    if here and not is_right(here, remote.etag, "the Hub"):
+    if here and not is_right(here, etag, "the Hub"):
         _drop(here)
         say(f"  {here.name} was damaged; downloading it again")
         here = None
     try:
         # Also called for cached files: it records the commit of the revision.
-        path = Path(hf_hub_download(row.repo, remote.name, revision=row.revision))
+        path = Path(hf_hub_download(row.repo, file, revision=row.revision))
     except HfHubHTTPError as error:
-        raise _refusal(row, remote.name, error) from error
+        raise _refusal(row, file, error) from error
     # hf_xet, which downloads large files from the real Hub, raises RuntimeError.
     except (HTTPError, OSError, RuntimeError) as error:
         if isinstance(error, OSError) and error.errno:
@@ -213,10 +204,10 @@ def _fetch_one(row: Row, remote: HubFile, here: Path | None) -> Path:
         raise FetchError(
             f"the download of {row.name} failed: {first_line(error)}", "nothing was kept; try again"
         ) from error
-    if not here and not is_right(path, remote.etag, "the Hub"):
+    if not here and not is_right(path, etag, "the Hub"):
         _drop(path)
         raise FetchError(
-            f"{row.repo}/{remote.name} has a wrong digest after the download, not {remote.etag}",
+            f"{row.repo}/{file} has a wrong digest after the download, not {etag}",
             "nothing was kept; try again, or another HF_ENDPOINT",
         )
     return path

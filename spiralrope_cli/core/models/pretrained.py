@@ -20,7 +20,6 @@ from spiralrope_cli.core.config.datasets import slug_of
 from spiralrope_cli.core.config.folders import MODEL_FILE
 from spiralrope_cli.core.config.hub import HUB
 from spiralrope_cli.core.config.models import (
-    DEIT_SIZES,
     RopeConfig,
     TransformerSize,
     arch_name,
@@ -31,13 +30,10 @@ from spiralrope_cli.core.storage import with_checksum
 
 CARD_TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 CONFIG_JSON = "config.json"
-TIMM_NAMES = dict(
-    zip(
-        DEIT_SIZES,
-        (f"spiralrope_deit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")),
-        strict=True,
-    )
-)
+TIMM_NAMES = {
+    f"deit-{size}": f"spiralrope_deit_{word}_patch16_224"
+    for size, word in {"ti": "tiny", "s": "small", "b": "base", "l": "large"}.items()
+}
 """Size of a DeiT -> name of its timm model."""
 
 
