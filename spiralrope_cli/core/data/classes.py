@@ -41,19 +41,10 @@ def classes_of(
 ) -> tuple[tuple[int, ...], list[str]]:
     """The class of the weights that each class of a data set is, and notes for the user.
 
-    Args:
-        data_set: the data.
-        source: of the weights, as the user named them.
-        num_classes: of the weights.
-        known: names of their classes by number; empty if they have none.
-        ignore_names: whether names may differ, if there are as many classes.
-
-    Returns:
-        class number of the weights by class number of the data, empty where all are equal.
-        Predictions are restricted to these classes.
-
-    Raises:
-        ConfigError: the weights do not know the classes; it names the first difference.
+    Class numbers of the weights by those of the data, empty where all are equal; predictions are
+    restricted to them. `known` are the names of the weights' classes by number, empty if they have
+    none; with `ignore_names` they may differ, if there are as many classes. A ConfigError names the
+    first class that the weights do not know.
     """
     names = data_set.class_names
     if known and names == tuple(known):
@@ -116,12 +107,8 @@ def _synsets() -> tuple[str, ...]:
 def real_images(file: str, data: str) -> list[tuple[str, tuple[int, ...]]]:
     """(address, its classes in the data set) of each validation image that ReaL labels.
 
-    Args:
-        file: `real.json` as published, or `timm` for the copy in timm.
-        data: folder of ImageNet.
-
-    Raises:
-        DataError: the file is another one, or the images are not those of ImageNet.
+    `file` is `real.json` as published, or `timm` for the copy in timm; `data` is a folder of
+    ImageNet.
     """
     labels = _read_real(file)
     ids = () if data in BUILT_IN else imagenet_ids(find_val_set(data).class_names)

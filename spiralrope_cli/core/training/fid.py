@@ -85,12 +85,8 @@ class FidOfTraining:
     and i, and of the weights. So the FID does not depend on the number of processes, and the random
     numbers of training do not depend on the FID.
 
-    Args:
-        config: of the training run.
-        ctx: of this process; every process makes one.
-        find_inception: as in `settle_fid`.
-        load_weights: reads a file of weights.
-        find_vae: name of a VAE -> its files.
+    Every process makes one. `find_inception` is that of `settle_fid`, `load_weights` reads a file
+    of weights, and `find_vae` finds the files of a VAE by its name.
     """
 
     def __init__(
