@@ -38,6 +38,8 @@ $(OLDEST)/.installed: pyproject.toml
 	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	@grep -oE '"[A-Za-z0-9_-]+>=[0-9.]+"' pyproject.toml | tr -d '"' | sed 's/>=/==/' \
 		> $(OLDEST)/lowest.txt
+	@# The pip of Python 3.10 tries dozens of versions of what is not to blame, without end.
+	@$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check --upgrade pip
 	@$(OLDEST)/bin/python -m pip install -qq --disable-pip-version-check \
 		--constraint $(OLDEST)/lowest.txt \
 		--config-settings editable_mode=compat --editable '.[dev]'
