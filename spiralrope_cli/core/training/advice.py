@@ -123,6 +123,7 @@ def with_fitting_micro_batch(config: TrainingRun, ctx: DistContext, task: Task) 
             size: int | None = max((size for size in sizes if size <= guess), default=sizes[0])
         else:
             size = largest_that_fits(sizes, guess, trial_steps(config, ctx, task))
+            task.extra()  # empties what the trial steps have added
     if size is None:
         raise TrainingError(
             f"a step of {sizes[0]} image(s) does not fit into {human_size(free)} of GPU memory",

@@ -103,6 +103,10 @@ def test_on_a_gpu_the_run_keeps_what_was_found(monkeypatch, capsys):
     assert advice.with_fitting_micro_batch(run, gpu, None) is run
     [batches] = task.split_as(run, CPU).data.train_steps(0, 1)
     assert [len(batch.labels) for batch in batches] == [16, 16, 16]
+    dit = run_of("dit-train")
+    task = train.open_task(dit, CPU)
+    advice.with_fitting_micro_batch(dit, gpu, task)
+    assert task.extra() == {"vb": 0}, "the log is that of the run alone"
 
 
 def test_out_of_memory_of_a_gpu_says_what_to_do():
