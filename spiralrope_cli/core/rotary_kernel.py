@@ -95,6 +95,8 @@ def _launch(given: Sequence[Tensor], out: Sequence[Tensor], cos_sin: Tensor, inv
 # Operators, so that torch.compile calls them as they are and the graph does not break.
 @torch.library.custom_op("spiralrope::rotate_qk", mutates_args=())
 def _rotate_qk(qkv: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+    if qkv.stride(-1) != 1:
+        qkv = qkv.contiguous()
     out = _new_qk(qkv, cos_sin)
     _launch(qkv.unbind(2)[:2], out, cos_sin, inverse=False)
     return out
@@ -140,7 +142,7 @@ def rotate(qkv: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rotates q and k of a packed projection.
 
     Args:
-        qkv: [B, N, 3, H, D] bf16, fp16 or fp32, computed in float32; the last stride is 1.
+        qkv: [B, N, 3, H, D] bf16, fp16 or fp32, computed in float32.
         cos_sin: float32 cosines and sines [N, D/2, 2].
 
     Returns:
