@@ -201,4 +201,4 @@ def _batch_sums(logits: Tensor, labels: Tensor) -> Tensor:
     else:
         hits = ranked == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
-    return torch.stack((hits[:, 0].sum(), hits.any(1).sum(), loss, loss.new_tensor(len(labels))))
+    return torch.stack((hits[:, 0].sum(), hits.any(1).sum(), loss, loss.new_full((), len(labels))))
