@@ -2,9 +2,10 @@
 
     python benchmarks/gpu.py [PART ...] [--device cuda] [--batch N] [--no-kernel] [--inception FILE]
 
-Without parts all of them, one after the other; choose some where time is short. Where a ratio has a
-goal, it stands beside it. --no-kernel rotates by PyTorch's operators, to see what the Triton kernel
-gains. `--tiny --device cpu` shows that a part works; its numbers mean nothing.
+Without parts all of them, one after the other; choose some where time is short. Each prints its
+table at once, and where one fails the others go on. Where a ratio has a goal, it stands beside it.
+--no-kernel rotates by PyTorch's operators, to see what the Triton kernel gains.
+`--tiny --device cpu` shows that a part works; its numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import contextlib
 import gc
 import io
 import statistics
+import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -439,7 +442,8 @@ def fid_files(bench: Bench) -> None:
     count, batch = copies * kinds, FidRun.batch_size
     ctx = DistContext(0, 1, bench.device, "fp32", "", StopRequest())
     with inception_file(bench) as file, tempfile.TemporaryDirectory() as folder:
-        network = build_extractor(torch.load(file, weights_only=True), file).to(bench.device)
+        weights, planes = torch.load(file, weights_only=True), bench.device.type == "cuda"
+        network = build_extractor(weights, file, planes=planes).to(bench.device)
         for number, pixels in enumerate(pictures(kinds, 0)):
             path = Path(folder) / f"{number:04}.png"
             Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
@@ -543,15 +547,15 @@ def show_share(command: str, whole: float, bare: float) -> None:
 PARTS: dict[str, Callable[[Bench], None]] = {
     "deit-s": deit,
     "forward": inference,
-    "guided": sampling,
     "dit-s2": lambda bench: dit(bench, "dit-s2", 256),
     "dit-xl2": lambda bench: dit(bench, "dit-xl2", 64),
-    "precision": precision,
-    "vae": vae,
-    "fid": fid,
-    "fid-files": fid_files,
+    "guided": sampling,
     "loop-deit": loop_deit,
     "loop-dit": loop_dit,
+    "fid": fid,
+    "fid-files": fid_files,
+    "vae": vae,
+    "precision": precision,
 }
 
 
@@ -568,6 +572,7 @@ def main(words: list[str] | None = None) -> None:
         kernels.TRITON_DEVICE = ""
     if unknown := set(given.parts) - PARTS.keys():
         parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    sys.stdout.reconfigure(line_buffering=True)  # a run that is cut off keeps what it has
     device = torch.device(given.device)
     logging.set_verbosity_error()  # it warns of modules that there are not
     if device.type == "cuda":
@@ -578,11 +583,20 @@ def main(words: list[str] | None = None) -> None:
         allow_tf32(True)
         rates[dtype] = matrix_rate(device, dtype)
         print(f"matrix rate, {name}: {rates[dtype] / 1e12:.1f} TFLOP/s")
+    failed = []
     for part in given.parts or PARTS:
+        # Else what a part compiles would count towards the limit of the next, or be of any size.
+        torch._dynamo.reset()
         start = time.perf_counter()
-        PARTS[part](Bench(device, given.tiny, given.batch, given.inception, rates))
+        try:
+            PARTS[part](Bench(device, given.tiny, given.batch, given.inception, rates))
+        except Exception:  # noqa: BLE001 - the other parts are measured all the same
+            traceback.print_exc()
+            failed.append(part)
         print(f"{part}: {time.perf_counter() - start:.0f} s\n")
         gc.collect()
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

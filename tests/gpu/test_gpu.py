@@ -34,9 +34,9 @@ from spiralrope_cli.core.runtime import run_folder
 from spiralrope_cli.core.runtime.device import DTYPES, allow_tf32, autocast
 from spiralrope_cli.core.runtime.distributed import StopRequest, open_context
 from spiralrope_cli.core.training import loop
-from spiralrope_cli.core.training.step import train_step
+from spiralrope_cli.core.training.step import LossMeter, train_step
 
-DEVICE = torch.device(os.environ.get("SPIRALROPE_GPU_TESTS", "cuda"))
+DEVICE = torch.device(os.environ.get("SPIRALROPE_GPU_TESTS", "cuda:0"))
 ON_GPU = DEVICE.type == "cuda"
 WITHIN = {"fp32": 1e-5, "tf32": 3e-3, "bf16": 3e-2}
 """Largest relative distance from fp32 on the CPU."""
@@ -182,13 +182,15 @@ def test_no_step_waits_for_the_device(runs, command):
     with open_context(run.machine, Path(run.out)) as ctx:
         task = train.open_task(run, ctx)
         state, forward = loop.build_state(run, ctx, 0, lambda model: None)
+        meter = LossMeter(ctx.device)
         with contextlib.closing(task.data.train_steps(0, 8)) as batches:
             for number in range(6):
                 torch.cuda.set_sync_debug_mode("error" if number >= 2 else "default")
                 try:
-                    train_step(
+                    loss, _ = train_step(
                         state, forward, next(batches), lambda *given: task.loss(state, *given)
                     )
+                    meter.add(number, loss)
                 finally:
                     torch.cuda.set_sync_debug_mode("default")
 

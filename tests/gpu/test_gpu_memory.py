@@ -21,7 +21,7 @@ from spiralrope_cli.core.runtime.distributed import DistContext, StopRequest
 from spiralrope_cli.core.training.advice import with_fitting_micro_batch
 from spiralrope_cli.core.training.step import TrainState, train_step
 
-DEVICE = torch.device(os.environ.get("SPIRALROPE_GPU_TESTS", "cuda"))
+DEVICE = torch.device(os.environ.get("SPIRALROPE_GPU_TESTS", "cuda:0"))
 ON_GPU = DEVICE.type == "cuda"
 CTX = DistContext(0, 1, DEVICE, "fp32", "", StopRequest())
 
