@@ -34,3 +34,17 @@ def test_an_unknown_part_is_named(capsys):
     with pytest.raises(SystemExit):
         gpu.main(["fast", "--device", "cpu"])
     assert "no such part: fast; there are deit-s, " in capsys.readouterr().err
+
+
+def test_where_a_part_fails_the_others_are_measured(monkeypatch, settings_kept, capsys):
+    def broken(bench):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(gpu, "matrix_rate", lambda device, dtype: 1e9)
+    parts = {"first": broken, "second": lambda bench: print("measured")}
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    with pytest.raises(SystemExit, match="failed: first"):
+        gpu.main(["--device", "cpu"])
+    said = capsys.readouterr()
+    assert "measured" in said.out
+    assert "no such kernel" in said.err
