@@ -98,14 +98,15 @@ def parse(text: str | bytes, read: Callable[[Any], Any] = json.loads) -> Any:
 
 def repeated_key(node: Any) -> str:
     """A key that a mapping of YAML has twice, at any depth; PyYAML would take the last one."""
-    waiting, known = [node], {id(node)}
+    waiting, known = [node] if node else [], {id(node)}
     while waiting:
         node = waiting.pop()
-        pairs = node.value if node and node.id == "mapping" else ()
+        pairs = node.value if node.id == "mapping" else ()
         keys = [str(key.value) for key, _ in pairs]
         if repeated := next((key for key in keys if keys.count(key) > 1), ""):
             return repeated
-        inside = [value for _, value in pairs if id(value) not in known]  # an alias may lead back
+        values = node.value if node.id == "sequence" else [value for _, value in pairs]
+        inside = [each for each in values if id(each) not in known]  # an alias may lead back
         known.update(map(id, inside))
         waiting += inside
     return ""

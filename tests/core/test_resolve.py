@@ -66,6 +66,7 @@ def test_a_value_under_its_old_name_and_its_new_one_is_refused(tmp_path, optim):
         ("- rope", "is not a config of a run"),
         ("rope: {rotate: 2, rotate: 4}", "has the key 'rotate' twice"),
         ("rope: {rotate: 2}\nmodel: {}\nrope: {theta: 3}", "has the key 'rope' twice"),
+        ("optim: {betas: [{a: 1, a: 2}]}", "has the key 'a' twice"),
         ("\0", "is not YAML"),
     ],
 )
