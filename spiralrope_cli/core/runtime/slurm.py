@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import io
 import os
 import shlex
 import shutil
@@ -252,9 +253,11 @@ def enqueue(
         slurm_additional_parameters={**more, "requeue": True},
     )
     try:
-        # Inside of another job, its variables would be taken for options.
-        with submitit.helpers.clean_env():
+        # Inside of another job, its variables would be taken for options. submitit prints what
+        # sbatch says before it raises it.
+        with submitit.helpers.clean_env(), contextlib.redirect_stderr(io.StringIO()):
             return executor.submit_array(tasks)
     except FailedJobError as error:
-        said = [line.partition("error: ")[2] for line in str(error).splitlines()]
-        raise LaunchError(f"sbatch refused the job: {'; '.join(filter(None, said))}") from error
+        lines = str(error).splitlines()
+        said = [line.partition("error: ")[2] for line in lines if "error: " in line] or lines
+        raise LaunchError(f"sbatch refused the job: {'; '.join(said)}") from error

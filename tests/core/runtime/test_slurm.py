@@ -96,12 +96,13 @@ def test_the_plan_is_refused_before_it_is_submitted(held, call):
     assert not list(held.glob("*.sh"))
 
 
-def test_a_refusal_of_sbatch_is_one_line(held, call):
+def test_a_refusal_of_sbatch_is_one_line(held, call, capfd):
     _, said = call("pretrain", *TINY, "--slurm", "partition=nowhere,time=1h", expect=1)
     assert said == (
         "sbatch refused the job: invalid partition specified: nowhere; "
         "Batch job submission failed: Invalid partition name specified"
     )
+    assert "invalid partition" not in capfd.readouterr().err
 
 
 def test_tasks_of_a_launcher_submit_nothing(held, call, monkeypatch):
