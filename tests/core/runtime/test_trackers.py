@@ -110,10 +110,13 @@ def wandb_session(path):
 
 
 def test_wandb_offline_continues_its_run_and_obeys_the_environment(killed_and_resumed, monkeypatch):
+    import wandb
+
     theirs = {"MODE": "offline", "PROJECT": "theirs", "ENTITY": "lab", "SILENT": "true"}
     for name, value in theirs.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     folder = killed_and_resumed("wandb", out="rotate=2-seed0/dit-train")
+    wandb.teardown()  # `finish` does not wait until the file is closed
     files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
     (run, first, code), (resumed, again, _) = map(wandb_session, files)
     assert (run.project, run.entity, code) == ("theirs", "lab", 0)
