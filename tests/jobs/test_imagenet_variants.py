@@ -107,8 +107,17 @@ def test_folders_of_v2_are_class_numbers_whatever_their_order_as_text(here, row_
     assert "of 1000" not in printed
 
 
-@pytest.mark.parametrize("named", [False, True])
-def test_predictions_are_among_the_classes_of_a_and_r(here, row_of, tmp_path, named):
+@pytest.mark.parametrize(
+    ("name", "few", "named"),
+    [
+        ("imagenet-a", (3, 50, 333, 600, 998, 999), False),
+        ("imagenet-a", (3, 50, 333, 600, 998, 999), True),
+        ("sketch", range(1000), True),
+    ],
+)
+def test_predictions_are_among_the_classes_of_a_r_and_sketch(
+    here, row_of, tmp_path, name, few, named
+):
     root, model, logits = here
     order, source = [*range(1000)], root / "weights"
     if named:  # a run that numbers its classes in another way
@@ -117,15 +126,16 @@ def test_predictions_are_among_the_classes_of_a_and_r(here, row_of, tmp_path, na
         run = {"arch": arch_of(model), "model": dict(model.init_args)}
         run |= {"rope": run["model"].pop("rope"), "class_names": IDS[::-1]}
         save_folder(model, source, metadata={"config": json.dumps(run), "format": "pt"})
-    few = [3, 50, 333, 600, 998, 999]
-    for image in range(12):
-        put(root, image, tmp_path / "imagenet-a" / IDS[few[image % 6]] / f"{image}.png")
-    row, printed, notes = row_of(source, tmp_path / "imagenet-a")
-    columns = [order.index(number) for number in few]
-    same(row, by_numpy(logits[:, columns], [[n % 6] for n in range(12)]), 12)
-    assert (row["classes"], row["num_classes"]) == (6, 1000)
-    assert "6 of 1000 classes" in printed
-    assert any("are restricted to the 6 classes of" in note for note in notes)
+    count, columns = len(few), [order.index(number) for number in few]
+    images = range(max(12, count))
+    for image in images:
+        put(root, image % 12, tmp_path / name / IDS[few[image % count]] / f"{image}.png")
+    row, printed, notes = row_of(source, tmp_path / name)
+    seen = logits[[image % 12 for image in images]][:, columns]
+    same(row, by_numpy(seen, [[image % count] for image in images]), len(images))
+    assert (row["classes"], row["num_classes"]) == (count, 1000)
+    restricted = any(f"are restricted to the {count} classes of" in note for note in notes)
+    assert restricted == (f"{count} of 1000 classes" in printed) == (count < 1000)
 
 
 def test_one_of_the_labels_of_real_is_enough_and_images_without_are_skipped(here, row_of, tmp_path):
