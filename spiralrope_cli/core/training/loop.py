@@ -213,7 +213,7 @@ def build_state(
         checkpoint.restore(Path(config.out), step, state)
     elif ctx.is_first:
         checkpoint.check_fits(Path(config.out), model)
-    # By the whole run, so that a resumed one does the same.
+    # By the whole run, so that a resumed one of the same length does the same.
     images = 3 * config.optim.batch_size * config.total_steps / ctx.world_size
     if pays_to_compile(config.machine.compile, model, ctx.device, images):
         compile_blocks(model, state.ema.module, say=ctx.say)
