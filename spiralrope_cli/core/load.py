@@ -133,10 +133,8 @@ def fit_state_dict(
     if any(differing.values()):
         listed = (f"{len(n)} {what} ({_few(n)})" for what, n in differing.items() if n)
         kinds = any(MIXED_FREQS in names for names in differing.values())
-        raise CheckpointError(
-            f"{weights.file} does not fit {weights.arch}: {'; '.join(listed)}",
-            f"{MIXED_FREQS} is of --rope-kind mixed: leave --rope-kind out" if kinds else "",
-        )
+        told = f"{weights.file} does not fit {weights.arch}: {'; '.join(listed)}"
+        raise CheckpointError(f"{told}: leave --rope-kind out" if kinds else told)
     return {name: value for name, value in state.items() if name not in fresh}
 
 

@@ -136,3 +136,6 @@ def test_the_length_of_another_schedule_cannot_be_changed(runs, command, again):
     assert run_folder.first_step(tiny(command, out="run", max_steps=900, schedule="constant")) == 2
     with pytest.raises(CheckpointError, match="other options: --seed was 0, now 1\n"):
         run_folder.first_step(tiny(command, out="run", epochs=9, schedule="constant", seed=1))
+    other = {"rope_kind": "axial", "schedule": "constant", "epochs": 1}
+    with pytest.raises(CheckpointError, match="options: --rope-kind was spiral, now axial\n"):
+        run_folder.first_step(tiny(command, out="run", **other))

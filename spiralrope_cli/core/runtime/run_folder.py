@@ -153,6 +153,8 @@ def check_same(run: TrainingRun, folder: Path, *, step: int = 0) -> None:
             f"{folder / CONFIG_FILE} lacks {', '.join(lacking)}",
             "another version of spiralrope made it; give this run another --name or --out",
         )
+    if before["rope_kind"] != now["rope_kind"]:
+        free.add("rotate")  # it follows from the kind
     constant = before["schedule"] == run.optim.schedule == "constant"
     if constant and step > run.total_steps:
         raise CheckpointError(
@@ -240,9 +242,7 @@ def read_config(path: Path, kind: type[TrainingRun] | None = None) -> dict[str, 
     if not isinstance(nested, dict):
         raise ConfigError(f"--config {path} is not a config of a run")
     if repeated:
-        raise ConfigError(
-            f"--config {path} has the key {repeated!r} twice", "leave one of them out"
-        )
+        raise ConfigError(f"--config {path} has the key {repeated!r} twice", "leave one out")
     command = nested.get("command")
     of_file = RUN_KINDS.get(str(command), kind or ClassifierRun)
     if kind is not None and of_file is not kind:
