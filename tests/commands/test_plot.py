@@ -105,6 +105,7 @@ def test_curves_come_without_torch(run):
         (["rope", "--theta", "0"], 2, "--theta is 0"),
         (["rope", "--rope-kind", "axial", "--rotate", "2"], 2, "--rotate 2 does not fit"),
         (["rope", "--rope-kind", "mixed", "--layer", "12"], 2, "deit-s has layers 0 to 11"),
+        (["rope", "--rope-kind", "mixed", "--show", "clamp"], 2, "--show clamp: RoPE-Mixed clamps"),
         (["rope", DEIT, "--rotate", "2"], 2, "--rotate and SOURCE exclude each other"),
         (["rope", DEIT, "--no-rope"], 2, "No such option"),
         (["attention", DEIT, "gone.png"], 1, "IMAGE gone.png does not exist"),
@@ -200,6 +201,7 @@ def test_the_rope_of_weights_is_drawn(plot, monkeypatch):
     assert seen[1][0].ropes[0].rotate == 0
     assert plot("rope", "--rope-kind", "mixed", "--layer", 1)[0] == Path("plots/rope-mixed.png")
     assert seen[2][1].shape == (2, 6, 32)
+    assert seen[2][0].panels == ("rose", "frequencies", "score"), "there is nothing to clamp"
     _, told = plot("rope", "--layer", 1, "--show", "rose")
     assert "--layer has no effect" in told
 

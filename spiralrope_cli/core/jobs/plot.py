@@ -127,7 +127,10 @@ def settle_rope(given: dict[str, Any], weights: Weights | None) -> tuple[RopePlo
         **given,
         "arch": arch,
     }
-    panels = tuple(dict.fromkeys(given.get("panels", ROPE_PANELS)))
+    possible = [panel for panel in ROPE_PANELS if panel != "clamp" or not ropes[0].mixed]
+    panels = tuple(dict.fromkeys(given.get("panels", possible)))
+    if not {*panels} <= {*possible}:
+        raise ConfigError("--show clamp: RoPE-Mixed clamps no position", "leave it out")
     plot: RopePlot = build(RopePlot, {**values, "ropes": ropes, "panels": panels})
     inert = [dict(rope.inert_options({*chosen})) for rope in plot.ropes]
     idle = {name: why for name, why in inert[0].items() if all(name in row for row in inert)}
