@@ -10,6 +10,7 @@ import hashlib
 import os
 import threading
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -179,7 +180,8 @@ def _image_files(path: Path, role: str) -> FolderInput:
     refuse_own(path, f"{role} {path}")
     files, others = images_below(path)
     if not files and (stored_there := larger_files_below(path)):
-        return FolderInput(path, list_stored(stored_there)["address"])
+        others -= Counter(each.suffix.lower() for each in stored_there)
+        return FolderInput(path, list_stored(stored_there)["address"], count_files(others))
     if not files:
         known = f"known suffixes: {' '.join(IMAGE_SUFFIXES)}"
         raise DataError(f"{path} holds no images{count_files(others)}", known)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -45,6 +46,16 @@ def test_files_of_a_folder_that_are_no_images_are_counted(image_folder, tmp_path
         (folder / name).write_text("no image of ours")
     side = inspect_side(folder, "SAMPLES")
     assert (side.images.others, side.num) == (": 2 .heic, 1 .txt", 26)
+
+
+def test_shards_of_another_kind_are_counted_too(image_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPIRALROPE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards" / "a.tar", "w") as tar:
+        tar.add(image_folder / "val", "")
+    (tmp_path / "shards" / "b.parquet").touch()
+    side = inspect_side(tmp_path / "shards", "SAMPLES")
+    assert (side.images.others, side.num) == (": 1 .parquet", 10)
 
 
 def test_an_image_too_large_to_be_true_is_refused_by_its_header(tmp_path, monkeypatch):
