@@ -12,6 +12,7 @@ import errno
 import math
 import re
 import struct
+import threading
 import zlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable
@@ -297,11 +298,13 @@ def in_order(
     threads: int,
     depth: int,
     prepare: Callable[[], object] | None = None,
+    ended: threading.Event | None = None,
 ) -> Generator[T, None, None]:
     """Results of the tasks in their order; close the generator to stop early.
 
     `Executor.map` would submit all tasks at once, so all images would be in memory. Here at most
-    `depth` results wait, and this thread takes the tasks one by one.
+    `depth` results wait, and this thread takes the tasks one by one. At the end, also after Ctrl-C,
+    it sets `ended`, and waits for the tasks that have begun.
     """
     with ThreadPoolExecutor(threads, "spiralrope", prepare) as pool:
         waiting: deque[Future[T]] = deque()
@@ -313,6 +316,8 @@ def in_order(
             while waiting:
                 yield waiting.popleft().result()
         finally:
+            if ended:
+                ended.set()
             for future in waiting:
                 future.cancel()
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections import ChainMap
 from collections.abc import Callable, Collection, Generator, Iterable
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -205,12 +207,19 @@ def in_features(
     if ctx.device.type != "cpu":
         yield from map(compute, batches)
         return
-    cores = torch.get_num_threads()
+    cores, ended = torch.get_num_threads(), threading.Event()
     tasks = (partial(compute, batch) for batch in batches)
-    try:
-        yield from in_order(tasks, cores, cores, partial(torch.set_num_threads, 1))
-    finally:
-        torch.set_num_threads(cores)  # set_num_threads(1) in a thread also affects the process
+
+    def check(*_: object) -> None:
+        if ended.is_set():  # a batch takes seconds; Ctrl-C does not wait for the rest of it
+            raise CancelledError
+
+    with contextlib.ExitStack() as stack:
+        # set_num_threads(1) in a thread also affects the process.
+        stack.callback(torch.set_num_threads, cores)
+        for stage in (network.stem, *network.stages.values()):
+            stack.enter_context(stage.register_forward_pre_hook(check))
+        yield from in_order(tasks, cores, cores, partial(torch.set_num_threads, 1), ended)
 
 
 class Sums:
