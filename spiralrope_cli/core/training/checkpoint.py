@@ -139,10 +139,16 @@ def restore(run_folder: Path, step: int, state: TrainState) -> None:
         if not all(map(torch.isfinite, norms)):
             raise ValueError("its weights are not finite")
         check_zip(folder / TRAINER_FILE)
-        trainer = torch.load(folder / TRAINER_FILE, map_location="cpu", weights_only=True)
+        # Mapped: the processes of a machine share what they read.
+        trainer = torch.load(
+            folder / TRAINER_FILE, map_location="cpu", weights_only=True, mmap=True
+        )
         optimizer, groups = trainer["optimizer"], state.optimizer.param_groups
         for number, parameter in enumerate(p for group in groups for p in group["params"]):
             if moments := optimizer["state"].get(number):
+                # What stays on the CPU, as step counts do, would else stay mapped to the file.
+                on_cpu = parameter.device.type == "cpu"
+                moments = {n: m.clone() if on_cpu or not m.ndim else m for n, m in moments.items()}
                 like = dict.fromkeys(moments, parameter)
                 optimizer["state"][number] = parts_of(moments, like)
         state.optimizer.load_state_dict(optimizer)

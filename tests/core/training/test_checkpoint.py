@@ -58,6 +58,10 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path, state):
     checkpoint.restore(tmp_path, 3, other)
     assert same_tensors(everything(other), everything(state))
     assert (other.step, other.best) == (3, {"step": 2, "acc1": 12.5})
+    (file,) = tmp_path.rglob("trainer.pt")
+    with file.open("r+b") as mapped:
+        mapped.write(bytes(file.stat().st_size))
+    assert same_tensors(everything(other), everything(state)), "nothing stays mapped to the file"
     assert read_pointer(tmp_path, "best") == {"step": 2, "acc1": 12.5}
 
 
