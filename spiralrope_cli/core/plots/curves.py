@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spiralrope_cli.core.config.folders import CONFIG_FILE, own_folder
 from spiralrope_cli.core.config.models import format_size
-from spiralrope_cli.core.config.plots import FORMATS
-from spiralrope_cli.core.errors import ConfigError, DataError
+from spiralrope_cli.core.errors import DataError
 from spiralrope_cli.core.runtime.progress import METRICS_FILE, read_metrics
 from spiralrope_cli.core.runtime.run_folder import inner_runs
 from spiralrope_cli.core.storage import atomic_write
@@ -186,8 +185,6 @@ def save_figure(figure: Figure, path: Path) -> None:
     import matplotlib
 
     form = path.suffix.lower().lstrip(".")
-    if form not in FORMATS:
-        raise ConfigError(f"{path} must end in {' or '.join('.' + name for name in FORMATS)}")
     metadata = {"Date": None} if form == "svg" else {}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
