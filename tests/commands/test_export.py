@@ -337,7 +337,7 @@ def test_too_little_space_is_told_before_anything_is_written(export, runs, monke
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("deit-s", "--layout", "onnx"), "--layout is onnx; it must be safetensors or published"),
+        (("deit-s", "--layout", "onnx"), "--layout is onnx; it must be safetensors, published or"),
         (("deit-s", "--layout", "published", "--out", "x"), "must end in .pth or .pt"),
         (("deit-s", "--layout", "safetensors", "--out", "x.pth"), "is the name of a file"),
         (("deit-s", "--layout", "published", "--best"), "deit-s is not one"),

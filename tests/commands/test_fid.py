@@ -324,7 +324,7 @@ def test_other_wrong_inputs(fid, sets, tmp_path):
         (["--bootstrap", "1"], "needs 2 or more"),
         (["--bootstrap", "5", "--select", "kid"], "--bootstrap needs fid in --select"),
         (["--batch-size", "0"], "--batch-size is 0"),
-        (["--precision", "auto"], "fp32 or tf32 or bf16"),
+        (["--precision", "auto"], "fp32, tf32 or bf16"),
         (["--save-stats", "stats"], "must end in .npz"),
         (["--save-stats", "no/such/folder.npz"], "is not a writable folder"),
         (["--weights", "none.pth"], "--weights none.pth does not exist"),

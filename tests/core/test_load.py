@@ -334,7 +334,7 @@ def test_a_layout_that_nobody_knows_says_what_it_needs(runs):
     torch.save({"network": published()["model"], "epoch": 3}, "x.pth")
     with pytest.raises(CheckpointError, match="it holds network, epoch") as refused:
         load_model("x.pth")
-    assert "under 'model' or 'state_dict' or 'model_ema'" in refused.value.hint
+    assert "under 'model', 'state_dict', 'model_ema'" in refused.value.hint
     assert "torch.save(network.state_dict(), FILE)" in refused.value.hint
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from spiralrope_cli.core.config.dit_runs import VAE_NAMES
 from spiralrope_cli.core.config.models import ARCH_OF_SOURCE
-from spiralrope_cli.core.config.option import PATH, SOURCE, check_fields, option
+from spiralrope_cli.core.config.option import PATH, SOURCE, check_fields, one_of, option
 from spiralrope_cli.core.errors import ConfigError
 
 PUBLISHED_SUFFIXES = (".pth", ".pt")
@@ -109,7 +109,7 @@ class ExportRun(ChosenWeights):
         one_file = self.layout == "published"
         if self.out and one_file and suffix not in PUBLISHED_SUFFIXES:
             raise ConfigError(
-                f"--out {self.out} must end in {' or '.join(PUBLISHED_SUFFIXES)}",
+                f"--out {self.out} must end in {one_of(PUBLISHED_SUFFIXES)}",
                 "the published layout is one file",
             )
         if not one_file and suffix in (*PUBLISHED_SUFFIXES, ".safetensors"):

@@ -73,7 +73,7 @@ class Opt:
     def allowed(self) -> str:
         """Allowed values, for messages."""
         if self.choices or self.expects:
-            return self.expects or " or ".join(self.choices)
+            return self.expects or one_of(self.choices)
         low = self.ge if self.gt is None else self.gt
         high = self.le if self.lt is None else self.lt
         if low is None:
@@ -238,6 +238,12 @@ def idle_lines(kind: type, inert: Iterable[tuple[str, str]], given: Collection[s
     """One line per given option that has no effect; `inert` is (field, reason)."""
     known = leaves(kind)
     return [f"{known[name].called} has no effect: {why}" for name, why in inert if name in given]
+
+
+def one_of(words: Iterable[str]) -> str:
+    """`a, b or c`."""
+    *others, last = words
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def in_words(value: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from spiralrope_cli.core.config.hub import ChosenWeights
 from spiralrope_cli.core.config.models import SIZE, RopeConfig, pair
-from spiralrope_cli.core.config.option import FILE, SOURCE, check_fields, leaves, option
+from spiralrope_cli.core.config.option import FILE, SOURCE, check_fields, leaves, one_of, option
 from spiralrope_cli.core.errors import ConfigError, DataError
 
 FORMATS = ("png", "svg")
@@ -36,9 +36,7 @@ class FigureFile:
         check_fields(self)
         suffix = Path(self.out).suffix.lower().lstrip(".")
         if self.out and suffix not in FORMATS:
-            raise ConfigError(
-                f"--out {self.out} must end in {' or '.join('.' + word for word in FORMATS)}"
-            )
+            raise ConfigError(f"--out {self.out} must end in {one_of('.' + f for f in FORMATS)}")
         if self.out and self.format not in (None, suffix):
             raise ConfigError(
                 f"--format {self.format} contradicts --out {self.out}", "leave one of them out"

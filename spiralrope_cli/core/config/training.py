@@ -177,7 +177,6 @@ class MachineConfig:
     compile: Literal["auto", "on", "off"] = option(
         "Compile the blocks by torch.compile: other rounding, less time after a wait. "
         "auto: in a long run on a GPU.",
-        expects="auto, on or off",
         read=lambda text: {"true": "on", "false": "off"}.get(text.lower(), text),
         default="auto",
     )

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from spiralrope_cli.core.config.folders import IMAGENET_NAME
+from spiralrope_cli.core.config.option import one_of
 from spiralrope_cli.core.data.listing import is_image, suffix_of
 from spiralrope_cli.core.errors import DataError, first_line
 from spiralrope_cli.core.storage import atomic_write, cache_folder, parse, write_whole
@@ -222,7 +223,7 @@ def _column(path: Path, there: Sequence[str], names: tuple[str, ...]) -> str:
         return found
     raise DataError(
         f"{path} has no column of images: it has {', '.join(there)}",
-        f"name it {' or '.join(names)}",
+        f"name it {one_of(names)}",
     )
 
 

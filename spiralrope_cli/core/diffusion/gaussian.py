@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from spiralrope_cli.core.config.option import one_of
 from spiralrope_cli.core.config.samples import (
     BETA_FIRST,
     BETA_LAST,
@@ -248,7 +249,7 @@ class GaussianDiffusion:
             ConfigError: unknown sampler, or too many steps for it.
         """
         if sampler not in SAMPLERS:
-            raise ConfigError(f"--sampler is {sampler}; it must be {' or '.join(SAMPLERS)}")
+            raise ConfigError(f"--sampler is {sampler}; it must be {one_of(SAMPLERS)}")
         if noise is None:
             device = next(model.parameters()).device if isinstance(model, nn.Module) else None
             noise = torch.randn(*shape, device=device)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from spiralrope_cli.core.config.dit_runs import VAE_FACTOR
 from spiralrope_cli.core.config.models import RopeConfig, is_dit, size_of
+from spiralrope_cli.core.config.option import one_of
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.catalog import ROWS
 from spiralrope_cli.core.rope import frequencies
@@ -56,7 +57,7 @@ def read_published(path: Path, *, verify: bool = True) -> PublishedFile:
             named = ", ".join(map(str, list(content)[:4])) or "nothing"
             raise CheckpointError(
                 f"{path} is not a checkpoint in a published layout: it holds {named}",
-                f"it must hold a state dict under {' or '.join(map(repr, RAW_KEYS + EMA_KEYS))}, "
+                f"it must hold a state dict under {one_of(map(repr, RAW_KEYS + EMA_KEYS))}, "
                 "or only tensors, as torch.save(network.state_dict(), FILE) writes them",
             )
         state = plain_names(content)

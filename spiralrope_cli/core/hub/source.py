@@ -13,6 +13,7 @@ from pathlib import Path
 from spiralrope_cli.core.config.dit_runs import LATENT_CHANNELS, LATENT_SCALE, VAE_FACTOR, VAE_NAMES
 from spiralrope_cli.core.config.folders import CHECKPOINTS, EMA_FILE, MODEL_FILE, own_folder
 from spiralrope_cli.core.config.hub import FILE_SUFFIXES, HUB, HUB_FORM
+from spiralrope_cli.core.config.option import one_of
 from spiralrope_cli.core.config.training import RUNS_FOLDER
 from spiralrope_cli.core.errors import CheckpointError, ConfigError, FetchError
 from spiralrope_cli.core.hub.catalog import (
@@ -125,7 +126,7 @@ def newest_run() -> Path:
             saved.append((when, config.parent))
     if not saved:
         raise CheckpointError(
-            f"SOURCE is missing, and {RUNS_FOLDER}/ holds no {' or '.join(CLASSIFIERS)} run",
+            f"SOURCE is missing, and {RUNS_FOLDER}/ holds no {one_of(CLASSIFIERS)} run",
             "name a run folder, a checkpoint file or published weights",
         )
     return max(saved)[1]

@@ -329,7 +329,9 @@ def test_every_option_says_what_it_is(kind):
             assert opt.argument or opt.panel in PANELS, name
             assert opt.help.endswith((".", "...")), name
             assert not opt.argument or opt.metavar, name
-            assert opt.read in (None, folder) or opt.expects, f"{name}: a reader needs its words"
+            assert opt.read in (None, folder) or opt.expects or opt.choices, (
+                f"{name}: a reader needs its words"
+            )
             assert not (opt.pattern and not opt.expects), f"{name}: no user reads a pattern"
             upper = opt.le is not None or opt.lt is not None
             assert not upper or opt.ge is not None or opt.gt is not None, f"{name}: one bound"
