@@ -208,6 +208,8 @@ REACHED = {
 }
 """Command -> words, and the fields that they change."""
 
+BELOW_A_FILE = "cannot be written: "
+
 REFUSED = {
     "pretrain": [
         ("--arch deit-x", "--arch deit-x is unknown"),
@@ -427,11 +429,19 @@ REFUSED = {
         ("run --workers x", "--workers is x"),
         ("run --out=", "--out is empty"),
         ("deit-s --data nowhere", "--data nowhere is neither a folder nor a built-in name"),
+        ("run --out a.yaml/x", f"--out a.yaml/x {BELOW_A_FILE}"),
+    ],
+    "predict": [
+        ("run x.png --out a.yaml/x.png", f"--out a.yaml/x.png {BELOW_A_FILE}"),
+    ],
+    "fetch": [
+        ("deit-s --out a.yaml/x", f"--out a.yaml/x {BELOW_A_FILE}"),
     ],
     "dit-encode": [
         ("--data pictures --vae vae --image-size 60", "--image-size 60"),
         ("--data pictures --vae vae --image-size 0", "--image-size 0"),
         ("--data pictures --vae vae --out=", "--out is empty"),
+        ("--data pictures --vae vae --out a.yaml", "--out a.yaml cannot be written: it is a file"),
         ("--data pictures --vae nowhere", "--data pictures is not a folder"),
         ("--data nowhere --vae vae", "--data nowhere is not a folder"),
         ("--data digits --vae vae", "--data digits is too small for a VAE"),
@@ -456,6 +466,7 @@ REFUSED = {
         ("a.npz b.npz --device tpu", "--device is tpu"),
         ("a.npz b.npz --workers -2", "--workers is -2"),
         ("a.npz --save-stats x.txt", "--save-stats x.txt must end in .npz"),
+        ("a.npz --save-stats a.yaml/x.npz", f"--save-stats a.yaml/x.npz {BELOW_A_FILE}"),
     ],
     "export": [
         ("run --layout onnx", "--layout is onnx"),
@@ -463,6 +474,8 @@ REFUSED = {
         ("run --layout safetensors --out x.pth", "--out x.pth is the name of a file"),
         ("run --layout published --rotate -1", "--rotate is -1"),
         ("run --layout published --out=", "--out is empty"),
+        ("run --layout published --out a.yaml/x.pth", f"--out a.yaml/x.pth {BELOW_A_FILE}"),
+        ("run --out a.yaml/x", f"--out a.yaml/x {BELOW_A_FILE}"),
     ],
     "plot rope": [
         ("--rotate -1", "--rotate is -1"),
@@ -490,6 +503,7 @@ REFUSED = {
         ("run --over x", "--over is x"),
         ("run --out x.txt", "--out x.txt must end in .png or .svg"),
         ("run --format x", "--format is x"),
+        ("run --out a.yaml/x.png", f"--out a.yaml/x.png {BELOW_A_FILE}"),
     ],
     "plot attention": [
         ("run x.png --patch x", "--patch is x"),
@@ -559,6 +573,7 @@ REFUSED = {
         ("nowhere --rotate -1", "--rotate is -1"),
         ("nowhere --projection x", "--projection is x"),
         ("nowhere --out=", "--out is empty"),
+        ("nowhere --out a.yaml/x", f"--out a.yaml/x {BELOW_A_FILE}"),
         ("nowhere --seed -1", "--seed is -1"),
         ("nowhere --batch-size 0", "--batch-size is 0"),
         ("nowhere --nproc -1", "--nproc is -1"),

@@ -322,7 +322,7 @@ def test_a_size_limit_leaves_nothing(spiralrope, runs, layout):
 @pytest.mark.parametrize(("layout", "name"), [("published", "x.pth"), ("safetensors", "x")])
 def test_a_file_where_a_folder_would_be_is_told(export, runs, layout, name):
     (runs / "file").touch()
-    with pytest.raises(FetchError, match=f"file/{name} cannot be written"):
+    with pytest.raises(ConfigError, match=f"file/{name} cannot be written"):
         export(GOLDEN / DEIT, "--layout", layout, "--out", f"file/{name}")
 
 

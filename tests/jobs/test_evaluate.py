@@ -204,9 +204,9 @@ def test_a_damaged_eval_json_is_set_aside(source, rows_of):
 
 
 def test_a_folder_that_cannot_be_written_is_a_note(source, runs, capfd):
-    (runs / "file").write_text("")
-    options = EvalOptions(sources=(str(source),), out=str(runs / "file"))
-    evaluate.work(settled(options))
+    run = settled(EvalOptions(sources=(str(source),), out=str(runs / "later")))
+    (runs / "later").write_text("")
+    evaluate.work(run)
     result = capfd.readouterr()
     assert "was not written" in result.err
     assert "last, raw" in result.out

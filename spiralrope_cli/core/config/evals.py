@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from spiralrope_cli.core.config.datasets import DATA_NAMES, DATA_SETS, EvalProtocol
+from spiralrope_cli.core.config.folders import check_writable
 from spiralrope_cli.core.config.hub import ChosenWeights
 from spiralrope_cli.core.config.models import SIZE, RopeConfig
 from spiralrope_cli.core.config.option import FILE, PATH, SOURCE, check_fields, option
@@ -94,6 +95,8 @@ class EvalOptions(ChosenWeights):
             raise ConfigError("--json and --csv exclude each other", "leave one of them out")
         for size in self.image_sizes:
             check_divides(size, 1)
+        if self.out:
+            check_writable(self.out, folder=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from spiralrope_cli.core.config.option import Opt, check_fields, idle_lines, option
+from spiralrope_cli.core.config.folders import check_writable
+from spiralrope_cli.core.config.option import FILE, Opt, check_fields, idle_lines, option
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.storage import cache_folder
@@ -102,7 +102,7 @@ class FidRun:
     save_stats: str = option(
         "Save the statistics of SAMPLES (.npz), to use as a REFERENCE later.",
         "Output",
-        metavar="FILE",
+        **FILE,
         default="",
     )
     dry_run: bool = option("Print the plan and stop.", "Output", default=False)
@@ -135,10 +135,7 @@ class FidRun:
             raise ConfigError(f"--save-stats {target} must end in .npz")
         if target.exists():
             raise ConfigError(f"--save-stats {target} exists", "remove it, or choose another name")
-        if not os.access(target.absolute().parent, os.W_OK):
-            raise ConfigError(
-                f"--save-stats {target}: {target.absolute().parent} is not a writable folder"
-            )
+        check_writable(self.save_stats, "--save-stats")
 
     def protocol(self, weights_digest: str) -> str:
         """What statistics depend on besides the images; equal ones are comparable."""

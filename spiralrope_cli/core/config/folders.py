@@ -6,11 +6,12 @@ numbers can be compared with those of other data. Standard library only.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from spiralrope_cli.core.errors import DataError
+from spiralrope_cli.core.errors import ConfigError, DataError
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -62,6 +63,27 @@ def refuse_own(folder: Path, given: str) -> None:
     kind, hint = own_folder(folder)
     if kind and not (folder / "train").is_dir():
         raise DataError(f"{given} is {kind}, not a folder of images", hint)
+
+
+def nearest_folder(path: Path) -> Path:
+    """A path, or its nearest parent that exists."""
+    absolute = path.absolute()
+    return next(each for each in (absolute, *absolute.parents) if each.exists())
+
+
+def check_writable(given: str, option: str = "--out", *, folder: bool = False) -> None:
+    """Raises if the file or folder that an option names cannot be written; creates nothing."""
+    path = Path(given)
+    there = nearest_folder(path if folder else path.parent)
+    if path.is_dir() and not folder:
+        why = "it is a folder"
+    elif not there.is_dir():
+        why = "it is a file" if there == path.absolute() else f"{there} is a file"
+    elif not os.access(there, os.W_OK | os.X_OK):
+        why = f"nothing can be written to {there}"
+    else:
+        return
+    raise ConfigError(f"{option} {given} cannot be written: {why}", "choose another")
 
 
 def samples_in(folder: Path) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from spiralrope_cli.core.config.dit_runs import VAE_NAMES
+from spiralrope_cli.core.config.folders import check_writable
 from spiralrope_cli.core.config.models import ARCH_OF_SOURCE
 from spiralrope_cli.core.config.option import PATH, SOURCE, check_fields, one_of, option
 from spiralrope_cli.core.errors import ConfigError
@@ -54,6 +55,8 @@ class FetchRun:
             raise ConfigError("--list shows all published names", "leave NAME out")
         if not self.show_list and not self.names:
             raise ConfigError("NAME is missing", "--list shows all published names")
+        if self.out:
+            check_writable(self.out, folder=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +119,8 @@ class ExportRun(ChosenWeights):
             raise ConfigError(
                 f"--out {self.out} is the name of a file", f"the {self.layout} layout is a folder"
             )
+        if self.out:
+            check_writable(self.out, folder=not one_file)
         if one_file and (self.push or self.license):
             raise ConfigError(
                 f"--{'push' if self.push else 'license'} with --layout published",

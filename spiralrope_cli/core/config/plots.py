@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from spiralrope_cli.core.config.folders import check_writable
 from spiralrope_cli.core.config.hub import ChosenWeights
 from spiralrope_cli.core.config.models import SIZE, RopeConfig, pair
 from spiralrope_cli.core.config.option import FILE, SOURCE, check_fields, leaves, one_of, option
@@ -41,6 +42,8 @@ class FigureFile:
             raise ConfigError(
                 f"--format {self.format} contradicts --out {self.out}", "leave one of them out"
             )
+        if self.out:
+            check_writable(self.out)
 
     def named(self, name: str) -> Path:
         """The file of --out, or one in plots/ with this name."""

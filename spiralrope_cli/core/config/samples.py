@@ -15,6 +15,7 @@ from spiralrope_cli.core.config.dit_runs import (
     input_size,
 )
 from spiralrope_cli.core.config.fid import NUM_SAMPLING_STEPS
+from spiralrope_cli.core.config.folders import check_writable
 from spiralrope_cli.core.config.hub import HUB
 from spiralrope_cli.core.config.models import ARCH_OF_SOURCE, SIZE, format_size, numbers, pair
 from spiralrope_cli.core.config.option import PATH, SOURCE, Opt, check_fields, option
@@ -70,6 +71,7 @@ class EncodeRun:
                 f"{VAE_FACTOR} for the VAE",
                 f"the nearest: {format_size(nearest)}",
             )
+        check_writable(self.out, folder=True)
 
 
 @dataclass(frozen=True, kw_only=True)

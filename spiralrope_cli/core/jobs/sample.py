@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from spiralrope_cli import __version__
 from spiralrope_cli.core.config.dit_runs import NO_VAE
-from spiralrope_cli.core.config.folders import REPORT_FILE, SOURCES_FILE
+from spiralrope_cli.core.config.folders import REPORT_FILE, SOURCES_FILE, check_writable
 from spiralrope_cli.core.config.hub import HUB
 from spiralrope_cli.core.config.models import format_size, given_rope
 from spiralrope_cli.core.config.option import build as build_config
@@ -71,6 +71,8 @@ def settle(
     build_config(MachineConfig, given)
     num_steps = given.get("num_sampling_steps", SampleRun.num_sampling_steps)
     check_chain(given.get("sampler", SampleRun.sampler), num_steps)
+    if "out" in given:
+        check_writable(given["out"], folder=True)
 
     source = find_source(given["source"])
 

@@ -8,6 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
+from spiralrope_cli.core.config.folders import nearest_folder
 from spiralrope_cli.core.errors import DiskError, SpiralRopeError
 from spiralrope_cli.core.runtime.progress import human_size
 
@@ -53,12 +54,6 @@ def _left(group: Path, limit: str, used: str, cached: str) -> float:
     except (OSError, ValueError):  # none, or the word max
         return math.inf
     return max(0, most - now + (int(found[1]) if found else 0))
-
-
-def nearest_folder(path: Path) -> Path:
-    """A folder, or its nearest parent that exists."""
-    absolute = path.absolute()
-    return next(each for each in (absolute, *absolute.parents) if each.exists())
 
 
 def check_space(*needs: tuple[Path, int], what: str, hint: str) -> None:

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spiralrope_cli.core.config.folders import own_folder, samples_in
+from spiralrope_cli.core.config.folders import check_writable, own_folder, samples_in
 from spiralrope_cli.core.data.image_sets import images_in, inspect_side
 from spiralrope_cli.core.data.shards import read_cache
 from spiralrope_cli.core.data.splits import find_data_set, find_train_set, find_val_set
-from spiralrope_cli.core.errors import CheckpointError, DataError
+from spiralrope_cli.core.errors import CheckpointError, ConfigError, DataError
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.jobs.encode import data_folder
 
@@ -85,3 +85,23 @@ def test_other_folders_are_left_alone(tmp_path):
         path.touch()
     assert find_train_set(str(tmp_path / "images")).num_train == 1
     assert own_folder(tmp_path / "images" / "train") == ("", "")
+
+
+def test_what_cannot_be_written_is_told_before_and_nothing_is_created(runs, monkeypatch):
+    (runs / "file").touch()
+    (runs / "folder.png").mkdir()
+    check_writable("not/there/x.png")
+    check_writable("file")
+    check_writable("folder.png", folder=True)
+    for given, folder, why in (
+        ("file/not/there", False, f"{runs}/file is a file"),
+        ("file", True, "it is a file"),
+        ("folder.png", False, "it is a folder"),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            check_writable(given, folder=folder)
+        assert refused.value.message == f"--out {given} cannot be written: {why}"
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(ConfigError, match=f"x cannot be written: nothing can .* to {runs}\n"):
+        check_writable("not/there/x", "--save-stats")
+    assert sorted(path.name for path in runs.iterdir()) == ["file", "folder.png"]
