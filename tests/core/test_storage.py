@@ -142,6 +142,23 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, options):
     assert {path: path.read_text() for path in tmp_path.iterdir()} == {target: "new"}
 
 
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
+    def fill(times):
+        with atomic_write(tmp_path / "export", durable=True) as beside:
+            (beside / "inner").mkdir(parents=True)
+            for number in range(times):
+                (beside / "inner" / f"{number}.txt").write_text("whole")
+            if times < 2:
+                raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        fill(1)
+    assert not list(tmp_path.iterdir())
+    fill(2)
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+    assert len(list(tmp_path.glob("export/inner/*.txt"))) == 2
+
+
 def test_a_sole_writer_writes_over_what_a_killed_one_left(tmp_path):
     with atomic_write(tmp_path / "large.npz", sole=True) as left:
         left.write_text("whole")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import operator
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from comparing import relative_distance, same_tensors
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
 from spiralrope_cli import load_model
 from spiralrope_cli.core.config.samples import EncodeRun
@@ -318,6 +320,15 @@ def test_cached_latents_train_as_the_vae_in_the_loop_does(
     shard.write_bytes(content)
     with pytest.raises(DataError, match=r"00000.safetensors is damaged"):
         train.work(tiny(out="damaged", latents="latents", max_steps=4))
+
+
+def test_a_grid_whose_vae_is_not_here_is_one_line():
+    said: list[str] = []
+    config = SimpleNamespace(images=SimpleNamespace(latents="latents", vae="ema"))
+    state = SimpleNamespace(ema=SimpleNamespace(module=nn.Identity()))
+    ctx, reporter = SimpleNamespace(is_first=True), SimpleNamespace(say=said.append)
+    diffusion.save_grid(config, ctx, None, lambda name: None, state, reporter)
+    assert said == ["no samples: the VAE ema is not downloaded, so they cannot be decoded"]
 
 
 def test_the_posterior_is_drawn_anew_for_every_sample(on_photographs, tiny_vae):

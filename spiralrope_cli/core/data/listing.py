@@ -15,6 +15,7 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -133,21 +134,18 @@ def _of_first_kind(paths: Iterable[Path]) -> list[Path]:
 # --- Lists
 
 
+@dataclass(frozen=True, eq=False)
 class ImageList(Sequence[tuple[str, int]]):
     """(address, class number) of each image.
 
     Three arrays, which the loader workers of a process share: Python objects have counters, so each
     worker would soon have its own copy, of 250 bytes per image.
-
-    Args:
-        root: what all addresses begin with.
-        names: [bytes] uint8, the rest of the addresses one after another.
-        ends: [N] int64, where each ends in `names`.
-        labels: [N] int32.
     """
 
-    def __init__(self, root: str, names: np.ndarray, ends: np.ndarray, labels: np.ndarray) -> None:
-        self.root, self.names, self.ends, self.labels = root, names, ends, labels
+    root: str  # what all addresses begin with
+    names: np.ndarray  # [bytes] uint8, the rest of the addresses one after another
+    ends: np.ndarray  # [N] int64, where each ends in `names`
+    labels: np.ndarray  # [N] int32
 
     @classmethod
     def of(cls, images: Iterable[tuple[str, int]], root: str = "") -> ImageList:
@@ -214,16 +212,14 @@ def _said_if_slow(what: str, items: Sequence[str]) -> Iterator[str]:
     """The items, with progress on stderr if they take more than a moment."""
     begun, advance = time.monotonic(), None
     with contextlib.ExitStack() as stack:
-        for done, item in enumerate(items):
+        for done, item in enumerate(items, start=1):
+            yield item
             if advance:
                 advance(1)
             elif time.monotonic() - begun > SLOW_SECONDS:
                 shown, unit = is_first_process(), "class folders per second"
                 bar = counted(what, len(items), shown=shown, done=done, unit=unit)
                 advance = stack.enter_context(bar)
-            yield item
-        if advance:
-            advance(1)
 
 
 def _read_kept(folder: Path) -> tuple[ImageList, Counter[str]] | None:

@@ -43,10 +43,7 @@ def is_here(data: str) -> bool:
     """Whether a built-in set can be loaded without a download."""
     if data == "digits" or DEBIAN_FASHION_MNIST.is_dir():
         return True
-    return _is_unpacked(cache_folder() / "FashionMNIST" / "raw")
-
-
-def _is_unpacked(raw: Path) -> bool:
+    raw = cache_folder() / "FashionMNIST" / "raw"
     return all((raw / name).is_file() for name in RAW_FILES)
 
 
@@ -82,12 +79,11 @@ def load_fashion_mnist() -> tuple[MemorySplit, MemorySplit]:
     raw = root / "FashionMNIST" / "raw"
     packed = DEBIAN_FASHION_MNIST
     try:
-        if not _is_unpacked(raw) and packed.is_dir():
-            raw.mkdir(parents=True, exist_ok=True)
-            for name in RAW_FILES:
+        for name in RAW_FILES if packed.is_dir() else ():
+            if not (raw / name).is_file():
+                raw.mkdir(parents=True, exist_ok=True)
                 _unpack(packed / f"{name}.gz", raw / name)
-        there = _is_unpacked(raw)
-        splits = [FashionMNIST(str(root), train, download=not there) for train in (True, False)]
+        splits = [FashionMNIST(str(root), train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         raise DataError(
             f"fashion-mnist is not here and cannot be downloaded: {first_line(error)}",
