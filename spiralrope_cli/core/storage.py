@@ -7,6 +7,7 @@ archive, which has one for each of its members. So a flipped bit is found when a
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -110,6 +111,15 @@ def repeated_key(node: Any) -> str:
         known.update(map(id, inside))
         waiting += inside
     return ""
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    state = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            state.update(chunk)
+    return state.hexdigest()
 
 
 def with_checksum(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> dict[str, str]:

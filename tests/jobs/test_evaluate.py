@@ -19,11 +19,11 @@ from spiralrope_cli.core import load
 from spiralrope_cli.core.config.evals import EvalOptions
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.memory import load_digits
-from spiralrope_cli.core.hub.files import sha256_of
 from spiralrope_cli.core.jobs import evaluate, train
 from spiralrope_cli.core.jobs.export import export
 from spiralrope_cli.core.report.results import print_evaluation
 from spiralrope_cli.core.resolve import resolve
+from spiralrope_cli.core.storage import sha256_of
 from spiralrope_cli.core.training import classification
 
 METRICS = ("acc1", "acc5", "loss", "count")

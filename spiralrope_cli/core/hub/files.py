@@ -36,7 +36,7 @@ from spiralrope_cli.core.errors import (
 from spiralrope_cli.core.hub.catalog import Row
 from spiralrope_cli.core.runtime.progress import human_size, say
 from spiralrope_cli.core.runtime.resources import check_space
-from spiralrope_cli.core.storage import atomic_write, cache_folder, flush
+from spiralrope_cli.core.storage import atomic_write, cache_folder, flush, sha256_of
 
 OTHER_DISK = "free some, or name another disk with --out (for downloads HF_HOME, SPIRALROPE_CACHE)"
 # SHA-256, its first 8 digits, or git's SHA-1. Anything else cannot be compared.
@@ -45,15 +45,6 @@ DIGEST = re.compile("[0-9a-f]{8}|[0-9a-f]{40}|[0-9a-f]{64}")
 TIMEOUT_SECONDS = 30.0
 # No compression: a compressed response has another size than the file.
 HEADERS = {"User-Agent": f"spiralrope/{__version__}", "Accept-Encoding": "identity"}
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
-    state = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            state.update(chunk)
-    return state.hexdigest()
 
 
 def digest_like(path: Path, expected: str) -> tuple[str, str]:

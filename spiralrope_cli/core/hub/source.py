@@ -33,7 +33,7 @@ from spiralrope_cli.core.runtime.run_folder import (
     step_folder,
     steps_on_disk,
 )
-from spiralrope_cli.core.storage import parse
+from spiralrope_cli.core.storage import parse, sha256_of
 
 CLASSIFIERS = ("pretrain", "finetune")
 
@@ -153,8 +153,6 @@ class VaeFiles:
         return float(config.get("scaling_factor", LATENT_SCALE))
 
     def sha256(self) -> str:
-        from spiralrope_cli.core.hub.files import sha256_of
-
         return sha256_of(self.weights)
 
 
@@ -222,7 +220,7 @@ def _checked(files: VaeFiles) -> VaeFiles:
 
 def find_inception(given: str, option: str = "--weights") -> tuple[Path, str]:
     """File and SHA-256 of the Inception weights: `given`, or those of `fetch inception`."""
-    from spiralrope_cli.core.hub.files import sha256_of, target_of
+    from spiralrope_cli.core.hub.files import target_of
 
     row = find_row("inception")
     path = Path(os.path.expanduser(given)) if given else target_of(row)

@@ -26,7 +26,6 @@ from spiralrope_cli.core.config.training import RUNS_FOLDER, MachineConfig
 from spiralrope_cli.core.data.classes import classes_of, real_images
 from spiralrope_cli.core.data.splits import find_val_set
 from spiralrope_cli.core.errors import CheckpointError
-from spiralrope_cli.core.hub.files import sha256_of
 from spiralrope_cli.core.hub.source import Source, find_source, newest_run
 from spiralrope_cli.core.plots.curves import save_figure, sizes_figure
 from spiralrope_cli.core.report.results import Record, print_evaluation
@@ -35,6 +34,7 @@ from spiralrope_cli.core.runtime.launch import is_first_process, launch, say_not
 from spiralrope_cli.core.runtime.progress import counted, say, say_unreadable
 from spiralrope_cli.core.runtime.run_folder import add_rows, is_same, read_rows
 from spiralrope_cli.core.runtime.slurm import Remaining
+from spiralrope_cli.core.storage import sha256_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

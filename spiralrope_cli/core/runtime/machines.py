@@ -47,11 +47,6 @@ DISCARD = 9
 """A port to which nothing is sent."""
 
 
-@functools.cache
-def _machines_at(endpoint: str, nnodes: int) -> Machines:
-    return Machines(endpoint, nnodes)
-
-
 def machines_of(machine: MachineConfig) -> Machines | None:
     """All machines of a run, the same for each stage of `run`; None if there is only this one."""
     return _machines_at(machine.rdzv_endpoint, machine.nnodes) if machine.nnodes > 1 else None
@@ -227,6 +222,9 @@ class Machines:
     def _close(self) -> None:
         self._closed.set()
         self._pulses.join(2 * PULSE_SECONDS)
+
+
+_machines_at = functools.cache(Machines)
 
 
 def _join(host: str, port: int, endpoint: str) -> tuple[TCPStore, int]:

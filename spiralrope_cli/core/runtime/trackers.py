@@ -43,12 +43,9 @@ def log_in(kind: str) -> None:
 
 def open_tracker(run: TrainingRun, step: int) -> TensorBoardLogger | WandbLogger | None:
     """The tracker of a run that goes on after `step`."""
-    match run.machine.tracker:
-        case "tensorboard":
-            return TensorBoardLogger(Path(run.out), step)
-        case "wandb":
-            return WandbLogger(run)
-    return None
+    if run.machine.tracker == "tensorboard":
+        return TensorBoardLogger(Path(run.out), step)
+    return WandbLogger(run) if run.machine.tracker == "wandb" else None
 
 
 class TensorBoardLogger:
