@@ -72,6 +72,9 @@ ELSE = {
 class Command(TyperCommand):
     """A command that answers options of other tools with its own."""
 
+    known: Mapping[str, Opt]
+    """Its options, by field."""
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Raises with the option of this command that does the same."""
         here: dict[Any, str] = {}
@@ -92,7 +95,7 @@ class Command(TyperCommand):
                     raise ConfigError(f"no such option: {option}", hint)
             hint = ELSE.get(option, f"{ctx.info_name} has nothing like it")
             raise ConfigError(f"no such option: {option}", hint)
-        args = with_values(args) if "compile" in here else args
+        args = self.with_values(args)
         ctx.meta[WORDS] = list(args)
         ctx.allow_extra_args = True  # for an error of our own
         try:
@@ -112,15 +115,28 @@ class Command(TyperCommand):
             raise ConfigError(f"unexpected argument: {unknown[0]}", hint)
         return unknown
 
+    def with_values(self, args: list[str]) -> list[str]:
+        """Adds the values of options that may stand without one, as `--compile`."""
+        bare = {word: opt for opt in self.known.values() for word in opt.bare}
+        words: list[str] = []
+        for place, word in enumerate(args):
+            if word == "--":
+                return words + args[place:]
+            opt = bare.get(word)
+            if opt and not is_value(opt, *args[place + 1 : place + 2]):
+                words += [f"{opt.called}={value}" for value in opt.bare[word]]
+            else:
+                words.append(word)
+        return words
 
-def with_values(args: list[str]) -> list[str]:
-    """Replaces `--compile` without a value, and `--no-compile`, as they were before it had one."""
-    words = []
-    for word, after in zip(args, [*args[1:], ""], strict=False):
-        bare = word == "--compile" and after not in ("auto", "on", "off")
-        off = word == "--no-compile"
-        words.append("--compile=on" if bare else "--compile=off" if off else word)
-    return words
+
+def is_value(opt: Opt, word: str = "") -> bool:
+    """Whether an option reads a word as its value."""
+    try:
+        value = opt.convert(word)
+    except ConfigError:
+        return False
+    return not opt.choices or value in opt.choices
 
 
 SETTINGS: dict[str, Any] = {
@@ -161,7 +177,6 @@ def command(
     leave_out: Iterable[str] = (),
     words: Mapping[str, str] | None = None,
     defaults: Mapping[str, str] | None = None,
-    cls: type[TyperCommand] = Command,
     group: typer.Typer | None = None,
 ) -> Callable[[Callable[[dict[str, Any]], Any]], typer.Typer]:
     """Makes an app of `function(given)`: field name -> value, only of options that were given.
@@ -171,7 +186,6 @@ def command(
         leave_out: fields without an option in this command.
         words: field -> help that replaces that of the field.
         defaults: field -> default in the help, if not that of the field.
-        cls: class of the command.
         group: app to which the command is added; by default one of its own.
     """
     known = {
@@ -215,7 +229,7 @@ def command(
         # Typer keeps the line breaks inside of a paragraph of the help, but not of the epilog.
         text = "\n\n".join(" ".join(each.split()) for each in text.strip().split("\n\n"))
         epilog = "\n\n".join(["\nExamples:", *examples.splitlines()])
-        app = group or typer.Typer(**SETTINGS)
+        app, cls = group or typer.Typer(**SETTINGS), type("Known", (Command,), {"known": known})
         name = function.__name__.replace("_", "-")
         app.command(name, help=text, epilog=epilog, cls=cls)(call)
         return app

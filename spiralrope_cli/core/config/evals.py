@@ -65,6 +65,7 @@ class EvalOptions(ChosenWeights):
         "0.875 and 1.0.",
         "Data and augmentation",
         flag="--crop-ratio",
+        bare={"--crop-ratio": tuple(map(str, BOTH_CROP_RATIOS))},
         metavar="[R]",
         gt=0,
         le=1,

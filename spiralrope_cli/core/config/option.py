@@ -58,6 +58,8 @@ class Opt:
     argument: bool = False  # positional
     required: bool = False
     may_be_empty: bool = False
+    # Spelling that needs no value -> the values that it then means
+    bare: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     called: str = ""  # its name in messages, if it has no option
     # Of the field
     name: str = ""

@@ -177,6 +177,7 @@ class MachineConfig:
     compile: Literal["auto", "on", "off"] = option(
         "Compile the blocks by torch.compile: other rounding, less time after a wait. "
         "auto: in a long run on a GPU.",
+        bare={"--compile": ("on",), "--no-compile": ("off",)},
         read=lambda text: {"true": "on", "false": "off"}.get(text.lower(), text),
         default="auto",
     )
