@@ -23,8 +23,6 @@ from spiralrope_cli.core.config.samples import (
 from spiralrope_cli.core.config.training import MachineConfig, OptimConfig
 from spiralrope_cli.core.errors import ConfigError
 
-PRETRAIN, FINETUNE, EVALUATE = "pretrain", "finetune", "eval"
-TRAIN, SAMPLE = "dit-train", "dit-sample"
 MACHINE_FIELDS = frozenset(MachineConfig.__dataclass_fields__)
 OF_BOTH_TRAININGS = MACHINE_FIELDS | {
     *("data", "seed", "micro_batch_size"),

@@ -23,14 +23,9 @@ from spiralrope_cli.core.config.fid import FeatureMachine, FidRun
 from spiralrope_cli.core.config.folders import FID_FILE, NPZ_FILE, PIPELINE_FILE, REPORT_FILE
 from spiralrope_cli.core.config.option import build, leaves
 from spiralrope_cli.core.config.pipelines import (
-    EVALUATE,
-    FINETUNE,
     MACHINE_FIELDS,
     OF_BOTH_TRAININGS,
     OF_PRETRAINING,
-    PRETRAIN,
-    SAMPLE,
-    TRAIN,
     DeiTStages,
     DiTStages,
     options_of_fid,
@@ -97,9 +92,9 @@ def settle_deit(given: dict[str, Any], *, show_measured: bool = True) -> Pipelin
         for name, value in given.items()
         if name.startswith(FINETUNE_PREFIX)
     }
-    first = resolve(PRETRAIN, options, name=given.get("name", ""))
+    first = resolve("pretrain", options, name=given.get("name", ""))
     folder = pipeline_folder("run-deit", own.out, first.run)
-    before, after = folder / PRETRAIN, folder / FINETUNE
+    before, after = folder / "pretrain", folder / "finetune"
     stages: list[Stage] = []
     if not (own.eval_only or own.skip_training):
         stages.append(train_stage(first, before))
@@ -109,8 +104,8 @@ def settle_deit(given: dict[str, Any], *, show_measured: bool = True) -> Pipelin
         start = StartingPoint(
             run.out, run.arch, run.rope, run.model, run.data, class_names=run.class_names
         )
-        with refused_by(FINETUNE):
-            second = resolve(FINETUNE, finetuning | shared, start=start)
+        with refused_by("finetune"):
+            second = resolve("finetune", finetuning | shared, start=start)
         stages.append(train_stage(second, after))
     evaluated = after if own.with_finetune else before
     if not stages:
@@ -127,7 +122,7 @@ def settle_deit(given: dict[str, Any], *, show_measured: bool = True) -> Pipelin
         "machine": build(MachineConfig, given),
         "show": show_measured,
     }
-    stages.append(Stage(EVALUATE, str(evaluated), config, evaluate_all, line))
+    stages.append(Stage("eval", str(evaluated), config, evaluate_all, line))
     return Pipeline("run deit", str(folder), tuple(stages))
 
 
@@ -139,12 +134,12 @@ def settle_dit(given: dict[str, Any]) -> Pipeline:
     options = training_options(given, DiTStages)
     resolved = resolve("dit-train", options, name=given.get("name", ""))
     folder = pipeline_folder("run-dit", own.out, resolved.run)
-    training = train_stage(resolved, folder / TRAIN)
+    training = train_stage(resolved, folder / "dit-train")
     run: DiTRun = training.config.run
     if own.reference:
         inspect_side(Path(os.path.expanduser(own.reference)), "REFERENCE")
     check_trainings([run])
-    drawn = folder / SAMPLE
+    drawn = folder / "dit-sample"
     if drawn.exists() and not is_finished(run, first_step(run)):
         raise CheckpointError(
             f"{drawn} holds samples of other weights: {run.out} is not finished",
@@ -170,7 +165,7 @@ def settle_dit(given: dict[str, Any]) -> Pipeline:
         f"{own.sampler}, {own.num_sampling_steps} steps, guidance {own.cfg_scale:g}, "
         f"seed {own.sampling_seed}"
     )
-    stages = [training, Stage(SAMPLE, str(drawn), sampling, draw_samples, line)]
+    stages = [training, Stage("dit-sample", str(drawn), sampling, draw_samples, line)]
     if not note:
         fid = FidRun(
             samples=str(drawn / NPZ_FILE),
@@ -204,7 +199,7 @@ def refused_by(stage: str) -> Iterator[None]:
     spelled = {
         opt.called: here[FINETUNE_PREFIX + name].called
         for name, opt in leaves(ClassifierRun).items()
-        if stage == FINETUNE and FINETUNE_PREFIX + name in here
+        if stage == "finetune" and FINETUNE_PREFIX + name in here
     }
     try:
         yield
@@ -236,11 +231,11 @@ def train_stage(resolved: Resolved, folder: Path) -> Stage:
 def saved_run(folder: Path, option: str, given: dict[str, Any]) -> TrainingRun:
     """The existing run for `option`; given options must be equal to those of the run."""
     if not steps_on_disk(folder):
-        other = folder.with_name(PRETRAIN)
+        other = folder.with_name("pretrain")
         raise CheckpointError(
             f"{option}: {folder} holds no checkpoint",
             f"--no-finetune uses those of {other}"
-            if folder.name == FINETUNE and steps_on_disk(other)
+            if folder.name == "finetune" and steps_on_disk(other)
             else f"leave {option} out, or give the same options as before, or --out",
         )
     return repeated_run(ClassifierRun, folder, given)

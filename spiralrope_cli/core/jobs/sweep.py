@@ -23,7 +23,7 @@ from spiralrope_cli.core.config.folders import (
 )
 from spiralrope_cli.core.config.models import RopeConfig
 from spiralrope_cli.core.config.option import build, leaves
-from spiralrope_cli.core.config.pipelines import PRETRAIN, SAMPLE, TRAIN, DeiTStages, DiTStages
+from spiralrope_cli.core.config.pipelines import DeiTStages, DiTStages
 from spiralrope_cli.core.config.recipes import with_micro_batch
 from spiralrope_cli.core.config.sweeps import RENAMED, SWEPT, Point, points
 from spiralrope_cli.core.config.training import TrainOptions
@@ -92,7 +92,7 @@ def settle_sweep(kind: str, given: dict[str, Any]) -> Sweep:
     architecture also have the same initial weights, learned frequencies apart. Images are sampled
     from the same noise for all seeds.
     """
-    stages, training = (DeiTStages, PRETRAIN) if kind == "deit" else (DiTStages, TRAIN)
+    stages, training = (DeiTStages, "pretrain") if kind == "deit" else (DiTStages, "dit-train")
     own: DeiTStages | DiTStages = build(stages, given)
     build(TrainOptions, given).check_folder(own.out)
     grid, swept = points(own.sweep, kind), SWEPT[kind]
@@ -183,7 +183,7 @@ def is_done(stage: Stage) -> bool:
     """Whether a stage is finished, if those before it are."""
     if isinstance(stage.config, Resolved):
         return is_finished(stage.config.run, first_step(stage.config.run))
-    if stage.name == SAMPLE:
+    if stage.name == "dit-sample":
         return (Path(stage.folder) / NPZ_FILE).exists()
     return stage.job(stage.config, dry_run=True)
 

@@ -36,7 +36,6 @@ from spiralrope_cli.core.config.folders import (
 )
 from spiralrope_cli.core.config.models import RopeConfig, format_size
 from spiralrope_cli.core.config.option import build, leaves
-from spiralrope_cli.core.config.pipelines import FINETUNE, PRETRAIN, SAMPLE, TRAIN
 from spiralrope_cli.core.config.samples import SampleRun
 from spiralrope_cli.core.config.training import TrainOptions
 from spiralrope_cli.core.data.sample_files import read_metadata
@@ -50,7 +49,7 @@ from spiralrope_cli.core.storage import write_whole
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-STAGES = (PRETRAIN, FINETUNE, TRAIN, SAMPLE)
+STAGES = ("pretrain", "finetune", "dit-train", "dit-sample")
 """Folders of a pipeline in their order; other folders follow, by name."""
 
 FILES = (
