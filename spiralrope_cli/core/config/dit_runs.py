@@ -64,17 +64,16 @@ class DiTModelConfig:
 class ImageConfig:
     """Preprocessing of images: size, flip, VAE."""
 
+    panel = "Data and augmentation"
     image_size: tuple[int, int] = option("Side, or height x width, in pixels.", "Model", **SIZE)
-    hflip: float = option("Probability of a horizontal flip.", "Data and augmentation", ge=0, le=1)
+    hflip: float = option("Probability of a horizontal flip.", ge=0, le=1)
     vae: str = option(
         "VAE: ema, mse, a folder in diffusers' layout, hf:OWNER/NAME, or none for pixels.",
-        "Data and augmentation",
         metavar="NAME|FOLDER",
         complete=(*VAE_NAMES, NO_VAE),
     )
     latents: str = option(
         "Folder of cached latents from dit-encode, instead of --data.",
-        "Data and augmentation",
         metavar="FOLDER",
         read=folder,
         expects="a folder",

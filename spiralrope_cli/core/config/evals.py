@@ -24,6 +24,7 @@ SHEET_IMAGES = 64
 class EvalOptions(ChosenWeights):
     """Options of `eval`; the rest is in the sources."""
 
+    panel = "Data and augmentation"
     sources: tuple[str, ...] = option(
         "Run folders, checkpoint files, published names or hf:OWNER/NAME; "
         "by default the newest run.",
@@ -43,27 +44,22 @@ class EvalOptions(ChosenWeights):
         f"{DATA_NAMES}, or a folder: of classes, or with val/ "
         "in class folders, tar or parquet files. "
         "By default that of the run, else $SPIRALROPE_DATA, else digits.",
-        "Data and augmentation",
         metavar="NAME|FOLDER",
         complete=DATA_SETS,
         default=None,
     )
     ignore_class_names: bool = option(
-        "Go on if the data names its classes otherwise than the weights do.",
-        "Data and augmentation",
-        default=False,
+        "Go on if the data names its classes otherwise than the weights do.", default=False
     )
     real_labels: str = option(
         "Labels of ImageNet-ReaL for ImageNet's validation images: real.json, or timm for "
         "the copy that timm has.",
-        "Data and augmentation",
         metavar="FILE",
         default="",
     )
     crop_ratios: tuple[float, ...] = option(
         "Resize to image size / this, then centre crop; repeatable. Without a value: "
         "0.875 and 1.0.",
-        "Data and augmentation",
         flag="--crop-ratio",
         bare={"--crop-ratio": tuple(map(str, BOTH_CROP_RATIOS))},
         metavar="[R]",
@@ -74,7 +70,6 @@ class EvalOptions(ChosenWeights):
     )
     image_sizes: tuple[tuple[int, int], ...] = option(
         "Side, or height x width, in pixels; repeatable. By default as trained.",
-        "Data and augmentation",
         flag="--image-size",
         many=True,
         **SIZE,
@@ -141,6 +136,7 @@ class EvalRun:
 class Prediction(ChosenWeights):
     """Options of `predict`."""
 
+    panel = "Data and augmentation"
     source: str = option(SOURCE)
     images: tuple[str, ...] = option(
         "Image files, folders of images at any depth, or patterns such as 'photos/**/*.jpg'.",
@@ -161,16 +157,12 @@ class Prediction(ChosenWeights):
     )
     crop_ratio: float | None = option(
         "Resize to image size / this, then centre crop; by default as eval does.",
-        "Data and augmentation",
         gt=0,
         le=1,
         default=None,
     )
     image_size: tuple[int, int] | None = option(
-        "Side, or height x width, in pixels; by default as trained.",
-        "Data and augmentation",
-        **SIZE,
-        default=None,
+        "Side, or height x width, in pixels; by default as trained.", **SIZE, default=None
     )
 
     def __post_init__(self) -> None:

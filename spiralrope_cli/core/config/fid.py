@@ -56,6 +56,7 @@ class FeatureMachine(MachineConfig):
 class FidRun:
     """The config of `fid`."""
 
+    panel = "Metrics"
     samples: str = option(
         "Generated images: a folder or an .npz.", metavar="SAMPLES", argument=True
     )
@@ -81,23 +82,17 @@ class FidRun:
     )
     select: tuple[str, ...] = option(
         f"Metrics: some of {','.join(FID_METRICS)}.",
-        "Metrics",
         metavar="NAMES",
         read=words,
         expects="names",
         default=tuple(FID_METRICS),
     )
-    kid_subsets: int = option("Number of KID subsets.", "Metrics", ge=1, default=100)
-    kid_subset_size: int = option("Images per KID subset.", "Metrics", ge=2, default=1000)
+    kid_subsets: int = option("Number of KID subsets.", ge=1, default=100)
+    kid_subset_size: int = option("Images per KID subset.", ge=2, default=1000)
     bootstrap: int = option(
-        "Bootstrap samples for the standard deviation of the FID; 0: none.",
-        "Metrics",
-        ge=0,
-        default=0,
+        "Bootstrap samples for the standard deviation of the FID; 0: none.", ge=0, default=0
     )
-    seed: int = option(
-        "Seed of KID subsets and bootstrap.", "Metrics", ge=0, lt=2**32, default=2020
-    )
+    seed: int = option("Seed of KID subsets and bootstrap.", ge=0, lt=2**32, default=2020)
     as_json: bool = option("Print JSON on stdout.", "Output", flag="--json", default=False)
     save_stats: str = option(
         "Save the statistics of SAMPLES (.npz), to use as a REFERENCE later.",

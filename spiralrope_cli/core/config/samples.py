@@ -39,25 +39,21 @@ NUM_SAMPLES = Opt(
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeRun:
+    panel = "Data and augmentation"
     data: str = option(
         "Folder with one folder of images per class, directly or in train/. "
         "By default $SPIRALROPE_DATA.",
-        "Data and augmentation",
         metavar="FOLDER",
     )
     out: str = option("Folder of the cache.", "Run", **PATH, default="latents")
     vae: str = option(
         "VAE: ema, mse, a folder in diffusers' layout, or hf:OWNER/NAME.",
-        "Data and augmentation",
         metavar="NAME|FOLDER",
         complete=VAE_NAMES,
         default="ema",
     )
     image_size: tuple[int, int] = option(
-        "Side, or height x width, after the centre crop.",
-        "Data and augmentation",
-        **SIZE,
-        default=(256, 256),
+        "Side, or height x width, after the centre crop.", **SIZE, default=(256, 256)
     )
     batch_size: int = option("Images per batch and process.", "Machine", ge=1, default=16)
     machine: MachineConfig = field(default_factory=MachineConfig)
@@ -241,6 +237,7 @@ def check_chain(sampler: str, steps: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRun:
+    panel = "Sampling"
     source: str = option(SOURCE)
     file: str  # that holds the weights
     sha256: str  # of it
@@ -252,21 +249,19 @@ class SampleRun:
     # Defaults of steps and sampler: those of the published metrics.
     num_sampling_steps: str = option(
         "Number of steps; or per section, as 10,15,20; or ddim25.",
-        "Sampling",
         was="--steps",
         default=str(NUM_SAMPLING_STEPS),
     )
-    sampler: SamplerName = option("Sampler.", "Sampling", default="ddpm")
+    sampler: SamplerName = option("Sampler.", default="ddpm")
     guidance: GuidanceConfig
     classes: tuple[int, ...] = option(
         "Class labels, repeated in this order; by default random per image.",
-        "Sampling",
         metavar="N,N,...",
         read=numbers,
         expects="a list of class numbers, as 207,88",
         default=(),
     )
-    ema: bool = option("Use EMA weights.", "Sampling", flag="--ema/--no-ema", default=True)
+    ema: bool = option("Use EMA weights.", flag="--ema/--no-ema", default=True)
     image_size: tuple[int, int] = option(
         "Side, or height x width, in pixels; by default as trained.", "Images", **SIZE
     )
