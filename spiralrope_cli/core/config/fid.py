@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from spiralrope_cli.core.config.folders import check_writable
-from spiralrope_cli.core.config.option import FILE, Opt, check_fields, idle_lines, option
+from spiralrope_cli.core.config.option import FILE, Opt, check_fields, option
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.storage import cache_folder
@@ -137,19 +136,18 @@ class FidRun:
         reading = "" if self.images == "as-pil" else f", images {self.images}"
         return f"{EXTRACTOR}, weights sha256 {weights_digest}, {self.machine.precision}{reading}"
 
+    def inert_options(self) -> list[tuple[str, str]]:
+        """Fields that have no effect, with the reason."""
+        if "kid" in self.select:
+            return []
+        inert = [(name, "--select lacks kid") for name in ("kid_subsets", "kid_subset_size")]
+        random = [("seed", "nothing is random without kid or --bootstrap")]
+        return inert if self.bootstrap else inert + random
+
     @property
     def out(self) -> str:
         """Folder that it writes to: the cached statistics of references."""
         return str(statistics_folder())
-
-
-def fid_notes(run: FidRun, given: Collection[str]) -> list[str]:
-    """One line for each given option that has no effect."""
-    kid = () if "kid" in run.select else ("kid_subsets", "kid_subset_size")
-    reasons = dict.fromkeys(kid, "--select lacks kid")
-    if "kid" not in run.select and not run.bootstrap:
-        reasons["seed"] = "nothing is random without kid or --bootstrap"
-    return idle_lines(FidRun, reasons.items(), given)
 
 
 def statistics_folder() -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from spiralrope_cli import __version__
-from spiralrope_cli.core.config.fid import EXTRACTOR, FidRun, fid_notes
+from spiralrope_cli.core.config.fid import EXTRACTOR, FidRun
 from spiralrope_cli.core.config.folders import NPZ_FILE
 from spiralrope_cli.core.config.option import build, idle_lines
 from spiralrope_cli.core.data import npz
@@ -52,7 +52,7 @@ def score(given: dict[str, Any]) -> Remaining:
     run: FidRun = build(FidRun, given)
     if run.machine.precision == "tf32":
         run = with_known_tf32(run)
-    say_notes(fid_notes(run, given))
+    say_notes(idle_lines(FidRun, run.inert_options(), given))
     plan = settle(run)
     say_notes(
         f"{side.path}: files that are no images are left out{side.images.others}"
