@@ -59,7 +59,7 @@ class Opt:
     required: bool = False
     may_be_empty: bool = False
     # Spelling that needs no value -> the values that it then means
-    bare: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    bare: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict, hash=False)
     called: str = ""  # its name in messages, if it has no option
     # Of the field
     name: str = ""
