@@ -13,6 +13,7 @@ import torch
 from comparing import read_pointer, relative_distance, same_tensors
 from safetensors import safe_open
 from safetensors.torch import load_file
+from workers import workers_of
 
 from spiralrope_cli.core.errors import CheckpointError, SpiralRopeError, TrainingError
 from spiralrope_cli.core.jobs import train
@@ -151,9 +152,7 @@ def test_a_killed_worker_is_named_with_its_signal(on_pictures, started, runs):
     words = (*on_pictures, "--epochs", 10000, "--nproc", 2, "--micro-batch-size", 2)
     child = started(*words, "--save-every", 5000, "--validate-every", 5000, "--out", "run")
     wait_for(lambda: len(read_metrics(runs / "run")) > 2, child)
-    family = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
-    workers = [pid for pid in family if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    os.kill(int(workers[1]), signal.SIGSEGV)
+    os.kill(workers_of(child.pid)[1], signal.SIGSEGV)
     said, _ = child.communicate(timeout=120)
     assert child.returncode == 1
     assert "error: worker 1 was killed by SIGSEGV" in said

@@ -1,11 +1,15 @@
 """Starts the workers of this machine by torch's elastic launcher, restarts them, raises one error.
 
 Torch's own restarts would repeat errors that no restart can mend, and would not say why.
+
+To import torch takes seconds. On a CPU one process does it, the fork server of `multiprocessing`,
+and the workers are forked from it, those of a restart or of the next stage of `run` too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 import json
@@ -19,21 +23,25 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-from torch.version import __version__ as torch_version
 
 from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.recipes import with_micro_batch
+from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import LaunchError, SpiralRopeError
 from spiralrope_cli.core.runtime.launch import (
     ERROR_FOLDER_VARIABLE,
     call_work,
     leave_at_once,
+    on_gpu,
     say_notes,
     usable_cores,
 )
@@ -41,6 +49,14 @@ from spiralrope_cli.core.runtime.machines import Machines, machines_of
 from spiralrope_cli.core.runtime.progress import say
 from spiralrope_cli.core.runtime.run_folder import micro_batch_so_far
 from spiralrope_cli.core.storage import write_whole
+
+PRELOADED = ("torch._dynamo", "timm", __name__)
+"""Imports of the fork server, in a single thread; the optimizer needs the first one."""
+READ_AT_IMPORT = ("HF_", "TIMM_", "TORCH_", "WANDB_")
+"""Variables of which the preloaded modules keep the value."""
+
+HANDLED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+"""Those that the elastic launcher handles."""
 
 SHUTDOWN_SECONDS = 600
 """How long workers may take to write a checkpoint after a signal."""
@@ -128,7 +144,7 @@ def _attempt(
     if not patience.keys() <= inspect.signature(LaunchConfig).parameters.keys():
         patience = {}
         say_notes(
-            [f"torch {torch_version} kills workers 30 s after a signal, even while they save"]
+            [f"torch {torch.__version__} kills workers 30 s after a signal, even while they save"]
         )
     meeting: dict[str, Any] = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
     if machines is not None:
@@ -136,20 +152,21 @@ def _attempt(
         meeting["rdzv_configs"] = {"rank": machines.rank}
     with tempfile.TemporaryDirectory(prefix="spiralrope-") as folder:
         os.environ[ERROR_FOLDER_VARIABLE] = folder
-        settings = LaunchConfig(
-            min_nodes=run.machine.nnodes,
-            max_nodes=run.machine.nnodes,
-            nproc_per_node=num_workers,
-            run_id=run_id,
-            **meeting,
-            max_restarts=0,
-            monitor_interval=0.1,
-            **patience,
-            logs_specs=DefaultLogsSpecs(log_dir=folder),  # by default a folder that stays
-        )
         try:
-            with _signals_kept(), _sigint_blocked():
-                elastic_launch(settings, _worker_main)(work, run, *more)
+            with _signals_kept(), _signals_blocked():
+                settings = LaunchConfig(
+                    min_nodes=run.machine.nnodes,
+                    max_nodes=run.machine.nnodes,
+                    nproc_per_node=num_workers,
+                    run_id=run_id,
+                    **meeting,
+                    max_restarts=0,
+                    monitor_interval=0.1,
+                    **patience,
+                    start_method=_start_method(run.machine),
+                    logs_specs=DefaultLogsSpecs(log_dir=folder),  # by default a folder that stays
+                )
+                elastic_launch(settings, _worker_main)(_Surroundings(), work, run, *more)
             return None
         except SignalException as stopped:
             name = signal.Signals(stopped.sigval).name
@@ -174,11 +191,61 @@ def _first_of_all(machines: Machines, own: Failure | None) -> Failure | None:
     return replace(first, message=f"{machines.names[rank]}: {first.message or 'it was ended'}")
 
 
+def _start_method(machine: MachineConfig) -> str:
+    """`forkserver` where that is safe, with the fork server running; else `spawn`."""
+    # A fork must not inherit CUDA, which an import may initialise, and macOS lets no process fork
+    # that has loaded its frameworks.
+    if on_gpu(machine) or sys.platform != "linux":
+        return "spawn"
+    try:
+        read = _start_server()
+    except OSError:  # $TMPDIR is too long for the path of a socket
+        return "spawn"
+    return "forkserver" if read == _read_at_import() else "spawn"
+
+
+@functools.cache
+def _start_server() -> dict[str, str]:
+    """Starts the fork server of this process; gives the variables that its imports have read."""
+    multiprocessing.set_forkserver_preload([*PRELOADED])
+    here = os.getcwd()
+    os.chdir(Path(__file__).parents[3])  # the server imports from its working folder first
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.chdir(here)
+    return _read_at_import()
+
+
+def _read_at_import() -> dict[str, str]:
+    return {name: text for name, text in os.environ.items() if name.startswith(READ_AT_IMPORT)}
+
+
+class _Surroundings:
+    """Environment, stdout and stderr of the launcher: what unpickles it in a worker takes them.
+
+    Without it a worker would have those that the launcher had when it started the fork server.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _surround, (dict(os.environ), DupFd(1), DupFd(2))
+
+
+def _surround(environment: dict[str, str], *streams: Any) -> None:
+    before, now = (each.get("OMP_NUM_THREADS") for each in (os.environ, environment))
+    if now and now != before:  # torch has read it
+        torch.set_num_threads(int(now))
+    os.environ.clear()
+    os.environ.update(environment)
+    tempfile.tempdir = None  # it may be another one
+    for number, stream in enumerate(streams, start=1):
+        os.dup2(stream.detach(), number)
+
+
 @contextlib.contextmanager
 def _signals_kept() -> Iterator[None]:
     """Puts back the handlers that the elastic launcher replaces."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-    handlers = {number: signal.getsignal(number) for number in numbers}
+    handlers = {number: signal.getsignal(number) for number in HANDLED_SIGNALS}
     try:
         yield
     finally:
@@ -187,30 +254,29 @@ def _signals_kept() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _sigint_blocked() -> Iterator[None]:
-    """New processes inherit it, so that a Ctrl-C waits until they are started.
+def _signals_blocked() -> Iterator[None]:
+    """New processes inherit it: workers wait with a signal until they are started.
 
-    This process gets it by a thread. Python's handler then runs in the main thread, as always.
+    The fork server waits for ever, as it has to tell how each worker ended. This process gets
+    signals by a thread. Python's handler then runs in the main thread, as always.
     """
 
     def receive() -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)
         ended.wait()
 
-    from multiprocessing import resource_tracker
-
     ended = threading.Event()
-    resource_tracker.ensure_running()  # when it starts, it unblocks the signal
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    resource_tracker.ensure_running()  # when it starts, it unblocks signals
+    signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_SIGNALS)
     threading.Thread(target=receive, daemon=True).start()
     try:
         yield
     finally:
         ended.set()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)
 
 
-def _worker_main(work: Callable[..., None], *arguments: Any) -> None:
+def _worker_main(surroundings: None, work: Callable[..., None], *arguments: Any) -> None:
     """The main function of a worker; it writes its failure into a file for the parent.
 
     torch's `record` does this too, but without hint and exit code, and it prints a traceback for
@@ -218,7 +284,7 @@ def _worker_main(work: Callable[..., None], *arguments: Any) -> None:
     """
     # Before a run listens, and after it, nothing has to be saved.
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)
     threading.Thread(target=_leave_with_launcher, daemon=True).start()
     try:
         call_work(work, *arguments)

@@ -3,14 +3,17 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from workers import server_of
 
 from spiralrope_cli.core.config.recipes import with_micro_batch
 from spiralrope_cli.core.config.training import MachineConfig
@@ -23,7 +26,7 @@ from spiralrope_cli.core.runtime.elastic import (
     LOST,
     MENDABLE,
     STOPPED,
-    _sigint_blocked,
+    _signals_blocked,
 )
 from spiralrope_cli.core.runtime.launch import ERROR_FOLDER_VARIABLE
 from spiralrope_cli.core.runtime.run_folder import write_config
@@ -81,7 +84,7 @@ def test_a_worker_that_lost_another_one_leaves_after_it(monkeypatch, tmp_path):
     monkeypatch.setattr(elastic.signal, "signal", lambda *handler: None)
     monkeypatch.setattr(elastic.signal, "pthread_sigmask", lambda *mask: None)
     monkeypatch.setattr(elastic, "leave_at_once", left.append)
-    elastic._worker_main(lose, SimpleNamespace(out="runs/one"))
+    elastic._worker_main(None, lose, SimpleNamespace(out="runs/one"))
     [report] = [json.loads(path.read_text()) for path in tmp_path.iterdir()]
     assert (report["message"], report["kind"]) == (CLOSED, LOST)
     assert (waited, left) == ([elastic.LOST_SECONDS], [1])
@@ -93,48 +96,110 @@ class Run:
     machine: MachineConfig
 
 
-def test_a_worker_that_is_killed_each_time_ends_after_the_last_restart(
-    tmp_path, monkeypatch, capfd
-):
-    (tmp_path / "dying.py").write_text("import os\ndef die(run): os.kill(os.getpid(), 9)\n")
-    monkeypatch.syspath_prepend(tmp_path)  # workers import the function
-    run = resolve("pretrain", {"nproc": 1, "device": "cpu", "max_restarts": 1}).run
+HELPERS = """
+import json, os, signal, sys, tempfile, time
+from pathlib import Path
+import torch
+
+def die(run):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"):  # as to all processes of a command
+        os.kill(os.getppid(), getattr(signal, name))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def tell(run):
+    print("worker", os.environ["RANK"], file=sys.stderr)
+    told = {"environment": dict(os.environ), "threads": torch.get_num_threads()}
+    told |= {"folder": tempfile.gettempdir(), "parent": os.getppid()}
+    told["blocked"] = [*signal.pthread_sigmask(signal.SIG_BLOCK, [])]
+    Path("told.json").write_text(json.dumps(told))
+
+def sleep(run):
+    Path("pids.part").write_text(f"{os.getpid()} {os.getppid()}")
+    os.rename("pids.part", "pids")
+    time.sleep(600)
+
+if __name__ == "__main__":
+    import helpers
+    from spiralrope_cli.core.resolve import resolve
+    from spiralrope_cli.core.runtime import launch
+    one = {"nproc": 1, "device": "cpu", "max_restarts": 1}
+    launch.launch(helpers.sleep, resolve("pretrain", one).run)
+"""
+
+
+@pytest.fixture
+def helpers(runs, monkeypatch):
+    """What workers do, in a module that they can import."""
+    (runs / "helpers.py").write_text(HELPERS)
+    monkeypatch.syspath_prepend(runs)
+    monkeypatch.delitem(sys.modules, "helpers", raising=False)
+    return importlib.import_module("helpers")
+
+
+@pytest.fixture
+def one():
+    return resolve("pretrain", {"nproc": 1, "device": "cpu", "max_restarts": 1}).run
+
+
+def test_a_worker_that_is_killed_each_time_ends_after_the_last_restart(helpers, one, capfd):
     with pytest.raises(SpiralRopeError) as raised:
-        launch.launch(importlib.import_module("dying").die, run)
+        launch.launch(helpers.die, one)
     assert raised.value.message == "worker 0 was killed by SIGKILL, after 1 restart(s)"
     assert "ran out of memory" in raised.value.hint
     assert capfd.readouterr().err == "worker 0 was killed by SIGKILL; restart 1 of 1\n"
 
 
-SLEEPING = """
-import os, time
-from pathlib import Path
-from spiralrope_cli.core.resolve import resolve
-from spiralrope_cli.core.runtime import launch
+@pytest.mark.parametrize("start_method", ["forkserver", "spawn"])
+def test_a_worker_has_what_its_launcher_has_now(
+    helpers, one, runs, monkeypatch, capfd, start_method
+):
+    """The fork server was started by another test, or by the first launch."""
+    monkeypatch.setenv("SPIRALROPE_TEST", "before")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    launch.launch(helpers.tell, one)
+    monkeypatch.delenv("SPIRALROPE_TEST")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setenv("MASTER_PORT", "1")  # torch's own is another one
+    monkeypatch.setenv("TMPDIR", str(runs))
+    if start_method == "spawn":
+        monkeypatch.setenv("HF_HOME", str(runs))  # the server keeps the one that it has read
+    capfd.readouterr()
+    launch.launch(helpers.tell, one)
+    assert capfd.readouterr() == ("", "worker 0\n")
+    told = json.loads((runs / "told.json").read_text())
+    own = {name: text for name, text in told["environment"].items() if name not in os.environ}
+    assert {"RANK", "MASTER_ADDR"} <= own.keys()
+    assert "SPIRALROPE_TEST" not in own
+    changed = [n for n, text in os.environ.items() if told["environment"].get(n) != text]
+    assert changed == ["MASTER_PORT"]
+    assert (told["threads"], told["folder"], told["blocked"]) == (2, str(runs), [])
+    server = server_of(os.getpid())
+    assert told["parent"] == (os.getpid() if start_method == "spawn" else server)
+    assert len(os.listdir(f"/proc/{server}/task")) == 1, "with threads it must not fork"
 
-def sleep(run):
-    Path("pid.part").write_text(str(os.getpid()))
-    os.rename("pid.part", "pid")
-    time.sleep(600)
 
-if __name__ == "__main__":
-    import sleeping
-    launch.launch(sleeping.sleep, resolve("pretrain", {"nproc": 1, "device": "cpu"}).run)
-"""
+@pytest.mark.parametrize(
+    ("device", "system", "method"),
+    [("cpu", "linux", "forkserver"), ("cuda", "linux", "spawn"), ("cpu", "darwin", "spawn")],
+)
+def test_workers_are_forked_where_that_is_safe(monkeypatch, device, system, method):
+    monkeypatch.setattr(elastic.sys, "platform", system)
+    assert elastic._start_method(MachineConfig(device=device)) == method
 
 
-def test_a_worker_ends_with_its_killed_launcher(tmp_path):
-    (tmp_path / "sleeping.py").write_text(SLEEPING)
-    path = os.pathsep.join([str(tmp_path), *sys.path])
+def test_a_worker_and_its_server_end_with_their_killed_launcher(helpers, runs):
     launcher = subprocess.Popen(
-        [sys.executable, "sleeping.py"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}
+        [sys.executable, "helpers.py"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(runs), *sys.path])},
     )
     try:
-        pid = int(wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text()))
+        pids = wait_for(lambda: Path("pids").exists() and Path("pids").read_text().split())
     finally:
         launcher.kill()
         launcher.wait()
-    wait_for(lambda: not is_running(pid))
+    worker, server = map(int, pids)
+    assert launcher.pid not in (worker, server)
+    wait_for(lambda: not is_running(worker) and not is_running(server))
 
 
 def wait_for(found, seconds=120):
@@ -147,10 +212,9 @@ def wait_for(found, seconds=120):
 
 def is_running(pid):
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return not re.search(r"State:\s+Z", Path(f"/proc/{pid}/status").read_text())
+    except FileNotFoundError:
         return False
-    return True
 
 
 @pytest.mark.parametrize(
@@ -200,19 +264,20 @@ def test_a_restarted_run_keeps_the_micro_batch_that_was_found(tmp_path, monkeypa
     assert tried == [None, size]
 
 
-def test_new_processes_wait_with_ctrl_c_and_this_one_does_not():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in a shell ignore it
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_new_processes_wait_with_a_signal_and_this_one_does_not(number):
+    before = signal.signal(number, signal.default_int_handler)  # jobs in a shell ignore Ctrl-C
 
     def interrupt():
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
         for _ in range(100):
             time.sleep(0.1)
 
-    code = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
-    with _sigint_blocked():
+    code = f"import signal; print({number} in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    with _signals_blocked():
         said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         with pytest.raises(KeyboardInterrupt):
             interrupt()
     assert said.stdout == "True\n"
-    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    signal.signal(signal.SIGINT, before)
+    assert number not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    signal.signal(number, before)

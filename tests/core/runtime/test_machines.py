@@ -21,6 +21,7 @@ import pytest
 from comparing import relative_distance, same_tensors
 from PIL import Image
 from safetensors.torch import load_file
+from workers import children_of, workers_of
 
 from spiralrope_cli import main
 from spiralrope_cli.core.errors import ConfigError, LaunchError, SpiralRopeError
@@ -89,18 +90,8 @@ def wait_for(condition, *children):
         time.sleep(0.01)
 
 
-def children_of(launcher):
-    family = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text()
-    return [int(pid) for pid in family.split()]
-
-
 def environment_of(pid):
     return Path(f"/proc/{pid}/environ").read_bytes()
-
-
-def workers_of(launcher):
-    of_torch = b"spawn_main"
-    return [p for p in children_of(launcher) if of_torch in Path(f"/proc/{p}/cmdline").read_bytes()]
 
 
 def ended(child):
@@ -123,7 +114,7 @@ def together(port=None, host="127.0.0.1"):
 def test_a_killed_worker_is_replaced(start, undisturbed, tmp_path):
     run = start(*TRAIN, "--nproc", 2, "--max-restarts", 1, "--out", "run")
     wait_for(lambda: run_folder.steps_on_disk(tmp_path / "run"), run)
-    os.kill(workers_of(run)[1], signal.SIGKILL)
+    os.kill(workers_of(run.pid)[1], signal.SIGKILL)
     code, said = ended(run)
     assert code == 0, said
     assert said.count("worker 1 was killed by SIGKILL; restart 1 of 1") == 1
@@ -157,7 +148,7 @@ def test_a_worker_of_eval_that_is_killed_while_it_reads_is_replaced(
     wait_for(is_read, run)
     last.unlink()
     last.write_bytes(content)
-    os.kill(workers_of(run)[0], signal.SIGKILL)
+    os.kill(workers_of(run.pid)[0], signal.SIGKILL)
     code, said = ended(run)
     os.close(writers[0])
     assert code == 0, said
@@ -307,7 +298,7 @@ def test_two_machines_replace_a_worker_and_resume_after_a_lost_link(
     words = (*TRAIN, *together(29500, "10.77.0.1"), "--max-restarts", 1, "--out", "run")
     both = [start(*words, namespace=host) for host in hosts]
     wait_for(lambda: 44 in run_folder.steps_on_disk(tmp_path / "run"), *both)
-    os.kill(workers_of(both[1])[0], signal.SIGKILL)
+    os.kill(workers_of(both[1].pid)[0], signal.SIGKILL)
     wait_for(lambda: 88 in run_folder.steps_on_disk(tmp_path / "run"), *both)
     cut()
     begun = time.monotonic()
@@ -334,7 +325,7 @@ def test_torchrun_starts_the_processes_and_replaces_one(start, undisturbed, tmp_
     words = ("--standalone", "--nproc-per-node", 2, "--max-restarts", 1, "-m", "--")
     run = start(*words, "spiralrope_cli", *TRAIN, "--out", "run", launcher=launcher)
     wait_for(lambda: run_folder.steps_on_disk(tmp_path / "run"), run)
-    [second] = [pid for pid in children_of(run) if b"RANK=1\0" in environment_of(pid)]
+    [second] = [pid for pid in children_of(run.pid) if b"RANK=1\0" in environment_of(pid)]
     os.kill(second, signal.SIGKILL)
     code, said = run.wait(300), run.stdout.read()
     assert code == 0, said

@@ -1,0 +1,22 @@
+"""Which processes belong to a command that has started workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def children_of(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def server_of(launcher):
+    """The process from which the workers of a process are forked; None if there is none."""
+    for child in children_of(launcher):
+        if b"multiprocessing.forkserver" in Path(f"/proc/{child}/cmdline").read_bytes():
+            return child
+    return None
+
+
+def workers_of(launcher):
+    server = server_of(launcher)
+    return children_of(server) if server else []
