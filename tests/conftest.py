@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,9 @@ def no_network(monkeypatch):
 def few_figures(request, monkeypatch):
     """Curves take a second of each run, so they are drawn only for the marker `draws`."""
     if request.node.get_closest_marker("draws") is None:
+        # Loaded first, so that these keep the real one whichever test of a process comes first.
+        import_module("spiralrope_cli.core.jobs.evaluate")
+        import_module("spiralrope_cli.core.jobs.plot")
         monkeypatch.setattr("spiralrope_cli.core.report.page.drawings", lambda *_: ())
         curves = "spiralrope_cli.core.plots.curves.save_figure"
         monkeypatch.setattr(curves, lambda figure, path: path.touch())

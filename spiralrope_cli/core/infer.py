@@ -97,36 +97,33 @@ def infer_arch(
     dim = state["blocks.0.attn.proj.bias"].shape[0]
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
     patch = state["x_embedder.proj.weight"].shape[-1] if dit else 0
-    heads = 0
+    rest = 0
     if MIXED_FREQS in state:
-        return arch_name(TransformerSize(dim, depth, state[MIXED_FREQS].shape[2], patch))
-    if freqs:
+        heads = state[MIXED_FREQS].shape[2]
+    elif freqs:
         shared = rope.same_theta and rope.freqs_for == "lang"
-        head_dim = 4 * len(freqs[0]) * (max(rope.rotate, 1) if shared else 1)
-        heads, rest = divmod(dim, head_dim)
+        heads, rest = divmod(dim, 4 * len(freqs[0]) * (max(rope.rotate, 1) if shared else 1))
     elif stated := args.get("num_heads"):
-        heads = int(stated)
-        rest = dim % heads
-    if heads or freqs:
-        if rest:
-            raise ValueError(f"a whole number of heads in its width of {dim}")
-        return arch_name(TransformerSize(dim, depth, heads, patch))
-    if given:
-        return arch_name(TransformerSize(dim, depth, size_of(given).heads, patch))
-    sizes = DIT_SIZES if dit else DEIT_SIZES
-    published = {(size.dim, size.depth): size.heads for size in sizes.values()}
-    if not (heads := published.get((dim, depth), 0)):
-        by_numbers = f"dit-{dim}x{depth}xHEADS-{patch}" if dit else f"deit-{dim}x{depth}xHEADS"
-        raise ConfigError(
-            f"{file} does not contain the number of heads ({depth} blocks of width {dim})",
-            f"give --arch {by_numbers}; a wrong number would load without an error",
+        heads, rest = int(stated), dim % int(stated)
+    elif given:
+        heads = size_of(given).heads
+    else:
+        sizes = (DIT_SIZES if dit else DEIT_SIZES).values()
+        heads = {(size.dim, size.depth): size.heads for size in sizes}.get((dim, depth), 0)
+        if not heads:
+            numbers = f"dit-{dim}x{depth}xHEADS-{patch}" if dit else f"deit-{dim}x{depth}xHEADS"
+            raise ConfigError(
+                f"{file} does not contain the number of heads ({depth} blocks of width {dim})",
+                f"give --arch {numbers}; a wrong number would load without an error",
+            )
+        arch = arch_name(TransformerSize(dim, depth, heads, patch))
+        notes.append(
+            f"{file.name} does not contain the number of heads; {heads} is used, as in {arch} "
+            "(--arch changes it)"
         )
-    arch = arch_name(TransformerSize(dim, depth, heads, patch))
-    notes.append(
-        f"{file.name} does not contain the number of heads; {heads} is used, as in {arch} (--arch "
-        "changes it)"
-    )
-    return arch
+    if rest:
+        raise ValueError(f"a whole number of heads in its width of {dim}")
+    return arch_name(TransformerSize(dim, depth, heads, patch))
 
 
 def deit_options(
