@@ -20,7 +20,7 @@ from spiralrope_cli.commands import completion
 from spiralrope_cli.core.config.models import size
 from spiralrope_cli.core.config.option import PANELS, Opt, in_words, leaves, read_values
 from spiralrope_cli.core.errors import ConfigError
-from spiralrope_cli.core.runtime.launch import is_first_process
+from spiralrope_cli.core.runtime.launch import is_first_process, plan_only
 
 
 class Group(TyperGroup):
@@ -213,6 +213,7 @@ def command(
                 if not opt.may_be_empty and "" in (given[name], *(given[name] if opt.many else ())):
                     raise ConfigError(f"{opt.called} is empty", "give a value, or leave it out")
             read = read_values(known, given)
+            plan_only.set(bool(read.get("dry_run")))
             if (allocation := read.pop("slurm", None)) is None:
                 function(read)
                 return

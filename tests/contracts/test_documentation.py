@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import cli_reference
@@ -66,6 +67,13 @@ STAND_INS = {
     "288": ["64"],
     "384": ["48"],
     "/data": ["~/imagenet"],  # inside of a container
+    "wds/https://host/set-{train-{0000..0127},val-{00..07}}.tar": [
+        "wds/pipe:cat ~/shards/{train,val}.tar"
+    ],
+    "wds/https://host/set-val-{00..07}.tar": ["wds/pipe:cat ~/shards/val.tar"],
+    "wds/pipe:aws s3 cp s3://bucket/set-train-{0000..0127}.tar -": [
+        "wds/pipe:cat ~/shards/train.tar"
+    ],
     "run ~/imagenet": ["digits"],  # the recipes of its stages need more pictures
 }
 """What is published is not here, nor is the time for large pictures; some for one command alone."""
@@ -221,6 +229,10 @@ def small_things(tmp_path_factory, trained_once, drawn_once, tiny_vae, digit_pic
         folder = home / "imagenet" / ("val" if number < 10 else "train") / str(number % 10)
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(digit_pictures[number]).save(folder / f"{number}.png")
+    (home / "shards").mkdir()
+    for split in ("train", "val"):
+        with tarfile.open(home / "shards" / f"{split}.tar", "w") as tar:
+            tar.add(home / "imagenet" / split, ".")
     for name in ("imagenet-r", "imagenetv2-matched-frequency-format-val"):
         (home / name).symlink_to(home / "imagenet" / "val")
     (home / "vae").symlink_to(tiny_vae)

@@ -48,6 +48,7 @@ LIGHT_FILES = {
     "progress.py",
     "resolve.py",
     *("listing.py", "named.py", "stored.py", "splits.py", "shards.py"),
+    *("streams.py", "fetched.py", "val_labels.py"),
 }
 STANDARD_AND = set(sys.stdlib_module_names) | {"typer", "rich", "spiralrope_cli"}
 HEAVY = [

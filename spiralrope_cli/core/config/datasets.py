@@ -16,8 +16,16 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+STREAM = re.compile(r"wds/(pipe:|(https?|file):/)")
+"""How a set of WebDataset shards begins that are no files in a folder."""
+
+
 def slug_of(data: str) -> str:
     """A short name of a built-in set or a folder: no `train/`, no version, no cache of the Hub."""
+    if STREAM.match(data):  # NAME of NAME-{train,val}-{000..127}.tar
+        split = r"(?:(?:train|val|validation|test)[_.-]*)?"
+        file = re.search(rf"(\w[\w.-]*?)[_.-]*{split}(?:\{{|\.tar|\.tgz)", data)
+        return file[1] if file else "stream"
     root = Path(data)
     if re.fullmatch(r"\d+\.\d+\.\d+", root.name):  # of TensorFlow Datasets
         root = root.parent
@@ -201,7 +209,7 @@ BUILT_IN = {built_in.data: built_in for built_in in (DIGITS, FASHION_MNIST)}
 NAMED = ("cifar100", "inat18", "inat19")
 """Names of folders of images; `data/named.py` knows where they lie."""
 DATA_SETS = (*BUILT_IN, *NAMED)
-DATA_NAMES = ", ".join((*DATA_SETS, "hfds/OWNER/NAME", "tfds/NAME"))
+DATA_NAMES = ", ".join((*DATA_SETS, "hfds/OWNER/NAME", "tfds/NAME", "wds/URL"))
 
 PHOTOGRAPHS: dict[str, Any] = {
     "image_size": (224, 224),

@@ -1,7 +1,7 @@
-"""Batches for both models: the order of the images, and how they are read, augmented and moved.
+"""Batches for both models: how images are read in their order, augmented and moved.
 
-Order and augmentation are functions of seed and step, so they are the same for any number of
-processes and any micro-batch size. The *place* of an image is its index in the order of an epoch,
+Augmentation is a function of seed and step, so it is the same for any number of processes and any
+micro-batch size. The *place* of an image is its index in the order of an epoch,
 or of the run.
 
 Legend: B images in a micro-batch, (h, w) pixels or latents, K classes.
@@ -18,7 +18,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
 
 from spiralrope_cli.core.config.datasets import BUILT_IN, EvalProtocol
@@ -32,9 +31,11 @@ from spiralrope_cli.core.data.color import apply_steps, draw_steps
 from spiralrope_cli.core.data.images import as_tensor, in_order
 from spiralrope_cli.core.data.latents import LatentCache
 from spiralrope_cli.core.data.loader import MAX_TRIES, Batch, BatchIndices, ImageFiles, load
+from spiralrope_cli.core.data.order import epoch_order, own_parts, separate_repeats, shards_ahead
 from spiralrope_cli.core.data.splits import train_split, val_split
+from spiralrope_cli.core.data.streams import Shards
+from spiralrope_cli.core.runtime.distributed import local_rank
 from spiralrope_cli.core.runtime.launch import cores_per_process, num_loaders
-from spiralrope_cli.core.runtime.seeds import generator_for, seed_for
 
 EVAL_BATCH = 256
 
@@ -43,51 +44,6 @@ LATENTS_AHEAD = 2
 
 Read = Callable[[Iterable[BatchIndices]], Generator[Batch, None, None]]
 """BatchIndices -> their images on the device, in [0, 255], or latents."""
-
-
-# --- Order of the images
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(num_images: int, repeats: int, seed: int, epoch: int) -> Tensor:
-    """[num_images] int64, the order of the images in one epoch.
-
-    Args:
-        num_images: size of the training set.
-        repeats: augmented copies per image, next to each other (repeated augmentation by timm's
-            sampler; an epoch then covers a part of the set); 1: shuffling only.
-        seed: seed of the run.
-        epoch: from 0.
-    """
-    if repeats == 1:
-        generator = generator_for(seed, "order", epoch)
-        return torch.randperm(num_images, generator=generator)
-    # The sampler has no seed; it uses the number of the epoch as one.
-    return repeated_order(num_images, repeats, seed_for(seed, "order", epoch))
-
-
-def repeated_order(num_images: int, repeats: int, epoch: int) -> Tensor:
-    """[num_images] int64 in the order of the published repeated augmentation."""
-    sampler = RepeatAugSampler(
-        range(num_images), num_replicas=1, rank=0, num_repeats=repeats, selected_round=0
-    )
-    sampler.set_epoch(epoch)
-    return torch.tensor(list(sampler))
-
-
-def separate_repeats(batch_size: int, repeats: int) -> Tensor:
-    """[batch_size] places within a step, reordered so that copies of an image are not neighbours.
-
-    Mixup mixes neighbours, and an image mixed with its own copy is not mixed.
-    """
-    places = torch.arange(batch_size)
-    return torch.cat([places[first::repeats] for first in range(repeats)])
-
-
-def own_parts(rank: int, micro: int, grad_accum_steps: int) -> list[slice]:
-    """The parts of a step's batch that one process computes, one per micro-batch."""
-    first = rank * grad_accum_steps
-    return [slice(n * micro, (n + 1) * micro) for n in range(first, first + grad_accum_steps)]
 
 
 # --- Training
@@ -102,6 +58,7 @@ class TrainingData:
     read: Read
     finish: Callable[[Batch], Batch]  # augments and normalises
     unreadable: dict[str, str] = field(default_factory=dict)  # path -> reason, skipped so far
+    shards: Shards | None = None  # of a stream
     repeats: int = 1  # augmented copies per image
     scale: float = 1.0  # factor of cached latents
     helps: str = ""  # if training waits for this data; empty: it is in memory
@@ -123,14 +80,23 @@ class TrainingData:
     def batch_indices(self, first_step: int, last_step: int) -> Iterator[BatchIndices]:
         """The images of those micro-batches, and their places."""
         size = self.run.optim.batch_size
-        for step in range(first_step, last_step):
-            epoch, within = divmod(step, self.run.steps_per_epoch)
-            order = epoch_order(self.run.num_train, self.repeats, self.run.seed, epoch)
+        counts, per_epoch = self.shards.counts if self.shards else (), self.run.steps_per_epoch
+        wanted = shards_ahead(self.order, counts, size, per_epoch, range(first_step, last_step))
+        for step, shards in zip(range(first_step, last_step), wanted, strict=True):
+            if self.shards and local_rank()[0] == 0:
+                self.shards.fetch_ahead(shards)
+            epoch, within = divmod(step, per_epoch)
+            order = self.order(epoch)
             places = within * size + separate_repeats(size, self.repeats)
             for part in self.parts:
                 mine = places[part]
                 indices, first = order[mine].tolist(), step * size + part.start
                 yield BatchIndices(indices, mine.tolist(), epoch, part, first)
+
+    def order(self, epoch: int) -> Tensor:
+        """[num_train] int64, the order of the images in one epoch."""
+        counts = self.shards.counts if self.shards else ()
+        return epoch_order(self.run.num_train, self.repeats, self.run.seed, epoch, counts)
 
     def remake(self, step: int) -> dict[str, Tensor]:
         """This process's batch of a step, from 0, made again to save it; on the CPU."""
@@ -148,12 +114,12 @@ def classifier_data(
     """The training set of a classifier; skipped images are added to `unreadable`."""
     model, options = run.model, run.augment
     read: Read
-    helps = ""
+    helps, shards = "", None
     if in_memory := run.data in BUILT_IN:
         split, _ = memory.splits_on(device, run.data, model.in_chans)
         read = functools.partial(from_memory, split)
     else:
-        listed = train_split(run.data).images
+        listed = train_split(run.data)
         transform, draw = augment.train_transform(model.image_size, options), None
         on_gpu = options.augment_on == "auto" and device.type != "cpu"
         if options.augment_on == "device" or (on_gpu and options.runs_in_batches):
@@ -161,9 +127,10 @@ def classifier_data(
             transform = functools.partial(crop, model.image_size, options.crop_scale)
             draw = functools.partial(draw_steps, options)
         grey = model.in_chans == 1
-        files = ImageFiles(listed, transform, grey, MAX_TRIES, run.seed, as_tensor, draw)
+        images, shards = listed.images, listed.shards
+        files = ImageFiles(images, transform, grey, MAX_TRIES, run.seed, as_tensor, draw)
         read = functools.partial(load, files, run.machine, device, unreadable)
-        helps = more_workers(run.machine, device)
+        helps = more_workers(run.machine, device, shards)
     normalise = augment.Normalise(options.mean, options.std, device)
 
     def finish(batch: Batch) -> Batch:
@@ -178,7 +145,8 @@ def classifier_data(
         return Batch(at, *mixed)
 
     parts, repeats = own_parts(rank, *run.split_batch(world_size)), options.repeated_aug
-    return TrainingData(run, parts, read, finish, unreadable, repeats=repeats, helps=helps)
+    made = (run, parts, read, finish, unreadable, shards)
+    return TrainingData(*made, repeats=repeats, helps=helps)
 
 
 def dit_data(run: DiTRun, device: torch.device, rank: int, world_size: int) -> TrainingData:
@@ -186,7 +154,7 @@ def dit_data(run: DiTRun, device: torch.device, rank: int, world_size: int) -> T
     size, unreadable = run.images.image_size, dict[str, str]()
     parts = own_parts(rank, *run.split_batch(world_size))
     read: Read
-    helps = ""
+    helps, shards = "", None
 
     def mirrored(at: BatchIndices) -> Tensor:
         """[B] bool on the CPU: a function of seed, epoch and place, for all kinds of data."""
@@ -205,9 +173,10 @@ def dit_data(run: DiTRun, device: torch.device, rank: int, world_size: int) -> T
         read = functools.partial(from_memory, split)
     else:
         crop = functools.partial(augment.cropped_array, size=size)
-        files = ImageFiles(train_split(run.data).images, crop, tries=MAX_TRIES)
+        listed = train_split(run.data)
+        files, shards = ImageFiles(listed.images, crop, tries=MAX_TRIES), listed.shards
         read = functools.partial(load, files, run.machine, device, unreadable)
-        helps = more_workers(run.machine, device)
+        helps = more_workers(run.machine, device, shards)
         if run.vae_in_loop:
             helps += ", or latents that dit-encode made once"
 
@@ -215,15 +184,16 @@ def dit_data(run: DiTRun, device: torch.device, rank: int, world_size: int) -> T
         images = augment.resize_and_crop(batch.images, size, 1.0) / 127.5 - 1
         return replace(batch, images=augment.mirror(images, mirrored(batch.at)))
 
-    return TrainingData(run, parts, read, finish, unreadable, helps=helps)
+    return TrainingData(run, parts, read, finish, unreadable, shards, helps=helps)
 
 
-def more_workers(machine: MachineConfig, device: torch.device) -> str:
-    """What helps if training waits for image files."""
+def more_workers(machine: MachineConfig, device: torch.device, shards: Shards | None) -> str:
+    """What helps if training waits for image files, or for shards of a stream."""
     workers, cores = num_loaders(machine, device.type), cores_per_process()
     if workers < cores - 1:
         return f"--workers {cores - 1}, in place of {workers}"
-    return f"more cores (this process has {cores}), or files of smaller images"
+    network = ", a faster network" if shards else ""
+    return f"more cores (this process has {cores}){network}, or files of smaller images"
 
 
 def from_memory(

@@ -19,20 +19,20 @@ from typing import Any
 
 import numpy as np
 
-from spiralrope_cli.core.config.datasets import BUILT_IN
+from spiralrope_cli.core.config.datasets import BUILT_IN, STREAM
 from spiralrope_cli.core.config.folders import (
     IMAGENET_CLASSES,
     IMAGENET_NAME,
     refuse_own,
     samples_in,
 )
+from spiralrope_cli.core.data.fetched import opened, shard_sha256
 from spiralrope_cli.core.data.listing import (
     IMAGE_SUFFIXES,
     LARGER_FILES,
     count_files,
     images_below,
     larger_files_below,
-    opened,
     place_in,
     suffix_of,
 )
@@ -61,7 +61,7 @@ class FolderInput:
     Or images in tar, parquet or Arrow files, by their addresses.
     """
 
-    path: Path
+    path: Path | str  # the name of a stream
     files: list[str] = field(repr=False)
     others: str = ""  # its files that are no images, in words
 
@@ -88,7 +88,7 @@ class Side:
     """SAMPLES or REFERENCE."""
 
     role: str  # SAMPLES or REFERENCE
-    path: Path  # as it was given
+    path: Path | str  # as it was given; text: the name of a stream
     images: ImageInput | None
     stored: tuple[str, ...]  # metrics whose statistics it holds
     num: int | None  # number of images to use; None if unknown
@@ -110,9 +110,9 @@ class Side:
         return ", ".join([*parts, f"{self.num:,}{of} images{size}"])
 
 
-def inspect_side(path: Path, role: str, num: int = 0) -> Side:
+def inspect_side(given: str | Path, role: str, num: int = 0) -> Side:
     """What a folder or file holds; only its first `num` images are used, 0: all."""
-    path = samples_in(path)
+    path = _path_of(given)
     images, stored, count, protocol = _contents(path, role)
     if images is None:
         if num and num != count:
@@ -134,9 +134,15 @@ def inspect_side(path: Path, role: str, num: int = 0) -> Side:
     return Side(role, path, images, stored, count, protocol)
 
 
-def images_in(path: Path, role: str) -> ImageInput:
+def _path_of(given: str | Path) -> Path | str:
+    """The path of a folder or file; of a stream its name, as a path has no `//`."""
+    is_stream = isinstance(given, str) and STREAM.match(given)
+    return given if is_stream else samples_in(Path(os.path.expanduser(given)))
+
+
+def images_in(given: str | Path, role: str) -> ImageInput:
     """The images of a folder or file; at least one."""
-    path = samples_in(path)
+    path = _path_of(given)
     images, *_ = _contents(path, role)
     if images is None:
         raise DataError(f"{role} {path} holds statistics, but no images")
@@ -145,8 +151,10 @@ def images_in(path: Path, role: str) -> ImageInput:
     return images
 
 
-def _contents(path: Path, role: str) -> tuple[ImageInput | None, tuple[str, ...], int, str]:
+def _contents(path: Path | str, role: str) -> tuple[ImageInput | None, tuple[str, ...], int, str]:
     """Images; metrics with stored statistics; number of images and protocol of these."""
+    if isinstance(path, str):
+        return _image_files(path, role), (), 0, ""
     named = not path.exists() and is_name(str(path))
     if named or path.is_dir() or (path.is_file() and suffix_of(path) in LARGER_FILES):
         return _image_files(path, role), (), 0, ""
@@ -170,9 +178,9 @@ def _contents(path: Path, role: str) -> tuple[ImageInput | None, tuple[str, ...]
     return None, stored, max(count, 0), str(_note(path, headers, "protocol", "U") or "")
 
 
-def _image_files(path: Path, role: str) -> FolderInput:
+def _image_files(path: Path | str, role: str) -> FolderInput:
     """The images of a folder, of a larger file, or of the training split of a named set."""
-    if not path.exists():
+    if isinstance(path, str) or not path.exists():
         split = train_split(data_root(str(path)))
         return FolderInput(split.path, [address for address, _ in split.images])
     if path.is_file():
@@ -239,6 +247,9 @@ def digest_of(side: Side, stop: threading.Event | None = None) -> str:
     for file in folder.files if folder else [str(side.path)]:
         if folder and file != str(side.path):
             state.update(os.fsencode(place_in(folder.path, file)) + b"\0")
+            if isinstance(folder.path, str):
+                state.update(shard_sha256(file).encode())
+                continue
         # A file that cannot be read is reported where it is decoded.
         with contextlib.suppress(OSError):
             source = opened(file)

@@ -28,11 +28,12 @@ from PIL import Image
 from torch import Tensor
 
 from spiralrope_cli.core.config.fid import Reading
+from spiralrope_cli.core.data.fetched import opened
 from spiralrope_cli.core.data.image_sets import FolderInput, ImageInput, NpzImages
-from spiralrope_cli.core.data.listing import ImageList, opened
+from spiralrope_cli.core.data.listing import ImageList
 from spiralrope_cli.core.data.npz import stream_rows
 from spiralrope_cli.core.data.splits import Split
-from spiralrope_cli.core.errors import DataError, UnreadableImageError
+from spiralrope_cli.core.errors import DataError, SpiralRopeError, UnreadableImageError
 from spiralrope_cli.core.runtime.launch import cores_per_process
 
 T = TypeVar("T")
@@ -49,10 +50,8 @@ LARGEST_BATCH = 1 << 28
 """Bytes of pixels after which a batch ends early."""
 MOST_THREADS = 8
 
-SMALLEST_SIDE = 64
-"""In a grid, images with a smaller side are enlarged by repeating pixels."""
-GAP = 2
-"""Pixels between the images of a grid."""
+SMALLEST_SIDE, GAP = 64, 2
+"""In a grid, smaller sides are enlarged by repeating pixels; pixels between the images."""
 
 
 # --- One file
@@ -64,10 +63,11 @@ class Unreadable:
 
     path: str
     reason: str
+    not_fetched: SpiralRopeError | None = None  # the image is not to blame, and is never skipped
 
-    def error(self) -> UnreadableImageError:
+    def error(self) -> SpiralRopeError:
         """The error that ends a run without --skip-bad."""
-        return UnreadableImageError(
+        return self.not_fetched or UnreadableImageError(
             f"image {self.path} cannot be read: {self.reason}",
             "remove it, or use --skip-bad to skip such images",
         )
@@ -78,6 +78,8 @@ def open_image(path: str, convert: Callable[[Image.Image], T]) -> T | Unreadable
     try:
         with Image.open(opened(path)) as image:
             return convert(image)
+    except SpiralRopeError as error:
+        return Unreadable(path, error.message, error)
     except BROKEN_IMAGE as error:
         if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise  # the image is not to blame, and must not be skipped
@@ -90,9 +92,9 @@ def open_image(path: str, convert: Callable[[Image.Image], T]) -> T | Unreadable
 
 
 def note_unreadable(unreadable: Iterable[Unreadable], skip: bool, reasons: dict[str, str]) -> None:
-    """Adds unreadable images to `reasons` (path -> reason), or raises for the first one."""
+    """Adds unreadable images to `reasons` (path -> reason); without `skip` raises for the first."""
     for bad in unreadable:
-        if not skip:
+        if bad.not_fetched or not skip:
             raise bad.error()
         reasons[bad.path] = bad.reason
 
@@ -263,9 +265,8 @@ def _decoded(
     with contextlib.closing(in_order(tasks, max(threads, 1), 4 * threads)) as decoded:
         for number, result in zip(part, decoded, strict=True):
             waiting.append((number, result))
-            images_there = [each[0] for _, each in waiting if not isinstance(each, Unreadable)]
-            num_bytes = sum(image.nbytes for image in images_there)
-            full = len(images_there) == batch_size or num_bytes > LARGEST_BATCH
+            sizes = [each[0].nbytes for _, each in waiting if not isinstance(each, Unreadable)]
+            full = len(sizes) == batch_size or sum(sizes) > LARGEST_BATCH
             if full or number == part[-1]:
                 yield _grouped(waiting)
                 waiting = []

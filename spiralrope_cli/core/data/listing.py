@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import re
@@ -44,17 +43,7 @@ FORMAT = 1
 # --- Files and addresses
 
 
-def opened(address: str) -> str | io.BytesIO:
-    """What PIL opens: the path, or the bytes of an image in a larger file."""
-    if "::" in address and (found := ADDRESS.fullmatch(address)):
-        path, first, size, _ = found.groups()
-        with open(path, "rb") as file:
-            file.seek(int(first))
-            return io.BytesIO(file.read(int(size)))
-    return address
-
-
-def place_in(folder: Path, address: str) -> str:
+def place_in(folder: Path | str, address: str) -> str:
     """The path of an image relative to its folder; in a larger file, its name there."""
     if "::" in address and (found := ADDRESS.fullmatch(address)):
         return found[4]

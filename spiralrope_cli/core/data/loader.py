@@ -124,6 +124,8 @@ class ImageFiles(Dataset[Any]):
                 array = np.asarray(self.transform(image))
                 return array, label, tuple(failed), self.draw_steps() if self.draw_steps else ()
             failed.append(image)
+            if image.not_fetched:
+                break
         return None, self.images[first][1], tuple(failed), ()
 
     def __getitems__(self, at: BatchIndices) -> Batch:

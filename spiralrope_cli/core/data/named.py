@@ -8,12 +8,11 @@ from __future__ import annotations
 import io
 import logging
 import os
-import re
 import tarfile
 import tempfile
 from pathlib import Path
 
-from spiralrope_cli.core.config.datasets import NAMED
+from spiralrope_cli.core.config.datasets import NAMED, STREAM
 from spiralrope_cli.core.errors import DataError
 from spiralrope_cli.core.runtime.progress import say
 from spiralrope_cli.core.storage import atomic_write, cache_folder
@@ -28,8 +27,10 @@ def is_name(data: str) -> bool:
     return data in NAMED or data.partition("/")[0] in ("hfds", "tfds", "wds")
 
 
-def data_root(data: str) -> Path:
-    """The folder that `--data` names: a path, or a data set by its name."""
+def data_root(data: str) -> Path | str:
+    """The folder that `--data` names: a path, or a data set by its name. A stream stays a name."""
+    if STREAM.match(data):
+        return data
     kind, _, rest = data.partition("/")
     if (given := Path(os.path.expanduser(data))).exists():
         holds_cifar = (given / CIFAR100).is_dir() or (given / f"{CIFAR100}.tar.gz").is_file()
@@ -39,18 +40,13 @@ def data_root(data: str) -> Path:
     if data in INAT:
         return _inat(data)
     if kind == "wds":
-        if re.match(r"pipe:|\w+:/", rest):
-            raise DataError(
-                f"{data}: a stream has no places to resume a run exactly at",
-                "download the shards, and name their folder: wds/FOLDER",
-            )
         return Path(os.path.expanduser(rest))
     found = {"hfds": _of_hub, "tfds": _of_tfds}.get(kind)
     return found(data, rest) if found else given
 
 
 def _of_hub(data: str, rest: str) -> Path:
-    """`hfds/OWNER/NAME[/PART]`, in the cache of the Hub."""
+    """`hfds/OWNER/NAME[/CONFIG]`, in the cache of the Hub."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -66,7 +62,7 @@ def _of_hub(data: str, rest: str) -> Path:
         return root
     if len(configs) > 1:
         named = ", ".join(str(each.relative_to(root)) for each in configs[:5])
-        raise DataError(f"{data} has several parts: {named}", f"name one: hfds/{name}/PART")
+        raise DataError(f"{data} has several configs: {named}", f"name one: hfds/{name}/CONFIG")
     return configs[0] if configs else root
 
 

@@ -5,17 +5,14 @@ One list for all commands. No torch, so that errors come before it is loaded.
 
 from __future__ import annotations
 
-import gzip
-import io
 import os
 import re
-import tarfile
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from spiralrope_cli.core.config.datasets import BUILT_IN, PHOTOGRAPHS, DataSet
+from spiralrope_cli.core.config.datasets import BUILT_IN, PHOTOGRAPHS, STREAM, DataSet
 from spiralrope_cli.core.config.folders import refuse_own
 from spiralrope_cli.core.data.listing import (
     ImageList,
@@ -27,32 +24,25 @@ from spiralrope_cli.core.data.listing import (
 )
 from spiralrope_cli.core.data.named import data_root
 from spiralrope_cli.core.data.stored import list_stored
+from spiralrope_cli.core.data.streams import CLASS_NAMES, Shards, list_shards, shard_urls
+from spiralrope_cli.core.data.val_labels import DAMAGED, DEVKIT, labels_beside, unpacked
 from spiralrope_cli.core.errors import DataError
 from spiralrope_cli.core.storage import parse
 
 TRAIN, VAL = ("train",), ("val", "validation", "test")
 """Names of a split, the usual one first."""
-LABEL_FILES = ("val.txt", "LOC_val_solution.csv")
-CLASS_NAMES = "classnames.txt"
-"""A class name per line, beside WebDataset shards whose labels are numbers."""
-DEVKIT = "ILSVRC2012_devkit_t12"
-KIT_FILES = ("ILSVRC2012_validation_ground_truth.txt", "meta.mat")
-DAMAGED = (
-    *(ValueError, LookupError, TypeError, AttributeError, EOFError),
-    *(gzip.BadGzipFile, zlib.error, tarfile.TarError),
-)
-"""What reading a list of another form or a cut archive raises."""
 
 
 @dataclass(frozen=True)
 class Split:
     """The images of a split, in the order that seeds refer to."""
 
-    path: Path  # folder or archive
+    path: Path | str  # folder or archive; the name of a stream
     class_names: tuple[str, ...]  # by class number
     images: Sequence[tuple[str, int]]  # (address, class number)
     notes: tuple[str, ...] = ()
     name: str = ""  # as in VAL
+    shards: Shards | None = None  # of a stream
 
 
 # --- Data sets
@@ -63,6 +53,9 @@ def find_data_set(data: str) -> DataSet:
     if data in BUILT_IN:
         return BUILT_IN[data]
     root = _data_folder(data, "train/ and val/ with one folder per class")
+    if isinstance(root, str):
+        for names in (TRAIN, VAL):
+            _refuse_without(root, names)
     train, val = find_split(root, TRAIN), find_split(root, VAL)
     if not (train and val):
         missing = ["train/"] * (not train) + ["val/"] * (not val)
@@ -101,9 +94,11 @@ def find_train_set(data: str) -> DataSet:
     return _of_splits(root, train_split(root), None)
 
 
-def _data_folder(data: str, holds: str, *, parent: bool = True) -> Path:
+def _data_folder(data: str, holds: str, *, parent: bool = True) -> Path | str:
     """The data folder; if its `train/` is given, by default that which `val/` lies in as well."""
     root = data_root(data)
+    if isinstance(root, str):
+        return root
     if root.is_file():
         raise DataError(f"--data {data} is a file", f"name its folder; it must hold {holds}")
     if not root.is_dir():
@@ -116,14 +111,23 @@ def _data_folder(data: str, holds: str, *, parent: bool = True) -> Path:
     return root.resolve().parent if parent else root
 
 
-def _of_splits(root: Path, train: Split | None, val: Split | None, more: str = "") -> DataSet:
+def _refuse_without(stream: str, names: Sequence[str], others: Any = True) -> None:
+    """Raises, before any shard is read, if none is of a split and there are `others`."""
+    if others and not any(shard_urls(stream, name) for name in names):
+        raise DataError(
+            f"{stream} has no shard with {names[0]} in its name",
+            "write wds/https://host/set-{train-{0000..0127},val-{00..07}}.tar for both splits",
+        )
+
+
+def _of_splits(root: Path | str, train: Split | None, val: Split | None, more: str = "") -> DataSet:
     """A data set of image files, with one split or both."""
     found = [split for split in (train, val) if split]
     notes = [note for split in found for note in split.notes]
     if val and val.name == "test":
         notes.insert(0, f"there is no val/: {val.path} is used for validation{more}")
     return DataSet(
-        data=str(root.resolve()),
+        data=root if isinstance(root, str) else str(root.resolve()),
         kind="folder",
         default_arch="deit-b",
         class_names=found[0].class_names,
@@ -137,18 +141,24 @@ def _of_splits(root: Path, train: Split | None, val: Split | None, more: str = "
 # --- Splits
 
 
+def _root(data: str | Path) -> Path | str:
+    return data if isinstance(data, str) and STREAM.match(data) else Path(data)
+
+
 def train_split(data: str | Path) -> Split:
     """The training images of a data folder; without `train/`, those of its class folders."""
-    root = Path(data)
+    root = _root(data)
     return find_split(root, TRAIN) or folder_split(root)
 
 
 def val_split(data: str | Path) -> Split:
     """The validation images of a data folder; without `val/`, those of its class folders."""
-    root = Path(data)
+    root = _root(data)
     if found := find_split(root, VAL):
         return found
-    if find_split(root, TRAIN) or not any(each.is_dir() for each in root.iterdir()):
+    if isinstance(root, str):
+        _refuse_without(root, VAL, shard_urls(root, *TRAIN))
+    elif find_split(root, TRAIN) or not any(each.is_dir() for each in root.iterdir()):
         hint = "a data folder must hold val/ with one folder per class"
         raise DataError(f"{data} has no val/", hint)
     split = folder_split(root)
@@ -156,8 +166,11 @@ def val_split(data: str | Path) -> Split:
     return replace(split, notes=(said, *split.notes))
 
 
-def find_split(root: Path, names: Sequence[str]) -> Split | None:
+def find_split(root: Path | str, names: Sequence[str]) -> Split | None:
     """A split by its names, of which the first one that is there counts."""
+    if isinstance(root, str):
+        there = ((name, shard_urls(root, name)) for name in names)
+        return next((stream_split(root, urls, name) for name, urls in there if urls), None)
     lists = (f"{names[0]}20[0-9][0-9].json{packed}" for packed in ("", ".tar.gz"))
     if listed := [path for each in lists for path in sorted(root.glob(each))]:
         return listed_split(root, listed)
@@ -171,11 +184,13 @@ def find_split(root: Path, names: Sequence[str]) -> Split | None:
     return None
 
 
-def folder_split(folder: Path, may_be_flat: bool = False) -> Split:
-    """Class folders; or a flat folder, where a list beside it has the labels.
+def folder_split(folder: Path | str, may_be_flat: bool = False) -> Split:
+    """Class folders; or a flat folder, where a list beside it has the labels; or all of a stream.
 
     Class folders are in plain sorted order, which gives the class numbers of published weights.
     """
+    if isinstance(folder, str):
+        return stream_split(folder, shard_urls(folder))
     try:
         entries = [entry for entry in os.scandir(folder) if entry.name[0] != "."]
     except OSError as error:
@@ -206,7 +221,7 @@ def listed_split(root: Path, listed: Sequence[Path]) -> Split:
     path, year = listed[0], years.pop()  # unpacked, if it is there in both forms
     try:
         inside = path.name.removesuffix(".tar.gz")
-        content = parse(_unpacked(path, inside) if inside != path.name else path.read_bytes())
+        content = parse(unpacked(path, inside) if inside != path.name else path.read_bytes())
         classes = sorted((each["id"], str(each["name"])) for each in content["categories"])
         number = {key: place for place, (key, _) in enumerate(classes)}
         label = {each["image_id"]: number[each["category_id"]] for each in content["annotations"]}
@@ -224,13 +239,6 @@ def listed_split(root: Path, listed: Sequence[Path]) -> Split:
     return Split(root, tuple(name for _, name in classes), images, (said,))
 
 
-def _unpacked(path: Path, name: str) -> bytes:
-    """A file of an archive that was downloaded and not unpacked."""
-    with tarfile.open(path) as tar:
-        file = tar.extractfile(name)
-        return file.read() if file else b""
-
-
 def stored_split(files: Sequence[Path], name: str) -> Split:
     """Images in tar, parquet or Arrow files, in the order of the files and their rows."""
     where, count = files[0] if len(files) == 1 else files[0].parent, len(files)
@@ -238,19 +246,32 @@ def stored_split(files: Sequence[Path], name: str) -> Split:
     if totals and max(totals) != count:
         raise DataError(f"{where} holds {count} of {max(totals)} files", "download the others")
     index = list_stored(files)
+    if index["label"].count(None) == len(index["label"]) > 0 and count == 1:
+        return flat_split(where, index["address"])
+    for listed in (files[0].parent / CLASS_NAMES, files[0].parent.parent / CLASS_NAMES):
+        if not index["classes"] and listed.is_file():
+            index["classes"] = listed.read_text().splitlines()
+    return _with_numbers(where, count, index, name)
+
+
+def stream_split(spec: str, urls: Sequence[str], name: str = "") -> Split:
+    """Images in shards behind URLs or commands."""
+    shards, index = list_shards(spec, urls)
+    split = _with_numbers(spec, len(urls), index, name or "images")
+    notes = split.notes if name in VAL else (*split.notes, shards.note)
+    return replace(split, shards=shards, notes=notes, name=name)
+
+
+def _with_numbers(where: Path | str, count: int, index: dict[str, Any], name: str) -> Split:
+    """Listed images, of `count` files, with class numbers."""
     addresses, labels, names = index["address"], index["label"], index["classes"]
     if not addresses:
         raise DataError(f"{where} holds no images")
     if lacking := labels.count(None):
-        if lacking == len(labels) and count == 1:
-            return flat_split(where, addresses)
         raise DataError(
             f"{lacking} of the {len(labels)} images in {where} have no class",
             "a WebDataset shard needs KEY.cls beside KEY.jpg, a table a column named label",
         )
-    for listed in (files[0].parent / CLASS_NAMES, files[0].parent.parent / CLASS_NAMES):
-        if not names and listed.is_file():
-            names = listed.read_text().splitlines()
     if all(isinstance(label, int) for label in labels):
         names = names or [str(number) for number in range(max(labels) + 1)]
         if max(labels) >= len(names):
@@ -268,7 +289,7 @@ def stored_split(files: Sequence[Path], name: str) -> Split:
 
 def flat_split(path: Path, addresses: list[str]) -> Split:
     """Images in a folder or an archive alone, with the classes that a list beside it gives."""
-    listed, classes = _labels_beside(path)
+    listed, classes = labels_beside(path)
     if not listed:
         count = len(addresses)
         raise DataError(
@@ -296,36 +317,3 @@ def flat_split(path: Path, addresses: list[str]) -> Split:
     ]
     images = [(address, number) for number, _, address in sorted(found)]  # as class folders
     return Split(path, known, images, (f"{path}: classes by {listed}",))
-
-
-def _labels_beside(path: Path) -> tuple[Path | None, dict[str, str]]:
-    """The list of labels beside or in `path`, and name of a file without suffix -> its class."""
-    places = (path.parent, path)
-    for listed in (place / name for place in places for name in LABEL_FILES):
-        if listed.is_file():
-            lines = re.findall(r"^(\S+?)[\s,]+(\w+)", listed.read_text(), re.MULTILINE)
-            return listed, {Path(name).stem: label for name, label in lines}
-    for kit in (*places, path.parent / DEVKIT / "data"):
-        if all((kit / name).is_file() for name in KIT_FILES):
-            return kit / KIT_FILES[0], _of_kit(kit, lambda kit, name: (kit / name).read_bytes())
-    if (kit := path.parent / f"{DEVKIT}.tar.gz").is_file():
-        return kit, _of_kit(kit, lambda kit, name: _unpacked(kit, f"{DEVKIT}/data/{name}"))
-    return None, {}
-
-
-def _of_kit(kit: Path, read: Callable[[Path, str], bytes]) -> dict[str, str]:
-    """Labels of the development kit, whose class numbers are not in the order of their names."""
-    from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
-
-    try:
-        truth, meta = (read(kit, name) for name in KIT_FILES)
-        synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
-        names = dict(zip(synsets["ILSVRC2012_ID"].tolist(), synsets["WNID"].tolist(), strict=True))
-        return {
-            f"ILSVRC2012_val_{place:08d}": names[int(number)]
-            for place, number in enumerate(truth.split(), 1)
-        }
-    except (*DAMAGED, OSError, MatReadError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise DataError(f"{kit} is not ImageNet's development kit: {reason}") from error

@@ -176,7 +176,10 @@ def inspect_data(checkup: Checkup, findings: list[Finding]) -> tuple[Values, Row
     if data_set.kind == "folder":
         readers = [train_split] if checkup.dit else [train_split, val_split]
         count, bad = decode_some((read(data_set.data) for read in readers), DECODED)
-        values |= {"decoded": count - len(bad), "unreadable": [vars(each) for each in bad]}
+        values |= {
+            "decoded": count - len(bad),
+            "unreadable": [{"path": each.path, "reason": each.reason} for each in bad],
+        }
         if bad:
             error = bad[0].error()
             more = f" ({len(bad)} of {count} tested images)" if len(bad) > 1 else ""

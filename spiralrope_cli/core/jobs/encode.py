@@ -104,14 +104,16 @@ def settle(run: EncodeRun, *, fetch: bool = True) -> EncodePlan:
     return EncodePlan(run, cache, split.images, vae, notes)
 
 
-def data_folder(data: str) -> Path:
-    """The folder that `data` names; its images are not looked at."""
+def data_folder(data: str) -> Path | str:
+    """The folder, or the stream, that `data` names; its images are not looked at."""
     if data in BUILT_IN:
         raise DataError(
             f"--data {data} is too small for a VAE",
             "spiralrope dit-train trains on its pixels; dit-encode takes image folders",
         )
     root = data_root(data)
+    if isinstance(root, str):
+        return root
     if not root.is_dir():
         raise DataError(
             f"--data {data} is not a folder", "it must hold one folder of images per class"

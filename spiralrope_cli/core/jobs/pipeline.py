@@ -8,7 +8,6 @@ also of the last stage, are fast.
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -137,7 +136,7 @@ def settle_dit(given: dict[str, Any]) -> Pipeline:
     training = train_stage(resolved, folder / "dit-train")
     run: DiTRun = training.config.run
     if own.reference:
-        inspect_side(Path(os.path.expanduser(own.reference)), "REFERENCE")
+        inspect_side(own.reference, "REFERENCE")
     check_trainings([run])
     drawn = folder / "dit-sample"
     if drawn.exists() and not is_finished(run, first_step(run)):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,9 +101,9 @@ def with_known_tf32(run: FidRun) -> FidRun:
 
 def settle(run: FidRun) -> Plan:
     """Checks inputs before any image is read, and finds the weights."""
-    sides = [inspect_side(Path(os.path.expanduser(run.samples)), "SAMPLES", run.num_samples)]
+    sides = [inspect_side(run.samples, "SAMPLES", run.num_samples)]
     if run.reference:
-        sides.append(inspect_side(Path(os.path.expanduser(run.reference)), "REFERENCE"))
+        sides.append(inspect_side(run.reference, "REFERENCE"))
     left_out = check_possible(run, sides)
     metrics = set(run.select).difference(left_out)
     has_images = sides[0].images is not None
@@ -119,7 +118,7 @@ def settle(run: FidRun) -> Plan:
     sides[1:] = [replace(side, needed=needed_parts(side, metrics - {"is"})) for side in sides[1:]]
     used = [(side, name) for side in sides for name in side.stored if name in metrics]
     for side, name in used:
-        npz.read_statistics(side.path, name)  # raises if it is not a covariance
+        npz.read_statistics(Path(side.path), name)  # raises if it is not a covariance
     protocols = {side.role: side.protocol for side, _ in used if side.protocol}
     sha256 = ""
     if any(side.needed for side in sides):
@@ -190,7 +189,7 @@ def earlier_result(run: FidRun) -> dict[str, Any]:
     now = {
         "images": run.images,
         "weights": find_inception(run.weights)[1],
-        "reference": digest_of(inspect_side(Path(os.path.expanduser(run.reference)), "REFERENCE")),
+        "reference": digest_of(inspect_side(run.reference, "REFERENCE")),
     }
     return {} if differences(before, now, ()) else found
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Generator, Iterable
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -105,7 +106,7 @@ def measure_side(
         result = Measured(side.num)
     for part in side.stored if ctx.is_first else ():
         if part in run.select or run.save_stats:
-            mean, covariance = read_statistics(side.path, part)
+            mean, covariance = read_statistics(Path(side.path), part)
             result.stats[part] = torch.from_numpy(mean), torch.from_numpy(covariance)
     return result
 

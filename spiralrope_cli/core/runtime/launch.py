@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,6 +24,9 @@ ERROR_FOLDER_VARIABLE = "SPIRALROPE_ERROR_FOLDER"
 MOST_LOADERS, MOST_LOADERS_ON_CPU = 16, 4
 """Loader workers that `--workers auto` starts at most; on a CPU the cores also train."""
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+
+plan_only = ContextVar("plan_only", default=False)
+"""Whether the command computes nothing, so that no data set is read for it."""
 
 
 def usable_cores() -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -54,7 +53,7 @@ def settle_fid(config: DiTRun, find_inception: FindInception) -> tuple[FidRun, S
         DataError: the reference has no images, or statistics that do not fit.
     """
     given = config.fid
-    side = inspect_side(Path(os.path.expanduser(given.fid_reference)), "--fid-reference")
+    side = inspect_side(given.fid_reference, "--fid-reference")
     path, sha256 = find_inception(given.fid_weights, "--fid-weights")
     run = FidRun(
         samples=config.out,
@@ -66,7 +65,7 @@ def settle_fid(config: DiTRun, find_inception: FindInception) -> tuple[FidRun, S
     )
     protocol = run.protocol(sha256)
     if "fid" in side.stored:
-        read_statistics(side.path, "fid")  # raises if it is not a covariance
+        read_statistics(Path(side.path), "fid")  # raises if it is not a covariance
         if side.protocol not in ("", protocol):
             raise DataError(
                 "statistics with different protocols cannot be compared",

@@ -22,8 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.folders import CHECKPOINTS
 from spiralrope_cli.core.config.option import to_nested
-from spiralrope_cli.core.data.batches import TrainingData, own_parts
+from spiralrope_cli.core.data.batches import TrainingData
 from spiralrope_cli.core.data.loader import Batch
+from spiralrope_cli.core.data.order import own_parts
 from spiralrope_cli.core.errors import CheckpointError, TrainingError
 from spiralrope_cli.core.models.deit import DeiT
 from spiralrope_cli.core.models.factory import compile_blocks, model_of, pays_to_compile

@@ -14,11 +14,11 @@ from scipy.io import savemat
 
 from spiralrope_cli.core.data.splits import (
     DEVKIT,
-    KIT_FILES,
     find_data_set,
     find_val_set,
     val_split,
 )
+from spiralrope_cli.core.data.val_labels import KIT_FILES
 from spiralrope_cli.core.errors import DataError
 
 SYNSETS = ("n01440764", "n01443537", "n01484850")

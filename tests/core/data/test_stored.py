@@ -20,9 +20,9 @@ from spiralrope_cli.core.config.evals import EvalOptions
 from spiralrope_cli.core.config.option import build
 from spiralrope_cli.core.config.samples import EncodeRun
 from spiralrope_cli.core.config.training import MachineConfig
+from spiralrope_cli.core.data.fetched import opened
 from spiralrope_cli.core.data.image_sets import digest_of, images_in, inspect_side
 from spiralrope_cli.core.data.images import Unreadable, as_trained, decode, open_image
-from spiralrope_cli.core.data.listing import opened
 from spiralrope_cli.core.data.splits import find_data_set, find_train_set, train_split, val_split
 from spiralrope_cli.core.data.stored import READERS, read_tar
 from spiralrope_cli.core.errors import DataError
@@ -379,9 +379,9 @@ def test_a_set_of_the_hub_is_read_from_its_cache(hub, part):
     assert slug_of(data_set.data) == {"data": "name"}.get(part, part)
     if part == "plain":
         hub("other")
-        with pytest.raises(DataError, match="has several parts: other, plain") as refused:
+        with pytest.raises(DataError, match="has several configs: other, plain") as refused:
             find_data_set("hfds/owner/name")
-        assert refused.value.hint == "name one: hfds/owner/name/PART"
+        assert refused.value.hint == "name one: hfds/owner/name/CONFIG"
         assert find_data_set("hfds/owner/name/plain") == data_set
 
 
@@ -414,11 +414,9 @@ def test_several_processes_make_one_list(tmp_path, monkeypatch):
     assert found == found[:1] * 4
 
 
-def test_what_is_not_here_or_has_no_places_is_refused(hub, tmp_path):
+def test_what_is_not_here_is_refused(hub, tmp_path):
     for data, message, hint in (
         ("hfds/owner/gone", "is not downloaded", "hf download owner/gone --repo-type dataset"),
-        ("wds/pipe:curl x", "a stream has no places", "download the shards"),
-        ("wds/https://x/0.tar", "a stream has no places", "download the shards"),
         (f"wds/{tmp_path}/gone", "is neither a folder nor a built-in name", "built in: digits"),
     ):
         for find in (find_data_set, find_train_set):
