@@ -32,9 +32,6 @@ Transform = Callable[[Any], np.ndarray]
 Loaded = tuple[np.ndarray | None, int, tuple[Unreadable, ...], Steps]
 """Array, None if no try was readable; label, unreadable images, and steps for the device."""
 
-Key = tuple[int, tuple[int, ...] | None]
-"""Index of an image in its set, and the seed parts of its augmentation, if any."""
-
 MAX_TRIES = 16
 """With `skip_bad`, unreadable images in a row after which training stops."""
 
@@ -111,8 +108,8 @@ class ImageFiles(Dataset[Any]):
         self.images = ImageList.of(self.images)
         self.read = partial(self.read, mode="L" if self.grey else "RGB")
 
-    def __getitem__(self, key: Key) -> Loaded:
-        """One image; by `seed_parts` of the key its augmentation."""
+    def __getitem__(self, key: tuple[int, tuple[int, ...] | None]) -> Loaded:
+        """One image, by its index and the seed parts of its augmentation, if any."""
         first, seed_parts = key
         failed: list[Unreadable] = []
         for index in range(first, first + self.tries):
