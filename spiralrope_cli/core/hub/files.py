@@ -34,8 +34,8 @@ from spiralrope_cli.core.errors import (
     system_error,
 )
 from spiralrope_cli.core.hub.catalog import Row
+from spiralrope_cli.core.runtime.launch import check_space
 from spiralrope_cli.core.runtime.progress import human_size, say
-from spiralrope_cli.core.runtime.resources import check_space
 from spiralrope_cli.core.storage import atomic_write, cache_folder, flush, sha256_of
 
 OTHER_DISK = "free some, or name another disk with --out (for downloads HF_HOME, SPIRALROPE_CACHE)"

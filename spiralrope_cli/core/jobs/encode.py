@@ -29,7 +29,13 @@ from spiralrope_cli.core.data.splits import data_root, train_split
 from spiralrope_cli.core.errors import ConfigError, DataError
 from spiralrope_cli.core.hub.source import VaeFiles, find_vae, local_vae
 from spiralrope_cli.core.resolve import DATA_VARIABLE
-from spiralrope_cli.core.runtime.launch import is_first_process, launch, say_notes, world_size
+from spiralrope_cli.core.runtime.launch import (
+    check_space,
+    is_first_process,
+    launch,
+    say_notes,
+    world_size,
+)
 from spiralrope_cli.core.runtime.progress import (
     console,
     counted,
@@ -38,7 +44,6 @@ from spiralrope_cli.core.runtime.progress import (
     say_result,
     say_unreadable,
 )
-from spiralrope_cli.core.runtime.resources import check_space
 from spiralrope_cli.core.runtime.run_folder import refuse_run
 from spiralrope_cli.core.runtime.slurm import Remaining
 

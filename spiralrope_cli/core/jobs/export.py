@@ -21,9 +21,8 @@ from spiralrope_cli.core.config.samples import resolve_vae
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.hub.files import OTHER_DISK, new_path, refuse_existing
 from spiralrope_cli.core.hub.source import VaeFiles, find_source, find_vae
-from spiralrope_cli.core.runtime.launch import say_notes
+from spiralrope_cli.core.runtime.launch import check_space, say_notes
 from spiralrope_cli.core.runtime.progress import human_size, say, say_result
-from spiralrope_cli.core.runtime.resources import check_space
 from spiralrope_cli.core.runtime.run_folder import read_rows
 from spiralrope_cli.core.storage import sha256_of
 

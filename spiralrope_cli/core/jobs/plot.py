@@ -26,9 +26,8 @@ from spiralrope_cli.core.config.training import RUNS_FOLDER
 from spiralrope_cli.core.errors import CheckpointError, ConfigError, DataError
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.plots.curves import curves_figure, save_figure
-from spiralrope_cli.core.runtime.launch import say_notes
+from spiralrope_cli.core.runtime.launch import check_memory, say_notes
 from spiralrope_cli.core.runtime.progress import METRICS_FILE, say, say_result
-from spiralrope_cli.core.runtime.resources import check_memory
 from spiralrope_cli.core.runtime.run_folder import find_run, run_configs
 
 if TYPE_CHECKING:

@@ -32,9 +32,14 @@ from spiralrope_cli.core.config.samples import (
 from spiralrope_cli.core.config.training import RUNS_FOLDER, MachineConfig, TrainOptions
 from spiralrope_cli.core.hub.source import find_source, find_vae, local_vae
 from spiralrope_cli.core.resolve import named_folder
-from spiralrope_cli.core.runtime.launch import is_first_process, launch, say_notes, world_size
+from spiralrope_cli.core.runtime.launch import (
+    check_space,
+    is_first_process,
+    launch,
+    say_notes,
+    world_size,
+)
 from spiralrope_cli.core.runtime.progress import counted, say, say_result
-from spiralrope_cli.core.runtime.resources import check_space
 from spiralrope_cli.core.runtime.run_folder import write_json
 from spiralrope_cli.core.runtime.slurm import Remaining
 from spiralrope_cli.core.storage import sha256_of

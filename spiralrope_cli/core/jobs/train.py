@@ -28,6 +28,7 @@ from spiralrope_cli.core.hub.source import find_inception, find_source, find_vae
 from spiralrope_cli.core.report.results import print_results
 from spiralrope_cli.core.resolve import Resolved, StartingPoint, as_begun, resolve
 from spiralrope_cli.core.runtime.launch import (
+    check_memory,
     is_first_process,
     launch,
     on_gpu,
@@ -35,7 +36,6 @@ from spiralrope_cli.core.runtime.launch import (
     world_size,
 )
 from spiralrope_cli.core.runtime.progress import console, say, say_unreadable
-from spiralrope_cli.core.runtime.resources import check_memory
 from spiralrope_cli.core.runtime.run_folder import first_step, is_finished, write_sources
 from spiralrope_cli.core.runtime.slurm import Remaining
 from spiralrope_cli.core.runtime.trackers import check_tracker, log_in

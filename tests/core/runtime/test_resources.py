@@ -7,8 +7,8 @@ from unittest.mock import Mock
 import pytest
 
 from spiralrope_cli.core.errors import SpiralRopeError
-from spiralrope_cli.core.runtime import resources
-from spiralrope_cli.core.runtime.resources import check_memory, free_memory
+from spiralrope_cli.core.runtime import launch
+from spiralrope_cli.core.runtime.launch import check_memory, free_memory
 
 
 def test_what_does_not_fit_into_the_memory_is_refused(monkeypatch):
@@ -49,7 +49,7 @@ def test_the_limit_of_a_container_or_job_counts_too(tmp_path, monkeypatch, form)
     real = Path.read_text
     told = {"/proc/meminfo": "MemAvailable: 9000 kB\n", "/proc/self/cgroup": line}
     monkeypatch.setattr(Path, "read_text", lambda path: told.get(str(path)) or real(path))
-    monkeypatch.setattr(resources, "CGROUPS", tmp_path)
+    monkeypatch.setattr(launch, "CGROUPS", tmp_path)
     assert free_memory() == 2500
     (folder / f"memory.{limit}").write_text("max\n")
     assert free_memory() == 9000 * 1024

@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 
 from spiralrope_cli.core.errors import DiskError
-from spiralrope_cli.core.runtime.resources import check_space
+from spiralrope_cli.core.runtime.launch import check_space
 from spiralrope_cli.core.runtime.run_folder import hold_folder, write_json
 
 
