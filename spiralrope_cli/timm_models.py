@@ -31,7 +31,6 @@ from timm.models._hub import download_from_hf, load_cfg_from_json
 from timm.models._pretrained import PretrainedCfg
 from torch import Tensor, nn
 
-from spiralrope_cli.core.config.folders import MODEL_FILE
 from spiralrope_cli.core.config.models import RopeConfig, deit_size
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.hub.catalog import HUB_CONFIG
@@ -40,6 +39,7 @@ from spiralrope_cli.core.models.deit import INIT_STD, DeiT
 from spiralrope_cli.core.models.mixed_rope import MixedRoPE
 from spiralrope_cli.core.models.pretrained import TIMM_NAMES
 from spiralrope_cli.core.rope import Grid, SpiralRoPE
+from spiralrope_cli.core.storage import MODEL_FILE
 
 __all__ = ["SpiralRopeDeiT"]
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spiralrope_cli.core.config.datasets import class_difference
 from spiralrope_cli.core.config.dit_runs import VAE_FACTOR, DiTModelConfig
-from spiralrope_cli.core.config.folders import class_difference
 from spiralrope_cli.core.config.models import RopeConfig, is_dit
 from spiralrope_cli.core.config.runs import ModelConfig
 from spiralrope_cli.core.errors import CheckpointError

@@ -25,7 +25,6 @@ from spiralrope_cli.core.config.dit_runs import (
     full_vae_name,
     input_size,
 )
-from spiralrope_cli.core.config.folders import CONFIG_FILE
 from spiralrope_cli.core.config.models import (
     RopeConfig,
     Scaling,
@@ -43,6 +42,7 @@ from spiralrope_cli.core.data.splits import find_data_set, find_train_set
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.runtime.launch import world_size
 from spiralrope_cli.core.runtime.run_folder import micro_batch_so_far, read_config, steps_on_disk
+from spiralrope_cli.core.storage import CONFIG_FILE
 
 DATA_VARIABLE = "SPIRALROPE_DATA"
 NOT_FROM_FILE = {"command", "out", "num_train", "num_val", "num_classes", "class_names", "resume"}

@@ -1,4 +1,4 @@
-"""Files of ours: complete or absent, even if the process is killed, and with checksums.
+"""Files of ours: which there are, written whole even if the process is killed, with checksums.
 
 A `.safetensors` file has a CRC-32 in its metadata, of all else in it. What torch saves is a zip
 archive, which has one for each of its members. So a flipped bit is found when a file is read.
@@ -18,10 +18,41 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spiralrope_cli.core.errors import ConfigError, DataError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 CHECKSUM_KEY = "crc32"
+CONFIG_FILE = "config.yaml"
+CHECKPOINTS = "checkpoints"
+CURVES_FILE, REPORT_FILE = "curves.png", "report.html"
+SOURCES_FILE, ENVIRONMENT_FILE = "sources.json", "environment.json"
+PIPELINE_FILE, SWEEP_FILE, FID_FILE = "pipeline.json", "sweep.json", "fid.json"
+EVAL_FILE, SIZES_FILE = "eval.json", "eval-sizes.png"
+SAMPLES_FILE, SAMPLES, NPZ_FILE = "samples.png", "samples", "samples.npz"
+METADATA_FILE, PART_FILE = "samples.json", "samples.npz.part"
+MODEL_FILE, EMA_FILE, TRAINER_FILE = "model.safetensors", "ema.safetensors", "trainer.pt"
+
+# What it is -> files of which it has all, and what takes it. Any folder may have a config.yaml.
+MARKS: dict[str, tuple[tuple[tuple[str, ...], ...], str]] = {
+    "a folder of samples": (
+        ((METADATA_FILE, NPZ_FILE), (METADATA_FILE, PART_FILE)),
+        "fid and plot samples take it",
+    ),
+    "a training run": (
+        ((CONFIG_FILE, CHECKPOINTS), (CONFIG_FILE, SOURCES_FILE)),
+        "dit-sample samples images from the run of a DiT; eval takes that of a DeiT",
+    ),
+    "the folder of a pipeline": (
+        tuple(
+            (PIPELINE_FILE, stage) for stage in ("pretrain", "finetune", "dit-train", "dit-sample")
+        ),
+        "name a stage in it, such as dit-train or dit-sample",
+    ),
+    "the folder of a sweep": (((SWEEP_FILE, REPORT_FILE),), "name a run in it"),
+    "a folder of latents": ((("00000.safetensors",),), "dit-train --latents takes it"),
+}
 
 
 def cache_folder() -> Path:
@@ -169,3 +200,55 @@ def _crc32(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
         value = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), value)
         value = zlib.crc32(flat.numpy().data, value)
     return f"{value:08x}"
+
+
+# --- Folders of ours
+
+
+def own_folder(folder: Path) -> tuple[str, str]:
+    """What a folder of ours is, and what takes it; both empty for any other folder."""
+    for kind, (marks, hint) in MARKS.items():
+        if any(all((folder / name).exists() for name in names) for names in marks):
+            return kind, hint
+    return "", ""
+
+
+def refuse_own(folder: Path, given: str) -> None:
+    """Refuses a folder of ours that was `given` as a folder of images: it has curves and grids."""
+    kind, hint = own_folder(folder)
+    if kind and not (folder / "train").is_dir():
+        raise DataError(f"{given} is {kind}, not a folder of images", hint)
+
+
+def nearest_folder(path: Path) -> Path:
+    """A path, or its nearest parent that exists."""
+    absolute = path.absolute()
+    return next(each for each in (absolute, *absolute.parents) if each.exists())
+
+
+def check_writable(given: str, option: str = "--out", *, folder: bool = False) -> None:
+    """Raises if the file or folder that an option names cannot be written; creates nothing."""
+    path = Path(given)
+    there = nearest_folder(path if folder else path.parent)
+    if path.is_dir() and not folder:
+        why = "it is a folder"
+    elif not there.is_dir():
+        why = "it is a file" if there == path.absolute() else f"{there} is a file"
+    elif not os.access(there, os.W_OK | os.X_OK):
+        why = f"nothing can be written to {there}"
+    else:
+        return
+    raise ConfigError(f"{option} {given} cannot be written: {why}", "choose another")
+
+
+def samples_in(folder: Path) -> Path:
+    """The images of a folder of samples, or of a pipeline that has them; else the folder itself."""
+    kind, _ = own_folder(folder)
+    drawn = folder / "dit-sample"
+    if "pipeline" in kind and drawn.is_dir():
+        kind, folder = "samples", drawn
+    if "samples" not in kind:
+        return folder
+    if not (folder / NPZ_FILE).exists():
+        raise DataError(f"{folder} is not finished", "the same dit-sample command goes on with it")
+    return folder / NPZ_FILE

@@ -28,7 +28,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from spiralrope_cli import main as cli
-from spiralrope_cli.core.config import folders
+from spiralrope_cli.core import storage
 from spiralrope_cli.core.data import sample_files
 from spiralrope_cli.core.runtime import progress
 
@@ -465,7 +465,7 @@ def test_the_line_of_torchrun_works_for_every_option(name):
 
 
 def test_every_file_that_a_run_leaves_is_described():
-    modules = (progress, folders, sample_files)
+    modules = (progress, storage, sample_files)
     found = [item for each in modules for item in vars(each).items()]
     names = {value for name, value in found if name.endswith("_FILE")}
     assert len(names) >= 15

@@ -14,7 +14,7 @@ ALWAYS = {"errors", "config", "storage"}
 # Package -> the packages it may import; jobs may import all of them.
 MAY_IMPORT = {
     "errors": set(),
-    "storage": set(),
+    "storage": {"errors"},
     "config": {"errors", "storage"},
     "runtime": ALWAYS,
     "kernels": {"rotary_kernel"},

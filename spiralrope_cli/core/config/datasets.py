@@ -6,6 +6,7 @@ A data set is a built-in name or a folder with `train/` and `val/`, each with on
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -219,3 +220,41 @@ PHOTOGRAPHS: dict[str, Any] = {
     "std": IMAGENET_STD,
     "crop_ratio": 0.875,
 }
+
+
+# --- Class names: weights carry them, so that class numbers can be compared with those of data
+
+IMAGENET_CLASSES, IMAGENET_NAME = 1000, re.compile(r"n\d{8}")
+"""Published weights carry no names; in such folders their order is right."""
+
+
+def class_difference(before: Sequence[str], now: Sequence[str]) -> str:
+    """Which class numbers mean something else; empty where none do, or names are not known."""
+    if not (before and now):
+        return ""
+    if len(before) != len(now):
+        return f"{len(before)} classes, now {len(now)}"
+    changed = [n for n, (was, name) in enumerate(zip(before, now, strict=True)) if was != name]
+    if not changed:
+        return ""
+    more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+    return f"class {changed[0]} was {before[changed[0]]!r}, now {now[changed[0]]!r}{more}"
+
+
+def nameless_note(source: str, known: Sequence[str], names: Sequence[str]) -> list[str]:
+    """A note where weights do not say which classes they know; `names` are those of the data."""
+    imagenet = len(names) == IMAGENET_CLASSES and all(map(IMAGENET_NAME.fullmatch, names))
+    if known or imagenet:
+        return []
+    return [f"{source} has no class names to compare with those of the data"]
+
+
+def numbering_note(names: Sequence[str]) -> list[str]:
+    """A note where class folders are called by numbers that are not those of their classes."""
+    if all(name.isdecimal() for name in names):
+        for number, name in enumerate(names):
+            if int(name) != number:
+                return [
+                    f"class folders are numbers, and are sorted as text: class {number} is {name!r}"
+                ]
+    return []

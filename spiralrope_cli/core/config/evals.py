@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from spiralrope_cli.core.config.datasets import DATA_NAMES, DATA_SETS, EvalProtocol
-from spiralrope_cli.core.config.folders import check_writable
 from spiralrope_cli.core.config.hub import ChosenWeights
 from spiralrope_cli.core.config.models import SIZE, RopeConfig
 from spiralrope_cli.core.config.option import FILE, PATH, SOURCE, check_fields, option
@@ -13,6 +12,7 @@ from spiralrope_cli.core.config.plots import FigureFile
 from spiralrope_cli.core.config.runs import ModelConfig, check_divides
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
+from spiralrope_cli.core.storage import check_writable
 
 BOTH_CROP_RATIOS = (0.875, 1.0)
 TOP_K = 5

@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from spiralrope_cli.core.config.folders import check_writable
 from spiralrope_cli.core.config.option import FILE, Opt, check_fields, option
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
-from spiralrope_cli.core.storage import cache_folder
+from spiralrope_cli.core.storage import cache_folder, check_writable
 
 Reading = Literal["as-pil", "as-trained"]
 """How image files are read: by PIL's `convert("RGB")`, as other FID tools do, or as in training."""

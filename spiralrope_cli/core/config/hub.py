@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from spiralrope_cli.core.config.dit_runs import VAE_NAMES
-from spiralrope_cli.core.config.folders import check_writable
 from spiralrope_cli.core.config.models import ARCH_OF_SOURCE
 from spiralrope_cli.core.config.option import PATH, SOURCE, check_fields, one_of, option
 from spiralrope_cli.core.errors import ConfigError
+from spiralrope_cli.core.storage import check_writable
 
 PUBLISHED_SUFFIXES = (".pth", ".pt")
 FILE_SUFFIXES = (*PUBLISHED_SUFFIXES, ".bin", ".safetensors")

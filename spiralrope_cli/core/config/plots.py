@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from spiralrope_cli.core.config.folders import check_writable
 from spiralrope_cli.core.config.hub import ChosenWeights
 from spiralrope_cli.core.config.models import SIZE, RopeConfig, pair
 from spiralrope_cli.core.config.option import FILE, SOURCE, check_fields, leaves, one_of, option
 from spiralrope_cli.core.errors import ConfigError, DataError
+from spiralrope_cli.core.storage import check_writable
 
 FORMATS = ("png", "svg")
 PLOTS_FOLDER = "plots"

@@ -8,8 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from spiralrope_cli.core.config.datasets import DATA_NAMES, DATA_SETS, DataSet
-from spiralrope_cli.core.config.folders import class_difference
+from spiralrope_cli.core.config.datasets import DATA_NAMES, DATA_SETS, DataSet, class_difference
 from spiralrope_cli.core.config.models import DEIT_SIZES, SIZE, RopeConfig, format_size, size_of
 from spiralrope_cli.core.config.option import PATH, SOURCE, Opt, check_fields, leaves, option
 from spiralrope_cli.core.config.training import MachineConfig, OptimConfig

@@ -15,12 +15,12 @@ from spiralrope_cli.core.config.dit_runs import (
     input_size,
 )
 from spiralrope_cli.core.config.fid import NUM_SAMPLING_STEPS
-from spiralrope_cli.core.config.folders import check_writable
 from spiralrope_cli.core.config.hub import HUB
 from spiralrope_cli.core.config.models import ARCH_OF_SOURCE, SIZE, format_size, numbers, pair
 from spiralrope_cli.core.config.option import PATH, SOURCE, Opt, check_fields, option
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
+from spiralrope_cli.core.storage import check_writable
 
 EXACT = "fp32"
 """Default precision: latents are computed once for all epochs, so fp32 is worth its time."""

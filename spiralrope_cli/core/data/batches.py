@@ -20,9 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spiralrope_cli.core.config.datasets import BUILT_IN, EvalProtocol
+from spiralrope_cli.core.config.datasets import BUILT_IN, IMAGENET_CLASSES, EvalProtocol
 from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
-from spiralrope_cli.core.config.folders import IMAGENET_CLASSES
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data import augment, memory

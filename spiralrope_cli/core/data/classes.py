@@ -14,10 +14,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from spiralrope_cli.core.config.datasets import BUILT_IN, DataSet
-from spiralrope_cli.core.config.folders import (
+from spiralrope_cli.core.config.datasets import (
+    BUILT_IN,
     IMAGENET_CLASSES,
     IMAGENET_NAME,
+    DataSet,
     class_difference,
     nameless_note,
     numbering_note,

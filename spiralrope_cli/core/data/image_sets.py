@@ -19,12 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from spiralrope_cli.core.config.datasets import BUILT_IN, STREAM
-from spiralrope_cli.core.config.folders import (
+from spiralrope_cli.core.config.datasets import (
+    BUILT_IN,
     IMAGENET_CLASSES,
     IMAGENET_NAME,
-    refuse_own,
-    samples_in,
+    STREAM,
 )
 from spiralrope_cli.core.data.fetched import opened, shard_sha256
 from spiralrope_cli.core.data.listing import (
@@ -47,6 +46,7 @@ from spiralrope_cli.core.data.npz import (
 from spiralrope_cli.core.data.splits import train_split
 from spiralrope_cli.core.data.stored import list_stored
 from spiralrope_cli.core.errors import DataError
+from spiralrope_cli.core.storage import refuse_own, samples_in
 
 MOST_PIXELS = 178_956_970
 """Of an image: beyond it Pillow refuses an image file as a decompression bomb."""

@@ -24,7 +24,6 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from spiralrope_cli.core.config.folders import METADATA_FILE, NPZ_FILE, PART_FILE, SAMPLES_FILE
 from spiralrope_cli.core.data.image_sets import names_of
 from spiralrope_cli.core.data.images import image_grid
 from spiralrope_cli.core.data.npz import read_headers, stream_rows
@@ -32,7 +31,16 @@ from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.runtime.progress import say
 from spiralrope_cli.core.runtime.run_folder import differences, refuse_run
 from spiralrope_cli.core.runtime.seeds import drawn_class
-from spiralrope_cli.core.storage import atomic_write, flush, parse, write_whole
+from spiralrope_cli.core.storage import (
+    METADATA_FILE,
+    NPZ_FILE,
+    PART_FILE,
+    SAMPLES_FILE,
+    atomic_write,
+    flush,
+    parse,
+    write_whole,
+)
 
 DONE_FILE, PNG_FOLDER = "samples.done", "png"
 GRID_IMAGES = 64

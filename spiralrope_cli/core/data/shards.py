@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spiralrope_cli.core.config.dit_runs import LATENT_CHANNELS, LATENT_SCALE, VAE_FACTOR
-from spiralrope_cli.core.config.folders import own_folder
 from spiralrope_cli.core.config.models import format_size
 from spiralrope_cli.core.errors import ConfigError, DataError
-from spiralrope_cli.core.storage import parse
+from spiralrope_cli.core.storage import own_folder, parse
 
 CROP = "adm-centre"
 METADATA_KEY = "latents"

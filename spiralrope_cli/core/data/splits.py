@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from spiralrope_cli.core.config.datasets import BUILT_IN, PHOTOGRAPHS, STREAM, DataSet
-from spiralrope_cli.core.config.folders import refuse_own
 from spiralrope_cli.core.data.listing import (
     ImageList,
     count_files,
@@ -27,7 +26,7 @@ from spiralrope_cli.core.data.stored import list_stored
 from spiralrope_cli.core.data.streams import CLASS_NAMES, Shards, list_shards, shard_urls
 from spiralrope_cli.core.data.val_labels import DAMAGED, DEVKIT, labels_beside, unpacked
 from spiralrope_cli.core.errors import DataError
-from spiralrope_cli.core.storage import parse
+from spiralrope_cli.core.storage import parse, refuse_own
 
 TRAIN, VAL = ("train",), ("val", "validation", "test")
 """Names of a split, the usual one first."""

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from spiralrope_cli.core.config.folders import IMAGENET_NAME
+from spiralrope_cli.core.config.datasets import IMAGENET_NAME
 from spiralrope_cli.core.config.option import one_of
 from spiralrope_cli.core.data.listing import is_image, suffix_of
 from spiralrope_cli.core.errors import DataError, first_line

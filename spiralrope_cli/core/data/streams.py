@@ -30,9 +30,8 @@ from spiralrope_cli.core.data.fetched import (
 )
 from spiralrope_cli.core.data.stored import read_tar
 from spiralrope_cli.core.errors import DataError, first_line
-from spiralrope_cli.core.runtime.launch import is_first_process, plan_only
+from spiralrope_cli.core.runtime.launch import check_space, is_first_process, plan_only
 from spiralrope_cli.core.runtime.progress import counted, human_size
-from spiralrope_cli.core.runtime.resources import check_space
 from spiralrope_cli.core.storage import cache_folder, parse, write_whole
 
 GROUP = MOST_SHARDS // 3

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from spiralrope_cli.core.config.folders import MODEL_FILE
 from spiralrope_cli.core.config.hub import FILE_SUFFIXES, HUB, HUB_FORM
 from spiralrope_cli.core.errors import ConfigError, FetchError
+from spiralrope_cli.core.storage import MODEL_FILE
 
 WEIGHTS_REPO = "haoyuliu00/Spiral_RoPE"
 HUB_CONFIG, DIFFUSERS_FILE = "config.json", "diffusion_pytorch_model.safetensors"

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spiralrope_cli.core.config.dit_runs import LATENT_CHANNELS, LATENT_SCALE, VAE_FACTOR, VAE_NAMES
-from spiralrope_cli.core.config.folders import CHECKPOINTS, EMA_FILE, MODEL_FILE, own_folder
 from spiralrope_cli.core.config.hub import FILE_SUFFIXES, HUB, HUB_FORM
 from spiralrope_cli.core.config.option import one_of
 from spiralrope_cli.core.config.training import RUNS_FOLDER
@@ -33,7 +32,14 @@ from spiralrope_cli.core.runtime.run_folder import (
     step_folder,
     steps_on_disk,
 )
-from spiralrope_cli.core.storage import parse, sha256_of
+from spiralrope_cli.core.storage import (
+    CHECKPOINTS,
+    EMA_FILE,
+    MODEL_FILE,
+    own_folder,
+    parse,
+    sha256_of,
+)
 
 CLASSIFIERS = ("pretrain", "finetune")
 

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from spiralrope_cli import __version__
-from spiralrope_cli.core.config.folders import nearest_folder
 from spiralrope_cli.core.config.option import build
 from spiralrope_cli.core.config.samples import default_num_samples
 from spiralrope_cli.core.config.training import Checkup
@@ -27,7 +26,7 @@ from spiralrope_cli.core.hub.catalog import ROWS, find_row
 from spiralrope_cli.core.resolve import default_data, resolve
 from spiralrope_cli.core.runtime.launch import usable_cores
 from spiralrope_cli.core.runtime.progress import console, human_size
-from spiralrope_cli.core.storage import cache_folder
+from spiralrope_cli.core.storage import cache_folder, nearest_folder
 
 OF_TRAINING = ("arch", "data", "batch_size", "micro_batch_size", "nproc", "device", "precision")
 DECODED = 48

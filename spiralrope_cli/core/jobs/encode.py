@@ -16,9 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spiralrope_cli.core.config.datasets import BUILT_IN
+from spiralrope_cli.core.config.datasets import BUILT_IN, numbering_note
 from spiralrope_cli.core.config.dit_runs import LATENT_SCALE, full_vae_name
-from spiralrope_cli.core.config.folders import numbering_note, refuse_own
 from spiralrope_cli.core.config.models import format_size
 from spiralrope_cli.core.config.option import build
 from spiralrope_cli.core.config.samples import EXACT, EncodeRun
@@ -46,6 +45,7 @@ from spiralrope_cli.core.runtime.progress import (
 )
 from spiralrope_cli.core.runtime.run_folder import refuse_run
 from spiralrope_cli.core.runtime.slurm import Remaining
+from spiralrope_cli.core.storage import refuse_own
 
 if TYPE_CHECKING:
     from spiralrope_cli.core.data.loader import Batch

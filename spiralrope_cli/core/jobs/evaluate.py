@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from spiralrope_cli.core.config.datasets import BUILT_IN, DataSet, EvalProtocol, slug_of
 from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions, EvalRow, EvalRun
-from spiralrope_cli.core.config.folders import EVAL_FILE, SIZES_FILE
 from spiralrope_cli.core.config.models import RopeConfig, format_size, given_rope
 from spiralrope_cli.core.config.option import build, idle_lines
 from spiralrope_cli.core.config.runs import ModelConfig
@@ -34,7 +33,7 @@ from spiralrope_cli.core.runtime.launch import is_first_process, launch, say_not
 from spiralrope_cli.core.runtime.progress import counted, say, say_unreadable
 from spiralrope_cli.core.runtime.run_folder import add_rows, is_same, read_rows
 from spiralrope_cli.core.runtime.slurm import Remaining
-from spiralrope_cli.core.storage import sha256_of
+from spiralrope_cli.core.storage import EVAL_FILE, SIZES_FILE, sha256_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from spiralrope_cli.core.config.datasets import BUILT_IN, IMAGENET_MEAN, IMAGENET_STD
 from spiralrope_cli.core.config.dit_runs import LATENT_CHANNELS
-from spiralrope_cli.core.config.folders import EVAL_FILE
 from spiralrope_cli.core.config.hub import ExportRun
 from spiralrope_cli.core.config.models import given_rope, is_dit
 from spiralrope_cli.core.config.option import build
@@ -24,7 +23,7 @@ from spiralrope_cli.core.hub.source import VaeFiles, find_source, find_vae
 from spiralrope_cli.core.runtime.launch import check_space, say_notes
 from spiralrope_cli.core.runtime.progress import human_size, say, say_result
 from spiralrope_cli.core.runtime.run_folder import read_rows
-from spiralrope_cli.core.storage import sha256_of
+from spiralrope_cli.core.storage import EVAL_FILE, sha256_of
 
 if TYPE_CHECKING:
     import torch

@@ -19,7 +19,6 @@ from spiralrope_cli import __version__
 from spiralrope_cli.core.config.dit_runs import NO_VAE, DiTRun, TrainingRun
 from spiralrope_cli.core.config.evals import BOTH_CROP_RATIOS, EvalOptions
 from spiralrope_cli.core.config.fid import FeatureMachine, FidRun
-from spiralrope_cli.core.config.folders import FID_FILE, NPZ_FILE, PIPELINE_FILE, REPORT_FILE
 from spiralrope_cli.core.config.option import build, leaves
 from spiralrope_cli.core.config.pipelines import (
     MACHINE_FIELDS,
@@ -50,6 +49,7 @@ from spiralrope_cli.core.runtime.run_folder import (
 )
 from spiralrope_cli.core.runtime.slurm import Remaining
 from spiralrope_cli.core.runtime.trackers import check_tracker
+from spiralrope_cli.core.storage import FID_FILE, NPZ_FILE, PIPELINE_FILE, REPORT_FILE
 
 FINETUNE_PREFIX = "finetune_"
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from spiralrope_cli import __version__
 from spiralrope_cli.core.config.dit_runs import NO_VAE
-from spiralrope_cli.core.config.folders import REPORT_FILE, SOURCES_FILE, check_writable
 from spiralrope_cli.core.config.hub import HUB
 from spiralrope_cli.core.config.models import format_size, given_rope
 from spiralrope_cli.core.config.option import build as build_config
@@ -42,7 +41,7 @@ from spiralrope_cli.core.runtime.launch import (
 from spiralrope_cli.core.runtime.progress import counted, say, say_result
 from spiralrope_cli.core.runtime.run_folder import write_json
 from spiralrope_cli.core.runtime.slurm import Remaining
-from spiralrope_cli.core.storage import sha256_of
+from spiralrope_cli.core.storage import REPORT_FILE, SOURCES_FILE, check_writable, sha256_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from spiralrope_cli import __version__
 from spiralrope_cli.core.config.fid import EXTRACTOR, FidRun
-from spiralrope_cli.core.config.folders import NPZ_FILE
 from spiralrope_cli.core.config.option import build, idle_lines
 from spiralrope_cli.core.data import npz
 from spiralrope_cli.core.data.image_sets import (
@@ -33,6 +32,7 @@ from spiralrope_cli.core.runtime.launch import launch, say_notes, world_size
 from spiralrope_cli.core.runtime.progress import say, say_result
 from spiralrope_cli.core.runtime.run_folder import differences, read_json, write_json
 from spiralrope_cli.core.runtime.slurm import Remaining
+from spiralrope_cli.core.storage import NPZ_FILE
 
 if TYPE_CHECKING:
     from spiralrope_cli.core.metrics.features import Measured

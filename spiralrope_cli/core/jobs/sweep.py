@@ -14,13 +14,6 @@ from typing import Any
 
 from spiralrope_cli.core.config.datasets import slug_of
 from spiralrope_cli.core.config.fid import FID_METRICS
-from spiralrope_cli.core.config.folders import (
-    EVAL_FILE,
-    FID_FILE,
-    NPZ_FILE,
-    REPORT_FILE,
-    SWEEP_FILE,
-)
 from spiralrope_cli.core.config.models import RopeConfig
 from spiralrope_cli.core.config.option import build, leaves
 from spiralrope_cli.core.config.pipelines import DeiTStages, DiTStages
@@ -55,6 +48,7 @@ from spiralrope_cli.core.runtime.run_folder import (
     write_json,
 )
 from spiralrope_cli.core.runtime.slurm import Remaining
+from spiralrope_cli.core.storage import EVAL_FILE, FID_FILE, NPZ_FILE, REPORT_FILE, SWEEP_FILE
 
 METRICS = ("acc1", "acc5", "loss")
 COLUMNS = (("acc@1 %", "acc1", 2), ("acc@1 % EMA", "ema_acc1", 2), ("loss EMA", "ema_loss", 4))

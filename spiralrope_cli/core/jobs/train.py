@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rich.table import Table
 
+from spiralrope_cli.core.config.datasets import nameless_note
 from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
-from spiralrope_cli.core.config.folders import CURVES_FILE, nameless_note
 from spiralrope_cli.core.config.models import format_size, given_rope, is_dit
 from spiralrope_cli.core.config.option import build, flat_values, leaves
 from spiralrope_cli.core.config.recipes import with_usual_micro_batch
@@ -39,6 +39,7 @@ from spiralrope_cli.core.runtime.progress import console, say, say_unreadable
 from spiralrope_cli.core.runtime.run_folder import first_step, is_finished, write_sources
 from spiralrope_cli.core.runtime.slurm import Remaining
 from spiralrope_cli.core.runtime.trackers import check_tracker, log_in
+from spiralrope_cli.core.storage import CURVES_FILE
 
 if TYPE_CHECKING:
     from spiralrope_cli.core.runtime.distributed import DistContext

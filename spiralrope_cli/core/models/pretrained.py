@@ -17,7 +17,6 @@ from torch import Tensor
 
 from spiralrope_cli import __version__
 from spiralrope_cli.core.config.datasets import slug_of
-from spiralrope_cli.core.config.folders import MODEL_FILE
 from spiralrope_cli.core.config.hub import HUB
 from spiralrope_cli.core.config.models import (
     RopeConfig,
@@ -26,7 +25,7 @@ from spiralrope_cli.core.config.models import (
     format_size,
 )
 from spiralrope_cli.core.errors import CheckpointError
-from spiralrope_cli.core.storage import with_checksum
+from spiralrope_cli.core.storage import MODEL_FILE, with_checksum
 
 CARD_TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 CONFIG_JSON = "config.json"

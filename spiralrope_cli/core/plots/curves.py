@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from spiralrope_cli.core.config.folders import CONFIG_FILE, own_folder
 from spiralrope_cli.core.config.models import format_size
 from spiralrope_cli.core.errors import DataError
 from spiralrope_cli.core.runtime.progress import METRICS_FILE, read_metrics
 from spiralrope_cli.core.runtime.run_folder import inner_runs
-from spiralrope_cli.core.storage import atomic_write
+from spiralrope_cli.core.storage import CONFIG_FILE, atomic_write, own_folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

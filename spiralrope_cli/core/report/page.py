@@ -20,7 +20,17 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from spiralrope_cli import __version__
 from spiralrope_cli.core.config.dit_runs import RUN_KINDS, TrainingRun
-from spiralrope_cli.core.config.folders import (
+from spiralrope_cli.core.config.models import RopeConfig, format_size
+from spiralrope_cli.core.config.option import build, leaves
+from spiralrope_cli.core.config.samples import SampleRun
+from spiralrope_cli.core.config.training import TrainOptions
+from spiralrope_cli.core.data.sample_files import read_metadata
+from spiralrope_cli.core.errors import SpiralRopeError, first_line
+from spiralrope_cli.core.plots.curves import curves_figure
+from spiralrope_cli.core.report.results import Result, results
+from spiralrope_cli.core.runtime.progress import METRICS_FILE, best_validation, read_metrics, say
+from spiralrope_cli.core.runtime.run_folder import read_config, read_json
+from spiralrope_cli.core.storage import (
     CONFIG_FILE,
     CURVES_FILE,
     ENVIRONMENT_FILE,
@@ -33,18 +43,8 @@ from spiralrope_cli.core.config.folders import (
     SAMPLES_FILE,
     SOURCES_FILE,
     SWEEP_FILE,
+    write_whole,
 )
-from spiralrope_cli.core.config.models import RopeConfig, format_size
-from spiralrope_cli.core.config.option import build, leaves
-from spiralrope_cli.core.config.samples import SampleRun
-from spiralrope_cli.core.config.training import TrainOptions
-from spiralrope_cli.core.data.sample_files import read_metadata
-from spiralrope_cli.core.errors import SpiralRopeError, first_line
-from spiralrope_cli.core.plots.curves import curves_figure
-from spiralrope_cli.core.report.results import Result, results
-from spiralrope_cli.core.runtime.progress import METRICS_FILE, best_validation, read_metrics, say
-from spiralrope_cli.core.runtime.run_folder import read_config, read_json
-from spiralrope_cli.core.storage import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

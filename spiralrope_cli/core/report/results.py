@@ -17,7 +17,11 @@ from rich.table import Table
 from spiralrope_cli.core.config.datasets import slug_of
 from spiralrope_cli.core.config.dit_runs import GRID_ROWS, DiTRun
 from spiralrope_cli.core.config.fid import FID_METRICS
-from spiralrope_cli.core.config.folders import (
+from spiralrope_cli.core.config.models import format_size
+from spiralrope_cli.core.config.option import build
+from spiralrope_cli.core.runtime.progress import best_validation, console, read_metrics, say_result
+from spiralrope_cli.core.runtime.run_folder import read_config, read_json, read_rows
+from spiralrope_cli.core.storage import (
     CONFIG_FILE,
     CURVES_FILE,
     EVAL_FILE,
@@ -28,10 +32,6 @@ from spiralrope_cli.core.config.folders import (
     SIZES_FILE,
     SWEEP_FILE,
 )
-from spiralrope_cli.core.config.models import format_size
-from spiralrope_cli.core.config.option import build
-from spiralrope_cli.core.runtime.progress import best_validation, console, read_metrics, say_result
-from spiralrope_cli.core.runtime.run_folder import read_config, read_json, read_rows
 
 Record = dict[str, Any]
 

@@ -19,13 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spiralrope_cli.core.config.folders import ENVIRONMENT_FILE
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.runtime import device as devices
 from spiralrope_cli.core.runtime.launch import ERROR_FOLDER_VARIABLE, usable_cores
 from spiralrope_cli.core.runtime.progress import say
 from spiralrope_cli.core.runtime.run_folder import hold_folder, write_json
+from spiralrope_cli.core.storage import ENVIRONMENT_FILE
 
 _T = TypeVar("_T")
 

@@ -19,10 +19,10 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn
 
-from spiralrope_cli.core.config.folders import nearest_folder
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import ConfigError, DiskError, SpiralRopeError, system_error
 from spiralrope_cli.core.runtime.progress import human_size, say
+from spiralrope_cli.core.storage import nearest_folder
 
 ERROR_FOLDER_VARIABLE = "SPIRALROPE_ERROR_FOLDER"
 

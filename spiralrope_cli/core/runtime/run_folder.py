@@ -14,16 +14,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
+from spiralrope_cli.core.config.datasets import class_difference
 from spiralrope_cli.core.config.dit_runs import RUN_KINDS, TrainingRun
-from spiralrope_cli.core.config.folders import (
-    CHECKPOINTS,
-    CONFIG_FILE,
-    CURVES_FILE,
-    ENVIRONMENT_FILE,
-    SAMPLES,
-    SOURCES_FILE,
-    class_difference,
-)
 from spiralrope_cli.core.config.option import (
     build,
     flat_values,
@@ -38,7 +30,17 @@ from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import RUNS_FOLDER
 from spiralrope_cli.core.errors import CheckpointError, ConfigError, first_line
 from spiralrope_cli.core.runtime.progress import say
-from spiralrope_cli.core.storage import parse, repeated_key, write_whole
+from spiralrope_cli.core.storage import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    CURVES_FILE,
+    ENVIRONMENT_FILE,
+    SAMPLES,
+    SOURCES_FILE,
+    parse,
+    repeated_key,
+    write_whole,
+)
 
 STEP_DIGITS = 7
 LENGTH = {"epochs", "max_steps", "warmup_epochs"}

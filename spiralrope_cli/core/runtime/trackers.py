@@ -8,9 +8,9 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from spiralrope_cli.core.config.folders import CONFIG_FILE
 from spiralrope_cli.core.config.option import to_nested
 from spiralrope_cli.core.errors import ConfigError, TrainingError, first_line
+from spiralrope_cli.core.storage import CONFIG_FILE
 
 if TYPE_CHECKING:
     from spiralrope_cli.core.config.dit_runs import TrainingRun

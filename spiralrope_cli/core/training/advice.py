@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spiralrope_cli.core.config.datasets import numbering_note
 from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
-from spiralrope_cli.core.config.folders import numbering_note
 from spiralrope_cli.core.config.recipes import (
     micro_batch_sizes,
     usual_micro_batch,

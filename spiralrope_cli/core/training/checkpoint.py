@@ -20,11 +20,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from spiralrope_cli.core.config.folders import CHECKPOINTS, EMA_FILE, MODEL_FILE, TRAINER_FILE
 from spiralrope_cli.core.errors import SPACE, CheckpointError, errno_of, first_line, system_error
 from spiralrope_cli.core.runtime.launch import check_space
 from spiralrope_cli.core.runtime.run_folder import step_folder, steps_on_disk
 from spiralrope_cli.core.storage import (
+    CHECKPOINTS,
+    EMA_FILE,
+    MODEL_FILE,
+    TRAINER_FILE,
     check_zip,
     flush,
     read_safetensors,

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from spiralrope_cli.core.config.dit_runs import GRID_ROWS, DiTRun
-from spiralrope_cli.core.config.folders import SAMPLES_FILE
 from spiralrope_cli.core.data.batches import dit_data
 from spiralrope_cli.core.data.images import image_grid, to_uint8
 from spiralrope_cli.core.data.loader import Batch, BatchIndices
@@ -26,7 +25,7 @@ from spiralrope_cli.core.runtime.distributed import DistContext
 from spiralrope_cli.core.runtime.progress import Reporter
 from spiralrope_cli.core.runtime.run_folder import sample_file
 from spiralrope_cli.core.runtime.seeds import NoisePerImage, generator_for
-from spiralrope_cli.core.storage import atomic_write
+from spiralrope_cli.core.storage import SAMPLES_FILE, atomic_write
 from spiralrope_cli.core.training.loop import Task
 from spiralrope_cli.core.training.step import LossMeter, TrainState, is_sharded
 

@@ -20,7 +20,6 @@ from torch.distributed import ReduceOp
 from torch.nn.parallel import DistributedDataParallel
 
 from spiralrope_cli.core.config.dit_runs import TrainingRun
-from spiralrope_cli.core.config.folders import CHECKPOINTS
 from spiralrope_cli.core.config.option import to_nested
 from spiralrope_cli.core.data.batches import TrainingData
 from spiralrope_cli.core.data.loader import Batch
@@ -32,6 +31,7 @@ from spiralrope_cli.core.runtime import distributed, run_folder
 from spiralrope_cli.core.runtime.distributed import DistContext
 from spiralrope_cli.core.runtime.progress import Reporter, forget_after
 from spiralrope_cli.core.runtime.seeds import seed_everything
+from spiralrope_cli.core.storage import CHECKPOINTS
 from spiralrope_cli.core.training import checkpoint
 from spiralrope_cli.core.training.step import (
     Clock,

@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from spiralrope_cli.core.config.datasets import class_difference, nameless_note, numbering_note
 from spiralrope_cli.core.config.evals import EvalOptions
-from spiralrope_cli.core.config.folders import class_difference, nameless_note, numbering_note
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.image_sets import images_in
 from spiralrope_cli.core.errors import CheckpointError, ConfigError

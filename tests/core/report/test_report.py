@@ -16,11 +16,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from spiralrope_cli import main as cli
-from spiralrope_cli.core.config.folders import SOURCES_FILE
 from spiralrope_cli.core.errors import SpiralRopeError
 from spiralrope_cli.core.report.page import leave_report, repeat_command, stages, write_report
 from spiralrope_cli.core.report.results import print_evaluation
 from spiralrope_cli.core.runtime.run_folder import read_config, write_json
+from spiralrope_cli.core.storage import SOURCES_FILE
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), ""

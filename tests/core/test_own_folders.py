@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spiralrope_cli.core.config.folders import check_writable, own_folder, samples_in
 from spiralrope_cli.core.data.image_sets import images_in, inspect_side
 from spiralrope_cli.core.data.shards import read_cache
 from spiralrope_cli.core.data.splits import find_data_set, find_train_set, find_val_set
 from spiralrope_cli.core.errors import CheckpointError, ConfigError, DataError
 from spiralrope_cli.core.hub.source import find_source
 from spiralrope_cli.core.jobs.encode import data_folder
+from spiralrope_cli.core.storage import check_writable, own_folder, samples_in
 
 FOLDERS = {
     "a folder of samples": ("samples.json", "samples.npz"),
