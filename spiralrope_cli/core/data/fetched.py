@@ -28,6 +28,8 @@ from spiralrope_cli.core.storage import atomic_write, parse
 
 MOST_SHARDS, MOST_BYTES = 48, 4_000_000_000
 """Of a split on the disk, whichever is more."""
+HINTS = dict.fromkeys((401, 403), "a token of the Hub is HF_TOKEN; else wds/pipe:curl -fsSL ...")
+HINTS[404] = "check the name and the numbers in it"
 GZIP = b"\x1f\x8b"
 
 
@@ -143,7 +145,8 @@ def copy_from(url: str, file: BinaryIO) -> None:
             raise
         status = getattr(getattr(error, "response", None), "status_code", 0)
         answer = f"its server answered {status}" if status else first_line(error)
-        raise DataError(f"{url} cannot be fetched: {answer}", "try again later") from error
+        hint = HINTS.get(status, "try again later")
+        raise DataError(f"{url} cannot be fetched: {answer}", hint) from error
 
 
 def _unpack(path: Path) -> None:

@@ -134,7 +134,7 @@ def list_shards(spec: str, urls: Sequence[str]) -> tuple[Shards, dict[str, Any]]
     if new and plan_only.get():
         raise DataError(
             f"{spec} has to be read once first: {len(new)} of its {len(urls)} shards are not",
-            "leave out --dry-run",
+            "a run does so at first, but for --dry-run and doctor",
         )
     if new:
         folder.mkdir(parents=True, exist_ok=True)
@@ -152,10 +152,12 @@ def list_shards(spec: str, urls: Sequence[str]) -> tuple[Shards, dict[str, Any]]
     there = sum(path.stat().st_size for path in folder.glob("*.tar"))
     hint = "free some, or name another disk with SPIRALROPE_CACHE"
     check_space((folder, shards.most_bytes - there), what="shards", hint=hint)
-    rows = [(path, *row) for path, each in zip(paths, kept, strict=True) for row in each["rows"]]
+    addresses: list[str] = []
+    for path, each in zip(map(str, paths), kept, strict=True):
+        addresses += [f"{path}::{first}+{size}::{name}" for first, size, name, _ in each["rows"]]
     return shards, {
-        "address": [f"{path}::{first}+{size}::{name}" for path, first, size, name, _ in rows],
-        "label": [label for *_, label in rows],
+        "address": addresses,
+        "label": [row[3] for each in kept for row in each["rows"]],
         "labels_from": next((each["labels_from"] for each in kept if each["rows"]), ""),
         "classes": _class_names(urls[0], folder / CLASS_NAMES),
     }

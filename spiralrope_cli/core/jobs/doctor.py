@@ -24,7 +24,7 @@ from spiralrope_cli.core.errors import CheckpointError, DataError, FetchError, S
 from spiralrope_cli.core.hub import download
 from spiralrope_cli.core.hub.catalog import ROWS, find_row
 from spiralrope_cli.core.resolve import default_data, resolve
-from spiralrope_cli.core.runtime.launch import usable_cores
+from spiralrope_cli.core.runtime.launch import plan_only, usable_cores
 from spiralrope_cli.core.runtime.progress import console, human_size
 from spiralrope_cli.core.storage import cache_folder, nearest_folder
 
@@ -162,6 +162,7 @@ def inspect_data(checkup: Checkup, findings: list[Finding]) -> tuple[Values, Row
     given = "data" in checkup.options
     source, named = ("option", checkup.options) if given else default_data()
     data = named["data"]
+    plan_only.set(True)  # a stream that was never read is not read now
     data_set = find_train_set(data) if checkup.dit else find_data_set(data)
     values: Values = {
         "data": data_set.data,

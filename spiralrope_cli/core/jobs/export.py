@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from spiralrope_cli.core.config.datasets import BUILT_IN, IMAGENET_MEAN, IMAGENET_STD
+from spiralrope_cli.core.config.datasets import (
+    BUILT_IN,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    STREAM,
+    slug_of,
+)
 from spiralrope_cli.core.config.dit_runs import LATENT_CHANNELS
 from spiralrope_cli.core.config.hub import ExportRun
 from spiralrope_cli.core.config.models import given_rope, is_dit
@@ -240,6 +246,8 @@ def without_paths(value: Any) -> Any:
     """A config for everybody: of paths on this machine only the last name."""
     if isinstance(value, dict):
         return {name: without_paths(item) for name, item in value.items()}
+    if isinstance(value, str) and STREAM.match(value):
+        return slug_of(value)  # a command may say more than others should know
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 

@@ -38,6 +38,7 @@ from spiralrope_cli.core.data.splits import (
 from spiralrope_cli.core.data.streams import GROUP, expand, shard_urls
 from spiralrope_cli.core.errors import DataError, DiskError
 from spiralrope_cli.core.jobs import encode, train
+from spiralrope_cli.core.jobs.export import without_paths
 from spiralrope_cli.core.resolve import resolve
 from spiralrope_cli.core.runtime.distributed import StopRequest
 from spiralrope_cli.core.runtime.launch import plan_only
@@ -214,7 +215,9 @@ def test_a_dry_run_reads_nothing(server):
     finally:
         plan_only.set(False)
     assert "20 of its 20 shards" in refused.value.message
+    assert refused.value.hint == "a run does so at first, but for --dry-run and doctor"
     assert not server.asked
+    assert without_paths({"data": f"{server.spec} # $TOKEN"}) == {"data": "set"}
 
 
 def test_a_stream_without_a_split_is_refused_before_it_is_read(server):
@@ -403,6 +406,12 @@ def test_a_command_that_fails_is_told_with_its_exit_code_and_last_words(root):
         with pytest.raises(DataError, match=f"ended with exit code {code}") as refused:
             find_val_set(f"wds/pipe:{command} # val-{{0..1}}.tar")
         assert refused.value.hint == "gone"
+
+
+def test_a_shard_that_is_not_on_the_server_is_told(server):
+    with pytest.raises(DataError, match=r"val-02\.tar cannot be fetched: .* answered 404") as told:
+        find_val_set(f"wds/{server.url}/set-val-{{00..02}}.tar")
+    assert told.value.hint == "check the name and the numbers in it"
 
 
 def test_a_server_that_is_gone_is_tried_again_and_told(server, monkeypatch):
