@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gzip
-import hashlib
 import io
 import logging
 import os
@@ -24,7 +23,7 @@ from urllib.request import urlopen
 
 from spiralrope_cli.core.data.listing import ADDRESS
 from spiralrope_cli.core.errors import DataError, SpiralRopeError, first_line, system_error
-from spiralrope_cli.core.storage import atomic_write, parse
+from spiralrope_cli.core.storage import atomic_write, parse, sha256_of
 
 MOST_SHARDS, MOST_BYTES = 48, 4_000_000_000
 """Of a split on the disk, whichever is more."""
@@ -95,7 +94,7 @@ def fetch(url: str, path: Path, expected: str = "") -> str:
             with beside.open("wb") as file:
                 copy_from(url, file)
             _unpack(beside)
-            digest = _sha256_of(beside)
+            digest = sha256_of(beside)
             if expected not in ("", digest):
                 raise DataError(
                     f"{url} is another file than when it was first read",
@@ -156,14 +155,6 @@ def _unpack(path: Path) -> None:
             return
     with atomic_write(path) as beside, gzip.open(path) as packed, beside.open("wb") as file:
         shutil.copyfileobj(packed, file, 1 << 20)
-
-
-def _sha256_of(path: Path) -> str:
-    state = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            state.update(chunk)
-    return state.hexdigest()
 
 
 def _remove_old(folder: Path) -> None:
