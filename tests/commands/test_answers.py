@@ -408,7 +408,7 @@ REFUSED = {
     "finetune": [
         ("run --rotate -1", "--rotate is -1"),
         ("run --freeze x", "--freeze is x"),
-        ("run --out=", "--out is empty"),
+        ("run --out a.yaml", f"--out a.yaml {BELOW_A_FILE}it is a file"),
         ("run --drop-path 1", "--drop-path is 1.0"),
         ("run --epochs 0", "--epochs is 0"),
         ("run --min-lr -1", "--min-lr is -1.0"),
@@ -545,6 +545,7 @@ REFUSED = {
     ],
     "run dit": [
         ("--out p --num-samples 0", "--num-samples is 0"),
+        ("--out a.yaml/x", f"--out a.yaml/x {BELOW_A_FILE}"),
         ("--out p --sampler x", "--sampler is x"),
         ("--out p --num-sampling-steps x", "--num-sampling-steps"),
         ("--out p --sampling-seed -1", "--sampling-seed is -1"),

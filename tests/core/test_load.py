@@ -189,6 +189,12 @@ def test_nothing_in_a_pickle_is_ever_run(runs):
     assert not (runs / "ran").exists()
 
 
+def test_a_config_is_no_checkpoint_whose_words_would_be_run(runs):
+    (runs / "config.yaml").write_text("command: pretrain\nout: runs/a\n")
+    with pytest.raises(CheckpointError, match=r"config\.yaml is not a checkpoint of torch"):
+        load_model("config.yaml")
+
+
 def test_a_namespace_with_more_than_plain_values_is_refused(runs):
     args = argparse.Namespace(rotate=2, output_dir=pathlib.PurePosixPath("x"))
     torch.save(published(args=args), "path.pth")

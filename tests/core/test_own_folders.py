@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from spiralrope_cli.core.config.training import TrainOptions
 from spiralrope_cli.core.data.image_sets import images_in, inspect_side
 from spiralrope_cli.core.data.shards import read_cache
 from spiralrope_cli.core.data.splits import find_data_set, find_train_set, find_val_set
@@ -76,6 +77,14 @@ def test_unfinished_samples_are_none_and_those_of_a_pipeline_are_found(tmp_path)
             samples_in(folder)
     (drawn / "samples.npz.part").rename(drawn / "samples.npz")
     assert samples_in(tmp_path) == samples_in(drawn) == drawn / "samples.npz"
+
+
+def test_no_command_takes_the_folder_of_another_for_its_own(ours):
+    folder, kind = ours
+    for wanted in FOLDERS.keys() - {kind}:
+        with pytest.raises(ConfigError, match=f"--out {folder} is {kind}\n"):
+            TrainOptions().check_folder(str(folder), wanted)
+    TrainOptions().check_folder(str(folder), kind)
 
 
 def test_other_folders_are_left_alone(tmp_path):

@@ -50,6 +50,9 @@ DIT_SIZES = {
 }
 
 
+MOST_BLOCKS = 1000
+
+
 def deit_size(arch: str) -> TransformerSize:
     """Size of a DeiT by name, or by numbers: `deit-256x8x4` is WIDTHxDEPTHxHEADS."""
     return _size(arch, r"deit-(\d+)x(\d+)x(\d+)", DEIT_SIZES)
@@ -102,11 +105,12 @@ def _size(arch: str, numbers: str, sizes: Mapping[str, TransformerSize]) -> Tran
             raise _unknown(arch, sizes)
         return sizes[name]
     size = TransformerSize(*map(int, found.groups()))
-    if min(map(int, found.groups())) < 1 or size.dim % size.heads:
+    if min(map(int, found.groups())) < 1 or size.dim % size.heads or size.depth > MOST_BLOCKS:
         raise ConfigError(
             f"--arch {arch}: {size.depth} blocks of width {size.dim} with {size.heads} heads "
             "are not possible",
-            "the width must be a multiple of the number of heads, and no number may be 0",
+            "the width must be a multiple of the number of heads, no number may be 0, and at most "
+            f"{MOST_BLOCKS} blocks are allowed",
         )
     return size
 

@@ -8,12 +8,14 @@ Standard library only.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from spiralrope_cli.core.config.datasets import DATA_SETS
 from spiralrope_cli.core.config.models import is_dit, size_of
 from spiralrope_cli.core.config.option import FILE, PATH, Opt, check_fields, option
 from spiralrope_cli.core.errors import ConfigError, in_one
+from spiralrope_cli.core.storage import check_writable, own_folder
 
 RUNS_FOLDER = "runs"
 """Where run folders lie unless --out names one."""
@@ -237,11 +239,18 @@ class TrainOptions:
     )
     dry_run: bool = option("Print the plan and stop.", default=False)
 
-    def check_folder(self, out: str) -> None:
-        """Raises if both --name and --out are given."""
+    def check_folder(self, out: str, kind: str = "") -> None:
+        """Raises if --out contradicts --name, cannot be written, or is of another `kind`."""
         if self.name and out:
             raise ConfigError(
                 f"--name {self.name} and --out {out} both name the run folder", "use one of them"
+            )
+        if out:
+            check_writable(out, folder=True)
+        there, _ = own_folder(Path(out))
+        if out and kind and there not in ("", kind):
+            raise ConfigError(
+                f"--out {out} is {there}", "choose another, for example a new folder inside it"
             )
 
 

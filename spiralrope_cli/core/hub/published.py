@@ -30,7 +30,7 @@ RAW_KEYS = ("model", "state_dict")  # of DeiT, DiT, SiT, LightningDiT; of timm a
 EMA_KEYS = ("model_ema", "ema", "state_dict_ema")  # of DeiT; of DiT and those after it; of timm
 # What torch.compile, DDP, FSDP and checkpointing put into names, wherever they wrap a module.
 WRAPPERS = re.compile(r"\b(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-ZIP_MAGIC = b"PK\x03\x04"
+ZIP_MAGIC, PICKLE_MAGIC = b"PK\x03\x04", b"\x80"
 OF_OURS = "pretrain_grid"  # `args` of our exports only
 FREQS_TOLERANCE = 1e-3  # relative; in EMA weights the frequencies drifted by up to 2e-4
 
@@ -160,7 +160,7 @@ def load_safely(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except UnpicklingError as error:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if wanted:
+        if wanted and (is_zip or head.startswith(PICKLE_MAGIC)):  # else it is a text
             raise CheckpointError(
                 f"{path} is refused: reading it would run {wanted[1]}",
                 "checkpoints are read without running code: only tensors, plain values and "

@@ -84,7 +84,7 @@ def settle_deit(given: dict[str, Any], *, show_measured: bool = True) -> Pipelin
     """
     check_not_joined()
     own: DeiTStages = build(DeiTStages, given)
-    build(TrainOptions, given).check_folder(own.out)
+    build(TrainOptions, given).check_folder(own.out, "the folder of a pipeline")
     options = training_options(given, DeiTStages)
     finetuning = {
         name.removeprefix(FINETUNE_PREFIX): value
@@ -129,7 +129,7 @@ def settle_dit(given: dict[str, Any]) -> Pipeline:
     """Train, sample and score; `given` is field name -> value."""
     check_not_joined()
     own: DiTStages = build(DiTStages, given)
-    build(TrainOptions, given).check_folder(own.out)
+    build(TrainOptions, given).check_folder(own.out, "the folder of a pipeline")
     options = training_options(given, DiTStages)
     resolved = resolve("dit-train", options, name=given.get("name", ""))
     folder = pipeline_folder("run-dit", own.out, resolved.run)

@@ -41,7 +41,7 @@ from spiralrope_cli.core.runtime.launch import (
 from spiralrope_cli.core.runtime.progress import counted, say, say_result
 from spiralrope_cli.core.runtime.run_folder import write_json
 from spiralrope_cli.core.runtime.slurm import Remaining
-from spiralrope_cli.core.storage import REPORT_FILE, SOURCES_FILE, check_writable, sha256_of
+from spiralrope_cli.core.storage import REPORT_FILE, SOURCES_FILE, sha256_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,8 +75,6 @@ def settle(
     build_config(MachineConfig, given)
     num_steps = given.get("num_sampling_steps", SampleRun.num_sampling_steps)
     check_chain(given.get("sampler", SampleRun.sampler), num_steps)
-    if "out" in given:
-        check_writable(given["out"], folder=True)
 
     source = find_source(given["source"])
 

@@ -88,7 +88,7 @@ def settle_sweep(kind: str, given: dict[str, Any]) -> Sweep:
     """
     stages, training = (DeiTStages, "pretrain") if kind == "deit" else (DiTStages, "dit-train")
     own: DeiTStages | DiTStages = build(stages, given)
-    build(TrainOptions, given).check_folder(own.out)
+    build(TrainOptions, given).check_folder(own.out, "the folder of a sweep")
     grid, swept = points(own.sweep, kind), SWEPT[kind]
     for typed, _ in grid[0].words:
         name = RENAMED.get(typed, typed)

@@ -57,7 +57,7 @@ IN_THE_ROWS = {"out", "num_train", "num_val", "command", "source", "input_size",
 def train(command: str, given: dict[str, Any]) -> Remaining:
     """Runs a training command; `given` is field name -> value of the given options."""
     own: TrainOptions = build(TrainOptions, given)
-    own.check_folder(given.get("out", ""))
+    own.check_folder(given.get("out", ""), "a training run")
     resolved, notes = settle(command, given, own)
     finished = carry_out(resolved, notes, dry_run=own.dry_run)
     if finished and not own.dry_run and is_first_process():

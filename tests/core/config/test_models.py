@@ -32,6 +32,12 @@ def test_an_unknown_dit_suggests_the_nearest(wrong, nearest):
     assert f"did you mean {nearest}" in caught.value.hint
 
 
+@pytest.mark.parametrize("numbers", ["32x1x0", "0x1x1", "32x1x3", "32x100000000x1"])
+def test_sizes_that_no_network_has_are_refused_before_it_is_built(numbers):
+    with pytest.raises(ConfigError, match=f"--arch dit-{numbers}-2: .* are not possible"):
+        dit_size(f"dit-{numbers}-2")
+
+
 def test_a_deit_is_no_dit():
     assert not is_dit("deit-s")
     with pytest.raises(ConfigError, match="--arch deit-s is a DeiT"):
