@@ -154,10 +154,9 @@ def test_a_worker_has_what_its_launcher_has_now(
     helpers, one, runs, monkeypatch, capfd, start_method
 ):
     """The fork server was started by another test, or by the first launch."""
-    monkeypatch.setenv("SPIRALROPE_TEST", "before")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     launch.launch(helpers.tell, one)
-    monkeypatch.delenv("SPIRALROPE_TEST")
+    monkeypatch.delenv("GOMP_SPINCOUNT")  # all tests have it
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     monkeypatch.setenv("MASTER_PORT", "1")  # torch's own is another one
     monkeypatch.setenv("TMPDIR", str(runs))
@@ -169,7 +168,7 @@ def test_a_worker_has_what_its_launcher_has_now(
     told = json.loads((runs / "told.json").read_text())
     own = {name: text for name, text in told["environment"].items() if name not in os.environ}
     assert {"RANK", "MASTER_ADDR"} <= own.keys()
-    assert "SPIRALROPE_TEST" not in own
+    assert "GOMP_SPINCOUNT" not in own
     changed = [n for n, text in os.environ.items() if told["environment"].get(n) != text]
     assert changed == ["MASTER_PORT"]
     assert (told["threads"], told["folder"], told["blocked"]) == (2, str(runs), [])
