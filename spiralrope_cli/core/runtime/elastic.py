@@ -51,7 +51,7 @@ from spiralrope_cli.core.runtime.run_folder import micro_batch_so_far
 from spiralrope_cli.core.storage import write_whole
 
 PRELOADED = ("torch._dynamo", "timm", __name__)
-"""Imports of the fork server, in a single thread; the optimizer needs the first one."""
+"""Imports of the fork server; they start no threads but those of OpenBLAS, which survives forks."""
 READ_AT_IMPORT = ("HF_", "TIMM_", "TORCH_", "WANDB_")
 """Variables of which the preloaded modules keep the value."""
 
