@@ -71,7 +71,8 @@ def share_the_machine() -> None:
     short spins cost nothing.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # c10d warns of hosts without a name
+    # An error in C++ comes as an exception too; c10d and NCCL's watchdog log pages before it.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 
 def joined_world_size() -> int | None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -108,3 +110,22 @@ def test_tasks_of_srun_share_the_threads_too(srun, monkeypatch):
     monkeypatch.setattr(launch, "usable_cores", lambda: 8)
     launch._adopt_slurm()
     assert threads == [4]
+
+
+LOST = """
+from datetime import timedelta
+from spiralrope_cli.core.runtime.launch import share_the_machine
+share_the_machine()
+import torch.distributed as dist
+try:
+    dist.TCPStore("127.0.0.1", 9, 2, False, timeout=timedelta(seconds=1))
+except dist.DistError:
+    print("raised")
+"""
+
+
+def test_an_error_in_cpp_comes_as_an_exception_alone():
+    env = {name: value for name, value in os.environ.items() if name != "TORCH_CPP_LOG_LEVEL"}
+    words = [sys.executable, "-c", LOST]
+    done = subprocess.run(words, capture_output=True, text=True, env=env, check=True)
+    assert (done.stdout, done.stderr) == ("raised\n", "")
