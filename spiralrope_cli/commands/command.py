@@ -149,7 +149,7 @@ SETTINGS: dict[str, Any] = {
 FORMERLY = "formerly_"
 WORDS = "spiralrope_cli.words"
 """Key of the words of the command in the metadata of its context, to submit it with --slurm."""
-PLACEHOLDERS = {bool: " ", int: "N", float: "X"}
+PLACEHOLDERS = {bool: " ", int: "N", float: "X", str: "TEXT"}
 
 
 def commands(lines: Mapping[str, str], **more: Any) -> typer.Typer:
@@ -275,7 +275,9 @@ def _parameters(opt: Opt, default: str | None) -> Iterator[inspect.Parameter]:
 def _default(opt: Opt) -> str:
     """The default of a field for the help; empty if there is none."""
     default: Any = opt.default
-    if default in (MISSING, None) or (not default and opt.hint is not float):
+    if default in (MISSING, None, "", ()) or (not default and "by default" in opt.help):
+        return ""
+    if default is False and "/" not in opt.flag:  # off unless given, as all flags
         return ""
     if isinstance(default, tuple) and opt.read is not size:
         return ",".join(map(in_words, default))

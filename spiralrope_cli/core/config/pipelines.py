@@ -91,7 +91,7 @@ class DeiTStages(Stages):
     )
     finetune_max_steps: int | None = option(
         "Number of steps of finetuning, in place of epochs.",
-        "Recipe",
+        "Run",
         ge=0,
         was="--finetune-steps",
         default=None,
@@ -132,6 +132,7 @@ class DiTStages(Stages):
     num_sampling_steps: str = option(
         "Number of sampling steps, or ddim25.",
         was="--sampling-steps",
+        metavar="N|N,...|ddimN",
         default=SampleRun.num_sampling_steps,
     )
     cfg_scale: float = option(

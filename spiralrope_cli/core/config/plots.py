@@ -86,6 +86,7 @@ class RopePlot(FigureFile):
     arch: str = option(
         "Architecture that gives --head-dim and --grid.",
         "Model",
+        metavar="NAME",
         complete="archs",
         default="deit-s",
     )

@@ -250,6 +250,7 @@ class SampleRun:
     num_sampling_steps: str = option(
         "Number of steps; or per section, as 10,15,20; or ddim25.",
         was="--steps",
+        metavar="N|N,...|ddimN",
         default=str(NUM_SAMPLING_STEPS),
     )
     sampler: SamplerName = option("Sampler.", default="ddpm")

@@ -52,7 +52,9 @@ class OptimConfig:
 
     panel = "Recipe"
     epochs: int = option("Number of epochs.", "Run", ge=1)
-    max_steps: int = option("Number of optimizer steps, in place of --epochs.", ge=0, was="--steps")
+    max_steps: int = option(
+        "Number of optimizer steps, in place of --epochs.", "Run", ge=0, was="--steps"
+    )
     batch_size: int = option("Total images per optimizer step.", "Run", ge=1)
     micro_batch_size: int | None = option(MICRO_BATCH, default=None)  # None: auto
     lr: float = option("Learning rate before linear batch scaling.", ge=0)
