@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spiralrope_cli.core.errors import ConfigError, DataError
+from spiralrope_cli.core.errors import ConfigError, DataError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -128,7 +128,31 @@ def parse(text: str | bytes, read: Callable[[Any], Any] = json.loads) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
-def repeated_key(node: Any) -> str:
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        ConfigError: it cannot be read, is no YAML, or has a key twice.
+    """
+    import yaml
+
+    try:
+        text = path.read_text()
+        content = parse(text, yaml.safe_load)
+        repeated = _repeated_key(yaml.compose(text, yaml.SafeLoader))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ConfigError(f"{path} is not YAML: {line}{error.problem}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path} is not YAML: {first_line(error)}") from error
+    if repeated:
+        raise ConfigError(f"{path} has the key {repeated!r} twice", "leave one out")
+    return content
+
+
+def _repeated_key(node: Any) -> str:
     """A key that a mapping of YAML has twice, at any depth; PyYAML would take the last one."""
     waiting, known = [node] if node else [], {id(node)}
     while waiting:

@@ -28,7 +28,7 @@ from spiralrope_cli.core.config.option import (
 from spiralrope_cli.core.config.recipes import with_micro_batch
 from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import RUNS_FOLDER
-from spiralrope_cli.core.errors import CheckpointError, ConfigError, first_line
+from spiralrope_cli.core.errors import CheckpointError, ConfigError
 from spiralrope_cli.core.runtime.progress import say
 from spiralrope_cli.core.storage import (
     CHECKPOINTS,
@@ -38,7 +38,7 @@ from spiralrope_cli.core.storage import (
     SAMPLES,
     SOURCES_FILE,
     parse,
-    repeated_key,
+    read_yaml,
     write_whole,
 )
 
@@ -229,29 +229,22 @@ def differences(
 
 def read_config(path: Path, kind: type[TrainingRun] | None = None) -> dict[str, Any]:
     """Flat values of a `config.yaml`, in the types of their fields; checks that it is of `kind`."""
-    import yaml
-
+    nested = read_yaml(path)
     try:
-        text = path.read_text()
-        nested = parse(text, yaml.safe_load)
-        repeated = repeated_key(yaml.compose(text, yaml.SafeLoader))
-    except OSError as error:
-        raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"--config {path} is not YAML: {first_line(error)}") from error
-    if not isinstance(nested, dict):
-        raise ConfigError(f"--config {path} is not a config of a run")
-    if repeated:
-        raise ConfigError(f"--config {path} has the key {repeated!r} twice", "leave one out")
-    command = nested.get("command")
-    of_file = RUN_KINDS.get(str(command), kind or ClassifierRun)
-    if kind is not None and of_file is not kind:
-        raise ConfigError(f"--config {path} is of another kind of run, {command}")
-    values = flatten(renamed(nested, of_file), of_file)
-    of_earlier_runs = {"ema_warmup": False} if command else {}
-    if command and values.get("workers") == -1:  # as they stored auto
-        values["workers"] = None
-    return {**of_earlier_runs, **read_values(leaves(of_file), values)}
+        if not isinstance(nested, dict):
+            raise ConfigError("it is not a config of a run")
+        command = nested.get("command")
+        of_file = RUN_KINDS.get(str(command), kind or ClassifierRun)
+        if kind is not None and of_file is not kind:
+            raise ConfigError(f"it is of another kind of run, {command}")
+        values = flatten(renamed(nested, of_file), of_file)
+        if command and values.get("workers") == -1:  # as earlier runs stored auto
+            values["workers"] = None
+        of_earlier_runs = {"ema_warmup": False} if command else {}
+        return {**of_earlier_runs, **read_values(leaves(of_file), values)}
+    except ConfigError as error:
+        each_line = error.message.replace("\n", f"\n{path}: ")
+        raise ConfigError(f"{path}: {each_line}", error.hint) from error
 
 
 def write_config(run: TrainingRun) -> None:
