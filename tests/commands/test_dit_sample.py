@@ -179,9 +179,9 @@ def test_parts_that_are_not_whole_are_drawn_again(sample, pixels, monkeypatch, r
 def test_what_does_not_fit_the_folder_is_refused(sample, pixels, runs):
     run = shutil.copytree(pixels, runs / "trained")
     words = ("--num-samples", 2, *FAST)
-    assert "is the folder of a training run" in sample(run, *words, "--out", run, expect=1)
+    assert "is a training run" in sample(run, *words, "--out", run, expect=2)
     (runs / "file").touch()
-    assert "it is a file" in sample(run, *words, "--out", "file", expect=1)
+    assert "it is a file" in sample(run, *words, "--out", "file", expect=2)
     sample(run, *words, "--out", "here")
     last = run / "checkpoints" / "0000120"
     shutil.copyfile(last / "model.safetensors", last / "ema.safetensors")

@@ -241,16 +241,17 @@ class TrainOptions:
     )
     dry_run: bool = option("Print the plan and stop.", default=False)
 
-    def check_folder(self, out: str, kind: str = "") -> None:
+    def check_folder(self, out: str, kind: str) -> None:
         """Raises if --out contradicts --name, cannot be written, or is of another `kind`."""
         if self.name and out:
             raise ConfigError(
                 f"--name {self.name} and --out {out} both name the run folder", "use one of them"
             )
-        if out:
-            check_writable(out, folder=True)
+        if not out:
+            return
+        check_writable(out, folder=True)
         there, _ = own_folder(Path(out))
-        if out and kind and there not in ("", kind):
+        if there not in ("", kind):
             raise ConfigError(
                 f"--out {out} is {there}", "choose another, for example a new folder inside it"
             )

@@ -29,7 +29,7 @@ from spiralrope_cli.core.data.images import image_grid
 from spiralrope_cli.core.data.npz import read_headers, stream_rows
 from spiralrope_cli.core.errors import CheckpointError
 from spiralrope_cli.core.runtime.progress import say
-from spiralrope_cli.core.runtime.run_folder import differences, refuse_run
+from spiralrope_cli.core.runtime.run_folder import differences
 from spiralrope_cli.core.runtime.seeds import drawn_class
 from spiralrope_cli.core.storage import (
     METADATA_FILE,
@@ -97,7 +97,6 @@ class SampleFiles:
 
     def check_same(self, metadata: dict[str, Any]) -> None:
         """Raises if the folder holds images of other weights or options."""
-        refuse_run(self.folder)
         before = read_metadata(self.folder)
         if before is None:
             if self.npz.exists():

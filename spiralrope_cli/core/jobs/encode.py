@@ -43,7 +43,6 @@ from spiralrope_cli.core.runtime.progress import (
     say_result,
     say_unreadable,
 )
-from spiralrope_cli.core.runtime.run_folder import refuse_run
 from spiralrope_cli.core.runtime.slurm import Remaining
 from spiralrope_cli.core.storage import refuse_own
 
@@ -73,7 +72,9 @@ def encode(given: dict[str, Any]) -> Remaining:
             "--data is missing",
             f"give a folder with one folder of images per class, or set ${DATA_VARIABLE}",
         )
-    settled = settle(build(EncodeRun, values), fetch=not own.dry_run)
+    run: EncodeRun = build(EncodeRun, values)
+    own.check_folder(run.out, "a folder of latents")
+    settled = settle(run, fetch=not own.dry_run)
     plan(settled)
     if not own.dry_run:
         launch(work, settled.run, settled)
@@ -87,6 +88,11 @@ def settle(run: EncodeRun, *, fetch: bool = True) -> EncodePlan:
     from spiralrope_cli.core.runtime.device import PRECISION_WORDS, planned_precision
 
     split = train_split(folder)
+    if Path(run.out).resolve().is_relative_to(split.path):
+        raise ConfigError(
+            f"--out {run.out} is inside {split.path}, so it would count as a class folder",
+            "choose another --out",
+        )
     digest = hashlib.sha256()
     for path, _ in split.images:
         digest.update(os.fsencode(place_in(split.path, path)) + b"\0")
@@ -133,12 +139,6 @@ def plan(settled: EncodePlan) -> None:
 
     from spiralrope_cli.core.data.latents import finished_shards
 
-    refuse_run(out)
-    if out.resolve().is_relative_to(cache.data):
-        raise ConfigError(
-            f"--out {out} is inside {cache.data}, so it would count as a class folder",
-            "choose another --out",
-        )
     there, _ = finished_shards(out, cache)
     total = cache.num_files * cache.bytes_per_image
     needed = total - sum(shard.num_bytes for shard in there.values())

@@ -42,7 +42,6 @@ from spiralrope_cli.core.runtime.run_folder import (
     first_step,
     is_finished,
     read_json,
-    refuse_run,
     repeated_run,
     steps_on_disk,
     write_json,
@@ -214,7 +213,6 @@ def pipeline_folder(command: str, out: str, run: TrainingRun) -> Path:
     """The folder of the pipeline: `out`, or the name of the training run with another prefix."""
     usual = Path(run.out)
     folder = Path(out) if out else usual.with_name(command + usual.name.removeprefix(run.command))
-    refuse_run(folder)
     there = read_json(folder / PIPELINE_FILE).get("command", "")
     if there and there.replace(" ", "-") != command:
         raise CheckpointError(f"--out {folder} is the folder of spiralrope {there}", "name another")

@@ -58,7 +58,7 @@ UNKNOWN = ("vae_sha256", "precision")
 def sample(given: dict[str, Any]) -> Remaining:
     """Samples the missing images; `given` is field name -> value."""
     options: TrainOptions = build_config(TrainOptions, given)
-    options.check_folder(given.get("out", ""))
+    options.check_folder(given.get("out", ""), "a folder of samples")
     run, weights = settle(given, options.name, download=not options.dry_run)
     finished = carry_out(run, weights, dry_run=options.dry_run)
     return Remaining(run.out, () if finished else ((),))

@@ -95,13 +95,6 @@ def find_run(given: str) -> Path:
     )
 
 
-def refuse_run(folder: Path) -> None:
-    """Raises if a folder is that of a training run, for other outputs."""
-    if (folder / CONFIG_FILE).exists() or (folder / CHECKPOINTS).is_dir():
-        hint = "choose another, for example a new folder inside it"
-        raise CheckpointError(f"--out {folder} is the folder of a training run", hint)
-
-
 def first_step(run: TrainingRun) -> int:
     """The step at which the run resumes; 0: start. Checks `--resume` and the options."""
     folder = Path(run.out)
