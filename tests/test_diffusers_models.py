@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, DiTPipeline
 from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
+from hub_server import pushes_a_card
 from typer.testing import CliRunner
 
 from spiralrope_cli import DiT, GaussianDiffusion, RopeConfig, load_model, main
@@ -103,6 +104,7 @@ def test_the_folder_is_a_source_itself(runs, tiny_vae):
         assert torch.equal(same.state_dict()[name], value)
 
 
+@pushes_a_card
 def test_a_pipeline_comes_from_the_hub(hub, runs, tiny_vae):
     words = ["--layout", "diffusers", "--vae", tiny_vae, "--push", "me/dit", "--license", "mit"]
     assert export(saved_dit(runs / "dit"), *words) == f"{hub.url}/me/dit"

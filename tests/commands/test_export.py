@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import HubServer
+from hub_server import HubServer, pushes_a_card
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import save_file, save_model
@@ -383,6 +383,7 @@ def push(export, source, repo="me/vit", *more):
     return str(path), said
 
 
+@pushes_a_card
 def test_a_push_leaves_all_on_the_hub_and_nothing_here(hub, export, runs):
     run = measured(make_run(runs / "run"))
     url, _ = push(export, run)
@@ -402,6 +403,7 @@ def test_a_push_leaves_all_on_the_hub_and_nothing_here(hub, export, runs):
     assert torch.equal(outputs("hf:me/vit", ema=True), outputs(run, ema=True))
 
 
+@pushes_a_card
 def test_every_example_of_the_card_runs(hub, export, runs):
     push(export, make_run(runs / "run"))
     card = ModelCard.load("me/vit").text
@@ -414,6 +416,7 @@ def test_every_example_of_the_card_runs(hub, export, runs):
     assert "spiralrope eval hf:me/vit" in card
 
 
+@pushes_a_card
 def test_the_second_push_brings_the_new_weights_and_figures(hub, export, runs):
     push(export, measured(make_run(runs / "run")))
     first = outputs("hf:me/vit", ema=True)
@@ -427,6 +430,7 @@ def test_the_second_push_brings_the_new_weights_and_figures(hub, export, runs):
     assert len(hub.commits["me/vit"]) == 2
 
 
+@pushes_a_card
 def test_private_and_out_are_kept(hub, export, runs):
     _, _ = push(export, make_run(runs / "run"), "lab/vit", "--private", "--out", "kept")
     assert hub.private == {"lab/vit"}
@@ -463,6 +467,7 @@ def test_wrong_words_of_a_push_are_usage_errors(hub, export, words, message):
     assert not hub.asked
 
 
+@pushes_a_card
 def test_the_real_commands_push_and_read(spiralrope, runs):
     server = HubServer()
     env = server.variables(runs / "home", "hf_me")

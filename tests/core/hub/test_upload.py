@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from hub_server import pushes_a_card
 
 from spiralrope_cli.core.errors import FetchError, NoRouteError
 from spiralrope_cli.core.hub.upload import check_rights, push_folder
@@ -19,6 +20,7 @@ def folder(tmp_path):
     return folder
 
 
+@pushes_a_card
 @pytest.mark.parametrize("repo", ["me/vit", "lab/vit"])
 def test_a_folder_arrives_in_one_commit(hub, folder, repo):
     check_rights(repo)
@@ -28,6 +30,7 @@ def test_a_folder_arrives_in_one_commit(hub, folder, repo):
     assert repo not in hub.private
 
 
+@pushes_a_card
 def test_the_second_upload_replaces_what_changed(hub, folder):
     push_folder(folder, "me/vit", private=False)
     (folder / "model.safetensors").write_bytes(b"better" * 999)
@@ -37,6 +40,7 @@ def test_the_second_upload_replaces_what_changed(hub, folder):
     assert len(hub.commits["me/vit"]) == 2, "nothing changed, so there is no third commit"
 
 
+@pushes_a_card
 def test_private_is_private_or_nothing_goes_there(hub, folder):
     push_folder(folder, "me/secret", private=True)
     assert hub.private == {"me/secret"}
@@ -69,6 +73,7 @@ def test_a_token_without_the_right_is_one_error_before_all_work(
     assert not hub.repos
 
 
+@pushes_a_card
 def test_a_right_that_the_token_only_seems_to_have_is_one_error(hub, folder, monkeypatch):
     """Fine-grained tokens do not tell their rights; only the upload does."""
     push_folder(folder, "me/vit", private=False)
@@ -77,6 +82,7 @@ def test_a_right_that_the_token_only_seems_to_have_is_one_error(hub, folder, mon
         push_folder(folder, "me/vit", private=False)
 
 
+@pushes_a_card
 def test_what_the_hub_says_of_the_card_is_told(hub, folder):
     (folder / "README.md").write_text(CARD.format("do-what-you-want"))
     with pytest.raises(FetchError, match=r'refuses it: "license" must be one of mit,'):
@@ -84,6 +90,7 @@ def test_what_the_hub_says_of_the_card_is_told(hub, folder):
     assert not hub.repos, "no empty repository is left behind"
 
 
+@pushes_a_card
 def test_offline_and_no_route(hub, folder, monkeypatch):
     hub.close()
     with pytest.raises(NoRouteError, match=f"me/vit: no route to {hub.url}"):
