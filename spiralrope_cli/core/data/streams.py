@@ -53,38 +53,20 @@ def shard_urls(spec: str, name: str = "") -> list[str]:
 
     The last of the words train, val, validation and test in a URL says which split it is of.
     """
-    urls = [url for part in spec.removeprefix("wds/").split("::") for url in expand(part)]
+    try:
+        from braceexpand import braceexpand
+    except ImportError as error:
+        raise DataError(
+            "a stream needs braceexpand, which is not installed", "pip install 'spiralrope[data]'"
+        ) from error
+    parts = spec.removeprefix("wds/").split("::")
+    try:
+        urls = [url for part in parts for url in braceexpand(part, escape=False)]
+    except ValueError as error:
+        raise DataError(
+            f"{spec[:200]} has unbalanced braces", "as in set-{0000..0127}.tar"
+        ) from error
     return [url for url in urls if not name or [name] == SPLIT_WORD.findall(url)[-1:]]
-
-
-def expand(text: str) -> list[str]:
-    """`{a,b}` and `{00..12}` as a shell expands them, also in each other."""
-    text = re.sub(r"\{(\d+)\.\.(\d+)\}", _numbers, text)
-    stack = [[[""]]]  # of each open brace the alternatives, each a list of texts
-    for token in re.split(r"([{},])", text):
-        if token == "{":
-            stack.append([[""]])
-        elif token == "," and len(stack) > 1:
-            stack[-1].append([""])
-        elif token == "}" and len(stack) > 1:
-            alternatives = stack.pop()
-            inside = [each for texts in alternatives for each in texts]
-            if len(alternatives) == 1:  # as in `awk '{print}'`
-                inside = [f"{{{each}}}" for each in inside]
-            stack[-1][-1] = [first + each for first in stack[-1][-1] for each in inside]
-        else:
-            stack[-1][-1] = [each + token for each in stack[-1][-1]]
-    if len(stack) > 1:
-        raise DataError(f"{text[:200]} has an open brace", "close it, as in set-{0000..0127}.tar")
-    return stack[0][0]
-
-
-def _numbers(found: re.Match[str]) -> str:
-    first, last = found.groups()
-    numbers = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
-    if not numbers:
-        raise DataError(f"{found[0]} is empty", "the smaller number comes first")
-    return f"{{{','.join(numbers)}}}" if len(numbers) > 1 else numbers[0]
 
 
 # --- Where the images lie: read once, and kept

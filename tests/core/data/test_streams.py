@@ -8,6 +8,7 @@ import io
 import multiprocessing
 import shutil
 import signal
+import sys
 import tarfile
 import threading
 from collections import Counter
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 from spiralrope_cli.core.config.datasets import slug_of
 from spiralrope_cli.core.config.option import build
 from spiralrope_cli.core.config.samples import EncodeRun
-from spiralrope_cli.core.data import fetched
+from spiralrope_cli.core.data import fetched, streams
 from spiralrope_cli.core.data.batches import classifier_data, dit_data
 from spiralrope_cli.core.data.fetched import opened
 from spiralrope_cli.core.data.image_sets import digest_of, inspect_side
@@ -35,7 +36,7 @@ from spiralrope_cli.core.data.splits import (
     train_split,
     val_split,
 )
-from spiralrope_cli.core.data.streams import GROUP, expand, shard_urls
+from spiralrope_cli.core.data.streams import GROUP, shard_urls
 from spiralrope_cli.core.errors import DataError, DiskError
 from spiralrope_cli.core.jobs import encode, train
 from spiralrope_cli.core.jobs.export import without_paths
@@ -136,13 +137,19 @@ def contents(images):
     ],
 )
 def test_braces_are_expanded_as_in_a_shell(text, expected):
-    assert expand(text) == expected
+    assert shard_urls(f"wds/{text}") == expected
 
 
-@pytest.mark.parametrize("text", ["a{0..1", "a{2..1}.tar"])
-def test_braces_that_a_shell_would_leave_are_refused(text):
-    with pytest.raises(DataError, match=r"has an open brace|is empty"):
-        expand(text)
+@pytest.mark.parametrize("text", ["a{0..1", "a{{0..1}.tar", "0..1}"])
+def test_unbalanced_braces_are_refused(text):
+    with pytest.raises(DataError, match="has unbalanced braces"):
+        shard_urls(f"wds/{text}")
+
+
+def test_a_stream_without_its_package_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "braceexpand", None)
+    with pytest.raises(DataError, match=r"needs braceexpand.*\n.*pip install 'spiralrope\[data\]'"):
+        shard_urls("wds/https://host/a-{0..1}.tar")
 
 
 @pytest.mark.parametrize(
@@ -362,6 +369,7 @@ def test_processes_read_the_batches_of_one_and_fetch_a_shard_once(server, tmp_pa
 def test_the_oldest_shards_are_removed(server, tmp_path, monkeypatch):
     monkeypatch.setattr(fetched, "MOST_SHARDS", 4)
     monkeypatch.setattr(fetched, "MOST_BYTES", 0)
+    monkeypatch.setattr(streams, "CONNECTIONS", 1)  # 4 that are newer may come before one is read
     split = train_split(server.spec)
     there = sorted(path.name[:5] for path in tmp_path.glob("cache/streams/*/*.tar"))
     assert len(there) == 4
