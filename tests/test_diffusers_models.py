@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from spiralrope_cli import DiT, GaussianDiffusion, RopeConfig, load_model, main
 from spiralrope_cli.core.config.samples import GuidanceConfig
-from spiralrope_cli.core.diffusion.samplers import BY_NAME, guided
+from spiralrope_cli.core.diffusion.samplers import SAMPLERS, guided
 from spiralrope_cli.core.errors import ConfigError
 
 BOUND = 1e-5
@@ -59,7 +59,7 @@ def ours(model, vae, scale):
     guidance = GuidanceConfig(cfg_scale=scale, cfg_channels="all")
     predict = guided(model, torch.tensor([1, 2]), guidance)
     with torch.no_grad():
-        *_, latents = BY_NAME["ddim"](GaussianDiffusion("ddim5"), predict, noise, None)
+        *_, latents = SAMPLERS["ddim"](GaussianDiffusion("ddim5"), predict, noise, None)
         decoder = AutoencoderKL.from_pretrained(vae, low_cpu_mem_usage=False)
         images = decoder.decode(latents / decoder.config.scaling_factor).sample
     return (images / 2 + 0.5).clamp(0, 1)

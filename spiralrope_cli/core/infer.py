@@ -48,8 +48,8 @@ def trained_rope(
 ) -> RopeConfig:
     """RoPE options of the file or the catalogue; if neither has them, those of the user."""
     trained = _rope_in_args(args)
-    if trained is None and source.row is not None:
-        trained = source.row.rope
+    if trained is None and source.published is not None:
+        trained = source.published.rope
     # A DiT has pos_embed only without RoPE. A DeiT always has one.
     if trained is None and {"x_embedder.proj.weight", "pos_embed"} <= state.keys():
         trained = {"enabled": False}

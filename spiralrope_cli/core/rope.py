@@ -8,8 +8,11 @@ direction c mod R, so `a` follows the axes and `b` the axes rotated by 45 degree
 
     channel    0       4       8       12    | 16      20      24      28
     chunk      a       b       a       b     | a       b       a       b
-    position   along the row formula         | along the column formula
+    position   y cos a + x sin a             | x cos a - y sin a
     frequency  w0 w1   w2 w3   w4 w5   w6 w7 | w0 w1   w2 w3   w4 w5   w6 w7
+
+(y, x) is the row and the column of a patch, from the centre of the grid; a is the angle of the
+direction. At a = 0 the first half of a head has the row, the second half the column.
 
 Source: "Spiral RoPE: Rotate Your Rotary Positional Embeddings in the 2D Plane",
 arXiv 2602.03227.
@@ -73,7 +76,7 @@ def pair_layout(
 
     Returns:
         frequency [D/2] float64 in radians per patch, direction angle [D/2] float64 in radians,
-        and [D/2] bool, True for the pairs of the first half of the head (row formula).
+        and [D/2] bool, True for the pairs of the first half of the head.
     """
     rotate = max(config.rotate, 1)
     channel = torch.arange(0, head_dim, 2, device=device)
@@ -90,21 +93,22 @@ def pair_layout(
 
 
 def projections(grid: tuple[int, int], angle: Tensor) -> tuple[Tensor, Tensor]:
-    """Position of every token along the rotated axes, in patches from the grid's centre.
+    """Position of every token along each direction, in patches from the grid's centre.
 
     Args:
         grid: patches as (rows, columns).
         angle: [P] float64 direction angles in radians.
 
     Returns:
-        positions along the rotated column axis and along the rotated row axis, [h*w, P] each.
+        y cos a + x sin a, of the first half of a head, and x cos a - y sin a, of the second half;
+        [h*w, P] each. At angle 0 they are row and column.
     """
     rows, columns = grid
     y = torch.arange(rows, dtype=angle.dtype, device=angle.device) - (rows - 1) / 2
     x = torch.arange(columns, dtype=angle.dtype, device=angle.device) - (columns - 1) / 2
     y, x = (axis.reshape(-1, 1) for axis in torch.meshgrid(y, x, indexing="ij"))
     sin, cos = angle.sin(), angle.cos()
-    return sin * x + cos * y, cos * x - sin * y
+    return cos * y + sin * x, cos * x - sin * y
 
 
 def build_angles(

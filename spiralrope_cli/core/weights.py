@@ -92,22 +92,23 @@ def fetch_source(source: Source, *, download: Download = "newest") -> Source:
 
     `download` is `newest` where a command begins: workers must read what its plan has read.
     """
-    if source.row is None or source.place is not None:
+    row = source.published
+    if row is None or source.place is not None:
         return source
-    if source.row.kind not in ("deit", "dit", "network"):
+    if row.kind not in ("deit", "dit", "network"):
         raise CheckpointError(
-            f"{source.given} is not a DeiT or DiT: {source.row.what}",
+            f"{source.given} is not a DeiT or DiT: {row.what}",
             "spiralrope fetch --list shows all published names",
         )
     # Published names stay as they are.
-    newest = download == "newest" and source.row.listed
-    path = None if newest else local_path(source.row)
+    newest = download == "newest" and row.listed
+    path = None if newest else local_path(row)
     if path is None and download == "never":
         raise CheckpointError(
             f"the weights of {source.given} are not downloaded, and --dry-run does not download",
             f"spiralrope fetch {source.given} downloads them",
         )
-    return dataclasses.replace(source, place=path or fetch_published(source.row))
+    return dataclasses.replace(source, place=path or fetch_published(row))
 
 
 def read_weights(
@@ -255,7 +256,7 @@ def _from_published_layout(
         config["model"] = known
     if isinstance(names := content.args.get("class_names"), list):
         config["class_names"] = names
-    steps = source.row.steps if source.row else None
+    steps = source.published.steps if source.published else None
     return Weights(
         source=source,
         file=file,

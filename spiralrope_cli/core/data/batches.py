@@ -1,8 +1,8 @@
 """Batches for both models: how images are read in their order, augmented and moved.
 
 Augmentation is a function of seed and step, so it is the same for any number of processes and any
-micro-batch size. The *place* of an image is its index in the order of an epoch,
-or of the run.
+micro-batch size. The *place* of an image is its index in the order of an epoch, or of
+the run.
 
 Legend: B images in a micro-batch, (h, w) pixels or latents, K classes.
 """
@@ -26,7 +26,7 @@ from spiralrope_cli.core.config.runs import ClassifierRun
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data import augment, memory
 from spiralrope_cli.core.data.classes import real_images
-from spiralrope_cli.core.data.color import apply_steps, draw_steps
+from spiralrope_cli.core.data.color import apply_ops, draw_ops
 from spiralrope_cli.core.data.images import as_tensor, in_order
 from spiralrope_cli.core.data.latents import LatentCache
 from spiralrope_cli.core.data.loader import MAX_TRIES, Batch, BatchIndices, ImageFiles, load
@@ -82,7 +82,7 @@ class TrainingData:
         counts, per_epoch = self.shards.counts if self.shards else (), self.run.steps_per_epoch
         wanted = shards_ahead(self.order, counts, size, per_epoch, range(first_step, last_step))
         for step, shards in zip(range(first_step, last_step), wanted, strict=True):
-            if self.shards and local_rank()[0] == 0:
+            if self.shards and local_rank()[0] == 0:  # for all processes of the machine
                 self.shards.fetch_ahead(shards)
             epoch, within = divmod(step, per_epoch)
             order = self.order(epoch)
@@ -124,7 +124,7 @@ def classifier_data(
         if options.augment_on == "device" or (on_gpu and options.runs_in_batches):
             crop = augment.random_resized_crop
             transform = functools.partial(crop, model.image_size, options.crop_scale)
-            draw = functools.partial(draw_steps, options)
+            draw = functools.partial(draw_ops, options)
         grey = model.in_chans == 1
         images, shards = listed.images, listed.shards
         files = ImageFiles(images, transform, grey, MAX_TRIES, run.seed, as_tensor, draw)
@@ -137,15 +137,14 @@ def classifier_data(
         if in_memory:
             draws = augment.epoch_draws(run.num_train, run.seed, at.epoch)[at.places]
             images = augment.warp(images, draws, options, model.image_size)
-        if batch.steps:
-            images = apply_steps(images, batch.steps)
+        if batch.ops:
+            images = apply_ops(images, batch.ops)
         images = augment.erase(normalise(images), options.random_erasing, run.seed, at.first)
         mixed = augment.mix(images, batch.labels, options, model.num_classes, run.seed, at.first)
         return Batch(at, *mixed)
 
     parts, repeats = own_parts(rank, *run.split_batch(world_size)), options.repeated_aug
-    made = (run, parts, read, finish, unreadable, shards)
-    return TrainingData(*made, repeats=repeats, helps=helps)
+    return TrainingData(run, parts, read, finish, unreadable, shards, repeats=repeats, helps=helps)
 
 
 def dit_data(run: DiTRun, device: torch.device, rank: int, world_size: int) -> TrainingData:

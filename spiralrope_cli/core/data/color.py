@@ -18,50 +18,50 @@ from torchvision.transforms import ColorJitter
 
 from spiralrope_cli.core.config.runs import AugmentConfig
 
-Step = tuple[str, float]
+Op = tuple[str, float]
 """Name of an operation in `OPERATIONS`, and its amount; an empty name does nothing."""
-Steps = tuple[Step, ...]
+Ops = tuple[Op, ...]
 
 THREE_AUGMENT = ("solarize", "grayscale", "blur")
 BLUR_RADIUS = (0.1, 2.0)
 SOLARIZE_FROM = 128
 JITTER = ("brightness", "contrast", "saturation")
 BLUR_PASSES = 3
-IDLE: Step = ("", 0.0)
+IDLE: Op = ("", 0.0)
 
 
-def draw_steps(augment: AugmentConfig) -> Steps:
-    """What one image gets, in order, from the global generators; the same number of steps for all.
+def draw_ops(augment: AugmentConfig) -> Ops:
+    """The operations of one image, in order, from the global generators; as many for each image.
 
     These are the draws of timm's `create_transform` after its crop, in their order.
     """
     flip = augment.hflip > 0 and bool(torch.rand(1) < augment.hflip)
-    steps: list[Step] = [("flip", 0.0) if flip else IDLE]
+    ops: list[Op] = [("flip", 0.0) if flip else IDLE]
     if augment.auto_augment == "3a":
         name = random.choice(THREE_AUGMENT)
-        steps.append((name, random.uniform(*BLUR_RADIUS) if name == "blur" else 0.0))
+        ops.append((name, random.uniform(*BLUR_RADIUS) if name == "blur" else 0.0))
     if augment.color_jitter:
         ends = max(0.0, 1 - augment.color_jitter), 1 + augment.color_jitter
         order, *factors, _ = ColorJitter.get_params(ends, ends, ends, None)
         jitter = [*zip(JITTER, factors, strict=True), IDLE]  # the last one is hue
-        steps += [jitter[place] for place in order.tolist()]
-    return tuple(steps)
+        ops += [jitter[place] for place in order.tolist()]
+    return tuple(ops)
 
 
-def apply_steps(images: Tensor, steps: Sequence[Sequence[Step]]) -> Tensor:
-    """Applies to each image its own steps.
+def apply_ops(images: Tensor, ops: Sequence[Sequence[Op]]) -> Tensor:
+    """Applies to each image its own operations.
 
     Args:
         images: [B, C, h, w], whole numbers from 0 to 255 as floats; may be changed in place.
-        steps: those of each image, by `draw_steps`.
+        ops: those of each image, by `draw_ops`.
 
     Returns:
         [B, C, h, w], whole numbers from 0 to 255.
     """
-    for now in zip(*steps, strict=True):
-        for name in sorted({name for name, _ in now if name}):
-            chosen = [place for place, (each, _) in enumerate(now) if each == name]
-            amounts = torch.tensor([now[place][1] for place in chosen]).view(-1, 1, 1, 1)
+    for nth in zip(*ops, strict=True):  # of all images
+        for name in sorted({name for name, _ in nth if name}):
+            chosen = [place for place, (each, _) in enumerate(nth) if each == name]
+            amounts = torch.tensor([nth[place][1] for place in chosen]).view(-1, 1, 1, 1)
             amounts = amounts.to(images.device, non_blocking=True)
             if len(chosen) == len(images):
                 images = OPERATIONS[name](images, amounts)

@@ -26,7 +26,7 @@ from spiralrope_cli.core.errors import DataError, SpiralRopeError, first_line, s
 from spiralrope_cli.core.storage import atomic_write, parse, sha256_of
 
 MOST_SHARDS, MOST_BYTES = 48, 4_000_000_000
-"""Of a split on the disk, whichever is more."""
+"""A split keeps so many shards, or so many bytes if that is more, on the disk."""
 HINTS = dict.fromkeys((401, 403), "a token of the Hub is HF_TOKEN; else wds/pipe:curl -fsSL ...")
 HINTS[404] = "check the name and the numbers in it"
 GZIP = b"\x1f\x8b"
@@ -47,18 +47,18 @@ def opened(address: str) -> str | io.BytesIO:
 
 
 def shard_sha256(address: str) -> str:
-    """SHA-256 of the shard of an image, as it was when it was read first."""
+    """SHA-256 that the shard of an image had when it was first read."""
     return str(_known(address.partition("::")[0])["sha256"])
 
 
 @functools.cache
 def _known(path: str) -> dict[str, Any]:
-    """What is kept of a shard, its images apart."""
+    """URL, checksum and counts of a shard, without the rows of its images."""
     return {**parse(index_of(Path(path)).read_text()), "rows": ()}
 
 
 def _open(path: Path) -> BinaryIO:
-    """A larger file; a shard of a stream is fetched, if no other process did so."""
+    """A larger file; a missing shard of a stream is fetched, by one process for all."""
     with contextlib.suppress(FileNotFoundError):
         return path.open("rb")
     from filelock import FileLock
@@ -72,12 +72,12 @@ def _open(path: Path) -> BinaryIO:
 
 
 def index_of(path: Path) -> Path:
-    """Where it is kept what a shard is, and where its images lie."""
+    """The file that says what a shard is, and where its images lie."""
     return path.with_suffix(".json")
 
 
 def fetch_all(paths: Sequence[Path]) -> None:
-    """Fetches shards ahead of their use, which tells what goes wrong."""
+    """Fetches shards ahead of their use; errors are those of the use."""
     for path in paths:
         with contextlib.suppress(SpiralRopeError, OSError):
             _open(path).close()

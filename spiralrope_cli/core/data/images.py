@@ -215,7 +215,7 @@ class ImageBatch:
         return replace(self, groups=[group.pin_memory() for group in self.groups])
 
 
-class PictureFiles:
+class FilesOfAnySize:
     """Image files of any size, read by data loader workers."""
 
     def __init__(self, files: list[str], reading: Reading) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from spiralrope_cli.core.config.training import MachineConfig
-from spiralrope_cli.core.data.color import Steps
+from spiralrope_cli.core.data.color import Ops
 from spiralrope_cli.core.data.images import Unreadable, as_trained, note_unreadable, open_image
 from spiralrope_cli.core.data.listing import ImageList
 from spiralrope_cli.core.errors import DataError, dead_loader
@@ -29,8 +29,8 @@ from spiralrope_cli.core.runtime.seeds import seed_everything
 Transform = Callable[[Any], np.ndarray]
 """Image, as `as_trained` or `as_tensor` gives it -> uint8 [channels, h, w]."""
 
-Loaded = tuple[np.ndarray | None, int, tuple[Unreadable, ...], Steps]
-"""Array, None if no try was readable; label, unreadable images, and steps for the device."""
+Loaded = tuple[np.ndarray | None, int, tuple[Unreadable, ...], Ops]
+"""Array, None if no try was readable; label, unreadable images, operations for the device."""
 
 MAX_TRIES = 16
 """With `skip_bad`, unreadable images in a row after which training stops."""
@@ -72,7 +72,7 @@ class Batch:
     labels: Tensor  # [B] class numbers; after mixing [B, K]
     std: Tensor | None = None  # standard deviations of cached posteriors, shape of `images`
     unreadable: tuple[Unreadable, ...] = ()  # images that were skipped or replaced
-    steps: tuple[Steps, ...] = ()  # of each image, what the device applies; empty: nothing
+    ops: tuple[Ops, ...] = ()  # of each image, what the device applies; empty: nothing
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -102,7 +102,7 @@ class ImageFiles(Dataset[Any]):
     # Of the run, if the transform is random; it is then a function of seed, epoch and place.
     seed: int | None = None
     read: Callable[..., Any] = as_trained  # or `as_tensor`, whichever the transform takes
-    draw_steps: Callable[[], Steps] | None = None  # what the device applies after the transform
+    draw_ops: Callable[[], Ops] | None = None  # what the device applies after the transform
 
     def __post_init__(self) -> None:
         self.images = ImageList.of(self.images)
@@ -119,7 +119,7 @@ class ImageFiles(Dataset[Any]):
                 if seed_parts is not None:
                     seed_everything("augment", *seed_parts)
                 array = np.asarray(self.transform(image))
-                return array, label, tuple(failed), self.draw_steps() if self.draw_steps else ()
+                return array, label, tuple(failed), self.draw_ops() if self.draw_ops else ()
             failed.append(image)
             if image.not_fetched:
                 break
@@ -132,7 +132,7 @@ class ImageFiles(Dataset[Any]):
             seed_parts = [(self.seed, at.epoch, place) for place in at.places]
         keys = zip(at.indices, seed_parts, strict=True)
         loaded = [self[key] for key in keys]
-        good = [(array, label, steps) for array, label, _, steps in loaded if array is not None]
+        good = [(array, label, ops) for array, label, _, ops in loaded if array is not None]
         images = torch.empty(0)
         if arrays := [array for array, *_ in good]:
             # Without `out` it would keep the order of a decoded image, channels last, which is slow
@@ -144,7 +144,7 @@ class ImageFiles(Dataset[Any]):
             images,
             torch.tensor([label for _, label, _ in good], dtype=torch.int64),
             unreadable=tuple(each for _, _, failed, _ in loaded for each in failed),
-            steps=tuple(steps for *_, steps in good if steps),
+            ops=tuple(ops for *_, ops in good if ops),
         )
 
 
@@ -194,7 +194,7 @@ def _together(at: BatchIndices, parts: list[Batch]) -> Batch:
         torch.cat([part.images for part in parts]),
         torch.cat([part.labels for part in parts]),
         unreadable=tuple(bad for part in parts for bad in part.unreadable),
-        steps=tuple(steps for part in parts for steps in part.steps),
+        ops=tuple(ops for part in parts for ops in part.ops),
     )
 
 

@@ -1,8 +1,8 @@
 """WebDataset shards behind URLs and commands: each is fetched when an image in it is read.
 
 `wds/https://host/set-{train-{0000..0127},val-{00..07}}.tar`, `wds/pipe:COMMAND {0000..0127}.tar`.
-At first all shards are read once, and where their images lie is kept. Then an image has an address
-as in any tar file; the file is fetched if it is not there, and old ones are removed.
+The first use reads all shards once, and stores where their images lie. From then on an image has an
+address as in any tar file; the shard is fetched if it is not on the disk, and old ones are removed.
 """
 
 from __future__ import annotations
@@ -82,12 +82,12 @@ class Shards:
 
     @property
     def most_bytes(self) -> int:
-        """On the disk at most."""
+        """Bytes that are on the disk at most."""
         return max(sum(sorted(self.sizes)[-MOST_SHARDS:]), min(sum(self.sizes), MOST_BYTES))
 
     @property
     def note(self) -> str:
-        """What is lost by a stream."""
+        """What a stream loses against shards in a folder, for the plan."""
         total = len(self.paths)
         order = f"images are shuffled within groups of at most {GROUP} of its {total} shards; "
         return (
@@ -97,7 +97,7 @@ class Shards:
         )
 
     def fetch_ahead(self, shards: Sequence[int]) -> None:
-        """Fetches shards in threads that end with the process; reading tells what goes wrong."""
+        """Fetches shards in threads that end with the process; errors are those of reading."""
         for first in range(min(CONNECTIONS, len(shards))):
             paths = [self.paths[shard] for shard in shards[first::CONNECTIONS]]
             threading.Thread(target=fetch_all, args=(paths,), daemon=True).start()
@@ -146,7 +146,7 @@ def list_shards(spec: str, urls: Sequence[str]) -> tuple[Shards, dict[str, Any]]
 
 
 def _read_once(url: str, path: Path) -> None:
-    """Keeps where the images of a shard lie; one process does so."""
+    """Fetches a shard, and lists where its images lie, in one process."""
     from filelock import FileLock
 
     with FileLock(path.with_suffix(".lock")):

@@ -260,7 +260,7 @@ class GaussianDiffusion:
         if step_noise is None:
             step_noise = partial(torch.randn_like, noise)
         draw = iter(step_noise).__next__ if isinstance(step_noise, Tensor) else step_noise
-        walk = samplers.BY_NAME[sampler](self, predict, noise, draw, eta, clip_denoised)
+        walk = samplers.SAMPLERS[sampler](self, predict, noise, draw, eta, clip_denoised)
         return deque(walk, maxlen=1).pop()
 
 

@@ -145,4 +145,4 @@ def _reversed_steps(diffusion: GaussianDiffusion) -> Iterator[tuple[int, int]]:
     yield from reversed(list(enumerate(diffusion.timesteps.tolist())))
 
 
-BY_NAME = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver}
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver}

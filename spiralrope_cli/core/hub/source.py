@@ -54,7 +54,7 @@ class Source:
     given: str  # as the user named them
     place: Path | None  # file, or folder of a checkpoint; None before the download
     run: Path | None = None  # run folder; None for a file
-    row: Row | None = None  # row of the catalogue; None if not published
+    published: Row | None = None  # its row of the catalogue, or one made for hf:OWNER/NAME
 
     def file(self, ema: bool) -> Path:
         """File of the raw or EMA weights; a published file may hold both."""
@@ -76,14 +76,14 @@ def find_source(given: str, *, best: bool = False) -> Source:
     if path.is_file():
         return Source(given, path)
     if given.startswith(HUB):
-        return Source(given, None, row=find_row(given))
+        return Source(given, None, published=find_row(given))
     if path.suffix in FILE_SUFFIXES or len(path.parts) > 1:
         raise CheckpointError(
             f"{given} does not exist",
             f"check the path; weights on the Hugging Face Hub are {HUB_FORM}",
         )
     try:
-        return Source(given, None, row=find_row(given))
+        return Source(given, None, published=find_row(given))
     except ConfigError as unknown:
         raise ConfigError(
             f"{given} is not a file, a run folder or a published name", unknown.hint

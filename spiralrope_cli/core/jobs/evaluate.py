@@ -155,12 +155,12 @@ def settle_row(
     from spiralrope_cli.core.load import at_size
     from spiralrope_cli.core.weights import mean_std
 
-    source = weights.source
+    source, row = weights.source, weights.source.published
     trained = ModelConfig(drop_path=0.0, **weights.options)
     size = size or trained.image_size
     placed = at_size(weights, size, options.rope)
     # Next to the weights, but not in the cache of published weights.
-    beside = Path(RUNS_FOLDER) / f"eval-{source.row.folder_name}" if source.row else source.run
+    beside = Path(RUNS_FOLDER) / f"eval-{row.folder_name}" if row else source.run
     folder = Path(options.out or beside or weights.file.parent)
     return EvalRow(
         source=source.given,

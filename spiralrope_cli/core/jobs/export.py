@@ -160,8 +160,8 @@ def own_memory(tensor: torch.Tensor) -> torch.Tensor:
 def default_target(weights: Weights, layout: str, kind: str) -> Path:
     """The default path in `exports/`, named by the weights."""
     source, file = weights.source, weights.file.resolve()
-    if source.row:
-        name = source.row.folder_name
+    if source.published:
+        name = source.published.folder_name
     elif source.run:
         name = f"{source.run.resolve().name}-{file.parent.name}"
     elif file.stem in GENERIC_NAMES or file.stem.isdigit():
@@ -295,7 +295,7 @@ def progress_of(weights: Weights) -> dict[str, int]:
 
 def training_set(weights: Weights) -> str:
     """Name of the training set on the Hub; empty for a folder of this machine."""
-    row, data = weights.source.row, str(weights.config.get("data", ""))
+    row, data = weights.source.published, str(weights.config.get("data", ""))
     if row is not None and not row.listed:
         return "imagenet-1k"
     if data.startswith("hfds/"):
@@ -305,7 +305,7 @@ def training_set(weights: Weights) -> str:
 
 def preprocessing(weights: Weights) -> dict[str, Any]:
     """Mean, std and crop ratio as timm names them, where they are known."""
-    row, augment = weights.source.row, weights.config.get("augment", {})
+    row, augment = weights.source.published, weights.config.get("augment", {})
     if row is not None and not row.listed:
         augment = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     known = {name: augment[name] for name in ("mean", "std") if name in augment}

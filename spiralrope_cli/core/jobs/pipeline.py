@@ -46,7 +46,7 @@ from spiralrope_cli.core.runtime.run_folder import (
     steps_on_disk,
     write_json,
 )
-from spiralrope_cli.core.runtime.slurm import Remaining
+from spiralrope_cli.core.runtime.slurm import WHOLE, Remaining
 from spiralrope_cli.core.runtime.trackers import check_tracker
 from spiralrope_cli.core.storage import FID_FILE, NPZ_FILE, PIPELINE_FILE, REPORT_FILE
 
@@ -290,7 +290,7 @@ def run_stages(pipeline: Pipeline, *, dry_run: bool) -> Remaining:
         say(f"report: {folder / REPORT_FILE}")
     if pipeline.note:
         say(pipeline.note)
-    return Remaining(pipeline.folder, ((),) if waiting else ())
+    return Remaining(pipeline.folder, WHOLE if waiting else ())
 
 
 def evaluate_all(config: dict[str, Any], *, dry_run: bool) -> bool:

@@ -40,7 +40,7 @@ from spiralrope_cli.core.runtime.launch import (
 )
 from spiralrope_cli.core.runtime.progress import counted, say, say_result
 from spiralrope_cli.core.runtime.run_folder import write_json
-from spiralrope_cli.core.runtime.slurm import Remaining
+from spiralrope_cli.core.runtime.slurm import WHOLE, Remaining
 from spiralrope_cli.core.storage import REPORT_FILE, SOURCES_FILE, sha256_of
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def sample(given: dict[str, Any]) -> Remaining:
     options.check_folder(given.get("out", ""), "a folder of samples")
     run, weights = settle(given, options.name, download=not options.dry_run)
     finished = carry_out(run, weights, dry_run=options.dry_run)
-    return Remaining(run.out, () if finished else ((),))
+    return Remaining(run.out, () if finished else WHOLE)
 
 
 # ---- settle
@@ -121,7 +121,7 @@ def settle(
 
 def default_folder(run: SampleRun, weights: Weights, name: str) -> str:
     """The default folder; without a date, so that the same command finds it again."""
-    of_run, row = weights.source.run, weights.source.row
+    of_run, row = weights.source.run, weights.source.published
     stem = of_run.resolve().name if of_run else Path(run.source).stem
     stem = row.folder_name if row and run.source.startswith(HUB) else stem
     guided = f"cfg{run.guidance.cfg_scale:g}" if run.guidance.cfg_scale != 1 else ""
@@ -267,7 +267,7 @@ class Sampler:
         import torch
 
         from spiralrope_cli.core.data.images import to_uint8
-        from spiralrope_cli.core.diffusion.samplers import BY_NAME, guided
+        from spiralrope_cli.core.diffusion.samplers import SAMPLERS, guided
         from spiralrope_cli.core.runtime.seeds import NoisePerImage, drawn_class
 
         run, ctx = self.run, self.ctx
@@ -278,7 +278,7 @@ class Sampler:
             classes = [drawn_class(run.seed, run.num_classes, index) for index in indices]
         labels = torch.tensor(classes, device=ctx.device)
         predict = guided(self.model, labels, run.guidance)
-        for x in BY_NAME[run.sampler](self.diffusion, predict, noise.draw(), noise.draw):
+        for x in SAMPLERS[run.sampler](self.diffusion, predict, noise.draw(), noise.draw):
             if ctx.stop.signal_number:
                 return None
             latents = x  # those of the last step are decoded

@@ -37,7 +37,7 @@ from spiralrope_cli.core.runtime.launch import (
 )
 from spiralrope_cli.core.runtime.progress import console, say, say_unreadable
 from spiralrope_cli.core.runtime.run_folder import first_step, is_finished, write_sources
-from spiralrope_cli.core.runtime.slurm import Remaining
+from spiralrope_cli.core.runtime.slurm import WHOLE, Remaining
 from spiralrope_cli.core.runtime.trackers import check_tracker, log_in
 from spiralrope_cli.core.storage import CURVES_FILE
 
@@ -62,7 +62,7 @@ def train(command: str, given: dict[str, Any]) -> Remaining:
     finished = carry_out(resolved, notes, dry_run=own.dry_run)
     if finished and not own.dry_run and is_first_process():
         print_results(Path(resolved.run.out))
-    return Remaining(resolved.run.out, () if finished else ((),))
+    return Remaining(resolved.run.out, () if finished else WHOLE)
 
 
 def settle(

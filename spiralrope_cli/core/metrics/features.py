@@ -22,8 +22,8 @@ from spiralrope_cli.core.config.fid import FidRun
 from spiralrope_cli.core.data.image_sets import FolderInput, ImageInput, Side
 from spiralrope_cli.core.data.images import (
     LARGEST_BATCH,
+    FilesOfAnySize,
     ImageBatch,
-    PictureFiles,
     image_batches,
     in_order,
     note_unreadable,
@@ -172,7 +172,7 @@ def opened_images(
             parts = (list(mine[first : first + size]) for first in range(0, len(mine), size))
             workers = min(num_loaders(run.machine, ctx.device.type), ahead)
             return read_ahead(
-                PictureFiles(images.files, run.images),
+                FilesOfAnySize(images.files, run.images),
                 parts,
                 workers,
                 pin_memory=True,

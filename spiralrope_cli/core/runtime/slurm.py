@@ -36,6 +36,9 @@ NEVER_RESUMED = ("eval", "fid")
 SIGNAL = signal.SIGUSR2
 """What submitit asks SLURM to send before the time is up."""
 
+WHOLE: tuple[tuple[str, ...], ...] = ((),)
+"""One part: the command as it was typed."""
+
 
 @dataclass(frozen=True)
 class Remaining:
@@ -46,7 +49,7 @@ class Remaining:
     """
 
     folder: str
-    parts: Sequence[tuple[str, ...]] = ((),)
+    parts: Sequence[tuple[str, ...]] = WHOLE
     replaced: tuple[str, ...] = ()
 
 

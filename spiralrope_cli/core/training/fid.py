@@ -26,7 +26,7 @@ from spiralrope_cli.core.data.image_sets import Side, digest_of, inspect_side
 from spiralrope_cli.core.data.images import ImageBatch, to_uint8
 from spiralrope_cli.core.data.npz import POOL_SIZE, ReferenceCache, read_statistics
 from spiralrope_cli.core.diffusion.gaussian import GaussianDiffusion
-from spiralrope_cli.core.diffusion.samplers import BY_NAME, guided
+from spiralrope_cli.core.diffusion.samplers import SAMPLERS, guided
 from spiralrope_cli.core.diffusion.vae import load_vae
 from spiralrope_cli.core.errors import DataError, TrainingError
 from spiralrope_cli.core.metrics.features import in_features, measure_side
@@ -170,7 +170,7 @@ class FidOfTraining:
         noise = NoisePerImage(seed, indices, config.input_shape, ctx.device)
         classes = [drawn_class(seed, config.model.num_classes, index) for index in indices]
         predict = guided(model, torch.tensor(classes, device=ctx.device), GuidanceConfig())
-        chain = BY_NAME[SampleRun.sampler]
+        chain = SAMPLERS[SampleRun.sampler]
         with autocast(ctx.device, ctx.dtype):
             for x in chain(self.diffusion, predict, noise.draw(), noise.draw):
                 if ctx.stop.signal_number and not is_sharded(model):

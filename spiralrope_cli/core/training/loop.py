@@ -31,7 +31,7 @@ from spiralrope_cli.core.runtime import distributed, run_folder
 from spiralrope_cli.core.runtime.distributed import DistContext
 from spiralrope_cli.core.runtime.progress import Reporter, forget_after
 from spiralrope_cli.core.runtime.seeds import seed_everything
-from spiralrope_cli.core.storage import CHECKPOINTS
+from spiralrope_cli.core.storage import CHECKPOINTS, CURVES_FILE
 from spiralrope_cli.core.training import checkpoint
 from spiralrope_cli.core.training.step import (
     Clock,
@@ -197,9 +197,8 @@ def build_state(
     At step 0 the weights are random, or those that `load_pretrained` loads; at any other step
     they are loaded from its checkpoint.
     """
-    seed_everything(
-        config.seed, "init", device=ctx.device
-    )  # the same initial weights in every process
+    # The same initial weights in every process.
+    seed_everything(config.seed, "init", device=ctx.device)
     model = model_of(config)
     if config.source and not step:
         load_pretrained(model)
@@ -238,7 +237,7 @@ def open_report(config: TrainingRun, ctx: DistContext, state: TrainState) -> Rep
     out, step = Path(config.out), state.step
     if ctx.is_first:
         checkpoint.remove_unfinished(out)
-        (out / run_folder.CURVES_FILE).unlink(missing_ok=True)  # of a run that was shorter
+        (out / CURVES_FILE).unlink(missing_ok=True)  # of a run that was shorter
         run_folder.write_config(config)
         distributed.write_environment(out, ctx)
         forget_after(out, step)

@@ -17,7 +17,7 @@ from spiralrope_cli.core.config.recipes import PRETRAIN
 from spiralrope_cli.core.config.runs import AugmentConfig
 from spiralrope_cli.core.data.augment import CROP_ASPECT, random_resized_crop, train_transform
 from spiralrope_cli.core.data.batches import classifier_data
-from spiralrope_cli.core.data.color import OPERATIONS, apply_steps, draw_steps
+from spiralrope_cli.core.data.color import OPERATIONS, apply_ops, draw_ops
 from spiralrope_cli.core.data.images import Unreadable, as_tensor, as_trained, open_image
 from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.resolve import resolve
@@ -64,9 +64,9 @@ def planes(image):
 def test_each_operation_has_the_values_of_pil(name, mode):
     images = [photograph(seed=seed).convert(mode) for seed in range(4)]
     amounts = AMOUNTS.get(name, OTHER_AMOUNTS)
-    steps = [((name, amount),) for amount in amounts for _ in images]
+    ops = [((name, amount),) for amount in amounts for _ in images]
     batch = torch.stack([planes(image).float() for _ in amounts for image in images])
-    ours = apply_steps(batch, steps)
+    ours = apply_ops(batch, ops)
     theirs = torch.stack(
         [planes(BY_PIL[name](image, amount)) for amount in amounts for image in images]
     )
@@ -78,37 +78,37 @@ def test_each_operation_has_the_values_of_pil(name, mode):
 def test_what_follows_the_crop_is_what_timm_draws_and_does(channels):
     pixels = planes(photograph().convert("L" if channels == 1 else "RGB"))
     transform, seen = train_transform(SIZE, RECIPE), set()
-    crops, steps, expected = [], [], []
+    crops, ops, expected = [], [], []
     for place in range(60):
         seed_everything("augment", 0, 0, place)
         expected.append(torch.from_numpy(transform(pixels).copy()).float())
         after = random.random(), torch.rand(1)
         seed_everything("augment", 0, 0, place)
         crops.append(torch.from_numpy(random_resized_crop(SIZE, RECIPE.crop_scale, pixels)).float())
-        steps.append(draw_steps(RECIPE))
+        ops.append(draw_ops(RECIPE))
         assert (random.random(), torch.rand(1)) == after
-        seen |= {name for name, _ in steps[-1] if name}
+        seen |= {name for name, _ in ops[-1] if name}
     assert seen == set(OPERATIONS)
-    ours = apply_steps(torch.stack(crops), steps)
+    ours = apply_ops(torch.stack(crops), ops)
     assert_close(ours, torch.stack(expected), rtol=0, atol=2)  # a level of the blur, then jitter
     assert (ours != torch.stack(expected)).double().mean() < 1e-3
 
 
 def test_an_image_does_not_depend_on_its_batch():
     images = torch.stack([planes(photograph(seed=seed)).float() for seed in range(12)])
-    seed_everything("steps")
-    steps = [draw_steps(RECIPE) for _ in images]
-    whole = apply_steps(images.clone(), steps)
+    seed_everything("ops")
+    ops = [draw_ops(RECIPE) for _ in images]
+    whole = apply_ops(images.clone(), ops)
     for count in (1, 5):
         parts = [slice(first, first + count) for first in range(0, len(images), count)]
-        split = torch.cat([apply_steps(images[part].clone(), steps[part]) for part in parts])
+        split = torch.cat([apply_ops(images[part].clone(), ops[part]) for part in parts])
         assert torch.equal(split, whole)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_batch_of_grey_images_alone_can_be_normalised_in_place(batch):
     images = torch.stack([planes(photograph(seed=seed)).float() for seed in range(batch)])
-    grey = apply_steps(images, [(("grayscale", 0.0),)] * batch)
+    grey = apply_ops(images, [(("grayscale", 0.0),)] * batch)
     assert torch.equal(grey.clone().sub_(1), grey.sub_(1))
 
 
@@ -200,8 +200,8 @@ def batches(root, first=0, last=4, micro=16, command="pretrain", **given):
     if command == "finetune":
         options["color_jitter"] = 0.2
     data = classifier_data(resolve(command, {**options, **given}).run, CPU, 0, 1, {})
-    with contextlib.closing(data.train_steps(first, last)) as steps:
-        return [torch.cat([batch.images for batch in step]) for step in steps]
+    with contextlib.closing(data.train_steps(first, last)) as ops:
+        return [torch.cat([batch.images for batch in step]) for step in ops]
 
 
 def differ(ours, theirs):

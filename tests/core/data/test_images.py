@@ -11,7 +11,7 @@ from PIL import Image
 
 from spiralrope_cli.core.data import images as reading
 from spiralrope_cli.core.data.image_sets import inspect_side
-from spiralrope_cli.core.data.images import PictureFiles, image_batches, num_bytes
+from spiralrope_cli.core.data.images import FilesOfAnySize, image_batches, num_bytes
 from spiralrope_cli.core.data.listing import images_below
 from spiralrope_cli.core.data.loader import read_ahead
 from spiralrope_cli.core.metrics import features
@@ -74,7 +74,7 @@ def test_processes_read_what_threads_do(folder):
     (folder / "3.png").write_bytes(b"damaged")
     images = inspect_side(folder, "SAMPLES").images
     numbers = [list(range(first, min(first + 3, 7))) for first in range(0, len(images), 3)]
-    files = PictureFiles(images.files, "as-pil")
+    files = FilesOfAnySize(images.files, "as-pil")
     found = list(read_ahead(files, numbers, 2, pin_memory=False))
     assert sum(len(batch.unreadable) for batch in found) == 1
     for batch, expected in zip(found, (files.__getitems__(part) for part in numbers), strict=True):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from spiralrope_cli import GaussianDiffusion
 from spiralrope_cli.core.config.samples import GuidanceConfig
-from spiralrope_cli.core.diffusion.samplers import BY_NAME, guided
+from spiralrope_cli.core.diffusion.samplers import SAMPLERS, guided
 from spiralrope_cli.core.errors import ConfigError
 
 GOLDEN = Path(__file__).parents[2] / "golden/diffusion"
@@ -68,7 +68,7 @@ def test_every_step_is_the_published_one(published_dit, name, sampler, eta):
     def predict(x, timestep):
         return published_dit(x, torch.full_like(golden["y"], timestep), golden["y"])
 
-    walk = BY_NAME[sampler](
+    walk = SAMPLERS[sampler](
         GaussianDiffusion("8"), predict, golden["x_T"], iter(golden["noise"]).__next__, eta
     )
     published_steps = (*golden[f"{name}.steps"], golden[f"{name}.final"])
@@ -76,13 +76,13 @@ def test_every_step_is_the_published_one(published_dit, name, sampler, eta):
         assert relative(ours, published) <= 2e-4
 
 
-@pytest.mark.parametrize("sampler", BY_NAME)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("clip", [False, True])
 def test_a_perfect_network_leads_to_the_picture(sampler, clip):
     draw = torch.Generator().manual_seed(0)
     x0 = torch.rand(2, 3, 4, 4, generator=draw) * 1.8 - 0.9
     start = torch.randn(2, 3, 4, 4, generator=draw)
-    walk = BY_NAME[sampler](
+    walk = SAMPLERS[sampler](
         GaussianDiffusion("20"),
         perfect(x0),
         start,
@@ -99,7 +99,7 @@ def test_clipping_bounds_what_dpm_solver_leads_to():
     x0 = torch.full((1, 1, 2, 2), 3.0)
     walks = {
         clip: list(
-            BY_NAME["dpm++"](
+            SAMPLERS["dpm++"](
                 GaussianDiffusion("10"), perfect(x0), torch.randn(1, 1, 2, 2), None, 0.0, clip
             )
         )
@@ -134,7 +134,7 @@ def test_noise_is_drawn_only_where_it_is_used():
             calls.append(1)
             return torch.zeros_like(start)
 
-        list(BY_NAME[name](GaussianDiffusion("5"), perfect(x0), start, draw, eta))
+        list(SAMPLERS[name](GaussianDiffusion("5"), perfect(x0), start, draw, eta))
         drawn[name, eta] = len(calls)
     assert drawn == {("ddpm", 0.0): 4, ("ddim", 0.0): 0, ("ddim", 1.0): 4, ("dpm++", 0.0): 0}
 
@@ -183,7 +183,7 @@ def test_guided_trajectories_are_the_published_ones(published_dit, name, sampler
     start, labels, noise = golden["x_T"][:2], golden["y"][:2], golden["noise"][:, :2]
     predict = guided(published_dit, labels, GuidanceConfig(cfg_scale=4.0))
     draw = iter(noise).__next__
-    final = last(BY_NAME[sampler](GaussianDiffusion("8"), predict, start, draw, eta))
+    final = last(SAMPLERS[sampler](GaussianDiffusion("8"), predict, start, draw, eta))
     published = golden[f"{name}.final"][:2]
     assert (final - published).norm() <= 2e-4 * published.norm()
 
