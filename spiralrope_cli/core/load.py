@@ -133,8 +133,8 @@ def fit_state_dict(
     if any(differing.values()):
         listed = (f"{len(n)} {what} ({_few(n)})" for what, n in differing.items() if n)
         kinds = any(MIXED_FREQS in names for names in differing.values())
-        told = f"{weights.file} does not fit {weights.arch}: {'; '.join(listed)}"
-        raise CheckpointError(f"{told}: leave --rope-kind out" if kinds else told)
+        message = f"{weights.file} does not fit {weights.arch}: {'; '.join(listed)}"
+        raise CheckpointError(f"{message}: leave --rope-kind out" if kinds else message)
     return {name: value for name, value in state.items() if name not in fresh}
 
 

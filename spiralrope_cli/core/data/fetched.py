@@ -102,8 +102,8 @@ def fetch(url: str, path: Path, expected: str = "") -> str:
                 )
         _remove_old(path.parent)
     except (OSError, EOFError, zlib.error) as error:
-        told = system_error(error, str(path.parent)) if isinstance(error, OSError) else None
-        raise told or DataError(f"{url} cannot be fetched: {first_line(error)}") from error
+        cause = system_error(error, str(path.parent)) if isinstance(error, OSError) else None
+        raise cause or DataError(f"{url} cannot be fetched: {first_line(error)}") from error
     return digest
 
 

@@ -78,8 +78,8 @@ def disk_error(error: Exception, where: Path) -> FetchError:
         return FetchError(f"the disk is full: {where} cannot hold the file", OTHER_DISK)
     if errno_of(error) == errno.EFBIG:
         return FetchError(f"{where}: a file reached the size limit (ulimit -f)", "raise that limit")
-    told = system_error(error, where.name)
-    reason = getattr(error, "strerror", None) or (told.message if told else error)
+    cause = system_error(error, where.name)
+    reason = getattr(error, "strerror", None) or (cause.message if cause else error)
     return FetchError(f"{where} cannot be written: {reason}")
 
 

@@ -81,13 +81,13 @@ def _asking(repo: str) -> Iterator[None]:
                 f"make one that writes on {constants.ENDPOINT}/settings/tokens",
             ) from error
         if isinstance(error, ValueError):  # of the metadata of the card
-            told = " ".join(str(error).split())
+            answer = " ".join(str(error).split())
             with contextlib.suppress(ValueError, KeyError, TypeError):  # the Hub's own JSON
-                told = "; ".join(each["message"] for each in json.loads(told)["errors"])
-            raise FetchError(f"--push {repo}: the Hub refuses it: {told}") from error
+                answer = "; ".join(each["message"] for each in json.loads(answer)["errors"])
+            raise FetchError(f"--push {repo}: the Hub refuses it: {answer}") from error
         if code:
-            told = f"{constants.ENDPOINT} answered {code}: {first_line(error)}"
-            raise FetchError(f"--push {repo}: {told}", "try again later") from error
+            answer = f"{constants.ENDPOINT} answered {code}: {first_line(error)}"
+            raise FetchError(f"--push {repo}: {answer}", "try again later") from error
         raise NoRouteError(
             f"--push {repo}: no route to {constants.ENDPOINT}: {first_line(error)}",
             "check network, proxy and HF_ENDPOINT; the same command goes on",

@@ -95,8 +95,12 @@ class Machines:
         self.ended_workers = False
         self._open.set()
         try:
-            told = {"address": self._address, "host": socket.gethostname(), "run": _told(run)}
-            found = self.exchange(told, first=not self.names)
+            mine = {
+                "address": self._address,
+                "host": socket.gethostname(),
+                "run": _common_options(run),
+            }
+            found = self.exchange(mine, first=not self.names)
             self.names = [f"machine {each['host']} ({each['address']})" for each in found]
             option_of = {name: opt.called for name, opt in leaves(type(run)).items()}
             for name, each in zip(self.names, found, strict=True):
@@ -292,7 +296,7 @@ def _interface(address: str) -> str:
     return ""
 
 
-def _told(run: Any) -> dict[str, str]:
+def _common_options(run: Any) -> dict[str, str]:
     """Options that must be the same on all machines; paths may differ."""
     own, known = leaves(MachineConfig), leaves(type(run))
     values = {name: str(value) for name, value in flat_values(run).items() if known[name].help}

@@ -109,8 +109,8 @@ def _cannot_write(path: Path, error: Exception) -> CheckpointError:
             f"no space left for checkpoint {path} ({free / 2**20:.0f} MiB free)",
             "free some, or choose another --out; the same command then resumes",
         )
-    told = system_error(error, path.name) or CheckpointError(first_line(error))
-    return CheckpointError(f"checkpoint {path} could not be written: {told.message}", told.hint)
+    cause = system_error(error, path.name) or CheckpointError(first_line(error))
+    return CheckpointError(f"checkpoint {path} could not be written: {cause.message}", cause.hint)
 
 
 def remove_unfinished(run_folder: Path) -> None:
