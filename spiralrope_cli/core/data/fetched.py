@@ -27,8 +27,8 @@ from spiralrope_cli.core.storage import atomic_write, parse, sha256_of
 
 MOST_SHARDS, MOST_BYTES = 48, 4_000_000_000
 """A split keeps so many shards, or so many bytes if that is more, on the disk."""
-HINTS = dict.fromkeys((401, 403), "a token of the Hub is HF_TOKEN; else wds/pipe:curl -fsSL ...")
-HINTS[404] = "check the name and the numbers in it"
+TOKEN_HINT = "a token of the Hub is HF_TOKEN; else wds/pipe:curl -fsSL ..."
+STATUS_HINTS = {401: TOKEN_HINT, 403: TOKEN_HINT, 404: "check the name and the numbers in it"}
 GZIP = b"\x1f\x8b"
 
 
@@ -144,7 +144,7 @@ def copy_from(url: str, file: BinaryIO) -> None:
             raise
         status = getattr(getattr(error, "response", None), "status_code", 0)
         answer = f"its server answered {status}" if status else first_line(error)
-        hint = HINTS.get(status, "try again later")
+        hint = STATUS_HINTS.get(status, "try again later")
         raise DataError(f"{url} cannot be fetched: {answer}", hint) from error
 
 
