@@ -208,7 +208,7 @@ REACHED = {
 }
 """Command -> words, and the fields that they change."""
 
-BELOW_A_FILE = "cannot be written: "
+UNWRITABLE = "cannot be written: "
 
 REFUSED = {
     "pretrain": [
@@ -408,7 +408,7 @@ REFUSED = {
     "finetune": [
         ("run --rotate -1", "--rotate is -1"),
         ("run --freeze x", "--freeze is x"),
-        ("run --out a.yaml", f"--out a.yaml {BELOW_A_FILE}it is a file"),
+        ("run --out a.yaml", f"--out a.yaml {UNWRITABLE}it is a file"),
         ("run --drop-path 1", "--drop-path is 1.0"),
         ("run --epochs 0", "--epochs is 0"),
         ("run --min-lr -1", "--min-lr is -1.0"),
@@ -429,13 +429,13 @@ REFUSED = {
         ("run --workers x", "--workers is x"),
         ("run --out=", "--out is empty"),
         ("deit-s --data nowhere", "--data nowhere is neither a folder nor a built-in name"),
-        ("run --out a.yaml/x", f"--out a.yaml/x {BELOW_A_FILE}"),
+        ("run --out a.yaml/x", f"--out a.yaml/x {UNWRITABLE}"),
     ],
     "predict": [
-        ("run x.png --out a.yaml/x.png", f"--out a.yaml/x.png {BELOW_A_FILE}"),
+        ("run x.png --out a.yaml/x.png", f"--out a.yaml/x.png {UNWRITABLE}"),
     ],
     "fetch": [
-        ("deit-s --out a.yaml/x", f"--out a.yaml/x {BELOW_A_FILE}"),
+        ("deit-s --out a.yaml/x", f"--out a.yaml/x {UNWRITABLE}"),
     ],
     "dit-encode": [
         ("--data pictures --vae vae --image-size 60", "--image-size 60"),
@@ -466,7 +466,7 @@ REFUSED = {
         ("a.npz b.npz --device tpu", "--device is tpu"),
         ("a.npz b.npz --workers -2", "--workers is -2"),
         ("a.npz --save-stats x.txt", "--save-stats x.txt must end in .npz"),
-        ("a.npz --save-stats a.yaml/x.npz", f"--save-stats a.yaml/x.npz {BELOW_A_FILE}"),
+        ("a.npz --save-stats a.yaml/x.npz", f"--save-stats a.yaml/x.npz {UNWRITABLE}"),
     ],
     "export": [
         ("run --layout onnx", "--layout is onnx"),
@@ -474,8 +474,8 @@ REFUSED = {
         ("run --layout safetensors --out x.pth", "--out x.pth is the name of a file"),
         ("run --layout published --rotate -1", "--rotate is -1"),
         ("run --layout published --out=", "--out is empty"),
-        ("run --layout published --out a.yaml/x.pth", f"--out a.yaml/x.pth {BELOW_A_FILE}"),
-        ("run --out a.yaml/x", f"--out a.yaml/x {BELOW_A_FILE}"),
+        ("run --layout published --out a.yaml/x.pth", f"--out a.yaml/x.pth {UNWRITABLE}"),
+        ("run --out a.yaml/x", f"--out a.yaml/x {UNWRITABLE}"),
     ],
     "plot rope": [
         ("--rotate -1", "--rotate is -1"),
@@ -503,7 +503,7 @@ REFUSED = {
         ("run --over x", "--over is x"),
         ("run --out x.txt", "--out x.txt must end in .png or .svg"),
         ("run --format x", "--format is x"),
-        ("run --out a.yaml/x.png", f"--out a.yaml/x.png {BELOW_A_FILE}"),
+        ("run --out a.yaml/x.png", f"--out a.yaml/x.png {UNWRITABLE}"),
     ],
     "plot attention": [
         ("run x.png --patch x", "--patch is x"),
@@ -545,7 +545,7 @@ REFUSED = {
     ],
     "run dit": [
         ("--out p --num-samples 0", "--num-samples is 0"),
-        ("--out a.yaml/x", f"--out a.yaml/x {BELOW_A_FILE}"),
+        ("--out a.yaml/x", f"--out a.yaml/x {UNWRITABLE}"),
         ("--out p --sampler x", "--sampler is x"),
         ("--out p --num-sampling-steps x", "--num-sampling-steps"),
         ("--out p --sampling-seed -1", "--sampling-seed is -1"),
@@ -574,7 +574,7 @@ REFUSED = {
         ("nowhere --rotate -1", "--rotate is -1"),
         ("nowhere --projection x", "--projection is x"),
         ("nowhere --out=", "--out is empty"),
-        ("nowhere --out a.yaml/x", f"--out a.yaml/x {BELOW_A_FILE}"),
+        ("nowhere --out a.yaml/x", f"--out a.yaml/x {UNWRITABLE}"),
         ("nowhere --seed -1", "--seed is -1"),
         ("nowhere --batch-size 0", "--batch-size is 0"),
         ("nowhere --nproc -1", "--nproc is -1"),

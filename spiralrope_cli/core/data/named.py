@@ -40,6 +40,11 @@ def data_root(data: str) -> Path | str:
     if data in INAT:
         return _inat(data)
     if kind == "wds":
+        if "://" in rest:
+            raise DataError(
+                f"--data {data} is no URL of http, https or file",
+                "use a command that writes a shard, such as 'wds/pipe:aws s3 cp URL -'",
+            )
         return Path(os.path.expanduser(rest))
     found = {"hfds": _of_hub, "tfds": _of_tfds}.get(kind)
     return found(data, rest) if found else given

@@ -329,8 +329,8 @@ def of_points(
         ]
         for each in points
     ]
-    spread = any("±" in cell for row in rows for cell in row[len(names) + len(more) + 1 :])
-    over = "Mean ± standard deviation over seeds" if spread else "One seed each"
+    several = any(len(each["seeds"]) > 1 for each in points)
+    over = "Mean ± standard deviation over seeds" if several else "One seed each"
     return Result(
         title="All configurations",
         caption="; ".join(filter(None, (over, caption))),

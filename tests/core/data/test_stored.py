@@ -417,6 +417,7 @@ def test_several_processes_make_one_list(tmp_path, monkeypatch):
 def test_what_is_not_here_is_refused(hub, tmp_path):
     for data, message, hint in (
         ("hfds/owner/gone", "is not downloaded", "hf download owner/gone --repo-type dataset"),
+        ("wds/s3://b/train-{0..1}.tar", "is no URL of http", "such as 'wds/pipe:aws s3 cp URL -'"),
         (f"wds/{tmp_path}/gone", "is neither a folder nor a built-in name", "built in: digits"),
     ):
         for find in (find_data_set, find_train_set):

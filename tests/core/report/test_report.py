@@ -225,7 +225,9 @@ def test_a_sweep_shows_its_table_and_leads_to_its_runs(run_folder, runs):
     assert "1 runs: pretrain of deit" in " ".join(page.words)
     assert "Mean ± standard deviation" in " ".join(page.words)
     alone = {"mean": 97.216, "std": None, "values": [97.216]}
-    write_json(whole / "sweep.json", {"rows": [{**row, **dict.fromkeys(("acc1", "loss"), alone)}]})
+    write_json(
+        whole / "sweep.json", {"rows": [{**row, "seeds": [0], "acc1": alone, "loss": alone}]}
+    )
     assert "±" not in " ".join(Page(write_report(whole).read_text()).words)
     assert [each["href"] for each in page.all("a")] == ["rotate2-seed0/report.html"]
 
