@@ -53,7 +53,9 @@ def random_resized_crop(size: tuple[int, int], scale: float, pixels: Tensor) -> 
     horizontal one comes first, as in Pillow before 13, which goes by the shape of the crop.
     """
     top, left, height, width = RandomResizedCrop.get_params(pixels, (scale, 1.0), CROP_ASPECT)
-    part = pixels[None, :, top : top + height, left : left + width]
+    # Of an image that is a few pixels high or wide, timm may draw a crop without any.
+    top, left = min(top, pixels.shape[1] - 1), min(left, pixels.shape[2] - 1)
+    part = pixels[None, :, top : top + max(height, 1), left : left + max(width, 1)]
     part = part.contiguous(memory_format=torch.channels_last)
     return F.interpolate(part, size, mode="bicubic", antialias=True)[0].numpy()
 

@@ -63,7 +63,10 @@ def _open(path: Path) -> BinaryIO:
         return path.open("rb")
     from filelock import FileLock
 
-    known = _known(str(path))  # FileNotFoundError: it is no shard of a stream
+    try:
+        known = _known(str(path))
+    except FileNotFoundError:  # it is no shard of a stream, or its whole folder was removed
+        raise DataError(f"{path} is gone", "run the command again once it is back") from None
     with FileLock(path.with_suffix(".lock")):
         with contextlib.suppress(FileNotFoundError):
             return path.open("rb")

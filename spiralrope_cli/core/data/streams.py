@@ -155,7 +155,7 @@ def _read_once(url: str, path: Path) -> None:
         digest = fetch(url, path)
         try:
             with path.open("rb") as file:
-                file.seek(-len(END_OF_TAR), os.SEEK_END)
+                file.seek(-min(len(END_OF_TAR), path.stat().st_size), os.SEEK_END)
                 if file.read() != END_OF_TAR:  # `tarfile` finds no cut between two files
                     raise DataError("its end is missing")
             found = read_tar(path)

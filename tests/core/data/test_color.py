@@ -133,6 +133,17 @@ def test_a_crop_is_that_of_timm_resized_as_by_pil_up_to_a_level_per_axis(size):
     assert (found > 0).mean() < 1e-2
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 2)])
+def test_a_crop_of_an_image_of_few_pixels_is_never_empty(shape):
+    pixels, draws = torch.full((3, *shape), 7, dtype=torch.uint8), set()
+    for place in range(100):
+        random.seed(place)
+        draws.add(0 in RandomResizedCrop.get_params(pixels, (0.08, 1.0), CROP_ASPECT)[2:])
+        random.seed(place)
+        assert (random_resized_crop((8, 8), 0.08, pixels) == 7).all()
+    assert True in draws  # timm has drawn one without a pixel
+
+
 # ---- decoding
 
 

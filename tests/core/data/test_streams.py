@@ -28,6 +28,7 @@ from spiralrope_cli.core.data import fetched, streams
 from spiralrope_cli.core.data.batches import classifier_data, dit_data
 from spiralrope_cli.core.data.fetched import opened
 from spiralrope_cli.core.data.image_sets import digest_of, inspect_side
+from spiralrope_cli.core.data.images import as_trained, open_image
 from spiralrope_cli.core.data.order import epoch_order, shards_ahead
 from spiralrope_cli.core.data.splits import (
     find_data_set,
@@ -380,6 +381,13 @@ def test_the_oldest_shards_are_removed(server, tmp_path, monkeypatch):
     assert not [*tmp_path.glob("cache/streams/*/.*.new")]
 
 
+def test_no_image_is_to_blame_when_the_folder_of_shards_is_removed(server, tmp_path):
+    address, _ = val_split(server.spec).images[0]
+    shutil.rmtree(tmp_path / "cache" / "streams")
+    unreadable = open_image(address, as_trained)
+    assert unreadable.not_fetched.message.endswith("00000-set-val-00.tar is gone")
+
+
 def test_a_shard_that_changed_or_a_server_that_is_down_ends_a_run(server, root, tmp_path):
     options = {**TINY, "arch": "dit-32x1x2-4", "vae": "none", "data": server.spec, "skip_bad": True}
     del options["patch_size"]
@@ -401,7 +409,7 @@ def test_a_shard_that_changed_or_a_server_that_is_down_ends_a_run(server, root, 
 def test_a_cut_shard_is_refused_and_the_others_are_kept(server, root, tmp_path, cut):
     path = root / "set-val-01.tar"
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(DataError, match=r"set-val-01\.tar is no whole tar file"):
+    with pytest.raises(DataError, match=r"set-val-01\.tar .* its end is missing"):
         find_val_set(server.spec)
     assert [each.name for each in tmp_path.glob("cache/streams/*/*.json")] == [
         "00000-set-val-00.json"
