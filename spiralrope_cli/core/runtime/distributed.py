@@ -38,6 +38,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _store: dist.Store | None = None
 """Of the process group."""
+_ended: list[dist.ProcessGroup | None] = []
+"""Kept until the process ends: old versions of torch (2.6 does) join the threads of a gloo group
+with the GIL held when it is freed, and a thread that frees a tensor waits for the GIL."""
 _turns = itertools.count()
 
 REPEAT_SECONDS = 2.0
@@ -92,6 +95,7 @@ def _attempt() -> str:
 
 def stop() -> None:
     if dist.is_initialized():
+        _ended.append(dist.group.WORLD)
         dist.destroy_process_group()
 
 
