@@ -128,6 +128,7 @@ def test_killed_at_any_moment_nothing_is_lost(on_pictures, started, spiralrope, 
         (signal.SIGINT, 130, 1),
         (signal.SIGTERM, 143, 2),
         (signal.SIGINT, 130, 2),
+        (signal.SIGHUP, 129, 2),
     ],
 )
 def test_a_signal_saves_and_leaves_with_its_code(on_pictures, started, runs, number, code, nproc):
@@ -136,8 +137,8 @@ def test_a_signal_saves_and_leaves_with_its_code(on_pictures, started, runs, num
     words = (*words, "--micro-batch-size", 2, "--out", "run")
     child = started(*words)
     wait_for(lambda: len(read_metrics(runs / "run")) > 2, child)
-    # A terminal sends its Ctrl-C to all, a scheduler may send SIGTERM to the first one alone.
-    to_all = nproc == 1 or number == signal.SIGINT
+    # A terminal sends its signals to all, a scheduler may send SIGTERM to the first one alone.
+    to_all = nproc == 1 or number != signal.SIGTERM
     os.killpg(child.pid, number) if to_all else child.send_signal(number)
     said, _ = child.communicate(timeout=120)
     assert child.returncode == code, said

@@ -34,7 +34,7 @@ GPU_TIMEOUT, CPU_TIMEOUT = timedelta(minutes=10), timedelta(minutes=30)
 PATIENCE = timedelta(hours=6)
 """While one process downloads or unpacks a data set."""
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _store: dist.Store | None = None
 """Of the process group."""
@@ -160,9 +160,14 @@ def gather_rows(rows: Tensor) -> Tensor | None:
 # --- A worker
 
 
+def after_nohup() -> bool:
+    """Whether this process goes on when its terminal closes."""
+    return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
 @dataclass
 class StopRequest:
-    """Remembers SIGINT or SIGTERM until the loop can stop; a second one ends the process.
+    """Remembers a signal until the loop can stop; a second one ends the process.
 
     With `at_once` the first one ends it, because there is nothing to save.
     """
@@ -174,7 +179,8 @@ class StopRequest:
 
     def listen(self) -> None:
         for number in SIGNALS:
-            self._old[number] = signal.signal(number, self._on_signal)
+            if number != signal.SIGHUP or not after_nohup():
+                self._old[number] = signal.signal(number, self._on_signal)
 
     def restore(self) -> None:
         for number, old in self._old.items():

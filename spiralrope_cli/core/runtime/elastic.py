@@ -37,6 +37,7 @@ from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.recipes import with_micro_batch
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import LaunchError, SpiralRopeError
+from spiralrope_cli.core.runtime.distributed import after_nohup
 from spiralrope_cli.core.runtime.launch import (
     ERROR_FOLDER_VARIABLE,
     call_work,
@@ -140,9 +141,14 @@ def _attempt(
     *more: Any,
 ) -> Failure | None:
     """Runs the workers of this machine once; returns why they ended, or None."""
-    patience: dict[str, Any] = {"shutdown_timeout": SHUTDOWN_SECONDS}
-    if not patience.keys() <= inspect.signature(LaunchConfig).parameters.keys():
-        patience = {}
+    handled = [each.name for each in HANDLED_SIGNALS if each != signal.SIGHUP or not after_nohup()]
+    newer: dict[str, Any] = {
+        "shutdown_timeout": SHUTDOWN_SECONDS,
+        "signals_to_handle": ",".join(handled),
+    }
+    known = inspect.signature(LaunchConfig).parameters
+    newer = {name: value for name, value in newer.items() if name in known}
+    if "shutdown_timeout" not in newer:
         say_notes(
             [f"torch {torch.__version__} kills workers 30 s after a signal, even while they save"]
         )
@@ -153,7 +159,7 @@ def _attempt(
     with tempfile.TemporaryDirectory(prefix="spiralrope-") as folder:
         os.environ[ERROR_FOLDER_VARIABLE] = folder
         try:
-            with _signals_kept(), _signals_blocked():
+            with _signals_blocked(), _signals_kept():
                 settings = LaunchConfig(
                     min_nodes=run.machine.nnodes,
                     max_nodes=run.machine.nnodes,
@@ -162,7 +168,7 @@ def _attempt(
                     **meeting,
                     max_restarts=0,
                     monitor_interval=0.1,
-                    **patience,
+                    **newer,
                     start_method=_start_method(run.machine),
                     logs_specs=DefaultLogsSpecs(log_dir=folder),  # by default a folder that stays
                 )
@@ -266,7 +272,8 @@ def _signals_blocked() -> Iterator[None]:
         ended.wait()
 
     ended = threading.Event()
-    resource_tracker.ensure_running()  # when it starts, it unblocks signals
+    signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_SIGNALS)
+    resource_tracker.ensure_running()  # when it starts, it unblocks those that it ignores itself
     signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_SIGNALS)
     threading.Thread(target=receive, daemon=True).start()
     try:
@@ -331,7 +338,7 @@ def _first_failure(folder: Path, failed: Any) -> Failure:
     if code < 0:
         why = signal.Signals(-code).name
         failures[""] = Failure(KILLED, f"worker {rank} was killed by {why}", HINTS.get(why, ""))
-    elif code in (130, 143):
+    elif code in (129, 130, 143):
         failures[""] = Failure(STOPPED, "", exit_code=code)
     elif str(rank) not in failures:
         failures[""] = Failure(KILLED, f"worker {rank} ended with exit code {code}")

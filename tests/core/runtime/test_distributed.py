@@ -43,3 +43,14 @@ def test_a_signal_after_the_last_step_has_its_word(tmp_path, capsys):
         signal.raise_signal(signal.SIGINT)
     assert left.value.code == 130
     assert capsys.readouterr().err == "SIGINT came after the last step\n"
+
+
+def test_nohup_is_kept(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with open_context(MachineConfig(device="cpu", precision="fp32"), tmp_path) as ctx:
+            signal.raise_signal(signal.SIGHUP)
+            assert not ctx.stop.agreed(ctx.device, True)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
