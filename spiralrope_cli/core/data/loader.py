@@ -6,7 +6,9 @@ Legend: B images in a batch, K classes, (h, w) pixels or latents.
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
+import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +24,7 @@ from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data.color import Ops
 from spiralrope_cli.core.data.images import Unreadable, as_trained, note_unreadable, open_image
 from spiralrope_cli.core.data.listing import ImageList
-from spiralrope_cli.core.errors import DataError, dead_loader
+from spiralrope_cli.core.errors import ConfigError, DataError, dead_loader
 from spiralrope_cli.core.runtime.launch import num_loaders
 from spiralrope_cli.core.runtime.seeds import seed_everything
 
@@ -40,6 +42,8 @@ PREFETCH = 4
 
 AT_ONCE = 64
 """Images that a worker reads at once."""
+LONGEST_TEMP_FOLDER = 75
+"""A socket has a path of 107 bytes at most; `/pymp-XXXXXXXX/listener-XXXXXXXX` is 32 of them."""
 
 LIFE_AFTER_SIGTERM = 60
 """Workers live so long after a SIGTERM, because the trainer finishes its step."""
@@ -206,6 +210,13 @@ def read_ahead(
     A result has `tensors`, to be moved between processes, and `pin_memory()`. Each worker reads at
     most `prefetch` batches ahead.
     """
+    folder = tempfile.gettempdir()
+    if workers and len(os.fsencode(folder)) > LONGEST_TEMP_FOLDER:
+        raise ConfigError(
+            f"TMPDIR is {folder}; sockets between processes lie in it, and it may have at most "
+            f"{LONGEST_TEMP_FOLDER} characters",
+            "name another one, or use --workers 0",
+        )
     loader = DataLoader(
         files,
         batch_sampler=batches,

@@ -30,7 +30,7 @@ from spiralrope_cli.core.data.loader import (
     load,
 )
 from spiralrope_cli.core.data.splits import train_split, val_split
-from spiralrope_cli.core.errors import DataError, LaunchError, errno_of
+from spiralrope_cli.core.errors import ConfigError, DataError, LaunchError, errno_of
 from spiralrope_cli.core.runtime.seeds import seed_everything
 
 TrainFiles = partial(ImageFiles, tries=MAX_TRIES, seed=0, read=as_tensor)
@@ -400,3 +400,10 @@ def test_hflip_alone_mirrors():
     pixels = np.asarray(image).transpose(2, 0, 1)
     assert np.array_equal(np.asarray(kept), pixels)
     assert np.array_equal(np.asarray(flipped), pixels[..., ::-1])
+
+
+def test_a_temporary_folder_too_long_for_sockets_is_refused(monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", "/tmp/" + "x" * 71)
+    with pytest.raises(ConfigError, match="may have at most 75 characters"):
+        next(loader.read_ahead(None, [], workers=1, pin_memory=False))
+    assert not list(loader.read_ahead(None, [], workers=0, pin_memory=False))
