@@ -10,6 +10,7 @@ import torch
 
 from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data import batches
+from spiralrope_cli.core.data.streams import Shards
 from spiralrope_cli.core.jobs import train
 from spiralrope_cli.core.resolve import resolve
 from spiralrope_cli.core.runtime.distributed import DistContext, StopRequest
@@ -59,5 +60,10 @@ def test_little_waiting_is_not_worth_a_word(waited, told):
 
 def test_what_helps_is_what_the_machine_has(monkeypatch):
     monkeypatch.setattr(batches, "cores_per_process", lambda: 16)
-    for workers, helps in ((3, "--workers 15, in place of 3"), (15, "more cores")):
-        assert helps in batches.more_workers(MachineConfig(workers=workers), CPU)
+    stream = Shards((), (), ())
+    for workers, shards, helps in (
+        (3, stream, "--workers 15, in place of 3"),
+        (15, None, "more cores (this process has 16), or files of smaller images"),
+        (15, stream, "a faster network"),
+    ):
+        assert helps in batches.more_workers(MachineConfig(workers=workers), CPU, shards)
