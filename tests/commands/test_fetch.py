@@ -190,6 +190,9 @@ def test_too_little_disk_is_told_before_a_byte_comes(fetch, hub):
     assert not hub.bodies()
 
 
+@pytest.mark.skipif(
+    OLD_HUB, reason="before 1.20 huggingface_hub keeps the part that it has, for the next call"
+)
 def test_a_size_limit_in_the_middle_leaves_nothing(fetch, hub, home):
     def small_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (4 * MIB, 4 * MIB))

@@ -21,9 +21,12 @@ import cli_reference
 import numpy as np
 import pytest
 import slurm_stand_ins
+import torch
 import typer
 from channel_layout import FIGURE, HEAD_DIM, ROTATES, draw
 from conftest import call_launch_instead
+from hub_server import CHECKS_CARDS_ELSEWHERE
+from packaging.version import Version
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -298,6 +301,10 @@ def test_a_command_runs(line, among_small_things, monkeypatch, request):
         ]
     if words[0] == "fid":
         words += ["--weights", str(request.getfixturevalue("inception_weights"))]
+    if "--shard" in words and Version(torch.__version__) < Version("2.11"):
+        pytest.skip("torch before 2.11 cannot shard on a CPU")
+    if "--push" in words and CHECKS_CARDS_ELSEWHERE:
+        pytest.skip("this huggingface_hub asks huggingface.co about model cards, not HF_ENDPOINT")
     launched = []
     if TO_THE_END.get(told_apart(line)) == line:
         words += TINY.get(words[0], [])
@@ -377,6 +384,10 @@ def test_an_example_of_help_is_understood(line):
     assert parsed(typer.main.get_command(cli.app), "spiralrope", words_of(line)).params
 
 
+@pytest.mark.skipif(
+    Version(typer.__version__) < Version("0.29"),
+    reason="an earlier typer puts arguments in braces",
+)
 def test_the_reference_of_commands_is_what_the_app_says(monkeypatch):
     for name, value in {"COLUMNS": "50", "NO_COLOR": "1", "TERM": "dumb"}.items():
         monkeypatch.setenv(name, value)
