@@ -11,6 +11,7 @@ import shlex
 import pytest
 import torch
 from conftest import call_launch_instead, options_of
+from packaging.version import Version
 from typer.testing import CliRunner
 
 from spiralrope_cli import main
@@ -627,6 +628,8 @@ def plain(command):
 
 @pytest.mark.parametrize(("command", "words", "changed"), of_all(REACHED))
 def test_options_reach_their_fields_and_no_others(launched, command, words, changed):
+    if "--shard" in words and Version(torch.__version__) < Version("2.11"):
+        pytest.skip("torch before 2.11 cannot shard on a CPU")
     before = plain(command)
     after = answer(launched, command, words)
     assert after.keys() == before.keys()
