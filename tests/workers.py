@@ -1,7 +1,9 @@
-"""Which processes belong to a command that has started workers."""
+"""What tests of workers share: which processes a command has started, and when a run is stopped."""
 
 from __future__ import annotations
 
+import itertools
+import signal
 from pathlib import Path
 
 
@@ -20,3 +22,9 @@ def server_of(launcher):
 def workers_of(launcher):
     server = server_of(launcher)
     return children_of(server) if server else []
+
+
+def stop_at(call):
+    """A `StopRequest.agreed` that answers SIGTERM to this call, from 1, and to no other."""
+    calls = itertools.count(1)
+    return lambda self, device, ask_all: signal.SIGTERM if next(calls) == call else 0

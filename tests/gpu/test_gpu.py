@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from comparing import (
     same_tensors,
 )
 from safetensors.torch import load_file
+from workers import stop_at
 
 from spiralrope_cli import GaussianDiffusion, create_model
 from spiralrope_cli.core.jobs import train
@@ -158,14 +158,8 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(runs, monkeypatch, c
     for run in (whole, parts):
         object.__setattr__(run.machine, "compile", compiled)
     train.work(whole)
-    calls = []
-
-    def stop_at_four(self, device, ask_all):
-        calls.append(1)
-        return signal.SIGTERM if len(calls) == 4 else 0
-
     with monkeypatch.context() as patched:
-        patched.setattr(StopRequest, "agreed", stop_at_four)
+        patched.setattr(StopRequest, "agreed", stop_at(4))
         with contextlib.suppress(SystemExit):
             train.work(parts)
     assert run_folder.steps_on_disk(runs / "parts") == [4]

@@ -13,7 +13,7 @@ import torch
 from comparing import read_pointer, relative_distance, same_tensors
 from safetensors import safe_open
 from safetensors.torch import load_file
-from workers import workers_of
+from workers import stop_at, workers_of
 
 from spiralrope_cli.core.errors import CheckpointError, SpiralRopeError, TrainingError
 from spiralrope_cli.core.jobs import train
@@ -53,14 +53,8 @@ def logged(folder: Path) -> list[tuple]:
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tiny, runs, monkeypatch):
     whole, parts = tiny(out="whole", **EVERYTHING_RANDOM), tiny(out="parts", **EVERYTHING_RANDOM)
     train.work(whole)
-    calls = []
-
-    def stop_at_six(self, device, ask_all):
-        calls.append(1)
-        return signal.SIGTERM if len(calls) == 6 else 0
-
     with monkeypatch.context() as patched:
-        patched.setattr(StopRequest, "agreed", stop_at_six)
+        patched.setattr(StopRequest, "agreed", stop_at(6))
         with pytest.raises(SystemExit) as left:
             train.work(parts)
     assert left.value.code == 143

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import operator
-import signal
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
+from workers import stop_at
 
 from spiralrope_cli import load_model
 from spiralrope_cli.core.config.samples import EncodeRun
@@ -61,16 +61,6 @@ def weights(folder, kind="model"):
 def logged(folder):
     keys = ("step", "loss", "vb", "lr", "grad_norm")
     return [tuple(line[key] for key in keys) for line in read_metrics(folder)]
-
-
-def stop_at(step):
-    calls = []
-
-    def agreed(self, device, ask_all):
-        calls.append(1)
-        return signal.SIGTERM if len(calls) == step else 0
-
-    return agreed
 
 
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tiny, runs, monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from comparing import same_tensors
 from safetensors.torch import load_file
 from typer.testing import CliRunner
+from workers import stop_at
 
 from spiralrope_cli import main as cli
 from spiralrope_cli.core.errors import SpiralRopeError
@@ -106,14 +106,8 @@ def test_it_is_the_fid_that_dit_sample_and_fid_give_and_changes_no_weight(here, 
 
 def test_a_run_that_was_stopped_at_a_fid_has_the_same_figures(here, tiny, runs, monkeypatch):
     def stopped_at(call):
-        calls = []
-
-        def agreed(self, device, ask_all):
-            calls.append(1)
-            return signal.SIGTERM if len(calls) == call else 0
-
         with monkeypatch.context() as patched:
-            patched.setattr(StopRequest, "agreed", agreed)
+            patched.setattr(StopRequest, "agreed", stop_at(call))
             with pytest.raises(SystemExit, match="143"):
                 train.work(tiny())
         assert run_folder.steps_on_disk(runs / "run") == [2]

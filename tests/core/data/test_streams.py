@@ -7,7 +7,6 @@ import gzip
 import io
 import multiprocessing
 import shutil
-import signal
 import sys
 import tarfile
 import threading
@@ -20,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from workers import stop_at
 
 from spiralrope_cli.core.config.datasets import slug_of
 from spiralrope_cli.core.config.option import build
@@ -305,14 +305,8 @@ def test_shards_are_asked_for_a_group_before_they_are_read():
 def test_a_resumed_run_is_exact_and_reads_no_earlier_shard(server, tmp_path, monkeypatch):
     expected = train_on(server.spec, tmp_path / "whole")
     at_start = dict(server.asked)
-    calls = []
-
-    def stop_at_seven(self, device, ask_all):
-        calls.append(1)
-        return signal.SIGTERM if len(calls) == 7 else 0
-
     with monkeypatch.context() as patched:
-        patched.setattr(StopRequest, "agreed", stop_at_seven)
+        patched.setattr(StopRequest, "agreed", stop_at(7))
         with pytest.raises(SystemExit):
             train_on(server.spec, tmp_path / "parts")
     assert server.asked == at_start, "all of them were still on the disk"
