@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import time
 
 import pytest
 import yaml
@@ -58,6 +59,8 @@ def killed_and_resumed(runs):
         run_folder.write_config(run)
         Image.new("RGB", (8, 4), "red").save("grid.png")
         for before, last in ((0, 4), (2, 6)):
+            if before and tracker == "wandb":
+                time.sleep(1)  # older wandb names a session's folder by its second alone
             with Reporter(run, step=before, best_acc1=None, first=True) as reporter:
                 for step in range(before + 1, last + 1):
                     reporter.log(step, {"loss": step + before / 10})
