@@ -117,7 +117,8 @@ def ours(bench: Bench, arch: str, **options: Any) -> nn.Module:
         arch = "dit-64x2x2-2" if arch.startswith("dit") else "deit-64x2x2"
         if arch.startswith("deit"):
             options = {"image_size": bench.side, **options}
-    return create_model(arch, **options).to(bench.device)
+    with bench.device:  # random weights of DiT-XL/2 take seconds on a CPU
+        return create_model(arch, **options)
 
 
 def timms(bench: Bench, name: str) -> nn.Module:

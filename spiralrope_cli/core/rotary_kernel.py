@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import custom_op, triton_op, wrap_triton
 
 ROWS, COLUMNS = 16, 128
 """Tokens and channels of a tile: 16 elements of q and of k for each of 128 threads."""
@@ -34,93 +35,134 @@ def _rotated(x, cos, sin):
 
 
 @triton.jit
-def _rotate_tile(  # noqa: PLR0913
-    q_in,
-    k_in,
-    v_in,
-    q_out,
-    k_out,
-    v_out,
-    cos_sin,  # [num_tokens, head_dim / 2, 2]
-    num_rows,  # B * num_tokens
-    num_tokens,
-    in_batch,  # strides of the inputs
-    in_token,
-    in_head,
-    out_batch,  # strides of the outputs
-    out_token,
-    out_head,
-    width: tl.constexpr,  # H * head_dim
-    head_dim: tl.constexpr,
-    inverse: tl.constexpr,
-    copy_v: tl.constexpr,
-    rows: tl.constexpr,
-    columns: tl.constexpr,
-):
+def _place(num_rows, width: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
+    """Rows (tokens of all images) and columns (channels of all heads) of this program's tile."""
     across: tl.constexpr = (width + columns - 1) // columns
     row = tl.program_id(0) // across * rows + tl.arange(0, rows)
     column = tl.program_id(0) % across * columns + tl.arange(0, columns)
-    inside = (row < num_rows)[:, None] & (column < width)[None, :]
+    return row, column, (row < num_rows)[:, None] & (column < width)[None, :]
+
+
+@triton.jit
+def _cos_sin(table, token, channel, inside, head_dim: tl.constexpr):
+    """Two tiles [rows, columns / 2] of the table [num_tokens, head_dim / 2, 2]."""
+    at = (token * head_dim)[:, None] + channel[None, :]
+    both = tl.load(table + at, mask=inside, other=0.0)
+    rows: tl.constexpr = both.shape[0]
+    columns: tl.constexpr = both.shape[1]
+    return tl.split(tl.reshape(both, (rows, columns // 2, 2)))
+
+
+@triton.jit
+def _forward(  # noqa: PLR0913
+    qkv,
+    q,
+    k,
+    table,
+    num_rows,  # B * num_tokens
+    num_tokens,
+    of_batch,  # strides of qkv
+    of_token,
+    of_part,
+    of_head,
+    width: tl.constexpr,  # H * head_dim
+    head_dim: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+):
+    row, column, inside = _place(num_rows, width, rows, columns)
     batch, token = (row // num_tokens).to(tl.int64), row % num_tokens
     head, channel = column // head_dim, column % head_dim
-
-    table = (token * head_dim)[:, None] + channel[None, :]
-    table = tl.load(cos_sin + table, mask=inside, other=0.0)
-    cos, sin = tl.split(tl.reshape(table, (rows, columns // 2, 2)))
-    if inverse:
-        sin = -sin
-    at = (batch * in_batch + token * in_token)[:, None] + (head * in_head + channel)[None, :]
-    to = (batch * out_batch + token * out_token)[:, None] + (head * out_head + channel)[None, :]
-    q = _rotated(tl.load(q_in + at, mask=inside, other=0.0), cos, sin)
-    k = _rotated(tl.load(k_in + at, mask=inside, other=0.0), cos, sin)
-    tl.store(q_out + to, q.to(q_out.dtype.element_ty), mask=inside)
-    tl.store(k_out + to, k.to(k_out.dtype.element_ty), mask=inside)
-    if copy_v:
-        tl.store(v_out + to, tl.load(v_in + at, mask=inside, other=0.0), mask=inside)
+    cos, sin = _cos_sin(table, token, channel, inside, head_dim)
+    at = (batch * of_batch + token * of_token)[:, None] + (head * of_head + channel)[None, :]
+    to = (row.to(tl.int64) * width)[:, None] + column[None, :]
+    rotated = _rotated(tl.load(qkv + at, mask=inside, other=0.0), cos, sin)
+    tl.store(q + to, rotated.to(q.dtype.element_ty), mask=inside)
+    rotated = _rotated(tl.load(qkv + at + of_part, mask=inside, other=0.0), cos, sin)
+    tl.store(k + to, rotated.to(k.dtype.element_ty), mask=inside)
 
 
-def _launch(given: Sequence[Tensor], out: Sequence[Tensor], cos_sin: Tensor, inverse: bool) -> None:
-    """Rotates q and k, and copies v if there is one: each [B, N, H, D], alike in their strides."""
-    batch, num_tokens, heads, head_dim = given[0].shape
+@triton.jit
+def _backward(  # noqa: PLR0913
+    q,
+    k,
+    v,
+    qkv,
+    table,
+    num_rows,  # B * num_tokens
+    num_tokens,
+    of_batch,  # strides of q, k and v
+    of_token,
+    of_head,
+    width: tl.constexpr,  # H * head_dim
+    head_dim: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+):
+    row, column, inside = _place(num_rows, width, rows, columns)
+    batch, token = (row // num_tokens).to(tl.int64), row % num_tokens
+    head, channel = column // head_dim, column % head_dim
+    cos, sin = _cos_sin(table, token, channel, inside, head_dim)
+    at = (batch * of_batch + token * of_token)[:, None] + (head * of_head + channel)[None, :]
+    to = (row.to(tl.int64) * (3 * width))[:, None] + column[None, :]
+    rotated = _rotated(tl.load(q + at, mask=inside, other=0.0), cos, -sin)
+    tl.store(qkv + to, rotated.to(qkv.dtype.element_ty), mask=inside)
+    rotated = _rotated(tl.load(k + at, mask=inside, other=0.0), cos, -sin)
+    tl.store(qkv + to + width, rotated.to(qkv.dtype.element_ty), mask=inside)
+    tl.store(qkv + to + 2 * width, tl.load(v + at, mask=inside, other=0.0), mask=inside)
+
+
+def _launch(
+    kernel: Any, tensors: Sequence[Tensor], cos_sin: Tensor, strides: Sequence[int]
+) -> None:
+    """Runs a kernel for `tensors`, of which the last is a result [B, N, ..., H, D]."""
+    batch, num_tokens, *_, heads, head_dim = tensors[-1].shape
     num_rows, width = batch * num_tokens, heads * head_dim
     grid = (triton.cdiv(num_rows, ROWS) * triton.cdiv(width, COLUMNS),)
-    with torch.cuda.device_of(given[0]):
-        _rotate_tile[grid](
-            *(*given[:2], given[-1], *out[:2], out[-1], cos_sin.contiguous()),
-            *(num_rows, num_tokens, *given[0].stride()[:3], *out[0].stride()[:3]),
-            *(width, head_dim, inverse, len(given) == 3, ROWS, COLUMNS),
-        )
+    if IN_GRAPHS:
+        kernel = wrap_triton(kernel)
+    with torch.cuda.device_of(tensors[0]):
+        sizes = (width, head_dim, ROWS, COLUMNS)
+        kernel[grid](*tensors, cos_sin.contiguous(), num_rows, num_tokens, *strides, *sizes)
 
 
-# Operators, so that torch.compile calls them as they are and the graph does not break.
-@torch.library.custom_op("spiralrope::rotate_qk", mutates_args=())
 def _rotate_qk(qkv: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
     if qkv.stride(-1) != 1:
         qkv = qkv.contiguous()
-    out = _new_qk(qkv, cos_sin)
-    _launch(qkv.unbind(2)[:2], out, cos_sin, inverse=False)
-    return out
+    q, k = _new_qk(qkv, cos_sin)
+    _launch(_forward, (qkv, q, k), cos_sin, qkv.stride()[:-1])
+    return q, k
 
 
-@_rotate_qk.register_fake
 def _new_qk(qkv: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
-    q, _, _ = qkv.unbind(2)
-    return q.new_empty(q.shape), q.new_empty(q.shape)
+    batch, num_tokens, _, *heads = qkv.shape
+    return qkv.new_empty(batch, num_tokens, *heads), qkv.new_empty(batch, num_tokens, *heads)
 
 
-@torch.library.custom_op("spiralrope::rotate_back", mutates_args=())
 def _rotate_back(q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor) -> Tensor:
-    qkv = _new_qkv(q, k, v, cos_sin)
-    given = [q, k, v]
     if q.stride(-1) != 1 or not q.stride() == k.stride() == v.stride():
-        given = [each.contiguous() for each in given]
-    _launch(given, qkv.unbind(2), cos_sin, inverse=True)
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    qkv = _new_qkv(q, k, v, cos_sin)
+    _launch(_backward, (q, k, v, qkv), cos_sin, q.stride()[:-1])
     return qkv
 
 
-@_rotate_back.register_fake
 def _new_qkv(q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor) -> Tensor:
     return q.new_empty(*q.shape[:2], 3, *q.shape[2:])
+
+
+IN_GRAPHS = isinstance(_forward, triton.runtime.JITFunction)
+"""Whether a compiled graph calls the kernels themselves, and plans their memory. The interpreter
+cannot be traced: with it the graph calls operators that it does not look into."""
+_NAMES = ("spiralrope::rotate_qk", "spiralrope::rotate_back")
+if IN_GRAPHS:
+    rotate_qk = triton_op(_NAMES[0], _rotate_qk, mutates_args=())
+    rotate_back = triton_op(_NAMES[1], _rotate_back, mutates_args=())
+else:
+    rotate_qk = custom_op(_NAMES[0], _rotate_qk, mutates_args=())
+    rotate_back = custom_op(_NAMES[1], _rotate_back, mutates_args=())
+    rotate_qk.register_fake(_new_qk)
+    rotate_back.register_fake(_new_qkv)
 
 
 class _RotateQkv(torch.autograd.Function):
@@ -129,11 +171,11 @@ class _RotateQkv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(cos_sin)
-        return *_rotate_qk(qkv, cos_sin), qkv.select(2, 2)
+        return *rotate_qk(qkv, cos_sin), qkv.select(2, 2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _rotate_back(*grads, *ctx.saved_tensors), None
+        return rotate_back(*grads, *ctx.saved_tensors), None
 
 
 # One node for dynamo: torch 2.6 cannot trace an autograd.Function with gradient checkpointing.

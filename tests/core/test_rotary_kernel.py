@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from comparing import (
     rotation_results,
     same_tensors,
 )
+from functorch.compile import aot_function, make_boxed_func
 from torch._dynamo.testing import AotEagerAndRecordGraphs
+from torch._subclasses import FakeTensorMode
 
 from spiralrope_cli import RopeConfig, SpiralRoPE, create_model
 from spiralrope_cli.core import kernels
@@ -23,6 +26,10 @@ from spiralrope_cli.core.models.factory import compile_blocks
 
 triton = pytest.importorskip("triton")
 KERNEL = "spiralrope_cli.core.rotary_kernel"
+since_triton_3_3 = pytest.mark.skipif(
+    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3),
+    reason="an earlier Triton describes constants in another way, and keeps its interpreter",
+)
 
 
 def fresh_kernel():
@@ -79,27 +86,25 @@ def test_the_operators_keep_what_torch_asks_of_operators(interpreted):
     torch.library.opcheck(torch.ops.spiralrope.rotate_back, given, test_utils=checks)
 
 
+@since_triton_3_3
 @pytest.mark.parametrize(
-    ("number_type", "head_dim", "back"), [("bf16", 72, False), ("fp32", 64, True)]
+    ("number_type", "head_dim", "name"), [("bf16", 72, "_forward"), ("fp32", 64, "_backward")]
 )
 def test_it_compiles_for_a_gpu_to_accesses_of_16_bytes(
-    monkeypatch, tmp_path, number_type, head_dim, back
+    monkeypatch, tmp_path, number_type, head_dim, name
 ):
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
-        pytest.skip("an earlier Triton describes constants in another way")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = fresh_kernel()
-    tile = kernel._rotate_tile
-    constants = {"width": 8 * head_dim, "head_dim": head_dim, "inverse": back, "copy_v": back}
+    tile = getattr(kernel, name)
+    constants = {"width": 8 * head_dim, "head_dim": head_dim}
     constants |= {"rows": kernel.ROWS, "columns": kernel.COLUMNS}
     signature = dict.fromkeys(tile.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
-    pointers = ("q_in", "k_in", "v_in", "q_out", "k_out", "v_out")
-    signature |= dict.fromkeys(pointers, f"*{number_type}") | {"cos_sin": "*fp32"}
+    pointers = [each for each in ("q", "k", "v", "qkv") if each in signature]
+    signature |= dict.fromkeys(pointers, f"*{number_type}") | {"table": "*fp32"}
     places = {name: (place,) for place, name in enumerate(tile.arg_names)}
     # What Triton finds out by itself of addresses and strides.
-    aligned = [*pointers, "cos_sin"]
-    aligned += [name for name in signature if name.startswith(("in_", "out_"))]
+    aligned = [*pointers, "table", *(name for name in signature if name.startswith("of_"))]
     source = triton.compiler.ASTSource(
         tile,
         signature,
@@ -109,9 +114,39 @@ def test_it_compiles_for_a_gpu_to_accesses_of_16_bytes(
     target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
     ptx = triton.compile(source, target=target).asm["ptx"]
     accesses = re.findall(r"(?:ld|st)\.global[.\w]*", ptx)
-    assert len(accesses) >= 12
+    assert len(accesses) >= 10
     assert all(".v4.b32" in access for access in accesses)
     assert ".shared" not in ptx
+
+
+@since_triton_3_3
+def test_compiled_graphs_call_the_kernels_on_new_tensors(monkeypatch):
+    """By fake tensors, as no GPU is needed to trace."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
+    active = SimpleNamespace(get_current_target=lambda: target)
+    monkeypatch.setattr(triton.runtime.driver, "_active", active)
+    rotate, graphs = fresh_kernel().rotate, []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    with FakeTensorMode():
+        qkv, cos_sin = torch.empty(2, 5, 3, 2, 8, requires_grad=True), torch.empty(5, 4, 2)
+        q, k, v = aot_function(rotate, fw_compiler=keep, bw_compiler=keep)(qkv, cos_sin)
+        (q * k * v).sum().backward()
+    for graph, results in zip(graphs, (["q", "k"], ["qkv"]), strict=True):
+        (call,) = (
+            node
+            for node in graph.graph.nodes
+            if node.target is torch.ops.higher_order.triton_kernel_wrapper_functional
+        )
+        # What the kernel was found to write, and nothing else; into tensors of its own.
+        assert sorted(node.args[1] for node in call.users) == sorted(results)
+        assert sorted(call.kwargs["tensors_to_clone"]) == sorted(results)
+        for name in results:
+            assert call.kwargs["kwargs"][name].target is torch.ops.aten.new_empty.default
 
 
 @pytest.fixture
