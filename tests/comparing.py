@@ -61,6 +61,21 @@ def rotation_results(rotate, qkv, cos_sin, grads):
     return *out, qkv.grad
 
 
+def modulation_inputs(size, device="cpu"):
+    """x [B, N, C], shift and scale [B, 1, C] as a block of a DiT has them: float32."""
+    batch, tokens, width = size
+    draw = torch.Generator().manual_seed(width)
+    x = torch.randn(batch, tokens, width, generator=draw) * 3 + 1
+    signals = torch.randn(batch, 6, 1, width, generator=draw)
+    return x.to(device), *signals.to(device).unbind(1)[1:3]
+
+
+def modulation_formula(x, shift, scale, eps):
+    """Adaptive layer norm."""
+    return shift + (1 + scale) * torch.nn.functional.layer_norm(x, x.shape[-1:], eps=eps)
+
+
+MODULATION_SIZES = [(2, 5, 36), (3, 1, 128), (1, 1, 1152)]
 ROTATION_SIZES = [(2, 17, 3, 64), (1, 1, 1, 4), (3, 50, 2, 36), (2, 16, 5, 32), (1, 33, 4, 72)]
 """Batch, tokens, heads and channels; none fills the tiles of the kernel."""
 

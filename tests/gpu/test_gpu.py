@@ -15,7 +15,10 @@ import numpy as np
 import pytest
 import torch
 from comparing import (
+    MODULATION_SIZES,
     ROTATION_SIZES,
+    modulation_formula,
+    modulation_inputs,
     relative_distance,
     rotation_formula,
     rotation_inputs,
@@ -27,7 +30,7 @@ from workers import stop_at
 
 from spiralrope_cli import GaussianDiffusion, create_model
 from spiralrope_cli.core.jobs import train
-from spiralrope_cli.core.kernels import has_rotary_kernel, rotate_qkv
+from spiralrope_cli.core.kernels import has_rotary_kernel, modulate, rotate_qkv
 from spiralrope_cli.core.models.factory import cast_matmuls, compile_blocks
 from spiralrope_cli.core.resolve import resolve
 from spiralrope_cli.core.runtime import run_folder
@@ -108,16 +111,17 @@ def test_compiled_blocks_compute_what_eager_ones_do(arch, precision):
 
 
 @pytest.mark.parametrize("arch", ["deit-128x3x2", "dit-128x3x2-2"])
-def test_matmuls_that_are_cast_once_give_autocasts_numbers(arch):
+def test_matmuls_that_are_cast_once_are_as_exact_as_autocast(arch):
     model, y = network(arch).to(DEVICE).eval(), torch.arange(8, device=DEVICE)
     shape, given = ((4, 16, 16), (y * 100, y)) if arch.startswith("dit") else ((3, 64, 64), ())
     images = torch.randn(8, *shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     with torch.inference_mode():
+        exact = {"out": model(images, *given)}
         with autocast(DEVICE, torch.bfloat16):
-            expected = model(images, *given).float()
+            expected = {"out": model(images, *given).float()}
         cast_matmuls(model, torch.bfloat16)
-        found = model(images, *given).float()
-    assert relative_distance({"out": found}, {"out": expected}) < 1e-3
+        found = {"out": model(images, *given).float()}
+    assert relative_distance(found, exact) < 1.1 * relative_distance(expected, exact) < 0.03
 
 
 @needs_gpu
@@ -126,7 +130,7 @@ def test_fp32_is_fp32_and_tf32_is_not(precision):
     exact = (a @ b).to(DEVICE)
     product = (a.float().to(DEVICE) @ b.float().to(DEVICE)).double()
     distance = (product - exact).norm() / exact.norm()
-    assert (distance < 1e-6) is (precision == "fp32")
+    assert (distance.item() < 1e-6) is (precision == "fp32")
 
 
 @needs_gpu
@@ -141,6 +145,18 @@ def test_the_kernel_of_the_rotation_is_the_formula(size, dtype):
         assert ours.dtype == dtype
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(ours.double(), float64, rtol=eps, atol=1e-6)
+
+
+@needs_gpu
+@pytest.mark.parametrize("size", [*MODULATION_SIZES, (64, 256, 1152)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.inference_mode()
+def test_adaptive_layer_norm_is_the_formula(size, dtype):
+    given = modulation_inputs(size, DEVICE)
+    exact = modulation_formula(*(each.double() for each in given), 1e-6)
+    found, eps = modulate(*given, 1e-6, dtype), torch.finfo(dtype).eps
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), exact, rtol=eps, atol=2e-6)
 
 
 def run_of(command, out="run", **more):

@@ -23,10 +23,9 @@ from spiralrope_cli.core.errors import ConfigError
 from spiralrope_cli.core.kernels import (
     Linear,
     add_scaled,
-    layer_norm,
     matmul_dtype,
+    modulate,
     no_autocast,
-    scale_shift,
 )
 from spiralrope_cli.core.models.deit import (
     INIT_STD,
@@ -85,11 +84,6 @@ def modulation(dim: int, num_signals: int) -> nn.Sequential:
     return nn.Sequential(nn.Identity(), Linear(dim, num_signals * dim))
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Adaptive layer norm, shift + (1 + scale) LN(x): [B, N, C], shifts [B, 1, C] -> [B, N, C]."""
-    return scale_shift(layer_norm(x, NORM_EPS), 1 + scale, shift, dtype)
-
-
 class DiTBlock(nn.Module):
     """Pre-norm block with adaptive layer norm and gated branches (adaLN-Zero)."""
 
@@ -105,8 +99,10 @@ class DiTBlock(nn.Module):
             signals = self.adaLN_modulation(condition).unflatten(-1, (6, 1, -1))
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = signals.unbind(1)  # [B, 1, C]
         dtype = matmul_dtype(self.attn.qkv.weight)
-        x = add_scaled(x, self.attn(modulate(x, shift_1, scale_1, dtype), cos_sin), gate_1)
-        return add_scaled(x, self.mlp(modulate(x, shift_2, scale_2, dtype)), gate_2)
+        x = add_scaled(
+            x, self.attn(modulate(x, shift_1, scale_1, NORM_EPS, dtype), cos_sin), gate_1
+        )
+        return add_scaled(x, self.mlp(modulate(x, shift_2, scale_2, NORM_EPS, dtype)), gate_2)
 
 
 class FinalLayer(nn.Module):
@@ -120,7 +116,7 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """[B, N, C] and [B, C] -> [B, N, p*p*channels]; the channel varies fastest."""
         shift, scale = self.adaLN_modulation(condition).unflatten(-1, (2, 1, -1)).unbind(1)
-        return self.linear(modulate(x, shift, scale, self.linear.weight.dtype))
+        return self.linear(modulate(x, shift, scale, NORM_EPS, self.linear.weight.dtype))
 
 
 class DiT(nn.Module, Pretrained):

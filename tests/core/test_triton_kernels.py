@@ -1,4 +1,4 @@
-"""The Triton kernel of the rotation, run by Triton's interpreter on the CPU."""
+"""The Triton kernels, run by Triton's interpreter on the CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from comparing import (
+    MODULATION_SIZES,
     ROTATION_SIZES,
+    modulation_formula,
+    modulation_inputs,
     rotation_formula,
     rotation_inputs,
     rotation_results,
@@ -25,7 +28,7 @@ from spiralrope_cli.core import kernels
 from spiralrope_cli.core.models.factory import compile_blocks
 
 triton = pytest.importorskip("triton")
-KERNEL = "spiralrope_cli.core.rotary_kernel"
+KERNEL = "spiralrope_cli.core.triton_kernels"
 since_triton_3_3 = pytest.mark.skipif(
     tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3),
     reason="an earlier Triton describes constants in another way, and keeps its interpreter",
@@ -39,11 +42,17 @@ def fresh_kernel():
 
 
 @pytest.fixture
-def interpreted(monkeypatch):
-    """`rotate_qkv` by the interpreter, which Triton chooses where the kernel is defined."""
+def interpreter(monkeypatch):
+    """The module with Triton's interpreter, which Triton chooses where a kernel is defined."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    yield fresh_kernel().rotate
+    yield fresh_kernel()
     fresh_kernel()
+
+
+@pytest.fixture
+def interpreted(interpreter):
+    """`rotate_qkv` by the interpreter."""
+    return interpreter.rotate
 
 
 @pytest.mark.parametrize("size", ROTATION_SIZES, ids=str)
@@ -84,6 +93,22 @@ def test_the_operators_keep_what_torch_asks_of_operators(interpreted):
     torch.library.opcheck(torch.ops.spiralrope.rotate_qk, (qkv, cos_sin), test_utils=checks)
     given = (*grads, cos_sin)
     torch.library.opcheck(torch.ops.spiralrope.rotate_back, given, test_utils=checks)
+
+
+@pytest.mark.parametrize("size", MODULATION_SIZES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_adaptive_layer_norm_is_the_formula(interpreter, size, dtype):
+    given = modulation_inputs(size)
+    found = interpreter.modulate(*given, 1e-6, dtype)
+    exact = modulation_formula(*(each.double() for each in given), 1e-6)
+    assert found.dtype == dtype
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), exact, rtol=eps, atol=2e-6)
+    x, shift, scale = given
+    turned = x.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(found, interpreter.modulate(turned, shift, scale.clone(), 1e-6, dtype))
+    checks, operator = ("test_schema", "test_faketensor"), torch.ops.spiralrope.modulate
+    torch.library.opcheck(operator, (*given, 1e-6, dtype), test_utils=checks)
 
 
 @since_triton_3_3
@@ -150,7 +175,7 @@ def test_compiled_graphs_call_the_kernels_on_new_tensors(monkeypatch):
 
 
 @pytest.fixture
-def as_on_a_gpu(interpreted, monkeypatch):
+def as_on_a_gpu(interpreter, monkeypatch):
     """Networks use the kernel on the CPU."""
     monkeypatch.setattr(kernels, "TRITON_DEVICE", "cpu")
     kernels._try_triton.cache_clear()
@@ -202,6 +227,25 @@ def test_compiled_blocks_use_it_in_one_graph(request, monkeypatch, arch, checkpo
     (forward,), (backward,) = recorded.fw_graphs, recorded.bw_graphs
     assert "spiralrope.rotate_qk" in forward.print_readable(print_output=False)
     assert "spiralrope.rotate_back" in backward.print_readable(print_output=False)
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd")
+def test_inference_of_a_dit_uses_adaptive_layer_norm(request, monkeypatch):
+    images, given = torch.randn(2, 4, 8, 8), (torch.arange(2),) * 2
+    plain = network("dit-32x2x2-2")(images, *given)
+    request.getfixturevalue("as_on_a_gpu")
+    torch._dynamo.reset()
+    recorded, model = AotEagerAndRecordGraphs(), network("dit-32x2x2-2")
+    with torch.inference_mode():
+        eager = model(images, *given)
+        for block in model.blocks:
+            block.compile(backend=recorded, fullgraph=True)
+        for found in (eager, model(images, *given)):
+            assert not torch.equal(found, plain)  # by another kernel
+            torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
+    (graph,) = recorded.fw_graphs
+    assert graph.print_readable(print_output=False).count("ops.spiralrope.modulate") == 2
     torch._dynamo.reset()
 
 

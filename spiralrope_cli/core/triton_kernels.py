@@ -1,18 +1,18 @@
-"""q and k of a packed projection rotated in one pass over the memory, for GPUs, in Triton.
+"""Kernels in Triton, for GPUs: the rotation of q and k, and adaptive layer norm.
 
-`kernels.rotate_qkv` uses it where `kernels.has_rotary_kernel` says so. With TRITON_INTERPRET=1, set
-before this file is imported, it runs on a CPU.
+`kernels.py` says when they are used. With TRITON_INTERPRET=1, set before this file is imported,
+they run on a CPU.
 
-Bytes moved, in units of q (B * N * C elements): the forward pass reads and writes q and k, 4 units;
-v stays a view of the projection. The backward pass writes the packed gradient of the projection
-from its three parts. That is 6 units with and without a rotation, so the rotation adds none. For
-DeiT-S, 256 images, in bf16 a unit is 39 MB, and 12 blocks move 1.9 GB more per step than without
-RoPE: 0.4 ms at the 4.8 TB/s of an H200's data sheet.
+Bytes moved by the rotation, in units of q (B * N * C elements): the forward pass reads and writes
+q and k, 4 units; v stays a view of the projection. The backward pass writes the packed gradient of
+the projection from its three parts. That is 6 units with and without a rotation, so the rotation
+adds none. For DeiT-S, 256 images, in bf16 a unit is 39 MB, and 12 blocks move 1.9 GB more per step
+than without RoPE: 0.4 ms at the 4.8 TB/s of an H200's data sheet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -112,25 +112,28 @@ def _backward(  # noqa: PLR0913
     tl.store(qkv + to + 2 * width, tl.load(v + at, mask=inside, other=0.0), mask=inside)
 
 
-def _launch(
-    kernel: Any, tensors: Sequence[Tensor], cos_sin: Tensor, strides: Sequence[int]
-) -> None:
-    """Runs a kernel for `tensors`, of which the last is a result [B, N, ..., H, D]."""
+def _rotate(kernel: Any, tensors: Sequence[Tensor], table: Tensor, strides: Sequence[int]) -> None:
+    """Runs a kernel of the rotation on its tensors, the last of which is a result."""
     batch, num_tokens, *_, heads, head_dim = tensors[-1].shape
     num_rows, width = batch * num_tokens, heads * head_dim
-    grid = (triton.cdiv(num_rows, ROWS) * triton.cdiv(width, COLUMNS),)
+    num_tiles = triton.cdiv(num_rows, ROWS) * triton.cdiv(width, COLUMNS)
+    sizes = (width, head_dim, ROWS, COLUMNS)
+    _launch(kernel, num_tiles, *tensors, table.contiguous(), num_rows, num_tokens, *strides, *sizes)
+
+
+def _launch(kernel: Any, num_programs: int, *args: Any) -> None:
+    """Runs a kernel on the device of its first tensor."""
     if IN_GRAPHS:
         kernel = wrap_triton(kernel)
-    with torch.cuda.device_of(tensors[0]):
-        sizes = (width, head_dim, ROWS, COLUMNS)
-        kernel[grid](*tensors, cos_sin.contiguous(), num_rows, num_tokens, *strides, *sizes)
+    with torch.cuda.device_of(args[0]):
+        kernel[(num_programs,)](*args)
 
 
 def _rotate_qk(qkv: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
     if qkv.stride(-1) != 1:
         qkv = qkv.contiguous()
     q, k = _new_qk(qkv, cos_sin)
-    _launch(_forward, (qkv, q, k), cos_sin, qkv.stride()[:-1])
+    _rotate(_forward, (qkv, q, k), cos_sin, qkv.stride()[:-1])
     return q, k
 
 
@@ -143,7 +146,7 @@ def _rotate_back(q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor) -> Tensor:
     if q.stride(-1) != 1 or not q.stride() == k.stride() == v.stride():
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     qkv = _new_qkv(q, k, v, cos_sin)
-    _launch(_backward, (q, k, v, qkv), cos_sin, q.stride()[:-1])
+    _rotate(_backward, (q, k, v, qkv), cos_sin, q.stride()[:-1])
     return qkv
 
 
@@ -154,15 +157,20 @@ def _new_qkv(q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor) -> Tensor:
 IN_GRAPHS = isinstance(_forward, triton.runtime.JITFunction)
 """Whether a compiled graph calls the kernels themselves, and plans their memory. The interpreter
 cannot be traced: with it the graph calls operators that it does not look into."""
-_NAMES = ("spiralrope::rotate_qk", "spiralrope::rotate_back")
-if IN_GRAPHS:
-    rotate_qk = triton_op(_NAMES[0], _rotate_qk, mutates_args=())
-    rotate_back = triton_op(_NAMES[1], _rotate_back, mutates_args=())
-else:
-    rotate_qk = custom_op(_NAMES[0], _rotate_qk, mutates_args=())
-    rotate_back = custom_op(_NAMES[1], _rotate_back, mutates_args=())
-    rotate_qk.register_fake(_new_qk)
-    rotate_back.register_fake(_new_qkv)
+
+
+def _operator(function: Callable[..., Any], results: Callable[..., Any]) -> Any:
+    """`spiralrope::NAME`, which torch.compile knows; `results` gives its results, not computed."""
+    name = f"spiralrope::{function.__name__.strip('_')}"
+    if IN_GRAPHS:
+        return triton_op(name, function, mutates_args=())
+    operator = custom_op(name, function, mutates_args=())
+    operator.register_fake(results)
+    return operator
+
+
+rotate_qk = _operator(_rotate_qk, _new_qk)
+rotate_back = _operator(_rotate_back, _new_qkv)
 
 
 class _RotateQkv(torch.autograd.Function):
@@ -191,3 +199,55 @@ def rotate(qkv: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, and v, which is a view: [B, N, H, D] in the dtype of qkv.
     """
     return _RotateQkv.apply(qkv, cos_sin)
+
+
+@triton.jit
+def _add(a, b):
+    # Not `tl.sum`: the interpreter has it only if chosen before Triton is imported.
+    return a + b
+
+
+@triton.jit
+def _modulated(  # noqa: PLR0913
+    x,
+    shift,
+    scale,
+    out,
+    num_tokens,
+    of_batch,  # stride of shift and scale
+    eps,
+    width: tl.constexpr,  # C
+    columns: tl.constexpr,  # at least C
+):
+    row, column = tl.program_id(0), tl.arange(0, columns)
+    inside = column < width
+    at = row.to(tl.int64) * width + column
+    of = (row // num_tokens).to(tl.int64) * of_batch + column
+    values = tl.load(x + at, mask=inside, other=0.0)
+    centred = tl.where(inside, values - tl.reduce(values, 0, _add) / width, 0.0)
+    normalised = centred * tl.rsqrt(tl.reduce(centred * centred, 0, _add) / width + eps)
+    factor = 1 + tl.load(scale + of, mask=inside, other=0.0)
+    modulated = tl.load(shift + of, mask=inside, other=0.0) + normalised * factor
+    tl.store(out + at, modulated.to(out.dtype.element_ty), mask=inside)
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    if shift.stride(-1) != 1 or shift.stride() != scale.stride():
+        shift, scale = shift.contiguous(), scale.contiguous()
+    x, out = x.contiguous(), _new_modulated(x, shift, scale, eps, dtype)
+    batch, num_tokens, width = x.shape
+    sizes = (width, triton.next_power_of_2(width))
+    rest = (num_tokens, shift.stride(0), eps)
+    _launch(_modulated, batch * num_tokens, x, shift, scale, out, *rest, *sizes)
+    return out
+
+
+def _new_modulated(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype
+) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+modulate = _operator(_modulate, _new_modulated)
+"""`(shift + (1 + scale) * layer_norm(x)).to(dtype)`, without a backward pass, in one pass over the
+memory: x [B, N, C], shift and scale [B, 1, C] float32 -> [B, N, C]."""
