@@ -1,15 +1,11 @@
 """Starts the workers of this machine by torch's elastic launcher, restarts them, raises one error.
 
 Torch's own restarts would repeat errors that no restart can mend, and would not say why.
-
-To import torch takes seconds. On a CPU one process does it, the fork server of `multiprocessing`,
-and the workers are forked from it, those of a restart or of the next stage of `run` too.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import itertools
 import json
@@ -23,8 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from multiprocessing import forkserver, resource_tracker
-from multiprocessing.reduction import DupFd
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,14 +30,18 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from spiralrope_cli.core.config.dit_runs import TrainingRun
 from spiralrope_cli.core.config.recipes import with_micro_batch
-from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.errors import LaunchError, SpiralRopeError
 from spiralrope_cli.core.runtime.distributed import after_nohup
+from spiralrope_cli.core.runtime.fork_server import (
+    SERVER_KILLED,
+    Surroundings,
+    forget_server,
+    start_method,
+)
 from spiralrope_cli.core.runtime.launch import (
     ERROR_FOLDER_VARIABLE,
     call_work,
     leave_at_once,
-    on_gpu,
     say_notes,
     usable_cores,
 )
@@ -50,11 +49,6 @@ from spiralrope_cli.core.runtime.machines import Machines, machines_of
 from spiralrope_cli.core.runtime.progress import say
 from spiralrope_cli.core.runtime.run_folder import micro_batch_so_far
 from spiralrope_cli.core.storage import write_whole
-
-PRELOADED = ("torch._dynamo", "timm", __name__)
-"""Imports of the fork server; they start no threads but those of OpenBLAS, which survives forks."""
-READ_AT_IMPORT = ("HF_", "TIMM_", "TORCH_", "WANDB_")
-"""Variables of which the preloaded modules keep the value."""
 
 HANDLED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 """Those that the elastic launcher handles."""
@@ -169,16 +163,18 @@ def _attempt(
                     max_restarts=0,
                     monitor_interval=0.1,
                     **newer,
-                    start_method=_start_method(run.machine),
+                    start_method=start_method(run.machine),
                     logs_specs=DefaultLogsSpecs(log_dir=folder),  # by default a folder that stays
                 )
-                elastic_launch(settings, _worker_main)(_Surroundings(), work, run, *more)
+                elastic_launch(settings, _worker_main)(Surroundings(), work, run, *more)
             return None
         except SignalException as stopped:
             name = signal.Signals(stopped.sigval).name
             return Failure(STOPPED, f"ended by {name}", exit_code=128 + stopped.sigval)
         except ChildFailedError as failed:
             return _first_failure(Path(folder), failed)
+        except (ConnectionError, EOFError):  # while workers were started
+            return _server_killed()
         finally:
             del os.environ[ERROR_FOLDER_VARIABLE]  # the next stage of `run` may be one process
 
@@ -195,57 +191,6 @@ def _first_of_all(machines: Machines, own: Failure | None) -> Failure | None:
     if rank == machines.rank or (first.kind == STOPPED and own and own.kind == STOPPED):
         return own
     return replace(first, message=f"{machines.names[rank]}: {first.message or 'it was ended'}")
-
-
-def _start_method(machine: MachineConfig) -> str:
-    """`forkserver` where that is safe, with the fork server running; else `spawn`."""
-    # A fork must not inherit CUDA, which an import may initialise, and macOS lets no process fork
-    # that has loaded its frameworks.
-    if on_gpu(machine) or sys.platform != "linux":
-        return "spawn"
-    try:
-        read = _start_server()
-    except OSError:  # $TMPDIR is too long for the path of a socket
-        return "spawn"
-    return "forkserver" if read == _read_at_import() else "spawn"
-
-
-@functools.cache
-def _start_server() -> dict[str, str]:
-    """Starts the fork server of this process; gives the variables that its imports have read."""
-    multiprocessing.set_forkserver_preload([*PRELOADED])
-    here = os.getcwd()
-    os.chdir(Path(__file__).parents[3])  # the server imports from its working folder first
-    try:
-        forkserver.ensure_running()
-    finally:
-        os.chdir(here)
-    return _read_at_import()
-
-
-def _read_at_import() -> dict[str, str]:
-    return {name: text for name, text in os.environ.items() if name.startswith(READ_AT_IMPORT)}
-
-
-class _Surroundings:
-    """Environment, stdout and stderr of the launcher: what unpickles it in a worker takes them.
-
-    Without it a worker would have those that the launcher had when it started the fork server.
-    """
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _surround, (dict(os.environ), DupFd(1), DupFd(2))
-
-
-def _surround(environment: dict[str, str], *streams: Any) -> None:
-    before, now = (each.get("OMP_NUM_THREADS") for each in (os.environ, environment))
-    if now and now != before:  # torch has read it
-        torch.set_num_threads(int(now))
-    os.environ.clear()
-    os.environ.update(environment)
-    tempfile.tempdir = None  # it may be another one
-    for number, stream in enumerate(streams, start=1):
-        os.dup2(stream.detach(), number)
 
 
 @contextlib.contextmanager
@@ -340,6 +285,13 @@ def _first_failure(folder: Path, failed: Any) -> Failure:
         failures[""] = Failure(KILLED, f"worker {rank} was killed by {why}", HINTS.get(why, ""))
     elif code in (129, 130, 143):
         failures[""] = Failure(STOPPED, "", exit_code=code)
+    elif code == SERVER_KILLED:
+        failures[""] = _server_killed()
     elif str(rank) not in failures:
         failures[""] = Failure(KILLED, f"worker {rank} ended with exit code {code}")
     return min(failures.values(), key=lambda each: (each.kind, each.time))
+
+
+def _server_killed() -> Failure:
+    forget_server()
+    return Failure(KILLED, "the fork server of the workers was killed", HINTS["SIGKILL"])

@@ -1,19 +1,16 @@
 from __future__ import annotations
 
-import importlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from workers import server_of
+from workers import without_notes
 
 from spiralrope_cli.core.config.recipes import with_micro_batch
 from spiralrope_cli.core.config.training import MachineConfig
@@ -58,6 +55,7 @@ CLOSED = "the connection to another process was lost"
         (1, {"0": (CLOSED, LOST), "1": ("worker 1 failed", BUG)}, BUG, "worker 1 failed"),
         (1, {"1": (CLOSED, LOST)}, LOST, CLOSED),
         (3, {}, KILLED, "worker 1 ended with exit code 3"),
+        (255, {}, KILLED, "the fork server of the workers was killed"),
         (143, {"0": (CLOSED, LOST)}, STOPPED, ""),
     ],
 )
@@ -96,56 +94,6 @@ class Run:
     machine: MachineConfig
 
 
-HELPERS = """
-import json, os, signal, sys, tempfile, time
-from pathlib import Path
-import torch
-
-def die(run):
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"):  # as to all processes of a command
-        os.kill(os.getppid(), getattr(signal, name))
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def tell(run):
-    print("worker", os.environ["RANK"], file=sys.stderr)
-    told = {"environment": dict(os.environ), "threads": torch.get_num_threads()}
-    told |= {"folder": tempfile.gettempdir(), "parent": os.getppid()}
-    told["blocked"] = [*signal.pthread_sigmask(signal.SIG_BLOCK, [])]
-    Path("told.json").write_text(json.dumps(told))
-
-def sleep(run):
-    Path("pids.part").write_text(f"{os.getpid()} {os.getppid()}")
-    os.rename("pids.part", "pids")
-    time.sleep(600)
-
-if __name__ == "__main__":
-    import helpers
-    from spiralrope_cli.core.resolve import resolve
-    from spiralrope_cli.core.runtime import launch
-    one = {"nproc": 1, "device": "cpu", "max_restarts": 1}
-    launch.launch(helpers.sleep, resolve("pretrain", one).run)
-"""
-
-
-@pytest.fixture
-def helpers(runs, monkeypatch):
-    """What workers do, in a module that they can import."""
-    (runs / "helpers.py").write_text(HELPERS)
-    monkeypatch.syspath_prepend(runs)
-    monkeypatch.delitem(sys.modules, "helpers", raising=False)
-    return importlib.import_module("helpers")
-
-
-@pytest.fixture
-def one():
-    return resolve("pretrain", {"nproc": 1, "device": "cpu", "max_restarts": 1}).run
-
-
-def without_notes(said):
-    """The lines, without what torch 2.6 is not able to do."""
-    return [line for line in said.splitlines() if not line.startswith("note: torch ")]
-
-
 def test_a_worker_that_is_killed_each_time_ends_after_the_last_restart(helpers, one, capfd):
     with pytest.raises(SpiralRopeError) as raised:
         launch.launch(helpers.die, one)
@@ -154,74 +102,6 @@ def test_a_worker_that_is_killed_each_time_ends_after_the_last_restart(helpers, 
     assert without_notes(capfd.readouterr().err) == [
         "worker 0 was killed by SIGKILL; restart 1 of 1"
     ]
-
-
-@pytest.mark.parametrize("start_method", ["forkserver", "spawn"])
-def test_a_worker_has_what_its_launcher_has_now(
-    helpers, one, runs, monkeypatch, capfd, start_method
-):
-    """The fork server was started by another test, or by the first launch."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    launch.launch(helpers.tell, one)
-    monkeypatch.delenv("GOMP_SPINCOUNT")  # all tests have it
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    monkeypatch.setenv("MASTER_PORT", "1")  # torch's own is another one
-    monkeypatch.setenv("TMPDIR", str(runs))
-    if start_method == "spawn":
-        monkeypatch.setenv("HF_HOME", str(runs))  # the server keeps the one that it has read
-    capfd.readouterr()
-    launch.launch(helpers.tell, one)
-    out, err = capfd.readouterr()
-    assert (out, without_notes(err)) == ("", ["worker 0"])
-    told = json.loads((runs / "told.json").read_text())
-    own = {name: text for name, text in told["environment"].items() if name not in os.environ}
-    assert {"RANK", "MASTER_ADDR"} <= own.keys()
-    assert "GOMP_SPINCOUNT" not in own
-    changed = [n for n, text in os.environ.items() if told["environment"].get(n) != text]
-    assert changed == ["MASTER_PORT"]
-    assert (told["threads"], told["folder"], told["blocked"]) == (2, str(runs), [])
-    server = server_of(os.getpid())
-    assert told["parent"] == (os.getpid() if start_method == "spawn" else server)
-    assert len(os.listdir(f"/proc/{server}/task")) == 1, "with threads it must not fork"
-
-
-@pytest.mark.parametrize(
-    ("device", "system", "method"),
-    [("cpu", "linux", "forkserver"), ("cuda", "linux", "spawn"), ("cpu", "darwin", "spawn")],
-)
-def test_workers_are_forked_where_that_is_safe(monkeypatch, device, system, method):
-    monkeypatch.setattr(elastic.sys, "platform", system)
-    assert elastic._start_method(MachineConfig(device=device)) == method
-
-
-def test_a_worker_and_its_server_end_with_their_killed_launcher(helpers, runs):
-    launcher = subprocess.Popen(
-        [sys.executable, "helpers.py"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(runs), *sys.path])},
-    )
-    try:
-        pids = wait_for(lambda: Path("pids").exists() and Path("pids").read_text().split())
-    finally:
-        launcher.kill()
-        launcher.wait()
-    worker, server = map(int, pids)
-    assert launcher.pid not in (worker, server)
-    wait_for(lambda: not is_running(worker) and not is_running(server))
-
-
-def wait_for(found, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not (value := found()):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    return value
-
-
-def is_running(pid):
-    try:
-        return not re.search(r"State:\s+Z", Path(f"/proc/{pid}/status").read_text())
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.parametrize(
