@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spiralrope_cli import GaussianDiffusion, create_model
 from spiralrope_cli.core.data import latents
-from spiralrope_cli.core.data.batches import from_cache
+from spiralrope_cli.core.data.batches import DrawnLatents, from_cache
 from spiralrope_cli.core.data.latents import LatentCache
 from spiralrope_cli.core.data.loader import BatchIndices
 from spiralrope_cli.core.data.shards import CachePlan
@@ -78,8 +78,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cache = random_cache(Path(folder))
         random = (torch.randint(CACHED, (BATCH,)).tolist() for _ in range(10**6))
-        indices = (BatchIndices(numbers, []) for numbers in random)
-        batches = from_cache(cache, CPU, lambda at: torch.rand(BATCH) < 0.5, indices)
+        indices = (BatchIndices(numbers, numbers) for numbers in random)
+        batches = from_cache(DrawnLatents(cache, seed=0, hflip=0.5), CPU, 1, indices)
 
         def from_disk() -> tuple[Tensor, Tensor]:
             batch = next(batches)

@@ -163,7 +163,7 @@ class DiTRun(RunConfig):
         inert = [] if self.source else [("ema", "--init-from is not given")]
         inert += self.fid.inert_options()
         if self.images.latents:
-            inert += [(name, "--latents is given") for name in ("data", "workers", "skip_bad")]
+            inert += [(name, "--latents is given") for name in ("data", "skip_bad")]
         return inert
 
     @property

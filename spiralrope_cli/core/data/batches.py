@@ -16,9 +16,11 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from spiralrope_cli.core.config.datasets import BUILT_IN, IMAGENET_CLASSES, EvalProtocol
 from spiralrope_cli.core.config.dit_runs import DiTRun, TrainingRun
@@ -27,19 +29,29 @@ from spiralrope_cli.core.config.training import MachineConfig
 from spiralrope_cli.core.data import augment, memory
 from spiralrope_cli.core.data.classes import real_images
 from spiralrope_cli.core.data.color import apply_ops, draw_ops
-from spiralrope_cli.core.data.images import as_tensor, in_order
+from spiralrope_cli.core.data.images import as_tensor
 from spiralrope_cli.core.data.latents import LatentCache
-from spiralrope_cli.core.data.loader import MAX_TRIES, Batch, BatchIndices, ImageFiles, load
+from spiralrope_cli.core.data.loader import (
+    MAX_TRIES,
+    NOISES,
+    Batch,
+    BatchIndices,
+    ImageFiles,
+    load,
+    read_ahead,
+)
 from spiralrope_cli.core.data.order import epoch_order, own_parts, separate_repeats, shards_ahead
 from spiralrope_cli.core.data.splits import train_split, val_split
 from spiralrope_cli.core.data.streams import Shards
 from spiralrope_cli.core.runtime.distributed import local_rank
 from spiralrope_cli.core.runtime.launch import cores_per_process, num_loaders
+from spiralrope_cli.core.runtime.seeds import CPU, NoisePerImage
 
 EVAL_BATCH = 256
 
-LATENTS_AHEAD = 2
-"""Batches of cached latents that are read ahead."""
+LATENTS_AHEAD = 3
+"""Batches of cached latents that are read ahead, each by a worker; of 256 images of 256 px, three
+take 48 MB of shared memory, and Docker gives 64."""
 
 Read = Callable[[Iterable[BatchIndices]], Generator[Batch, None, None]]
 """BatchIndices -> their images on the device, in [0, 255], or latents."""
@@ -154,16 +166,17 @@ def dit_data(run: DiTRun, device: torch.device, rank: int, world_size: int) -> T
     read: Read
     helps, shards = "", None
 
-    def mirrored(at: BatchIndices) -> Tensor:
-        """[B] bool on the CPU: a function of seed, epoch and place, for all kinds of data."""
-        draws = augment.mirror_draws(run.num_train, run.seed, at.epoch)
-        return draws[at.places] < run.images.hflip
-
     if run.images.latents:
         cache = LatentCache(Path(os.path.expanduser(run.images.latents)))
         cache.verify()
-        read = functools.partial(from_cache, cache, device, mirrored)
+        latents = DrawnLatents(cache, run.seed, run.images.hflip)
+        cores = cores_per_process()
+        workers = min(num_loaders(run.machine, device.type), LATENTS_AHEAD)
+        read = functools.partial(from_cache, latents, device, workers)
         helps = f"a faster disk than that of {run.images.latents}, or more memory to cache it"
+        if workers < LATENTS_AHEAD:
+            more = f"--workers {min(cores - 1, LATENTS_AHEAD)}, in place of {workers}"
+            helps = f"{more if workers < cores - 1 else f'more cores than {cores}'}, {helps}"
         return TrainingData(run, parts, read, lambda batch: batch, scale=cache.scale, helps=helps)
     if run.data in BUILT_IN:
         channels = 3 if run.images.in_latents else run.model.in_chans
@@ -180,9 +193,15 @@ def dit_data(run: DiTRun, device: torch.device, rank: int, world_size: int) -> T
 
     def finish(batch: Batch) -> Batch:
         images = augment.resize_and_crop(batch.images, size, 1.0) / 127.5 - 1
-        return replace(batch, images=augment.mirror(images, mirrored(batch.at)))
+        chosen = mirrored(batch.at, run.num_train, run.seed, run.images.hflip)
+        return replace(batch, images=augment.mirror(images, chosen))
 
     return TrainingData(run, parts, read, finish, unreadable, shards, helps=helps)
+
+
+def mirrored(at: BatchIndices, num_images: int, seed: int, hflip: float) -> Tensor:
+    """[B] bool on the CPU: a function of seed, epoch and place, for all data of a DiT."""
+    return augment.mirror_draws(num_images, seed, at.epoch)[at.places] < hflip
 
 
 def more_workers(machine: MachineConfig, device: torch.device, shards: Shards | None) -> str:
@@ -203,23 +222,43 @@ def from_memory(
         yield Batch(at, split.images[chosen].float(), split.labels[chosen])
 
 
+@dataclass(eq=False)
+class DrawnLatents(Dataset[Any]):
+    """Cached posteriors, and the noise that the loss takes with them, for loader workers.
+
+    The trainer would draw for a third of a train step of DiT-S/2 on a GPU, two generators per
+    image. Drawn in a thread they cost as much: each call takes the interpreter's lock from it.
+    """
+
+    cache: LatentCache  # has those of flipped images too
+    seed: int
+    hflip: float
+
+    def __getitems__(self, at: BatchIndices) -> Batch:
+        """As images means, standard deviations and noise, [4, B, L, h, w]; without labels.
+
+        Each tensor costs the trainer a message, and it has the labels.
+        """
+        numbers, samples = torch.tensor(at.indices), range(at.first, at.first + len(at.indices))
+        flip = mirrored(at, len(self.cache), self.seed, self.hflip)
+        mean, std = self.cache.mean_std(numbers, flip)
+        noise = [NoisePerImage(self.seed, samples, mean.shape[1:], CPU, name) for name in NOISES]
+        drawn = torch.stack((mean, std, *(each.draw() for each in noise)))
+        return Batch(at, drawn, torch.empty(0))
+
+
 def from_cache(
-    cache: LatentCache,
-    device: torch.device,
-    mirrored: Callable[[BatchIndices], Tensor],
-    batches: Iterable[BatchIndices],
+    latents: DrawnLatents, device: torch.device, workers: int, batches: Iterable[BatchIndices]
 ) -> Generator[Batch, None, None]:
-    """Cached posteriors, read ahead in a thread; the cache also has those of flipped images."""
-
-    def read(at: BatchIndices) -> Batch:
-        numbers = torch.tensor(at.indices)
-        mean, std = cache.mean_std(numbers, mirrored(at), pin_memory=device.type == "cuda")
-        return Batch(at, mean, cache.labels[numbers], std)
-
-    tasks = (functools.partial(read, at) for at in batches)
-    with contextlib.closing(in_order(tasks, 1, LATENTS_AHEAD)) as ahead:
-        for batch in ahead:
-            yield batch.on(device)
+    """Cached posteriors and their noise, read and drawn ahead by workers."""
+    on_gpu = device.type == "cuda"
+    with contextlib.closing(
+        read_ahead(latents, batches, workers, pin_memory=on_gpu, prefetch=1)
+    ) as loading:
+        for batch in loading:
+            labels = latents.cache.labels[batch.at.indices].to(device, non_blocking=True)
+            mean, std, *noise = batch.on(device).images.unbind()
+            yield Batch(batch.at, mean, labels, std, dict(zip(NOISES, noise, strict=True)))
 
 
 # --- Validation

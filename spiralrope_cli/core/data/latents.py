@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -165,21 +166,22 @@ class LatentCache:
         if wrong := damaged_shards(self.metadata.folder, self.metadata.shards):
             raise damaged(self.metadata.folder, wrong)
 
-    def mean_std(
-        self, numbers: Tensor, mirrored: Tensor, *, pin_memory: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A spawned worker maps the files again; their contents are not sent to it."""
+        return LatentCache, (self.metadata.folder,)
+
+    def mean_std(self, numbers: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor]:
         """Posteriors of images.
 
         Args:
             numbers: [B] indices in the cache.
             mirrored: [B] bool, True for the flipped image.
-            pin_memory: use page-locked memory, to copy to a GPU.
 
         Returns:
             mean and standard deviation, [B, L, h, w] float32 each, on the CPU.
         """
         shape = self.metadata.plan.latent_shape
-        both = torch.empty(2, len(numbers), *shape, pin_memory=pin_memory)
+        both = torch.empty(2, len(numbers), *shape)
         keys = zip(numbers.tolist(), mirrored.tolist(), strict=True)
         for place, (number, side) in enumerate(keys):
             both[:, place] = self._sides[side][number]

@@ -10,8 +10,8 @@ import os
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -45,6 +45,9 @@ AT_ONCE = 64
 LONGEST_TEMP_FOLDER = 75
 """A socket has a path of 107 bytes at most; `/pymp-XXXXXXXX/listener-XXXXXXXX` is 32 of them."""
 
+NOISES = ("noise", "posterior")
+"""Purposes of the noise of a DiT's sample: of x_t, and of x_0 from the posterior of its latents."""
+
 LIFE_AFTER_SIGTERM = 60
 """Workers live so long after a SIGTERM, because the trainer finishes its step."""
 
@@ -75,6 +78,7 @@ class Batch:
     images: Tensor
     labels: Tensor  # [B] class numbers; after mixing [B, K]
     std: Tensor | None = None  # standard deviations of cached posteriors, shape of `images`
+    noise: Mapping[str, Tensor] = field(default_factory=dict)  # by NOISES, if it is drawn ahead
     unreadable: tuple[Unreadable, ...] = ()  # images that were skipped or replaced
     ops: tuple[Ops, ...] = ()  # of each image, what the device applies; empty: nothing
 

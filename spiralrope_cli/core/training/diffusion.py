@@ -116,7 +116,9 @@ class DiffusionLoss:
         return sample_posterior(mean, std, self.noise("posterior", step, batch, mean), self.scale)
 
     def noise(self, purpose: str, step: int, batch: Batch, like: Tensor) -> Tensor:
-        """Standard normal like `like`, from one generator per sample."""
+        """Standard normal like `like`, from one generator per sample; one of `NOISES`."""
+        if purpose in batch.noise:
+            return batch.noise[purpose]
         first = step * self.config.optim.batch_size
         samples = range(first + batch.at.part.start, first + batch.at.part.stop)
         return NoisePerImage(self.config.seed, samples, like.shape[1:], self.device, purpose).draw()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pickle
 import re
 from pathlib import Path
 
@@ -12,12 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from spiralrope_cli.core.data import latents
-from spiralrope_cli.core.data.batches import from_cache
+from spiralrope_cli.core.data.augment import mirror_draws
+from spiralrope_cli.core.data.batches import DrawnLatents, from_cache
 from spiralrope_cli.core.data.latents import LatentCache
 from spiralrope_cli.core.data.loader import BatchIndices
 from spiralrope_cli.core.data.shards import CachePlan, read_cache, shard_size_for
 from spiralrope_cli.core.errors import ConfigError, DataError
+from spiralrope_cli.core.runtime.seeds import NoisePerImage
 
+CPU = torch.device("cpu")
 PLAN = CachePlan(
     data="photos",
     class_names=("a", "b", "c"),
@@ -77,18 +81,34 @@ def test_any_image_is_found_in_any_order(folder):
     assert cache.scale == 0.18215
 
 
-def test_batches_read_ahead_come_in_order(folder):
-    cache = LatentCache(folder)
-    mirrored = [torch.rand(4) < 0.5 for _ in range(7)]
-    places = [BatchIndices(torch.randint(23, (4,)).tolist(), [], epoch=n) for n in range(7)]
-    batches = list(from_cache(cache, torch.device("cpu"), lambda at: mirrored[at.epoch], places))
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_read_ahead_come_in_order_with_their_noise(folder, workers):
+    cache, first = LatentCache(folder), 23 * 8 + 4
+    drawn = DrawnLatents(cache, seed=3, hflip=0.5)
+    places = [
+        BatchIndices(torch.randint(23, (4,)).tolist(), [4, 5, 6, 7], epoch=n, first=first * n)
+        for n in range(5)
+    ]
+    batches = list(from_cache(drawn, CPU, workers, places))
     assert [batch.at for batch in batches] == places
-    for batch, flip in zip(batches, mirrored, strict=True):
+    for n, batch in enumerate(batches):
         numbers = torch.tensor(batch.at.indices)
-        mean, std = cache.mean_std(numbers, flip)
+        mean, std = cache.mean_std(numbers, mirror_draws(23, 3, n)[4:8] < 0.5)
         assert torch.equal(batch.images, mean)
         assert torch.equal(batch.std, std)
         assert torch.equal(batch.labels, cache.labels[numbers])
+        samples = range(first * n, first * n + 4)
+        assert list(batch.noise) == ["noise", "posterior"]
+        for purpose, noise in batch.noise.items():
+            alone = NoisePerImage(3, samples, (4, 2, 3), CPU, purpose).draw()
+            assert torch.equal(noise, alone)
+
+
+def test_a_spawned_worker_opens_the_cache_anew(folder):
+    cache = LatentCache(folder)
+    sent = pickle.dumps(cache)
+    assert len(sent) < 1000
+    assert torch.equal(pickle.loads(sent).labels, cache.labels)
 
 
 def test_shards_of_fewer_images_than_files_are_counted_right(tmp_path):
