@@ -8,6 +8,7 @@ import pytest
 import torch
 from packaging.version import Version
 from PIL import Image
+from timm.data import Mixup
 
 from spiralrope_cli.core.config.datasets import DIGITS, PHOTOGRAPHS
 from spiralrope_cli.core.config.option import build
@@ -25,6 +26,7 @@ from spiralrope_cli.core.data.augment import (
     warp,
 )
 from spiralrope_cli.core.errors import ConfigError
+from spiralrope_cli.core.runtime.seeds import seed_everything
 
 RECIPE = build(AugmentConfig, {**PRETRAIN, **PHOTOGRAPHS})
 MIXES = {
@@ -263,6 +265,21 @@ def test_mixing_is_the_same_however_a_batch_is_split(name, micro):
 
     for ours, expected in zip(in_parts(part_of, 32, micro), whole, strict=True):
         assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_groups_are_mixed_as_timm_mixes_each(name):
+    augment, (images, labels) = dataclasses.replace(RECIPE, **MIXES[name]), batch()
+    fractions = {"switch_prob": augment.mixup_switch_prob, "label_smoothing": augment.smoothing}
+    timms = Mixup(augment.mixup, augment.cutmix, num_classes=CLASSES, **fractions)
+
+    def timms_of(part):
+        seed_everything(3, "mix", 64 + part.start)
+        return timms(images[part].clone(), labels[part])
+
+    ours = mix(images.clone(), labels, augment, CLASSES, 3, 64)
+    for mine, its in zip(ours, in_parts(timms_of, 32, MIX_GROUP), strict=True):
+        assert torch.equal(mine, its)
 
 
 @pytest.mark.parametrize("name", MIXES)
