@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, cast
@@ -96,6 +97,8 @@ def compile_blocks(*models: nn.Module, say: Callable[[str], None]) -> None:
             block._compiled_call_impl = None
         say(f"note: torch.compile failed, so the run is eager: {first_line(error)}")
 
+    # Who computes in fp32 has chosen it.
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
     # DDP would split the graph of each block where a bucket is full. Its gradients come together.
     torch._dynamo.config.optimize_ddp = False
     say("compiling the blocks; the first steps take longer, up to a minute (--compile off: eager)")

@@ -189,15 +189,14 @@ class LossMeter:
 
     def __init__(self, device: torch.device) -> None:
         self._sum = torch.zeros((), device=device)
-        self._first_bad = torch.full((), NEVER, dtype=torch.int64, device=device)
-        self._num_steps = 0
+        self._steps: list[int] = []
+        self._losses: list[Tensor] = []
 
     def add(self, step: int, loss: Tensor) -> None:
         """Adds the loss of one step, without waiting for it."""
         self._sum += loss
-        self._num_steps += 1
-        bad = torch.where(torch.isfinite(loss), NEVER, step)
-        self._first_bad = torch.minimum(self._first_bad, bad)
+        self._steps.append(step)
+        self._losses.append(loss)
 
     def read(self) -> tuple[float, int | None, bool]:
         """Waits for the device, and resets.
@@ -206,12 +205,16 @@ class LossMeter:
             mean loss over steps and processes, the first non-finite step or None, and whether
             it was non-finite on this process.
         """
-        own_mean, own_first = self._sum / max(self._num_steps, 1), self._first_bad.clone()
+        own_mean, own_first = self._sum / max(len(self._steps), 1), NEVER
+        if self._losses:
+            finite = torch.isfinite(torch.stack(self._losses)).tolist()
+            bad = (step for step, good in zip(self._steps, finite, strict=True) if not good)
+            own_first = min(bad, default=NEVER)
         mean = distributed.all_reduce(own_mean) / distributed.get_world_size()
-        first = int(distributed.all_reduce(self._first_bad, ReduceOp.MIN).item())
-        self._sum = torch.zeros_like(self._sum)
-        self._num_steps = 0
-        return mean.item(), None if first == NEVER else first, int(own_first.item()) == first
+        of_all = distributed.all_reduce(torch.tensor(own_first, device=mean.device), ReduceOp.MIN)
+        first = int(of_all.item())
+        self._sum, self._steps, self._losses = torch.zeros_like(self._sum), [], []
+        return mean.item(), None if first == NEVER else first, own_first == first
 
 
 class Clock:
