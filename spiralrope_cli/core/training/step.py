@@ -26,6 +26,7 @@ from spiralrope_cli.core.runtime import distributed
 Micro = TypeVar("Micro")
 NO_DECAY_NAMES = ("pos_embed", "cls_token", "freqs")
 NEVER = 2**62
+JOINED_AT = 1000
 
 
 # --- Optimizer and learning rate
@@ -196,7 +197,9 @@ class LossMeter:
         """Adds the loss of one step, without waiting for it."""
         self._sum += loss
         self._steps.append(step)
-        self._losses.append(loss)
+        self._losses.append(loss.reshape(1))
+        if len(self._losses) == JOINED_AT:  # a tensor takes 512 bytes of a GPU, a number in it 4
+            self._losses = [torch.cat(self._losses)]
 
     def read(self) -> tuple[float, int | None, bool]:
         """Waits for the device, and resets.
@@ -207,7 +210,7 @@ class LossMeter:
         """
         own_mean, own_first = self._sum / max(len(self._steps), 1), NEVER
         if self._losses:
-            finite = torch.isfinite(torch.stack(self._losses)).tolist()
+            finite = torch.isfinite(torch.cat(self._losses)).tolist()
             bad = (step for step, good in zip(self._steps, finite, strict=True) if not good)
             own_first = min(bad, default=NEVER)
         mean = distributed.all_reduce(own_mean) / distributed.get_world_size()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from spiralrope_cli.core.config.recipes import PRETRAIN
 from spiralrope_cli.core.config.training import OptimConfig
 from spiralrope_cli.core.models.deit import DeiT
 from spiralrope_cli.core.training.step import (
+    JOINED_AT,
+    LossMeter,
     TrainState,
     build_optimizer,
     lr_at,
@@ -247,3 +250,15 @@ def test_the_decay_warms_up_by_optimizer_steps_alone(micro_batches):
         average = decay * average + (1 - decay) * state.model.w.detach()
         torch.testing.assert_close(state.ema.module.w, average)
     assert 1 - 2 ** (-2 / 3) < 0.5 < 1 - 3 ** (-2 / 3)  # both ends of the warm-up were seen
+
+
+def test_a_meter_finds_the_first_bad_loss_of_many():
+    meter = LossMeter(torch.device("cpu"))
+    for step in range(2500):
+        meter.add(step, torch.tensor(float("nan") if step in (1700, 2100) else 2.0))
+    assert len(meter._losses) < JOINED_AT  # a GPU gives 512 bytes to each
+    mean, first, mine = meter.read()
+    assert math.isnan(mean)
+    assert (first, mine) == (1700, True)
+    meter.add(2500, torch.tensor(3.0))
+    assert meter.read()[:2] == (3.0, None)
