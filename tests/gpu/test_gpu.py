@@ -29,6 +29,8 @@ from safetensors.torch import load_file
 from workers import stop_at
 
 from spiralrope_cli import GaussianDiffusion, create_model
+from spiralrope_cli.core.data.latents import write_shard
+from spiralrope_cli.core.data.shards import CachePlan
 from spiralrope_cli.core.jobs import train
 from spiralrope_cli.core.kernels import has_rotary_kernel, modulate, rotate_qkv
 from spiralrope_cli.core.models.factory import cast_matmuls, compile_blocks
@@ -159,8 +161,21 @@ def test_adaptive_layer_norm_is_the_formula(size, dtype):
     torch.testing.assert_close(found.double(), exact, rtol=eps, atol=2e-6)
 
 
+def cached_latents(folder, count=256):
+    """Latents of 32 px as `dit-encode` writes them: random."""
+    random = {"data": "random", "files_sha256": "", "vae": "random", "vae_sha256": ""}
+    sizes = {"class_names": ("one",), "num_files": count, "image_size": (32, 32)}
+    plan = CachePlan(**random, **sizes, precision="float32", shard_size=count)
+    moments = torch.rand(2, count, 2, *plan.latent_shape, generator=torch.Generator())
+    folder.mkdir(exist_ok=True)
+    write_shard(folder, plan, 0, *moments, torch.zeros(count, dtype=torch.int64), {})
+
+
 def run_of(command, out="run", **more):
-    """A run of a few steps on the digits."""
+    """A run of a few steps on the digits, or on the latents of the working folder."""
+    if command == "latents":
+        cached_latents(Path("latents"))
+        command, more = "dit-train", {"latents": "latents", "sample_every": 0, **more}
     arch = "dit-64x2x2-2" if command == "dit-train" else "deit-64x2x2"
     given = {"arch": arch, "max_steps": 8, "warmup_epochs": 0, "log_every": 4, "nproc": 1}
     given |= {"precision": "bf16", "device": DEVICE.type, "out": out}
@@ -168,7 +183,7 @@ def run_of(command, out="run", **more):
 
 
 @pytest.mark.parametrize("compiled", ["off", "on"])
-@pytest.mark.parametrize("command", ["pretrain", "dit-train"])
+@pytest.mark.parametrize("command", ["pretrain", "dit-train", "latents"])
 def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(runs, monkeypatch, command, compiled):
     whole, parts = (run_of(command, out) for out in ("whole", "parts"))
     for run in (whole, parts):
@@ -186,7 +201,7 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(runs, monkeypatch, c
 
 
 @needs_gpu
-@pytest.mark.parametrize("command", ["pretrain", "dit-train"])
+@pytest.mark.parametrize("command", ["pretrain", "dit-train", "latents"])
 def test_no_step_waits_for_the_device(runs, command):
     run = run_of(command)
     with open_context(run.machine, Path(run.out)) as ctx:
