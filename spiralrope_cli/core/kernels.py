@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 TRITON_DEVICE = "cuda"
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -84,15 +84,18 @@ def _onednn_dtype(input: Tensor, weight: Tensor) -> torch.dtype | None:
 
 def _cublas_fuses_gelu(input: Tensor, weight: Tensor) -> bool:
     """Not in fp32: its GELU is an approximation of the accuracy of bf16."""
-    short = input.dtype == weight.dtype in (torch.bfloat16, torch.float16)
-    return short and input.device.type == "cuda" and not torch.is_grad_enabled()
+    infers_on_gpu = input.device.type == "cuda" and not torch.is_grad_enabled()
+    one_dtype = input.dtype == weight.dtype == matmul_dtype(weight)
+    return infers_on_gpu and one_dtype and weight.dtype in (torch.bfloat16, torch.float16)
 
 
+# `FlopCounterMode` does not know these operators.
+flop_registry.setdefault(torch.ops.aten._addmm_activation, flop_registry[torch.ops.aten.addmm])
 if torch.backends.mkldnn.is_available():
 
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
     def _flops(x: list[int], weight: list[int], *_: Any, **__: Any) -> int:
-        """FLOPs of the operator: `FlopCounterMode` does not know it."""
+        """FLOPs from shapes: [..., in], [out, in]."""
         return 2 * math.prod(x) * weight[0]
 
 
@@ -208,7 +211,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.d
     one takes three times what memory costs for the 1152 channels of a DiT-XL.
     """
     on_gpu = x.device.type == TRITON_DEVICE and x.dtype == torch.float32 and dtype in TRITON_DTYPES
-    if on_gpu and not torch.is_grad_enabled() and _triton_works(dtype):
+    one_each = shift.shape == scale.shape == (len(x), 1, x.shape[-1])  # not one for all images
+    if on_gpu and one_each and not torch.is_grad_enabled() and _triton_works(dtype):
         from spiralrope_cli.core import triton_kernels
 
         return triton_kernels.modulate(x, shift, scale, eps, dtype)

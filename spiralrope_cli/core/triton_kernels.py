@@ -215,7 +215,7 @@ def _modulated(  # noqa: PLR0913
     out,
     num_tokens,
     of_batch,  # stride of shift and scale
-    eps,
+    eps: tl.constexpr,  # Inductor passes other numbers as float64, and computes in it
     width: tl.constexpr,  # C
     columns: tl.constexpr,  # at least C
 ):

@@ -62,6 +62,21 @@ def test_a_linear_layer_infers_without_onednn_and_in_float64_too(monkeypatch):
         assert layer(x[:0]).shape == (0, 32)
 
 
+def test_the_gelu_that_a_gpu_fuses_keeps_shapes_and_is_counted(monkeypatch):
+    """The operator exists on a CPU too, with the exact GELU."""
+    monkeypatch.setattr(kernels, "_onednn_dtype", lambda *given: None)
+    monkeypatch.setattr(kernels, "_cublas_fuses_gelu", lambda *given: True)
+    layer, x = Linear(48, 32), gaussian(2, 5, 48)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        fused = layer(x, "tanh")
+    assert counter.get_total_flops() == 2 * (2 * 5) * 48 * 32
+    exact = F.gelu(F.linear(x, layer.weight, layer.bias))
+    torch.testing.assert_close(fused, exact.detach())
+    with torch.no_grad():
+        assert layer(x[:0], "tanh").shape == (0, 5, 32)
+        assert torch.equal(layer(x[0], "tanh"), layer(x[:1], "tanh")[0])
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 def test_what_inference_computes_can_be_counted_and_traced():
     layer, x = Linear(48, 32).eval(), torch.randn(2, 5, 48)

@@ -145,6 +145,22 @@ def test_it_compiles_for_a_gpu_to_accesses_of_16_bytes(
 
 
 @since_triton_3_3
+def test_adaptive_layer_norm_computes_in_float32(monkeypatch, tmp_path):
+    """Inductor passes numbers as float64, those apart that are constants of the kernel."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = fresh_kernel()._modulated
+    types = dict.fromkeys(("x", "shift", "scale"), "*fp32") | {"out": "*bf16", "eps": "fp64"}
+    values = {"eps": 1e-6, "width": 72, "columns": 128}
+    constants = {(place,): values[kernel.arg_names[place]] for place in kernel.constexprs}
+    signature = dict.fromkeys(kernel.arg_names, "i32") | types
+    signature |= {kernel.arg_names[place]: "constexpr" for place in kernel.constexprs}
+    source = triton.compiler.ASTSource(kernel, signature, constexprs=constants)
+    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
+    assert ".f64" not in triton.compile(source, target=target).asm["ptx"]
+
+
+@since_triton_3_3
 def test_compiled_graphs_call_the_kernels_on_new_tensors(monkeypatch):
     """By fake tensors, as no GPU is needed to trace."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -234,6 +250,7 @@ def test_compiled_blocks_use_it_in_one_graph(request, monkeypatch, arch, checkpo
 def test_inference_of_a_dit_uses_adaptive_layer_norm(request, monkeypatch):
     images, given = torch.randn(2, 4, 8, 8), (torch.arange(2),) * 2
     plain = network("dit-32x2x2-2")(images, *given)
+    one_for_all = network("dit-32x2x2-2")(images, *(each[1:] for each in given))
     request.getfixturevalue("as_on_a_gpu")
     torch._dynamo.reset()
     recorded, model = AotEagerAndRecordGraphs(), network("dit-32x2x2-2")
@@ -244,7 +261,10 @@ def test_inference_of_a_dit_uses_adaptive_layer_norm(request, monkeypatch):
         for found in (eager, model(images, *given)):
             assert not torch.equal(found, plain)  # by another kernel
             torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
-    (graph,) = recorded.fw_graphs
+        alone = model(images, *(each[1:] for each in given))  # one condition for all images
+        torch.testing.assert_close(alone[1], plain[1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(alone, one_for_all, rtol=1e-4, atol=1e-4)
+    graph, _ = recorded.fw_graphs
     assert graph.print_readable(print_output=False).count("ops.spiralrope.modulate") == 2
     torch._dynamo.reset()
 

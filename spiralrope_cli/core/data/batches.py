@@ -226,8 +226,8 @@ def from_memory(
 class DrawnLatents(Dataset[Any]):
     """Cached posteriors, and the noise that the loss takes with them, for loader workers.
 
-    The trainer would draw for a third of a train step of DiT-S/2 on a GPU, two generators per
-    image. Drawn in a thread they cost as much: each call takes the interpreter's lock from it.
+    In the trainer this takes a third of a train step of DiT-S/2 on an H200: two generators per
+    image. A thread there takes as much, because each draw takes the interpreter's lock.
     """
 
     cache: LatentCache  # has those of flipped images too

@@ -113,8 +113,9 @@ def compile_blocks(*models: nn.Module, say: Callable[[str], None]) -> None:
 def cast_matmuls(model: DeiT | DiT, dtype: torch.dtype) -> None:
     """Casts once what autocast casts in every call, for inference; then call it without autocast.
 
-    The numbers are those of autocast. Norms, rotation and residual stream keep their precision;
-    of a DiT embedders, modulation and final layer too, which autocast leaves alone.
+    The numbers are those of autocast, but for the GELU of a DiT on a GPU (`kernels.Linear`). Norms,
+    rotation and residual stream keep their precision; of a DiT embedders, modulation and final
+    layer too, which autocast leaves alone.
     """
     for name, module in model.named_modules():
         of_blocks = "blocks." in name and "adaLN" not in name
