@@ -123,8 +123,7 @@ def system_error(error: Exception, out: str = "") -> SpiralRopeError | None:
         case None:
             return None
         case code if code in SPACE:
-            hint = "free some; the same command then resumes"
-            return DiskError(f"no space left on the disk of {where}", hint)
+            return _no_space(error, where)
         case errno.EFBIG:
             hint = "raise that limit; the same command then resumes"
             return DiskError(f"a file reached the size limit (ulimit -f): {where}", hint)
@@ -159,6 +158,14 @@ def lost_process(error: Exception) -> LaunchError:
     if re.search("timed out|timeout", str(error), re.IGNORECASE):
         return LaunchError("another process did not answer in time", f"it hangs; or {hint}")
     return LaunchError("the connection to another process was lost", hint)
+
+
+def _no_space(error: Exception, where: str) -> SpiralRopeError:
+    if "shared memory" in str(error):
+        hint = "in Docker give a larger --shm-size; or use fewer --workers, or --workers 0"
+        return SpiralRopeError("no space left in shared memory (/dev/shm)", hint)
+    hint = "free some; the same command then resumes"
+    return DiskError(f"no space left on the disk of {where}", hint)
 
 
 def dead_loader(error: Exception) -> LaunchError | None:

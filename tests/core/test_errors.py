@@ -61,6 +61,13 @@ def test_torch_says_the_same_of_a_full_disk_and_of_a_size_limit(monkeypatch):
     [
         (OSError(errno.ENOSPC, "No space"), DiskError, "no space left on the disk of runs/one"),
         (OSError(errno.ENOSPC, "No space", "a"), DiskError, "no space left on the disk of a"),
+        (
+            RuntimeError(
+                "unable to allocate shared memory(shm) for file </torch_1>: No space left"
+            ),
+            SpiralRopeError,
+            "no space left in shared memory (/dev/shm)",
+        ),
         (OSError(errno.EFBIG, "x"), DiskError, "a file reached the size limit"),
         (OSError(errno.EACCES, "Permission denied", "b"), SpiralRopeError, "b: Permission denied"),
         (RuntimeError("Symlink loop from '/a/b'"), SpiralRopeError, "/a/b: Too many levels of"),
