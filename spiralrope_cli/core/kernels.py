@@ -325,6 +325,8 @@ def _try_triton(dtype: torch.dtype) -> bool:
         return False
     except Exception as error:  # noqa: BLE001 - whatever Triton's compilers raise
         why = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        warnings.warn(f"RoPE is slower here, because Triton does not work: {why}", stacklevel=2)
+        warnings.warn(
+            f"networks are slower here, because Triton does not work: {why}", stacklevel=2
+        )
         return False
     return True

@@ -295,7 +295,7 @@ def test_it_rotates_by_plain_tables_on_gpus_alone(as_on_a_gpu, monkeypatch):
         (ImportError("No module named 'triton'"), []),
         (
             RuntimeError("Failed to find C compiler.\nand more"),
-            ["RoPE is slower here, because Triton does not work: Failed to find C compiler."],
+            ["networks are slower here, because Triton does not work: Failed to find C compiler."],
         ),
     ],
 )
