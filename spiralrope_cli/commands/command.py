@@ -95,7 +95,7 @@ class Command(TyperCommand):
                     raise ConfigError(f"no such option: {option}", hint)
             hint = ELSE.get(option, f"{ctx.info_name} has nothing like it")
             raise ConfigError(f"no such option: {option}", hint)
-        args = self.with_values(args)
+        given, args = args, self.with_values(args)
         ctx.meta[WORDS] = list(args)
         ctx.allow_extra_args = True  # for an error of our own
         try:
@@ -110,14 +110,26 @@ class Command(TyperCommand):
                 )
             raise
         if unknown and not ctx.resilient_parsing:
-            takes_data = "data" in here and not any("argument" in each for each in here.values())
-            hint = f"use --data {unknown[0]}" if takes_data else ""
+            hint = self.place_of(unknown[0], given, here)
             raise ConfigError(f"unexpected argument: {unknown[0]}", hint)
         return unknown
 
+    def place_of(self, word: str, given: list[str], here: dict[Any, str]) -> str:
+        """Where an unexpected word may belong; `here` has the options and arguments."""
+        at = given.index(word)
+        if at and (opt := self.bare.get(given[at - 1])) and opt.choices:
+            return f"as a value of {opt.called} it must be one of {', '.join(opt.choices)}"
+        takes_data = "data" in here and not any("argument" in each for each in here.values())
+        return f"use --data {word}" if takes_data else ""
+
+    @property
+    def bare(self) -> dict[str, Opt]:
+        """Options that may stand without a value, as `--compile`, by their words."""
+        return {word: opt for opt in self.known.values() for word in opt.bare}
+
     def with_values(self, args: list[str]) -> list[str]:
-        """Adds the values of options that may stand without one, as `--compile`."""
-        bare = {word: opt for opt in self.known.values() for word in opt.bare}
+        """Adds the values of options that stand without one."""
+        bare = self.bare
         words: list[str] = []
         for place, word in enumerate(args):
             if word == "--":

@@ -423,6 +423,11 @@ def test_what_people_type_by_habit_is_named_in_a_line(refused, name, habit, here
     ("words", "said"),
     [
         ("pretrain images", "unexpected argument: images\n  use --data images"),
+        (
+            "pretrain --compile maybe",
+            "unexpected argument: maybe\n  as a value of --compile it must be one of auto, on, off",
+        ),
+        ("pretrain images --compile", "unexpected argument: images\n  use --data images"),
         ("dit-train ~/images --seed 1", "unexpected argument: ~/images\n  use --data ~/images"),
         ("run dit images", "unexpected argument: images\n  use --data images"),
         ("finetune run images", "unexpected argument: images"),
